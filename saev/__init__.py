@@ -1,0 +1,31 @@
+"""Sparse autoencoders for vision transformers.
+
+``import saev`` is cheap on purpose: torch and the model libraries are imported by the functions
+that need them.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saev.nn import SparseAutoencoder
+
+__all__ = ["__version__", "load_sae", "register_family"]
+
+
+def load_sae(url: str, device: str = "cpu") -> "SparseAutoencoder":
+    """Load a trained SAE from a run, a checkpoint folder or a published ``sae.pt``.
+
+    See :func:`saev.nn.load_sae`, which this forwards to.
+    """
+    from saev import nn
+
+    return nn.load_sae(url, device=device)
+
+
+def register_family(*args, **kwargs):  # noqa: ANN201 - forwarded as it is
+    """Register a model family. See :func:`saev.vit.register_family`, which this forwards to."""
+    from saev import vit
+
+    return vit.register_family(*args, **kwargs)

@@ -1,0 +1,34 @@
+"""Configs of all stages. Torch-free, so that pipeline definitions may import them."""
+
+from saev.config.base import Config, Dtype, Tokens
+from saev.config.images import (
+    Cifar10,
+    FakeImg,
+    FakeImgSeg,
+    ImageData,
+    Imagenet,
+    ImgFolder,
+    ImgSegFolder,
+)
+from saev.config.inference import InferenceConfig, VisualsConfig
+from saev.config.loaders import DataConfig, LoaderConfig
+from saev.config.sae import (
+    Activation,
+    BatchTopK,
+    JumpRelu,
+    Matryoshka,
+    Objective,
+    Relu,
+    SaeConfig,
+    TopK,
+    Vanilla,
+)
+from saev.config.shards import ShardsConfig
+from saev.config.train import TrainConfig
+
+__all__ = [
+    "Activation", "BatchTopK", "Cifar10", "Config", "DataConfig", "Dtype", "FakeImg", "FakeImgSeg",
+    "ImageData", "Imagenet", "ImgFolder", "ImgSegFolder", "InferenceConfig", "JumpRelu",
+    "LoaderConfig", "Matryoshka", "Objective", "Relu", "SaeConfig", "ShardsConfig", "Tokens", "TopK",
+    "TrainConfig", "Vanilla", "VisualsConfig",
+]

@@ -1,0 +1,87 @@
+"""Which images: one config per kind of dataset."""
+
+import typing as tp
+
+import pydantic
+import tyro
+
+from saev.config.base import Config
+
+_T = tp.TypeVar("_T")
+Kind = tp.Annotated[_T, tyro.conf.Suppress]
+"""A discriminator: chosen by the subcommand's name on the command line, written in JSON."""
+
+PixelAgg = tp.Literal["majority", "prefer-fg"]
+
+
+class ImgFolder(Config):
+    """A folder of images; sub-folders, if there are any, are the classes."""
+
+    kind: Kind[tp.Literal["img-folder"]] = "img-folder"
+    root: str
+    """URL of the folder, or a glob pattern of folders or images (quote it)."""
+
+
+class ImgSegFolder(Config):
+    """Images with pixel masks: ROOT/images/SPLIT/… and ROOT/annotations/SPLIT/… (same stems)."""
+
+    kind: Kind[tp.Literal["img-seg-folder"]] = "img-seg-folder"
+    root: str
+    """URL of the folder that holds `images`, `annotations` and optionally `labels.csv`."""
+    split: str = "training"
+    """Sub-folder of `images` and `annotations`."""
+    pixel_agg: PixelAgg = "majority"
+    """How the mask pixels under a token become its label: the most frequent value (ties to the
+    lowest), or the most frequent value that is not `bg_label` if there is any (prefer-fg)."""
+    bg_label: int = pydantic.Field(default=0, ge=0, le=255)
+    """The mask value of background, for `prefer-fg`."""
+
+
+class Imagenet(Config):
+    """ImageNet-1k, or another image classification dataset, through Hugging Face `datasets`."""
+
+    kind: Kind[tp.Literal["imagenet"]] = "imagenet"
+    name: str = "ILSVRC/imagenet-1k"
+    """Dataset name on the hub, or a local folder that `datasets.load_dataset` opens."""
+    split: str = "train"
+    """Split name."""
+
+
+class Cifar10(Config):
+    """CIFAR-10 through Hugging Face `datasets`."""
+
+    kind: Kind[tp.Literal["cifar10"]] = "cifar10"
+    name: str = "uoft-cs/cifar10"
+    """Dataset name on the hub, or a local folder that `datasets.load_dataset` opens."""
+    split: str = "train"
+    """Split name."""
+
+
+class FakeImg(Config):
+    """Generated images, for tests and dry runs of a cluster."""
+
+    kind: Kind[tp.Literal["fake-img"]] = "fake-img"
+    n_examples: int = pydantic.Field(default=10, ge=1)
+    """Number of images."""
+    n_classes: int = pydantic.Field(default=3, ge=1)
+    """Number of class labels."""
+    image_size: int = pydantic.Field(default=64, ge=1)
+    """Height and width in pixels."""
+    seed: int = 0
+    """What the pixels are drawn from."""
+
+
+class FakeImgSeg(FakeImg):
+    """Generated images with masks, for tests and dry runs of a cluster."""
+
+    kind: Kind[tp.Literal["fake-img-seg"]] = "fake-img-seg"  # type: ignore[assignment]
+    pixel_agg: PixelAgg = "majority"
+    """As for img-seg-folder."""
+    bg_label: int = pydantic.Field(default=0, ge=0, le=255)
+    """The mask value of background, for `prefer-fg`."""
+
+
+ImageData = tp.Annotated[
+    ImgFolder | ImgSegFolder | Imagenet | Cifar10 | FakeImg | FakeImgSeg,
+    pydantic.Field(discriminator="kind"),
+]

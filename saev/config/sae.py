@@ -1,0 +1,97 @@
+"""What an SAE is and what it minimises: torch-free configs of `saev.nn`."""
+
+import typing as tp
+
+import pydantic
+
+from saev.config.base import Config
+from saev.config.images import Kind
+
+
+class Relu(Config):
+    """f = max(0, z), with an L1 penalty."""
+
+    kind: Kind[tp.Literal["relu"]] = "relu"
+
+
+class TopK(Config):
+    """Keep the k largest pre-activations of each token (Gao et al. 2024, arXiv:2406.04093)."""
+
+    kind: Kind[tp.Literal["top-k"]] = "top-k"
+    top_k: int = pydantic.Field(default=32, ge=1)
+    """Latents that may be active per token."""
+
+
+class BatchTopK(Config):
+    """Keep the k·B largest pre-activations of a batch of B (Bussmann et al. 2024, arXiv:2412.06410).
+
+    Evaluation uses a threshold learned as an exponential moving average.
+    """
+
+    kind: Kind[tp.Literal["batch-top-k"]] = "batch-top-k"
+    top_k: int = pydantic.Field(default=32, ge=1)
+    """Mean number of active latents per token."""
+    threshold_momentum: float = pydantic.Field(default=0.99, ge=0.0, lt=1.0)
+    """Momentum of the threshold's moving average."""
+
+
+class JumpRelu(Config):
+    """f = z·[z > θ], θ learned by a straight-through estimator (Rajamanoharan et al. 2024,
+    arXiv:2407.14435), with an L0 penalty."""
+
+    kind: Kind[tp.Literal["jump-relu"]] = "jump-relu"
+    init_threshold: float = pydantic.Field(default=0.01, gt=0.0)
+    """Initial θ."""
+    bandwidth: float = pydantic.Field(default=0.05, gt=0.0)
+    """Width ε of the rectangle kernel of the gradient estimator."""
+
+
+Activation = tp.Annotated[
+    TopK | BatchTopK | Relu | JumpRelu, pydantic.Field(discriminator="kind")
+]
+
+
+class SaeConfig(Config):
+    """Shape, activation and parametrisation of one SAE."""
+
+    d_model: int | None = pydantic.Field(default=None, ge=1)
+    """Width of the activations; read from the shards if not given, checked if given."""
+    d_sae: int | None = pydantic.Field(default=None, ge=1)
+    """Number of latents; `exp_factor` × d_model if not given."""
+    exp_factor: int = pydantic.Field(default=16, ge=1)
+    """Expansion factor, used when `d_sae` is not given."""
+    activation: Activation = TopK()
+    """Activation function."""
+    reinit_blend: float = pydantic.Field(default=0.8, ge=0.0, le=1.0)
+    """Data-point initialisation: share of a training activation in each decoder row, the rest
+    is noise; 0 is plain random initialisation."""
+    enc_scale: float = pydantic.Field(default=1.0, gt=0.0)
+    """Initial encoder = decoderᵀ × this."""
+    normalize_w_dec: bool = True
+    """Keep decoder rows at unit norm after every step."""
+    remove_parallel_grads: bool = True
+    """Remove the part of the decoder's gradient that is parallel to its rows."""
+
+
+class Vanilla(Config):
+    """Mean squared error of the full reconstruction, plus sparsity and AuxK terms."""
+
+    kind: Kind[tp.Literal["vanilla"]] = "vanilla"
+    sparsity_coeff: float = pydantic.Field(default=1e-3, ge=0.0)
+    """Weight of the L1 (ReLU) or L0 (JumpReLU) penalty; unused by TopK and BatchTopK."""
+    aux_coeff: float = pydantic.Field(default=1 / 32, ge=0.0)
+    """Weight α of the AuxK loss that revives dead latents."""
+
+
+class Matryoshka(Vanilla):
+    """Sum of the errors of nested prefixes of the dictionary (Bussmann et al. 2025,
+    arXiv:2503.17547), with prefix lengths drawn anew each step from a Pareto distribution."""
+
+    kind: Kind[tp.Literal["matryoshka"]] = "matryoshka"  # type: ignore[assignment]
+    n_prefixes: int = pydantic.Field(default=10, ge=1)
+    """Prefixes per step; the last one is always the whole dictionary."""
+    pareto_alpha: float = pydantic.Field(default=0.5, gt=0.0)
+    """Shape of the distribution of prefix lengths; smaller favours longer prefixes."""
+
+
+Objective = tp.Annotated[Vanilla | Matryoshka, pydantic.Field(discriminator="kind")]

@@ -1,0 +1,46 @@
+"""What to record: the config of `saev shards`."""
+
+import pydantic
+
+from saev.config.base import Config, Dtype
+from saev.config.images import FakeImg, ImageData
+
+
+class ShardsConfig(Config):
+    """Record ViT activations of an image dataset into sharded binary files."""
+
+    shards_root: str = "./shards"
+    """URL of the folder in which the result, a folder named by its content hash, is made."""
+    family: str = "clip"
+    """Model family: clip, siglip, timm, dinov2, dinov3, or one that you registered."""
+    ckpt: str = "ViT-B-16/openai"
+    """Checkpoint in the family's own naming (clip: ARCH/TAG or hf-hub:ORG/NAME; timm: a model
+    name), ARCH/random for untrained weights, or ARCH@URL for weights in a file."""
+    d_model: int | None = None
+    """Width of the residual stream; read from the model if not given, checked if given."""
+    layers: tuple[int, ...] = (-2,)
+    """Blocks after which the residual stream is recorded; negative ones count from the end."""
+    content_tokens_per_example: int | None = None
+    """Patches per image; read from the model if not given, checked if given."""
+    cls_token: bool = True
+    """Record the class token too, if the model has one."""
+    image_size: int | None = None
+    """Input height and width in pixels; the model's own if not given."""
+    max_tokens_per_shard: int = pydantic.Field(default=2_400_000, ge=1)
+    """Most vectors (examples × tokens × layers) in one shard file."""
+    dtype: Dtype = "float32"
+    """Stored precision. float16 and bfloat16 halve the bytes that training has to read."""
+    batch_size: int = pydantic.Field(default=256, ge=1)
+    """Images per forward pass."""
+    n_workers: int = pydantic.Field(default=0, ge=0)
+    """Threads that decode images; 0 means one per core."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
+    amp: bool = False
+    """Run the forward pass in bfloat16 autocast (GPU)."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be decoded and list them in skipped.json."""
+    part: str = ""
+    """I/N: do only that part of the shards (1/N to N/N), and do not publish."""
+    data: ImageData = FakeImg()
+    """The images."""

@@ -1,0 +1,69 @@
+"""The config of `saev train`."""
+
+import typing as tp
+
+import pydantic
+
+from saev.config.base import Config
+from saev.config.loaders import LoaderConfig
+from saev.config.sae import Objective, SaeConfig, Vanilla
+
+
+class TrainConfig(Config):
+    """Train sparse autoencoders on recorded activations; with a sweep, many on the same batches."""
+
+    runs_root: str = "./runs"
+    """URL of the folder in which each SAE's run folder is made."""
+    tag: str = ""
+    """A name for the experiment, for your own use."""
+    sweep: str = ""
+    """URL of a TOML file of lists: every combination is an SAE (see docs/guide)."""
+    train_data: LoaderConfig = LoaderConfig()
+    """Activations to train on."""
+    val_data: LoaderConfig = LoaderConfig()
+    """Activations to evaluate on; by default the validation split of the training activations."""
+    n_train: int = pydantic.Field(default=100_000_000, ge=1)
+    """Tokens to train on; several epochs if there are fewer."""
+    n_val: int = pydantic.Field(default=10_000_000, ge=0)
+    """Most tokens to evaluate on after training; 0 skips the evaluation."""
+    batch_size: int = pydantic.Field(default=16_384, ge=1)
+    """Tokens per step."""
+    sae: SaeConfig = SaeConfig()
+    """The SAE."""
+    objective: Objective = Vanilla()
+    """What it minimises."""
+    optim: tp.Literal["adam", "muon"] = "adam"
+    """Optimiser. Muon (orthogonalised momentum) serves the matrices, Adam the vectors."""
+    lr: float | None = pydantic.Field(default=None, gt=0.0)
+    """Peak learning rate; by default chosen from d_sae (docs/training)."""
+    n_lr_warmup: int | None = pydantic.Field(default=None, ge=0)
+    """Steps of linear warm-up; by default a share of the run. Cosine decay follows."""
+    n_sparsity_warmup: int | None = pydantic.Field(default=None, ge=0)
+    """Steps over which the sparsity penalty rises to its full weight; by default a share."""
+    grad_clip: float = pydantic.Field(default=1.0, ge=0.0)
+    """Largest gradient norm of one SAE; 0 does not clip."""
+    scale_mean: bool = True
+    """Subtract the layer's recorded mean (folded into the saved weights)."""
+    scale_norm: bool = True
+    """Scale to a root mean square norm of √d_model (folded into the saved weights)."""
+    dead_after: int | None = pydantic.Field(default=None, ge=1)
+    """Tokens without firing after which a latent counts as dead; by default the smaller of 10M
+    and a share of the run."""
+    seed: int = 0
+    """Seed of initialisation and prefixes; in a sweep, the index of the SAE is added."""
+    data_seed: int = 0
+    """Seed of the order of the data, shared by all SAEs of a sweep."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
+    bf16: bool = True
+    """Train in bfloat16 autocast on a GPU; the weights stay float32."""
+    max_parallel: int = pydantic.Field(default=0, ge=0)
+    """Most SAEs trained on one pass over the data; 0 means all that can share it."""
+    checkpoint_every: int = pydantic.Field(default=0, ge=0)
+    """Steps between resume points; 0 goes by minutes alone."""
+    checkpoint_minutes: float = pydantic.Field(default=5.0, ge=0.0)
+    """Minutes between resume points; 0 goes by steps alone."""
+    log_every: int = pydantic.Field(default=25, ge=1)
+    """Steps between rows of metrics.jsonl."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty does not log there."""

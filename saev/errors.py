@@ -1,0 +1,37 @@
+"""Every error that saev raises on purpose.
+
+A message names the thing, the value found, the value expected and the remedy. The command line
+prints it without a traceback and exits with status 1; anything else that escapes is a bug.
+"""
+
+
+class SaevError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(SaevError):
+    """A flag, a config key or a combination of them is wrong."""
+
+
+class StorageError(SaevError):
+    """A location is missing, unreadable, unwritable or full."""
+
+
+class CorruptDataError(StorageError):
+    """Stored bytes are not what was recorded: wrong size, wrong checksum, unreadable header."""
+
+
+class IncompleteError(StorageError):
+    """A stage's output exists but its closing object was never published."""
+
+
+class ImageError(SaevError):
+    """An image or mask cannot be decoded."""
+
+
+class ModelError(SaevError):
+    """A model family, checkpoint or layer does not exist or does not fit."""
+
+
+class CheckpointError(SaevError):
+    """An SAE checkpoint or resume state cannot be read or does not fit the config."""

@@ -1,0 +1,524 @@
+"""The only module that opens files: URLs, ranged reads, atomic publishing, checksums, retries.
+
+Every location is a URL. A bare path means ``file://``. Nothing here assumes rename, append, mmap
+or locks: an object appears whole, under its final name, when its writer succeeds, or not at all.
+Local files take POSIX fast paths (``preadv``, write-to-temporary + fsync + rename) behind the same
+functions; every other scheme goes through fsspec.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import typing as tp
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import crc32c as _crc32c
+import fsspec
+import tenacity
+from fsspec.implementations.local import LocalFileSystem
+
+from saev.errors import CorruptDataError, StorageError
+
+TMP_PREFIX = ".tmp-"
+"""Names that start so are unfinished local writes; readers and listings skip them."""
+
+_READ_ATTEMPTS = 5
+_CHUNK = 8 << 20
+
+
+class Entry(tp.NamedTuple):
+    """One child of a folder."""
+
+    url: str
+    name: str
+    """Last path component, without a trailing slash."""
+    size: int
+    """Bytes; 0 for folders."""
+    is_dir: bool
+
+
+# --- Names ---------------------------------------------------------------------------------
+
+
+def normalize(url: str | os.PathLike) -> str:
+    """Canonical form: local paths become absolute bare paths, other URLs lose a trailing slash.
+
+    Equal places give equal strings, so the result may be hashed or compared.
+    """
+    text = os.fspath(url)
+    if not text:
+        raise StorageError("An empty URL was given; expected a path or a URL such as s3://bucket/x.")
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    if "://" in text:
+        scheme, rest = text.split("://", 1)
+        return f"{scheme}://{rest.rstrip('/')}"
+    return str(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111 - no symlink walk
+
+
+def join(url: str | os.PathLike, *parts: str) -> str:
+    """``url`` with ``parts`` appended, separated by single slashes."""
+    base = normalize(url)
+    tail = "/".join(p.strip("/") for p in parts if p.strip("/"))
+    if not tail:
+        return base
+    return base + tail if base.endswith("/") else f"{base}/{tail}"
+
+
+def name(url: str | os.PathLike) -> str:
+    """Last path component."""
+    return normalize(url).rstrip("/").rsplit("/", 1)[-1]
+
+
+def parent(url: str | os.PathLike) -> str:
+    """The folder that holds ``url``."""
+    text = normalize(url)
+    if "://" in text:
+        scheme, rest = text.split("://", 1)
+        return f"{scheme}://{rest.rsplit('/', 1)[0]}" if "/" in rest else text
+    return str(Path(text).parent)
+
+
+def local_path(url: str | os.PathLike) -> Path | None:
+    """The local path that ``url`` names, or None if it is remote."""
+    text = normalize(url)
+    return None if "://" in text else Path(text)
+
+
+def _fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as err:
+        scheme = url.split("://", 1)[0]
+        remedy = {"s3": "pip install 'saev[s3]'", "gs": "pip install 'saev[gs]'"}.get(scheme)
+        hint = f" Install its backend: {remedy}." if remedy else f" ({err})"
+        raise StorageError(f"Cannot open {url}: scheme '{scheme}' is not available.{hint}") from err
+
+
+# --- Errors --------------------------------------------------------------------------------
+
+
+def _explain(err: BaseException, url: str, doing: str) -> StorageError:
+    """One sentence for the operating system's or the object store's answer."""
+    code = getattr(err, "errno", None)
+    if isinstance(err, FileNotFoundError) or code == errno.ENOENT:
+        return StorageError(f"Cannot {doing} {url}: it does not exist. Check the path.")
+    if isinstance(err, PermissionError) or code in (errno.EACCES, errno.EPERM):
+        return StorageError(f"Cannot {doing} {url}: permission denied. Check its owner or credentials.")
+    if code == errno.ENOSPC:
+        return StorageError(
+            f"Cannot {doing} {url}: no space left on the device. "
+            "Free some space and run the same command again; finished work is kept."
+        )
+    if code == errno.EROFS:
+        return StorageError(f"Cannot {doing} {url}: the file system is read-only. Choose another root.")
+    if code == errno.EDQUOT:
+        return StorageError(f"Cannot {doing} {url}: the disk quota is used up.")
+    if isinstance(err, NotADirectoryError | FileExistsError):
+        return StorageError(f"Cannot {doing} {url}: a file stands where a folder is needed ({err}).")
+    if isinstance(err, IsADirectoryError):
+        return StorageError(f"Cannot {doing} {url}: it is a folder, expected a file.")
+    return StorageError(f"Cannot {doing} {url}: {type(err).__name__}: {err}")
+
+
+_EXPECTED = (OSError, ValueError)  # what fsspec backends raise for a failed request
+try:  # botocore's errors are not OSErrors; NoCredentialsError is the one a new user meets
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    _EXPECTED = (*_EXPECTED, BotoCoreError, ClientError)
+except ImportError:
+    pass
+
+
+@contextlib.contextmanager
+def _explained(url: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except _EXPECTED as err:
+        raise _explain(err, url, doing) from err
+
+
+def _transient(err: BaseException) -> bool:
+    """Whether the same request may succeed if it is sent again."""
+    if isinstance(err, StorageError | FileNotFoundError | PermissionError | IsADirectoryError):
+        return False
+    if isinstance(err, ConnectionError | TimeoutError):
+        return True
+    if isinstance(err, OSError):
+        return err.errno in (None, errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN, errno.ESTALE)
+    return False
+
+
+_retry_reads = tenacity.retry(
+    retry=tenacity.retry_if_exception(_transient),
+    stop=tenacity.stop_after_attempt(_READ_ATTEMPTS),
+    wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
+    reraise=True,
+)
+
+
+# --- Looking -------------------------------------------------------------------------------
+
+
+def exists(url: str | os.PathLike) -> bool:
+    """Whether an object or folder is there. Never answers from a listing cache."""
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "look at"):
+        if path is not None:
+            return path.exists()
+        fs, key = _fs(text)
+        fs.invalidate_cache(key)
+        return bool(_retry_reads(fs.exists)(key))
+
+
+def is_dir(url: str | os.PathLike) -> bool:
+    """Whether ``url`` is a folder (on object storage: a prefix that holds something)."""
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "look at"):
+        if path is not None:
+            return path.is_dir()
+        fs, key = _fs(text)
+        fs.invalidate_cache(key)
+        return bool(_retry_reads(fs.isdir)(key))
+
+
+def size(url: str | os.PathLike) -> int:
+    """Size in bytes. Raises StorageError if there is no such object."""
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "look at"):
+        if path is not None:
+            return path.stat().st_size
+        fs, key = _fs(text)
+        fs.invalidate_cache(key)
+        return int(_retry_reads(fs.size)(key))
+
+
+def _with_scheme(fs: fsspec.AbstractFileSystem, key: str) -> str:
+    return normalize(key) if isinstance(fs, LocalFileSystem) else normalize(fs.unstrip_protocol(key))
+
+
+def list_dir(url: str | os.PathLike) -> list[Entry]:
+    """Children of a folder, sorted by name. Raises StorageError if it is missing or unreadable."""
+    text = normalize(url)
+    fs, key = _fs(text)
+    with _explained(text, "list"):
+        fs.invalidate_cache(key)
+        rows = _retry_reads(fs.ls)(key, detail=True)
+    entries = []
+    for row in rows:
+        child = _with_scheme(fs, row["name"])
+        if child == text:  # object stores list the folder's own marker
+            if row["type"] == "file" and row.get("size"):
+                raise StorageError(f"Cannot list {text}: it is a file, expected a folder.")
+            continue
+        if name(child).startswith(TMP_PREFIX):
+            continue
+        is_folder = row["type"] == "directory"
+        entries.append(Entry(child, name(child), 0 if is_folder else int(row["size"]), is_folder))
+    return sorted(entries, key=lambda e: e.name)
+
+
+def find(url: str | os.PathLike) -> list[str]:
+    """URLs of all files below a folder, sorted. Empty if the folder is empty or missing."""
+    text = normalize(url)
+    fs, key = _fs(text)
+    with _explained(text, "list"):
+        fs.invalidate_cache(key)
+        keys = _retry_reads(fs.find)(key)
+    urls = (_with_scheme(fs, k) for k in keys)
+    return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
+
+
+def glob(pattern: str) -> list[str]:
+    """URLs that match a glob pattern (``*``, ``?``, ``[]``, ``**``), sorted."""
+    text = normalize(pattern)
+    fs, key = _fs(text)
+    with _explained(text, "list"):
+        return sorted(_with_scheme(fs, k) for k in _retry_reads(fs.glob)(key))
+
+
+# --- Reading -------------------------------------------------------------------------------
+
+
+def read_bytes(url: str | os.PathLike) -> bytes:
+    """A whole object."""
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "read"):
+        if path is not None:
+            return path.read_bytes()
+        fs, key = _fs(text)
+        return _retry_reads(fs.cat_file)(key)
+
+
+def read_text(url: str | os.PathLike) -> str:
+    """A whole object as UTF-8. Raises CorruptDataError if it is not text."""
+    try:
+        return read_bytes(url).decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise CorruptDataError(f"{normalize(url)} is not UTF-8 text ({err}).") from err
+
+
+def read_json(url: str | os.PathLike) -> tp.Any:
+    """A whole object as JSON. Raises CorruptDataError if it does not parse."""
+    try:
+        return json.loads(read_text(url))
+    except json.JSONDecodeError as err:
+        raise CorruptDataError(f"{normalize(url)} is not valid JSON ({err}); it may be truncated.") from err
+
+
+@contextlib.contextmanager
+def open_read(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
+    """A seekable binary file, for libraries that want one."""
+    text = normalize(url)
+    with _explained(text, "read"):
+        path = local_path(text)
+        if path is not None:
+            handle: tp.BinaryIO = path.open("rb")
+        else:
+            fs, key = _fs(text)
+            handle = tp.cast(tp.BinaryIO, fs.open(key, "rb"))
+    with handle:
+        yield handle
+
+
+class RangeReader:
+    """Ranged reads of one object, from any number of threads.
+
+    Local files use ``preadv`` on one descriptor, so threads share no file position and no lock.
+
+    Args:
+        url: the object.
+    """
+
+    def __init__(self, url: str | os.PathLike):
+        self.url = normalize(url)
+        self._fd: int | None = None
+        path = local_path(self.url)
+        with _explained(self.url, "read"):
+            if path is not None:
+                self._fd = os.open(path, os.O_RDONLY)
+                self.size = os.fstat(self._fd).st_size
+            else:
+                self._fs, self._key = _fs(self.url)
+                self._fs.invalidate_cache(self._key)
+                self.size = int(_retry_reads(self._fs.size)(self._key))
+
+    def readinto(self, offset: int, buffer: tp.Any) -> None:
+        """Fill ``buffer`` (writable, contiguous) from byte ``offset``.
+
+        Raises:
+            CorruptDataError: the object ends before the buffer is full.
+        """
+        view = memoryview(buffer).cast("B")
+        end = offset + view.nbytes
+        if end > self.size:
+            raise CorruptDataError(
+                f"{self.url} is truncated: bytes {offset}-{end} were asked for, it has {self.size}."
+            )
+        if not view.nbytes:
+            return
+        with _explained(self.url, "read"):
+            if self._fd is not None:
+                self._pread(offset, view)
+            else:
+                data = _retry_reads(self._fs.cat_file)(self._key, start=offset, end=end)
+                if len(data) != view.nbytes:
+                    raise CorruptDataError(
+                        f"{self.url}: {view.nbytes} bytes at {offset} were asked for, got {len(data)}."
+                    )
+                view[:] = data
+
+    def _pread(self, offset: int, view: memoryview) -> None:
+        assert self._fd is not None
+        done = 0
+        while done < view.nbytes:
+            n = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+            if n == 0:
+                raise CorruptDataError(f"{self.url} shrank while it was read, at byte {offset + done}.")
+            done += n
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        buffer = bytearray(length)
+        self.readinto(offset, buffer)
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Release the descriptor. May be called twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> "RangeReader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+# --- Writing -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
+    """A binary file that is published under ``url`` when the block ends, and dropped if it raises.
+
+    Local: a temporary file in the same folder, fsync, rename, fsync of the folder. Object stores:
+    one (multipart) upload, completed at the end. A reader never sees a part of it.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "write"):
+        if path is not None:
+            with _open_write_local(path) as handle:
+                yield handle
+        else:
+            fs, key = _fs(text)
+            remote = fs.open(key, "wb", autocommit=False)
+            try:
+                yield tp.cast(tp.BinaryIO, remote)
+                remote.close()
+                remote.commit()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    remote.discard()
+                # A buffered file that is garbage-collected while open would flush itself.
+                remote.closed = True
+                raise
+
+
+@contextlib.contextmanager
+def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
+    handle = temporary.open("wb")
+    try:
+        with handle:
+            yield tp.cast(tp.BinaryIO, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    with contextlib.suppress(OSError):  # not every file system can sync a folder
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) -> None:
+    """Publish one object, whole or not at all."""
+    text = normalize(url)
+    if local_path(text) is not None:
+        with open_write(text) as handle:
+            handle.write(data)
+        return
+    fs, key = _fs(text)
+    with _explained(text, "write"):  # one PUT (or a multipart upload that fsspec completes)
+        _retry_reads(fs.pipe_file)(key, bytes(data))
+
+
+def write_text(url: str | os.PathLike, text: str) -> None:
+    """Publish a UTF-8 object."""
+    write_bytes(url, text.encode("utf-8"))
+
+
+def canonical_json(obj: tp.Any) -> str:
+    """The one JSON text of ``obj``: sorted keys, no spaces, no NaN. What content hashes are of."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def write_json(url: str | os.PathLike, obj: tp.Any) -> None:
+    """Publish ``obj`` as indented JSON with sorted keys, so that equal objects give equal bytes."""
+    write_text(url, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
+    """Remove an object (or a folder). A missing one is not an error."""
+    text = normalize(url)
+    fs, key = _fs(text)
+    with _explained(text, "delete"), contextlib.suppress(FileNotFoundError):
+        fs.rm(key, recursive=recursive)
+        fs.invalidate_cache(key)
+
+
+def clean_temporary(url: str | os.PathLike) -> None:
+    """Remove what killed local writers left in a folder. Only its single owner may call this."""
+    path = local_path(url)
+    if path is None or not path.is_dir():
+        return
+    for leftover in path.glob(f"{TMP_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def check_writable(url: str | os.PathLike) -> None:
+    """Fail now, with one clear error, if nothing can be written below ``url``."""
+    probe = join(url, f"{TMP_PREFIX}probe-{uuid.uuid4().hex[:12]}")
+    write_bytes(probe, b"")
+    delete(probe)
+
+
+# --- Checksums -----------------------------------------------------------------------------
+
+
+def crc32c(data: tp.Any, value: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a contiguous buffer, continuing from ``value``. Releases the GIL."""
+    return _crc32c.crc32c(memoryview(data).cast("B"), value)
+
+
+def format_checksum(value: int) -> str:
+    """How a checksum is written in JSON: ``crc32c:`` and eight hex digits."""
+    return f"crc32c:{value:08x}"
+
+
+class ChecksumWriter(io.RawIOBase):
+    """Passes writes on to ``handle`` and keeps their running CRC-32C and length."""
+
+    def __init__(self, handle: tp.BinaryIO):
+        self._handle = handle
+        self.crc = 0
+        self.n_bytes = 0
+
+    def writable(self) -> bool:  # noqa: D102 - inherited
+        return True
+
+    def write(self, data: tp.Any) -> int:  # noqa: D102 - inherited
+        view = memoryview(data).cast("B")
+        self._handle.write(view)
+        self.crc = crc32c(view, self.crc)
+        self.n_bytes += view.nbytes
+        return view.nbytes
+
+    @property
+    def checksum(self) -> str:
+        """Checksum of everything written so far, as it stands in JSON."""
+        return format_checksum(self.crc)
+
+
+def checksum(url: str | os.PathLike) -> str:
+    """Checksum of a stored object, read in chunks."""
+    crc = 0
+    buffer = memoryview(bytearray(_CHUNK))
+    with RangeReader(url) as reader:
+        for start in range(0, reader.size, _CHUNK):
+            part = buffer[: min(_CHUNK, reader.size - start)]
+            reader.readinto(start, part)
+            crc = crc32c(part, crc)
+    return format_checksum(crc)
+
+
