@@ -24,7 +24,7 @@ def load_sae(url: str, device: str = "cpu") -> "SparseAutoencoder":
     return nn.load_sae(url, device=device)
 
 
-def register_family(*args, **kwargs):  # noqa: ANN201 - forwarded as it is
+def register_family(*args, **kwargs):
     """Register a model family. See :func:`saev.vit.register_family`, which this forwards to."""
     from saev import vit
 

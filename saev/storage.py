@@ -51,7 +51,9 @@ def normalize(url: str | os.PathLike) -> str:
     """
     text = os.fspath(url)
     if not text:
-        raise StorageError("An empty URL was given; expected a path or a URL such as s3://bucket/x.")
+        raise StorageError(
+            "An empty URL was given; expected a path or a URL such as s3://bucket/x."
+        )
     if text.startswith("file://"):
         text = text[len("file://") :]
     if "://" in text:
@@ -108,24 +110,33 @@ def _explain(err: BaseException, url: str, doing: str) -> StorageError:
     if isinstance(err, FileNotFoundError) or code == errno.ENOENT:
         return StorageError(f"Cannot {doing} {url}: it does not exist. Check the path.")
     if isinstance(err, PermissionError) or code in (errno.EACCES, errno.EPERM):
-        return StorageError(f"Cannot {doing} {url}: permission denied. Check its owner or credentials.")
+        return StorageError(
+            f"Cannot {doing} {url}: permission denied. Check its owner or credentials."
+        )
     if code == errno.ENOSPC:
         return StorageError(
             f"Cannot {doing} {url}: no space left on the device. "
             "Free some space and run the same command again; finished work is kept."
         )
     if code == errno.EROFS:
-        return StorageError(f"Cannot {doing} {url}: the file system is read-only. Choose another root.")
+        return StorageError(
+            f"Cannot {doing} {url}: the file system is read-only. Choose another root."
+        )
     if code == errno.EDQUOT:
         return StorageError(f"Cannot {doing} {url}: the disk quota is used up.")
     if isinstance(err, NotADirectoryError | FileExistsError):
-        return StorageError(f"Cannot {doing} {url}: a file stands where a folder is needed ({err}).")
+        return StorageError(
+            f"Cannot {doing} {url}: a file stands where a folder is needed ({err})."
+        )
     if isinstance(err, IsADirectoryError):
         return StorageError(f"Cannot {doing} {url}: it is a folder, expected a file.")
     return StorageError(f"Cannot {doing} {url}: {type(err).__name__}: {err}")
 
 
-_EXPECTED = (OSError, ValueError)  # what fsspec backends raise for a failed request
+_EXPECTED: tuple[type[BaseException], ...] = (
+    OSError,
+    ValueError,
+)  # what fsspec backends raise for a failed request
 try:  # botocore's errors are not OSErrors; NoCredentialsError is the one a new user meets
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -151,7 +162,14 @@ def _transient(err: BaseException) -> bool:
     if isinstance(err, ConnectionError | TimeoutError):
         return True
     if isinstance(err, OSError):
-        return err.errno in (None, errno.EIO, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN, errno.ESTALE)
+        return err.errno in (
+            None,
+            errno.EIO,
+            errno.ETIMEDOUT,
+            errno.EBUSY,
+            errno.EAGAIN,
+            errno.ESTALE,
+        )
     return False
 
 
@@ -203,7 +221,9 @@ def size(url: str | os.PathLike) -> int:
 
 
 def _with_scheme(fs: fsspec.AbstractFileSystem, key: str) -> str:
-    return normalize(key) if isinstance(fs, LocalFileSystem) else normalize(fs.unstrip_protocol(key))
+    return (
+        normalize(key) if isinstance(fs, LocalFileSystem) else normalize(fs.unstrip_protocol(key))
+    )
 
 
 def list_dir(url: str | os.PathLike) -> list[Entry]:
@@ -273,7 +293,9 @@ def read_json(url: str | os.PathLike) -> tp.Any:
     try:
         return json.loads(read_text(url))
     except json.JSONDecodeError as err:
-        raise CorruptDataError(f"{normalize(url)} is not valid JSON ({err}); it may be truncated.") from err
+        raise CorruptDataError(
+            f"{normalize(url)} is not valid JSON ({err}); it may be truncated."
+        ) from err
 
 
 @contextlib.contextmanager
@@ -344,7 +366,9 @@ class RangeReader:
         while done < view.nbytes:
             n = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
             if n == 0:
-                raise CorruptDataError(f"{self.url} shrank while it was read, at byte {offset + done}.")
+                raise CorruptDataError(
+                    f"{self.url} shrank while it was read, at byte {offset + done}."
+                )
             done += n
 
     def read(self, offset: int, length: int) -> bytes:
@@ -439,12 +463,16 @@ def write_text(url: str | os.PathLike, text: str) -> None:
 
 def canonical_json(obj: tp.Any) -> str:
     """The one JSON text of ``obj``: sorted keys, no spaces, no NaN. What content hashes are of."""
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def write_json(url: str | os.PathLike, obj: tp.Any) -> None:
     """Publish ``obj`` as indented JSON with sorted keys, so that equal objects give equal bytes."""
-    write_text(url, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        url, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
@@ -494,10 +522,10 @@ class ChecksumWriter(io.RawIOBase):
         self.crc = 0
         self.n_bytes = 0
 
-    def writable(self) -> bool:  # noqa: D102 - inherited
+    def writable(self) -> bool:
         return True
 
-    def write(self, data: tp.Any) -> int:  # noqa: D102 - inherited
+    def write(self, data: tp.Any) -> int:
         view = memoryview(data).cast("B")
         self._handle.write(view)
         self.crc = crc32c(view, self.crc)
@@ -520,5 +548,3 @@ def checksum(url: str | os.PathLike) -> str:
             reader.readinto(start, part)
             crc = crc32c(part, crc)
     return format_checksum(crc)
-
-

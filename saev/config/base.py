@@ -50,7 +50,11 @@ def describe_validation_error(err: pydantic.ValidationError, source: str) -> str
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
-        found = "" if item["type"] in ("missing", "value_error") else f" (found {_short(item['input'])})"
+        found = (
+            ""
+            if item["type"] in ("missing", "value_error")
+            else f" (found {_short(item['input'])})"
+        )
         lines.append(f"{key}: {message}{found}")
     return f"Invalid {source}: " + "; ".join(lines)
 

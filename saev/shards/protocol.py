@@ -1,0 +1,236 @@
+"""The format of a shards folder: metadata, file names, and where each vector lies in a file.
+
+Protocol 3.0 is ours; protocol 2.1 is the published saev's, which we read. Both are one
+:class:`Layout` with different strides. Everything here is arithmetic: no file is opened.
+"""
+
+import dataclasses
+import hashlib
+import math
+import typing as tp
+
+import numpy as np
+import pydantic
+
+from saev import storage
+from saev.config.base import Config, Dtype
+from saev.errors import CorruptDataError
+
+METADATA = "metadata.json"
+SHARDS = "shards.json"
+LABELS = "labels.bin"
+EXAMPLES = "examples.parquet"
+STATS = "stats.safetensors"
+CHECKSUMS = "checksums.bin"
+SKIPPED = "skipped.json"
+PARTS = "parts"
+"""Folder of the records that work items leave for `finish`; gone once the result is published."""
+
+HASH_DIGITS = 16
+ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Metadata(Config):
+    """What was recorded. Its canonical JSON is hashed into the folder's name."""
+
+    protocol: tp.Literal["3.0", "2.1"] = "3.0"
+    """Version of the format."""
+    family: str
+    """Model family."""
+    ckpt: str
+    """Checkpoint, in the family's naming."""
+    ckpt_checksum: str | None = None
+    """Checksum of the weights file, if the checkpoint names one."""
+    layers: tuple[int, ...]
+    """Blocks whose output was recorded, in file order."""
+    content_tokens_per_example: int = pydantic.Field(ge=0)
+    """Patches per image."""
+    cls_token: bool
+    """Whether the class token was recorded, before the content tokens."""
+    d_model: int = pydantic.Field(ge=1)
+    """Width of one vector."""
+    n_examples: int = pydantic.Field(ge=0)
+    """Images in the dataset. Recorded ones are counted in shards.json: some may be skipped."""
+    max_tokens_per_shard: int = pydantic.Field(ge=1)
+    """Most vectors in one shard."""
+    image_size: tuple[int, int] | None = None
+    """Model input height and width in pixels."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of content tokens."""
+    amp: bool = False
+    """Whether the forward pass ran in bfloat16 autocast."""
+    skip_unreadable: bool = False
+    """Whether images that could not be decoded were left out."""
+    data: tp.Any
+    """The image dataset's config as JSON. In protocol 2.1 a base64 pickle, kept as opaque text."""
+    data_digest: str | None = None
+    """SHA-256 over the names and sizes of the dataset's files."""
+    dataset: str = ""
+    """Where the images are."""
+    pixel_agg: str | None = None
+    """How mask pixels became token labels, for segmentation datasets."""
+    dtype: Dtype = "float32"
+    """Stored precision, little-endian."""
+
+    @property
+    def hash(self) -> str:
+        """Name of the folder: a prefix of the SHA-256 of the canonical JSON."""
+        text = storage.canonical_json(self.to_dict())
+        return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Content tokens plus the class token if recorded."""
+        return self.content_tokens_per_example + int(self.cls_token)
+
+    @property
+    def examples_per_shard(self) -> int:
+        """Examples in every shard but the last."""
+        per_example = max(1, self.tokens_per_example * len(self.layers))
+        return max(1, self.max_tokens_per_shard // per_example)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards that hold `n_examples` examples."""
+        return math.ceil(self.n_examples / self.examples_per_shard)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First and last + 1 dataset index of a shard."""
+        start = shard * self.examples_per_shard
+        return start, min(start + self.examples_per_shard, self.n_examples)
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of content tokens; assumed square where it was not recorded."""
+        if self.grid is not None:
+            return self.grid
+        side = math.isqrt(self.content_tokens_per_example)
+        if side * side != self.content_tokens_per_example:
+            return 1, self.content_tokens_per_example
+        return side, side
+
+    @classmethod
+    def read(cls, url: str) -> "Metadata":
+        """Metadata of a shards folder of either protocol.
+
+        Raises:
+            CorruptDataError: the folder's name is a hash that the metadata does not have.
+        """
+        place = storage.join(url, METADATA)
+        raw = storage.read_json(place)
+        found = raw.get("protocol") if isinstance(raw, dict) else None
+        if found not in ("3.0", "2.1"):
+            raise CorruptDataError(f"{place}: protocol is {found!r}, expected '3.0' or '2.1'.")
+        if found == "2.1":
+            raw = _from_2_1(raw)
+        metadata = cls.from_dict(raw, source=place)
+        name = storage.name(url)
+        is_hash = len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
+        if found == "3.0" and is_hash and name != metadata.hash:
+            raise CorruptDataError(
+                f"{place} does not belong to its folder: its hash is {metadata.hash}, the folder is "
+                f"named {name}. It was edited or damaged; record the activations again."
+            )
+        return metadata
+
+
+def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """Keep the keys we know; early writers spelled some of them differently or left them out."""
+    renamed = {
+        "vit_family": "family",
+        "vit_ckpt": "ckpt",
+        "d_vit": "d_model",
+        "n_imgs": "n_examples",
+        "n_patches_per_img": "content_tokens_per_example",
+        "max_patches_per_shard": "max_tokens_per_shard",
+    }
+    known = {renamed.get(key, key): value for key, value in raw.items()}
+    return {key: value for key, value in known.items() if key in Metadata.model_fields}
+
+
+class ShardInfo(Config):
+    """One row of shards.json."""
+
+    name: str
+    """File name."""
+    n_examples: int = pydantic.Field(ge=0)
+    """Examples in the file."""
+    n_bytes: int | None = None
+    """Size of the file (protocol 3.0)."""
+    checksum: str | None = None
+    """CRC-32C of the file (protocol 3.0)."""
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"acts{shard:06d}.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where vectors lie in one shard file. Strides are in vectors of d_model elements."""
+
+    n_examples: int
+    """Examples in the file."""
+    n_layers: int
+    """Layers in the file."""
+    tokens: int
+    """Tokens per example."""
+    d_model: int
+    itemsize: int
+    layer_stride: int
+    example_stride: int
+
+    @classmethod
+    def of(cls, metadata: Metadata, n_examples: int) -> "Layout":
+        """Layout of a shard that holds ``n_examples`` examples."""
+        n_layers, tokens = len(metadata.layers), metadata.tokens_per_example
+        if metadata.protocol == "3.0":  # [layer, example, token, d_model]
+            layer_stride, example_stride = n_examples * tokens, tokens
+        else:  # [example, layer, token, d_model]
+            layer_stride, example_stride = tokens, n_layers * tokens
+        return cls(
+            n_examples, n_layers, tokens, metadata.d_model, ITEMSIZE[metadata.dtype],
+            layer_stride, example_stride,
+        )  # fmt: skip
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one example in one layer."""
+        return self.tokens * self.d_model * self.itemsize
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all examples, without padding."""
+        return self.n_examples * self.n_layers * self.row_bytes
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether consecutive examples of one layer are adjacent."""
+        return self.example_stride == self.tokens
+
+    def offset(self, layer_index: int, example: int, token: int = 0) -> int:
+        """Byte offset of a vector."""
+        vectors = layer_index * self.layer_stride + example * self.example_stride + token
+        return vectors * self.d_model * self.itemsize
+
+
+def in_validation(example_idx: np.ndarray, fraction: float) -> np.ndarray:
+    """Which examples are on the validation side of a split by example.
+
+    A hash of the index decides (the finaliser of MurmurHash3, public domain), so the answer does
+    not depend on the number of examples, their order, or the reader.
+
+    Args:
+        example_idx: integers [n].
+        fraction: share on the validation side, in [0, 1).
+
+    Returns:
+        bool [n].
+    """
+    h = np.asarray(example_idx).astype(np.uint64)
+    h = (h ^ (h >> np.uint64(33))) + np.uint64(0x9E3779B97F4A7C15)
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        h = h * np.uint64(multiplier)
+        h = h ^ (h >> np.uint64(33))
+    return h < np.uint64(int(fraction * 2**64))
