@@ -3,7 +3,7 @@
 import pydantic
 
 from saev.config.base import Config, Dtype
-from saev.config.images import FakeImg, ImageData
+from saev.config.images import ImageData
 
 
 class ShardsConfig(Config):
@@ -42,5 +42,5 @@ class ShardsConfig(Config):
     """Leave out images that cannot be decoded and list them in skipped.json."""
     part: str = ""
     """I/N: do only that part of the shards (1/N to N/N), and do not publish."""
-    data: ImageData = FakeImg()
+    data: ImageData
     """The images."""

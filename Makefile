@@ -1,0 +1,47 @@
+# The two commands of README are `make demo` and `make test`; both set up `.venv` from the lock.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := requirements/dev.lock
+DEMO   ?= demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint typecheck lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
+
+# uv, itself from PyPI, installs the hashed lock in seconds and without resolving anything.
+$(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK) requirements/uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: setup ## Set up, then run all tests
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+demo: setup ## Set up, then images → picture book on real photographs and DINOv2
+	$(BIN)/python -m saev.demo --root $(DEMO)
+
+lint: setup ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup ## Check types
+	$(BIN)/mypy
+
+lock: ## Write the lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 --constraints requirements/pins.in --extra s3 --extra hf --extra demo --extra dev \
+	  pyproject.toml requirements/build.in --output-file $(LOCK)
+	echo 'uv==0.13.9' | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 - --output-file requirements/uv.lock
+
+clean: ## Remove what make made
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

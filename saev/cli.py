@@ -1,0 +1,130 @@
+"""The command line: parse, call one stage, print the URL of its result.
+
+Stages are imported only when they run, so that `saev --help` answers at once.
+"""
+
+import logging
+import os
+import signal
+import sys
+import typing as tp
+
+# Pydantic's links to its website do not help the user of a command.
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+
+import rich.logging
+import tyro
+
+from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config.run import RunConfig
+from saev.errors import SaevError
+from saev.progress import Progress
+
+COMMANDS: dict[str, type] = {
+    "shards": ShardsConfig,
+    "train": TrainConfig,
+    "inference": InferenceConfig,
+    "visuals": VisualsConfig,
+    "run": RunConfig,
+}
+
+DESCRIPTION = """\
+Sparse autoencoders for vision transformers.
+
+Four stages, each of which continues where it stopped and skips what is done: record activations \
+(shards), train SAEs on them (train), measure an SAE (inference), show its features (visuals). \
+`run` does all four. Every location is a path or a URL (s3://…). The URL of the result is the only \
+thing on standard output."""
+
+
+def parse(argv: tp.Sequence[str]) -> tp.Any:
+    """The config object that a command line stands for. Exits with status 2 if it is wrong."""
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="saev",
+        description=DESCRIPTION,
+        args=list(argv),
+        # A stage's flags may stand behind `data:…` too, where a user who adds one would put it.
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
+
+
+def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str]:
+    """Run the stage of a config; returns the URLs of its results."""
+    if isinstance(cfg, ShardsConfig):
+        from saev.shards import extract
+
+        return [extract.run(cfg, progress=progress)]
+    if isinstance(cfg, TrainConfig):
+        from saev import train
+
+        return list(train.run(cfg, progress=progress, explicit=explicit_keys(argv)))
+    if isinstance(cfg, InferenceConfig):
+        from saev import inference
+
+        return [inference.run(cfg, progress=progress)]
+    if isinstance(cfg, VisualsConfig):
+        from saev import visuals
+
+        return [visuals.run(cfg, progress=progress)]
+    from saev import run
+
+    return [run.run(cfg, progress=progress)]
+
+
+def explicit_keys(argv: tp.Sequence[str]) -> frozenset[str]:
+    """Dotted config keys that a command line sets, whatever their values.
+
+    A sweep must not override them, and a value that equals the default cannot tell.
+    """
+    keys = set()
+    for word in argv:
+        if word.startswith("--"):
+            flag = word[2:].split("=", 1)[0].replace("-", "_")
+            head, _, last = flag.rpartition(".")
+            last = last.removeprefix("no_")
+            keys.add(f"{head}.{last}" if head else last)
+            if flag.startswith("no_"):
+                keys.add(flag.removeprefix("no_"))
+        elif ":" in word and "/" not in word and not word.startswith("-"):
+            keys.add(word.split(":", 1)[0].replace("-", "_") + ".kind")
+    return frozenset(keys)
+
+
+def main(argv: tp.Sequence[str] | None = None) -> None:
+    """Entry point of `saev`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cfg = parse(argv or ["--help"])
+    signal.signal(signal.SIGTERM, _terminate)
+    progress = Progress()
+    _log_to(progress)
+    try:
+        with progress:
+            urls = execute(cfg, argv, progress)
+    except SaevError as err:
+        _fail(str(err), 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted. The same command continues from here.", 130)
+    except BrokenPipeError:
+        _fail("The reader of standard output went away.", 141)
+    for url in urls:
+        print(url)  # noqa: T201 - the one thing on standard output
+
+
+def _terminate(signum: int, frame: object) -> tp.NoReturn:
+    """Unwind as for any exception, so that temporaries go and a resume point can be written."""
+    raise SystemExit(128 + signum)
+
+
+def _log_to(progress: Progress) -> None:
+    level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper()
+    handler = rich.logging.RichHandler(
+        console=progress.console, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S"
+    )
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
+    logging.getLogger("saev").setLevel(level)
+
+
+def _fail(message: str, status: int) -> tp.NoReturn:
+    sys.stderr.write(f"saev: error: {message}\n" if status == 1 else f"saev: {message}\n")
+    sys.exit(status)
