@@ -57,6 +57,9 @@ class Metadata(Config):
     """Model input height and width in pixels."""
     grid: tuple[int, int] | None = None
     """Rows and columns of content tokens."""
+    image_spec: dict[str, tp.Any] | None = None
+    """How images were resized, cropped and normalised: the fields of `saev.images.transforms.
+    ImageSpec` as JSON, so that pictures of them need no model."""
     amp: bool = False
     """Whether the forward pass ran in bfloat16 autocast."""
     skip_unreadable: bool = False
