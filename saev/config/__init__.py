@@ -10,7 +10,7 @@ from saev.config.images import (
     ImgFolder,
     ImgSegFolder,
 )
-from saev.config.inference import InferenceConfig, VisualsConfig
+from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig, LoaderConfig
 from saev.config.sae import (
     Activation,
@@ -25,10 +25,32 @@ from saev.config.sae import (
 )
 from saev.config.shards import ShardsConfig
 from saev.config.train import TrainConfig
+from saev.config.visuals import VisualsConfig
 
 __all__ = [
-    "Activation", "BatchTopK", "Cifar10", "Config", "DataConfig", "Dtype", "FakeImg", "FakeImgSeg",
-    "ImageData", "Imagenet", "ImgFolder", "ImgSegFolder", "InferenceConfig", "JumpRelu",
-    "LoaderConfig", "Matryoshka", "Objective", "Relu", "SaeConfig", "ShardsConfig", "Tokens", "TopK",
-    "TrainConfig", "Vanilla", "VisualsConfig",
+    "Activation",
+    "BatchTopK",
+    "Cifar10",
+    "Config",
+    "DataConfig",
+    "Dtype",
+    "FakeImg",
+    "FakeImgSeg",
+    "ImageData",
+    "Imagenet",
+    "ImgFolder",
+    "ImgSegFolder",
+    "InferenceConfig",
+    "JumpRelu",
+    "LoaderConfig",
+    "Matryoshka",
+    "Objective",
+    "Relu",
+    "SaeConfig",
+    "ShardsConfig",
+    "Tokens",
+    "TopK",
+    "TrainConfig",
+    "Vanilla",
+    "VisualsConfig",
 ]

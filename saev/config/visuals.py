@@ -1,0 +1,36 @@
+"""The config of `saev visuals`."""
+
+import pydantic
+
+from saev.config.base import Config
+from saev.config.images import ImageData
+
+
+class VisualsConfig(Config):
+    """Pictures of what latents respond to, and a page to leaf through them."""
+
+    run: str
+    """URL of the run folder."""
+    shards: str
+    """URL of the shards folder that inference ran on."""
+    inference: str = ""
+    """URL of the inference folder; by default the one of this run and these shards."""
+    out: str = ""
+    """URL of the folder for the pictures; by default INFERENCE/report."""
+    latents: tuple[int, ...] = ()
+    """Latents to show in any case."""
+    n_latents: int = pydantic.Field(default=20, ge=0)
+    """Further latents, spread over the range of frequencies."""
+    n_top: int = pydantic.Field(default=8, ge=1)
+    """Images per latent."""
+    log_freq_range: tuple[float, float] = (-6.0, -1.0)
+    """Range of log10(frequency) that the further latents are chosen from."""
+    log_value_range: tuple[float, float] = (-2.0, 4.0)
+    """Range of log10(mean value when active) that the further latents are chosen from."""
+    image_size: int = pydantic.Field(default=256, ge=16)
+    """Longer side of the pictures in pixels."""
+    seed: int = 0
+    """What the choice of further latents is drawn from."""
+    data: ImageData | None = None
+    """The images, if they have moved since they were recorded or the shards do not say where they
+    are (protocol 2.1); by default the dataset that the shards name."""
