@@ -3,6 +3,8 @@
 import tomllib
 import typing as tp
 
+import pydantic
+
 from saev import storage
 from saev.config.base import Config
 from saev.config.images import ImageData
@@ -26,13 +28,13 @@ class RunFile(Config):
 
     data: ImageData | None = None
     """The images."""
-    shards: dict[str, tp.Any] = {}
+    shards: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of ShardsConfig."""
-    train: dict[str, tp.Any] = {}
+    train: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of TrainConfig. `sweep` may be given relative to the file."""
-    inference: dict[str, tp.Any] = {}
+    inference: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of InferenceConfig."""
-    visuals: dict[str, tp.Any] = {}
+    visuals: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of VisualsConfig."""
 
     @classmethod

@@ -1,0 +1,105 @@
+"""The arrows of docs/design: imports point one way, and importing saev is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "saev"
+
+# Lower rooms know nothing of higher ones. Rooms of the same level do not import each other, except
+# the pairs named in ALLOWED.
+LEVELS = {
+    "errors": 0,
+    "storage": 1,
+    "config": 2, "progress": 2,
+    "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
+    "shards.extract": 4, "train": 4, "inference": 4, "visuals": 4,
+    "run": 5,
+    "cli": 6, "demo": 7, "__main__": 7,
+}  # fmt: skip
+ALLOWED = {
+    ("vit", "images"), ("loaders", "shards"), ("nn", "config"), ("visuals", "inference"),
+    ("__main__", "cli"), ("config", "progress"),
+}  # fmt: skip
+
+
+def room(module: str) -> str | None:
+    """The room of a dotted module name below saev; None for the package itself."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return None
+    return "shards.extract" if parts[:2] == ["shards", "extract"] else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted saev modules that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "saev"}
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    module = "saev." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    here = room(module.removesuffix(".__init__"))
+    if here is None:
+        return
+    for name in imports(path):
+        there = room(name)
+        if there is None or there == here or there not in LEVELS or (here, there) in ALLOWED:
+            continue
+        assert LEVELS[there] < LEVELS[here], f"{module} ({here}) imports {name} ({there})"
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {room("saev." + ".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in FILES}
+    assert rooms - {"__init__"} <= set(LEVELS)
+
+
+def test_no_relative_imports() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+@pytest.mark.parametrize("module", ["saev", "saev.config", "saev.storage", "saev.cli"])
+def test_importing_is_cheap(module: str) -> None:
+    heavy = ["torch", "open_clip", "timm", "wandb", "kfp", "datasets", "matplotlib"]
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert out.strip() == "[]"
+
+
+def test_only_storage_opens_files() -> None:
+    for path in FILES:
+        if path.name == "storage.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "open", f"{path}:{node.lineno} opens a file itself"
+
+
+def test_nothing_is_unpickled() -> None:
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+                assert "pickle" not in names, path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(
+                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    for k in node.keywords
+                ), f"{path}:{node.lineno}"
