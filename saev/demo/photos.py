@@ -21,6 +21,7 @@ PHOTOS: tp.Final = (
 )  # fmt: skip
 """One class per photograph. Sources and licences: scikit-image's data/README.txt."""
 
+N_CLASSES = len(PHOTOS)
 CROP = 224
 _SMALLEST = 0.35
 """Side of the smallest crop, as a share of the photograph's shorter side."""
