@@ -58,6 +58,8 @@ def normalize(url: str | os.PathLike) -> str:
         text = text[len("file://") :]
     if "://" in text:
         scheme, rest = text.split("://", 1)
+        if scheme == "memory":  # its own listings put a slash before the first component
+            rest = rest.lstrip("/")
         return f"{scheme}://{rest.rstrip('/')}"
     return str(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111 - no symlink walk
 
@@ -256,6 +258,62 @@ def find(url: str | os.PathLike) -> list[str]:
         keys = _retry_reads(fs.find)(key)
     urls = (_with_scheme(fs, k) for k in keys)
     return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
+
+
+def walk(url: str | os.PathLike) -> list[Entry]:
+    """All files below a folder with their sizes, sorted by URL; symbolic links are followed.
+
+    Unlike :func:`find` it fails where it cannot look: a folder that is missing, is a file, or may
+    not be read (also one further down) is a StorageError, so nothing is left out unnoticed.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    if path is not None:
+        return sorted(_walk_local(path, set()), key=lambda e: e.url)
+    fs, key = _fs(text)
+    with _explained(text, "list"):
+        fs.invalidate_cache(key)
+        info = _retry_reads(fs.info)(key)
+        if info["type"] != "directory":
+            raise NotADirectoryError(text)
+        rows = _retry_reads(fs.find)(key, detail=True)
+    files = ((_with_scheme(fs, k), int(row["size"])) for k, row in rows.items())
+    entries = [Entry(file, name(file), size_, False) for file, size_ in files]
+    return sorted(entries, key=lambda e: e.url)
+
+
+def _walk_local(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Entry]:
+    """Files below ``folder``. ``seen`` holds the folders above, so that link cycles end."""
+    with _explained(str(folder), "list"):
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            return
+        with os.scandir(folder) as rows:
+            children = sorted(rows, key=lambda row: row.name)
+    for child in children:
+        if child.name.startswith(TMP_PREFIX):
+            continue
+        if child.is_dir():
+            yield from _walk_local(Path(child.path), {*seen, identity})
+        elif child.is_file():  # not a broken link, a socket or a device
+            yield Entry(child.path, child.name, child.stat().st_size, False)
+
+
+def glob_entries(pattern: str) -> list[Entry]:
+    """Files and folders that match a glob pattern, with sizes, sorted by URL."""
+    text = normalize(pattern)
+    fs, key = _fs(text)
+    with _explained(text, "list"):
+        fs.invalidate_cache()
+        rows = _retry_reads(fs.glob)(key, detail=True)
+    entries = []
+    for found, row in rows.items():
+        place, is_folder = _with_scheme(fs, found), row["type"] == "directory"
+        if not name(place).startswith(TMP_PREFIX):
+            size_ = 0 if is_folder else int(row["size"])
+            entries.append(Entry(place, name(place), size_, is_folder))
+    return sorted(entries, key=lambda e: e.url)
 
 
 def glob(pattern: str) -> list[str]:
