@@ -1,0 +1,283 @@
+"""Sweeps: a TOML file of lists becomes many training configs. Torch-free.
+
+A list is an axis of a grid; every combination is one SAE. ``[[grid]]`` tables are separate grids,
+for parameters that belong in pairs or depend on each other; keys outside them hold for all grids.
+
+    lr = [1e-4, 3e-4]              # two learning rates ...
+    [sae]
+    d_sae = [6144, 12288]          # ... times two widths
+    [[grid]]                       # ... times (two ReLU coefficients and three values of k)
+    sae.activation.kind = "relu"
+    objective.sparsity_coeff = [1e-4, 3e-4]
+    [[grid]]
+    sae.activation.kind = "top-k"
+    sae.activation.top_k = [16, 32, 64]
+
+Precedence is per leaf: command line, then sweep, then default.
+"""
+
+import difflib
+import functools
+import itertools
+import json
+import logging
+import types
+import typing as tp
+from collections.abc import Iterator, Mapping
+
+import pydantic
+
+from saev import storage
+from saev.config.base import Config, describe_validation_error
+from saev.config.loaders import LoaderConfig
+from saev.config.run import read_toml
+from saev.config.train import TrainConfig
+from saev.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_SCALES = ("scale_mean", "scale_norm", "batch_size", "n_train", "n_val")
+ALIASES: dict[str, tuple[str, ...]] = {
+    "sae.sparsity_coeff": ("objective.sparsity_coeff",),
+    "sae.aux_coeff": ("objective.aux_coeff",),
+    "sae.top_k": ("sae.activation.top_k",),
+    "data.seed": ("data_seed",),
+    **{f"data.{key}": (key,) for key in _SCALES},
+    **{
+        f"data.{key}": (f"train_data.{key}", f"val_data.{key}") for key in LoaderConfig.model_fields
+    },
+    # The two sides of a split are not the same side.
+    "data.split": ("train_data.split",),
+}
+"""Short names that a sweep may use; a name with two targets sets both to the same value."""
+
+UNSWEPT = frozenset(
+    (
+        *("runs_root", "tag", "sweep", "device", "max_parallel", "log_every", "wandb_project"),
+        *("checkpoint_every", "checkpoint_minutes"),
+    )
+)
+"""Keys that leave the trained weights alone, so a list of them would train equal SAEs twice."""
+
+Point = dict[str, tp.Any]
+"""One SAE's values by dotted key."""
+
+
+def resolve(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> tuple[TrainConfig, ...]:
+    """One config per SAE, in a fixed order; ``(cfg,)`` if it names no sweep.
+
+    Args:
+        cfg: what the command line said, with defaults for the rest.
+        explicit: dotted keys that the command line set; a sweep does not override them.
+
+    Raises:
+        ConfigError: the file does not parse, a key is unknown (the nearest valid one is named), a
+            value has the wrong type, or a combination is invalid.
+    """
+    if not cfg.sweep:
+        return (cfg,)
+    source = storage.normalize(cfg.sweep)
+    points = list(read_points(cfg.sweep, explicit))
+    base = cfg.to_dict() | {"sweep": ""}
+    members: dict[str, tuple[TrainConfig, bool]] = {}
+    for point in points:
+        member = _apply(base, point, explicit, source)
+        key = storage.canonical_json(member.to_dict())
+        members.setdefault(key, (member, "seed" in point))
+    if len(members) < len(points):
+        n_repeated = len(points) - len(members)
+        logger.warning("%s: %d of %d combinations are repeated.", source, n_repeated, len(points))
+    return tuple(
+        member if swept_seed else member.model_copy(update={"seed": member.seed + index})
+        for index, (member, swept_seed) in enumerate(members.values())
+    )
+
+
+def read_points(url: str, explicit: tp.Collection[str] = ()) -> Iterator[Point]:
+    """Every combination of a sweep file, without what the command line already decided."""
+    source = storage.normalize(url)
+    raw = read_toml(url)
+    grids = raw.pop("grid", [{}])
+    if not isinstance(grids, list) or not all(isinstance(g, dict) for g in grids):
+        raise ConfigError(f"{source}: 'grid' is one table; write [[grid]] for each grid.")
+    shared = _axes(raw, source)
+    pinned: set[str] = set()
+    for grid in grids:
+        axes = shared | _axes(grid, source)
+        pinned |= {key for key in axes if key in explicit}
+        axes = {key: values for key, values in axes.items() if key not in explicit}
+        for values in itertools.product(*axes.values()):
+            yield dict(itertools.chain.from_iterable(v.items() for v in values))
+    if pinned:
+        logger.info("%s: the command line decides %s.", source, ", ".join(sorted(pinned)))
+
+
+def _axes(table: Mapping[str, tp.Any], source: str) -> dict[str, list[Point]]:
+    """The axes of one grid: dotted key → its choices, each of which sets one or more leaves."""
+    axes: dict[str, list[Point]] = {}
+    for name, value in _flatten(table, ()):
+        targets = ALIASES.get(name, (name,))
+        for target in targets:
+            if target not in leaves():
+                raise ConfigError(f"{source}: {_unknown(name)}")
+        choices = _choices(name, targets[0], value, source)
+        axes[targets[0]] = [dict.fromkeys(targets, choice) for choice in choices]
+    return axes
+
+
+def _flatten(table: Mapping[str, tp.Any], path: tuple[str, ...]) -> Iterator[tuple[str, tp.Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, (*path, key))
+        else:
+            yield ".".join((*path, key)).replace("-", "_"), value
+
+
+def _choices(name: str, leaf: str, value: tp.Any, source: str) -> list[tp.Any]:
+    is_tuple = any(tp.get_origin(t) is tuple for t, _ in leaves()[leaf])
+    if is_tuple:  # one list is the tuple itself, a list of lists is an axis
+        swept = isinstance(value, list) and bool(value) and all(isinstance(v, list) for v in value)
+    else:
+        swept = isinstance(value, list)
+    choices = value if swept else [value]
+    if not choices:
+        raise ConfigError(f"{source}: {name} is an empty list, which makes a grid of no SAEs.")
+    if swept and leaf in UNSWEPT and len(choices) > 1:
+        raise ConfigError(
+            f"{source}: {name} does not change what is trained, so a list of it would train the "
+            "same SAE several times. Give one value."
+        )
+    return [_check(name, leaf, choice, source) for choice in choices]
+
+
+def _check(name: str, leaf: str, value: tp.Any, source: str) -> tp.Any:
+    """``value`` if it has the leaf's type. Types do not convert, but 1e6 is an integer."""
+    problems = []
+    for kind, metadata in leaves()[leaf]:
+        annotated: tp.Any = tp.Annotated[kind, *metadata] if metadata else kind
+        adapter: pydantic.TypeAdapter[tp.Any] = pydantic.TypeAdapter(annotated)
+        candidates = [value]
+        if isinstance(value, float) and value.is_integer():
+            candidates.append(int(value))
+        for candidate in candidates:
+            try:
+                adapter.validate_json(json.dumps(candidate, default=str), strict=True)
+                return candidate
+            except pydantic.ValidationError as err:
+                problems.append(err.errors()[0]["msg"])
+    raise ConfigError(
+        f"{source}: {name}: {problems[-1][0].lower()}{problems[-1][1:]}, found {value!r}."
+    )
+
+
+def _unknown(name: str) -> str:
+    known = sorted({*leaves(), *ALIASES})
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not near:  # the right leaf in the wrong table
+        last = name.rsplit(".", 1)[-1]
+        near = [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
+    if not near:
+        return f"unknown key {name}. Keys are the flags of `saev train`."
+    return f"unknown key {name}; the nearest valid one is {near[0]}."
+
+
+# --- The keys that exist ----------------------------------------------------------------------
+
+
+@functools.cache
+def leaves() -> dict[str, tuple[tuple[tp.Any, tuple[tp.Any, ...]], ...]]:
+    """Dotted key of every leaf of TrainConfig → its possible (type, pydantic metadata)."""
+    found: dict[str, list[tuple[tp.Any, tuple[tp.Any, ...]]]] = {}
+
+    def walk(model: type[Config], path: tuple[str, ...]) -> None:
+        for name, field in model.model_fields.items():
+            models = _models(field.annotation)
+            for inner in models:
+                walk(inner, (*path, name))
+            if not models:
+                entry = (field.annotation, tuple(field.metadata))
+                kinds = found.setdefault(".".join((*path, name)), [])
+                if entry not in kinds:
+                    kinds.append(entry)
+
+    walk(TrainConfig, ())
+    return {key: tuple(kinds) for key, kinds in found.items()}
+
+
+def _models(annotation: tp.Any) -> list[type[Config]]:
+    """Config models that an annotation may be: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if tp.get_origin(annotation) is tp.Annotated:
+        return _models(tp.get_args(annotation)[0])
+    if tp.get_origin(annotation) in (tp.Union, types.UnionType):
+        return [m for arg in tp.get_args(annotation) for m in _models(arg)]
+    return []
+
+
+@functools.cache
+def _kinds() -> dict[str, dict[str, type[Config]]]:
+    """Dotted key of every union of configs → its members by their `kind`."""
+    unions: dict[str, dict[str, type[Config]]] = {}
+
+    def walk(model: type[Config], path: tuple[str, ...]) -> None:
+        for name, field in model.model_fields.items():
+            models = _models(field.annotation)
+            if len(models) > 1:
+                unions[".".join((*path, name))] = {
+                    m.model_fields["kind"].default: m for m in models
+                }
+            elif models:
+                walk(models[0], (*path, name))
+
+    walk(TrainConfig, ())
+    return unions
+
+
+# --- Putting values in ------------------------------------------------------------------------
+
+
+def _apply(
+    base: dict[str, tp.Any], point: Point, explicit: tp.Collection[str], source: str
+) -> TrainConfig:
+    raw = json.loads(json.dumps(base))
+    # A kind decides which other keys exist, so kinds come first.
+    for leaf in sorted(point, key=lambda key: not key.endswith(".kind")):
+        if leaf in explicit:
+            continue
+        parent, _, name = leaf.rpartition(".")
+        node = _node(raw, parent)
+        if name == "kind":
+            _switch(raw, parent, point[leaf])
+            continue
+        if parent in _kinds():
+            member = _kinds()[parent][node["kind"]]
+            if name not in member.model_fields:
+                raise ConfigError(
+                    f"{source}: {leaf} is set, but {parent} is {node['kind']}, which has no "
+                    f"{name}. Set {parent}.kind too, or put the kinds in separate [[grid]] tables."
+                )
+        node[name] = point[leaf]
+    try:
+        return TrainConfig.model_validate(raw)
+    except pydantic.ValidationError as err:
+        raise ConfigError(describe_validation_error(err, source)) from err
+
+
+def _switch(raw: dict[str, tp.Any], path: str, kind: str) -> None:
+    """Change a union's kind; values that were chosen (not defaults) stay where the key exists."""
+    parent, _, name = path.rpartition(".")
+    node = _node(raw, path)
+    old, new = _kinds()[path][node["kind"]], _kinds()[path][kind]
+    kept = {
+        key: value
+        for key, value in node.items()
+        if key in new.model_fields and value != old.model_fields[key].default
+    }
+    _node(raw, parent)[name] = new.model_validate(kept | {"kind": kind}).to_dict()
+
+
+def _node(raw: dict[str, tp.Any], path: str) -> dict[str, tp.Any]:
+    for part in path.split(".") if path else ():
+        raw = raw[part]
+    return raw

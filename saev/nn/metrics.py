@@ -1,0 +1,147 @@
+"""Reconstruction and sparsity metrics, streamed over any number of batches in float64.
+
+With x a token's vector, x̂ its reconstruction, N tokens, E = Σ‖x − x̂‖², Q = Σ‖x‖², S = Σ x:
+
+    normalized_mse = E / (Q − ‖S‖²/N)      (the variance around the mean of all N tokens)
+
+so the result does not depend on how tokens were cut into batches. Averages of per-batch or
+per-token ratios are different numbers; none are computed here.
+"""
+
+import typing as tp
+
+import torch
+from torch import Tensor
+
+from saev.errors import ConfigError
+
+ALMOST_DEAD = 1e-7
+"""A latent that fires, but on a smaller share of tokens than this, is almost dead."""
+DENSE = 1e-2
+"""A latent that fires on a larger share of tokens than this is dense."""
+
+
+class ReconstructionMetrics:
+    """Running sums for one SAE. Counts are exact; sums are float64.
+
+    Sums of the same pieces merged in the same order are the same bits, so a stage that keeps one
+    accumulator per work item and merges them in item order has results that do not depend on where
+    the items ran.
+
+    Args:
+        d_model: width of the activations.
+        d_sae: number of latents.
+        device: where the sums live.
+    """
+
+    def __init__(self, d_model: int, d_sae: int, device: str | torch.device = "cpu"):
+        self.d_model, self.d_sae = d_model, d_sae
+        # Apple's GPUs have no float64; everything else keeps the sums where the batches are.
+        self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        zeros = {"dtype": torch.float64, "device": self._device}
+        self.sq_error = torch.zeros((), **zeros)  # type: ignore[call-overload]
+        """E."""
+        self.sq_norm = torch.zeros((), **zeros)  # type: ignore[call-overload]
+        """Q."""
+        self.total = torch.zeros(d_model, **zeros)  # type: ignore[call-overload]
+        """S, [d_model]."""
+        self.l1_total = torch.zeros((), **zeros)  # type: ignore[call-overload]
+        """Σ|f|."""
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=self._device)
+        """Tokens on which each latent fires, [d_sae]."""
+        self.n_tokens = 0
+        """N."""
+
+    @torch.no_grad()
+    def update(self, x_bd: Tensor, x_hat_bd: Tensor, f_bs: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x_bd: activations as recorded, [batch, d_model].
+            x_hat_bd: their reconstructions, [batch, d_model].
+            f_bs: latent values, dense, [batch, d_sae].
+
+        Raises:
+            ConfigError: a shape does not fit.
+        """
+        want = ((len(x_bd), self.d_model), (len(x_bd), self.d_model), (len(x_bd), self.d_sae))
+        found = (tuple(x_bd.shape), tuple(x_hat_bd.shape), tuple(f_bs.shape))
+        if found != want:
+            raise ConfigError(f"Metrics were given shapes {found}, expected {want}.")
+        x = x_bd.to(self._device, torch.float64)
+        error = x - x_hat_bd.to(self._device, torch.float64)
+        f = f_bs.to(self._device)
+        # Over rows first: a sum over everything is split by the number of threads, and its bits
+        # with it.
+        self.sq_error += error.square_().sum(0).sum()
+        self.sq_norm += x.square().sum(0).sum()
+        self.total += x.sum(0)
+        self.l1_total += f.abs().sum(0, dtype=torch.float64).sum()
+        self.fired += (f != 0).sum(0)
+        self.n_tokens += len(x_bd)
+
+    def merge(self, other: "ReconstructionMetrics") -> None:
+        """Add what ``other`` saw."""
+        if (other.d_model, other.d_sae) != (self.d_model, self.d_sae):
+            raise ConfigError(
+                f"Metrics of widths {other.d_model}, {other.d_sae} cannot be merged into "
+                f"metrics of widths {self.d_model}, {self.d_sae}."
+            )
+        for name in _TENSORS:
+            mine: Tensor = getattr(self, name)
+            mine += getattr(other, name).to(self._device)
+        self.n_tokens += other.n_tokens
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums as tensors on the CPU, for storage; :meth:`from_tensors` is the inverse."""
+        state = {name: getattr(self, name).cpu().clone() for name in _TENSORS}
+        return state | {"n_tokens": torch.tensor(self.n_tokens, dtype=torch.int64)}
+
+    @classmethod
+    def from_tensors(cls, tensors: tp.Mapping[str, Tensor]) -> "ReconstructionMetrics":
+        """Metrics from what :meth:`tensors` returned."""
+        self = cls(tensors["total"].numel(), tensors["fired"].numel())
+        for name in _TENSORS:
+            getattr(self, name).copy_(tensors[name])
+        self.n_tokens = int(tensors["n_tokens"])
+        return self
+
+    def frequency(self) -> Tensor:
+        """Share of tokens on which each latent fires, float64 [d_sae]."""
+        return self.fired.double() / max(self.n_tokens, 1)
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The metrics by name.
+
+        normalized_mse, explained_variance (1 − normalized_mse), mse_per_token (E/N), mse_per_dim
+        (E/(N·d_model)), l0 and l1 (means over tokens), n_dead (never fires), n_almost_dead
+        (0 < p < 1e-7), n_dense (p > 1e-2), n_latents, n_tokens.
+
+        Raises:
+            ConfigError: there were no tokens.
+        """
+        n = self.n_tokens
+        if not n:
+            raise ConfigError("There are no tokens to measure on.")
+        error = float(self.sq_error)
+        spread = float(self.sq_norm) - float(self.total @ self.total) / n
+        # Constant activations have no variance; any error at all is then infinitely large, and JSON
+        # has no infinity.
+        nmse = error / spread if spread > 1e-12 * float(self.sq_norm) else float(error > 0)
+        p = self.frequency()
+        return {
+            "normalized_mse": nmse,
+            "explained_variance": 1.0 - nmse,
+            "mse_per_token": error / n,
+            "mse_per_dim": error / (n * self.d_model),
+            "l0": int(self.fired.sum()) / n,
+            "l1": float(self.l1_total) / n,
+            "n_dead": int((p == 0).sum()),
+            "n_almost_dead": int(((p > 0) & (p < ALMOST_DEAD)).sum()),
+            "n_dense": int((p > DENSE).sum()),
+            "n_latents": self.d_sae,
+            "n_tokens": n,
+        }
+
+
+_TENSORS = ("sq_error", "sq_norm", "total", "l1_total", "fired")

@@ -1,0 +1,205 @@
+"""Sweep files: grids, precedence, seeds, and what a wrong key is answered with."""
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saev import cli
+from saev.config import Matryoshka, Relu, TopK, TrainConfig
+from saev.config.sweeps import leaves, resolve
+from saev.errors import ConfigError
+
+GUIDE = """
+[sae]
+sparsity_coeff = [1e-4, 2e-4, 3e-4]
+d_model = 768
+d_sae = [6144, 12288]
+[data]
+scale_mean = true
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Writes a sweep file and resolves it, after a command line if there is one."""
+
+    def resolved(text: str, argv: str = "", **update) -> tuple[TrainConfig, ...]:
+        path = tmp_path / "sweep.toml"
+        path.write_text(text)
+        cfg = tyro.cli(TrainConfig, args=argv.split()).model_copy(update={"sweep": str(path)})
+        return resolve(cfg.model_copy(update=update), cli.explicit_keys(argv.split()))
+
+    return resolved
+
+
+def test_the_guides_file(sweep):
+    members = sweep(GUIDE, "sae.activation:relu")
+    found = [(m.objective.sparsity_coeff, m.sae.d_sae) for m in members]
+    assert found == [(c, s) for c in (1e-4, 2e-4, 3e-4) for s in (6144, 12288)]
+    assert all(m.sae.d_model == 768 and m.scale_mean for m in members)
+    assert all(isinstance(m.sae.activation, Relu) for m in members)
+    assert [m.seed for m in members] == list(range(6))
+    assert all(m.sweep == "" for m in members)
+
+
+def test_no_sweep_is_one_config():
+    cfg = TrainConfig(seed=5)
+    assert resolve(cfg) == (cfg,)
+
+
+def test_separate_grids_share_what_stands_outside(sweep):
+    members = sweep("""
+        batch_size = 512
+        lr = [1e-3, 1e-4]
+        [[grid]]
+        sae.activation.kind = "relu"
+        objective.sparsity_coeff = [1e-4, 3e-4]
+        [[grid]]
+        lr = 5e-4
+        sae.activation = {kind = "batch-top-k", top_k = [4, 8, 16]}
+    """)
+    found = [
+        (m.lr, m.sae.activation.kind, getattr(m.sae.activation, "top_k", None)) for m in members
+    ]
+    assert found[:4] == [(lr, "relu", None) for lr in (1e-3, 1e-4) for _ in range(2)]
+    assert found[4:] == [(5e-4, "batch-top-k", k) for k in (4, 8, 16)]
+    assert {m.batch_size for m in members} == {512}
+    assert [m.seed for m in members] == list(range(7))
+
+
+def test_kinds_are_swept_and_keep_what_was_chosen(sweep):
+    members = sweep(
+        """
+        [sae.activation]
+        kind = ["top-k", "batch-top-k"]
+        [objective]
+        kind = ["vanilla", "matryoshka"]
+        """,
+        "sae.activation:top-k --sae.activation.top-k 7",
+    )
+    # The command line chose the kind, so only the objectives are left.
+    assert [(m.sae.activation.kind, m.objective.kind) for m in members] == [
+        ("top-k", "vanilla"),
+        ("top-k", "matryoshka"),
+    ]
+    base = TrainConfig.from_dict({"sae": {"activation": {"kind": "top-k", "top_k": 7}}})
+    members = sweep('sae.activation.kind = ["top-k", "batch-top-k"]', sae=base.sae)
+    assert [(m.sae.activation.kind, m.sae.activation.top_k) for m in members] == [
+        ("top-k", 7),
+        ("batch-top-k", 7),
+    ]
+
+
+def test_the_command_line_wins_even_with_the_default_value(sweep):
+    text = "grad_clip = [0.5, 2.0]\nlr = [1e-3, 1e-4]"
+    members = sweep(text, "--grad-clip 1.0")
+    assert [(m.grad_clip, m.lr) for m in members] == [(1.0, 1e-3), (1.0, 1e-4)]
+    assert [m.scale_mean for m in sweep("scale_mean = [true, false]", "--scale-mean")] == [True]
+    assert [m.scale_norm for m in sweep("data.scale_norm = true", "--no-scale-norm")] == [False]
+    members = sweep("objective.sparsity_coeff = [1e-4, 2e-4]", "objective:matryoshka")
+    assert all(isinstance(m.objective, Matryoshka) for m in members)
+    assert [m.objective.sparsity_coeff for m in members] == [1e-4, 2e-4]
+
+
+def test_seeds(sweep):
+    assert [m.seed for m in sweep("lr = [1e-3, 1e-4]", "--seed 40")] == [40, 41]
+    assert [m.seed for m in sweep("seed = [7, 7, 9]")] == [7, 9]
+    mixed = sweep("[[grid]]\nseed = [100, 200]\n[[grid]]\nlr = [1e-3, 1e-4]")
+    assert [m.seed for m in mixed] == [100, 200, 2, 3]
+
+
+def test_repeated_combinations_are_trained_once(sweep, caplog):
+    members = sweep("[[grid]]\nlr = [1e-3, 1e-4]\n[[grid]]\nlr = [1e-4, 1e-5]")
+    assert [m.lr for m in members] == [1e-3, 1e-4, 1e-5]
+    assert "1 of 4 combinations are repeated" in caplog.text
+
+
+def test_tuples_are_swept_by_lists_of_lists(sweep):
+    members = sweep("[train_data]\nignore_labels = [[], [0], [0, 255]]")
+    assert [m.train_data.ignore_labels for m in members] == [(), (0,), (0, 255)]
+    members = sweep("[train_data]\nignore_labels = [0, 255]")
+    assert [m.train_data.ignore_labels for m in members] == [(0, 255)]
+
+
+def test_data_sets_both_sides(sweep):
+    members = sweep("[data]\nlayer = [3, 11]\nseed = 4\nval_fraction = 0.2")
+    assert [(m.train_data.layer, m.val_data.layer) for m in members] == [(3, 3), (11, 11)]
+    assert all(m.data_seed == 4 and m.val_data.val_fraction == 0.2 for m in members)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sae.sparsity_coef = [1e-4]", "unknown key sae.sparsity_coef.*sae.sparsity_coeff"),
+        ("learning_rate = 1e-4\n", "unknown key learning_rate"),
+        ("[sae]\nlr = 1e-4", "unknown key sae.lr; the nearest valid one is "),
+        ("[sae.activation]\ntopk = 3", "nearest valid one is sae.activation.top_k"),
+        ("[sae]\ntop_kk = 3", "nearest valid one is sae.top_k"),
+        ("lr = ['fast']", "lr: .*number.*found 'fast'"),
+        ("lr = [true]", "lr: .*number.*found True"),
+        ("batch_size = 12.5", "batch_size: .*integer.*found 12.5"),
+        ("batch_size = '64'", "batch_size: .*integer.*found '64'"),
+        ("sae.d_sae = [-4]", "sae.d_sae: .*greater than or equal to 1.*found -4"),
+        ("optim = 'sgd'", "optim: .*'adam' or 'muon'.*found 'sgd'"),
+        ("sae.activation.kind = 'topk'", "sae.activation.kind: .*found 'topk'"),
+        ("lr = []", "lr is an empty list"),
+        ("device = ['cpu', 'cuda']", "device does not change what is trained"),
+        ("[grid]\nlr = 1e-4", r"\[\[grid\]\]"),
+        ("lr = ", "not valid TOML"),
+        (
+            "[sae.activation]\nkind = ['relu', 'top-k']\ntop_k = [4, 8]",
+            "sae.activation.top_k is set, but sae.activation is relu",
+        ),
+    ],
+)
+def test_a_wrong_file_names_the_key(sweep, text, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(text)
+
+
+def test_integral_floats_are_integers(sweep):
+    (member,) = sweep("n_train = 1e6")
+    assert member.n_train == 1_000_000
+    assert isinstance(member.n_train, int)
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path):
+    with pytest.raises(Exception, match="does not exist") as caught:
+        resolve(TrainConfig(sweep=str(tmp_path / "none.toml")))
+    assert type(caught.value).__name__ == "StorageError"
+
+
+def test_every_flag_of_the_command_line_is_a_key_of_sweeps():
+    """What explicit_keys reads from a command line are the names that a sweep uses."""
+    line = (
+        "--lr 4e-3 --sae.exp-factor 16 --n-train=100_000_000 --train-data.layer 11 --no-bf16 "
+        "--sae.no-normalize-w-dec sae.activation:relu objective:matryoshka "
+        "--objective.sparsity-coeff 1e-3"
+    )
+    argv = line.split()
+    cfg = tyro.cli(TrainConfig, args=argv)
+    assert not cfg.bf16
+    assert not cfg.sae.normalize_w_dec
+    want = {
+        "lr", "sae.exp_factor", "n_train", "train_data.layer", "sae.normalize_w_dec",
+        "sae.activation.kind", "objective.kind", "objective.sparsity_coeff", "bf16",
+    }  # fmt: skip
+    assert want <= cli.explicit_keys(argv)
+    assert want <= set(leaves())
+
+
+@given(
+    lrs=st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=4, unique=True),
+    ks=st.lists(st.integers(1, 512), min_size=1, max_size=4, unique=True),
+    n_grids=st.integers(1, 3),
+)
+def test_a_grid_is_the_product_in_order(tmp_path_factory, lrs, ks, n_grids):
+    path = tmp_path_factory.mktemp("sweep") / "s.toml"
+    grids = "".join(f"[[grid]]\ndata_seed = {i}\nsae.top_k = {ks}\n" for i in range(n_grids))
+    path.write_text(f"lr = {lrs}\n{grids}")
+    members = resolve(TrainConfig(sweep=str(path)))
+    want = [(lr, k, i) for i in range(n_grids) for lr in lrs for k in ks]
+    assert [(m.lr, m.sae.activation.top_k, m.data_seed) for m in members] == want
+    assert all(isinstance(m.sae.activation, TopK) for m in members)
+    assert [m.seed for m in members] == list(range(len(want)))
