@@ -1,0 +1,254 @@
+"""How well one latent tells one class: the arithmetic, on sparse columns.
+
+Tokens on which a latent does not fire are one large tie at the value 0; they are counted, never
+listed. All formulas take ties as one threshold, as scikit-learn's `average_precision_score` does:
+AP = Σ_n (R_n − R_{n−1}) P_n over the distinct values from the highest down, P and R being precision
+and recall of the tokens at or above a value.
+"""
+
+import typing as tp
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+N_CLASSES = 256
+"""Labels are uint8."""
+
+_LABEL_BITS, _VALUE_BITS = 8, 32
+
+
+class Carry(tp.NamedTuple):
+    """What was already counted of columns that come in several bands of falling values."""
+
+    n: np.ndarray
+    """Tokens with higher values, int64 [latents]."""
+    by_class: np.ndarray
+    """Of them, in each class, int64 [latents, N_CLASSES]."""
+
+    @classmethod
+    def zeros(cls, n_latents: int) -> "Carry":
+        """Nothing yet."""
+        shape = (n_latents, N_CLASSES)
+        return cls(np.zeros(n_latents, dtype=np.int64), np.zeros(shape, dtype=np.int64))
+
+
+def descending_key(values: np.ndarray) -> np.ndarray:
+    """Integers in the reverse order of float32 values, uint32 [n]; equal values, equal keys."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
+    return ~ascending
+
+
+_ZERO_KEY = np.uint32(0x7FFFFFFF)
+"""`descending_key` of 0."""
+
+
+def precision_sums(
+    latents: np.ndarray, values: np.ndarray, labels: np.ndarray, carry: Carry
+) -> np.ndarray:
+    """Σ over entries of the precision at their value, per latent and class, float64.
+
+    Divided by the number of tokens of a class, it is these entries' share of the AP. Cost does not
+    depend on the number of classes: an entry of class c adds t/n, with n the tokens at or above its
+    value and t those of class c among them.
+
+    Args:
+        latents: column of each entry, int64 [nnz], from 0.
+        values: its value, float32 [nnz], not 0.
+        labels: its class, [nnz], 0 to 255.
+        carry: tokens that come before the entries; updated to come after them.
+
+    Returns:
+        float64 [n_latents, N_CLASSES].
+    """
+    n_latents = len(carry.n)
+    value_key = descending_key(values).astype(np.uint64)
+    latent_key = latents.astype(np.uint64)
+    by_value = np.sort((latent_key << np.uint64(_VALUE_BITS)) | value_key)
+    class_key = (latent_key << np.uint64(_LABEL_BITS)) | labels.astype(np.uint64)
+    by_class = np.sort((class_key << np.uint64(_VALUE_BITS)) | value_key)
+
+    group = (by_class >> np.uint64(_VALUE_BITS)).astype(np.int64)  # latent and class
+    latent = group >> _LABEL_BITS
+    counts = np.bincount(group, minlength=n_latents * N_CLASSES)
+    group_starts = np.cumsum(counts) - counts
+    t = _run_ends(by_class) - group_starts[group]
+
+    n_by_latent = counts.reshape(n_latents, N_CLASSES).sum(axis=1)
+    latent_starts = np.cumsum(n_by_latent) - n_by_latent
+    query = (latent.astype(np.uint64) << np.uint64(_VALUE_BITS)) | (
+        by_class & np.uint64(0xFFFFFFFF)
+    )
+    n = np.searchsorted(by_value, query, side="right") - latent_starts[latent]
+
+    precision = (t + carry.by_class.reshape(-1)[group]) / (n + carry.n[latent])
+    sums = np.bincount(group, weights=precision, minlength=n_latents * N_CLASSES)
+    carry.n[:] += n_by_latent
+    carry.by_class[:] += counts.reshape(n_latents, N_CLASSES)
+    return sums.reshape(n_latents, N_CLASSES)
+
+
+def _run_ends(ordered: np.ndarray) -> np.ndarray:
+    """For each element of a sorted array, the position behind the last one equal to it."""
+    is_last = np.ones(len(ordered), dtype=bool)
+    is_last[:-1] = ordered[1:] != ordered[:-1]
+    ends = np.flatnonzero(is_last) + 1
+    return np.repeat(ends, np.diff(ends, prepend=0))
+
+
+def zero_group(
+    carry: Carry, active: np.ndarray, active_by_class: np.ndarray, n_by_class: np.ndarray
+) -> np.ndarray:
+    """Precision sums of the tokens on which a latent does not fire; they join the carry.
+
+    Args:
+        carry: tokens with positive values; updated.
+        active: tokens on which each latent fires, int64 [latents].
+        active_by_class: of them, in each class, int64 [latents, N_CLASSES].
+        n_by_class: tokens of each class, int64 [N_CLASSES].
+
+    Returns:
+        float64 [latents, N_CLASSES].
+    """
+    silent_by_class = n_by_class - active_by_class
+    carry.n[:] += n_by_class.sum() - active
+    carry.by_class[:] += silent_by_class
+    return silent_by_class * (carry.by_class / np.maximum(carry.n, 1)[:, None])
+
+
+def average_precision(
+    latents: np.ndarray, values: np.ndarray, labels: np.ndarray, n_latents: int,
+    n_by_class: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """AP of every latent for every class.
+
+    Args:
+        latents: column of each entry, int64 [nnz], 0 to n_latents - 1.
+        values: its value, float32 [nnz], not 0.
+        labels: its class, [nnz].
+        n_latents: number of columns.
+        n_by_class: tokens of each class, int64 [N_CLASSES], those without an entry too.
+
+    Returns:
+        float64 [n_latents, N_CLASSES]; 0 for a class without tokens.
+    """
+    carry = Carry.zeros(n_latents)
+    group = latents * N_CLASSES + labels
+    active_by_class = np.bincount(group, minlength=n_latents * N_CLASSES)
+    active_by_class = active_by_class.reshape(n_latents, N_CLASSES)
+    above = values > 0
+    sums = precision_sums(latents[above], values[above], labels[above], carry)
+    sums += zero_group(carry, active_by_class.sum(axis=1), active_by_class, n_by_class)
+    if not above.all():
+        sums += precision_sums(latents[~above], values[~above], labels[~above], carry)
+    return sums / np.maximum(n_by_class, 1)
+
+
+def purity(values: np.ndarray, is_class: np.ndarray, n_tokens: int, n_class: int, k: int) -> float:
+    """Precision of the ``k`` highest-scoring tokens.
+
+    Where the k-th place is tied, its expectation over random orders of the tied tokens.
+
+    Args:
+        values: non-zero values, float32 [nnz].
+        is_class: whether each of these tokens belongs to the class, bool [nnz].
+        n_tokens: tokens, with the silent ones.
+        n_class: tokens of the class, with the silent ones.
+        k: tokens to look at.
+    """
+    k = min(k, n_tokens)
+    # The silent tokens are one more value, 0, with a multiplicity.
+    distinct, inverse = np.unique(np.append(values, np.float32(0)), return_inverse=True)
+    n = np.bincount(inverse[:-1], minlength=len(distinct))
+    t = np.bincount(inverse[:-1], weights=is_class, minlength=len(distinct))
+    n[inverse[-1]] += n_tokens - len(values)
+    t[inverse[-1]] += n_class - int(is_class.sum())
+    taken, hits = 0, 0.0
+    for count, positives in zip(n[::-1], t[::-1], strict=True):
+        used = min(int(count), k - taken)
+        if count:
+            hits += positives * used / count
+        taken += used
+        if taken == k:
+            break
+    return hits / k if k else 0.0
+
+
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""Yields (values, is_class) of a latent's entries; called once per pass."""
+
+_RIDGE = 1e-9
+_MAX_STEPS = 100
+
+
+def probe_r(chunks: Chunks, n_tokens: int, n_class: int) -> float:
+    """Pseudo-R² of a logistic probe on one latent: McFadden's 1 − NLL(σ(w·f + b)) / NLL(prior).
+
+    Newton's method with step halving, from w = 0 and b = the class's log-odds, on the values
+    scaled by their root mean square. A ridge of 1e-9 per token keeps w finite where a latent
+    separates the class perfectly; R is then 1 up to rounding. Between 0 (the latent says nothing)
+    and 1.
+
+    Args:
+        chunks: entries of the latent.
+        n_tokens: tokens, with those on which it does not fire.
+        n_class: tokens of the class, with those on which it does not fire.
+    """
+    if not 0 < n_class < n_tokens:
+        return 0.0  # nothing to tell apart
+    n_active = t_active = 0
+    square = 0.0
+    for values, is_class in chunks():
+        n_active += len(values)
+        t_active += int(is_class.sum())
+        square += float(np.square(values, dtype=np.float64).sum())
+    scale = (square / n_active) ** 0.5 if n_active else 1.0
+    silent = (np.zeros(1), np.array([n_tokens - n_active]), np.array([n_class - t_active]))
+
+    def evaluate(w: float, b: float) -> tuple[float, np.ndarray, np.ndarray]:
+        """Mean NLL, its gradient and Hessian."""
+        loss, gradient, hessian = 0.0, np.zeros(2), np.zeros((2, 2))
+        for x, n, t in _points(chunks, scale, silent):
+            z = w * x + b
+            p = 1.0 / (1.0 + np.exp(-np.clip(z, -700, 700)))
+            loss += float((n * np.logaddexp(0.0, z) - t * z).sum())
+            residual, curvature = n * p - t, n * p * (1.0 - p)
+            gradient += [float(residual @ x), float(residual.sum())]
+            cross = float(curvature @ x)
+            hessian += [[float(curvature @ (x * x)), cross], [cross, float(curvature.sum())]]
+        ridge = _RIDGE * w * w / 2
+        loss, gradient, hessian = loss / n_tokens + ridge, gradient / n_tokens, hessian / n_tokens
+        gradient[0] += _RIDGE * w
+        hessian[0, 0] += _RIDGE
+        hessian[1, 1] += 1e-15  # the intercept's curvature vanishes once everything is separated
+        return loss, gradient, hessian
+
+    prior = n_class / n_tokens
+    point = np.array([0.0, np.log(prior / (1 - prior))])
+    loss, gradient, hessian = evaluate(*point)
+    start = loss
+    for _ in range(_MAX_STEPS):
+        step = np.linalg.solve(hessian, gradient)
+        if float(gradient @ step) < 1e-14:
+            break
+        size = 1.0
+        while size > 1e-6:
+            trial = point - size * step
+            found = evaluate(*trial)
+            if found[0] < loss:
+                break
+            size /= 2
+        else:
+            break
+        point, (loss, gradient, hessian) = trial, found
+    nll = loss - _RIDGE * point[0] ** 2 / 2
+    return float(np.clip(1.0 - nll / start, 0.0, 1.0))
+
+
+def _points(
+    chunks: Chunks, scale: float, silent: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(x, how many tokens, how many of the class) for every entry, and once for all silent ones."""
+    for values, is_class in chunks():
+        yield values.astype(np.float64) / scale, np.ones(len(values)), is_class.astype(np.float64)
+    yield silent
