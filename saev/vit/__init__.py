@@ -1,0 +1,18 @@
+"""Vision transformers behind one interface: :func:`load`, then ``record``."""
+
+import saev.vit.dino
+import saev.vit.open_clip_models
+import saev.vit.timm_models  # noqa: F401 - these register their families
+from saev.vit.layers import check_expectations, resolve_layers
+from saev.vit.model import Tower, VisionModel
+from saev.vit.registry import families, load, register_family
+
+__all__ = [
+    "Tower",
+    "VisionModel",
+    "check_expectations",
+    "families",
+    "load",
+    "register_family",
+    "resolve_layers",
+]

@@ -1,0 +1,116 @@
+"""Families `dinov2` and `dinov3`: short names for timm's models."""
+
+import re
+from collections.abc import Mapping
+
+from saev import storage
+from saev.errors import ModelError
+from saev.vit import checkpoints
+from saev.vit.model import Tower
+from saev.vit.registry import register_family
+from saev.vit.timm_models import load_timm
+
+DINOV2: Mapping[str, str] = {
+    "vits14": "vit_small_patch14_dinov2.lvd142m",
+    "vitb14": "vit_base_patch14_dinov2.lvd142m",
+    "vitl14": "vit_large_patch14_dinov2.lvd142m",
+    "vitg14": "vit_giant_patch14_dinov2.lvd142m",
+    "vits14_reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "vitb14_reg": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vitl14_reg": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "vitg14_reg": "vit_giant_patch14_reg4_dinov2.lvd142m",
+}
+"""Meta's names without ``dinov2_`` -> timm's. ``_reg`` has four register tokens."""
+
+DINOV3: Mapping[str, str] = {
+    "vits16": "vit_small_patch16_dinov3.lvd1689m",
+    "vits16plus": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "vitb16": "vit_base_patch16_dinov3.lvd1689m",
+    "vitl16": "vit_large_patch16_dinov3.lvd1689m",
+    "vitl16_sat": "vit_large_patch16_dinov3.sat493m",
+    "vith16plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "vit7b16": "vit_7b_patch16_dinov3.lvd1689m",
+    "vit7b16_sat": "vit_7b_patch16_dinov3.sat493m",
+}
+"""Meta's names without ``dinov3_`` -> timm's. ``_sat`` was trained on satellite images."""
+
+_SIZES = {
+    "dinov2": {"small": "vits14", "base": "vitb14", "large": "vitl14", "giant": "vitg14"},
+    "dinov3": {"small": "vits16", "base": "vitb16", "large": "vitl16", "huge": "vith16plus"},
+}
+
+
+@register_family("dinov2")
+def load_dinov2(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
+    """DINOv2: a name of :data:`DINOV2`; or ``small``, ``base``, ``large``, ``giant`` (``-reg``);
+    or Meta's file and hub names, or a timm name; then as for family `timm` (/random, @URL).
+
+    The models' own image size is 518; patches are 14 pixels wide, so 224 is a usual choice.
+
+    Raises:
+        ModelError: as for family `timm`.
+    """
+    return _load("dinov2", DINOV2, ckpt, image_size)
+
+
+@register_family("dinov3")
+def load_dinov3(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
+    """DINOv3: a name of :data:`DINOV3`, ``small``, ``base``, ``large`` or ``huge``, Meta's file and
+    hub names, or a timm name; then as for family `timm` (/random, @URL).
+
+    Meta's own files keep the attention biases that timm leaves out where they are zero. If a file
+    has others, the error says which timm name (``…_qkvb``) holds them.
+
+    Raises:
+        ModelError: as for family `timm`.
+    """
+    return _load("dinov3", DINOV3, ckpt, image_size)
+
+
+def resolve(family: str, names: Mapping[str, str], arch: str) -> str:
+    """timm's name for a short one.
+
+    Raises:
+        ModelError: it is neither a short name nor a timm name of this family.
+    """
+    base = arch.removesuffix(".pth").lower()
+    if base.startswith(("vit_", "hf-hub:", "hf_hub:")) and family in base:
+        return arch
+    base = base.removeprefix("facebook/").replace("-", "_").removeprefix(f"{family}_")
+    sat = "_sat" if "sat493m" in base or base.endswith("_sat") else ""
+    reg = "_reg" if re.search(r"_(reg4?|registers|with_registers\w*)(_|$)", base) else ""
+    for size, short in _SIZES[family].items():
+        base = re.sub(rf"^{size}(?=_|$)", short, base)
+    stem = base.split("_")[0]
+    for key in (stem + reg + sat, stem + reg, stem + sat):
+        if key in names:
+            return names[key]
+    sizes = ", ".join([*names, *_SIZES[family]])
+    raise ModelError(
+        f"{family} has no checkpoint '{arch}'; known: {sizes}, or a timm name with '{family}'."
+    )
+
+
+def _load(
+    family: str, names: Mapping[str, str], ckpt: str, image_size: tuple[int, int] | None
+) -> Tower:
+    if ckpt.startswith(("hf-hub:", "hf_hub:")):
+        return load_timm(ckpt, image_size)
+    ckpt = ckpt.removeprefix("facebook/")
+    name = checkpoints.parse(ckpt)
+    arch, tail = name.arch, "/random" if name.random else ""
+    if name.tag is not None:
+        raise ModelError(
+            f"{family} has no checkpoint '{ckpt}'; after a slash only 'random' may stand."
+        )
+    if name.url is not None:
+        tail = f"@{name.url}"
+        if arch is None:
+            # Meta's files say in their name what they hold; ours in their metadata.
+            file = storage.name(name.url)
+            try:
+                arch = resolve(family, names, re.sub(r"(-[0-9a-f]{8})?\.\w+$", "", file))
+            except ModelError:
+                return load_timm(ckpt, image_size)
+    assert arch is not None  # parse gives an architecture or a URL
+    return load_timm(resolve(family, names, arch) + tail, image_size)

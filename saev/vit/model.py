@@ -1,0 +1,237 @@
+"""One interface to every vision transformer: images in, the residual stream after any block out."""
+
+import dataclasses
+import threading
+import typing as tp
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saev.errors import ModelError
+from saev.images.transforms import ImageSpec
+from saev.vit.layers import resolve_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """What a family's loader returns: a network and where its tokens are.
+
+    The class token, if there is one, is the first token; register and distillation tokens follow
+    it; then come the content tokens in row-major order. (Every ViT of timm and open_clip is so.)
+    """
+
+    module: nn.Module
+    """Called with images [batch, 3, height, width] of `spec.image_size`; runs every block."""
+    blocks: Sequence[nn.Module]
+    """The transformer blocks in the order in which they run. Each returns the residual stream, or
+    a tuple that starts with it: [batch, tokens, d_model], [tokens, batch, d_model], or, without
+    special tokens, [batch, rows, columns, d_model]."""
+    grid: tuple[int, int]
+    """Rows and columns of content tokens."""
+    spec: ImageSpec
+    """How an image becomes the module's input."""
+    special_tokens: int = 1
+    """Tokens before the first content token: class, register and distillation tokens."""
+    cls_token: bool = True
+    """Whether the first special token is a class token."""
+    pool: Callable[[Tensor], Tensor] | None = None
+    """The model's own image embedding: images -> [batch, d]. If None: the class token after the
+    last block, or the mean of its content tokens."""
+    ckpt_checksum: str | None = None
+    """Checksum of the weights file, if the weights were read from one."""
+
+
+class _Done(Exception):
+    """Ends a forward pass after the last block that is needed. Never leaves this module."""
+
+
+class VisionModel:
+    """A frozen vision transformer whose residual stream can be recorded.
+
+    Args:
+        tower: the network.
+        family: the registered family, for messages and metadata.
+        ckpt: the checkpoint as the user named it.
+        device: where to run.
+
+    Raises:
+        ModelError: the network is not a plain ViT (its blocks do not all return the stated tokens,
+            or do not run exactly once each, in order).
+    """
+
+    def __init__(self, tower: Tower, *, family: str, ckpt: str, device: str | torch.device = "cpu"):
+        self.family = family
+        self.ckpt = ckpt
+        self.device = torch.device(device)
+        self.spec = tower.spec
+        self.image_size = tower.spec.image_size
+        self.grid = tower.grid
+        self.has_cls_token = tower.cls_token
+        self.ckpt_checksum = tower.ckpt_checksum
+        self._pool = tower.pool
+        self._special_tokens = tower.special_tokens
+        self._blocks = list(tower.blocks)
+        self._lock = threading.Lock()
+        self.module = tower.module.eval().requires_grad_(False).to(self.device)
+        if not self._blocks:
+            raise ModelError(f"{self.name} has no transformer blocks; nothing can be recorded.")
+        if tower.cls_token and tower.special_tokens < 1:
+            raise ModelError(f"{self.name} states a class token but no special tokens.")
+        self._tokens_axis, self.d_model = self._dry_run()
+
+    @property
+    def name(self) -> str:
+        """Family and checkpoint, for messages."""
+        return f"{self.family} {self.ckpt}"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def content_tokens_per_example(self) -> int:
+        """Patches per image."""
+        return self.grid[0] * self.grid[1]
+
+    def record(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        layers: Sequence[int],
+        cls_token: bool = True,
+    ) -> Float[Tensor, "layers batch tokens d_model"]:
+        """The residual stream after the given blocks, on the model's device.
+
+        Calls from several threads run one after the other. Wrap it in ``torch.autocast`` for a
+        forward pass in lower precision; the result has the dtype of the model's residual stream.
+
+        Args:
+            images: as ``spec.apply`` makes them, on any device.
+            layers: block indices; negative ones count from the end.
+            cls_token: put the class token first, if the model has one.
+
+        Returns:
+            Layers in the order given; the class token (if asked for and there is one), then the
+            content tokens in row-major order. Register and distillation tokens are left out.
+
+        Raises:
+            ModelError: a layer does not exist, or the images have another size.
+        """
+        rows = {layer: row for row, layer in enumerate(resolve_layers(layers, self.n_layers))}
+        self._check_images(images)
+        first = 1 if cls_token and self.has_cls_token else 0
+        out: Tensor | None = None
+
+        def keep(layer: int, stream: Tensor) -> None:
+            nonlocal out
+            stream = self._batch_first(stream)
+            if out is None:
+                tokens = first + self.content_tokens_per_example
+                shape = (len(rows), len(images), tokens, self.d_model)
+                out = torch.empty(shape, dtype=stream.dtype, device=stream.device)
+            out[rows[layer], :, :first] = stream[:, :first]
+            out[rows[layer], :, first:] = stream[:, self._special_tokens :]
+
+        self._run(images, {layer: self._blocks[layer] for layer in rows}, keep)
+        if out is None:
+            raise ModelError(f"{self.name} ran none of the blocks {sorted(rows)}.")
+        return out
+
+    def pool(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
+        """The model's own image embedding, float32.
+
+        CLIP and SigLIP: what is compared with text (before normalisation). timm: what the
+        classifier would read (usually the class token after the final norm). Others: the class
+        token after the last block, or the mean of its content tokens.
+
+        Raises:
+            ModelError: the images have another size.
+        """
+        self._check_images(images)
+        if self._pool is not None:
+            with torch.no_grad(), self._lock:
+                pooled = self._pool(images.to(self.device, non_blocking=True))
+        else:
+            stream = self.record(images, [-1])[0]
+            pooled = stream[:, 0] if self.has_cls_token else stream.mean(dim=1)
+        return pooled.float()
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+            height, width = self.image_size
+            raise ModelError(
+                f"{self.name} takes images of shape [batch, 3, {height}, {width}], "
+                f"found {list(images.shape)}. Use model.spec.apply."
+            )
+
+    def _run(
+        self,
+        images: Tensor,
+        blocks: Mapping[int, nn.Module],
+        keep: Callable[[int, Tensor], None],
+    ) -> None:
+        """Forward pass that calls `keep` with each block's output and ends after the last one."""
+        last = max(blocks)
+
+        def hook_of(layer: int) -> Callable[[nn.Module, tp.Any, tp.Any], None]:
+            def hook(_module: nn.Module, _args: tp.Any, output: tp.Any) -> None:
+                keep(layer, self._stream(layer, output))
+                if layer == last:
+                    raise _Done
+
+            return hook
+
+        with self._lock, torch.no_grad():
+            handles = [b.register_forward_hook(hook_of(i)) for i, b in blocks.items()]
+            try:
+                self.module(images.to(self.device, non_blocking=True))
+            except _Done:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _stream(self, layer: int, output: tp.Any) -> Tensor:
+        """The residual stream in a block's output."""
+        while isinstance(output, tuple | list) and output:
+            output = output[0]
+        if not isinstance(output, Tensor):
+            raise ModelError(
+                f"Block {layer} of {self.name} returns {type(output).__name__}, expected a tensor."
+            )
+        return output.flatten(1, 2) if output.ndim == 4 else output
+
+    def _batch_first(self, stream: Tensor) -> Tensor:
+        return stream if self._tokens_axis == 1 else stream.transpose(0, 1)
+
+    def _dry_run(self) -> tuple[int, int]:
+        """Run every block once on zeros: the axis of tokens and d_model, proven, not assumed."""
+        n_tokens = self._special_tokens + self.content_tokens_per_example
+        n_images = 2 if n_tokens != 2 else 3  # so that a shape tells the two axes apart
+        images = torch.zeros(n_images, 3, *self.image_size)
+        ran: list[int] = []
+        found: set[tuple[int, ...]] = set()
+
+        def keep(layer: int, stream: Tensor) -> None:
+            ran.append(layer)
+            found.add(tuple(stream.shape))
+
+        self._run(images, dict(enumerate(self._blocks)), keep)
+        if ran != list(range(self.n_layers)):
+            raise ModelError(
+                f"{self.name} is not a plain ViT: its {self.n_layers} blocks ran in the order "
+                f"{ran}, expected each of them once, in order."
+            )
+        shape = found.pop()
+        if not found and len(shape) == 3:
+            if shape[:2] == (n_images, n_tokens):
+                return 1, shape[2]
+            if shape[:2] == (n_tokens, n_images):
+                return 0, shape[2]
+        raise ModelError(
+            f"{self.name} is not a plain ViT: for {n_images} images its blocks return "
+            f"{sorted(map(list, found | {shape}))}, expected [{n_images}, {n_tokens}, d_model] "
+            f"({self._special_tokens} special + {self.grid[0]} x {self.grid[1]} content tokens)."
+        )

@@ -1,0 +1,247 @@
+"""Families `clip` and `siglip`: the image towers of open_clip."""
+
+import dataclasses
+import difflib
+import typing as tp
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+from torch import Tensor, nn
+
+from saev import storage
+from saev.errors import ModelError
+from saev.images.transforms import ImageSpec
+from saev.vit import checkpoints, timm_models
+from saev.vit.model import Tower
+from saev.vit.registry import register_family
+
+LOCAL_DIR = "local-dir:"
+HF_HUB = "hf-hub:"
+_CONFIG = "open_clip_config.json"
+_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+"""In the order in which open_clip prefers them."""
+
+
+@register_family("clip")
+def load_clip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
+    """The image tower of a CLIP model.
+
+    Args:
+        ckpt: ``ARCH/TAG`` of open_clip (``ViT-B-16/openai``), ``hf-hub:ORG/NAME``,
+            ``local-dir:URL`` (a folder with open_clip_config.json and weights), ARCH/random,
+            ARCH@URL, or ARCH/TAG@URL (preprocessing and activation function of TAG, weights of the
+            file).
+        image_size: (height, width), if not the model's own; position embeddings are interpolated.
+
+    Raises:
+        ModelError: no such model, no such weights, weights that do not fit, or not a ViT.
+    """
+    if ckpt.startswith(HF_HUB):
+        return _from_hub(ckpt, None, image_size)
+    if ckpt.startswith(LOCAL_DIR):
+        return _from_folder(ckpt, image_size)
+    name = checkpoints.parse(ckpt)
+    if name.arch is None:
+        raise ModelError(
+            f"{ckpt} does not say which architecture it holds; write ARCH@{ckpt}, "
+            "for example ViT-B-16@URL."
+        )
+    _check_known(name.arch, name.tag)
+    if name.url is None and not name.random:
+        if name.tag is None:
+            raise ModelError(
+                f"Checkpoint '{ckpt}' names no weights; write {name.arch}/TAG with one of "
+                f"{', '.join(_tags(name.arch)) or 'none'}, {name.arch}@URL, or {name.arch}/random."
+            )
+        return _from_hub(name.arch, name.tag, image_size)
+    config = _arch_config(name.arch)
+    tag_config = _tag_config(name.arch, name.tag)
+    if name.tag is not None and tag_config.get("quick_gelu"):
+        config["quick_gelu"] = True
+    weights = checkpoints.read_weights(name.url) if name.url else None
+    return _from_config(name.arch, config, tag_config, weights, image_size)
+
+
+@register_family("siglip")
+def load_siglip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
+    """The image tower of a SigLIP or SigLIP 2 model; it has no class token.
+
+    Args and errors as :func:`load_clip`; ARCH is one of open_clip's SigLIP architectures
+    (``ViT-B-16-SigLIP2/webli``).
+    """
+    arch = ckpt if ckpt.startswith((HF_HUB, LOCAL_DIR)) else checkpoints.parse(ckpt).arch
+    if arch is not None and not arch.startswith(LOCAL_DIR) and "siglip" not in arch.lower():
+        import open_clip
+
+        near = difflib.get_close_matches(
+            f"{arch}-SigLIP", [n for n in open_clip.list_models() if "siglip" in n.lower()], n=3
+        )
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise ModelError(f"'{arch}' is not a SigLIP model{hint}; for other models use family clip.")
+    return load_clip(ckpt, image_size)
+
+
+def _check_known(arch: str, tag: str | None) -> None:
+    import open_clip
+
+    known = open_clip.list_models()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, n=3)
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ModelError(f"open_clip has no model '{arch}'.{hint}")
+    if tag is not None and not open_clip.get_pretrained_cfg(arch, tag):
+        raise ModelError(
+            f"open_clip has no pretrained tag '{tag}' of {arch}; "
+            f"known: {', '.join(_tags(arch)) or 'none'}."
+        )
+
+
+def _tags(arch: str) -> list[str]:
+    import open_clip
+
+    return list(open_clip.list_pretrained_tags_by_model(arch))
+
+
+def _arch_config(arch: str) -> dict[str, tp.Any]:
+    import open_clip
+
+    config: dict[str, tp.Any] = open_clip.get_model_config(arch)
+    return config
+
+
+def _tag_config(arch: str, tag: str | None) -> dict[str, tp.Any]:
+    """Preprocessing of a tag; without one, what all tags of the architecture agree on."""
+    import open_clip
+
+    if tag is not None:
+        return dict(open_clip.get_pretrained_cfg(arch, tag))
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    configs = [dict(open_clip.get_pretrained_cfg(arch, t)) for t in _tags(arch)]
+    return {
+        k: configs[0][k]
+        for k in keys
+        if configs and k in configs[0] and all(c.get(k) == configs[0][k] for c in configs)
+    }
+
+
+def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) -> Tower:
+    import open_clip
+
+    options: dict[str, tp.Any] = {}
+    if tag is not None and open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"):
+        # open_clip only warns when weights trained with QuickGELU are put into GELU networks.
+        options["force_quick_gelu"] = True
+    if image_size is not None:
+        options["force_image_size"] = image_size
+    try:
+        model = open_clip.create_model(
+            arch, pretrained=tag, require_pretrained=True, pretrained_text=False, **options
+        )
+    except Exception as err:
+        # The hub's clients raise dozens of types; open_clip wraps some of them in RuntimeError.
+        raise timm_models.hub_error(f"{arch}/{tag}" if tag else arch, err) from err
+    visual = model.visual
+    if image_size is not None:
+        _check_patch(visual, arch, image_size)
+    return _tower(visual, arch, visual.preprocess_cfg, None)
+
+
+def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
+    folder = storage.normalize(ckpt.removeprefix(LOCAL_DIR))
+    raw = storage.read_json(storage.join(folder, _CONFIG))
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("model_cfg"), Mapping):
+        raise ModelError(
+            f"{storage.join(folder, _CONFIG)} has no 'model_cfg'; expected a folder "
+            "that open_clip's push_to_hf_hub wrote."
+        )
+    names = {entry.name for entry in storage.list_dir(folder)}
+    weights_name = next((n for n in _WEIGHTS if n in names), None)
+    if weights_name is None:
+        raise ModelError(f"{folder} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
+    weights = checkpoints.read_weights(storage.join(folder, weights_name))
+    config = {**raw["model_cfg"], "vision_cfg": dict(raw["model_cfg"]["vision_cfg"])}
+    return _from_config(folder, config, raw.get("preprocess_cfg") or {}, weights, image_size)
+
+
+def _from_config(
+    arch: str,
+    config: dict[str, tp.Any],
+    preprocess: Mapping[str, tp.Any],
+    weights: checkpoints.Weights | None,
+    image_size: tuple[int, int] | None,
+) -> Tower:
+    """Only the image tower: a text tower can be larger (SigLIP's vocabulary has 256k entries)."""
+    from open_clip.model import _build_vision_tower
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    vision = config["vision_cfg"]
+    on_timm = bool(vision.get("timm_model_name"))
+    if image_size is not None and not on_timm:
+        vision["image_size"] = image_size
+    vision.pop("timm_model_pretrained", None)
+    with checkpoints.untrained():
+        visual = _build_vision_tower(
+            config["embed_dim"], vision, bool(config.get("quick_gelu", False))
+        )
+    if image_size is not None:
+        _check_patch(visual, arch, image_size)
+    if weights is not None:
+        _fill(visual, arch, weights)
+    if image_size is not None and on_timm:
+        visual.set_input_size(image_size)
+    merged = merge_preprocess_dict(dataclasses.asdict(PreprocessCfg()), dict(preprocess))
+    merged["size"] = visual.image_size
+    return _tower(visual, arch, merged, weights.checksum if weights is not None else None)
+
+
+def _fill(visual: nn.Module, arch: str, weights: checkpoints.Weights) -> None:
+    from open_clip.model import resize_pos_embed
+
+    expected = visual.state_dict().keys()
+    tensors = checkpoints.strip_prefix(weights.tensors, expected, weights.url)
+    key = "positional_embedding"
+    if key in expected and key in tensors:
+        renamed = {f"visual.{key}": tensors[key]}
+        resize_pos_embed(renamed, SimpleNamespace(visual=visual))
+        tensors[key] = renamed[f"visual.{key}"]
+    checkpoints.load_into(visual, tensors, arch=arch, url=weights.url)
+
+
+def _check_patch(visual: tp.Any, arch: str, image_size: tuple[int, int]) -> None:
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
+    patch = getattr(embed, "patch_size", None)
+    if patch is not None:
+        patch = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
+        timm_models.check_divisible(arch, image_size, patch)
+
+
+def _tower(
+    visual: tp.Any, arch: str, preprocess: Mapping[str, tp.Any], ckpt_checksum: str | None
+) -> Tower:
+    spec = ImageSpec.from_open_clip(preprocess)
+
+    def pool(images: Tensor) -> Tensor:
+        pooled = visual(images)
+        return pooled[0] if isinstance(pooled, tuple) else pooled  # CoCa returns its tokens too
+
+    if hasattr(visual, "trunk"):
+        parts = timm_models.tower_parts(visual.trunk, arch, spec.image_size)
+    elif hasattr(visual, "transformer") and hasattr(visual, "class_embedding"):
+        parts = {
+            "blocks": list(visual.transformer.resblocks),
+            "grid": (int(visual.grid_size[0]), int(visual.grid_size[1])),
+            "special_tokens": 1,
+            "cls_token": True,
+        }
+    else:
+        raise ModelError(
+            f"{arch} ({type(visual).__name__}) is not a plain ViT; choose one whose name starts "
+            "with ViT."
+        )
+    return Tower(module=visual, spec=spec, pool=pool, ckpt_checksum=ckpt_checksum, **parts)

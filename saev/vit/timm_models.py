@@ -1,0 +1,244 @@
+"""Family `timm`: any plain ViT of timm (ViT, DeiT, DINOv2, DINOv3, EVA, MAE, PE, SigLIP …)."""
+
+import difflib
+import importlib
+import inspect
+import typing as tp
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from saev.errors import ModelError
+from saev.images.transforms import ImageSpec
+from saev.vit import checkpoints
+from saev.vit.model import Tower
+from saev.vit.registry import register_family
+
+
+@register_family("timm")
+def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
+    """A timm model.
+
+    Args:
+        ckpt: a timm name with or without a pretrained tag (``vit_base_patch16_224.mae``; weights
+            from the hub or its local cache), ``hf-hub:ORG/NAME``, NAME/random, NAME@URL, or the
+            URL of safetensors whose metadata names its architecture.
+        image_size: (height, width), if not the model's own; position embeddings are interpolated.
+
+    Raises:
+        ModelError: no such model, no such weights, or weights that do not fit.
+    """
+    if ckpt.startswith(("hf-hub:", "hf_hub:")):
+        return _tower(_create(ckpt, image_size, pretrained=True), image_size)
+    # The hub calls timm's own models timm/NAME.
+    name = checkpoints.parse(ckpt.removeprefix("timm/"))
+    weights = checkpoints.read_weights(name.url) if name.url else None
+    arch = name.arch
+    if weights is not None and arch is None:
+        arch = weights.metadata.get(checkpoints.ARCHITECTURE)
+    if arch is None:
+        raise ModelError(
+            f"{ckpt} does not say which architecture it holds; write ARCH@{ckpt}, "
+            "for example vit_base_patch16_224@URL."
+        )
+    if name.tag is not None:
+        raise ModelError(
+            f"Checkpoint '{ckpt}': timm writes a pretrained tag after a dot, "
+            f"as in {arch}.{name.tag}; after a slash only 'random' may stand."
+        )
+    _check_known(arch)
+    if weights is not None:
+        with checkpoints.untrained():
+            net = _create(arch, image_size, pretrained=False)
+        fill(net, arch, weights)
+        return _tower(net, image_size, weights.checksum)
+    if name.random:
+        with checkpoints.untrained():
+            return _tower(_create(arch, image_size, pretrained=False), image_size)
+    return _tower(_create(arch, image_size, pretrained=True), image_size)
+
+
+def fill(net: nn.Module, arch: str, weights: checkpoints.Weights) -> None:
+    """Load weights of timm's or the original authors' naming, at whatever resolution.
+
+    Raises:
+        ModelError: a parameter is missing, has another shape, or would be dropped.
+    """
+    tensors = checkpoints.strip_prefix(weights.tensors, net.state_dict().keys(), weights.url)
+    _check_dropped_bias(net, arch, tensors, weights.url)
+    tensors = _convert(net, arch, tensors, weights.url)
+    checkpoints.load_into(net, tensors, arch=arch, url=weights.url)
+
+
+def tower_parts(net: nn.Module, arch: str, size: tuple[int, int]) -> dict[str, tp.Any]:
+    """The fields `blocks`, `grid`, `special_tokens`, `cls_token` of a timm ViT's :class:`Tower`.
+
+    Raises:
+        ModelError: it is not built like a ViT.
+    """
+    blocks = getattr(net, "blocks", None)
+    stem = getattr(net, "embeds", None) or net  # NaFlexVit keeps tokens and embeddings there
+    embed = getattr(net, "patch_embed", None) or getattr(net, "embeds", None)
+    if blocks is None or embed is None:
+        raise ModelError(
+            f"{arch} ({type(net).__name__}) is not a plain ViT: it has no "
+            f"{'blocks' if blocks is None else 'patch embedding'}; choose a vit, deit, eva or beit."
+        )
+    if hasattr(embed, "dynamic_feat_size"):
+        rows, columns = embed.dynamic_feat_size(size)
+    elif isinstance(getattr(embed, "grid_size", None), tuple):
+        rows, columns = embed.grid_size
+    else:
+        raise ModelError(
+            f"{arch} ({type(net).__name__}) is not a plain ViT: its patch embedding has no grid."
+        )
+    special = int(getattr(net, "num_prefix_tokens", 0))
+    if hasattr(net, "blocks_token_only"):  # CaiT adds the class token after these blocks
+        special = 0
+    return {
+        "blocks": list(blocks),
+        "grid": (int(rows), int(columns)),
+        "special_tokens": special,
+        "cls_token": special > 0 and getattr(stem, "cls_token", None) is not None,
+    }
+
+
+def _tower(
+    net: nn.Module, image_size: tuple[int, int] | None, ckpt_checksum: str | None = None
+) -> Tower:
+    from timm.data import resolve_model_data_config
+
+    model: tp.Any = net
+    arch = str(model.pretrained_cfg.get("architecture") or type(net).__name__)
+    size = image_size or getattr(getattr(net, "patch_embed", None), "img_size", None)
+    args = {} if size is None else {"input_size": (3, *size)}
+    config = resolve_model_data_config(net, args=args)
+    spec = ImageSpec.from_timm(config)
+    parts = tower_parts(net, arch, spec.image_size)
+    if image_size is not None:
+        embed = getattr(net, "patch_embed", None) or model.embeds
+        check_divisible(arch, image_size, _patch(embed))
+
+    def pool(images: Tensor) -> Tensor:
+        features = model.forward_features(images)
+        pooled: Tensor = model.forward_head(features, pre_logits=True)
+        if pooled.ndim == 3:  # the model has no pooling of its own (global_pool='')
+            special = parts["special_tokens"]
+            pooled = pooled[:, 0] if parts["cls_token"] else pooled[:, special:].mean(dim=1)
+        return pooled
+
+    return Tower(module=net, spec=spec, pool=pool, ckpt_checksum=ckpt_checksum, **parts)
+
+
+def check_divisible(arch: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Refuse an image size that would leave pixels outside all patches.
+
+    Raises:
+        ModelError: a side is not a multiple of the patch's.
+    """
+    for side, step in zip(size, patch, strict=True):
+        if side % step:
+            below = max(side // step, 1) * step
+            raise ModelError(
+                f"image_size {size[0]} x {size[1]} does not fit {arch}: its patches are "
+                f"{patch[0]} x {patch[1]} pixels; use a multiple, such as {below} "
+                f"or {below + step}."
+            )
+
+
+def _patch(embed: tp.Any) -> tuple[int, int]:
+    patch = embed.feat_ratio(as_scalar=False) if hasattr(embed, "feat_ratio") else embed.patch_size
+    return (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
+
+
+def _check_known(arch: str) -> None:
+    import timm
+
+    base, _, tag = arch.partition(".")
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f" Near: {', '.join(near)}." if near else ""
+        raise ModelError(f"timm has no model '{base}'.{hint}")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise ModelError(
+            f"timm has no pretrained tag '{tag}' of {base}; known: {', '.join(tags) or 'none'}."
+        )
+
+
+def _create(name: str, image_size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
+    import timm
+
+    size: dict[str, tp.Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        net: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+    except (TypeError, AssertionError) as err:
+        if image_size is None:
+            raise
+        raise ModelError(
+            f"{name} cannot be built for images of {image_size[0]} x {image_size[1]} pixels "
+            f"({err or type(err).__name__}); leave --image-size out."
+        ) from err
+    except Exception as err:
+        # The hub's clients raise dozens of types (httpx, huggingface_hub, urllib, OSError …).
+        if not pretrained:
+            raise
+        raise hub_error(name, err) from err
+    return net
+
+
+def hub_error(name: str, err: Exception) -> ModelError:
+    """The one error for weights that the model hub does not give."""
+    reason = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
+    arch = "ARCH" if name.startswith(("hf-hub:", "hf_hub:")) else name
+    return ModelError(
+        f"Cannot get the weights of {name} from the model hub ({type(err).__name__}: "
+        f"{reason[:200]}). Without internet access name a weights file, {arch}@URL "
+        f"(safetensors or a torch state dict on a volume or object storage), or set HF_HOME to a "
+        "folder that holds the hub's cache."
+    )
+
+
+def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str) -> None:
+    """timm's DINOv3 without qkv biases would drop a file's biases silently."""
+    if any(name.endswith(("q_bias", "qkv.bias", "q_proj.bias")) for name in net.state_dict()):
+        return
+    for name, bias in tensors.items():
+        if not name.endswith("qkv.bias"):
+            continue
+        query, _, value = bias.chunk(3)  # the key's part is masked in the original
+        if bool(query.any()) or bool(value.any()):
+            base, dot, tag = arch.partition(".")
+            raise ModelError(
+                f"{url} has attention biases ({name}), which {arch} lacks; "
+                f"use {base}_qkvb{dot}{tag}@URL."
+            )
+
+
+def _convert(net: nn.Module, arch: str, tensors: dict[str, Tensor], url: str) -> dict[str, Tensor]:
+    """timm's own conversion of foreign names and resolutions, as its hub loading applies it."""
+    import timm
+
+    entry = timm.model_entrypoint(arch)
+    convert = getattr(importlib.import_module(entry.__module__), "checkpoint_filter_fn", None)
+    if convert is None:
+        return tensors
+    # timm binds these per variant where it builds a model, out of reach of other callers
+    # (timm.models.deit._create_deit, timm.models.vision_transformer._create_vision_transformer).
+    options: dict[str, tp.Any] = {}
+    if entry.__module__.endswith(".deit"):
+        options["adapt_layer_scale"] = True
+    if "flexi" in arch or "radio" in arch:
+        options |= {"interpolation": "bilinear", "antialias": False}
+    accepted = inspect.signature(convert).parameters
+    options = {k: v for k, v in options.items() if k in accepted}
+    try:
+        with torch.no_grad():
+            converted: dict[str, Tensor] = convert(dict(tensors), net, **options)
+    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError) as err:
+        raise ModelError(
+            f"{url} does not fit {arch}: timm cannot convert it ({type(err).__name__}: {err}). "
+            "Check the architecture before '@'."
+        ) from err
+    return converted
