@@ -1,0 +1,151 @@
+"""The curves of one run: metrics.jsonl, TensorBoard event files, Weights & Biases.
+
+    metrics.jsonl   one row per logged step; nothing in it depends on time or on interruptions
+    timings.jsonl   wall time, speed and waiting at the same steps
+    tb/             the same values for TensorBoard, one event file per flush
+
+Object stores cannot append, so rows are kept in memory (a few hundred bytes each) and a flush
+writes the files whole. A run that resumes drops the rows after its resume point.
+"""
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import time
+import typing as tp
+
+from saev import storage
+from saev.errors import ConfigError, CorruptDataError
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+TENSORBOARD = "tb"
+
+_REMEDY = "Delete the folder `resume` beside the run folders to train from the start."
+
+Row = dict[str, float | int | None]
+
+
+class Curves:
+    """Rows of one run.
+
+    Args:
+        url: the run folder.
+        n_rows: rows that a resumed run goes on from; later ones are dropped.
+    """
+
+    def __init__(self, url: str, n_rows: int = 0):
+        self.url = url
+        self.rows = _read_rows(storage.join(url, METRICS), n_rows)
+        self._timings = _read_rows(storage.join(url, TIMINGS), n_rows)
+        self._n_flushed = n_rows
+        if storage.is_dir(storage.join(url, TENSORBOARD)):
+            for entry in storage.list_dir(storage.join(url, TENSORBOARD)):
+                if _first_row(entry.name) >= n_rows:
+                    storage.delete(entry.url)
+
+    def add(self, row: tp.Mapping[str, float | int], timing: tp.Mapping[str, float]) -> Row:
+        """Add a row (with a `step`); returns it as stored, with null for what is not finite."""
+        stored = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self.rows.append(stored)
+        self._timings.append({"step": row["step"], "wall_time": time.time(), **timing})
+        return stored
+
+    def flush(self) -> None:
+        """Publish all rows."""
+        if self._n_flushed == len(self.rows) > 0:
+            return
+        events = _events(self.rows[self._n_flushed :], self._timings[self._n_flushed :])
+        if self.rows:
+            name = f"events.out.tfevents.{self._n_flushed:010d}.saev"
+            storage.write_bytes(storage.join(self.url, TENSORBOARD, name), events)
+        storage.write_text(storage.join(self.url, TIMINGS), _lines(self._timings))
+        storage.write_text(storage.join(self.url, METRICS), _lines(self.rows))
+        self._n_flushed = len(self.rows)
+
+
+def _lines(rows: tp.Iterable[Row]) -> str:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _read_rows(url: str, n_rows: int) -> list[Row]:
+    if not n_rows:
+        return []
+    try:
+        rows = [json.loads(line) for line in storage.read_text(url).splitlines()[:n_rows]]
+    except json.JSONDecodeError as err:
+        raise CorruptDataError(f"{url} is damaged ({err}). {_REMEDY}") from err
+    if len(rows) < n_rows:
+        raise CorruptDataError(
+            f"{url} has {len(rows)} rows, but its resume point counts {n_rows}. {_REMEDY}"
+        )
+    return rows
+
+
+def _first_row(name: str) -> int:
+    """Number of the first row in an event file; -1 for files of others."""
+    parts = name.split(".")
+    return int(parts[3]) if len(parts) == 5 and parts[3].isdigit() else -1
+
+
+def _events(rows: tp.Sequence[Row], timings: tp.Sequence[Row]) -> bytes:
+    """A TensorBoard event file."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    first = timings[0]["wall_time"] if timings else 0.0
+    writer.write(Event(wall_time=first, file_version="brain.Event:2").SerializeToString())
+    for row, timing in zip(rows, timings, strict=True):
+        merged = {k: v for k, v in {**timing, **row}.items() if k not in ("step", "wall_time")}
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in merged.items() if v is not None]
+        event = Event(
+            wall_time=timing["wall_time"], step=int(row["step"] or 0), summary=Summary(value=values)
+        )
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+# --- Weights & Biases ---------------------------------------------------------------------------
+
+
+def check_wandb(project: str) -> None:
+    """Fail before training if a project is asked for and `wandb` is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"--wandb-project {project} needs Weights & Biases, which is not installed: "
+            "pip install 'saev[wandb]', or leave the flag out."
+        )
+
+
+class WandbRun:
+    """One run on Weights & Biases, under the run's own id, so that a resumed run continues it."""
+
+    def __init__(self, project: str, run_id: str, config: dict[str, tp.Any], folder: str):
+        import wandb
+
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            name=run_id,
+            config=config,
+            resume="allow",
+            reinit="create_new",  # a group is many runs in one process
+            dir=folder,
+        )
+
+    def log(self, row: Row) -> None:
+        """Add a row; steps that were logged before an interruption are ignored by the server."""
+        values = {k: v for k, v in row.items() if k != "step" and v is not None}
+        self._run.log(values, step=int(row["step"] or 0))
+
+    def finish(self, summary: tp.Mapping[str, float | int]) -> None:
+        """Close the run with its evaluation."""
+        self._run.summary.update({f"eval/{k}": v for k, v in summary.items()})
+        self._run.finish()

@@ -1,0 +1,85 @@
+"""What training does to activations before an SAE sees them: (x − mean) · scale.
+
+Both numbers are folded into the saved weights, so a trained SAE takes activations as recorded.
+"""
+
+import logging
+import math
+import typing as tp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev.config import DataConfig
+from saev.errors import ConfigError
+from saev.shards import Shards
+from saev.shards.reader import LayerStats
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_TOKENS = 1 << 18
+"""Most tokens that are read for the statistics of a folder that has none (protocol 2.1)."""
+
+
+class Normalization(tp.NamedTuple):
+    """Centre and scale of one layer."""
+
+    mean: Tensor
+    """Subtracted, float32 [d_model]; zeros without scale_mean."""
+    scale: float
+    """Multiplied; 1 without scale_norm."""
+
+    @classmethod
+    def of(cls, stats: LayerStats, *, scale_mean: bool, scale_norm: bool) -> "Normalization":
+        """From a layer's moments.
+
+        ``scale_norm`` makes the root mean square norm √d_model, of what ``scale_mean`` leaves.
+
+        Raises:
+            ConfigError: the activations do not vary, or are all zero.
+        """
+        d_model = len(stats.mean)
+        mean = stats.mean if scale_mean else np.zeros(d_model)
+        scale = 1.0
+        if scale_norm:
+            sq_norm = stats.centred_sq_norm if scale_mean else stats.mean_sq_norm
+            if not sq_norm > 1e-12 * stats.mean_sq_norm:
+                raise ConfigError(
+                    "All recorded activations of this layer are the same vector, so they cannot be "
+                    "scaled. Record real images, or give --no-scale-norm."
+                )
+            scale = math.sqrt(d_model / sq_norm)
+        return cls(torch.from_numpy(mean).float(), scale)
+
+    def apply_(self, acts_bd: Tensor) -> Tensor:
+        """Normalise a float32 batch [batch, d_model] in place."""
+        return acts_bd.sub_(self.mean.to(acts_bd.device)).mul_(self.scale)
+
+
+def layer_stats(shards: Shards, data: DataConfig) -> LayerStats:
+    """Moments of the tokens that ``data`` selects: the recorded ones if there are any.
+
+    A folder without statistics is sampled: examples at equal distances, at most SAMPLE_TOKENS
+    tokens, always the same ones. Both ways count all examples, whatever their label or split.
+    """
+    layer = shards.layers[shards.layer_index(None if data.layer == "all" else data.layer)]
+    recorded = shards.stats(layer, data.tokens)
+    if recorded is not None:
+        return recorded
+    n_cls = int(shards.metadata.cls_token)
+    rows = {"content": slice(n_cls, None), "special": slice(0, n_cls), "all": slice(None)}
+    keep = rows[data.tokens]
+    per_example = len(range(shards.tokens_per_example)[keep])
+    if not per_example or not shards.n_examples:
+        raise ConfigError(f"{shards.url} has no {data.tokens} tokens.")
+    n_sampled = max(1, min(shards.n_examples, SAMPLE_TOKENS // per_example))
+    logger.info("%s has no statistics; measuring them on %d examples.", shards.url, n_sampled)
+    total, sq_total, count = np.zeros(shards.d_model), 0.0, 0
+    for i in range(n_sampled):
+        shard, start = shards.locate(i * shards.n_examples // n_sampled)
+        x = shards.read(shard, layer, start, start + 1)[0, keep].double().numpy()
+        total += x.sum(0)
+        sq_total += float(np.square(x).sum())
+        count += len(x)
+    return LayerStats(total / count, sq_total / count, count)
