@@ -8,9 +8,11 @@ functions; every other scheme goes through fsspec.
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
+import tempfile
 import typing as tp
 import uuid
 from collections.abc import Iterator
@@ -414,7 +416,8 @@ class RangeReader:
                 data = _retry_reads(self._fs.cat_file)(self._key, start=offset, end=end)
                 if len(data) != view.nbytes:
                     raise CorruptDataError(
-                        f"{self.url}: {view.nbytes} bytes at {offset} were asked for, got {len(data)}."
+                        f"{self.url}: {view.nbytes} bytes at {offset} were asked for, "
+                        f"got {len(data)}."
                     )
                 view[:] = data
 
@@ -465,41 +468,135 @@ def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
             with _open_write_local(path) as handle:
                 yield handle
         else:
-            fs, key = _fs(text)
-            remote = fs.open(key, "wb", autocommit=False)
-            try:
-                yield tp.cast(tp.BinaryIO, remote)
-                remote.close()
-                remote.commit()
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    remote.discard()
-                # A buffered file that is garbage-collected while open would flush itself.
-                remote.closed = True
-                raise
+            with _open_write_remote(text) as handle:
+                yield handle
+
+
+@contextlib.contextmanager
+def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
+    fs, key = _fs(url)
+    remote = fs.open(key, "wb", autocommit=False)
+    try:
+        yield tp.cast(tp.BinaryIO, remote)
+        remote.close()
+        remote.commit()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            remote.discard()
+        # A buffered file that is garbage-collected while open would flush itself.
+        remote.closed = True
+        raise
 
 
 @contextlib.contextmanager
 def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
-    handle = temporary.open("wb")
+    temporary, fd = _create_temporary(path)
     try:
-        with handle:
-            yield tp.cast(tp.BinaryIO, handle)
+        with os.fdopen(fd, "wb") as handle:
+            yield handle
             handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+            os.fsync(fd)
+            temporary.replace(path)  # while it is open: the lock says that its writer lives
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     with contextlib.suppress(OSError):  # not every file system can sync a folder
-        fd = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(fd)
+            os.fsync(folder)
         finally:
-            os.close(fd)
+            os.close(folder)
+
+
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """A new file beside ``path``, locked for as long as its descriptor is open.
+
+    The lock only tells :func:`clean_temporary` that the writer is alive; where a file system has no
+    locks, nothing is cleaned and everything else works.
+    """
+    while True:
+        temporary = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if temporary.exists():
+                return temporary, fd
+        except BlockingIOError:
+            pass
+        except OSError:
+            return temporary, fd
+        os.close(fd)  # a cleaner was faster than the lock: take another name
+
+
+class PositionalWriter:
+    """Writes at any offset into an object that is not published yet, from any number of threads.
+
+    Made by :func:`open_write_at`.
+    """
+
+    def __init__(self, url: str, fd: int):
+        self.url = url
+        self._fd = fd
+
+    def write(self, offset: int, data: tp.Any) -> None:
+        """Put a contiguous buffer at a byte offset. The object grows as needed."""
+        view = memoryview(data).cast("B")
+        done = 0
+        with _explained(self.url, "write"):
+            while done < view.nbytes:
+                done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy bytes towards the front; the two ranges may overlap."""
+        if target > source:
+            raise ValueError(f"move goes towards the front only, not from {source} to {target}")
+        with _explained(self.url, "write"):
+            for start in range(0, length, _CHUNK):
+                block = os.pread(self._fd, min(_CHUNK, length - start), source + start)
+                self.write(target + start, block)
+
+    def truncate(self, size: int) -> None:
+        """Cut off what lies behind ``size`` bytes, or fill up with zeros."""
+        with _explained(self.url, "write"):
+            os.ftruncate(self._fd, size)
+
+
+@contextlib.contextmanager
+def open_write_at(url: str | os.PathLike) -> Iterator[PositionalWriter]:
+    """Like :func:`open_write`, for an object that is not written from front to back.
+
+    Local: a temporary file in the same folder. Object stores, which cannot do that: a nameless
+    scratch file in the folder for temporary files (``TMPDIR``), which vanishes with the process,
+    uploaded as one stream when the block ends.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    if path is not None:
+        with contextlib.ExitStack() as stack:
+            with _explained(text, "write"):
+                handle = stack.enter_context(_open_write_local(path))
+            yield PositionalWriter(text, handle.fileno())
+            with _explained(text, "write"):  # only what is ours: the block's errors are not
+                stack.close()
+        return
+    scratch = f"scratch file in {tempfile.gettempdir()} (TMPDIR) for {text}"
+    with contextlib.ExitStack() as stack:
+        with _explained(scratch, "write"):
+            handle = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+        yield PositionalWriter(scratch, handle.fileno())
+        with _explained(text, "write"):
+            _upload(handle.fileno(), text)
+
+
+@_retry_reads
+def _upload(fd: int, url: str) -> None:
+    """Stream a local file into an object; begins again after a transient failure."""
+    size_ = os.fstat(fd).st_size
+    with _open_write_remote(url) as remote:
+        for start in range(0, size_, _CHUNK):
+            remote.write(os.pread(fd, min(_CHUNK, size_ - start), start))
 
 
 def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) -> None:
@@ -543,13 +640,18 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
 
 
 def clean_temporary(url: str | os.PathLike) -> None:
-    """Remove what killed local writers left in a folder. Only its single owner may call this."""
+    """Remove what killed local writers left in a folder. Files of living writers stay."""
     path = local_path(url)
     if path is None or not path.is_dir():
         return
     for leftover in path.glob(f"{TMP_PREFIX}*"):
         with contextlib.suppress(OSError):
-            leftover.unlink()
+            fd = os.open(leftover, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                leftover.unlink()
+            finally:
+                os.close(fd)
 
 
 def check_writable(url: str | os.PathLike) -> None:
