@@ -10,19 +10,24 @@ class InferenceConfig(Config):
     """Run one SAE over all activations: metrics, statistics, sparse codes, top examples."""
 
     run: str
-    """URL of the run folder (or of any SAE that saev.load_sae reads)."""
+    """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
     data: DataConfig = DataConfig()
-    """The activations."""
+    """The activations; by default those that the run was trained on."""
     out: str = ""
     """URL of the folder for the results; by default RUN/inference/HASH."""
     n_dists: int = pydantic.Field(default=25, ge=0)
-    """Latents whose values are kept in full."""
+    """Latents whose values are kept in full, spread over the range of frequencies."""
     n_top: int = pydantic.Field(default=16, ge=1)
     """Examples kept per latent."""
     save: bool = True
     """Write token_acts.npz, the sparse codes of all tokens (--no-save leaves it out)."""
+    concepts: bool = True
+    """Where tokens have labels, measure how well single latents tell the classes. Takes room for
+    the codes of all tokens while it runs, with --no-save too."""
     batch_size: int = pydantic.Field(default=8192, ge=1)
-    """Tokens per step."""
+    """Most tokens per step; fewer where the latents of a step would take much memory."""
+    subtract_b_dec: bool = False
+    """The SAE is a published sae.pt from before August 2025, whose encoder saw x - b_dec."""
     part: str = ""
     """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
     device: str = "auto"

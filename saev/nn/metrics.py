@@ -68,17 +68,31 @@ class ReconstructionMetrics:
         found = (tuple(x_bd.shape), tuple(x_hat_bd.shape), tuple(f_bs.shape))
         if found != want:
             raise ConfigError(f"Metrics were given shapes {found}, expected {want}.")
+        self.update_reconstruction(x_bd, x_hat_bd)
+        f = f_bs.to(self._device)
+        self.update_codes((f != 0).sum(0), f.abs().sum(0, dtype=torch.float64).sum())
+
+    @torch.no_grad()
+    def update_reconstruction(self, x_bd: Tensor, x_hat_bd: Tensor) -> None:
+        """Add the tokens of a batch and their errors; their codes go to :meth:`update_codes`."""
         x = x_bd.to(self._device, torch.float64)
         error = x - x_hat_bd.to(self._device, torch.float64)
-        f = f_bs.to(self._device)
         # Over rows first: a sum over everything is split by the number of threads, and its bits
         # with it.
         self.sq_error += error.square_().sum(0).sum()
         self.sq_norm += x.square().sum(0).sum()
         self.total += x.sum(0)
-        self.l1_total += f.abs().sum(0, dtype=torch.float64).sum()
-        self.fired += (f != 0).sum(0)
         self.n_tokens += len(x_bd)
+
+    def update_codes(self, fired_s: Tensor, l1: Tensor | float) -> None:
+        """Add codes that were counted elsewhere, of tokens given to :meth:`update_reconstruction`.
+
+        Args:
+            fired_s: tokens on which each latent fires, int64 [d_sae].
+            l1: Σ|f| over these tokens.
+        """
+        self.fired += fired_s.to(self._device)
+        self.l1_total += l1
 
     def merge(self, other: "ReconstructionMetrics") -> None:
         """Add what ``other`` saw."""
