@@ -59,6 +59,8 @@ def write_crops(root: str, n_examples: int, seed: int = 0) -> str:
             storage.write_bytes(storage.join(root, "images/training", f"{stem}.jpg"), _jpeg(crop))
             storage.write_bytes(storage.join(root, "annotations/training", f"{stem}.png"), mask)
             rows.append(f"{stem},{name}")
+    names = [f"{label},{Path(file).stem}" for label, file in enumerate(PHOTOS, start=1)]
+    storage.write_text(storage.join(root, "classes.csv"), "\n".join(["label,name", *names]) + "\n")
     storage.write_text(done, "\n".join(rows) + "\n")
     logger.info("Wrote %d crops of %d photographs to %s.", n_examples, len(PHOTOS), root)
     return root
