@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import typing as tp
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,9 @@ class VisionModel:
         self._pool = tower.pool
         self._special_tokens = tower.special_tokens
         self._blocks = list(tower.blocks)
-        self._lock = threading.Lock()
+        self._recording = threading.local()
+        for layer, block in enumerate(self._blocks):
+            block.register_forward_hook(self._hook_of(layer))
         self.module = tower.module.eval().requires_grad_(False).to(self.device)
         if not self._blocks:
             raise ModelError(f"{self.name} has no transformer blocks; nothing can be recorded.")
@@ -104,7 +106,7 @@ class VisionModel:
     ) -> Float[Tensor, "layers batch tokens d_model"]:
         """The residual stream after the given blocks, on the model's device.
 
-        Calls from several threads run one after the other. Wrap it in ``torch.autocast`` for a
+        May be called from many threads at once. Wrap it in ``torch.autocast`` for a
         forward pass in lower precision; the result has the dtype of the model's residual stream.
 
         Args:
@@ -134,7 +136,7 @@ class VisionModel:
             out[rows[layer], :, :first] = stream[:, :first]
             out[rows[layer], :, first:] = stream[:, self._special_tokens :]
 
-        self._run(images, {layer: self._blocks[layer] for layer in rows}, keep)
+        self._run(images, frozenset(rows), keep)
         if out is None:
             raise ModelError(f"{self.name} ran none of the blocks {sorted(rows)}.")
         return out
@@ -151,7 +153,7 @@ class VisionModel:
         """
         self._check_images(images)
         if self._pool is not None:
-            with torch.no_grad(), self._lock:
+            with torch.no_grad():
                 pooled = self._pool(images.to(self.device, non_blocking=True))
         else:
             stream = self.record(images, [-1])[0]
@@ -167,31 +169,34 @@ class VisionModel:
             )
 
     def _run(
-        self,
-        images: Tensor,
-        blocks: Mapping[int, nn.Module],
-        keep: Callable[[int, Tensor], None],
+        self, images: Tensor, layers: frozenset[int], keep: Callable[[int, Tensor], None]
     ) -> None:
-        """Forward pass that calls `keep` with each block's output and ends after the last one."""
-        last = max(blocks)
-
-        def hook_of(layer: int) -> Callable[[nn.Module, tp.Any, tp.Any], None]:
-            def hook(_module: nn.Module, _args: tp.Any, output: tp.Any) -> None:
-                keep(layer, self._stream(layer, output))
-                if layer == last:
-                    raise _Done
-
-            return hook
-
-        with self._lock, torch.no_grad():
-            handles = [b.register_forward_hook(hook_of(i)) for i, b in blocks.items()]
-            try:
+        """Forward pass that calls `keep` with each layer's output and ends after the last one."""
+        self._recording.request = (layers, keep)
+        try:
+            with torch.no_grad():
                 self.module(images.to(self.device, non_blocking=True))
-            except _Done:
-                pass
-            finally:
-                for handle in handles:
-                    handle.remove()
+        except _Done:
+            pass
+        finally:
+            del self._recording.request
+
+    def _hook_of(self, layer: int) -> Callable[[nn.Module, tp.Any, tp.Any], None]:
+        """What runs after a block, for good: passes in other threads do not see hooks come and go.
+
+        It does nothing unless its own thread is recording this layer.
+        """
+
+        def hook(_module: nn.Module, _args: tp.Any, output: tp.Any) -> None:
+            request = getattr(self._recording, "request", None)
+            if request is None or layer not in request[0]:
+                return
+            layers, keep = request
+            keep(layer, self._stream(layer, output))
+            if layer == max(layers):
+                raise _Done
+
+        return hook
 
     def _stream(self, layer: int, output: tp.Any) -> Tensor:
         """The residual stream in a block's output."""
@@ -218,7 +223,7 @@ class VisionModel:
             ran.append(layer)
             found.add(tuple(stream.shape))
 
-        self._run(images, dict(enumerate(self._blocks)), keep)
+        self._run(images, frozenset(range(self.n_layers)), keep)
         if ran != list(range(self.n_layers)):
             raise ModelError(
                 f"{self.name} is not a plain ViT: its {self.n_layers} blocks ran in the order "
