@@ -15,19 +15,29 @@ PixelAgg = tp.Literal["majority", "prefer-fg"]
 
 
 class ImgFolder(Config):
-    """A folder of images; sub-folders, if there are any, are the classes."""
+    """A folder of images; sub-folders, if there are any, are the classes.
+
+    Images are found by their suffix at any depth; names that start with a dot are left out. The
+    order is that of their paths below the root.
+    """
 
     kind: Kind[tp.Literal["img-folder"]] = "img-folder"
     root: str
-    """URL of the folder, or a glob pattern of folders or images (quote it)."""
+    """URL of the folder, or a glob pattern of folders or images (quote it). Classes are named by
+    the path below a matched folder; for matched images, below the pattern's part without `*`."""
 
 
 class ImgSegFolder(Config):
-    """Images with pixel masks: ROOT/images/SPLIT/… and ROOT/annotations/SPLIT/… (same stems)."""
+    """Images with pixel masks: ROOT/images/SPLIT/… and ROOT/annotations/SPLIT/… (same stems).
+
+    Classes of whole images, if wanted, are read from ROOT/labels.csv (a header `stem,label`; with
+    several label columns the one called `label`, else the first) or from ADE20K's
+    ROOT/sceneCategories.txt (lines `STEM LABEL`).
+    """
 
     kind: Kind[tp.Literal["img-seg-folder"]] = "img-seg-folder"
     root: str
-    """URL of the folder that holds `images`, `annotations` and optionally `labels.csv`."""
+    """URL of the folder that holds `images` and `annotations`."""
     split: str = "training"
     """Sub-folder of `images` and `annotations`."""
     pixel_agg: PixelAgg = "majority"
@@ -42,7 +52,8 @@ class Imagenet(Config):
 
     kind: Kind[tp.Literal["imagenet"]] = "imagenet"
     name: str = "ILSVRC/imagenet-1k"
-    """Dataset name on the hub, or a local folder that `datasets.load_dataset` opens."""
+    """Dataset name on the hub, a local folder that `datasets.load_dataset` opens, or the URL of a
+    folder that `Dataset.save_to_disk` wrote."""
     split: str = "train"
     """Split name."""
 
@@ -52,7 +63,8 @@ class Cifar10(Config):
 
     kind: Kind[tp.Literal["cifar10"]] = "cifar10"
     name: str = "uoft-cs/cifar10"
-    """Dataset name on the hub, or a local folder that `datasets.load_dataset` opens."""
+    """Dataset name on the hub, a local folder that `datasets.load_dataset` opens, or the URL of a
+    folder that `Dataset.save_to_disk` wrote."""
     split: str = "train"
     """Split name."""
 
@@ -67,7 +79,7 @@ class FakeImg(Config):
     """Number of class labels."""
     image_size: int = pydantic.Field(default=64, ge=1)
     """Height and width in pixels."""
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0)
     """What the pixels are drawn from."""
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from saev.config.images import PixelAgg
 from saev.errors import ConfigError, ImageError
 
 Interpolation = tp.Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -230,3 +231,43 @@ def _triple(values: tp.Any) -> tuple[float, float, float]:
         values = (values,) * 3
     red, green, blue = (float(v) for v in values)
     return red, green, blue
+
+
+def token_labels(
+    mask: UInt8[np.ndarray, "height width"],
+    grid: tuple[int, int],
+    pixel_agg: PixelAgg = "majority",
+    bg_label: int = 0,
+) -> UInt8[np.ndarray, " n_tokens"]:
+    """Pixel labels to token labels.
+
+    Args:
+        mask: labels of the pixels that the model saw (:meth:`ImageSpec.crop_mask`).
+        grid: rows and columns of content tokens; each divides its side of the mask.
+        pixel_agg: "majority" takes the most frequent value under a token; "prefer-fg" the most
+            frequent one that is not ``bg_label``, if there is any. Ties go to the lowest value.
+        bg_label: the value of background, for "prefer-fg".
+
+    Returns:
+        Labels in the tokens' order: row by row.
+
+    Raises:
+        ConfigError: the mask cannot be cut into the grid.
+    """
+    (height, width), (rows, columns) = mask.shape, grid
+    if min(grid) < 1 or height % rows or width % columns:
+        raise ConfigError(
+            f"A mask of {height} x {width} pixels cannot be cut into {rows} x {columns} tokens "
+            "(height x width): each must be divisible. Check the image size and patch size."
+        )
+    n_tokens = rows * columns
+    token_of_row = np.arange(height) // (height // rows) * columns
+    token_of_column = np.arange(width) // (width // columns)
+    token_hw = token_of_row[:, None] + token_of_column
+    counts = np.bincount((token_hw * 256 + mask).ravel(), minlength=n_tokens * 256)
+    counts = counts.reshape(n_tokens, 256)
+    if pixel_agg == "majority":
+        return counts.argmax(axis=1).astype(np.uint8)  # argmax takes the first of equals
+    counts[:, bg_label] = 0
+    labels = np.where(counts.any(axis=1), counts.argmax(axis=1), bg_label)
+    return labels.astype(np.uint8)

@@ -1,0 +1,140 @@
+"""One interface to every image dataset, and :func:`open_dataset` that chooses among them."""
+
+import abc
+import hashlib
+import typing as tp
+from collections.abc import Iterable
+
+from PIL import Image
+
+from saev import storage
+from saev.config.images import (
+    Cifar10,
+    FakeImg,
+    FakeImgSeg,
+    ImageData,
+    Imagenet,
+    ImgFolder,
+    ImgSegFolder,
+    PixelAgg,
+)
+from saev.errors import ImageError
+
+
+class ExampleInfo(tp.NamedTuple):
+    """What is known of an example without decoding it."""
+
+    url: str
+    """Where it is. For datasets that are not files: a name that says which one it is."""
+    label: str
+    """Name of its class, "" if it has none."""
+    target: int
+    """Index of its class in the dataset's sorted `classes`, -1 if it has none."""
+
+
+class ImageDataset(abc.ABC):
+    """Examples in a fixed order. Loading is thread-safe."""
+
+    has_masks: bool = False
+    """Whether examples come with pixel labels."""
+    pixel_agg: PixelAgg = "majority"
+    """How pixel labels become token labels."""
+    bg_label: int = 0
+    """The pixel label of background."""
+
+    classes: tuple[str, ...] = ()
+    """Class names; `ExampleInfo.target` is an index into them."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """SHA-256 (hex) over names, sizes and labels: the identity of the data, wherever it is."""
+
+    @abc.abstractmethod
+    def example(self, index: int) -> ExampleInfo:
+        """Name and class of an example."""
+
+    @abc.abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """The image: upright, mode RGB.
+
+        Raises:
+            ImageError: it cannot be decoded.
+            StorageError: it cannot be read.
+        """
+
+    def load_mask(self, index: int) -> Image.Image | None:
+        """The pixel labels: mode L, None if the dataset has no masks.
+
+        Raises:
+            ImageError: it cannot be decoded, or is not a mask.
+            StorageError: it cannot be read.
+        """
+        del index
+        return None
+
+    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Image and mask, checked to be of one size.
+
+        Raises:
+            ImageError: one of them cannot be decoded, or their sizes differ.
+            StorageError: one of them cannot be read.
+        """
+        image, mask = self.load(index), self.load_mask(index)
+        if mask is not None and mask.size != image.size:
+            raise ImageError(
+                f"The mask of {self.example(index).url} has {mask.width} x {mask.height} pixels, "
+                f"its image (upright) {image.width} x {image.height}; they must agree."
+            )
+        return image, mask
+
+
+def open_dataset(cfg: ImageData) -> ImageDataset:
+    """The dataset that a config describes. Lists it, and reads no image.
+
+    Raises:
+        StorageError: a folder is missing, unreadable, empty or not a folder.
+        ConfigError: the config does not fit what is there, or a package is not installed.
+    """
+    match cfg:
+        case ImgSegFolder():
+            from saev.images.folders import SegFolder
+
+            return SegFolder(cfg)
+        case ImgFolder():
+            from saev.images.folders import Folder
+
+            return Folder(cfg)
+        case Imagenet() | Cifar10():
+            from saev.images.hub import HubDataset
+
+            return HubDataset(cfg)
+        case FakeImgSeg():
+            from saev.images.fake import FakeSegmentation
+
+            return FakeSegmentation(cfg)
+        case FakeImg():
+            from saev.images.fake import Fake
+
+            return Fake(cfg)
+        case _:
+            tp.assert_never(cfg)
+
+
+def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Sorted class names, and the target of each label ("" has none: -1)."""
+    classes = tuple(sorted(set(labels) - {""}))
+    return classes, {label: i for i, label in enumerate(classes)} | {"": -1}
+
+
+def digest_of(header: tp.Any, rows: Iterable[tp.Any]) -> str:
+    """SHA-256 (hex) over the canonical JSON of a header and of rows, one a line."""
+    sha = hashlib.sha256()
+    for item in (header, *rows):
+        sha.update(storage.canonical_json(item).encode())
+        sha.update(b"\n")
+    return sha.hexdigest()

@@ -1,0 +1,174 @@
+"""Image classification datasets through Hugging Face `datasets` (the extra ``hf``).
+
+The library finds the rows; the bytes of the images go to our own decoder, so that orientation,
+palettes and damage are handled as for files.
+"""
+
+import functools
+import posixpath
+import typing as tp
+
+from PIL import Image
+
+from saev import storage
+from saev.config.images import Cifar10, Imagenet
+from saev.errors import ConfigError, ImageError, StorageError
+from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes
+from saev.images.decode import decode_image
+
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+_DIGEST_ROWS = 65_536  # read at once
+
+
+class HubDataset(ImageDataset):
+    """One split of a dataset on the hub, of a local folder that ``load_dataset`` opens, or of a
+    folder (also on remote storage) that ``Dataset.save_to_disk`` wrote."""
+
+    def __init__(self, cfg: Imagenet | Cifar10):
+        self._cfg = cfg
+        rows = _load(cfg)
+        image_column = _image_column(rows, cfg)
+        label_column = _label_column(rows)
+        import datasets
+
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self._images = rows.select_columns([image_column])
+        self._image_column = image_column
+        self._labels, self.classes, self._target_of = _read_labels(rows, label_column)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over file name, size and label of every row, in order.
+
+        The library's own fingerprint is not used: it covers the dates of local files, and two pods
+        with a copy each would not agree that they have the same data.
+        """
+        return digest_of("hf", self._identity())
+
+    def example(self, index: int) -> ExampleInfo:
+        """Dataset, split and row number; class."""
+        label = self._labels[index] if self._labels else ""
+        name = f"{self._cfg.name}#{self._cfg.split}/{index}"
+        return ExampleInfo(name, label, self._target_of[label])
+
+    def load(self, index: int) -> Image.Image:
+        """The image: upright, RGB."""
+        cell = self._images[index][self._image_column]
+        name = self.example(index).url
+        if cell is None:
+            raise ImageError(f"{name} has no image (the cell is null).")
+        data = cell["bytes"]
+        if data is None:
+            data, name = storage.read_bytes(cell["path"]), cell["path"]
+        return decode_image(data, name)
+
+    def _identity(self) -> tp.Iterator[list[tp.Any]]:
+        import pyarrow.compute as pc
+
+        table = self._images.with_format("arrow")
+        for start in range(0, len(self), _DIGEST_ROWS):
+            column = table[start : start + _DIGEST_ROWS][self._image_column]
+            # The length of a binary is a difference of two offsets: the images are not read.
+            sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+            paths = pc.struct_field(column, "path").to_pylist()
+            for row, (size, path) in enumerate(zip(sizes, paths, strict=True), start):
+                if size is None and path is not None:
+                    size = storage.size(path)
+                yield [posixpath.basename(path or ""), size, self.example(row).label]
+
+
+def _load(cfg: Imagenet | Cifar10) -> tp.Any:
+    try:
+        import datasets
+    except ImportError as err:
+        raise ConfigError(
+            f"data:{cfg.kind} needs Hugging Face datasets, which is not installed. "
+            "Install it: pip install 'saev[hf]'."
+        ) from err
+    where = f"dataset {cfg.name}, split '{cfg.split}'"
+    try:
+        if _was_saved_to_disk(cfg.name):
+            found = datasets.load_from_disk(cfg.name)
+            if isinstance(found, datasets.DatasetDict):
+                if cfg.split not in found:
+                    raise ConfigError(
+                        f"There is no split '{cfg.split}' in {cfg.name}; it has "
+                        f"{', '.join(found)}. Set data.split."
+                    )
+                found = found[cfg.split]
+        else:
+            found = datasets.load_dataset(cfg.name, split=cfg.split)
+    except ConfigError:
+        raise
+    except (OSError, ConnectionError) as err:
+        raise StorageError(
+            f"Cannot load {where}: {_first_line(err)} Check its name, the network, and whether "
+            "you must log in to the hub and accept its terms."
+        ) from err
+    except Exception as err:  # the library raises its own and its parsers' errors
+        raise ConfigError(f"Cannot load {where}: {_first_line(err)}") from err
+    if not len(found):
+        raise StorageError(f"{where} has no rows.")
+    return found
+
+
+def _was_saved_to_disk(name: str) -> bool:
+    if "://" not in name and storage.local_path(name) is not None and not storage.is_dir(name):
+        return False
+    markers = ("state.json", "dataset_dict.json")
+    return any(storage.exists(storage.join(name, marker)) for marker in markers)
+
+
+def _first_line(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    text = lines[0].strip() if lines else type(err).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _image_column(rows: tp.Any, cfg: Imagenet | Cifar10) -> str:
+    import datasets
+
+    columns = [n for n, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    for preferred in ("image", "img"):
+        if preferred in columns:
+            return preferred
+    if len(columns) == 1:
+        return columns[0]
+    raise ConfigError(
+        f"Dataset {cfg.name} needs one column of images (or one called 'image'); it has "
+        f"{', '.join(columns) or 'none'} among {', '.join(rows.column_names)}."
+    )
+
+
+def _label_column(rows: tp.Any) -> str | None:
+    import datasets
+
+    for preferred in _LABEL_COLUMNS:
+        if preferred in rows.column_names:
+            return preferred
+    classes = [n for n, feat in rows.features.items() if isinstance(feat, datasets.ClassLabel)]
+    return classes[0] if len(classes) == 1 else None
+
+
+def _read_labels(
+    rows: tp.Any, column: str | None
+) -> tuple[list[str], tuple[str, ...], dict[str, int]]:
+    """Label of each row, class names, and the target of each label."""
+    import datasets
+
+    if column is None:
+        return [], (), {"": -1}
+    values = rows.with_format("arrow")[:][column].to_pylist()
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+        labels = ["" if v is None or v < 0 else names[v] for v in values]
+        return labels, names, {name: i for i, name in enumerate(names)} | {"": -1}
+    labels = ["" if v is None else str(v) for v in values]
+    if all(isinstance(v, int) for v in values if v is not None):  # in the order of the numbers
+        names = tuple(str(v) for v in sorted({v for v in values if v is not None}))
+        return labels, names, {name: i for i, name in enumerate(names)} | {"": -1}
+    return labels, *index_classes(labels)
