@@ -1,0 +1,378 @@
+"""The command line as a user meets it: parsing, help, standard output, and one clear error each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from saev import cli
+from saev.config import ImgSegFolder, Matryoshka, Relu, ShardsConfig, TrainConfig
+
+TINY = ("--family", "timm", "--ckpt", "test_vit/random", "--image-size", "32", "--layers", "-1")
+
+
+def saev(*argv: str, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    """Run a command in this process; returns status, standard output, standard error."""
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        cli.main(argv)
+        status = 0
+    except SystemExit as err:
+        status = err.code if isinstance(err.code, int) else 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    out, err = capsys.readouterr()
+    return status, out, " ".join(err.split())
+
+
+# --- Parsing -------------------------------------------------------------------------------
+
+
+def test_the_guides_shards_command_parses() -> None:
+    cfg = cli.parse(
+        "shards --shards-root URL --family clip --ckpt ViT-B-16/openai --d-model 768 "
+        "--layers 6 7 8 9 10 11 --content-tokens-per-example 196 --batch-size 512 "
+        "data:img-seg-folder --data.root URL --data.split training".split()
+    )
+    assert isinstance(cfg, ShardsConfig)
+    assert cfg.layers == (6, 7, 8, 9, 10, 11)
+    assert cfg.data == ImgSegFolder(root="URL", split="training")
+
+
+def test_the_guides_train_command_parses() -> None:
+    cfg = cli.parse(
+        "train --runs-root URL --lr 4e-3 --sae.exp-factor 16 --sae.d-model 1024 --tag ade20k-v0.1 "
+        "--n-train 100_000_000 --train-data.shards URL --train-data.layer 11 --val-data.shards URL "
+        "--val-data.layer 11 sae.activation:relu objective:matryoshka "
+        "--objective.sparsity-coeff 1e-3".split()
+    )
+    assert isinstance(cfg, TrainConfig)
+    assert (cfg.n_train, cfg.lr, cfg.sae.d_model) == (100_000_000, 4e-3, 1024)
+    assert cfg.sae.activation == Relu()
+    assert isinstance(cfg.objective, Matryoshka)
+    assert cfg.objective.sparsity_coeff == 1e-3
+
+
+def test_flags_may_stand_behind_a_subcommand() -> None:
+    cfg = cli.parse(["shards", "data:img-folder", "--data.root", "x", "--batch-size", "3"])
+    assert cfg.batch_size == 3
+
+
+def test_explicit_keys_name_what_the_command_line_set() -> None:
+    argv = "train --sae.d-sae=8 --no-scale-mean --lr 1e-3 objective:vanilla".split()
+    keys = cli.explicit_keys(argv)
+    assert {"sae.d_sae", "scale_mean", "lr", "objective.kind"} <= keys
+    assert "sae.d_model" not in keys
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -> None:
+    status, out, _ = saev(*command.split(), "--help", capsys=capsys)
+    assert status == 0
+    for model in [cli.COMMANDS[command]] if command else []:
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name} has no docstring"
+            text = field.description.split()[0].strip(".,`")
+            assert text in out, f"--{name} is not explained in the help"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["shards"], "Expected one of"),
+        (["shards", "--batch-sise", "3", "data:fake-img"], "--batch-size"),
+        (["shards", "--batch-size", "0", "data:fake-img"], "greater than or equal to 1"),
+        (["shards", "--batch-size", "many", "data:fake-img"], "--batch-size"),
+        (["shards", "data:img-folder"], "--data.root"),
+        (["trian"], "train"),
+        (["inference"], "--run"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    status, out, err = saev(*argv, capsys=capsys)
+    assert status == 2
+    assert expected in err
+    assert out == ""
+    assert "pydantic.dev" not in err
+
+
+# --- Whole stages ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small shards folder, through the command line."""
+    from saev.config import FakeImg
+    from saev.shards import extract
+
+    cfg = ShardsConfig(
+        shards_root=str(tmp_path_factory.mktemp("shards")),
+        family="timm",
+        ckpt="test_vit/random",
+        image_size=32,
+        layers=(-1,),
+        max_tokens_per_shard=60,
+        data=FakeImg(n_examples=24, image_size=32),
+    )
+    return extract.run(cfg)
+
+
+@pytest.fixture(scope="module")
+def trained(recorded: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small run on it."""
+    from saev import train
+    from saev.config import LoaderConfig, SaeConfig, TopK
+
+    cfg = TrainConfig(
+        runs_root=str(tmp_path_factory.mktemp("runs")),
+        n_train=400,
+        n_val=50,
+        batch_size=20,
+        sae=SaeConfig(d_sae=64, activation=TopK(top_k=4)),
+        train_data=LoaderConfig(shards=recorded, layer=None, val_fraction=0.25),
+    )
+    (url,) = train.run(cfg)
+    return url
+
+
+def test_all_stages_print_only_the_url(
+    recorded: str, trained: str, capsys: pytest.CaptureFixture
+) -> None:
+    status, out, err = saev("inference", "--run", trained, "--data.shards", recorded, capsys=capsys)
+    assert status == 0, err
+    (measured,) = out.splitlines()
+    metrics = json.loads((Path(measured) / "metrics.json").read_text())
+    assert {"normalized_mse", "explained_variance", "l0"} <= metrics.keys()
+    argv = ["visuals", "--run", trained, "--shards", recorded, "--latents", "0", "1"]
+    status, out, err = saev(*argv, "--n-latents", "2", capsys=capsys)
+    assert status == 0, err
+    (page,) = out.splitlines()
+    assert Path(page).name == "index.html"
+    assert Path(page).exists()
+
+
+def test_python_m_saev_keeps_logs_off_standard_output(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "saev", "shards", "--shards-root", str(tmp_path), *TINY]
+    done = subprocess.run(
+        [*argv, "data:fake-img", "--data.n-examples", "3"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (url,) = done.stdout.splitlines()
+    assert (Path(url) / "shards.json").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_stage_at_once_and_without_a_traceback(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
+    argv = [sys.executable, "-m", "saev", "shards", "--shards-root", str(tmp_path), *TINY]
+    argv += ["--max-tokens-per-shard", "50", "data:fake-img", "--data.n-examples", "100000"]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/acts*.bin")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if signum == signal.SIGINT else 143)
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("*/.tmp-*")), "a temporary was left behind"
+
+
+# --- Bad input: one clear error each ---------------------------------------------------------
+
+
+def test_missing_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["shards", "--shards-root", str(tmp_path), *TINY, "data:img-folder", "--data.root"]
+    status, _, err = saev(*argv, str(tmp_path / "nothing"), capsys=capsys)
+    assert status == 1
+    assert str(tmp_path / "nothing") in err
+
+
+def test_empty_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    argv = ["shards", "--shards-root", str(tmp_path), *TINY, "data:img-folder", "--data.root"]
+    status, _, err = saev(*argv, str(tmp_path / "empty"), capsys=capsys)
+    assert status == 1
+    assert "no images" in err.lower()
+    assert ".jpg" in err
+
+
+def test_corrupt_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    argv = ["shards", "--shards-root", str(tmp_path / "s"), *TINY, "data:img-folder"]
+    status, _, err = saev(*argv, "--data.root", str(tmp_path / "img"), capsys=capsys)
+    assert status == 1
+    assert "broken.png" in err
+    assert "--skip-unreadable" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--family", "vgg"), "dinov2"),
+        (("--layers", "99"), "99"),
+        (("--d-model", "7"), "7"),
+        (("--content-tokens-per-example", "5"), "5"),
+        (("--ckpt", "no_such_vit/random"), "no_such_vit"),
+        (("--part", "3/2"), "3/2"),
+        (("--part", "half"), "half"),
+    ],
+)
+def test_wrong_model_flags(
+    flags: tuple[str, ...], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["shards", "--shards-root", str(tmp_path), *TINY, *flags, "data:fake-img"]
+    status, out, err = saev(*argv, capsys=capsys)
+    assert status == 1
+    assert "saev: error:" in err
+    assert expected in err
+    assert out == ""
+    assert not any(tmp_path.iterdir()), "something was written before the flags were checked"
+
+
+def test_shards_root_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    argv = ["shards", "--shards-root", str(tmp_path / "file"), *TINY, "data:fake-img"]
+    status, _, err = saev(*argv, capsys=capsys)
+    assert status == 1
+    assert str(tmp_path / "file") in err
+
+
+@pytest.mark.parametrize("command", ["train", "inference"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "incomplete"])
+def test_damaged_shards(
+    command: str,
+    damage: str,
+    recorded: str,
+    trained: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded, copy)
+    victim = sorted(copy.glob("acts*.bin"))[1]
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "truncated":
+        os.truncate(victim, victim.stat().st_size - 1)
+    elif damage == "flipped":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    else:
+        victim = copy / "shards.json"
+        victim.unlink()
+    if command == "train":
+        argv = ["train", "--runs-root", str(tmp_path / "runs"), "--n-train", "400"]
+        argv += ["--batch-size", "20", "--sae.d-sae", "64", "--train-data.shards", str(copy)]
+    else:
+        argv = ["inference", "--run", trained, "--data.shards", str(copy)]
+        argv += ["--out", str(tmp_path / "out")]
+    status, out, err = saev(*argv, capsys=capsys)
+    assert status == 1, err
+    assert victim.name in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_sae_and_shards_of_different_width(
+    trained: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = [
+        "shards",
+        "--shards-root",
+        str(tmp_path),
+        *TINY,
+        "--ckpt",
+        "vit_tiny_patch16_224/random",
+    ]
+    status, out, err = saev(*argv, "data:fake-img", "--data.n-examples", "2", capsys=capsys)
+    assert status == 0, err
+    argv = ["inference", "--run", trained, "--data.shards", out.strip()]
+    status, _, err = saev(*argv, "--out", str(tmp_path / "o"), capsys=capsys)
+    assert status == 1
+    assert "192" in err
+    assert "64" in err
+
+
+def test_unknown_key_in_a_sweep(
+    recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text("[sae]\nd_say = [16, 32]\n")
+    argv = ["train", "--runs-root", str(tmp_path), "--sweep", str(sweep)]
+    status, _, err = saev(*argv, "--train-data.shards", recorded, capsys=capsys)
+    assert status == 1
+    assert "d_say" in err
+    assert "d_sae" in err
+
+
+def test_missing_run(recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["inference", "--run", str(tmp_path / "none"), "--data.shards", recorded]
+    status, _, err = saev(*argv, capsys=capsys)
+    assert status == 1
+    assert str(tmp_path / "none") in err
+
+
+def test_latent_out_of_range(recorded: str, trained: str, capsys: pytest.CaptureFixture) -> None:
+    saev("inference", "--run", trained, "--data.shards", recorded, capsys=capsys)
+    argv = ["visuals", "--run", trained, "--shards", recorded, "--latents", "64"]
+    status, _, err = saev(*argv, capsys=capsys)
+    assert status == 1
+    assert "64" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A real full disk: a tmpfs of 256 kB, where mounting is allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)],
+        check=False, capture_output=True,
+    )  # fmt: skip
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        argv = ["shards", "--shards-root", str(disk), *TINY, "--layers", "0", "1", "2"]
+        argv += ["--max-tokens-per-shard", "60", "data:fake-img", "--data.n-examples", "200"]
+        status, _, err = saev(*argv, capsys=capsys)
+        assert status == 1
+        assert "no space left" in err
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        status, out, err = saev(*argv, capsys=capsys)
+        assert status == 0, err
+        assert (Path(out.strip()) / "shards.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_read_only_root(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file system that is mounted read-only: permissions do not stop root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        argv = ["shards", "--shards-root", str(disk), *TINY, "data:fake-img"]
+        status, _, err = saev(*argv, capsys=capsys)
+        assert status == 1
+        assert "read-only" in err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
