@@ -1,0 +1,19 @@
+"""Activations in batches: shuffled, in dataset order, or by index."""
+
+from saev.loaders.batches import NO_LABEL, Batch
+from saev.loaders.indexed import IndexedActivations, Item
+from saev.loaders.metrics import batch_metrics
+from saev.loaders.ordered import OrderedLoader
+from saev.loaders.selection import selected_layers
+from saev.loaders.shuffled import ShuffledLoader
+
+__all__ = [
+    "NO_LABEL",
+    "Batch",
+    "IndexedActivations",
+    "Item",
+    "OrderedLoader",
+    "ShuffledLoader",
+    "batch_metrics",
+    "selected_layers",
+]

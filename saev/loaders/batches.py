@@ -1,0 +1,149 @@
+"""Batches, and how they are cut from a window: one vectorised gather."""
+
+import sys
+import typing as tp
+
+import torch
+from torch import Tensor
+
+from saev.loaders.windows import Window
+
+NO_LABEL = 255
+"""`token_labels` of a class token, which has no label."""
+
+_CONVERT_BYTES = 512 << 10
+"""Rows are converted in pieces of so many bytes, which stay in a core's cache."""
+
+
+class Batch(tp.NamedTuple):
+    """Vectors and where each of them comes from. Column i describes row i."""
+
+    act: Tensor
+    """Activations, [batch, d_model], float32 unless the loader was given another dtype."""
+    example_idx: Tensor
+    """Row of `Shards.examples()`, int64 [batch]."""
+    token_idx: Tensor
+    """Content token, 0 to content_tokens - 1, or -1 for the class token, int64 [batch]."""
+    token_labels: Tensor | None
+    """Labels, uint8 [batch] (255 for the class token), if the loader was asked for them."""
+    layer: Tensor
+    """Block number, int64 [batch]."""
+
+
+class BatchMemory:
+    """Memory for batches on the CPU, used again once nobody holds the batch that it was given to.
+
+    A fresh 50 MB tensor costs several times as much as the gather that fills it, because the
+    kernel has to map and clear its pages. A tensor made by ``torch.from_numpy`` holds a reference
+    to its array for as long as any tensor, view or graph shares its storage; so an array without
+    other references is free, and a batch that is kept is never overwritten.
+    """
+
+    KEPT = 4
+
+    def __init__(self) -> None:
+        self._arrays: list[tp.Any] = []
+        probe = [torch.empty(1, dtype=torch.uint8).numpy()]
+        self._idle = sys.getrefcount(probe[0])
+        """What CPython counts for an array that a list holds and nobody else."""
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor [rows, columns]."""
+        n_bytes = rows * columns * dtype.itemsize
+        arrays = self._arrays
+        for i in range(len(arrays)):
+            if sys.getrefcount(arrays[i]) == self._idle and arrays[i].nbytes >= n_bytes:
+                break
+        else:
+            i = len(arrays)
+            arrays.append(torch.empty(n_bytes, dtype=torch.uint8).numpy())
+        array = arrays[i]
+        if len(arrays) > self.KEPT:
+            arrays.pop(0)
+        return torch.from_numpy(array)[:n_bytes].view(dtype).view(rows, columns)
+
+
+class Cutter:
+    """Cuts batches from windows.
+
+    Args:
+        content_tokens: content tokens per example.
+        kept_tokens: tokens of an example that a window holds.
+        has_cls: whether a class token comes before the content tokens.
+        layer: block number, where all rows have the same.
+        d_model: width of a vector.
+        dtype: of the batches.
+        device: of the windows and the batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        content_tokens: int,
+        kept_tokens: int,
+        has_cls: bool,
+        layer: int,
+        d_model: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._content = content_tokens
+        self._kept = kept_tokens
+        self._first = int(has_cls)
+        self._d_model = d_model
+        self._dtype = dtype
+        self._device = device
+        self._layer = torch.tensor(layer, device=device)
+        self._memory = BatchMemory() if device.type == "cpu" else None
+        self._piece: Tensor | None = None
+
+    def new(self, rows: int) -> Tensor:
+        """Uninitialised activations of a batch."""
+        if self._memory is not None:
+            return self._memory.take(rows, self._d_model, self._dtype)
+        return torch.empty(rows, self._d_model, dtype=self._dtype, device=self._device)
+
+    def gather(self, window: Window, start: int, stop: int, out: Tensor) -> Batch:
+        """Rows [start, stop) of a window's order, activations into ``out``."""
+        index = window.order[start:stop]
+        self._gather_vectors(window.data, index, out)
+        slot = torch.div(index, self._kept, rounding_mode="floor")
+        token = index - slot * self._kept - self._first
+        if window.slot_layers is None:
+            layer = self._layer.expand(len(index))
+        else:
+            layer = window.slot_layers[slot]
+        labels = None
+        if window.slot_labels is not None:
+            labels = window.slot_labels.flatten()[slot * self._content + token.clamp(min=0)]
+            labels.masked_fill_(token < 0, NO_LABEL)
+        return Batch(out, window.slot_examples[slot], token, labels, layer)
+
+    def _gather_vectors(self, data: Tensor, index: Tensor, out: Tensor) -> None:
+        if data.dtype == out.dtype:
+            torch.index_select(data, 0, index, out=out)
+            return
+        if self._memory is None:
+            out.copy_(data.index_select(0, index))
+            return
+        rows = max(1, _CONVERT_BYTES // (self._d_model * data.dtype.itemsize))
+        if self._piece is None:
+            self._piece = torch.empty(rows, self._d_model, dtype=data.dtype)
+        for i in range(0, len(index), rows):
+            piece = self._piece[: min(rows, len(index) - i)]
+            torch.index_select(data, 0, index[i : i + rows], out=piece)
+            out[i : i + rows].copy_(piece)
+
+
+def join(act: Tensor, parts: list[Batch]) -> Batch:
+    """One batch of parts whose activations lie one after another in ``act``."""
+    if len(parts) == 1:
+        return parts[0]
+    labels = [p.token_labels for p in parts if p.token_labels is not None]
+    return Batch(
+        act,
+        torch.cat([p.example_idx for p in parts]),
+        torch.cat([p.token_idx for p in parts]),
+        torch.cat(labels) if labels else None,
+        torch.cat([p.layer for p in parts]),
+    )

@@ -1,0 +1,255 @@
+"""The order of an epoch: a pure function of (shard sizes, wanted rows, seed, epoch, ranks).
+
+Wanted examples are cut into *blocks* of consecutive examples of one shard and layer (one large
+read each). The blocks are permuted over the whole dataset and grouped into *windows* that fit in
+memory, and the rows (vectors) of a window are permuted. So a batch mixes rows of many blocks from
+all over the dataset, though every read is large. Rank r of R takes windows r, r + R, r + 2R, …
+
+Only numpy, no files and no clock. Permutations come from the raw words of Philox, a counter-based
+generator whose stream numpy guarantees (NEP 19), and not from ``Generator.permutation``, which may
+change between versions of numpy: a run that is resumed elsewhere sees the same order.
+"""
+
+import itertools
+import math
+import typing as tp
+
+import numpy as np
+
+from saev.errors import ConfigError
+
+ORDER_VERSION = 1
+"""Raised when the same inputs would give another order; resume states of others are refused."""
+
+MAX_BLOCK_BYTES = 4 << 20
+"""Chosen blocks are at most this large: an object store's latency is then hidden by a few
+concurrent reads, and a local read is as fast as a longer one."""
+MIN_BLOCKS_PER_WINDOW = 256
+"""Chosen blocks are small enough that a window mixes at least so many places of the dataset."""
+
+_BLOCKS, _ROWS = 1, 2
+"""Streams of random numbers, so that no two permutations share words."""
+_PHILOX_KEY = 0x5AE7_10AD_E125
+_MASK64 = 2**64 - 1
+
+
+def permutation(n: int, *, seed: int, epoch: int, stream: int, index: int = 0) -> np.ndarray:
+    """A uniform permutation of range(n), int64 [n], the same on every platform and version.
+
+    The index is put into the low bits of a random word and the words are sorted: the keys are
+    distinct, so that the result does not depend on the sorting algorithm.
+    """
+    if n <= 1:
+        return np.zeros(n, dtype=np.int64)
+    generator = np.random.Philox(
+        key=np.array([seed & _MASK64, _PHILOX_KEY], dtype=np.uint64),
+        counter=np.array([0, index, epoch, stream], dtype=np.uint64),
+    )
+    mask = np.uint64((1 << (n - 1).bit_length()) - 1)
+    words = np.asarray(generator.random_raw(n), dtype=np.uint64)
+    words &= ~mask
+    words |= np.arange(n, dtype=np.uint64)
+    words.sort()
+    words &= mask
+    return words.view(np.int64)
+
+
+class Sizes(tp.NamedTuple):
+    """How much is read at once and shuffled together, in examples of one layer."""
+
+    block_examples: int
+    """Most examples in a block."""
+    window_blocks: int
+    """Most blocks in a window."""
+
+    @property
+    def window_examples(self) -> int:
+        """Most examples in a window."""
+        return self.block_examples * self.window_blocks
+
+
+def choose_sizes(
+    *,
+    n_examples: int,
+    read_bytes: int,
+    kept_bytes: int,
+    buffer_bytes: int,
+    block_bytes: int = 0,
+    world_size: int = 1,
+) -> Sizes:
+    """Sizes of blocks and windows for a memory budget.
+
+    If everything fits into the budget there is one window of everything, which stays in memory
+    from epoch to epoch. Otherwise two windows share the budget: one is read while batches are cut
+    from the other.
+
+    Args:
+        n_examples: examples to shuffle, over all layers.
+        read_bytes: bytes that reading one example takes.
+        kept_bytes: bytes that one example takes in a window.
+        buffer_bytes: memory for all windows.
+        block_bytes: wanted size of one read; 0 chooses between the shuffle (small blocks) and the
+            storage's latency (large blocks).
+        world_size: ranks that share the windows.
+
+    Raises:
+        ConfigError: the budget does not hold two windows of one block.
+    """
+    share = math.ceil(n_examples / world_size)
+    fits_whole = world_size == 1 and n_examples * kept_bytes <= buffer_bytes
+    capacity = n_examples if fits_whole else buffer_bytes // (2 * kept_bytes)
+    if block_bytes:
+        block = max(1, block_bytes // read_bytes)
+    else:
+        block = max(1, MAX_BLOCK_BYTES // read_bytes)
+        if not fits_whole:
+            block = min(block, max(1, min(capacity, share) // MIN_BLOCKS_PER_WINDOW))
+    block = min(block, max(1, share))
+    if capacity < block:
+        need = 2 * block * kept_bytes / 2**20
+        raise ConfigError(
+            f"buffer_mb={buffer_bytes / 2**20:g} is too small: two windows of one block "
+            f"({block} example{'s' * (block > 1)} of {kept_bytes / 2**10:.0f} KiB) need "
+            f"{need:.2f} MiB. Raise buffer_mb{' or lower block_kb' if block > 1 else ''}."
+        )
+    if fits_whole:
+        return Sizes(block, max(1, n_examples))  # one window, however the shards cut the blocks
+    return Sizes(block, capacity // block)
+
+
+class Blocks(tp.NamedTuple):
+    """All blocks, in dataset order (layer, example). Arrays of equal length."""
+
+    layer: np.ndarray
+    """Position among the selected layers, int32."""
+    start: np.ndarray
+    """First example, as a position among the wanted examples, int64."""
+    stop: np.ndarray
+    """Last example + 1, int64."""
+    rows: np.ndarray
+    """Wanted rows, int64."""
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def cut_blocks(
+    shard_bounds: np.ndarray, cum_rows: np.ndarray, *, n_layers: int, block_examples: int
+) -> Blocks:
+    """Cut the wanted examples of every shard into blocks; none crosses a shard.
+
+    Args:
+        shard_bounds: int64 [n_shards + 1], where each shard begins among the wanted examples.
+        cum_rows: int64 [n_wanted_examples + 1], wanted rows before each wanted example.
+        n_layers: selected layers.
+        block_examples: most examples in a block.
+    """
+    pieces = [
+        np.arange(a, b, block_examples, dtype=np.int64) for a, b in itertools.pairwise(shard_bounds)
+    ]
+    start = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    stop = np.append(start[1:], shard_bounds[-1])[: len(start)]
+    layer = np.repeat(np.arange(n_layers, dtype=np.int32), len(start))
+    start, stop = np.tile(start, n_layers), np.tile(stop, n_layers)
+    return Blocks(layer, start, stop, cum_rows[stop] - cum_rows[start])
+
+
+class Epoch(tp.NamedTuple):
+    """Windows of one epoch: window w is ``blocks[bounds[w]:bounds[w + 1]]``."""
+
+    blocks: np.ndarray
+    """Block numbers in the order of this epoch, int64 [n_blocks]."""
+    bounds: np.ndarray
+    """int64 [n_windows + 1]."""
+    window_rows: np.ndarray
+    """Wanted rows of each window, int64 [n_windows]."""
+
+
+class Order:
+    """Which rows come when. Immutable; shared by threads.
+
+    Args:
+        blocks: what there is.
+        window_blocks: most blocks in a window.
+        seed: another seed, another order.
+        world_size: ranks; the number of windows is a multiple of it.
+        shuffle: False keeps blocks and rows in dataset order.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        window_blocks: int,
+        *,
+        seed: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ):
+        self.blocks = blocks
+        self.seed = seed
+        self.world_size = world_size
+        self.shuffle = shuffle
+        per_rank = math.ceil(math.ceil(len(blocks) / window_blocks) / world_size)
+        self.n_windows = max(1, per_rank) * world_size
+        # Equal windows: a short last one would be a badly mixed one.
+        self._bounds = np.arange(self.n_windows + 1, dtype=np.int64) * len(blocks) // self.n_windows
+        self._recent: dict[int, Epoch] = {}
+
+    @property
+    def resident(self) -> bool:
+        """Whether one window holds everything, with the same blocks in every epoch."""
+        return self.n_windows == 1
+
+    @property
+    def max_window_examples(self) -> int:
+        """Upper bound of the examples in a window of any epoch."""
+        sizes = self.blocks.stop - self.blocks.start
+        if not len(sizes):
+            return 0
+        most_blocks = int(np.diff(self._bounds).max())
+        return int(min(most_blocks * sizes.max(), sizes.sum()))
+
+    def epoch(self, epoch: int) -> Epoch:
+        """Windows of an epoch; the last two are remembered."""
+        found = self._recent.get(epoch)
+        if found is None:
+            found = self._epoch(epoch)
+            latest = list(self._recent.items())[-1:]
+            self._recent = dict([*latest, (epoch, found)])  # replaced whole: threads may race
+        return found
+
+    def _epoch(self, epoch: int) -> Epoch:
+        n = len(self.blocks)
+        if self.shuffle and not self.resident:
+            order = permutation(n, seed=self.seed, epoch=epoch, stream=_BLOCKS)
+        else:
+            order = np.arange(n, dtype=np.int64)
+        rows = np.append(0, np.cumsum(self.blocks.rows[order]))[self._bounds]
+        return Epoch(order, self._bounds, np.diff(rows))
+
+    def windows(self, rank: int) -> np.ndarray:
+        """Windows of a rank, in its order; the same in every epoch."""
+        return np.arange(rank, self.n_windows, self.world_size)
+
+    def window_blocks(self, epoch: int, window: int) -> np.ndarray:
+        """Numbers of a window's blocks."""
+        e = self.epoch(epoch)
+        return e.blocks[e.bounds[window] : e.bounds[window + 1]]
+
+    def row_order(self, n: int, epoch: int, window: int) -> np.ndarray:
+        """The order of a window's n wanted rows, int64 [n]."""
+        if not self.shuffle:
+            return np.arange(n, dtype=np.int64)
+        return permutation(n, seed=self.seed, epoch=epoch, stream=_ROWS, index=window)
+
+    def usable_rows(self, epoch: int, rank: int, batch_size: int, drop_last: bool) -> int:
+        """Rows that a rank's batches of one epoch hold.
+
+        All of its windows' rows; or with ``drop_last`` whole batches alone, as many as the rank
+        with the fewest rows has, so that all ranks make the same number of steps.
+        """
+        window_rows = self.epoch(epoch).window_rows
+        if not drop_last:
+            return int(window_rows[rank :: self.world_size].sum())
+        fewest = min(int(window_rows[r :: self.world_size].sum()) for r in range(self.world_size))
+        return fewest // batch_size * batch_size

@@ -1,0 +1,97 @@
+"""The loader for inference: dataset order."""
+
+import torch
+
+from saev.config.loaders import DataConfig
+from saev.errors import ConfigError
+from saev.loaders.base import Loader, kept_bytes
+from saev.loaders.order import MAX_BLOCK_BYTES, Sizes
+from saev.loaders.selection import Selection
+from saev.loaders.windows import N_BUFFERS
+from saev.shards import Shards
+
+
+class OrderedLoader(Loader):
+    """Every wanted token exactly once, in dataset order: by layer, example, token.
+
+    The class token comes before the content tokens of its example.
+
+    Args:
+        shards: the folder. It is not closed with the loader.
+        cfg: which activations (``cfg.shards`` is not looked at, nor how a LoaderConfig shuffles).
+        batch_size: rows of every batch but the last.
+        shard_range: only shards in [start, stop). Nothing may be wanted of them: no batches.
+        example_range: only examples in [start, stop), instead of ``shard_range``.
+        epochs: how often, or None for an endless pass.
+        drop_last: leave out the last batch if it is smaller.
+        labels: give ``token_labels``.
+        device: of the batches, ``cpu`` or ``cuda:N``.
+        dtype: of the batches' activations.
+        buffer_mb: memory for reading ahead, in MiB; more if two examples need more.
+        n_threads: reader threads.
+        verify: check every example that is read against its recorded checksum.
+
+    Raises:
+        ConfigError: the config does not fit the data, or nothing is left of the whole of them.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        cfg: DataConfig,
+        batch_size: int,
+        *,
+        shard_range: tuple[int, int] | None = None,
+        example_range: tuple[int, int] | None = None,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        labels: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        buffer_mb: float = 128,
+        n_threads: int = 4,
+        verify: bool = True,
+    ):
+        if shard_range is not None:
+            example_range = _examples_of_shards(shards, shard_range, example_range)
+        selection = Selection(shards, cfg, labels=labels, example_range=example_range)
+        if epochs is None and not selection.n_tokens:
+            raise ConfigError(
+                f"Examples {example_range} of {shards.url} hold no wanted tokens, so an endless "
+                "pass over them has no batch. Give a number of epochs or another range."
+            )
+        per_example = kept_bytes(shards, selection)
+        read_bytes = max(1, max((x.row_bytes for x in shards.layouts), default=1))
+        window = max(1, int(buffer_mb * 2**20) // (N_BUFFERS * per_example))
+        block = max(1, min(MAX_BLOCK_BYTES // read_bytes, window // n_threads))
+        super().__init__(
+            shards,
+            cfg,
+            selection,
+            Sizes(block, max(1, window // block)),
+            batch_size=batch_size,
+            shuffle=False,
+            seed=0,
+            epochs=epochs,
+            drop_last=drop_last,
+            labels=labels,
+            rank=0,
+            world_size=1,
+            device=device,
+            dtype=dtype,
+            n_threads=n_threads,
+            verify=verify,
+        )
+
+
+def _examples_of_shards(
+    shards: Shards, span: tuple[int, int], example_range: tuple[int, int] | None
+) -> tuple[int, int]:
+    if example_range is not None:
+        raise ConfigError("Give shard_range or example_range, not both.")
+    start, stop = span
+    if not 0 <= start <= stop <= len(shards.infos):
+        raise ConfigError(
+            f"Shards {start}:{stop} are not in {shards.url}: it has {len(shards.infos)}."
+        )
+    return int(shards.shard_starts[start]), int(shards.shard_starts[stop])

@@ -1,0 +1,102 @@
+"""The loader for training: a good shuffle from large reads."""
+
+import logging
+
+import torch
+
+from saev.config.loaders import LoaderConfig
+from saev.loaders.base import Loader, kept_bytes
+from saev.loaders.order import choose_sizes
+from saev.loaders.selection import Selection
+from saev.shards import Shards
+
+log = logging.getLogger(__name__)
+
+_FEW_EXAMPLES = 64
+_STAGE_SHARE = 4
+
+
+class ShuffledLoader(Loader):
+    """Every wanted token exactly once per epoch, in an order that mixes the whole dataset.
+
+    The order is that of :mod:`saev.loaders.order`: deterministic in (data, config, seed), whatever
+    the number of threads and the device. Memory: ``cfg.buffer_mb`` for windows (on the GPU if
+    ``device`` is one), plus labels.bin if labels are needed, plus a few batches. Batches may be
+    kept: their memory is used again only when nothing refers to it.
+
+    Args:
+        shards: the folder. It is not closed with the loader.
+        cfg: which activations, and how to read them (``cfg.shards`` is not looked at).
+        batch_size: rows of every batch but possibly the last of an epoch.
+        seed: another seed, another order.
+        epochs: epochs of one pass, or None for an endless one. Every epoch has another order.
+        drop_last: leave out the last batch of an epoch if it is smaller. With several ranks, all of
+            them give the same number of batches.
+        labels: give ``token_labels``.
+        rank: which share of the windows; every rank reads only its own.
+        world_size: number of ranks.
+        device: of the batches, ``cpu`` or ``cuda:N``.
+        dtype: of the batches' activations.
+
+    Raises:
+        ConfigError: the config does not fit the data, or nothing is left of them.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        cfg: LoaderConfig,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        drop_last: bool = False,
+        labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        selection = Selection(shards, cfg, labels=labels)
+        buffer_bytes, n_threads = int(cfg.buffer_mb * 2**20), cfg.n_threads
+        read_bytes = max(1, shards.layouts[0].row_bytes)
+        n_examples = len(selection.examples) * len(selection.layers)
+        stage_bytes = 0
+        if selection.tokens == "special":  # reads go through one block per thread
+            stage_bytes = buffer_bytes // _STAGE_SHARE
+        sizes = choose_sizes(
+            n_examples=n_examples,
+            read_bytes=read_bytes,
+            kept_bytes=kept_bytes(shards, selection),
+            buffer_bytes=buffer_bytes - stage_bytes,
+            block_bytes=cfg.block_kb * 1024,
+            world_size=max(1, world_size),
+        )
+        if stage_bytes:
+            most = max(1, stage_bytes // (sizes.block_examples * read_bytes))
+            n_threads = min(n_threads, most)
+        if n_examples > _FEW_EXAMPLES >= sizes.window_examples:
+            log.warning(
+                "buffer_mb=%g holds windows of only %d examples: batches will be alike within. "
+                "Raise buffer_mb for a better shuffle.",
+                cfg.buffer_mb,
+                sizes.window_examples,
+            )
+        super().__init__(
+            shards,
+            cfg,
+            selection,
+            sizes,
+            batch_size=batch_size,
+            shuffle=True,
+            seed=seed,
+            epochs=epochs,
+            drop_last=drop_last,
+            labels=labels,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            dtype=dtype,
+            n_threads=n_threads,
+            verify=cfg.verify,
+        )

@@ -1,0 +1,244 @@
+"""Windows: buffers of vectors that reader threads fill, and the order in which rows leave them."""
+
+import contextlib
+import functools
+import itertools
+import threading
+import typing as tp
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev.loaders.order import Order
+from saev.loaders.selection import Selection
+from saev.shards import Shards
+
+N_BUFFERS = 2
+"""One is read into while batches are cut from the other."""
+INDEX_BYTES_PER_TOKEN = 32
+"""Most bytes that a token takes in a window beside its vector: its place in the order of rows, and
+the random word and the mask that the order is made from."""
+
+
+class Span(tp.NamedTuple):
+    """Where a rank stands in an epoch."""
+
+    epoch: int
+    start: int
+    """Rows of the epoch that were given before."""
+    stop: int
+    """Rows of the epoch that will have been given at its end."""
+
+
+class Window:
+    """One window: a job for the threads, then the vectors and the order that batches are cut from.
+
+    Its rows are [slots × kept_tokens] flat; a *slot* holds one example of one layer.
+    """
+
+    def __init__(self, epoch: int, first: int, last: int, data: Tensor):
+        self.epoch = epoch
+        self.first = first
+        """First row (in the window's order) to give; others were given before a resume."""
+        self.last = last
+        """Last row to give + 1."""
+        self.data = data
+        """Vectors, stored dtype, [slots × kept_tokens, d_model]."""
+        self.tasks: list[Callable[[], None]] = []
+        self.order: Tensor = torch.empty(0, dtype=torch.int64)
+        """Wanted rows in the order in which they are given, int64 [≥ last]."""
+        self.slot_examples: Tensor = self.order
+        """Example of each slot, int64 [slots]."""
+        self.slot_layers: Tensor | None = None
+        """Block number of each slot, int64 [slots]; None if there is one layer."""
+        self.slot_labels: Tensor | None = None
+        """Labels of each slot's content tokens, uint8 [slots, content_tokens]."""
+
+
+class Reading(tp.NamedTuple):
+    """How windows are read."""
+
+    shards: Shards
+    selection: Selection
+    order: Order
+    block_examples: int
+    labels: bool
+    device: torch.device
+    verify: bool
+
+
+class Buffers:
+    """The memory of the windows, and how examples get into it.
+
+    On the CPU a read goes straight to its place. On a GPU the windows live on the device and reads
+    go through pinned memory, one block per thread. Where only special tokens are wanted, reads go
+    through a block per thread too, and the class tokens are picked out of it.
+    """
+
+    def __init__(self, reading: Reading, n_slots: int):
+        self._r = reading
+        self._n_slots = n_slots
+        self._buffers: list[Tensor | None] = [None] * N_BUFFERS
+        self._used: list[torch.cuda.Event | None] = [None] * N_BUFFERS
+        self._local = threading.local()
+        self._cuda = reading.device.type == "cuda"
+        self.staged = self._cuda or reading.selection.tokens == "special"
+        self.n_bytes = 0
+        """Bytes read from storage so far."""
+        self._count = threading.Lock()
+
+    def get(self, number: int) -> Tensor:
+        """Buffer number 0 or 1, [slots, kept_tokens, d_model], once nobody uses it any more."""
+        event, self._used[number] = self._used[number], None
+        if event is not None:
+            event.synchronize()
+        buffer = self._buffers[number]
+        if buffer is None:
+            shape = (self._n_slots, self._r.selection.kept_tokens, self._r.shards.d_model)
+            buffer = torch.empty(shape, dtype=self._r.shards.dtype, device=self._r.device)
+            self._buffers[number] = buffer
+        return buffer
+
+    def mark_used(self, window: Window) -> None:
+        """The consumer has queued its last gather from a window."""
+        if not self._cuda:
+            return
+        stream = torch.cuda.current_stream(self._r.device)
+        columns = (window.slot_layers, window.slot_labels)
+        for tensor in (window.data, window.order, window.slot_examples, *columns):
+            if tensor is not None:
+                tensor.record_stream(stream)  # it was allocated for a reader thread's stream
+        for number, buffer in enumerate(self._buffers):
+            if buffer is not None and buffer.data_ptr() == window.data.data_ptr():
+                self._used[number] = stream.record_event()
+
+    def read(self, shard: int, layer: int, start: int, stop: int, out: Tensor) -> None:
+        """Examples of a shard into their slots, ``out`` [stop - start, kept_tokens, d_model]."""
+        shards, verify = self._r.shards, self._r.verify
+        if not self.staged:
+            shards.read(shard, layer, start, stop, out=out, verify=verify)
+        else:
+            n = stop - start
+            stage = self._stage()[:n]
+            shards.read(shard, layer, start, stop, out=stage, verify=verify)
+            with self.copying():
+                out.copy_(stage[:, : out.shape[1]], non_blocking=True)
+        with self._count:
+            self.n_bytes += (stop - start) * shards.layouts[shard].row_bytes
+
+    def place(self, array: np.ndarray) -> Tensor:
+        """An index array where the windows are."""
+        tensor = torch.from_numpy(array)
+        if not self._cuda:
+            return tensor
+        with self.copying():
+            return tensor.to(self._r.device)
+
+    def _stage(self) -> Tensor:
+        stage = getattr(self._local, "stage", None)
+        if stage is None:
+            shards = self._r.shards
+            shape = (self._r.block_examples, shards.tokens_per_example, shards.d_model)
+            stage = torch.empty(shape, dtype=shards.dtype, pin_memory=self._cuda)
+            self._local.stage = stage
+        return tp.cast(Tensor, stage)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Copies to a GPU on a stream of this thread's own, complete at the end of the block."""
+        if not self._cuda:
+            yield
+            return
+        stream = getattr(self._local, "stream", None)
+        if stream is None:
+            stream = self._local.stream = torch.cuda.Stream(self._r.device)
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
+
+
+def windows(
+    reading: Reading, buffers: Buffers, rank: int, spans: Iterator[Span]
+) -> Iterator[Window]:
+    """The windows of a rank, from where it stands; windows before that are not read."""
+    order = reading.order
+    number = 0
+    resident = False
+    for span in spans:
+        mine = order.windows(rank)
+        ends = np.cumsum(order.epoch(span.epoch).window_rows[mine])
+        for w, end in zip(mine, ends, strict=True):
+            begin = int(end - order.epoch(span.epoch).window_rows[w])
+            first, last = max(span.start - begin, 0), min(span.stop, int(end)) - begin
+            if first >= last:
+                continue
+            data = buffers.get(number)
+            window = Window(span.epoch, first, last, data.flatten(0, 1))
+            _add_tasks(window, reading, buffers, int(w), data, read=not resident)
+            if order.resident:
+                resident = True
+            else:
+                number = (number + 1) % N_BUFFERS
+            yield window
+
+
+def _add_tasks(
+    window: Window, reading: Reading, buffers: Buffers, w: int, data: Tensor, *, read: bool
+) -> None:
+    """Tasks that read a window's blocks and make its index."""
+    order, selection, shards = reading.order, reading.selection, reading.shards
+    numbers = order.window_blocks(window.epoch, w)
+    blocks = order.blocks
+    starts, stops, layers = blocks.start[numbers], blocks.stop[numbers], blocks.layer[numbers]
+    slots = np.append(0, np.cumsum(stops - starts))
+    window.tasks.append(
+        functools.partial(_make_index, window, reading, buffers, w, starts, stops, layers)
+    )
+    if not read:
+        return
+    shard_of = np.searchsorted(selection.shard_bounds, starts, side="right") - 1
+    for i in range(len(numbers)):
+        shard = int(shard_of[i])
+        local = selection.examples[starts[i] : stops[i]] - shards.shard_starts[shard]
+        layer = selection.layers[layers[i]]
+        out = data[int(slots[i]) : int(slots[i + 1])]
+        window.tasks.append(functools.partial(_read_block, buffers, shard, layer, local, out))
+
+
+def _read_block(buffers: Buffers, shard: int, layer: int, local: np.ndarray, out: Tensor) -> None:
+    """Read a block: one read, or one per run of adjacent examples if some are not wanted."""
+    n = len(local)
+    if local[-1] - local[0] == n - 1:
+        buffers.read(shard, layer, int(local[0]), int(local[-1]) + 1, out)
+        return
+    cuts = [0, *(np.flatnonzero(np.diff(local) > 1) + 1).tolist(), n]
+    for a, b in itertools.pairwise(cuts):
+        buffers.read(shard, layer, int(local[a]), int(local[b - 1]) + 1, out[a:b])
+
+
+def _make_index(
+    window: Window,
+    reading: Reading,
+    buffers: Buffers,
+    w: int,
+    starts: np.ndarray,
+    stops: np.ndarray,
+    layers: np.ndarray,
+) -> None:
+    """Which example lies in each slot, and the order in which the wanted rows are given."""
+    selection = reading.selection
+    lengths = stops - starts
+    offsets = np.repeat(starts - np.append(0, np.cumsum(lengths))[:-1], lengths)
+    examples = selection.examples[np.arange(len(offsets)) + offsets]
+    rows = selection.rows(examples)
+    if reading.order.shuffle:
+        rows = rows[reading.order.row_order(len(rows), window.epoch, w)]
+    window.order = buffers.place(rows)
+    window.slot_examples = buffers.place(examples)
+    if len(selection.layers) > 1:
+        numbers = np.asarray(selection.layers, dtype=np.int64)
+        window.slot_layers = buffers.place(np.repeat(numbers[layers], lengths))
+    if reading.labels and selection.labels is not None:
+        window.slot_labels = buffers.place(selection.labels[examples])
