@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load_sae", "register_family"]
 
 
-def load_sae(url: str, device: str = "cpu") -> "SparseAutoencoder":
-    """Load a trained SAE from a run, a checkpoint folder or a published ``sae.pt``.
+def load_sae(url: str, device: str = "cpu", *, subtract_b_dec: bool = False) -> "SparseAutoencoder":
+    """Load a trained SAE from a run, a checkpoint folder, SAELens, a published ``sae.pt``, the hub.
 
     See :func:`saev.nn.load_sae`, which this forwards to.
     """
     from saev import nn
 
-    return nn.load_sae(url, device=device)
+    return nn.load_sae(url, device=device, subtract_b_dec=subtract_b_dec)
 
 
 def register_family(*args, **kwargs):

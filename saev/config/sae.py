@@ -6,6 +6,7 @@ import pydantic
 
 from saev.config.base import Config
 from saev.config.images import Kind
+from saev.errors import ConfigError
 
 
 class Relu(Config):
@@ -20,24 +21,26 @@ class TopK(Config):
     kind: Kind[tp.Literal["top-k"]] = "top-k"
     top_k: int = pydantic.Field(default=32, ge=1)
     """Latents that may be active per token."""
+    rectify: Kind[bool] = True
+    """Set negative values among the k to zero, as the paper does. False only for checkpoints of
+    the published saev, whose TopK keeps them; such an SAE can be used but not trained further."""
 
 
 class BatchTopK(Config):
-    """Keep the k·B largest pre-activations of a batch of B (Bussmann et al. 2024, arXiv:2412.06410).
-
-    Evaluation uses a threshold learned as an exponential moving average.
+    """Keep the k·B largest pre-activations of a batch of B (Bussmann et al. 2024,
+    arXiv:2412.06410). Evaluation uses a threshold learned as an exponential moving average.
     """
 
     kind: Kind[tp.Literal["batch-top-k"]] = "batch-top-k"
     top_k: int = pydantic.Field(default=32, ge=1)
     """Mean number of active latents per token."""
-    threshold_momentum: float = pydantic.Field(default=0.99, ge=0.0, lt=1.0)
+    threshold_momentum: float = pydantic.Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of the threshold's moving average."""
 
 
 class JumpRelu(Config):
-    """f = z·[z > θ], θ learned by a straight-through estimator (Rajamanoharan et al. 2024,
-    arXiv:2407.14435), with an L0 penalty."""
+    """f = z·[z > θ] with an L0 penalty, θ learned through a straight-through estimator
+    (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
     kind: Kind[tp.Literal["jump-relu"]] = "jump-relu"
     init_threshold: float = pydantic.Field(default=0.01, gt=0.0)
@@ -46,9 +49,7 @@ class JumpRelu(Config):
     """Width ε of the rectangle kernel of the gradient estimator."""
 
 
-Activation = tp.Annotated[
-    TopK | BatchTopK | Relu | JumpRelu, pydantic.Field(discriminator="kind")
-]
+Activation = tp.Annotated[TopK | BatchTopK | Relu | JumpRelu, pydantic.Field(discriminator="kind")]
 
 
 class SaeConfig(Config):
@@ -63,14 +64,34 @@ class SaeConfig(Config):
     activation: Activation = TopK()
     """Activation function."""
     reinit_blend: float = pydantic.Field(default=0.8, ge=0.0, le=1.0)
-    """Data-point initialisation: share of a training activation in each decoder row, the rest
-    is noise; 0 is plain random initialisation."""
-    enc_scale: float = pydantic.Field(default=1.0, gt=0.0)
-    """Initial encoder = decoderᵀ × this."""
+    """Data-point initialisation: share of a centred training activation in each decoder row, the
+    rest is noise (both at unit norm); 0 is plain random initialisation."""
+    enc_scale: float | None = pydantic.Field(default=None, gt=0.0)
+    """Initial encoder = decoderᵀ × this; by default the value with the least initial error."""
     normalize_w_dec: bool = True
     """Keep decoder rows at unit norm after every step."""
     remove_parallel_grads: bool = True
     """Remove the part of the decoder's gradient that is parallel to its rows."""
+
+    def resolved(self, d_model: int) -> "SaeConfig":
+        """The same config with `d_model` and `d_sae` filled in.
+
+        Raises:
+            ConfigError: this config names another width, or more active latents than there are.
+        """
+        if self.d_model is not None and self.d_model != d_model:
+            raise ConfigError(
+                f"sae.d_model is {self.d_model}, but the activations have {d_model} dimensions. "
+                "Leave it out or set it to that."
+            )
+        d_sae = self.d_sae if self.d_sae is not None else self.exp_factor * d_model
+        top_k = getattr(self.activation, "top_k", 1)
+        if top_k > d_sae:
+            raise ConfigError(
+                f"sae.activation.top_k is {top_k}, but the SAE has only {d_sae} latents. "
+                "Lower it or raise sae.d_sae."
+            )
+        return self.model_copy(update={"d_model": d_model, "d_sae": d_sae})
 
 
 class Vanilla(Config):
@@ -80,18 +101,21 @@ class Vanilla(Config):
     sparsity_coeff: float = pydantic.Field(default=1e-3, ge=0.0)
     """Weight of the L1 (ReLU) or L0 (JumpReLU) penalty; unused by TopK and BatchTopK."""
     aux_coeff: float = pydantic.Field(default=1 / 32, ge=0.0)
-    """Weight α of the AuxK loss that revives dead latents."""
+    """Weight α of the AuxK loss that revives dead latents; 0 leaves it out."""
+    k_aux: int | None = pydantic.Field(default=None, ge=1)
+    """Dead latents per token in the AuxK loss; by default the smaller of 512 and d_model/2
+    rounded down to a power of two."""
 
 
 class Matryoshka(Vanilla):
-    """Sum of the errors of nested prefixes of the dictionary (Bussmann et al. 2025,
-    arXiv:2503.17547), with prefix lengths drawn anew each step from a Pareto distribution."""
+    """Mean of the errors of nested prefixes of the dictionary (Bussmann et al. 2025,
+    arXiv:2503.17547; they sum), with lengths drawn anew each step from a Pareto distribution."""
 
     kind: Kind[tp.Literal["matryoshka"]] = "matryoshka"  # type: ignore[assignment]
     n_prefixes: int = pydantic.Field(default=10, ge=1)
     """Prefixes per step; the last one is always the whole dictionary."""
     pareto_alpha: float = pydantic.Field(default=0.5, gt=0.0)
-    """Shape of the distribution of prefix lengths; smaller favours longer prefixes."""
+    """P(length ≥ l) ∝ l^-this; smaller favours longer prefixes."""
 
 
 Objective = tp.Annotated[Vanilla | Matryoshka, pydantic.Field(discriminator="kind")]

@@ -1,0 +1,484 @@
+"""Many SAEs of one shape, trained at once on the same batches.
+
+Parameters of the N members are stacked, [N, …], so that reading and normalising a batch, and one
+optimiser step, are shared. A member's result does not depend on who else is in the bank: on CPU it
+is bit for bit what training it alone gives. For that, on CPU each member has its own encoder
+product; one product over all members would be no faster there (benchmarks/bank.py), and for small
+shapes it rounds differently. On a GPU one wide product serves as many members as fit the memory.
+
+    bank = SaeBank(cfgs, objectives, lrs, seeds, d_model=384, data=sample)
+    for batch in loader:
+        metrics = bank.step((batch.act - mean) * scale, lr_factor=schedule(t))
+    sae = bank.to_sae(0, mean, scale)
+"""
+
+import typing as tp
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
+from saev.errors import CheckpointError, ConfigError
+from saev.nn import encode, gradients
+from saev.nn.folding import fold_normalization
+from saev.nn.gradients import Prefixes, Weights, total
+from saev.nn.init import initial_weights
+from saev.nn.objectives import (
+    default_k_aux,
+    n_prefixes,
+    prefix_probabilities,
+    sample_prefixes,
+)
+from saev.nn.optim import Adam, Muon, Optimizer
+from saev.nn.sae import SparseAutoencoder
+
+_CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
+"""Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""
+
+
+class StepMetrics(tp.NamedTuple):
+    """What a step measured on its batch, before its update. One value per member, on the device."""
+
+    mse: Float[Tensor, " n"]
+    """Squared error per token and dimension, the mean over prefixes."""
+    sparsity: Float[Tensor, " n"]
+    """Sparsity term of the loss, with its coefficient."""
+    aux: Float[Tensor, " n"]
+    """AuxK term of the loss, with its coefficient."""
+    l0: Float[Tensor, " n"]
+    """Mean number of active latents per token."""
+    l1: Float[Tensor, " n"]
+    """Mean sum of latents per token."""
+    nmse: Float[Tensor, " n"]
+    """Squared error of the whole dictionary over the variance around the batch's mean. A curve to
+    watch; the metric that is reported is computed over a whole split."""
+    n_dead: Int[Tensor, " n"]
+    """Latents that have not fired for `dead_after` tokens."""
+    grad_norm: Float[Tensor, " n"]
+    """Norm of the member's gradient before clipping."""
+
+    @property
+    def loss(self) -> Float[Tensor, " n"]:
+        """What each member minimises."""
+        return self.mse + self.sparsity + self.aux
+
+
+class _GroupResult(tp.NamedTuple):
+    """Sums over a batch for the members of a group."""
+
+    mse: Float[Tensor, " g"]
+    """Σ_j ‖x - x̂_j‖² / P, summed over tokens."""
+    error: Float[Tensor, " g"]
+    """‖x - x̂‖² of the whole dictionary, summed over tokens."""
+    n_active: Float[Tensor, "g d_sae"]
+    """Tokens on which each latent is active."""
+    value: Float[Tensor, "g d_sae"]
+    """Sum of each latent's values."""
+    aux: Float[Tensor, " g"]
+    """AuxK term of the loss."""
+
+
+class SaeBank:
+    """N SAEs with the same width, number of latents and kind of activation.
+
+    Args:
+        cfgs: one per member; `top_k` and the like may differ.
+        objectives: one per member.
+        lrs: peak learning rate of each member.
+        seeds: seed of each member's initialisation and prefixes.
+        d_model: width of the activations.
+        optim: optimiser.
+        grad_clip: largest gradient norm of a member; 0 does not clip.
+        dead_after: tokens without firing after which a latent is dead.
+        device: where parameters live.
+        bf16: multiply with encoders (and dense decoders) in bfloat16; weights stay as they are.
+            On a GPU only.
+        data: [n, d_model] activations, as `step` will see them, for data-point initialisation.
+        dtype: of parameters.
+
+    Raises:
+        ConfigError: members that do not belong together, or a setting that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        cfgs: tp.Sequence[SaeConfig],
+        objectives: tp.Sequence[Objective],
+        lrs: tp.Sequence[float],
+        seeds: tp.Sequence[int],
+        d_model: int,
+        optim: tp.Literal["adam", "muon"] = "adam",
+        grad_clip: float = 1.0,
+        dead_after: int = 10_000_000,
+        device: str | torch.device = "cpu",
+        bf16: bool = False,
+        data: Float[Tensor, "sample d_model"] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.cfgs = [cfg.resolved(d_model) for cfg in cfgs]
+        self.objectives = list(objectives)
+        self.lrs = [float(lr) for lr in lrs]
+        self.d_model = d_model
+        self.d_sae = _check_members(self.cfgs, self.objectives, self.lrs, seeds)
+        self.grad_clip = grad_clip
+        self.dead_after = dead_after
+        self.device = torch.device(device)
+        self.bf16 = bf16 and self.device.type == "cuda"
+        self.kind = self.cfgs[0].activation.kind
+        self.t = 0
+        self.n_tokens = 0
+
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        first = [
+            initial_weights(cfg, data, generator)
+            for cfg, generator in zip(self.cfgs, self._generators, strict=True)
+        ]
+        names = [n for n in Weights._fields if n != "log_threshold" or self.kind == "jump-relu"]
+        self.params = {
+            name: torch.stack([getattr(w, name) for w in first]).to(self.device, dtype)
+            for name in names
+        }
+        self.grads = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.optimizer: Optimizer = (Adam if optim == "adam" else Muon)(self.params)
+        n = len(self.cfgs)
+        self.threshold = torch.zeros(n, dtype=dtype, device=self.device)
+        self.since_fired = torch.zeros(n, self.d_sae, dtype=torch.int64, device=self.device)
+        self._probabilities = {
+            o.pareto_alpha: prefix_probabilities(self.d_sae, o.pareto_alpha)
+            for o in self.objectives
+            if isinstance(o, Matryoshka)
+        }
+
+    def __len__(self) -> int:
+        return len(self.cfgs)
+
+    # --- Training --------------------------------------------------------------------------
+
+    def step(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        lr_factor: float | tp.Sequence[float] = 1.0,
+        sparsity_factor: float | tp.Sequence[float] = 1.0,
+    ) -> StepMetrics:
+        """Take one optimiser step for every member.
+
+        Args:
+            x: normalised activations.
+            lr_factor: what the schedule multiplies the peak learning rates by; one for all members
+                or one for each.
+            sparsity_factor: likewise for the sparsity coefficients.
+
+        Raises:
+            ConfigError: x has another width, or a sequence has another length than the bank.
+        """
+        metrics = self.compute_gradients(x, sparsity_factor)
+        self.apply_gradients(metrics.grad_norm, lr_factor)
+        return metrics
+
+    @torch.no_grad()
+    def compute_gradients(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        sparsity_factor: float | tp.Sequence[float] = 1.0,
+    ) -> StepMetrics:
+        """The first half of :meth:`step`: fill `grads`, count what fired, move the thresholds."""
+        if x.ndim != 2 or x.shape[1] != self.d_model or not x.shape[0]:
+            raise ConfigError(
+                f"The batch has shape {list(x.shape)}, expected [tokens, {self.d_model}]."
+            )
+        x = x.to(self.device, self.threshold.dtype).contiguous()
+        n_tokens = x.shape[0]
+        factors = self._per_member(sparsity_factor, "sparsity_factor")
+        coeffs = [o.sparsity_coeff * f for o, f in zip(self.objectives, factors, strict=True)]
+        for grad in self.grads.values():
+            grad.zero_()
+        centred = x - x.mean(0)
+        variance = total(torch.linalg.vecdot(centred, centred))
+        # Before anything can be dead this needs no answer from the device.
+        dead = self.since_fired >= self.dead_after if self.n_tokens >= self.dead_after else None
+
+        results = []
+        n_group = self._group_size(n_tokens)
+        for first in range(0, len(self), n_group):
+            members = range(first, min(first + n_group, len(self)))
+            results.append(self._group(members, x, coeffs, dead, variance / x.numel()))
+        sums = _GroupResult(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+
+        self.n_tokens += n_tokens
+        self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
+        self._remove_parallel()
+        l0, l1 = total(sums.n_active) / n_tokens, total(sums.value) / n_tokens
+        penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
+        return StepMetrics(
+            mse=sums.mse / x.numel(),
+            sparsity=penalty * torch.tensor(coeffs, dtype=x.dtype, device=self.device),
+            aux=sums.aux,
+            l0=l0,
+            l1=l1,
+            nmse=sums.error / variance.clamp(min=1e-30),
+            n_dead=(self.since_fired >= self.dead_after).sum(-1),
+            grad_norm=self._gradient_norm(),
+        )
+
+    @torch.no_grad()
+    def apply_gradients(
+        self, grad_norm: Float[Tensor, " n"], lr_factor: float | tp.Sequence[float] = 1.0
+    ) -> None:
+        """The second half of :meth:`step`: clip, update, normalise decoders."""
+        factors = self._per_member(lr_factor, "lr_factor")
+        if self.grad_clip > 0:
+            clip = (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
+            for grad in self.grads.values():
+                grad.mul_(_align(clip, grad))
+        self.t += 1
+        lrs = [lr * factor for lr, factor in zip(self.lrs, factors, strict=True)]
+        self.optimizer.step(self.grads, lrs, self.t)
+        w_dec = self.params["W_dec"]
+        for n, cfg in enumerate(self.cfgs):
+            if cfg.normalize_w_dec:
+                norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
+                w_dec[n].div_(norm.clamp(min=1e-12))
+
+    def _group(
+        self,
+        members: range,
+        x: Tensor,
+        coeffs: list[float],
+        dead: Tensor | None,
+        variance: Tensor,
+    ) -> _GroupResult:
+        """Gradients of some members. With more than one, all rows are one chunk."""
+        weights, grads = self._slice(self.params, members), self._slice(self.grads, members)
+        prefixes = self._draw_prefixes(members)
+        chunk = self._chunk(x.shape[0], prefixes.lengths.shape[1], len(members))
+        reviving = self._reviving(members, dead)
+        codes = self._codes(members, weights, x, chunk)
+        sums: gradients.Totals | None = None
+        residuals = []
+        for start in range(0, x.shape[0], chunk):
+            x_c = x[start : start + chunk]
+            if codes is None:
+                part, residual = gradients.dense_chunk(
+                    weights,
+                    grads,
+                    x_c,
+                    prefixes,
+                    x.shape[0],
+                    coeffs[members[0]],
+                    getattr(self.cfgs[members[0]].activation, "bandwidth", 1.0),
+                    self.bf16,
+                )
+            else:
+                rows = codes.rows(start, start + x_c.shape[0]) if len(members) == 1 else codes
+                part, residual = gradients.sparse_chunk(
+                    weights, grads, x_c, rows, prefixes, x.shape[0]
+                )
+            if reviving:
+                residuals.append(residual)
+            sums = part if sums is None else gradients.Totals(*map(torch.add, sums, part))
+        assert sums is not None
+        aux = torch.zeros(len(members), dtype=x.dtype, device=x.device)
+        for n in reviving:
+            assert dead is not None
+            g = n - members[0]
+            objective = self.objectives[n]
+            aux[g] = gradients.aux_k(
+                self._slice(self.params, range(n, n + 1)),
+                self._slice(self.grads, range(n, n + 1)),
+                x,
+                torch.cat([r[g] for r in residuals]),
+                dead[n],
+                objective.k_aux or default_k_aux(self.d_model),
+                variance * objective.aux_coeff,
+                chunk,
+            )
+        return _GroupResult(
+            (sums.error * prefixes.weights).sum(-1),
+            sums.error[:, -1],
+            sums.n_active,
+            sums.value,
+            aux,
+        )
+
+    def _codes(
+        self, members: range, weights: Weights, x: Tensor, chunk: int
+    ) -> "encode.Codes | None":
+        """Sparse codes of the batch, or None for activations that are computed densely."""
+        activations = [self.cfgs[n].activation for n in members]
+        top_k = [getattr(a, "top_k", 0) for a in activations]
+        if self.kind == "top-k":
+            return encode.top_k_codes(weights, x, top_k, chunk, self.bf16)
+        if self.kind != "batch-top-k":
+            return None
+        now = self.threshold[members[0] : members[-1] + 1]
+        codes, smallest = encode.batch_top_k_codes(weights, x, top_k, now, chunk, self.bf16)
+        momentum = torch.tensor(
+            [getattr(a, "threshold_momentum", 0.0) for a in activations],
+            dtype=now.dtype,
+            device=now.device,
+        )
+        moved = torch.where(now == 0, smallest, now * momentum + smallest * (1 - momentum))
+        now.copy_(torch.where(smallest.isnan(), now, moved))
+        return codes
+
+    def _reviving(self, members: range, dead: Tensor | None) -> list[int]:
+        """Members that have dead latents and an AuxK term."""
+        if dead is None:
+            return []
+        some = dead[members[0] : members[-1] + 1].any(-1).tolist()
+        return [
+            n
+            for n, any_dead in zip(members, some, strict=True)
+            if any_dead and self.objectives[n].aux_coeff > 0
+        ]
+
+    def _draw_prefixes(self, members: range) -> Prefixes:
+        counts = [n_prefixes(self.objectives[n], self.d_sae) for n in members]
+        lengths = torch.full((len(members), max(counts)), self.d_sae)
+        weights = torch.zeros(lengths.shape, dtype=self.threshold.dtype)
+        for g, (n, count) in enumerate(zip(members, counts, strict=True)):
+            objective = self.objectives[n]
+            if isinstance(objective, Matryoshka):
+                lengths[g, :count] = sample_prefixes(
+                    self._probabilities[objective.pareto_alpha], count, self._generators[n]
+                )
+            weights[g, :count] = 1 / count
+        return Prefixes(lengths.to(self.device), weights.to(self.device))
+
+    def _row_bytes(self, n_p: int) -> int:
+        return 4 * max(self.d_sae, n_p * self.d_model)
+
+    def _group_size(self, n_tokens: int) -> int:
+        """Members that share one encoder product."""
+        if self.device.type != "cuda" or self.kind not in ("top-k", "batch-top-k"):
+            return 1
+        n_p = max(n_prefixes(o, self.d_sae) for o in self.objectives)
+        return max(1, _GPU_CHUNK // (self._row_bytes(n_p) * n_tokens))
+
+    def _chunk(self, n_tokens: int, n_p: int, n_members: int) -> int:
+        """Rows at a time. Depends on the member and the batch only, as its bits do."""
+        if n_members > 1:
+            return n_tokens
+        budget = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
+        return max(64, min(n_tokens, budget // self._row_bytes(n_p)))
+
+    def _remove_parallel(self) -> None:
+        """Remove from decoder gradients the part along the rows, which normalising would undo."""
+        for n, cfg in enumerate(self.cfgs):
+            if cfg.remove_parallel_grads:
+                w, grad = self.params["W_dec"][n], self.grads["W_dec"][n]
+                along = torch.linalg.vecdot(grad, w)
+                along /= torch.linalg.vecdot(w, w).clamp(min=1e-24)
+                grad.addcmul_(along[:, None], w, value=-1)
+
+    def _gradient_norm(self) -> Float[Tensor, " n"]:
+        squares = [
+            total(torch.linalg.vecdot(g, g) if g.ndim == 3 else g.square())
+            for g in self.grads.values()
+        ]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _per_member(self, value: float | tp.Sequence[float], name: str) -> list[float]:
+        values = [value] * len(self) if isinstance(value, int | float) else list(value)
+        if len(values) != len(self):
+            raise ConfigError(f"{name} has {len(values)} values, the bank has {len(self)} members.")
+        return values
+
+    @staticmethod
+    def _slice(tensors: dict[str, Tensor], members: range) -> Weights:
+        return Weights(**{name: t[members[0] : members[-1] + 1] for name, t in tensors.items()})
+
+    # --- Members ---------------------------------------------------------------------------
+
+    def members(self) -> list[SparseAutoencoder]:
+        """Every member by itself (a copy), working on normalised activations."""
+        return [self._member(n) for n in range(len(self))]
+
+    def to_sae(self, n: int, mean: Tensor | None = None, scale: float = 1.0) -> SparseAutoencoder:
+        """Member n by itself (a copy), working on recorded activations x, if the bank was trained
+        on (x - mean)·scale."""
+        return fold_normalization(self._member(n), mean, scale)
+
+    def _member(self, n: int) -> SparseAutoencoder:
+        tensors = {name: p[n] for name, p in self.params.items() if name != "log_threshold"}
+        tensors["W_enc"] = tensors["W_enc"].T
+        if self.kind == "batch-top-k":
+            tensors["threshold"] = self.threshold[n]
+        if self.kind == "jump-relu":
+            tensors["threshold"] = self.params["log_threshold"][n].exp()
+        return SparseAutoencoder.from_tensors(self.cfgs[n], tensors).to(self.device)
+
+    # --- Resume ----------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            **self.params,
+            **self.optimizer.state,
+            "threshold": self.threshold,
+            "since_fired": self.since_fired,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All training state as plain tensors on the CPU (copies), for safetensors."""
+        state = {name: t.detach().cpu().clone() for name, t in self._tensors().items()}
+        state["rng"] = torch.stack([g.get_state() for g in self._generators])
+        state["counters"] = torch.tensor([self.t, self.n_tokens])
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: tp.Mapping[str, Tensor]) -> None:
+        """Continue exactly where :meth:`state_dict` was taken.
+
+        Raises:
+            CheckpointError: the state is of another bank.
+        """
+        own = self.state_dict()
+        if set(own) != set(state):
+            different = sorted(set(own) ^ set(state))
+            raise CheckpointError(
+                f"The resume state is of another kind of bank: {different} are in one only. "
+                "Start the run again from the beginning."
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                raise CheckpointError(
+                    f"The resume state's {name} is {tensor.dtype} {list(tensor.shape)}, expected "
+                    f"{own[name].dtype} {list(own[name].shape)}. It is of another run."
+                )
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+        for generator, rng in zip(self._generators, state["rng"], strict=True):
+            generator.set_state(rng.clone())
+        self.t, self.n_tokens = (int(v) for v in state["counters"])
+
+
+def _align(values: Float[Tensor, " n"], like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _check_members(
+    cfgs: tp.Sequence[SaeConfig],
+    objectives: tp.Sequence[Objective],
+    lrs: tp.Sequence[float],
+    seeds: tp.Sequence[int],
+) -> int:
+    """Validates what the members of a bank have to share, and returns d_sae."""
+    lengths = [len(cfgs), len(objectives), len(lrs), len(seeds)]
+    if not cfgs or len(set(lengths)) != 1:
+        raise ConfigError(
+            f"A bank needs as many configs as objectives, rates and seeds, got {lengths}."
+        )
+    shapes = {(cfg.d_sae, cfg.activation.kind) for cfg in cfgs}
+    if len(shapes) != 1:
+        raise ConfigError(
+            f"SAEs of one bank share d_sae and the activation, got {sorted(map(str, shapes))}. "
+            "Make a bank for each."
+        )
+    for cfg, objective in zip(cfgs, objectives, strict=True):
+        if isinstance(cfg.activation, TopK) and not cfg.activation.rectify:
+            raise ConfigError("A TopK that keeps negative values (rectify false) is not trainable.")
+        assert cfg.d_sae is not None
+        n_prefixes(objective, cfg.d_sae)
+    assert cfgs[0].d_sae is not None
+    return cfgs[0].d_sae

@@ -1,0 +1,126 @@
+"""Sparse codes of many tokens under several encoders at once: one wide product, then selection.
+
+Pre-activations exist for a chunk of rows at a time; only the selected ones are kept.
+"""
+
+import typing as tp
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from saev.nn.gradients import Weights
+from saev.nn.sparse import Codes
+
+_BOUND = 0.75
+"""BatchTopK looks for its k·B largest among values above this share of the moving threshold, which
+is checked to hold enough of them: exact, and it need not sort B·d_sae values."""
+
+
+def pre_activations(weights: Weights, x: Float[Tensor, "c d"], bf16: bool) -> Tensor:
+    """z of all members of a group as [c, g, s], by one product [c, d] x [d, g·s]."""
+    n_g, d_sae, d_model = weights.W_enc.shape
+    w, b = weights.W_enc.view(n_g * d_sae, d_model), weights.b_enc.view(-1)
+    if bf16:
+        x, w, b = x.bfloat16(), w.bfloat16(), b.bfloat16()
+    return F.linear(x, w, b).view(-1, n_g, d_sae)
+
+
+def top_k_codes(
+    weights: Weights, x: Float[Tensor, "b d"], top_k: tp.Sequence[int], chunk: int, bf16: bool
+) -> Codes:
+    """TopK codes; rows are (member, token). A member with a smaller k has zeros in the last places.
+
+    Args:
+        weights: of the group.
+        x: input.
+        top_k: k of each member.
+        chunk: rows at a time.
+        bf16: multiply in bfloat16.
+    """
+    n_g, d_sae, _ = weights.W_enc.shape
+    k = max(top_k)
+    same = min(top_k) == k
+    values, latents = [], []
+    for x_c in x.split(chunk):
+        z = pre_activations(weights, x_c, bf16).transpose(0, 1)
+        top = z.topk(k, dim=-1, sorted=not same)
+        kept = torch.relu(top.values.to(x.dtype))
+        if not same:
+            limits = torch.tensor(top_k, device=x.device)[:, None, None]
+            kept = kept * (torch.arange(k, device=x.device) < limits)
+        ascending = top.indices.to(torch.int32).sort(dim=-1)
+        values.append(kept.gather(-1, ascending.indices))
+        latents.append(ascending.values)
+    offset = torch.arange(n_g, dtype=torch.int32, device=x.device)[:, None, None] * d_sae
+    n_rows = n_g * x.shape[0]
+    return Codes(
+        torch.cat(values, dim=1).flatten(),
+        (torch.cat(latents, dim=1) + offset).flatten(),
+        torch.arange(n_rows + 1, dtype=torch.int32, device=x.device) * k,
+    )
+
+
+def batch_top_k_codes(
+    weights: Weights,
+    x: Float[Tensor, "b d"],
+    top_k: tp.Sequence[int],
+    threshold: Float[Tensor, " g"],
+    chunk: int,
+    bf16: bool,
+) -> tuple[Codes, Float[Tensor, " g"]]:
+    """BatchTopK codes, and the smallest value that each member selected (NaN if none).
+
+    Args:
+        weights: of the group.
+        x: input.
+        top_k: k of each member.
+        threshold: moving threshold of each member, where to look first.
+        chunk: rows at a time.
+        bf16: multiply in bfloat16.
+    """
+    n_g, d_sae, _ = weights.W_enc.shape
+    n_tokens = x.shape[0]
+    wanted = [k * n_tokens for k in top_k]
+    bounds = threshold * _BOUND
+    found = _above(weights, x, bounds, chunk, bf16)
+    short = [index.shape[0] < n for (_, index), n in zip(found, wanted, strict=True)]
+    if any(short):
+        again = torch.where(torch.tensor(short, device=x.device), torch.zeros_like(bounds), bounds)
+        found = _above(weights, x, again, chunk, bf16)
+
+    values, latents, ptrs, smallest = [], [], [], []
+    n_before = 0
+    edges = torch.arange(n_tokens + 1, device=x.device) * d_sae
+    for g, ((value, index), n) in enumerate(zip(found, wanted, strict=True)):
+        if index.shape[0] > n:
+            kept = torch.zeros_like(value, dtype=torch.bool)
+            kept[value.topk(n, sorted=False).indices] = True
+            value, index = value[kept], index[kept]
+        nothing = torch.full((), float("nan"), dtype=x.dtype, device=x.device)
+        smallest.append(value.min() if value.shape[0] else nothing)
+        values.append(value)
+        latents.append((index.remainder(d_sae) + g * d_sae).to(torch.int32))
+        ptr = torch.searchsorted(index, edges, out_int32=True) + n_before
+        ptrs.append(ptr if g == n_g - 1 else ptr[:-1])
+        n_before += index.shape[0]
+    return Codes(torch.cat(values), torch.cat(latents), torch.cat(ptrs)), torch.stack(smallest)
+
+
+def _above(
+    weights: Weights, x: Tensor, bounds: Float[Tensor, " g"], chunk: int, bf16: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Per member the positive pre-activations above its bound, and their index token·d_sae + latent
+    (ascending)."""
+    n_g, d_sae, _ = weights.W_enc.shape
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_g)]
+    start = 0
+    for x_c in x.split(chunk):
+        z = pre_activations(weights, x_c, bf16)
+        for g in range(n_g):
+            flat = z[:, g].reshape(-1)
+            index = (flat > bounds[g].to(flat.dtype)).nonzero().squeeze(1)
+            found[g].append((flat[index].to(x.dtype), index + start * d_sae))
+        start += x_c.shape[0]
+    return [(torch.cat([v for v, _ in parts]), torch.cat([i for _, i in parts])) for parts in found]

@@ -1,0 +1,47 @@
+"""Folding input normalisation into weights, so that a saved SAE works on recorded activations.
+
+Training sees y = (x - μ)·s. With z = y·W_enc + b_enc, f = act(z), ŷ = f·W_dec + b_dec, the
+reconstruction of x is ŷ/s + μ. All four activations commute with a positive factor if their
+threshold is scaled too, act(z; θ)/s = act(z/s; θ/s), so the factor can be moved out of the decoder
+into the encoder's biases:
+
+    W_enc' = W_enc                     b_enc' = b_enc/s - μ·W_enc        θ' = θ/s
+    W_dec' = W_dec                     b_dec' = b_dec/s + μ              f' = f/s
+
+Decoder rows keep unit norm and a latent's value is in the units of the recorded activations: it is
+the length of its contribution to the reconstruction.
+"""
+
+import torch
+from torch import Tensor
+
+from saev.errors import ConfigError
+from saev.nn.sae import SparseAutoencoder
+
+
+def fold_normalization(
+    sae: SparseAutoencoder, mean: Tensor | None, scale: float
+) -> SparseAutoencoder:
+    """An SAE on x that does what `sae` does on (x - mean)·scale. Computed in float64.
+
+    Args:
+        sae: SAE on normalised activations.
+        mean: [d_model], subtracted in training; None is zero.
+        scale: multiplied in training, positive.
+
+    Raises:
+        ConfigError: `scale` is not positive and finite, or `mean` has another width.
+    """
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"The normalisation scale is {scale}, expected a positive number.")
+    if mean is not None and mean.shape != (sae.d_model,):
+        raise ConfigError(
+            f"The mean has shape {list(mean.shape)}, expected [{sae.d_model}] as the SAE has."
+        )
+    tensors = {name: t.detach().double() for name, t in sae.state_dict().items()}
+    mu = torch.zeros_like(tensors["b_dec"]) if mean is None else mean.to(tensors["b_dec"])
+    tensors["b_enc"] = tensors["b_enc"] / scale - mu @ tensors["W_enc"]
+    tensors["b_dec"] = tensors["b_dec"] / scale + mu
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"] / scale
+    return SparseAutoencoder.from_tensors(sae.cfg, tensors).to(sae.b_dec.device)

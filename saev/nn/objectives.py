@@ -1,0 +1,70 @@
+"""What an SAE minimises, per token and dimension so that the terms do not grow with the width.
+
+With p_1 < … < p_P = d_sae the prefix lengths (vanilla: P = 1), x̂_j the reconstruction from the
+first p_j latents, and B tokens:
+
+    mse       Σ_j Σ_b ‖x - x̂_j‖² / (P·B·d_model)
+    sparsity  λ · Σ_b ‖f‖₁ / B   (ReLU)     λ · Σ_b ‖f‖₀ / B   (JumpReLU)     0   (TopK, BatchTopK)
+    aux       α · min(n_dead/k_aux, 1) · v · Σ_b ‖e - ê‖² / Σ_b ‖e‖²
+
+Matryoshka (Bussmann et al. 2025, arXiv:2503.17547) sums over prefixes; the mean here differs by the
+constant P and keeps λ, α and the gradient's size comparable with vanilla.
+
+AuxK (Gao et al. 2024, arXiv:2406.04093, appendix A.2): ê = z_aux·W_dec, without b_dec, from the
+k_aux largest pre-activations of dead latents, models the residual e = x - x̂, a constant. The paper
+writes L + α·‖e - ê‖²; its code divides L by the variance of x and the AuxK term by that of e. Here
+L is not divided, so the AuxK term is multiplied by v = Σ_b ‖x - x̄‖² / (B·d_model) instead, which is
+the same trade-off (and v = 1 for normalised input). The pre-activations are not rectified: a latent
+whose pre-activations are all negative still gets a gradient.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saev.config.sae import Matryoshka, Objective
+from saev.errors import ConfigError
+
+
+def default_k_aux(d_model: int) -> int:
+    """min(512, d_model/2 rounded down to a power of two)."""
+    return min(512, 1 << (max(d_model // 2, 1).bit_length() - 1))
+
+
+def prefix_probabilities(d_sae: int, alpha: float) -> Tensor:
+    """P(length = l) for l = 1 … d_sae - 1: a Pareto variable of shape `alpha`, rounded down,
+
+    P(length ≥ l) ∝ l^-alpha. Every length has a positive probability.
+    """
+    survival = torch.arange(1, d_sae + 1, dtype=torch.float64).pow(-alpha)
+    probabilities = survival[:-1] - survival[1:]
+    return probabilities / probabilities.sum()
+
+
+def sample_prefixes(
+    probabilities: Tensor, n_prefixes: int, generator: torch.Generator
+) -> Int[Tensor, " n_prefixes"]:
+    """Distinct prefix lengths in ascending order; the last one is always d_sae.
+
+    Args:
+        probabilities: of the lengths 1 … d_sae - 1 (:func:`prefix_probabilities`).
+        n_prefixes: how many, with the last.
+        generator: what they are drawn from (CPU).
+    """
+    d_sae = probabilities.shape[0] + 1
+    drawn = torch.empty(0, dtype=torch.int64)
+    if n_prefixes > 1:
+        drawn = 1 + torch.multinomial(probabilities, n_prefixes - 1, generator=generator)
+    return torch.cat([drawn.sort().values, torch.tensor([d_sae])])
+
+
+def n_prefixes(objective: Objective, d_sae: int) -> int:
+    """Prefixes per step. Raises ConfigError if there are fewer latents than that."""
+    if not isinstance(objective, Matryoshka):
+        return 1
+    if objective.n_prefixes > d_sae:
+        raise ConfigError(
+            f"objective.n_prefixes is {objective.n_prefixes}, but the SAE has only {d_sae} "
+            "latents. Lower it or raise sae.d_sae."
+        )
+    return objective.n_prefixes

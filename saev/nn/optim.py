@@ -1,0 +1,115 @@
+"""Optimisers over stacked parameters: one call per step for all members, each with its own rate.
+
+State is a flat dict of tensors, so that a bank can be saved as safetensors and resumed exactly.
+"""
+
+import math
+import typing as tp
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+BETA1, BETA2 = 0.9, 0.999
+EPS = 6.25e-10
+"""Adam's ε, as in Gao et al. 2024: gradients of a mean over B·d_model elements are small."""
+
+MATRICES = ("W_enc", "W_dec")
+MUON_MOMENTUM = 0.95
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic coefficients of Keller Jordan's Muon, as in torch.optim.Muon."""
+_NEWTON_SCHULZ_STEPS = 5
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with one learning rate per member, fused over its parameters.
+
+    Args:
+        params: stacked parameters, each [n_members, …]; updated in place.
+    """
+
+    def __init__(self, params: tp.Mapping[str, Tensor]):
+        self._params = dict(params)
+        self.state = {
+            f"adam.{name}.{moment}": torch.zeros_like(p)
+            for name, p in params.items()
+            for moment in ("m", "v")
+        }
+
+    def step(self, grads: tp.Mapping[str, Tensor], lrs: tp.Sequence[float], t: int) -> None:
+        """Update all members.
+
+        Args:
+            grads: as the parameters.
+            lrs: learning rate of each member.
+            t: number of this step, from 1.
+        """
+        names = list(self._params)
+        for n, lr in enumerate(lrs):
+            device = self._params[names[0]].device
+            done = [torch.tensor(float(t - 1), device=device) for _ in names]
+            adam(
+                [self._params[name][n] for name in names],
+                [grads[name][n] for name in names],
+                [self.state[f"adam.{name}.m"][n] for name in names],
+                [self.state[f"adam.{name}.v"][n] for name in names],
+                [],
+                done,
+                fused=True,
+                amsgrad=False,
+                beta1=BETA1,
+                beta2=BETA2,
+                lr=lr,
+                weight_decay=0.0,
+                eps=EPS,
+                maximize=False,
+            )
+
+
+class Muon:
+    """Muon for the matrices, Adam for the rest.
+
+    The update is momentum with its singular values set to about one, scaled by 0.2·√max(d_sae,
+    d_model) to the size of an Adam update (Liu et al. 2025, arXiv:2502.16982), so that learning
+    rates carry over. torch.optim.Muon takes one matrix at a time and is bfloat16 throughout.
+    """
+
+    def __init__(self, params: tp.Mapping[str, Tensor]):
+        self._matrices = {name: params[name] for name in MATRICES}
+        self._adam = Adam({name: p for name, p in params.items() if name not in MATRICES})
+        self._momentum = {
+            f"muon.{name}.m": torch.zeros_like(p) for name, p in self._matrices.items()
+        }
+        self.state = {**self._adam.state, **self._momentum}
+
+    def step(self, grads: tp.Mapping[str, Tensor], lrs: tp.Sequence[float], t: int) -> None:
+        """Update all members. See :meth:`Adam.step`."""
+        self._adam.step(grads, lrs, t)
+        for name, param in self._matrices.items():
+            momentum = self._momentum[f"muon.{name}.m"].lerp_(grads[name], 1 - MUON_MOMENTUM)
+            size = 0.2 * math.sqrt(max(param.shape[1:]))
+            for n, lr in enumerate(lrs):
+                nesterov = grads[name][n].lerp(momentum[n], MUON_MOMENTUM)
+                param[n].sub_(orthogonalize(nesterov), alpha=lr * size)
+
+
+Optimizer = Adam | Muon
+
+
+def orthogonalize(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+    """The nearest semi-orthogonal matrix, roughly: singular values in about 0.7 … 1.2.
+
+    Five Newton-Schulz steps (Jordan et al. 2024), bfloat16 on a GPU, else float32.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x.to(torch.bfloat16) if x.is_cuda else x
+    # A column of norms first: the sum over everything would depend on the number of threads.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1).float())
+    x = x / norm.clamp(min=1e-30).to(x.dtype)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)

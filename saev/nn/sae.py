@@ -1,0 +1,164 @@
+"""The sparse autoencoder that a user loads.
+
+    z = x·W_enc + b_enc        pre-activations (nothing is subtracted from x first)
+    f = activation(z)          latents
+    x̂ = f·W_dec + b_dec        reconstruction
+
+It works on activations as they were recorded: whatever normalisation training used is folded into
+the weights (:mod:`saev.nn.folding`).
+"""
+
+import typing as tp
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saev.config.sae import BatchTopK, JumpRelu, Relu, SaeConfig, TopK
+from saev.errors import CheckpointError, ConfigError
+from saev.nn import activations
+
+
+class TopLatents(tp.NamedTuple):
+    """The largest latents of each token, largest first."""
+
+    values: Float[Tensor, "*batch k"]
+    """Latent values; zero where fewer than k latents are active."""
+    indices: Int[Tensor, "*batch k"]
+    """Which latents."""
+
+
+class EncoderOutput(tp.NamedTuple):
+    """What encoding gives."""
+
+    acts: Float[Tensor, "*batch d_sae"]
+    """Latents f, mostly zero."""
+    pre_acts: Float[Tensor, "*batch d_sae"]
+    """Pre-activations z."""
+
+    def top(self, k: int) -> TopLatents:
+        """The k largest latents of each token."""
+        return TopLatents(*self.acts.topk(min(k, self.acts.shape[-1]), dim=-1))
+
+
+class SaeOutput(tp.NamedTuple):
+    """What a forward pass gives."""
+
+    x_hat: Float[Tensor, "*batch d_model"]
+    """Reconstruction x̂."""
+    acts: Float[Tensor, "*batch d_sae"]
+    """Latents f."""
+
+
+class SparseAutoencoder(nn.Module):
+    """One SAE, for use rather than for training.
+
+    Args:
+        cfg: with `d_model` and `d_sae` filled in (``cfg.resolved(d_model)``).
+
+    Attributes:
+        W_enc: [d_model, d_sae].
+        b_enc: [d_sae].
+        W_dec: [d_sae, d_model].
+        b_dec: [d_model].
+        threshold: θ ≥ 0, a scalar for BatchTopK, [d_sae] for JumpReLU, else None.
+    """
+
+    threshold: Tensor | None
+
+    def __init__(self, cfg: SaeConfig):
+        super().__init__()
+        if cfg.d_model is None or cfg.d_sae is None:
+            raise ConfigError("An SAE needs d_model and d_sae; use SaeConfig.resolved(d_model).")
+        self.cfg = cfg
+        self.d_model: int = cfg.d_model
+        self.d_sae: int = cfg.d_sae
+        self.W_enc = nn.Parameter(torch.zeros(self.d_model, self.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_model))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_model))
+        shape = {"batch-top-k": (), "jump-relu": (self.d_sae,)}.get(cfg.activation.kind)
+        self.register_buffer("threshold", None if shape is None else torch.zeros(shape))
+
+    @classmethod
+    def from_tensors(
+        cls, cfg: SaeConfig, tensors: tp.Mapping[str, Tensor], *, source: str = "weights"
+    ) -> tp.Self:
+        """An SAE with these weights (copied, as float32).
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or has another shape than `cfg` says.
+        """
+        sae = cls(cfg)
+        own = sae.state_dict()
+        if set(own) != set(tensors):
+            raise CheckpointError(
+                f"{source} has tensors {sorted(tensors)}, expected {sorted(own)} "
+                f"for activation {cfg.activation.kind}."
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {list(tensor.shape)}, expected "
+                    f"{list(own[name].shape)} for d_model {sae.d_model} and d_sae {sae.d_sae}."
+                )
+            own[name].copy_(tensor)
+        return sae.eval().requires_grad_(False)
+
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> EncoderOutput:
+        """Latents and pre-activations of recorded activations x."""
+        self._check_width(x)
+        pre_acts = x @ self.W_enc + self.b_enc
+        return EncoderOutput(self.activate(pre_acts), pre_acts)
+
+    def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """f = activation(z). Each token by itself, whatever else is in the batch."""
+        match self.cfg.activation:
+            case Relu():
+                return activations.relu(pre_acts)
+            case TopK(top_k=k, rectify=rectify):
+                return activations.top_k(pre_acts, k, rectify=rectify)
+            case BatchTopK() | JumpRelu():
+                assert self.threshold is not None
+                return activations.threshold(pre_acts, self.threshold)
+
+    def decode(
+        self, acts: Float[Tensor, "*batch d_sae"], prefix: int | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
+        """x̂ = f·W_dec + b_dec.
+
+        Args:
+            acts: latents.
+            prefix: use only the first so many latents (of a Matryoshka SAE).
+
+        Raises:
+            ConfigError: `prefix` is not in 0..d_sae.
+        """
+        if prefix is None:
+            return acts @ self.W_dec + self.b_dec
+        if not 0 <= prefix <= self.d_sae:
+            raise ConfigError(f"prefix is {prefix}, expected 0 to d_sae = {self.d_sae}.")
+        return acts[..., :prefix] @ self.W_dec[:prefix] + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
+        """Reconstruction and latents of recorded activations x."""
+        acts = self.encode(x).acts
+        return SaeOutput(self.decode(acts), acts)
+
+    def save(self, url: str, metadata: dict[str, tp.Any] | None = None) -> None:
+        """Write ``sae.safetensors`` and ``config.json`` (last) into the folder `url`.
+
+        Args:
+            url: folder.
+            metadata: JSON-able provenance, kept in config.json under "metadata".
+        """
+        from saev.nn import checkpoints
+
+        checkpoints.save_sae(self, url, metadata)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d_model:
+            raise ConfigError(
+                f"The SAE was trained on activations of width {self.d_model}, these have "
+                f"{x.shape[-1]}. Use shards of the same model."
+            )
