@@ -1,0 +1,360 @@
+"""The visuals stage: plan -> work items (groups of latents) -> finish (the page)."""
+
+import concurrent.futures
+import functools
+import hashlib
+import importlib.resources
+import logging
+import typing as tp
+
+import numpy as np
+
+from saev import storage
+from saev.config import VisualsConfig
+from saev.errors import ConfigError, IncompleteError
+from saev.images.stream import available_cores
+from saev.inference import files
+from saev.inference.results import Results, TopExamples
+from saev.progress import Progress, Task
+from saev.shards import Shards
+from saev.visuals import page, render
+from saev.visuals.choose import Choice, choose
+from saev.visuals.records import (
+    RECORD,
+    ClassShare,
+    ExamplePictures,
+    Histogram,
+    LatentRecord,
+    folder_name,
+)
+from saev.visuals.source import Source, View
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Goes up when the pictures change, so that old ones are drawn again."""
+INDEX = "index.html"
+DONE = "visuals.json"
+"""Written last; its presence means that the report is complete."""
+
+GROUP = 8
+"""Latents per work item: latents share images, and opening the dataset has a price."""
+VALUE_BINS = 32
+_MAX_CODES_BYTES = 256 << 20
+_SMALLEST_SHARE = 0.005  # classes that cover less of a picture are left out of its legend
+
+
+def plan(cfg: VisualsConfig) -> list[dict[str, tp.Any]]:
+    """The work items: ``{"latents": [...]}``, groups of latents to draw.
+
+    Raises:
+        ConfigError: a latent does not exist, or shards, inference and images do not fit together.
+        StorageError: one of them is missing.
+    """
+    return _Stage(cfg).plan()
+
+
+def work(cfg: VisualsConfig, item: dict[str, tp.Any]) -> None:
+    """Draw the latents of one item. Latents that are drawn already are left alone.
+
+    Raises:
+        ImageError: an original image cannot be decoded or is not the recorded one.
+        StorageError: one is gone, or the result cannot be written.
+    """
+    stage = _Stage(cfg)
+    for latent in item["latents"]:
+        stage.draw(int(latent))
+
+
+def finish(cfg: VisualsConfig) -> str:
+    """Write the page, and publish.
+
+    Returns:
+        URL of index.html.
+
+    Raises:
+        IncompleteError: a latent was not drawn.
+    """
+    return _Stage(cfg).finish()
+
+
+def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
+    """All of it, in threads.
+
+    Returns:
+        URL of index.html.
+    """
+    stage = _Stage(cfg)
+    if stage.published:
+        logger.info("%s is complete; nothing to do.", stage.index_url)
+        return stage.index_url
+    storage.check_writable(stage.out)
+    items = stage.plan()
+    progress = progress or Progress(quiet=True)
+    with progress.task("visuals", total=len(stage.choice.latents), unit="latent") as task:
+        _in_threads(stage, items, task)
+    return stage.finish()
+
+
+def _in_threads(stage: "_Stage", items: list[dict[str, tp.Any]], task: Task) -> None:
+    latents = [latent for item in items for latent in item["latents"]]
+    pool = concurrent.futures.ThreadPoolExecutor(available_cores(), thread_name_prefix="visuals")
+    with pool:
+        futures = [pool.submit(stage.draw, latent) for latent in latents]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                task.advance(1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _Stage:
+    """What plan, work and finish share; each part is opened when it is first needed."""
+
+    def __init__(self, cfg: VisualsConfig):
+        self.cfg = cfg
+        self.shards = Shards.open(cfg.shards)
+        self.results = self._open_results()
+        self.inference_url = self.results.url
+        self.out = storage.normalize(cfg.out or storage.join(self.inference_url, "report"))
+        self.index_url = storage.join(self.out, INDEX)
+
+    def _open_results(self) -> Results:
+        shards_hash = self.shards.metadata.hash
+        if not self.cfg.inference:
+            return Results.find(storage.normalize(self.cfg.run), shards_hash)
+        results = Results.open(self.cfg.inference)
+        found = results.metrics.get("shards_hash")
+        if found != shards_hash:
+            raise ConfigError(
+                f"{results.url} was measured on shards {found}, but --shards {self.shards.url} are "
+                f"{shards_hash}. Give the shards that inference ran on."
+            )
+        return results
+
+    @functools.cached_property
+    def choice(self) -> Choice:
+        return choose(self.cfg, self.results.frequency, self.results.mean_values)
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return Source(self.shards, self.cfg.data)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of everything that a latent's pictures depend on, the choice of latents apart."""
+        return _hash(
+            {
+                "format": FORMAT,
+                "inference": storage.checksum(storage.join(self.inference_url, files.METRICS)),
+                "shards": self.shards.metadata.hash,
+                "n_top": self.cfg.n_top,
+                "image_size": self.cfg.image_size,
+                "data": self.cfg.to_dict()["data"],
+            }
+        )
+
+    @functools.cached_property
+    def report_key(self) -> str:
+        """Hash of everything that the page depends on."""
+        folder = importlib.resources.files("saev.visuals").joinpath("templates")
+        templates = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
+        cfg = self.cfg.to_dict()
+        return _hash({"pictures": self.key, "templates": templates, "config": cfg})
+
+    @property
+    def published(self) -> bool:
+        """Whether the whole report is there and up to date."""
+        done = storage.join(self.out, DONE)
+        if not (storage.exists(done) and storage.exists(self.index_url)):
+            return False
+        found = storage.read_json(done)
+        return isinstance(found, dict) and found.get("key") == self.report_key
+
+    # --- Work ------------------------------------------------------------------------------
+
+    def plan(self) -> list[dict[str, tp.Any]]:
+        if any(self.results.frequency[latent] > 0 for latent in self.choice.latents):
+            _ = self.source  # fail now, not in every work item, if the images are gone
+        latents = self.choice.latents
+        return [{"latents": list(latents[i : i + GROUP])} for i in range(0, len(latents), GROUP)]
+
+    def draw(self, latent: int) -> None:
+        """Write a latent's pictures, and its record last."""
+        if self.read_record(latent) is not None:
+            return
+        frequency = float(self.results.frequency[latent])
+        max_value = float(self.results.max_values[latent])
+        examples: list[ExamplePictures] = []
+        values = None
+        if frequency > 0:
+            top = self.results.top(latent)
+            examples = [
+                self._draw_example(latent, rank, top, max_value)
+                for rank in range(min(self.cfg.n_top, len(top.example_idx)))
+            ]
+            values = self._values(latent, top)
+        mean = float(self.results.mean_values[latent])
+        record = LatentRecord(
+            key=self.key,
+            latent=latent,
+            frequency=frequency,
+            mean_value=mean if frequency > 0 and np.isfinite(mean) else None,
+            max_value=max_value if frequency > 0 else 0.0,
+            values=values,
+            examples=tuple(examples),
+        )
+        storage.write_json(self._record_url(latent), record.to_dict())
+
+    def read_record(self, latent: int) -> LatentRecord | None:
+        """The record of a latent that is drawn and up to date."""
+        url = self._record_url(latent)
+        if not storage.exists(url):
+            return None
+        raw = storage.read_json(url)
+        if not isinstance(raw, dict) or raw.get("key") != self.key:
+            return None
+        return LatentRecord.from_dict(raw, source=url)
+
+    def _record_url(self, latent: int) -> str:
+        return storage.join(self.out, folder_name(latent), RECORD)
+
+    def _draw_example(
+        self, latent: int, rank: int, top: TopExamples, max_value: float
+    ) -> ExamplePictures:
+        example = int(top.example_idx[rank])
+        view = self.source.view(example)
+        acts = np.asarray(top.token_acts[rank]).reshape(self.shards.metadata.grid_shape)
+        plain = render.picture(view.image, self.cfg.image_size)
+        pictures = {"plain": plain, "highlight": render.highlight(plain, acts, max_value)}
+        if view.mask is not None:
+            pictures["segmentation"] = render.segmentation(plain, view.mask, acts)
+        names = {}
+        for kind, image in pictures.items():
+            names[kind] = f"{rank:02d}-{kind}.webp"
+            url = storage.join(self.out, folder_name(latent), names[kind])
+            storage.write_bytes(url, render.encode(image))
+        return ExamplePictures(
+            rank=rank,
+            example=example,
+            index=view.index,
+            name=view.name,
+            label=view.label,
+            value=float(top.value[rank]),
+            n_firing=int(np.count_nonzero(acts)),
+            n_patches=acts.size,
+            firing_label=self._firing_label(view, acts),
+            plain=names["plain"],
+            highlight=names["highlight"],
+            segmentation=names.get("segmentation"),
+            classes=self._classes(view.mask),
+            height=plain.height,
+            width=plain.width,
+        )
+
+    def _firing_label(self, view: View, acts: np.ndarray) -> str:
+        if view.token_labels is None or not acts.any():
+            return ""
+        label = int(view.token_labels.flat[int(acts.argmax())])
+        # A bare number says less than the image's own class.
+        return self.source.class_names.get(label, "" if view.label else f"class {label}")
+
+    def _classes(self, mask: np.ndarray | None) -> tuple[ClassShare, ...]:
+        if mask is None:
+            return ()
+        shares = np.bincount(mask.ravel(), minlength=256) / mask.size
+        order = np.argsort(-shares, kind="stable")
+        return tuple(
+            ClassShare(
+                label=int(label),
+                name=self.source.class_name(int(label)),
+                share=round(float(shares[label]), 4),
+            )
+            for label in order
+            if shares[label] >= _SMALLEST_SHARE
+        )
+
+    def _values(self, latent: int, top: TopExamples) -> Histogram | None:
+        known = self._all_values.get(latent)
+        if known is not None:
+            values, source = known, "all tokens"
+        else:
+            values = top.token_acts[top.token_acts != 0]
+            source = f"tokens of its top {len(top.token_acts)} images"
+        if not len(values):
+            return None
+        low, high = min(0.0, float(values.min())), float(values.max())
+        if not low < high:
+            return None
+        counts, _ = np.histogram(values, bins=VALUE_BINS, range=(low, high))
+        return Histogram(low=low, high=high, counts=tuple(int(c) for c in counts), source=source)
+
+    @functools.cached_property
+    def _all_values(self) -> dict[int, np.ndarray]:
+        """All values of the chosen latents, as far as inference kept them in a size to load."""
+        latents = np.array(self.choice.latents, dtype=np.int64)
+        codes_url = storage.join(self.inference_url, files.TOKEN_ACTS)
+        if storage.exists(codes_url) and storage.size(codes_url) <= _MAX_CODES_BYTES:
+            columns = self.results.codes()[:, latents].tocsc()
+        else:
+            kept = self.results.distributions()
+            is_chosen = np.isin(kept.latents, latents)
+            latents, columns = kept.latents[is_chosen], kept.values.tocsc()[:, is_chosen]
+        return {
+            int(latent): columns.data[columns.indptr[i] : columns.indptr[i + 1]]
+            for i, latent in enumerate(latents)
+        }
+
+    # --- Finish ----------------------------------------------------------------------------
+
+    def finish(self) -> str:
+        records = []
+        for latent in self.choice.latents:
+            record = self.read_record(latent)
+            if record is None:
+                raise IncompleteError(
+                    f"{self.out} is incomplete: latent {latent} was not drawn. Run the same "
+                    "command again; what is done is kept."
+                )
+            records.append(record)
+        report = page.Report(
+            title=f"Latents of {storage.name(self.cfg.run)}",
+            subtitle=self._subtitle(),
+            metrics=page.metrics(self.results.metrics),
+            records=records,
+            explicit=self.choice.explicit,
+            frequency=self.results.frequency,
+            note=self._note(),
+        )
+        storage.write_text(self.index_url, page.build(report))
+        done = {
+            "key": self.report_key,
+            "config": self.cfg.to_dict(),
+            "latents": list(self.choice.latents),
+        }
+        storage.write_json(storage.join(self.out, DONE), done)
+        return self.index_url
+
+    def _subtitle(self) -> str:
+        metadata = self.shards.metadata
+        n = self.shards.n_examples
+        layer = self.results.metrics.get("layer")
+        where = f"layer {layer} of " if layer is not None else ""
+        model = f"{where}{metadata.family} {metadata.ckpt}"
+        return f"{model} · {n:,} images · shards {metadata.hash}"
+
+    def _note(self) -> str:
+        if self.choice.latents:
+            return ""
+        low, high = self.cfg.log_freq_range
+        return (
+            f"No latent has a log10 frequency between {low:g} and {high:g} and a log10 mean value "
+            f"between {self.cfg.log_value_range[0]:g} and {self.cfg.log_value_range[1]:g}. Widen "
+            "--log-freq-range or --log-value-range, or name latents with --latents."
+        )
+
+
+def _hash(obj: tp.Any) -> str:
+    return hashlib.sha256(storage.canonical_json(obj).encode()).hexdigest()[:16]
