@@ -131,8 +131,8 @@ class Metadata(Config):
         is_hash = len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
         if found == "3.0" and is_hash and name != metadata.hash:
             raise CorruptDataError(
-                f"{place} does not belong to its folder: its hash is {metadata.hash}, the folder is "
-                f"named {name}. It was edited or damaged; record the activations again."
+                f"{place} does not belong to its folder: its hash is {metadata.hash}, "
+                f"the folder is named {name}. It was edited or damaged; record again."
             )
         return metadata
 

@@ -26,6 +26,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
+_REMEDY = (
+    "Restore it from a copy, or delete the folder and run the same `saev shards` command again."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerStats:
@@ -75,8 +79,8 @@ class Shards:
         sizes = {entry.name: entry.size for entry in storage.list_dir(url) if not entry.is_dir}
         if protocol.METADATA not in sizes:
             raise StorageError(
-                f"{url} is not a shards folder: it has no {protocol.METADATA}. Give the folder that "
-                "`saev shards` printed."
+                f"{url} is not a shards folder: it has no {protocol.METADATA}. "
+                "Give the folder that `saev shards` printed."
             )
         if protocol.SHARDS not in sizes:
             raise IncompleteError(
@@ -176,7 +180,8 @@ class Shards:
         layout, index = self.layouts[shard], self.layer_index(layer)
         if not 0 <= start <= stop <= layout.n_examples:
             raise ConfigError(
-                f"Examples {start}:{stop} are not in {self.infos[shard].name}: it has {layout.n_examples}."
+                f"Examples {start}:{stop} are not in {self.infos[shard].name}: "
+                f"it has {layout.n_examples}."
             )
         shape = (stop - start, layout.tokens, layout.d_model)
         if out is None:
@@ -199,6 +204,37 @@ class Shards:
             self._verify(shard, index, start, stop, raw)
         return out
 
+    def read_vector(
+        self, shard: int, layer: int | None, example: int, token: int, out: Tensor
+    ) -> None:
+        """One vector into ``out``, [d_model], contiguous, on the CPU, in the stored dtype.
+
+        Checksums are of whole examples, so this is not compared with one; :meth:`read` is.
+
+        Args:
+            shard: shard number.
+            layer: block number as recorded.
+            example: counted inside the shard.
+            token: as recorded: the class token, if there is one, is token 0.
+            out: where to put it.
+
+        Raises:
+            ConfigError: there is no such vector, or ``out`` does not fit.
+            CorruptDataError: the file ends early.
+        """
+        layout, index = self.layouts[shard], self.layer_index(layer)
+        if not (0 <= example < layout.n_examples and 0 <= token < layout.tokens):
+            raise ConfigError(
+                f"Example {example}, token {token} is not in {self.infos[shard].name}: it has "
+                f"{layout.n_examples} examples of {layout.tokens} tokens."
+            )
+        if out.shape != (layout.d_model,) or out.dtype != self.dtype or not out.is_contiguous():
+            raise ConfigError(
+                f"out is {tuple(out.shape)} {out.dtype}, expected ({layout.d_model},) {self.dtype}."
+            )
+        raw = memoryview(out.view(torch.uint8).numpy().data)
+        self._reader(shard).readinto(layout.offset(index, example, token), raw)
+
     def _verify(self, shard: int, index: int, start: int, stop: int, raw: memoryview) -> None:
         assert self._checksums is not None
         layout = self.layouts[shard]
@@ -208,10 +244,10 @@ class Shards:
             found = storage.crc32c(raw[i * layout.row_bytes : (i + 1) * layout.row_bytes])
             if found != want:
                 raise CorruptDataError(
-                    f"{storage.join(self.url, self.infos[shard].name)} is damaged: layer "
-                    f"{self.layers[index]}, example {start + i} of the shard has checksum "
-                    f"{storage.format_checksum(found)}, expected {storage.format_checksum(int(want))}. "
-                    "Delete the folder's shards.json and this file, then run `saev shards` again."
+                    f"{storage.join(self.url, self.infos[shard].name)} is damaged: "
+                    f"layer {self.layers[index]}, example {start + i} of the shard has checksum "
+                    f"{storage.format_checksum(found)}, expected "
+                    f"{storage.format_checksum(int(want))}. {_REMEDY}"
                 )
 
     @functools.cached_property
@@ -220,12 +256,11 @@ class Shards:
         if self.metadata.protocol != "3.0":
             return None
         place = storage.join(self.url, protocol.CHECKSUMS)
-        values = np.frombuffer(storage.read_bytes(place), dtype="<u4")
-        if values.size != self.n_examples * len(self.layers):
-            raise CorruptDataError(
-                f"{place} has {values.size} checksums, expected {self.n_examples * len(self.layers)}."
-            )
-        return values
+        data = storage.read_bytes(place)
+        expected = 4 * self.n_examples * len(self.layers)
+        if len(data) != expected:
+            raise CorruptDataError(f"{place} has {len(data)} bytes, expected {expected}. {_REMEDY}")
+        return np.frombuffer(data, dtype="<u4")
 
     def verify(self) -> None:
         """Read every file whole and compare it with its checksum in shards.json.
@@ -240,7 +275,7 @@ class Shards:
             found = storage.checksum(place)
             if found != info.checksum:
                 raise CorruptDataError(
-                    f"{place} is damaged: checksum {found}, expected {info.checksum}."
+                    f"{place} is damaged: checksum {found}, expected {info.checksum}. {_REMEDY}"
                 )
 
     def _reader(self, shard: int) -> storage.RangeReader:
@@ -279,7 +314,9 @@ class Shards:
         values = np.frombuffer(storage.read_bytes(place), dtype=np.uint8)
         expected = self.n_examples * self.content_tokens
         if values.size != expected:
-            raise CorruptDataError(f"{place} has {values.size} bytes, expected {expected}.")
+            raise CorruptDataError(
+                f"{place} has {values.size} bytes, expected {expected}. {_REMEDY}"
+            )
         return values.reshape(self.n_examples, self.content_tokens)
 
     def stats(self, layer: int | None, tokens: Tokens = "content") -> LayerStats | None:
@@ -306,7 +343,7 @@ class Shards:
         try:
             return load_safetensors(storage.read_bytes(place))
         except safetensors.SafetensorError as err:
-            raise CorruptDataError(f"{place} is damaged: {err}.") from err
+            raise CorruptDataError(f"{place} is damaged: {err}. {_REMEDY}") from err
 
     def examples(self) -> pa.Table:
         """Where each example came from: index (in the dataset), url, label, target, height, width.
@@ -319,10 +356,10 @@ class Shards:
         try:
             table = pq.read_table(io.BytesIO(storage.read_bytes(place)))
         except pa.ArrowException as err:
-            raise CorruptDataError(f"{place} is damaged: {err}.") from err
+            raise CorruptDataError(f"{place} is damaged: {err}. {_REMEDY}") from err
         if table.num_rows != self.n_examples:
             raise CorruptDataError(
-                f"{place} has {table.num_rows} rows, expected {self.n_examples}."
+                f"{place} has {table.num_rows} rows, expected {self.n_examples}. {_REMEDY}"
             )
         return table
 
@@ -334,20 +371,19 @@ class Shards:
             if info.name not in sizes:
                 if not info.n_examples:
                     continue
-                raise CorruptDataError(f"{place} is missing; shards.json lists it. Restore it.")
+                raise CorruptDataError(f"{place} is missing; shards.json lists it. {_REMEDY}")
             found = sizes[info.name]
             if info.n_bytes is not None and info.n_bytes != layout.n_bytes:
                 raise CorruptDataError(
-                    f"{protocol.SHARDS} of {self.url} says that {info.name} has {info.n_bytes} bytes; "
-                    f"{info.n_examples} examples make {layout.n_bytes}."
+                    f"{protocol.SHARDS} of {self.url} says that {info.name} has {info.n_bytes} "
+                    f"bytes; {info.n_examples} examples make {layout.n_bytes}. {_REMEDY}"
                 )
             # Protocol 2.1 pads its last file with zeros up to the full shard size.
             padded = self.metadata.protocol == "2.1" and found >= layout.n_bytes
             if found != layout.n_bytes and not padded:
                 kind = "truncated" if found < layout.n_bytes else "too long"
                 raise CorruptDataError(
-                    f"{place} is {kind}: it has {found} bytes, expected {layout.n_bytes}. "
-                    "Delete it and the folder's shards.json, then run `saev shards` again."
+                    f"{place} is {kind}: it has {found} bytes, expected {layout.n_bytes}. {_REMEDY}"
                 )
 
 

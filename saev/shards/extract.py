@@ -1,0 +1,322 @@
+"""The shards stage: images in, a folder of recorded activations out.
+
+A work item is one shard. It writes its activations, then a small record under parts/ that says the
+shard is done; `finish` merges the records into the dataset's files and publishes shards.json.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import re
+import typing as tp
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from saev import storage, vit
+from saev.config import ShardsConfig
+from saev.errors import ConfigError, CorruptDataError, IncompleteError
+from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
+from saev.progress import Progress
+from saev.shards import parts, protocol
+from saev.shards.forward import Forward
+from saev.shards.parts import ExampleRow, Part, Skipped
+from saev.shards.protocol import Metadata, shard_name
+from saev.shards.reader import TORCH_DTYPES, Shards
+from saev.shards.writer import ShardWriter
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, tp.Any]
+"""One shard: {"shard": number, "start": first dataset index, "stop": last + 1}."""
+
+
+def plan(cfg: ShardsConfig) -> list[Item]:
+    """The work items, one per shard. Lists the dataset and loads the model; decodes no image.
+
+    Raises:
+        ConfigError, ModelError, StorageError: the images or the model are not as configured.
+    """
+    _recording.cache_clear()
+    return _recording(cfg).plan()
+
+
+def work(cfg: ShardsConfig, item: Item) -> None:
+    """Record one shard, unless it is done.
+
+    Raises:
+        ImageError: an image cannot be decoded, and `skip_unreadable` is off.
+        StorageError: something cannot be read or written.
+        ModelError: an activation is not finite.
+    """
+    _recording(cfg).work(item)
+
+
+def finish(cfg: ShardsConfig) -> str:
+    """Check that all shards are there and publish; returns the URL of the folder.
+
+    Raises:
+        IncompleteError: a shard is not recorded yet.
+        CorruptDataError: a shard or its record is damaged.
+    """
+    return _recording(cfg).finish()
+
+
+def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
+    """Do whatever is missing and publish; with `cfg.part` only that part, without publishing.
+
+    Returns:
+        URL of the shards folder.
+
+    Raises:
+        SaevError: see :func:`plan`, :func:`work` and :func:`finish`. What was finished is kept;
+            the same call goes on from there.
+    """
+    part = _parse_part(cfg.part)
+    recording = Recording(cfg)
+    if not recording.published:
+        recording.prepare()
+        _record(recording, recording.plan(), part, progress or Progress(quiet=True))
+        if part is not None:
+            logger.info("Part %s of %s is recorded.", cfg.part, recording.url)
+            return recording.url
+    return recording.finish()
+
+
+def _record(
+    recording: "Recording", items: list[Item], part: tuple[int, int] | None, progress: Progress
+) -> None:
+    if part is not None:
+        number, of = part
+        items = items[len(items) * (number - 1) // of : len(items) * number // of]
+    missing = [item for item in items if not recording.is_done(item["shard"])]
+    total = sum(item["stop"] - item["start"] for item in items)
+    done = total - sum(item["stop"] - item["start"] for item in missing)
+    if done:
+        logger.info("%d of %d images are recorded already.", done, total)
+    with progress.task("shards", total=total, unit="img", done=done) as task:
+        for item in missing:
+            recording.work(item, lambda n, n_bytes: task.advance(n, n_bytes=n_bytes))
+
+
+def _parse_part(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= of:
+        raise ConfigError(
+            f"--part is {text!r}, expected I/N with I from 1 to N, such as 1/4 to 4/4."
+        )
+    return number, of
+
+
+@functools.lru_cache(maxsize=1)
+def _recording(cfg: ShardsConfig) -> "Recording":
+    """So that one process loads model and dataset once for all its items."""
+    return Recording(cfg)
+
+
+class Recording:
+    """A config with everything it refers to: dataset, model and the metadata they make.
+
+    Args:
+        cfg: the config.
+    """
+
+    def __init__(self, cfg: ShardsConfig):
+        self.cfg = cfg
+
+    @functools.cached_property
+    def dataset(self) -> ImageDataset:
+        """The images."""
+        return open_dataset(self.cfg.data)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return _resolve_device(self.cfg.device)
+
+    @functools.cached_property
+    def model(self) -> vit.VisionModel:
+        """The model, compared with the numbers in the config."""
+        cfg = self.cfg
+        model = vit.load(cfg.family, cfg.ckpt, image_size=cfg.image_size, device=self.device)
+        vit.check_expectations(
+            model,
+            d_model=cfg.d_model,
+            content_tokens_per_example=cfg.content_tokens_per_example,
+        )
+        return model
+
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """What is recorded: only what the bytes depend on, so that equal work has an equal name."""
+        cfg, dataset, model = self.cfg, self.dataset, self.model
+        data = cfg.data.to_dict()
+        if "root" in data:
+            data["root"] = storage.normalize(data["root"])
+        return Metadata(
+            family=cfg.family,
+            ckpt=cfg.ckpt,
+            ckpt_checksum=model.ckpt_checksum,
+            layers=vit.resolve_layers(cfg.layers, model.n_layers),
+            content_tokens_per_example=model.content_tokens_per_example,
+            cls_token=cfg.cls_token and model.has_cls_token,
+            d_model=model.d_model,
+            n_examples=len(dataset),
+            max_tokens_per_shard=cfg.max_tokens_per_shard,
+            image_size=model.image_size,
+            grid=model.grid,
+            image_spec=json.loads(json.dumps(dataclasses.asdict(model.spec))),
+            amp=cfg.amp,
+            skip_unreadable=cfg.skip_unreadable,
+            data=data,
+            data_digest=dataset.digest,
+            dataset=str(data.get("root") or data.get("name") or data["kind"]),
+            pixel_agg=dataset.pixel_agg if dataset.has_masks else None,
+            dtype=cfg.dtype,
+        )
+
+    @functools.cached_property
+    def url(self) -> str:
+        """The folder."""
+        return storage.join(self.cfg.shards_root, self.metadata.hash)
+
+    @property
+    def published(self) -> bool:
+        """Whether the folder is complete."""
+        return storage.exists(storage.join(self.url, protocol.SHARDS))
+
+    def plan(self) -> list[Item]:
+        """One work item per shard."""
+        ranges = map(self.metadata.shard_range, range(self.metadata.n_shards))
+        return [{"shard": i, "start": a, "stop": b} for i, (a, b) in enumerate(ranges)]
+
+    def prepare(self) -> None:
+        """Begin the folder: fails at once where nothing can be written."""
+        place = storage.join(self.url, protocol.METADATA)
+        if not storage.exists(place):
+            storage.write_json(place, self.metadata.to_dict())
+        for folder in (self.url, storage.join(self.url, protocol.PARTS)):
+            storage.clean_temporary(folder)
+
+    def is_done(self, shard: int) -> bool:
+        """Whether a shard and its record are there and fit together; a damaged one is not."""
+        try:
+            parts.read_part(self.url, shard, self.metadata)
+        except CorruptDataError as err:
+            logger.warning("Recording %s again: %s", shard_name(shard), err)
+            return False
+        except IncompleteError:
+            return False
+        return True
+
+    def work(self, item: Item, advance: Callable[[int, int], None] | None = None) -> None:
+        """Record one shard, unless it is done.
+
+        Args:
+            item: from :meth:`plan`.
+            advance: told the number of images and of bytes after each batch.
+        """
+        shard = int(item["shard"])
+        if not 0 <= shard < self.metadata.n_shards:
+            raise ConfigError(f"There is no shard {shard}: there are {self.metadata.n_shards}.")
+        if self.published or self.is_done(shard):
+            return
+        self.prepare()
+        parts.write_part(self.url, shard, self._write_shard(shard, advance))
+
+    def _write_shard(self, shard: int, advance: Callable[[int, int], None] | None) -> Part:
+        meta = self.metadata
+        start, stop = meta.shard_range(shard)
+        examples: list[ExampleRow] = []
+        skipped: list[Skipped] = []
+        labels: list[np.ndarray] = []
+        place = storage.join(self.url, shard_name(shard))
+        with contextlib.ExitStack() as stack:
+            decoded = stack.enter_context(contextlib.closing(self._decode(start, stop, skipped)))
+            writer = stack.enter_context(ShardWriter(place, meta, stop - start))
+            batches = stack.enter_context(contextlib.closing(self._forward(decoded)))
+            for group, acts in batches:
+                writer.write(acts)
+                examples.extend(map(self._row, group))
+                labels.extend(one.labels for one in group if one.labels is not None)
+                if advance is not None:
+                    advance(len(group), acts.nbytes)
+        return Part(
+            writer.written,
+            examples,
+            skipped,
+            None if meta.pixel_agg is None else _stack(labels, meta.content_tokens_per_example),
+        )
+
+    def _decode(
+        self, start: int, stop: int, skipped: list[Skipped]
+    ) -> tp.Generator[Decoded, None, None]:
+        """Decoded images in order; what is unreadable goes to ``skipped``."""
+        records = iter_examples(
+            self.dataset,
+            range(start, stop),
+            self.model.spec,
+            grid=self.model.grid,
+            n_workers=self.cfg.n_workers,
+            skip_unreadable=self.cfg.skip_unreadable,
+        )
+        with contextlib.closing(records):
+            for record in records:
+                if isinstance(record, Unreadable):
+                    logger.warning("Skipped: %s", record.reason)
+                    skipped.append(Skipped(record.index, record.url, record.reason))
+                else:
+                    yield record
+
+    @property
+    def _forward(self) -> Forward[Decoded]:
+        meta, model = self.metadata, self.model
+        return Forward(
+            lambda images: model.record(images, meta.layers, meta.cls_token),
+            lambda example: example.pixels,
+            device=self.device,
+            dtype=TORCH_DTYPES[meta.dtype],
+            batch_size=self.cfg.batch_size,
+            amp=meta.amp,
+        )
+
+    def _row(self, example: Decoded) -> ExampleRow:
+        info = self.dataset.example(example.index)
+        return ExampleRow(
+            example.index, info.url, info.label, info.target, example.height, example.width
+        )
+
+    def finish(self) -> str:
+        """Publish, if that is still to be done, and remove what only unfinished folders need."""
+        if self.published:
+            Shards.open(self.url)
+            logger.info("%s is complete.", self.url)
+        else:
+            parts.publish(self.url, self.metadata, self.metadata.n_shards)
+        storage.delete(storage.join(self.url, protocol.PARTS), recursive=True)
+        storage.clean_temporary(self.url)
+        return self.url
+
+
+def _stack(labels: list[np.ndarray], n_tokens: int) -> np.ndarray:
+    return np.stack(labels) if labels else np.zeros((0, n_tokens), np.uint8)
+
+
+def _resolve_device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        reason = str(err).splitlines()[0]
+        raise ConfigError(
+            f"--device {text} cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
+        ) from err
+    return device

@@ -1,0 +1,278 @@
+"""What recording a shard leaves beside its file, and how these records become one dataset.
+
+A record is one small object, written after its shard's file: where it is, the shard is done. It
+holds whatever of the shard goes into the files of the whole (labels, examples, moments, checksums),
+so that publishing reads no activations.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import struct
+import typing as tp
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.numpy
+from jaxtyping import UInt8
+
+from saev import storage
+from saev.errors import CorruptDataError, ImageError, IncompleteError
+from saev.shards import protocol
+from saev.shards.protocol import Layout, Metadata, ShardInfo, shard_name
+from saev.shards.writer import Moments, Written, file_checksum
+
+_READ_AHEAD = 16
+_CRC = struct.Struct("<I")
+_ROW_GROUP = 65_536
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("target", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+"""Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
+`width` are those of the original image in pixels, upright."""
+
+
+class ExampleRow(tp.NamedTuple):
+    """One row of examples.parquet."""
+
+    dataset_index: int
+    url: str
+    label: str
+    target: int
+    height: int
+    width: int
+
+
+class Skipped(tp.NamedTuple):
+    """One row of skipped.json: an image that could not be decoded."""
+
+    dataset_index: int
+    url: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """The record of one finished shard."""
+
+    written: Written
+    examples: list[ExampleRow]
+    """One per recorded example."""
+    skipped: list[Skipped]
+    labels: UInt8[np.ndarray, "n_examples content_tokens"] | None
+    """Labels of content tokens, for segmentation datasets."""
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file and its CRC-32C."""
+        rows = json.dumps({"examples": self.examples, "skipped": self.skipped}).encode()
+        tensors = {"rows": np.frombuffer(rows, np.uint8), "checksums": self.written.checksums}
+        for kind in ("content", "special"):
+            moments: Moments = getattr(self.written, kind)
+            tensors[f"{kind}.total"] = moments.total
+            tensors[f"{kind}.sq_total"] = moments.sq_total
+            tensors[f"{kind}.count"] = np.array([moments.count], np.int64)
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        data = safetensors.numpy.save(tensors)
+        return data + _CRC.pack(storage.crc32c(data))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> "Part":
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            CorruptDataError: it is truncated or damaged.
+        """
+        body = data[: -_CRC.size]
+        if len(data) < _CRC.size or _CRC.unpack(data[-_CRC.size :]) != (storage.crc32c(body),):
+            raise CorruptDataError(
+                f"{source} is damaged: {len(data)} bytes whose checksum does not fit. "
+                "Delete it and run the same `saev shards` command again."
+            )
+        try:
+            tensors = safetensors.numpy.load(body)
+            rows = json.loads(tensors["rows"].tobytes())
+            moments = {
+                kind: Moments(
+                    tensors[f"{kind}.total"],
+                    tensors[f"{kind}.sq_total"],
+                    int(tensors[f"{kind}.count"][0]),
+                )
+                for kind in ("content", "special")
+            }
+            examples = [ExampleRow(*row) for row in rows["examples"]]
+            skipped = [Skipped(*row) for row in rows["skipped"]]
+            written = Written(
+                len(examples), tensors["checksums"], moments["content"], moments["special"]
+            )
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as err:
+            raise CorruptDataError(
+                f"{source} is not a record of this version of saev ({err}). Delete it and run the "
+                "same `saev shards` command again."
+            ) from err
+        return cls(written, examples, skipped, tensors.get("labels"))
+
+
+def part_url(url: str, shard: int) -> str:
+    """Where the record of a shard is, in the folder ``url``."""
+    return storage.join(url, protocol.PARTS, f"{shard_name(shard)}.part")
+
+
+def write_part(url: str, shard: int, part: Part) -> None:
+    """Leave the record of a finished shard."""
+    storage.write_bytes(part_url(url, shard), part.to_bytes())
+
+
+def read_part(url: str, shard: int, metadata: Metadata) -> Part:
+    """The record of a finished shard, compared with the metadata and with its file's size.
+
+    Raises:
+        IncompleteError: there is none: the shard is not done.
+        CorruptDataError: it is damaged, does not fit the metadata, or the shard's file is missing
+            or has another size than when it was written.
+    """
+    place = part_url(url, shard)
+    if not storage.exists(place):
+        raise IncompleteError(
+            f"{shard_name(shard)} of {url} is not recorded yet. Run the same `saev shards` command "
+            "without --part; it does what is missing."
+        )
+    part = Part.from_bytes(storage.read_bytes(place), place)
+    _check(part, metadata, shard, place)
+    file = storage.join(url, shard_name(shard))
+    expected = Layout.of(metadata, part.written.n_examples).n_bytes
+    found = storage.size(file) if storage.exists(file) else None
+    if found != expected:
+        what = "is missing" if found is None else f"has {found} bytes"
+        raise CorruptDataError(
+            f"{file} {what}, expected {expected} bytes. Delete {place} and run the same "
+            "`saev shards` command again."
+        )
+    return part
+
+
+def _check(part: Part, metadata: Metadata, shard: int, place: str) -> None:
+    start, stop = metadata.shard_range(shard)
+    n, n_layers = len(part.examples), len(metadata.layers)
+    indices = sorted(
+        [r.dataset_index for r in part.examples] + [r.dataset_index for r in part.skipped]
+    )
+    labels = None if metadata.pixel_agg is None else (n, metadata.content_tokens_per_example)
+    fits = (
+        indices == list(range(start, stop))
+        and part.written.checksums.shape == (n_layers, n)
+        and part.written.content.total.shape == (n_layers, metadata.d_model)
+        and (part.labels.shape if part.labels is not None else None) == labels
+    )
+    if not fits:
+        raise CorruptDataError(
+            f"{place} does not describe images {start} to {stop} of this dataset. "
+            "Delete it and run the same `saev shards` command again."
+        )
+
+
+def publish(url: str, metadata: Metadata, n_shards: int) -> None:
+    """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
+
+    Memory grows with the number of examples (a table row and a checksum each), not with labels or
+    activations.
+
+    Raises:
+        IncompleteError: a shard is not recorded yet.
+        CorruptDataError: a record or a shard's file is damaged.
+        ImageError: not a single image could be decoded.
+    """
+    n_layers = len(metadata.layers)
+    content = special = Moments.zero(n_layers, metadata.d_model)
+    infos: list[ShardInfo] = []
+    checksums: list[bytes] = []
+    rows: list[ExampleRow] = []
+    skipped: list[Skipped] = []
+    with contextlib.ExitStack() as stack:
+        labels: tp.BinaryIO | None = None
+        if metadata.pixel_agg is not None:
+            place = storage.join(url, protocol.LABELS)
+            labels = stack.enter_context(storage.open_write(place))
+        for shard, part in enumerate(_read_parts(url, metadata, n_shards)):
+            layout = Layout.of(metadata, part.written.n_examples)
+            infos.append(
+                ShardInfo(
+                    name=shard_name(shard),
+                    n_examples=layout.n_examples,
+                    n_bytes=layout.n_bytes,
+                    checksum=file_checksum(layout, part.written.checksums),
+                )
+            )
+            checksums.append(part.written.checksums.astype("<u4").tobytes())
+            content, special = content + part.written.content, special + part.written.special
+            rows.extend(part.examples)
+            skipped.extend(part.skipped)
+            if labels is not None and part.labels is not None:
+                labels.write(np.ascontiguousarray(part.labels).data)
+        if not rows:
+            raise ImageError(
+                f"None of the {len(skipped)} images could be decoded; the first: "
+                f"{skipped[0].reason if skipped else 'there is none'}"
+            )
+    storage.write_bytes(storage.join(url, protocol.CHECKSUMS), b"".join(checksums))
+    storage.write_bytes(storage.join(url, protocol.EXAMPLES), _parquet(rows))
+    storage.write_bytes(storage.join(url, protocol.STATS), _stats(content, special))
+    if skipped:
+        entries = [{"index": i, "url": image, "reason": reason} for i, image, reason in skipped]
+        storage.write_json(storage.join(url, protocol.SKIPPED), entries)
+    storage.write_json(storage.join(url, protocol.SHARDS), [info.to_dict() for info in infos])
+
+
+def _read_parts(url: str, metadata: Metadata, n_shards: int) -> Iterator[Part]:
+    """All records in order, a few of them read ahead."""
+    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
+        try:
+            for start in range(0, n_shards, _READ_AHEAD):
+                window = range(start, min(start + _READ_AHEAD, n_shards))
+                yield from pool.map(lambda shard: read_part(url, shard, metadata), window)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _parquet(rows: Sequence[ExampleRow]) -> bytes:
+    """The table as Parquet: the same bytes for the same rows, whoever writes it and when."""
+    columns = [
+        pa.array([row[i] for row in rows], type=field.type)
+        for i, field in enumerate(EXAMPLES_SCHEMA)
+    ]
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=EXAMPLES_SCHEMA),
+        sink,
+        version="2.6",
+        compression="zstd",
+        row_group_size=_ROW_GROUP,
+        store_schema=False,
+    )
+    return sink.getvalue()
+
+
+def _stats(content: Moments, special: Moments) -> bytes:
+    tensors = {}
+    for kind, moments in (("content", content), ("special", special)):
+        n = max(1, moments.count)
+        # Summed exactly: numpy's own order of addition is not promised.
+        squares = [math.fsum(layer) for layer in moments.sq_total]
+        tensors[f"{kind}.mean"] = moments.total / n
+        tensors[f"{kind}.mean_sq_norm"] = np.array(squares, np.float64) / n
+        tensors[f"{kind}.count"] = np.array([moments.count], np.int64)
+    return safetensors.numpy.save(tensors)
