@@ -4,7 +4,7 @@
 that need them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ def load_sae(url: str, device: str = "cpu", *, subtract_b_dec: bool = False) -> 
     return nn.load_sae(url, device=device, subtract_b_dec=subtract_b_dec)
 
 
-def register_family(*args, **kwargs):
+def register_family(*args: Any, **kwargs: Any) -> Any:
     """Register a model family. See :func:`saev.vit.register_family`, which this forwards to."""
     from saev import vit
 

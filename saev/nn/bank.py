@@ -20,16 +20,11 @@ from torch import Tensor
 
 from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
-from saev.nn import encode, gradients
 from saev.nn.folding import fold_normalization
-from saev.nn.gradients import Prefixes, Weights, total
+from saev.nn.gradients import Weights, total
+from saev.nn.group import Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
-from saev.nn.objectives import (
-    default_k_aux,
-    n_prefixes,
-    prefix_probabilities,
-    sample_prefixes,
-)
+from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
 from saev.nn.optim import Adam, Muon, Optimizer
 from saev.nn.sae import SparseAutoencoder
 
@@ -62,21 +57,6 @@ class StepMetrics(tp.NamedTuple):
     def loss(self) -> Float[Tensor, " n"]:
         """What each member minimises."""
         return self.mse + self.sparsity + self.aux
-
-
-class _GroupResult(tp.NamedTuple):
-    """Sums over a batch for the members of a group."""
-
-    mse: Float[Tensor, " g"]
-    """Σ_j ‖x - x̂_j‖² / P, summed over tokens."""
-    error: Float[Tensor, " g"]
-    """‖x - x̂‖² of the whole dictionary, summed over tokens."""
-    n_active: Float[Tensor, "g d_sae"]
-    """Tokens on which each latent is active."""
-    value: Float[Tensor, "g d_sae"]
-    """Sum of each latent's values."""
-    aux: Float[Tensor, " g"]
-    """AuxK term of the loss."""
 
 
 class SaeBank:
@@ -202,8 +182,10 @@ class SaeBank:
         n_group = self._group_size(n_tokens)
         for first in range(0, len(self), n_group):
             members = range(first, min(first + n_group, len(self)))
-            results.append(self._group(members, x, coeffs, dead, variance / x.numel()))
-        sums = _GroupResult(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+            group = self._group(members, n_tokens, coeffs)
+            dead_g = None if dead is None else dead[members[0] : members[-1] + 1]
+            results.append(group_gradients(group, x, dead_g, variance / x.numel()))
+        sums = GroupSums(*(torch.cat(parts) for parts in zip(*results, strict=True)))
 
         self.n_tokens += n_tokens
         self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
@@ -240,111 +222,25 @@ class SaeBank:
                 norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
                 w_dec[n].div_(norm.clamp(min=1e-12))
 
-    def _group(
-        self,
-        members: range,
-        x: Tensor,
-        coeffs: list[float],
-        dead: Tensor | None,
-        variance: Tensor,
-    ) -> _GroupResult:
-        """Gradients of some members. With more than one, all rows are one chunk."""
-        weights, grads = self._slice(self.params, members), self._slice(self.grads, members)
-        prefixes = self._draw_prefixes(members)
-        chunk = self._chunk(x.shape[0], prefixes.lengths.shape[1], len(members))
-        reviving = self._reviving(members, dead)
-        codes = self._codes(members, weights, x, chunk)
-        sums: gradients.Totals | None = None
-        residuals = []
-        for start in range(0, x.shape[0], chunk):
-            x_c = x[start : start + chunk]
-            if codes is None:
-                part, residual = gradients.dense_chunk(
-                    weights,
-                    grads,
-                    x_c,
-                    prefixes,
-                    x.shape[0],
-                    coeffs[members[0]],
-                    getattr(self.cfgs[members[0]].activation, "bandwidth", 1.0),
-                    self.bf16,
-                )
-            else:
-                rows = codes.rows(start, start + x_c.shape[0]) if len(members) == 1 else codes
-                part, residual = gradients.sparse_chunk(
-                    weights, grads, x_c, rows, prefixes, x.shape[0]
-                )
-            if reviving:
-                residuals.append(residual)
-            sums = part if sums is None else gradients.Totals(*map(torch.add, sums, part))
-        assert sums is not None
-        aux = torch.zeros(len(members), dtype=x.dtype, device=x.device)
-        for n in reviving:
-            assert dead is not None
-            g = n - members[0]
-            objective = self.objectives[n]
-            aux[g] = gradients.aux_k(
-                self._slice(self.params, range(n, n + 1)),
-                self._slice(self.grads, range(n, n + 1)),
-                x,
-                torch.cat([r[g] for r in residuals]),
-                dead[n],
-                objective.k_aux or default_k_aux(self.d_model),
-                variance * objective.aux_coeff,
-                chunk,
-            )
-        return _GroupResult(
-            (sums.error * prefixes.weights).sum(-1),
-            sums.error[:, -1],
-            sums.n_active,
-            sums.value,
-            aux,
+    def _group(self, members: range, n_tokens: int, coeffs: list[float]) -> Group:
+        prefixes = draw_prefixes(
+            [self.objectives[n] for n in members],
+            [self._generators[n] for n in members],
+            self._probabilities,
+            self.d_sae,
         )
-
-    def _codes(
-        self, members: range, weights: Weights, x: Tensor, chunk: int
-    ) -> "encode.Codes | None":
-        """Sparse codes of the batch, or None for activations that are computed densely."""
-        activations = [self.cfgs[n].activation for n in members]
-        top_k = [getattr(a, "top_k", 0) for a in activations]
-        if self.kind == "top-k":
-            return encode.top_k_codes(weights, x, top_k, chunk, self.bf16)
-        if self.kind != "batch-top-k":
-            return None
-        now = self.threshold[members[0] : members[-1] + 1]
-        codes, smallest = encode.batch_top_k_codes(weights, x, top_k, now, chunk, self.bf16)
-        momentum = torch.tensor(
-            [getattr(a, "threshold_momentum", 0.0) for a in activations],
-            dtype=now.dtype,
-            device=now.device,
+        some = slice(members[0], members[-1] + 1)
+        return Group(
+            activations=[cfg.activation for cfg in self.cfgs[some]],
+            objectives=self.objectives[some],
+            coeffs=coeffs[some],
+            weights=Weights(**{name: p[some] for name, p in self.params.items()}),
+            grads=Weights(**{name: g[some] for name, g in self.grads.items()}),
+            threshold=self.threshold[some],
+            prefixes=prefixes.to(self.device, self.threshold.dtype),
+            chunk=self._chunk(n_tokens, prefixes.lengths.shape[1], len(members)),
+            bf16=self.bf16,
         )
-        moved = torch.where(now == 0, smallest, now * momentum + smallest * (1 - momentum))
-        now.copy_(torch.where(smallest.isnan(), now, moved))
-        return codes
-
-    def _reviving(self, members: range, dead: Tensor | None) -> list[int]:
-        """Members that have dead latents and an AuxK term."""
-        if dead is None:
-            return []
-        some = dead[members[0] : members[-1] + 1].any(-1).tolist()
-        return [
-            n
-            for n, any_dead in zip(members, some, strict=True)
-            if any_dead and self.objectives[n].aux_coeff > 0
-        ]
-
-    def _draw_prefixes(self, members: range) -> Prefixes:
-        counts = [n_prefixes(self.objectives[n], self.d_sae) for n in members]
-        lengths = torch.full((len(members), max(counts)), self.d_sae)
-        weights = torch.zeros(lengths.shape, dtype=self.threshold.dtype)
-        for g, (n, count) in enumerate(zip(members, counts, strict=True)):
-            objective = self.objectives[n]
-            if isinstance(objective, Matryoshka):
-                lengths[g, :count] = sample_prefixes(
-                    self._probabilities[objective.pareto_alpha], count, self._generators[n]
-                )
-            weights[g, :count] = 1 / count
-        return Prefixes(lengths.to(self.device), weights.to(self.device))
 
     def _row_bytes(self, n_p: int) -> int:
         return 4 * max(self.d_sae, n_p * self.d_model)
@@ -384,10 +280,6 @@ class SaeBank:
         if len(values) != len(self):
             raise ConfigError(f"{name} has {len(values)} values, the bank has {len(self)} members.")
         return values
-
-    @staticmethod
-    def _slice(tensors: dict[str, Tensor], members: range) -> Weights:
-        return Weights(**{name: t[members[0] : members[-1] + 1] for name, t in tensors.items()})
 
     # --- Members ---------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saev.nn import sparse
 from saev.nn.activations import rectangle
+from saev.nn.objectives import Prefixes
 
 
 class Weights(tp.NamedTuple):
@@ -38,14 +39,11 @@ class Weights(tp.NamedTuple):
     log_threshold: Float[Tensor, "g s"] | None = None
     """ln θ (JumpReLU)."""
 
-
-class Prefixes(tp.NamedTuple):
-    """Prefix lengths of a group, padded to the same number."""
-
-    lengths: Int[Tensor, "g p"]
-    """Ascending; filled up with d_sae."""
-    weights: Float[Tensor, "g p"]
-    """1/P for the P real ones, 0 for filling."""
+    def member(self, g: int) -> "Weights":
+        """Views of one member's."""
+        return Weights(
+            **{name: t[g : g + 1] for name, t in self._asdict().items() if t is not None}
+        )
 
 
 class Totals(tp.NamedTuple):

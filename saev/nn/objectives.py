@@ -18,12 +18,27 @@ the same trade-off (and v = 1 for normalised input). The pre-activations are not
 whose pre-activations are all negative still gets a gradient.
 """
 
+import typing as tp
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saev.config.sae import Matryoshka, Objective
 from saev.errors import ConfigError
+
+
+class Prefixes(tp.NamedTuple):
+    """Prefix lengths of a group, padded to the same number."""
+
+    lengths: Int[Tensor, "g p"]
+    """Ascending; filled up with d_sae."""
+    weights: Float[Tensor, "g p"]
+    """1/P for the P real ones, 0 for filling."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Prefixes":
+        """Moved, with weights of this type."""
+        return Prefixes(self.lengths.to(device), self.weights.to(device, dtype))
 
 
 def default_k_aux(d_model: int) -> int:
@@ -68,3 +83,29 @@ def n_prefixes(objective: Objective, d_sae: int) -> int:
             "latents. Lower it or raise sae.d_sae."
         )
     return objective.n_prefixes
+
+
+def draw_prefixes(
+    objectives: tp.Sequence[Objective],
+    generators: tp.Sequence[torch.Generator],
+    probabilities: tp.Mapping[float, Tensor],
+    d_sae: int,
+) -> Prefixes:
+    """This step's prefixes of some members.
+
+    Args:
+        objectives: one per member.
+        generators: each member's own random numbers.
+        probabilities: :func:`prefix_probabilities` by `pareto_alpha`.
+        d_sae: number of latents.
+    """
+    counts = [n_prefixes(o, d_sae) for o in objectives]
+    lengths = torch.full((len(counts), max(counts)), d_sae)
+    weights = torch.zeros(lengths.shape, dtype=torch.float64)
+    for g, (objective, count) in enumerate(zip(objectives, counts, strict=True)):
+        if isinstance(objective, Matryoshka):
+            lengths[g, :count] = sample_prefixes(
+                probabilities[objective.pareto_alpha], count, generators[g]
+            )
+        weights[g, :count] = 1 / count
+    return Prefixes(lengths, weights)

@@ -1,0 +1,153 @@
+"""Gradients of a group of members of a bank on one batch: codes, reconstruction, AuxK."""
+
+import typing as tp
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
+from saev.nn import encode, gradients, sparse
+from saev.nn.gradients import Weights
+from saev.nn.objectives import Prefixes, default_k_aux
+
+
+class Group(tp.NamedTuple):
+    """Consecutive members of a bank, with views of its tensors."""
+
+    activations: tp.Sequence[Activation]
+    """All of one kind."""
+    objectives: tp.Sequence[Objective]
+    """One per member."""
+    coeffs: tp.Sequence[float]
+    """Sparsity coefficients of this step."""
+    weights: Weights
+    """Parameters."""
+    grads: Weights
+    """Their gradients, added to."""
+    threshold: Float[Tensor, " g"]
+    """Moving thresholds (BatchTopK), updated."""
+    prefixes: Prefixes
+    """Of this step."""
+    chunk: int
+    """Rows at a time; the whole batch if there is more than one member."""
+    bf16: bool
+    """Multiply with the matrices in bfloat16."""
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+
+class GroupSums(tp.NamedTuple):
+    """What was measured on the batch, per member."""
+
+    mse: Float[Tensor, " g"]
+    """Σ_j ‖x - x̂_j‖² / P, summed over tokens."""
+    error: Float[Tensor, " g"]
+    """‖x - x̂‖² of the whole dictionary, summed over tokens."""
+    n_active: Float[Tensor, "g d_sae"]
+    """Tokens on which each latent is active."""
+    value: Float[Tensor, "g d_sae"]
+    """Sum of each latent's values."""
+    aux: Float[Tensor, " g"]
+    """AuxK term of the loss."""
+
+
+def group_gradients(
+    group: Group,
+    x: Float[Tensor, "batch d_model"],
+    dead: Bool[Tensor, "g d_sae"] | None,
+    variance: Tensor,
+) -> GroupSums:
+    """Add the gradients of a group's loss (:mod:`saev.nn.objectives`) to ``group.grads``.
+
+    Args:
+        group: the members.
+        x: normalised activations.
+        dead: which latents are dead; None if none can be.
+        variance: v of the AuxK term.
+    """
+    codes = _codes(group, x)
+    reviving = _reviving(group, dead)
+    sums: gradients.Totals | None = None
+    residuals = []
+    for start in range(0, x.shape[0], group.chunk):
+        x_c = x[start : start + group.chunk]
+        if codes is None:
+            part, residual = _dense_chunk(group, x_c, x.shape[0])
+        else:
+            rows = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
+            part, residual = gradients.sparse_chunk(
+                group.weights, group.grads, x_c, rows, group.prefixes, x.shape[0]
+            )
+        if reviving:
+            residuals.append(residual)
+        sums = part if sums is None else gradients.Totals(*map(torch.add, sums, part))
+    assert sums is not None
+    aux = torch.zeros(len(group), dtype=x.dtype, device=x.device)
+    for g in reviving:
+        assert dead is not None
+        aux[g] = gradients.aux_k(
+            group.weights.member(g),
+            group.grads.member(g),
+            x,
+            torch.cat([r[g] for r in residuals]),
+            dead[g],
+            group.objectives[g].k_aux or default_k_aux(x.shape[1]),
+            variance * group.objectives[g].aux_coeff,
+            group.chunk,
+        )
+    return GroupSums(
+        mse=(sums.error * group.prefixes.weights).sum(-1),
+        error=sums.error[:, -1],
+        n_active=sums.n_active,
+        value=sums.value,
+        aux=aux,
+    )
+
+
+def _dense_chunk(group: Group, x_c: Tensor, n_tokens: int) -> tuple[gradients.Totals, Tensor]:
+    (activation,), (coeff,) = group.activations, group.coeffs
+    bandwidth = activation.bandwidth if isinstance(activation, JumpRelu) else 1.0
+    return gradients.dense_chunk(
+        group.weights, group.grads, x_c, group.prefixes, n_tokens, coeff, bandwidth, group.bf16
+    )
+
+
+def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
+    """Sparse codes of the batch, or None for activations that are computed densely."""
+    match group.activations[0]:
+        case TopK():
+            top_k = [a.top_k for a in group.activations if isinstance(a, TopK)]
+            return encode.top_k_codes(group.weights, x, top_k, group.chunk, group.bf16)
+        case BatchTopK():
+            batch_top_k = [a for a in group.activations if isinstance(a, BatchTopK)]
+            codes, smallest = encode.batch_top_k_codes(
+                group.weights,
+                x,
+                [a.top_k for a in batch_top_k],
+                group.threshold,
+                group.chunk,
+                group.bf16,
+            )
+            _move_threshold(group.threshold, smallest, [a.threshold_momentum for a in batch_top_k])
+            return codes
+        case _:
+            return None
+
+
+def _move_threshold(
+    threshold: Float[Tensor, " g"], smallest: Float[Tensor, " g"], momentum: tp.Sequence[float]
+) -> None:
+    """θ ← m·θ + (1 - m)·(smallest selected value); the first value is taken as it is."""
+    m = torch.tensor(momentum, dtype=threshold.dtype, device=threshold.device)
+    moved = torch.where(threshold == 0, smallest, threshold * m + smallest * (1 - m))
+    threshold.copy_(torch.where(smallest.isnan(), threshold, moved))
+
+
+def _reviving(group: Group, dead: Tensor | None) -> list[int]:
+    """Members that have dead latents and an AuxK term."""
+    if dead is None:
+        return []
+    some = zip(dead.any(-1).tolist(), group.objectives, strict=True)
+    return [g for g, (any_dead, o) in enumerate(some) if any_dead and o.aux_coeff > 0]
