@@ -52,8 +52,23 @@ def write_shards(
     for row in codes:
         row[rng.choice(n_features, n_active, replace=False)] = rng.uniform(1, 2, n_active)
     acts = (codes @ truth.dictionary + truth.mean).reshape(len(layers), n_examples, tokens, d_model)
+    return write_acts(root, acts, layers, per_shard, protocol, rng if labels else None, seed)
+
+
+def write_acts(
+    root: str,
+    acts: np.ndarray,
+    layers: tuple[int, ...],
+    per_shard: int,
+    protocol: tp.Literal["3.0", "2.1"] = "3.0",
+    labels: np.random.Generator | None = None,
+    name: int = 0,
+) -> str:
+    """A complete folder of the given vectors, float32 [layer, example, token, d_model]."""
+    _, n_examples, tokens, d_model = acts.shape
+    content_tokens = tokens - 1
     metadata = Metadata(
-        protocol=protocol, family="synthetic", ckpt=f"seed-{seed}", layers=layers,
+        protocol=protocol, family="synthetic", ckpt=f"seed-{name}", layers=layers,
         content_tokens_per_example=content_tokens, cls_token=True, d_model=d_model,
         n_examples=n_examples, max_tokens_per_shard=per_shard * tokens * len(layers), data={},
     )  # fmt: skip
@@ -72,17 +87,17 @@ def write_shards(
         if protocol == "2.1":
             part = part.transpose(1, 0, 2, 3)
         data = np.ascontiguousarray(part).tobytes()
-        name = shard_name(i)
-        storage.write_bytes(storage.join(url, name), data)
-        info: dict[str, tp.Any] = {"name": name, "n_examples": min(per_shard, n_examples - start)}
+        file = shard_name(i)
+        storage.write_bytes(storage.join(url, file), data)
+        info: dict[str, tp.Any] = {"name": file, "n_examples": min(per_shard, n_examples - start)}
         if protocol == "3.0":
             checksum = storage.format_checksum(storage.crc32c(data))
             info |= {"n_bytes": len(data), "checksum": checksum}
             rows = part.reshape(-1, tokens * d_model)
             sums += [storage.crc32c(np.ascontiguousarray(row)) for row in rows]
         infos.append(info)
-    if labels:
-        values = rng.integers(0, 3, (n_examples, content_tokens), dtype=np.uint8)
+    if labels is not None:
+        values = labels.integers(0, 3, (n_examples, content_tokens), dtype=np.uint8)
         storage.write_bytes(storage.join(url, "labels.bin"), values.tobytes())
     if protocol == "3.0":
         storage.write_bytes(storage.join(url, "checksums.bin"), np.array(sums, "<u4").tobytes())

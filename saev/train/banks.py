@@ -1,0 +1,107 @@
+"""The SAEs of a group, as one bank per shape on the same batches."""
+
+import typing as tp
+
+import torch
+from torch import Tensor
+
+from saev.config import TrainConfig
+from saev.loaders import ShuffledLoader
+from saev.nn import SaeBank, SparseAutoencoder, StepMetrics
+from saev.shards import Shards
+from saev.train.normalize import Normalization, layer_stats
+from saev.train.resolve import Member
+from saev.train.schedule import lr_scale, sparsity_scale
+
+INIT_TOKENS = 8192
+"""Tokens that an SAE is initialised from, or one per latent if those are more."""
+INIT_BUFFER_MB = 256.0
+"""Most memory to shuffle them in: the first window of training may be gigabytes."""
+
+
+class TrainingBank(tp.NamedTuple):
+    """SAEs of one shape that see activations normalised in one way."""
+
+    indices: tuple[int, ...]
+    """Which members of the group."""
+    configs: tuple[TrainConfig, ...]
+    norm: Normalization
+    bank: SaeBank
+
+    def step(self, acts_bd: Tensor, step: int, n_steps: int) -> StepMetrics:
+        """One optimiser step on recorded activations, which are left as they are."""
+        return self.bank.step(
+            (acts_bd - self.norm.mean) * self.norm.scale,
+            lr_factor=[lr_scale(step, n_steps, c.n_lr_warmup or 0) for c in self.configs],
+            sparsity_factor=[sparsity_scale(step, c.n_sparsity_warmup or 0) for c in self.configs],
+        )
+
+    def saes(self) -> tp.Iterator[tuple[int, SparseAutoencoder]]:
+        """Members (by their index in the group) as SAEs on recorded activations."""
+        for n, index in enumerate(self.indices):
+            yield index, self.bank.to_sae(n, self.norm.mean, self.norm.scale)
+
+
+def build_banks(
+    members: tp.Sequence[Member], shards: Shards, device: torch.device, *, initialise: bool
+) -> list[TrainingBank]:
+    """Banks for the members of a group.
+
+    A member's initial weights depend on its own config and the data, not on the other members.
+
+    Args:
+        members: with resolved configs that share their data.
+        shards: the training activations.
+        device: where they are trained.
+        initialise: start from activations; not needed if a state is loaded anyway.
+    """
+    shapes: dict[tuple[tp.Any, ...], list[int]] = {}
+    for index, member in enumerate(members):
+        shapes.setdefault(_shape(member.config), []).append(index)
+    stats = layer_stats(shards, members[0].config.train_data)
+    banks = []
+    for indices in shapes.values():
+        configs = tuple(members[i].config for i in indices)
+        first = configs[0]
+        norm = Normalization.of(stats, scale_mean=first.scale_mean, scale_norm=first.scale_norm)
+        data = norm.apply_(_sample(shards, first)) if initialise else None
+        bank = SaeBank(
+            [c.sae for c in configs],
+            [c.objective for c in configs],
+            [_decided(c.lr) for c in configs],
+            [c.seed for c in configs],
+            d_model=shards.d_model,
+            optim=first.optim,
+            grad_clip=first.grad_clip,
+            dead_after=_decided(first.dead_after),
+            device=device,
+            bf16=first.bf16,
+            data=data,
+        )
+        norm = norm._replace(mean=norm.mean.to(device))
+        banks.append(TrainingBank(tuple(indices), configs, norm, bank))
+    return banks
+
+
+def _shape(c: TrainConfig) -> tuple[tp.Any, ...]:
+    """Equal for SAEs that can be in one bank, and should be: plain SAEs are not held up by the
+    prefixes of Matryoshka ones."""
+    kinds = (c.sae.activation.kind, c.objective.kind, c.optim)
+    return (c.sae.d_sae, *kinds, c.grad_clip, c.dead_after, c.scale_mean, c.scale_norm)
+
+
+def _sample(shards: Shards, config: TrainConfig) -> Tensor:
+    """Random training activations as recorded, float32 [n, d_model]; a fresh copy."""
+    data = config.train_data
+    data = data.model_copy(update={"buffer_mb": min(data.buffer_mb, INIT_BUFFER_MB)})
+    n_rows = max(INIT_TOKENS, config.sae.d_sae or 0)
+    with ShuffledLoader(shards, data, n_rows, seed=config.data_seed, epochs=1) as loader:
+        return next(iter(loader)).act.clone()
+
+
+T = tp.TypeVar("T")
+
+
+def _decided(value: T | None) -> T:
+    assert value is not None, "the config is not resolved"
+    return value

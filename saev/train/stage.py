@@ -1,0 +1,99 @@
+"""plan → work → finish."""
+
+import logging
+import typing as tp
+
+from saev import storage
+from saev.config import TrainConfig
+from saev.errors import IncompleteError
+from saev.progress import Progress
+from saev.train import curves, resume
+from saev.train.resolve import Group, Member, groups
+from saev.train.trainer import RUN, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def plan(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[dict[str, tp.Any]]:
+    """One work item per group of SAEs that share their batches; plain JSON.
+
+    Reads the sweep file and the shards' metadata, and nothing else; equal inputs give equal items,
+    whatever is already done.
+
+    Args:
+        cfg: what to train.
+        explicit: config keys that the command line set, which a sweep does not override.
+
+    Raises:
+        ConfigError: a key, a value or a combination is wrong.
+        StorageError: the shards cannot be read.
+    """
+    curves.check_wandb(cfg.wandb_project)
+    return [group.to_item() for group in groups(cfg, explicit)]
+
+
+def work(
+    cfg: TrainConfig, item: tp.Mapping[str, tp.Any], progress: Progress | None = None
+) -> list[str]:
+    """Train the SAEs of one item that are not published yet; returns the URLs of all of its runs.
+
+    Continues from the newest resume point. Each run folder is published by its run.json, written
+    last; the group's resume points are deleted after that.
+
+    Raises:
+        ConfigError: the loss is not finite any more; the message names the run, step and remedy.
+        StorageError: data cannot be read or results cannot be written.
+    """
+    del cfg  # an item has the resolved configs of its members
+    progress = progress or Progress(quiet=True)
+    group = Group.from_item(item)
+    point_url = resume.folder(group.members[0].config.runs_root, group.group_id)
+    pending = tuple(m for m in group.members if not _published(m))
+    if len(pending) < len(group.members):
+        logger.info(
+            "%d of %d runs are done.", len(group.members) - len(pending), len(group.members)
+        )
+    if pending:
+        point = resume.load(point_url)
+        if point is not None:
+            # A group that was interrupted while it published goes on with the members it trained.
+            trained = set(point.meta["run_ids"])
+            pending = tuple(m for m in group.members if m.run_id in trained)
+        with Trainer(pending, point_url, point) as trainer:
+            trainer.train(progress)
+            trainer.finish(progress)
+    resume.clear(point_url)
+    return [m.url for m in group.members]
+
+
+def finish(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[str]:
+    """URLs of all runs, in the sweep's order.
+
+    Raises:
+        IncompleteError: names the runs that are not published.
+    """
+    members = [m for item in plan(cfg, explicit) for m in Group.from_item(item).members]
+    missing = [m.url for m in members if not _published(m)]
+    if missing:
+        raise IncompleteError(
+            f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}. Run the same `saev train` command again."
+        )
+    return [m.url for m in members]
+
+
+def run(
+    cfg: TrainConfig,
+    progress: Progress | None = None,
+    explicit: tp.Collection[str] = (),
+) -> list[str]:
+    """Train everything that ``cfg`` asks for and is not there yet; returns the run folders."""
+    items = plan(cfg, explicit)
+    storage.check_writable(cfg.runs_root)
+    for item in items:
+        work(cfg, item, progress)
+    return finish(cfg, explicit)
+
+
+def _published(member: Member) -> bool:
+    return storage.exists(storage.join(member.url, RUN))

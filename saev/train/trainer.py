@@ -1,0 +1,342 @@
+"""The training loop of one group: read a batch, step every bank on it, now and then save.
+
+build the trainer → train → evaluate → publish → close
+"""
+
+import contextlib
+import logging
+import math
+import tempfile
+import time
+import types
+import typing as tp
+from collections.abc import Iterator
+
+import torch
+
+import saev
+from saev import storage
+from saev.config import TrainConfig
+from saev.errors import CheckpointError, ConfigError
+from saev.loaders import Batch, ShuffledLoader, batch_metrics
+from saev.loaders.selection import Selection
+from saev.nn import StepMetrics
+from saev.progress import Progress
+from saev.shards import Shards
+from saev.train import evaluate, resume
+from saev.train.banks import build_banks
+from saev.train.curves import Curves, WandbRun
+from saev.train.resolve import Member
+from saev.train.schedule import lr_scale
+from saev.train.signals import Interruption
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+CONFIG = "config.json"
+RUN = "run.json"
+
+_FLUSH_SECONDS = 60.0
+"""Time between writes of the curves."""
+
+
+class Trainer:
+    """Trains the SAEs of one group. Use as a context manager.
+
+    Args:
+        members: SAEs that share their batches, with resolved configs.
+        resume_url: folder of the group's resume points.
+        point: where to go on from; None starts from the beginning.
+
+    Raises:
+        ConfigError: the data or the device do not fit.
+        CheckpointError: the resume point is of other runs.
+    """
+
+    def __init__(
+        self,
+        members: tp.Sequence[Member],
+        resume_url: str,
+        point: resume.ResumePoint | None = None,
+    ):
+        self.members = tuple(members)
+        self.config: TrainConfig = members[0].config
+        """For what all members share."""
+        self.step = 0
+        """Steps done."""
+        self._resume_url = resume_url
+        self._open = contextlib.ExitStack()
+        try:
+            self._build(point)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, point: resume.ResumePoint | None) -> None:
+        data = self.config.train_data
+        self.device = choose_device(self.config.device)
+        self._shards = self._open.enter_context(Shards.open(data.shards))
+        selection = Selection(self._shards, data)
+        self._n_examples = len(selection.examples)
+        self.batch_size = min(self.config.batch_size, selection.n_tokens)
+        if self.batch_size < self.config.batch_size:
+            logger.warning(
+                "%s has %d tokens to train on, fewer than batch_size %d: batches are that small.",
+                *(data.shards, self.batch_size, self.config.batch_size),
+            )
+        self.n_steps = math.ceil(self.config.n_train / self.batch_size)
+        self.loader = self._open.enter_context(
+            # The few tokens at an epoch's end would make a noisy step at full learning rate.
+            ShuffledLoader(
+                self._shards,
+                data,
+                self.batch_size,
+                seed=self.config.data_seed,
+                drop_last=True,
+                device=self.device,
+            )
+        )
+        self.banks = build_banks(self.members, self._shards, self.device, initialise=point is None)
+        self._bad_step = torch.full((len(self.members),), -1, device=self.device)
+        n_rows = 0 if point is None else self._restore(point)
+        self.curves = [Curves(m.url, n_rows) for m in self.members]
+        self._wandb = self._start_wandb()
+
+    def __enter__(self) -> tp.Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End reader threads and close files."""
+        self._open.close()
+
+    # --- Training --------------------------------------------------------------------------
+
+    def train(self, progress: Progress) -> None:
+        """Take the steps that are left and save the final state.
+
+        On SIGTERM or Ctrl-C the step is finished and a resume point written first.
+
+        Raises:
+            ConfigError: a loss is not finite.
+            SystemExit: status 143, after SIGTERM.
+        """
+        if self.step >= self.n_steps:
+            return
+        n = len(self.members)
+        task = progress.task(
+            "train" if n == 1 else f"train {n} SAEs",
+            total=self.n_steps * self.batch_size, unit="tok", done=self.step * self.batch_size,
+        )  # fmt: skip
+        note, n_timed = "", 0
+        saved = flushed = timed = time.monotonic()
+        with task as bar, Interruption() as interruption, _fast_matmul(self.device):
+            for batch in self.loader:
+                metrics = [part.step(batch.act, self.step, self.n_steps) for part in self.banks]
+                self._watch(metrics)
+                self.step += 1
+                last, now = self.step >= self.n_steps, time.monotonic()
+                n_timed += len(batch.act)
+                if self.step % self.config.log_every == 0 or last:
+                    note = self._log(batch, metrics, n_timed / max(now - timed, 1e-9))
+                    timed, n_timed = now, 0
+                if last or interruption.requested or self._due(now - saved):
+                    self.save()
+                    saved = flushed = time.monotonic()
+                elif now - flushed > _FLUSH_SECONDS:
+                    self._flush()
+                    flushed = now
+                bar.advance(len(batch.act), n_bytes=batch.act.nbytes, note=note)
+                interruption.raise_if_requested()
+                if last:
+                    break
+
+    def _due(self, seconds: float) -> bool:
+        every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
+        return bool((every and self.step % every == 0) or (minutes and seconds >= 60 * minutes))
+
+    def _watch(self, metrics: tp.Sequence[StepMetrics]) -> None:
+        """Note the first step at which a loss is not finite, without waiting for the device."""
+        for part, m in zip(self.banks, metrics, strict=True):
+            index = torch.tensor(part.indices, device=self.device)
+            old = self._bad_step[index]
+            bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
+            self._bad_step[index] = torch.where(bad, self.step + 1, old)
+
+    def _check_finite(self) -> None:
+        for member, step in zip(self.members, self._bad_step.tolist(), strict=True):
+            if step >= 0:
+                c = member.config
+                raise ConfigError(
+                    f"Run {member.run_id}: the loss is not finite at step {step} of "
+                    f"{self.n_steps}. Lower --lr (it is {c.lr:g}), raise --n-lr-warmup (it is {c.n_lr_warmup}) "
+                    f"or give --grad-clip 1 (it is {c.grad_clip:g}); seed {c.seed}, "
+                    f"d_sae {c.sae.d_sae}, {c.sae.activation.kind}, {c.objective.kind}."
+                )
+
+    # --- Curves ----------------------------------------------------------------------------
+
+    def _log(self, batch: Batch, metrics: tp.Sequence[StepMetrics], tokens_per_s: float) -> str:
+        """Add a row to every curve; returns the note behind the progress bar."""
+        self._check_finite()
+        mixing = batch_metrics(
+            batch, n_examples=self._n_examples, content_tokens=self._shards.content_tokens
+        )
+        timing = {"train/tokens_per_s": tokens_per_s, **self.loader.metrics()}
+        done = {"step": self.step, "tokens": self.step * self.batch_size}
+        losses = []
+        for part, m in zip(self.banks, metrics, strict=True):
+            named = {**m._asdict(), "loss": m.loss}
+            values = torch.stack([v.double() for v in named.values()]).cpu().T.tolist()
+            for index, config, row in zip(part.indices, part.configs, values, strict=True):
+                got = dict(zip(named, row, strict=True))
+                factor = lr_scale(self.step - 1, self.n_steps, config.n_lr_warmup or 0)
+                stored = self.curves[index].add(
+                    {
+                        **done,
+                        "train/loss": got["loss"],
+                        "train/mse": got["mse"],
+                        "train/sparsity": got["sparsity"],
+                        "train/aux": got["aux"],
+                        "train/normalized_mse": got["nmse"],
+                        "train/explained_variance": 1 - got["nmse"],
+                        "train/l0": got["l0"],
+                        "train/l1": got["l1"],
+                        "train/n_dead": int(got["n_dead"]),
+                        "train/grad_norm": got["grad_norm"],
+                        "train/lr": (config.lr or 0.0) * factor,
+                        **mixing,
+                    },
+                    timing,
+                )
+                if self._wandb:
+                    self._wandb[index].log({**timing, **stored})
+                losses.append(got["nmse"])
+        return f"NMSE {min(losses):.4f}" + (f"–{max(losses):.4f}" if len(losses) > 1 else "")
+
+    def _flush(self) -> None:
+        for curve in self.curves:
+            curve.flush()
+
+    def _start_wandb(self) -> list[WandbRun]:
+        project = self.config.wandb_project
+        if not project:
+            return []
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="saev-wandb-"))
+        return [WandbRun(project, m.run_id, m.config.to_dict(), folder) for m in self.members]
+
+    # --- State -----------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a resume point at the current step."""
+        self._check_finite()
+        self._flush()  # first: a resume point counts on the rows before it
+        tensors = {
+            f"bank{i}.{name}": tensor
+            for i, part in enumerate(self.banks)
+            for name, tensor in part.bank.state_dict().items()
+        }
+        meta = {
+            "run_ids": [m.run_id for m in self.members],
+            "loader": self.loader.state_dict(),
+            "n_rows": len(self.curves[0].rows),
+        }
+        resume.save(self._resume_url, resume.ResumePoint(self.step, tensors, meta))
+
+    def _restore(self, point: resume.ResumePoint) -> int:
+        """Take over a resume point; returns how many rows had been logged by then."""
+        own, found = [m.run_id for m in self.members], point.meta["run_ids"]
+        if found != own:
+            raise CheckpointError(
+                f"The resume point in {self._resume_url} is of runs {', '.join(found)}, "
+                f"expected {', '.join(own)}. Delete that folder to start from the beginning."
+            )
+        for i, part in enumerate(self.banks):
+            prefix = f"bank{i}."
+            part.bank.load_state_dict(
+                {k[len(prefix) :]: v for k, v in point.tensors.items() if k.startswith(prefix)}
+            )
+        self.loader.load_state_dict(point.meta["loader"])
+        self.step = point.step
+        logger.info("Continuing at step %d of %d.", self.step, self.n_steps)
+        return int(point.meta["n_rows"])
+
+    # --- Results ---------------------------------------------------------------------------
+
+    def finish(self, progress: Progress) -> None:
+        """Measure every SAE and publish its run folder; run.json is written last.
+
+        Raises:
+            StorageError: something cannot be written.
+        """
+        folded = dict(pair for part in self.banks for pair in part.saes())
+        saes = [folded[index] for index in range(len(self.members))]
+        measured = evaluate.evaluate(saes, self.config, self.device, progress)
+        self._flush()
+        for index, (member, sae, metrics) in enumerate(
+            zip(self.members, saes, measured, strict=True)
+        ):
+            sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
+            storage.write_json(storage.join(member.url, CONFIG), member.config.to_dict())
+            record = {
+                "run_id": member.run_id,
+                "tag": member.config.tag,
+                "saev": saev.__version__,
+                "n_steps": self.n_steps,
+                "n_tokens": self.n_steps * self.batch_size,
+                "metrics": metrics,
+            }
+            storage.write_json(storage.join(member.url, RUN), record)
+            if self._wandb:
+                self._wandb[index].finish(metrics)
+
+    def _provenance(self, member: Member) -> dict[str, tp.Any]:
+        """What a user of the weights alone wants to know about their training."""
+        metadata, data = self._shards.metadata, member.config.train_data
+        return {
+            "run_id": member.run_id,
+            "family": metadata.family,
+            "ckpt": metadata.ckpt,
+            "layer": data.layer,
+            "tokens": data.tokens,
+            "shards": metadata.hash,
+            "n_tokens": self.n_steps * self.batch_size,
+        }
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a flag names; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as err:
+        reason = str(err).splitlines()[0]
+        raise ConfigError(
+            f"--device {device} cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
+        ) from err
+    return chosen
+
+
+@contextlib.contextmanager
+def _fast_matmul(device: torch.device) -> Iterator[None]:
+    """TF32 products of float32 matrices on GPUs that have them, while training lasts."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
