@@ -67,18 +67,18 @@ def align(
     """
     n_by_class = np.zeros(N_CLASSES, dtype=np.int64)
     for piece in codes:
-        label = piece.array("label")
-        n_by_class += np.bincount(label[label >= 0], minlength=N_CLASSES)
+        labels = piece.array("label")
+        n_by_class += np.bincount(labels[labels >= 0], minlength=N_CLASSES)
     best_ap = np.full(N_CLASSES, -1.0)
     best: dict[int, ClassAlignment] = {}
     for start, stop in _blocks(counts, max_entries):
         is_long = int(counts[start:stop].sum()) > max_entries
         block = (_LongColumn if is_long else _Block)(codes, start, stop, max_entries)
         ap = block.average_precision(n_by_class)
-        for label in np.flatnonzero((n_by_class > 0) & (ap.max(axis=0) > best_ap)):
+        for label in np.flatnonzero((n_by_class > 0) & (ap.max(axis=0) > best_ap)).tolist():
             column = int(ap[:, label].argmax())
             best_ap[label] = ap[column, label]
-            best[int(label)] = _describe(block, column, start, int(label), ap, n_by_class)
+            best[label] = _describe(block, column, start, label, ap, n_by_class)
     return [best[label] for label in sorted(best)]
 
 

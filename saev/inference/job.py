@@ -1,0 +1,234 @@
+"""What one inference run is about: SAE, tokens, and the folder that their hash names."""
+
+import dataclasses
+import hashlib
+import logging
+import typing as tp
+
+import numpy as np
+import torch
+
+from saev import storage
+from saev.config.inference import InferenceConfig
+from saev.config.loaders import DataConfig
+from saev.config.train import TrainConfig
+from saev.errors import ConfigError
+from saev.inference import files
+from saev.inference.encode import count_fires
+from saev.inference.source import TokenSource
+from saev.nn.checkpoints import HUB_PREFIX, load_sae
+from saev.nn.sae import SparseAutoencoder
+from saev.shards import Shards
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the hash; raised when the same inputs would give other bytes."""
+
+_MAX_LATENT_VALUES = 1 << 25
+"""Most latent values, zeros included, of one step: 128 MB."""
+_MAX_READ_BYTES = 1 << 26
+_SAMPLE_EXAMPLES = 64
+_HASH_DIGITS = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """Everything resolved and opened. Use :meth:`open`."""
+
+    cfg: InferenceConfig
+    data: DataConfig
+    """With shards and layer filled in."""
+    shards: Shards
+    sae: SparseAutoencoder
+    source: TokenSource
+    has_concepts: bool
+    """Whether tokens have labels to align latents with."""
+    url: str
+    """The folder of the results."""
+    key: str
+    """Hash of all that the results depend on."""
+
+    @classmethod
+    def open(cls, cfg: InferenceConfig) -> "Job":
+        """Open shards and SAE and check that they fit.
+
+        Raises:
+            ConfigError: layer, widths, tokens or labels do not fit, or --out is needed.
+            StorageError: shards or SAE are missing or damaged.
+        """
+        run = cfg.run if cfg.run.startswith(HUB_PREFIX) else storage.normalize(cfg.run)
+        trained = read_run(run)
+        shards, data = open_shards(cfg, trained)
+        has_concepts = cfg.concepts and data.tokens != "special" and shards.has_labels
+        source = TokenSource(shards, data, labels=has_concepts)
+        sae = load_sae(run, device=choose_device(cfg.device), subtract_b_dec=cfg.subtract_b_dec)
+        if sae.d_model != shards.d_model:
+            raise ConfigError(
+                f"The SAE at {run} reads activations of width {sae.d_model}, those in {shards.url} "
+                f"have width {shards.d_model}. Use shards of the model that it was trained on."
+            )
+        key = _key(cfg, data, shards, sae)
+        if cfg.out:
+            url = storage.normalize(cfg.out)
+        elif trained is not None:
+            url = storage.join(run, "inference", key)
+        else:
+            raise ConfigError(
+                f"{run} is not a run folder (no config.json and checkpoint/), so the results have "
+                "no place of their own. Say where they go with --out URL."
+            )
+        return cls(cfg, data, shards, sae, source, has_concepts, url, key)
+
+    def place(self, name: str) -> str:
+        """URL of one of the results."""
+        return storage.join(self.url, name)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether all codes are needed once the pass is over."""
+        return self.cfg.save or self.has_concepts
+
+    @property
+    def examples_per_step(self) -> int:
+        """A function of config and sizes alone: other steps could round otherwise."""
+        shards = self.shards
+        example_bytes = shards.tokens_per_example * shards.d_model * shards.dtype.itemsize
+        rows = min(self.cfg.batch_size, _MAX_LATENT_VALUES // self.sae.d_sae)
+        tokens = 1 if self.data.tokens == "special" else shards.tokens_per_example
+        return max(1, min(rows // tokens, _MAX_READ_BYTES // example_bytes))
+
+    def claim(self) -> tuple[int, ...]:
+        """Write config.json unless it is there, and return the latents whose values are kept.
+
+        Raises:
+            ConfigError: the folder belongs to other inputs.
+        """
+        place = self.place(files.CONFIG)
+        if not storage.exists(place):
+            storage.write_json(place, self._describe(self._choose_dists()))
+        found = storage.read_json(place)
+        if not isinstance(found, dict) or found.get("key") != self.key:
+            other = found.get("key") if isinstance(found, dict) else None
+            raise ConfigError(
+                f"{self.url} holds the results of other inputs (key {other}, expected {self.key}). "
+                "Choose another --out, or delete that folder."
+            )
+        return tuple(int(latent) for latent in found["dist_latents"])
+
+    def _describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
+        resolved = self.cfg.model_copy(update={"data": self.data}).to_dict()
+        for name in ("out", "part", "device"):  # they change no result
+            del resolved[name]
+        return {
+            "key": self.key,
+            "config": resolved,
+            "shards_hash": self.shards.metadata.hash,
+            "content_tokens": self.shards.content_tokens,
+            "d_model": self.sae.d_model,
+            "d_sae": self.sae.d_sae,
+            "dist_latents": dist_latents,
+        }
+
+    def _choose_dists(self) -> tuple[int, ...]:
+        """Latents at even steps from the rarest to the most frequent of a small sample.
+
+        They must be known before the pass, wherever its parts run; so every worker looks at the
+        same examples, spread over the dataset.
+        """
+        n = min(self.cfg.n_dists, self.sae.d_sae)
+        if not n:
+            return ()
+        every = self.source.examples
+        picks = np.unique(np.linspace(0, len(every) - 1, _SAMPLE_EXAMPLES).round().astype(np.int64))
+        counts = np.zeros(self.sae.d_sae, dtype=np.int64)
+        for chunk in self.source.chunks(every[picks], self.examples_per_step):
+            counts += count_fires(self.sae, chunk.x)
+        return spread_by_frequency(counts, n)
+
+
+def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:
+    """``n`` latents at even ranks among those that fire, by frequency; ascending.
+
+    If too few fire, the first silent ones fill up.
+    """
+    order = np.argsort(counts, kind="stable")
+    firing = order[counts[order] > 0]
+    if len(firing) <= n:
+        silent = np.flatnonzero(counts == 0)[: n - len(firing)]
+        return tuple(sorted(map(int, [*firing, *silent])))
+    ranks = np.linspace(0, len(firing) - 1, n).round().astype(np.int64)
+    return tuple(sorted(map(int, firing[ranks])))
+
+
+def read_run(run: str) -> TrainConfig | None:
+    """How the SAE was trained; None if ``run`` is not a run folder."""
+    config = storage.join(run, "config.json") if not run.startswith(HUB_PREFIX) else ""
+    is_run = config and storage.is_dir(storage.join(run, "checkpoint")) and storage.exists(config)
+    return TrainConfig.from_url(config) if is_run else None
+
+
+def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shards, DataConfig]:
+    """The shards, and `cfg.data` with what was left out filled in from the run.
+
+    Raises:
+        ConfigError: no shards are known, or the layer was not recorded.
+    """
+    data = cfg.data
+    theirs = trained.train_data if trained else DataConfig()
+    url = data.shards or theirs.shards
+    if not url:
+        raise ConfigError("No activations: say which with --data.shards URL.")
+    shards = Shards.open(url)
+    layer = data.layer if data.layer is not None else theirs.layer
+    if layer == "all":
+        raise ConfigError("Inference reads one layer; --data.layer all is for loaders only.")
+    layer = shards.layers[shards.layer_index(layer)]
+    if theirs.layer is not None and layer != theirs.layer:
+        logger.warning(
+            "The SAE was trained on layer %s; it is measured on layer %d.", theirs.layer, layer
+        )
+    if trained and data.tokens != theirs.tokens:
+        logger.warning(
+            "The SAE was trained on %s tokens; it is measured on %s tokens.",
+            theirs.tokens, data.tokens,
+        )  # fmt: skip
+    return shards, data.model_copy(update={"shards": shards.url, "layer": layer})
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a flag names.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as err:
+        first = str(err).splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used here: {first}. Use cpu.") from err
+    return chosen
+
+
+def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAutoencoder) -> str:
+    inputs = {
+        "format": FORMAT,
+        "sae": sae_checksum(sae),
+        "shards": shards.metadata.hash,
+        "n_examples": shards.n_examples,
+        "data": {k: v for k, v in data.to_dict().items() if k != "shards"},
+        **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
+    }
+    return hashlib.sha256(storage.canonical_json(inputs).encode()).hexdigest()[:_HASH_DIGITS]
+
+
+def sae_checksum(sae: SparseAutoencoder) -> str:
+    """SHA-256 of what the SAE computes: activation and weights, however they are stored."""
+    digest = hashlib.sha256(storage.canonical_json(sae.cfg.activation.to_dict()).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""Merge the parts and write the results, metrics.json last."""
+
+import logging
+import typing as tp
+
+import numpy as np
+import safetensors.numpy
+
+from saev import storage
+from saev.errors import ConfigError, CorruptDataError, IncompleteError
+from saev.inference import concepts, files, npz, part
+from saev.inference.codes import CodesInfo, StoredCodes
+from saev.inference.job import Job
+from saev.inference.part import PartRecord, PartStats
+from saev.inference.topk import Entries
+
+logger = logging.getLogger(__name__)
+
+LOG_FLOOR = 1e-10
+"""`sparsity` is log10(frequency + this), as in SAELens."""
+
+
+def publish(job: Job) -> None:
+    """Verify all parts, merge them in shard order, write everything, remove the parts.
+
+    Raises:
+        IncompleteError: a shard is not done.
+        CorruptDataError: a part is damaged.
+    """
+    storage.clean_temporary(job.url)
+    records = _read_records(job)
+    stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top)
+    for record in records:
+        stats.merge(part.read_stats(job, record))
+    metrics: dict[str, tp.Any] = stats.metrics.to_dict()
+    _write_latents(job, stats)
+    _write_top(job, stats.top.result())
+
+    place = storage.join(job.url, files.PARTS)
+    dists = StoredCodes(place, _infos(records, "dists"))
+    if dists.infos:
+        dists.verify()
+        latents = np.array(records[0].dist_latents, dtype="<i8")
+        npz.write_codes(job.place(files.DISTRIBUTIONS), dists, {"latents": latents})
+    codes = StoredCodes(place, _infos(records, "codes"))
+    if codes.infos:
+        codes.verify()
+    if job.has_concepts:
+        metrics |= _write_concepts(job, codes, stats.metrics.fired.numpy())
+    if job.cfg.save:
+        npz.write_codes(job.place(files.TOKEN_ACTS), codes)
+    storage.write_json(job.place(files.METRICS), metrics | _identity(job))
+    remove_parts(job)
+
+
+def remove_parts(job: Job) -> None:
+    """Remove what only an unfinished run needs."""
+    place = storage.join(job.url, files.PARTS)
+    if storage.exists(place):
+        storage.delete(place, recursive=True)
+
+
+def _read_records(job: Job) -> list[PartRecord]:
+    n_shards = len(job.shards.infos)
+    missing = [shard for shard in range(n_shards) if not part.is_done(job, shard)]
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        raise IncompleteError(
+            f"{job.url}: {len(missing)} of {n_shards} shards are not done ({shown}). Run their "
+            "parts, or the same command without --part."
+        )
+    records = [part.read_record(job, shard) for shard in range(n_shards)]
+    if not records:
+        raise ConfigError(f"{job.shards.url} has no shards; there is nothing to measure.")
+    for record in records:
+        if record.dist_latents != records[0].dist_latents:
+            raise CorruptDataError(
+                f"{job.url}: shard {record.shard} kept other latents' values than shard 0. Delete "
+                f"the folder {files.PARTS} in it and run the same command again."
+            )
+    return records
+
+
+def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> list[CodesInfo]:
+    infos = [getattr(record, kind) for record in records]
+    return [info for info in infos if info is not None]
+
+
+def _write_latents(job: Job, stats: PartStats) -> None:
+    frequency = stats.metrics.frequency().numpy()
+    counts = stats.metrics.fired.numpy()
+    sparsity = np.log10(frequency + LOG_FLOOR).astype(np.float32)
+    tensors = {"sparsity": sparsity, "frequency": frequency, "counts": counts}
+    storage.write_bytes(job.place(files.SPARSITY), safetensors.numpy.save(tensors))
+    tensors = {
+        "mean_values": stats.value_sums / np.maximum(counts, 1),
+        "max_values": np.where(counts > 0, stats.max_values, np.float32(0)),
+    }
+    storage.write_bytes(job.place(files.MEAN_VALUES), safetensors.numpy.save(tensors))
+
+
+def _write_top(job: Job, top: Entries) -> None:
+    counts = np.bincount(top.latent, minlength=job.sae.d_sae)
+    tensors = {
+        "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "example_idx": top.example_idx,
+        "value": top.value,
+        "token_indptr": np.concatenate([[0], np.cumsum(top.length)]).astype(np.int64),
+        "token_idx": top.token_idx,
+        "token_value": top.token_value,
+    }
+    storage.write_bytes(job.place(files.TOP_EXAMPLES), safetensors.numpy.save(tensors))
+
+
+def _write_concepts(job: Job, codes: StoredCodes, counts: np.ndarray) -> dict[str, tp.Any]:
+    classes = concepts.align(codes, counts)
+    if not classes:
+        logger.warning("No content token is left to align latents with classes.")
+        return {}
+    storage.write_json(job.place(files.CONCEPTS), [row.to_dict() for row in classes])
+    return concepts.summarize(classes)
+
+
+def _identity(job: Job) -> dict[str, tp.Any]:
+    return {
+        "d_model": job.sae.d_model,
+        "d_sae": job.sae.d_sae,
+        "layer": job.source.layer,
+        "n_examples": len(job.source.examples),
+        "content_tokens": job.shards.content_tokens,
+        "shards_hash": job.shards.metadata.hash,
+        "tokens": job.data.tokens,
+    }
