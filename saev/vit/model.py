@@ -74,14 +74,18 @@ class VisionModel:
         self._special_tokens = tower.special_tokens
         self._blocks = list(tower.blocks)
         self._recording = threading.local()
-        for layer, block in enumerate(self._blocks):
-            block.register_forward_hook(self._hook_of(layer))
         self.module = tower.module.eval().requires_grad_(False).to(self.device)
         if not self._blocks:
             raise ModelError(f"{self.name} has no transformer blocks; nothing can be recorded.")
         if tower.cls_token and tower.special_tokens < 1:
             raise ModelError(f"{self.name} states a class token but no special tokens.")
-        self._tokens_axis, self.d_model = self._dry_run()
+        hooks = [b.register_forward_hook(self._hook_of(i)) for i, b in enumerate(self._blocks)]
+        try:
+            self._tokens_axis, self.d_model = self._dry_run()
+        except BaseException:
+            for hook in hooks:
+                hook.remove()
+            raise
 
     @property
     def name(self) -> str:
@@ -106,8 +110,8 @@ class VisionModel:
     ) -> Float[Tensor, "layers batch tokens d_model"]:
         """The residual stream after the given blocks, on the model's device.
 
-        May be called from many threads at once. Wrap it in ``torch.autocast`` for a
-        forward pass in lower precision; the result has the dtype of the model's residual stream.
+        May be called from many threads at once. Wrap it in ``torch.autocast`` for a forward pass
+        in lower precision; the result has the dtype of the model's residual stream.
 
         Args:
             images: as ``spec.apply`` makes them, on any device.
