@@ -22,6 +22,7 @@ import crc32c as _crc32c
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from saev.errors import CorruptDataError, StorageError
 
@@ -475,6 +476,11 @@ def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
 @contextlib.contextmanager
 def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
     fs, key = _fs(url)
+    if isinstance(fs, MemoryFileSystem):  # would show the object while it grows
+        buffer = io.BytesIO()
+        yield buffer
+        fs.pipe_file(key, buffer.getvalue())
+        return
     remote = fs.open(key, "wb", autocommit=False)
     try:
         yield tp.cast(tp.BinaryIO, remote)

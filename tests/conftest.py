@@ -1,8 +1,19 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+import s3_server
 
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A model hub cannot be reached; say so at once instead of after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """URL of a bucket on an S3 server of our own."""
+    with s3_server.running() as bucket:
+        yield bucket
