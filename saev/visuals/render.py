@@ -17,7 +17,7 @@ and greens stand out from photographs, which are mostly warm (we looked at infer
 and viridis on scikit-image's photographs)."""
 
 _DARKEST = 0.15  # where the colour map starts: its first colours are too dark to see as a tint
-_TINT = (0.12, 0.57)  # opacity of the tint of the weakest and of the strongest patch
+_TINT = (0.12, 0.5)  # opacity of the tint of the weakest and of the strongest patch
 _GREY = 0.5  # how far the colours under a tint are greyed, so that they do not mix with it
 _DIM = 0.6  # lightness of what does not fire
 _DIM_SATURATION = 0.3  # saturation of what does not fire
@@ -102,7 +102,13 @@ def highlight(
         acts: one latent's values on the image's patches; a patch fires where it is not 0.
         max_value: the value of full intensity (the latent's maximum over the dataset), so that
             the pictures of one latent can be compared.
+
+    Returns:
+        An image of the same size; `image` itself where no patch fires (the latent may fire on the
+        class token alone).
     """
+    if not acts.any():
+        return image
     size = (image.height, image.width)
     pixels = np.asarray(image, dtype=np.float64)
     fires = spread(acts != 0, size)

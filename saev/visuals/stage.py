@@ -91,13 +91,17 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     storage.check_writable(stage.out)
     items = stage.plan()
     progress = progress or Progress(quiet=True)
-    with progress.task("visuals", total=len(stage.choice.latents), unit="latent") as task:
-        _in_threads(stage, items, task)
+    latents = [latent for item in items for latent in item["latents"]]
+    todo = [latent for latent in latents if stage.read_record(latent) is None]
+    done = len(latents) - len(todo)
+    with progress.task("visuals", total=len(latents), unit="latent", done=done) as task:
+        if todo:
+            _in_threads(stage, todo, task)
     return stage.finish()
 
 
-def _in_threads(stage: "_Stage", items: list[dict[str, tp.Any]], task: Task) -> None:
-    latents = [latent for item in items for latent in item["latents"]]
+def _in_threads(stage: "_Stage", latents: list[int], task: Task) -> None:
+    stage.prepare(latents)
     pool = concurrent.futures.ThreadPoolExecutor(available_cores(), thread_name_prefix="visuals")
     with pool:
         futures = [pool.submit(stage.draw, latent) for latent in latents]
@@ -176,10 +180,16 @@ class _Stage:
     # --- Work ------------------------------------------------------------------------------
 
     def plan(self) -> list[dict[str, tp.Any]]:
-        if any(self.results.frequency[latent] > 0 for latent in self.choice.latents):
-            _ = self.source  # fail now, not in every work item, if the images are gone
         latents = self.choice.latents
+        alive = [latent for latent in latents if self.results.frequency[latent] > 0]
+        if any(self.read_record(latent) is None for latent in alive):
+            _ = self.source  # fail now, not in every work item, if the images are gone
         return [{"latents": list(latents[i : i + GROUP])} for i in range(0, len(latents), GROUP)]
+
+    def prepare(self, latents: tp.Sequence[int]) -> None:
+        """Open now what threads that draw these latents would otherwise open once each."""
+        if any(self.results.frequency[latent] > 0 for latent in latents):
+            _ = (self.source, self._all_values)
 
     def draw(self, latent: int) -> None:
         """Write a latent's pictures, and its record last."""
@@ -342,7 +352,9 @@ class _Stage:
         n = self.shards.n_examples
         layer = self.results.metrics.get("layer")
         where = f"layer {layer} of " if layer is not None else ""
-        model = f"{where}{metadata.family} {metadata.ckpt}"
+        arch, _, weights = metadata.ckpt.partition("@")
+        ckpt = f"{arch}@{storage.name(weights)}" if weights else arch  # not where they lie
+        model = f"{where}{metadata.family} {ckpt}"
         return f"{model} · {n:,} images · shards {metadata.hash}"
 
     def _note(self) -> str:
