@@ -1,0 +1,390 @@
+"""The training stage as a user sees it: what is learned, what is written, what is skipped."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from saev import storage, train
+from saev.config import (
+    BatchTopK,
+    JumpRelu,
+    LoaderConfig,
+    Matryoshka,
+    Relu,
+    SaeConfig,
+    TopK,
+    TrainConfig,
+    Vanilla,
+)
+from saev.errors import CheckpointError, ConfigError, IncompleteError
+from saev.loaders import OrderedLoader
+from saev.nn import SaeBank, load_sae
+from saev.shards import Shards
+from saev.train import resume, trainer
+
+from . import synthetic
+
+
+def update(cfg: TrainConfig, **values) -> TrainConfig:
+    return cfg.model_copy(update=values)
+
+
+def metrics_of(url: str) -> dict:
+    return storage.read_json(storage.join(url, "run.json"))["metrics"]
+
+
+def rows_of(url: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(url) / "metrics.jsonl").read_text().splitlines()]
+
+
+def files_of(url: str | Path) -> dict[str, bytes]:
+    """Everything in a run folder but what holds wall times."""
+    root = Path(url)
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.parent.name != "tb" and p.name != "timings.jsonl"
+    }
+
+
+# --- What is learned ---
+
+LONG = {"n_train": 120_000, "batch_size": 512, "log_every": 50, "lr": 1e-2}
+GOLDEN = {  # activation, objective, largest NMSE, largest L0
+    "top-k": (TopK(top_k=3), Vanilla(), 0.06, 3),
+    "batch-top-k": (BatchTopK(top_k=3), Vanilla(), 0.06, 3.5),
+    "matryoshka": (BatchTopK(top_k=3), Matryoshka(n_prefixes=3), 0.1, 3.5),
+    "relu": (Relu(), Vanilla(sparsity_coeff=0.03), 0.13, 20),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_true_directions_are_found(cfg, truth, name):
+    """Golden runs: the bounds are twice what was measured when this was written."""
+    activation, objective, nmse, l0 = GOLDEN[name]
+    sae = SaeConfig(d_sae=96, activation=activation)
+    (url,) = train.run(update(cfg, **LONG, sae=sae, objective=objective))
+    metrics = metrics_of(url)
+    assert metrics["normalized_mse"] < nmse
+    assert metrics["l0"] <= l0
+    assert synthetic.recovered(load_sae(url).W_dec, truth) > 0.9
+
+
+def test_jump_relu_and_its_penalty(cfg):
+    """A larger coefficient of the L0 penalty leaves fewer latents on."""
+    found = []
+    for coeff in (0.0, 0.1):
+        sae = SaeConfig(d_sae=96, activation=JumpRelu(init_threshold=0.1))
+        objective = Vanilla(sparsity_coeff=coeff)
+        (url,) = train.run(update(cfg, **LONG, sae=sae, objective=objective))
+        found.append(metrics_of(url))
+    assert found[1]["l0"] < 0.8 * found[0]["l0"]
+    assert max(m["normalized_mse"] for m in found) < 0.1
+
+
+def test_a_saved_sae_takes_activations_as_recorded(cfg):
+    """The evaluation in run.json is what the saved weights give on the raw validation split."""
+    (url,) = train.run(cfg)
+    config = TrainConfig.from_url(storage.join(url, "config.json"))
+    sae = load_sae(url)
+    with Shards.open(config.val_data.shards) as shards:
+        batches = list(OrderedLoader(shards, config.val_data, 4096))
+    x = torch.cat([b.act for b in batches])
+    x_hat, f = sae(x)
+    nmse = float((x - x_hat).double().square().sum() / (x - x.mean(0)).double().square().sum())
+    metrics = metrics_of(url)
+    assert len(x) > config.n_val == metrics["n_tokens"]
+    assert metrics["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()))
+    assert metrics["normalized_mse"] == pytest.approx(nmse, rel=0.1)  # a sample of this split
+    assert not set(torch.cat([b.example_idx for b in batches]).tolist()) & set(
+        train_examples(config)
+    )
+
+
+def train_examples(config: TrainConfig) -> list[int]:
+    with Shards.open(config.train_data.shards) as shards:
+        loader = OrderedLoader(shards, config.train_data, 4096)
+        return torch.cat([b.example_idx for b in loader]).unique().tolist()
+
+
+# --- What is written ---
+
+
+def test_a_run_folder(cfg):
+    (url,) = train.run(update(cfg, tag="mine", n_val=10**6))
+    root = Path(url)
+    assert Path(url).parent == Path(cfg.runs_root)
+    names = {p.name for p in root.iterdir()}
+    assert names == {
+        "checkpoint",
+        "config.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "tb",
+        "run.json",
+    }
+    assert not (Path(cfg.runs_root) / "resume").exists() or not any(
+        (Path(cfg.runs_root) / "resume").iterdir()
+    )
+    record = storage.read_json(storage.join(url, "run.json"))
+    assert (record["tag"], record["n_steps"], record["n_tokens"]) == ("mine", 8, 2048)
+    rows = rows_of(url)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert {
+        "tokens", "train/loss", "train/mse", "train/sparsity", "train/aux", "train/normalized_mse",
+        "train/explained_variance", "train/l0", "train/l1", "train/n_dead", "train/grad_norm",
+        "train/lr", "loader/example_entropy", "loader/token_entropy_normalized",
+    } <= rows[0].keys()  # fmt: skip
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    config = TrainConfig.from_url(storage.join(url, "config.json"))
+    assert rows[-1]["train/lr"] < config.lr
+    assert (config.sae.d_model, config.val_data.split) == (32, "val")
+
+
+def test_a_finished_run_is_skipped(cfg, monkeypatch):
+    urls = train.run(cfg)
+    before = files_of(urls[0])
+    monkeypatch.setattr(SaeBank, "__init__", None)  # any training would fail
+    assert train.run(update(cfg, tag="other", log_every=1)) == urls
+    assert files_of(urls[0]) == before
+
+
+def test_a_sweep_in_object_storage(cfg, tmp_path):
+    sweep = tmp_path / "s.toml"
+    sweep.write_text('sae.top_k = [2, 3]\nobjective.kind = ["vanilla", "matryoshka"]\n')
+    (group,) = train.plan(update(cfg, runs_root="memory://runs-test", sweep=str(sweep)))
+    assert len(group["members"]) == 4
+    json.dumps(group)
+    cfg = update(cfg, runs_root="memory://runs-test", sweep=str(sweep))
+    with pytest.raises(IncompleteError, match="4 of 4 runs"):
+        train.finish(cfg)
+    urls = train.work(cfg, group)
+    assert train.finish(cfg) == urls
+    assert len(set(urls)) == 4
+    found = [round(metrics_of(u)["l0"]) for u in urls]
+    assert found == [2, 2, 3, 3]
+    assert load_sae(urls[0]).d_sae == 96
+
+
+def test_members_do_not_depend_on_their_company(cfg, tmp_path):
+    """A run is named by its config alone, so it must not matter what it was trained beside."""
+    sweep = tmp_path / "s.toml"
+    sweep.write_text(
+        "seed = 5\n[[grid]]\nsae.top_k = [2, 3]\nlr = [1e-3, 3e-3]\n"
+        "[[grid]]\nsae.d_sae = 64\n[[grid]]\nsae.activation.kind = 'batch-top-k'\nsae.top_k = 3\n"
+    )
+    together = train.run(update(cfg, sweep=str(sweep)))
+    apart = update(cfg, sweep=str(sweep), max_parallel=1, runs_root=str(tmp_path / "apart"))
+    assert len(train.plan(apart)) == len(together) == 6
+    for a, b in zip(together, train.run(apart), strict=True):
+        assert Path(a).name == Path(b).name
+        ours, theirs = files_of(a), files_of(b)
+        ours.pop("config.json"), theirs.pop("config.json")  # names runs_root and max_parallel
+        assert ours == theirs
+
+
+def test_the_number_of_threads_changes_nothing(cfg, tmp_path):
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            data = cfg.train_data.model_copy(update={"n_threads": n})
+            (url,) = train.run(update(cfg, train_data=data, runs_root=str(tmp_path / str(n))))
+            found.append(files_of(url))
+    finally:
+        torch.set_num_threads(before)
+    found[0].pop("config.json"), found[1].pop("config.json")
+    assert found[0] == found[1]
+
+
+def test_fewer_tokens_than_a_batch(cfg, tmp_path, truth, caplog):
+    url = synthetic.write_shards(str(tmp_path), truth, n_examples=9, content_tokens=4)
+    data = LoaderConfig(shards=url, layer=3, val_fraction=0.3)
+    (run,) = train.run(update(cfg, train_data=data, n_train=1000, n_val=5))
+    assert "fewer than batch_size 256" in caplog.text
+    assert storage.read_json(storage.join(run, "run.json"))["n_tokens"] >= 1000
+
+
+def test_old_folders_are_trained_on(cfg, tmp_path, truth):
+    url = synthetic.write_shards(str(tmp_path), truth, n_examples=100, protocol="2.1")
+    (run,) = train.run(update(cfg, train_data=LoaderConfig(shards=url, layer=7)))
+    assert metrics_of(run)["normalized_mse"] < 1
+
+
+@pytest.mark.parametrize("optim", ["adam", "muon"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_options(cfg, optim, scaled):
+    cfg = update(cfg, optim=optim, scale_mean=scaled, scale_norm=scaled, n_val=0)
+    (url,) = train.run(cfg)
+    assert metrics_of(url) == {}
+    assert TrainConfig.from_url(storage.join(url, "config.json")).train_data.split == "all"
+
+
+# --- Interruption ---
+
+
+class Killed(BaseException):
+    """Nothing in the library catches it."""
+
+
+def interrupt_at(monkeypatch, steps: list[int]) -> None:
+    """Each training ends at the next of these steps, in the middle of it."""
+    left = list(steps)
+    original = SaeBank.apply_gradients
+
+    def apply(self, *args):
+        if left and self.t >= left[0]:
+            left.pop(0)
+            raise Killed
+        original(self, *args)
+
+    monkeypatch.setattr(SaeBank, "apply_gradients", apply)
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(cfg, tmp_path, monkeypatch):
+    sweep = tmp_path / "s.toml"
+    sweep.write_text(
+        'sae.activation.kind = ["top-k", "batch-top-k"]\nobjective.kind = "matryoshka"\n'
+    )
+    cfg = update(cfg, sweep=str(sweep), n_train=6000, checkpoint_every=3)
+    whole = [files_of(u) for u in train.run(cfg)]
+    cut = update(cfg, runs_root=str(tmp_path / "cut"))
+    interrupt_at(monkeypatch, [2, 5, 6, 22])
+    for _ in range(4):
+        with pytest.raises(Killed):
+            train.run(cut)
+    again = [files_of(u) for u in train.run(cut)]
+    for a, b in zip(whole, again, strict=True):
+        a.pop("config.json"), b.pop("config.json")
+        assert a == b
+
+
+def test_a_damaged_resume_point_costs_only_time(cfg, tmp_path, monkeypatch, caplog):
+    cfg = update(cfg, checkpoint_every=2)
+    (whole,) = train.run(cfg)
+    cut = update(cfg, runs_root=str(tmp_path / "cut"))
+    interrupt_at(monkeypatch, [5])
+    with pytest.raises(Killed):
+        train.run(cut)
+    caplog.set_level("INFO")
+    newest = max(Path(tmp_path / "cut/resume").rglob("*.safetensors"))
+    assert newest.name == "step-000000000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    (url,) = train.run(cut)
+    assert "passed over" in caplog.text
+    steps = [r.args[0] for r in caplog.records if r.msg.startswith("Continuing at step")]
+    assert steps == [2]
+    assert (Path(url) / "checkpoint/sae.safetensors").read_bytes() == (
+        Path(whole) / "checkpoint/sae.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_signals_leave_a_resume_point(cfg, monkeypatch, number, error):
+    original = SaeBank.apply_gradients
+
+    def apply(self, *args):
+        if self.t == 3:
+            os.kill(os.getpid(), number)
+        original(self, *args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(SaeBank, "apply_gradients", apply)
+        with pytest.raises(error) as caught:
+            train.run(cfg)
+    if error is SystemExit:
+        assert caught.value.code == 143
+    assert signal.getsignal(number) is before
+    (group,) = train.plan(cfg)
+    point = resume.load(resume.folder(cfg.runs_root, group["group"]))
+    assert point.step == 4
+    assert not [t for t in threading.enumerate() if t.name.startswith("saev-reader")]
+    train.run(cfg)
+
+
+def test_what_was_published_before_a_crash_stays(cfg, tmp_path, monkeypatch):
+    sweep = tmp_path / "s.toml"
+    sweep.write_text("sae.top_k = [2, 3]\n")
+    cfg = update(cfg, sweep=str(sweep))
+    write_json = storage.write_json
+
+    def fail(url, obj):
+        if url.endswith("run.json") and storage.exists(first):
+            raise Killed
+        write_json(url, obj)
+
+    members = train.plan(cfg)[0]["members"]
+    first = storage.join(cfg.runs_root, members[0]["run_id"], "run.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_json", fail)
+        with pytest.raises(Killed):
+            train.run(cfg)
+    done = files_of(Path(first).parent)
+    assert "run.json" in done
+    urls = train.run(cfg)
+    assert files_of(urls[0]) == done
+    assert round(metrics_of(urls[1])["l0"]) == 3
+
+
+def test_a_resume_point_of_others_is_refused(cfg, monkeypatch):
+    interrupt_at(monkeypatch, [5])
+    cfg = update(cfg, checkpoint_every=2)
+    with pytest.raises(Killed):
+        train.run(cfg)
+    (item,) = train.plan(cfg)
+    url = resume.folder(cfg.runs_root, item["group"])
+    point = resume.load(url)
+    with pytest.raises(CheckpointError, match="is of runs none"):
+        trainer.Trainer(
+            train.stage.Group.from_item(item).members,
+            url,
+            point._replace(meta={**point.meta, "run_ids": ["none"]}),
+        )
+
+
+# --- Mistakes ---
+
+
+def test_a_loss_that_is_not_finite_names_run_step_and_remedy(cfg):
+    cfg = update(cfg, lr=1e30, grad_clip=0.0, n_lr_warmup=0)
+    (item,) = train.plan(cfg)
+    run_id = item["members"][0]["run_id"]
+    with pytest.raises(
+        ConfigError, match=rf"Run {run_id}: the loss is not finite at step \d+ of 8\. Lower --lr"
+    ):
+        train.run(cfg)
+    assert resume.load(resume.folder(cfg.runs_root, item["group"])) is None
+
+
+def test_a_root_that_cannot_be_written_is_said_before_training(cfg, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(SaeBank, "__init__", None)
+    with pytest.raises(Exception, match="a file stands where a folder is needed"):
+        train.run(update(cfg, runs_root=str(tmp_path / "file/runs")))
+
+
+def test_a_device_that_is_not_there(cfg):
+    with pytest.raises(ConfigError, match="--device cuda:63 cannot be used here"):
+        train.run(update(cfg, device="cuda:63"))
+
+
+def test_wandb_without_the_package(cfg, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--wandb-project p needs Weights & Biases"):
+        train.plan(update(cfg, wandb_project="p"))
+
+
+def test_no_validation_examples(cfg, tmp_path, truth):
+    url = synthetic.write_shards(str(tmp_path), truth, n_examples=3, content_tokens=4)
+    data = LoaderConfig(shards=url, layer=3, val_fraction=0.01)
+    with pytest.raises(ConfigError, match="val"):
+        train.run(update(cfg, train_data=data))
