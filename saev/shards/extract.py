@@ -264,6 +264,8 @@ class Recording:
             self.model.spec,
             grid=self.model.grid,
             n_workers=self.cfg.n_workers,
+            # A GPU takes a batch at once: the next one is decoded meanwhile.
+            look_ahead=0 if self.device.type == "cpu" else self.cfg.batch_size,
             skip_unreadable=self.cfg.skip_unreadable,
         )
         with contextlib.closing(records):
