@@ -7,6 +7,7 @@ as in the data pipelines that the models were trained with.
 """
 
 import contextlib
+import functools
 import io
 import typing as tp
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def _open(data: bytes) -> Image.Image:
     """Decoded and upright, in its own mode."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
-    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
@@ -126,6 +127,13 @@ def _open(data: bytes) -> Image.Image:
     image.load()
     transpose = _UPRIGHT.get(_orientation(image))
     return image if transpose is None else image.transpose(transpose)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this build of PIL has: it stumbles over any other name."""
+    Image.init()
+    return tuple(format for format in _FORMATS if format in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> tp.Any:

@@ -161,6 +161,12 @@ def _select(entries: Iterable[storage.Entry], base: str, suffixes: Sequence[str]
         key = entry.url.removeprefix(base).lstrip("/")
         if any(component.startswith(".") for component in key.split("/")):
             continue
+        try:
+            key.encode()
+        except UnicodeEncodeError as err:  # Python holds the stray bytes as lone surrogates
+            raise StorageError(
+                f"The name {key!r} in {base} is not UTF-8, so no table can hold it. Rename the file."
+            ) from err
         files.append(File(entry.url, key, key.rpartition("/")[0], entry.size))
     return files
 

@@ -138,6 +138,22 @@ def test_links_are_followed_and_cycles_end(tmp_path: Path):
     assert keys(dataset, str(tmp_path / "root")) == ["cat/a.png"]
 
 
+def test_name_that_no_table_can_hold(tmp_path: Path):
+    (tmp_path / "cat").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/cat/caf\xe9.png")).write_bytes(TINY)
+    with pytest.raises(StorageError, match=r"The name 'cat/.* Rename the file\.") as caught:
+        open_dataset(ImgFolder(root=str(tmp_path)))
+    str(caught.value).encode()
+
+
+def test_names_in_any_script(root: str):
+    write(storage.join(root, "猫 und Hündin/ça va\u202f#1 100%.png"), TINY)
+    dataset = open_dataset(ImgFolder(root=root))
+    assert dataset.example(0).label == "猫 und Hündin"
+    assert dataset.load(0).size == (5, 4)
+    assert len(dataset.digest) == 64
+
+
 def test_missing_root(root: str):
     with pytest.raises(StorageError, match=r"data\.root is .*/nope, which does not exist\. Check"):
         open_dataset(ImgFolder(root=storage.join(root, "nope")))
