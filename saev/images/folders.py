@@ -165,7 +165,7 @@ def _select(entries: Iterable[storage.Entry], base: str, suffixes: Sequence[str]
             key.encode()
         except UnicodeEncodeError as err:  # Python holds the stray bytes as lone surrogates
             raise StorageError(
-                f"The name {key!r} in {base} is not UTF-8, so no table can hold it. Rename the file."
+                f"The name {key!r} in {base} is not UTF-8: no table can hold it. Rename the file."
             ) from err
         files.append(File(entry.url, key, key.rpartition("/")[0], entry.size))
     return files
