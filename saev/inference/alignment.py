@@ -83,6 +83,7 @@ def precision_sums(
 
     precision = (t + carry.by_class.reshape(-1)[group]) / (n + carry.n[latent])
     sums = np.bincount(group, weights=precision, minlength=n_latents * N_CLASSES)
+    sums = sums.astype(np.float64, copy=False)  # numpy gives integers where there are no entries
     carry.n[:] += n_by_latent
     carry.by_class[:] += counts.reshape(n_latents, N_CLASSES)
     return sums.reshape(n_latents, N_CLASSES)

@@ -280,6 +280,6 @@ def verify(place: str, n_bytes: int, checksum: str) -> None:
     expected = checksum if size == n_bytes else f"{n_bytes} bytes"
     if found != expected:
         raise CorruptDataError(
-            f"{place} is damaged: it has {found}, expected {expected}. Delete it and run the same "
-            "command again; only this part is done anew."
+            f"{place} is damaged: it has {found}, expected {expected}. Delete its record "
+            f"({storage.name(place).split('.')[0]}.json) and run the same command again."
         )
