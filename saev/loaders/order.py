@@ -75,6 +75,7 @@ def choose_sizes(
     kept_bytes: int,
     buffer_bytes: int,
     block_bytes: int = 0,
+    shard_examples: int | None = None,
     world_size: int = 1,
 ) -> Sizes:
     """Sizes of blocks and windows for a memory budget.
@@ -90,6 +91,7 @@ def choose_sizes(
         buffer_bytes: memory for all windows.
         block_bytes: wanted size of one read; 0 chooses between the shuffle (small blocks) and the
             storage's latency (large blocks).
+        shard_examples: most wanted examples in a shard, which a block cannot exceed.
         world_size: ranks that share the windows.
 
     Raises:
@@ -104,7 +106,7 @@ def choose_sizes(
         block = max(1, MAX_BLOCK_BYTES // read_bytes)
         if not fits_whole:
             block = min(block, max(1, min(capacity, share) // MIN_BLOCKS_PER_WINDOW))
-    block = min(block, max(1, share))
+    block = min(block, max(1, share), shard_examples or block)
     if capacity < block:
         need = 2 * block * kept_bytes / 2**20
         raise ConfigError(

@@ -64,6 +64,7 @@ class OrderedLoader(Loader):
         read_bytes = max(1, max((x.row_bytes for x in shards.layouts), default=1))
         window = max(1, int(buffer_mb * 2**20) // (N_BUFFERS * per_example))
         block = max(1, min(MAX_BLOCK_BYTES // read_bytes, window // n_threads))
+        block = min(block, max(1, selection.max_shard_examples))
         super().__init__(
             shards,
             cfg,

@@ -161,6 +161,7 @@ class Prefetcher(tp.Generic[JobT]):
                 flight = _InFlight(job)
                 self._in_flight.append(flight)
                 self._tasks.extend((flight, task) for task in job.tasks)
+                job.tasks = []  # they refer to the job: without this, only the collector frees it
             self._changed.notify_all()
 
     def _run(self, flight: "_InFlight[JobT]", task: Callable[[], None]) -> None:

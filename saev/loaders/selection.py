@@ -80,6 +80,11 @@ class Selection:
         return int(self.cum_rows[-1]) * len(self.layers)
 
     @property
+    def max_shard_examples(self) -> int:
+        """Most wanted examples in a shard."""
+        return int(np.diff(self.shard_bounds).max(initial=0))
+
+    @property
     def kept_tokens(self) -> int:
         """Tokens of an example that a window holds.
 

@@ -70,6 +70,7 @@ class ShuffledLoader(Loader):
             kept_bytes=kept_bytes(shards, selection),
             buffer_bytes=buffer_bytes - stage_bytes,
             block_bytes=cfg.block_kb * 1024,
+            shard_examples=selection.max_shard_examples,
             world_size=max(1, world_size),
         )
         if stage_bytes:
