@@ -39,6 +39,14 @@ _SIZES = {
     "dinov3": {"small": "vits16", "base": "vitb16", "large": "vitl16", "huge": "vith16plus"},
 }
 
+_GRAMMAR = {
+    "dinov2": re.compile(
+        r"(?P<before>with_registers_)?(?P<size>[a-z0-9]+)(?P<reg>_(reg4?|registers))?(_pretrain)?"
+    ),
+    "dinov3": re.compile(r"(?P<size>[a-z0-9]+)(_pretrain)?((?P<sat>_sat(493m)?)|_lvd1689m)?"),
+}
+"""Meta's names, without their beginning, with ``_`` for ``-``."""
+
 
 @register_family("dinov2")
 def load_dinov2(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
@@ -73,16 +81,16 @@ def resolve(family: str, names: Mapping[str, str], arch: str) -> str:
     Raises:
         ModelError: it is neither a short name nor a timm name of this family.
     """
-    base = arch.removesuffix(".pth").lower()
-    if base.startswith(("vit_", "hf-hub:", "hf_hub:")) and family in base:
+    base = arch.lower()
+    if base.startswith("vit_") and family in base:
         return arch
     base = base.removeprefix("facebook/").replace("-", "_").removeprefix(f"{family}_")
-    sat = "_sat" if "sat493m" in base or base.endswith("_sat") else ""
-    reg = "_reg" if re.search(r"_(reg4?|registers|with_registers\w*)(_|$)", base) else ""
-    for size, short in _SIZES[family].items():
-        base = re.sub(rf"^{size}(?=_|$)", short, base)
-    stem = base.split("_")[0]
-    for key in (stem + reg + sat, stem + reg, stem + sat):
+    found = _GRAMMAR[family].fullmatch(base)
+    if found is not None:
+        parts = found.groupdict()
+        key = _SIZES[family].get(parts["size"], parts["size"])
+        key += "_reg" if parts.get("before") or parts.get("reg") else ""
+        key += "_sat" if parts.get("sat") else ""
         if key in names:
             return names[key]
     sizes = ", ".join([*names, *_SIZES[family]])

@@ -40,7 +40,7 @@ TIMM = [
     ("vit_small_patch14_reg4_dinov2", 28, 5, True),
     ("vit_small_patch16_dinov3", (32, 48), 5, True),
     ("vit_medium_patch16_gap_256", 32, 0, False),
-    ("vit_medium_patch16_reg4_gap_256", 32, 4, False),
+    ("test_vit2", 32, 1, False),  # a register token but no class token
     ("vit_pe_core_tiny_patch16_384", 32, 1, True),
     ("eva02_tiny_patch14_224", 28, 1, True),
     ("test_vit", (32, 64), 1, True),
