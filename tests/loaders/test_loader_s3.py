@@ -1,0 +1,73 @@
+"""The loaders over a real S3 server: the same bytes in the same order, and errors that name it."""
+
+import pytest
+import torch
+
+from saev import storage
+from saev.config import DataConfig, LoaderConfig
+from saev.errors import CorruptDataError
+from saev.loaders import IndexedActivations, OrderedLoader, ShuffledLoader
+from saev.shards import Shards
+
+from .folders import keys, readers, write_shards
+
+
+@pytest.fixture
+def url(s3, request):
+    return storage.join(s3, request.node.name)
+
+
+def test_shuffled_and_ordered(url, tmp_path):
+    shape = {"n_examples": 40, "layers": (0, 1), "labels": True, "dtype": "float16"}
+    remote, local = write_shards(url, **shape), write_shards(str(tmp_path / "f"), **shape)
+    cfg = LoaderConfig(
+        layer="all", buffer_mb=0.02, split="train", val_fraction=0.2, ignore_labels=(1,)
+    )
+    with remote.open() as there, local.open() as here:
+        pairs = [
+            [
+                list(ShuffledLoader(shards, cfg, 50, epochs=2, labels=True))
+                for shards in (there, here)
+            ],
+            [list(OrderedLoader(shards, cfg, 50, labels=True)) for shards in (there, here)],
+        ]
+        for a, b in pairs:
+            assert len(a) == len(b) > 3
+            for x, y in zip(a, b, strict=True):
+                assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+
+
+def test_resume_and_break(url):
+    folder = write_shards(url, n_examples=30)
+    cfg = LoaderConfig(buffer_mb=0.01)
+    with folder.open() as shards:
+        whole = [keys([b]) for b in ShuffledLoader(shards, cfg, 25, epochs=1)]
+        loader = ShuffledLoader(shards, cfg, 25, epochs=1)
+        for _ in loader:
+            break
+        assert not readers()
+        resumed = ShuffledLoader(Shards.open(url), cfg, 25, epochs=1)
+        resumed.load_state_dict(loader.state_dict())
+        assert [keys([b]) for b in resumed] == whole[1:]
+
+
+def test_indexed(url):
+    folder = write_shards(url)
+    with folder.open() as shards:
+        for verify in (True, False):
+            batch = IndexedActivations(shards, DataConfig(), verify=verify).gather([130, 3, 77])
+            assert torch.equal(batch.act, folder.vectors(batch))
+
+
+def test_a_damaged_object_is_named(url):
+    folder = write_shards(url)
+    place = storage.join(url, "acts000001.bin")
+    data = bytearray(storage.read_bytes(place))
+    data[100] ^= 4
+    storage.write_bytes(place, data)
+    with (
+        folder.open() as shards,
+        pytest.raises(CorruptDataError, match=r"acts000001\.bin is damag"),
+    ):
+        list(ShuffledLoader(shards, LoaderConfig(), 10, epochs=1))
+    assert not readers()
