@@ -9,10 +9,10 @@ writes the files whole. A run that resumes drops the rows after its resume point
 """
 
 import importlib.util
-import io
 import json
 import logging
 import math
+import struct
 import time
 import typing as tp
 
@@ -93,23 +93,34 @@ def _first_row(name: str) -> int:
 
 
 def _events(rows: tp.Sequence[Row], timings: tp.Sequence[Row]) -> bytes:
-    """A TensorBoard event file."""
+    """A TensorBoard event file: framed protocol buffers."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    buffer = io.BytesIO()
-    writer = RecordWriter(buffer)
     first = timings[0]["wall_time"] if timings else 0.0
-    writer.write(Event(wall_time=first, file_version="brain.Event:2").SerializeToString())
+    events = [Event(wall_time=first, file_version="brain.Event:2")]
     for row, timing in zip(rows, timings, strict=True):
         merged = {k: v for k, v in {**timing, **row}.items() if k not in ("step", "wall_time")}
         values = [Summary.Value(tag=k, simple_value=v) for k, v in merged.items() if v is not None]
-        event = Event(
-            wall_time=timing["wall_time"], step=int(row["step"] or 0), summary=Summary(value=values)
+        step = int(row["step"] or 0)
+        events.append(
+            Event(wall_time=timing["wall_time"], step=step, summary=Summary(value=values))
         )
-        writer.write(event.SerializeToString())
-    return buffer.getvalue()
+    return b"".join(_record(event.SerializeToString()) for event in events)
+
+
+def _record(data: bytes) -> bytes:
+    """TFRecord framing: length, its masked CRC, data, its masked CRC.
+
+    TensorBoard's own RecordWriter does the same, after seconds of importing cloud clients.
+    """
+    length = struct.pack("<Q", len(data))
+    return length + _masked_crc(length) + data + _masked_crc(data)
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = storage.crc32c(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------

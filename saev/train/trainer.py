@@ -25,7 +25,7 @@ from saev.progress import Progress
 from saev.shards import Shards
 from saev.train import evaluate, resume
 from saev.train.banks import build_banks
-from saev.train.curves import Curves, WandbRun
+from saev.train.curves import TENSORBOARD, Curves, WandbRun
 from saev.train.resolve import Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
@@ -176,9 +176,10 @@ class Trainer:
                 c = member.config
                 raise ConfigError(
                     f"Run {member.run_id}: the loss is not finite at step {step} of "
-                    f"{self.n_steps}. Lower --lr (it is {c.lr:g}), raise --n-lr-warmup (it is {c.n_lr_warmup}) "
-                    f"or give --grad-clip 1 (it is {c.grad_clip:g}); seed {c.seed}, "
-                    f"d_sae {c.sae.d_sae}, {c.sae.activation.kind}, {c.objective.kind}."
+                    f"{self.n_steps}. Lower --lr (it is {c.lr:g}), raise --n-lr-warmup (it is "
+                    f"{c.n_lr_warmup}) or give --grad-clip 1 (it is {c.grad_clip:g}). The SAE: "
+                    f"{c.sae.activation.kind}, {c.objective.kind}, d_sae {c.sae.d_sae}, "
+                    f"seed {c.seed}."
                 )
 
     # --- Curves ----------------------------------------------------------------------------
@@ -283,6 +284,8 @@ class Trainer:
         for index, (member, sae, metrics) in enumerate(
             zip(self.members, saes, measured, strict=True)
         ):
+            for folder in ("", CHECKPOINT, TENSORBOARD):  # of writers that were killed
+                storage.clean_temporary(storage.join(member.url, folder))
             sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
             storage.write_json(storage.join(member.url, CONFIG), member.config.to_dict())
             record = {
