@@ -19,11 +19,14 @@ from saev.config import (
     TrainConfig,
     VisualsConfig,
 )
+from saev.images.transforms import ImageSpec
 from saev.nn import SparseAutoencoder
 from saev.shards import extract
+from saev.vit import Tower, register_family
 
 HOSTILE_LABEL = "<script>alert('label')</script>"
 HOSTILE_CLASS = '"><img src=x onerror=alert(1)> & co'
+D_MODEL = 32
 D_SAE = 24
 DEAD = 5
 
@@ -40,6 +43,31 @@ class Chain:
     def config(self, **changes: object) -> VisualsConfig:
         keys = {"run": self.run, "shards": self.shards, "log_freq_range": (-6.0, 0.0), **changes}
         return VisualsConfig.from_dict({"n_latents": 4, "n_top": 3, "image_size": 96, **keys})
+
+
+class TinyViT(torch.nn.Module):
+    """4 x 4 patches of 16 pixels and a class token; its blocks mix channels only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, D_MODEL, 16, 16)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(D_MODEL, D_MODEL) for _ in range(2))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@register_family("visuals-test")
+def tiny(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
+    """A family of one; timm alone would take longer to import than all these tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = TinyViT()
+    return Tower(module, list(module.blocks), grid=(4, 4), spec=ImageSpec((64, 64), 72))
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -66,7 +94,7 @@ def write_photos(root: str, n: int = 8) -> None:
 
 
 def make_run(run: str, shards: str, d_model: int) -> None:
-    """A run folder as training leaves it, whose latent DEAD never fires."""
+    """A run folder as training leaves it; DEAD never fires, 1 and 2 do on many patches."""
     cfg = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=TopK(top_k=4))
     generator = torch.Generator().manual_seed(0)
     sae = SparseAutoencoder(cfg).requires_grad_(False)
@@ -74,6 +102,7 @@ def make_run(run: str, shards: str, d_model: int) -> None:
     sae.W_dec.copy_(torch.nn.functional.normalize(weights))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_enc[DEAD] = -1e6
+    sae.b_enc[1:3] = 0.4
     sae.save(storage.join(run, "checkpoint"))
     train = TrainConfig.from_dict({"train_data": {"shards": shards}, "sae": cfg.to_dict()})
     storage.write_json(storage.join(run, "config.json"), train.to_dict())
@@ -84,13 +113,13 @@ def make_chain(root: Path) -> Chain:
     write_photos(photos)
     shards = extract.run(
         ShardsConfig(
-            shards_root=str(root / "shards"), family="timm", layers=(1,), image_size=64,
-            ckpt="vit_tiny_patch16_224/random", batch_size=8, device="cpu",
+            shards_root=str(root / "shards"), family="visuals-test", ckpt="tiny", layers=(1,),
+            batch_size=8, device="cpu",
             data=ImgSegFolder(root=photos),
         )
     )  # fmt: skip
     run = str(root / "runs" / "r0")
-    make_run(run, shards, d_model=192)
+    make_run(run, shards, d_model=D_MODEL)
     measured = inference.run(
         InferenceConfig(run=run, data=DataConfig(shards=shards), n_dists=2, device="cpu")
     )
