@@ -1,0 +1,63 @@
+"""The docs' examples run, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from saev import train
+from saev.config import FakeImg, LoaderConfig, SaeConfig, ShardsConfig, TopK, TrainConfig
+from saev.shards import extract
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Code blocks of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = extract.run(
+        ShardsConfig(
+            shards_root="shards",
+            family="timm",
+            ckpt="test_vit/random",
+            image_size=64,
+            layers=(-1,),
+            data=FakeImg(n_examples=12),
+        )
+    )
+    (run,) = train.run(
+        TrainConfig(
+            runs_root="runs",
+            n_train=500,
+            batch_size=32,
+            sae=SaeConfig(d_sae=128, activation=TopK(top_k=4)),
+            train_data=LoaderConfig(shards=shards, val_fraction=0.1),
+        )
+    )
+    code = "\n".join(blocks(ROOT / "docs" / "python-api.md", "python"))
+    exec(compile(code, "docs/python-api.md", "exec"), {"SHARDS": shards, "RUN": run})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_nothing_names_a_machine() -> None:
+    """No registry's host, no absolute path of the machine that something was written on."""
+    forbidden = re.compile(r"(files\.pythonhosted|pypi\.org/simple|/root/|/work/|/home/\w+/)")
+    names = ["*.py", "*.md", "*.toml", "*.lock", "*.in", "*.html", "*.css", "*.js", "Makefile"]
+    for pattern in names:
+        for path in ROOT.rglob(pattern):
+            parts = path.relative_to(ROOT).parts
+            if parts[0].startswith(".venv") or "demo-out" in parts or path == Path(__file__):
+                continue
+            found = forbidden.search(path.read_text(errors="replace"))
+            assert not found, f"{path.relative_to(ROOT)}: {found and found.group()}"
