@@ -29,6 +29,7 @@ from saev.nn.optim import Adam, Muon, Optimizer
 from saev.nn.sae import SparseAutoencoder
 
 _CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
+_MIN_ROWS = 64
 """Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""
 
 
@@ -257,7 +258,7 @@ class SaeBank:
         if n_members > 1:
             return n_tokens
         budget = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
-        return max(64, min(n_tokens, budget // self._row_bytes(n_p)))
+        return max(_MIN_ROWS, min(n_tokens, budget // self._row_bytes(n_p)))
 
     def _remove_parallel(self) -> None:
         """Remove from decoder gradients the part along the rows, which normalising would undo."""

@@ -13,10 +13,16 @@ the length of its contribution to the reconstruction.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saev.errors import ConfigError
 from saev.nn.sae import SparseAutoencoder
+
+
+def project(vector: Float[Tensor, " d_model"], w_enc: Float[Tensor, "d_model d_sae"]) -> Tensor:
+    """vector·W_enc, with bits that do not depend on the number of threads, as MKL's would."""
+    return torch.linalg.vecdot(w_enc.T.contiguous(), vector)
 
 
 def fold_normalization(
@@ -40,7 +46,7 @@ def fold_normalization(
         )
     tensors = {name: t.detach().double() for name, t in sae.state_dict().items()}
     mu = torch.zeros_like(tensors["b_dec"]) if mean is None else mean.to(tensors["b_dec"])
-    tensors["b_enc"] = tensors["b_enc"] / scale - mu @ tensors["W_enc"]
+    tensors["b_enc"] = tensors["b_enc"] / scale - project(mu, tensors["W_enc"])
     tensors["b_dec"] = tensors["b_dec"] / scale + mu
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"] / scale

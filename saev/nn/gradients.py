@@ -213,7 +213,7 @@ def dense_chunk(
     else:
         assert grads.log_threshold is not None
         # ∂/∂θ of mse and of λ·L0/B, then through θ = exp(ln θ).
-        near = rectangle(z, theta, bandwidth)
+        near = rectangle(z, theta, bandwidth).to(f.dtype)
         grad_theta = -(theta * (grad_f * near).sum(0) + penalty * near.sum(0)) / bandwidth
         grads.log_threshold[0].add_(grad_theta * theta)
     grad_z = grad_f.mul_(active)

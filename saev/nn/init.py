@@ -75,7 +75,7 @@ def initial_weights(
     theta = cfg.activation.init_threshold if isinstance(cfg.activation, JumpRelu) else 1.0
     return InitialWeights(
         W_enc=w_enc,
-        b_enc=-(w_enc @ b_dec),
+        b_enc=-torch.linalg.vecdot(w_enc, b_dec),  # w_enc @ b_dec would depend on threads
         W_dec=w_dec,
         b_dec=b_dec,
         log_threshold=torch.full((d_sae,), math.log(theta)),

@@ -22,6 +22,7 @@ from torch import Tensor
 from saev import storage
 from saev.config.sae import Activation, BatchTopK, Relu, SaeConfig, TopK
 from saev.errors import CheckpointError
+from saev.nn.folding import project
 from saev.nn.sae import SparseAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def load_published(url: str, *, subtract_b_dec: bool = False) -> SparseAutoencod
     d_model, d_sae = _shapes(header, tensors, url)
     weights = {name: tensors[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if subtract_b_dec:
-        shift = weights["b_dec"].double() @ weights["W_enc"].double()
+        shift = project(weights["b_dec"].double(), weights["W_enc"].double())
         weights["b_enc"] = (weights["b_enc"].double() - shift).float()
     if isinstance(activation, BatchTopK):
         # Its evaluation falls back to ReLU for a threshold that is not positive.

@@ -19,6 +19,7 @@ from torch import Tensor
 from saev import storage
 from saev.config.sae import Activation, BatchTopK, JumpRelu, Relu, SaeConfig, TopK
 from saev.errors import CheckpointError, CorruptDataError
+from saev.nn.folding import project
 from saev.nn.sae import SparseAutoencoder
 
 CONFIG = "cfg.json"
@@ -125,7 +126,7 @@ def load_saelens(url: str) -> SparseAutoencoder:
     cfg = SaeConfig(d_model=raw["d_in"], d_sae=raw["d_sae"], activation=activation)
     sae = SparseAutoencoder.from_tensors(cfg, weights, source=weights_url)  # checks shapes
     if raw.get("apply_b_dec_to_input", False):
-        weights["b_enc"] = weights["b_enc"] - weights["b_dec"] @ weights["W_enc"]
+        weights["b_enc"] = weights["b_enc"] - project(weights["b_dec"], weights["W_enc"])
     if raw.get("rescale_acts_by_decoder_norm", False):
         norm = weights["W_dec"].norm(dim=1)
         weights["W_enc"], weights["b_enc"] = weights["W_enc"] * norm, weights["b_enc"] * norm
