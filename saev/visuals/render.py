@@ -25,11 +25,11 @@ _CLASS_OPACITY = 0.55
 _DIM_CLASSES = 0.75
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
-# Okabe & Ito's eight colours, told apart with any colour vision (black is their eighth; ours is a
-# grey, since it is drawn over photographs).
-_OKABE_ITO = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
-    (0, 114, 178), (213, 94, 0), (204, 121, 167), (190, 190, 190),
+# A neutral grey for 0, which most datasets use for background, then the colours of Okabe & Ito,
+# told apart with any colour vision (their eighth, black, would not show over photographs).
+_FIRST_COLOURS = (
+    (190, 190, 190), (230, 159, 0), (86, 180, 233), (0, 158, 115),
+    (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
 
 
@@ -157,10 +157,10 @@ def spread_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def class_colour(label: int) -> tuple[int, int, int]:
     """Colour of a class: the same in every picture. The first eight are colour-blind safe."""
-    if label < len(_OKABE_ITO):
-        return _OKABE_ITO[label]
+    if label < len(_FIRST_COLOURS):
+        return _FIRST_COLOURS[label]
     # Steps of the golden angle never come back to a hue; lightness and saturation alternate.
-    step = label - len(_OKABE_ITO)
+    step = label - len(_FIRST_COLOURS)
     hue = (0.11 + step * 0.6180339887498949) % 1.0
     red, green, blue = colorsys.hls_to_rgb(hue, (0.45, 0.62, 0.75)[step % 3], (0.85, 0.6)[step % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
