@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tensorboard.compat.proto.event_pb2  # noqa: F401
 import torch
-import torch.fx.experimental.symbolic_shapes  # noqa: F401 - seconds of imports, else in every child
+import torch.fx.experimental.symbolic_shapes
 
 from saev import train
 from saev.config import LoaderConfig, TrainConfig
