@@ -6,7 +6,9 @@ latents is then one contiguous range of bytes. `token_acts.npz` is by row; each 
 while it is copied there.
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
 import typing as tp
 from collections.abc import Iterator
 
@@ -20,8 +22,10 @@ from saev.errors import CorruptDataError
 NO_LABEL = -1
 """Label of a token that has none: the class token, or any token of an unlabelled dataset."""
 
-CLASS_TOKEN = -1
-"""`token_idx` of the class token; content tokens count from 0."""
+_READERS = 8
+"""Pieces that are read at once."""
+
+T = tp.TypeVar("T")
 
 
 class TokenRows(tp.NamedTuple):
@@ -258,6 +262,20 @@ class StoredCodes:
             with storage.RangeReader(storage.join(self._place, info.name)) as reader:
                 for piece in info.pieces:
                     yield Piece(reader, piece, info.n_latents)
+
+    def map(self, read: tp.Callable[[Piece], T]) -> Iterator[T]:
+        """``read`` of every piece, in order; a few at a time, to hide the storage's latency."""
+
+        def task(info: CodesInfo, piece: PieceInfo) -> T:
+            with storage.RangeReader(storage.join(self._place, info.name)) as reader:
+                return read(Piece(reader, piece, info.n_latents))
+
+        pieces = ((info, piece) for info in self.infos for piece in info.pieces)
+        with concurrent.futures.ThreadPoolExecutor(_READERS, "saev-codes") as pool:
+            while window := list(itertools.islice(pieces, _READERS)):
+                yield from [
+                    future.result() for future in [pool.submit(task, *pair) for pair in window]
+                ]
 
     def verify(self) -> None:
         """Compare every file with its record.

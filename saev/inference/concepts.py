@@ -21,10 +21,10 @@ from saev.inference.alignment import (
     purity,
     zero_group,
 )
-from saev.inference.codes import StoredCodes
+from saev.inference.codes import Piece, StoredCodes
 
-MAX_ENTRIES = 1 << 22
-"""Entries held at a time: about 200 MB with what sorting them takes."""
+MAX_ENTRIES = 1 << 21
+"""Entries held at a time: about 300 MB with what sorting them takes."""
 
 PURITY_TOKENS = 16
 COVERAGE_AP = 0.3
@@ -150,12 +150,16 @@ def _labelled(
     codes: StoredCodes, start: int, stop: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per piece: column (from 0), value and label of the entries of latents start:stop."""
-    for piece in codes:
+
+    def read(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         columns = piece.columns(start, stop)
-        if len(columns.values):
-            labels = piece.array("label")[columns.rows].astype(np.int64)
-            keep = labels >= 0
-            yield columns.latents[keep], columns.values[keep], labels[keep]
+        if not len(columns.values):
+            return columns.latents, columns.values, columns.latents
+        labels = piece.array("label")[columns.rows].astype(np.int64)
+        keep = labels >= 0
+        return columns.latents[keep], columns.values[keep], labels[keep]
+
+    return codes.map(read)
 
 
 class _Block:
