@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import pickle
 import re
 import typing as tp
 from collections import Counter
@@ -28,8 +27,6 @@ _CONTAINERS = (
     *("teacher", "encoder", "module"),
 )
 """Keys under which training scripts keep the weights, most wanted first."""
-
-_UNREADABLE = "{} is neither safetensors nor a torch state dict; it may be truncated."
 
 
 class CkptName(tp.NamedTuple):
@@ -125,21 +122,21 @@ def read_weights(url: str) -> Weights:
 def _read_torch(url: str, data: bytes) -> dict[str, Tensor]:
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
+    except Exception as err:  # whatever damaged bytes make a parser of zip and pickle stumble over
         refused = re.search(r"GLOBAL ([\w.]+)", str(err))
-        if refused is None:
-            raise CorruptDataError(_UNREADABLE.format(url)) from err
-        raise ModelError(
-            f"{url} holds Python objects beside tensors ({refused[1]}), which are never unpickled "
-            "here (it could run code). Convert it to safetensors where you trust it."
-        ) from err
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as err:
+        if refused is not None:
+            raise ModelError(
+                f"{url} holds Python objects beside tensors ({refused[1]}), which are never "
+                "unpickled here (it could run code). Convert it to safetensors where you trust it."
+            ) from err
         if "TorchScript" in str(err):
             raise ModelError(
                 f"{url} is a TorchScript archive, expected a state dict. Load it with "
                 "torch.jit.load where you trust it and save its state_dict() as safetensors."
             ) from err
-        raise CorruptDataError(_UNREADABLE.format(url)) from err
+        raise CorruptDataError(
+            f"{url} is neither safetensors nor a torch state dict; it may be truncated."
+        ) from err
     while isinstance(found, Mapping):
         inner = next((found[k] for k in _CONTAINERS if isinstance(found.get(k), Mapping)), None)
         if inner is None:
