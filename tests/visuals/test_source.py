@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 from saev import inference, storage, visuals
-from saev.config import DataConfig, FakeImg, ImgFolder, ImgSegFolder, InferenceConfig
+from saev.config import DataConfig, FakeImg, Imagenet, ImgFolder, ImgSegFolder, InferenceConfig
 from saev.errors import ConfigError
 from saev.shards import Shards
 from saev.visuals.source import Source, read_class_names, recorded_data
@@ -81,10 +83,32 @@ def test_source_takes_skipped_images_into_account(chain: Chain) -> None:
 
 def test_generated_images(chain: Chain) -> None:
     shards = Shards.open(chain.shards)
-    shards.examples = lambda: __import__("pyarrow").table({"index": np.arange(8)})  # type: ignore
+    shards.examples = lambda: pa.table({"index": np.arange(8)})  # type: ignore[method-assign]
     view = Source(shards, FakeImg(n_examples=8)).view(5)
     assert view.label == "class2"
     assert view.image.size == (64, 64)
+
+
+def test_rows_of_a_hub_dataset(chain: Chain, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [Image.new("RGB", (80, 64), (30 * i, 0, 0)) for i in range(8)],
+        "label": [i % 2 for i in range(8)],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    name = str(tmp_path / "moved")
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(name)
+    shards = Shards.open(chain.shards)
+    urls = [f"org/was-on-the-hub#train/{i}" for i in range(8)]
+    table = shards.examples()
+    shards.examples = lambda: table.set_column(1, "url", [urls])  # type: ignore[method-assign]
+    assert table.column_names[1] == "url"
+    view = Source(shards, Imagenet(name=name)).view(5)
+    assert view.label == "dog"
+    assert view.image.size == (64, 64)
+    assert view.image.getpixel((3, 3)) == (150, 0, 0)
 
 
 def test_class_names(tmp_path: Path) -> None:
