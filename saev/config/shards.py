@@ -10,7 +10,8 @@ class ShardsConfig(Config):
     """Record ViT activations of an image dataset into sharded binary files."""
 
     shards_root: str = "./shards"
-    """URL of the folder in which the result, a folder named by its content hash, is made."""
+    """URL of the folder in which the result, a folder named by its content hash, is made. For object
+    storage a shard is first written to a scratch file in TMPDIR, which needs room for it."""
     family: str = "clip"
     """Model family: clip, siglip, timm, dinov2, dinov3, or one that you registered."""
     ckpt: str = "ViT-B-16/openai"
@@ -31,16 +32,18 @@ class ShardsConfig(Config):
     dtype: Dtype = "float32"
     """Stored precision. float16 and bfloat16 halve the bytes that training has to read."""
     batch_size: int = pydantic.Field(default=256, ge=1)
-    """Images per forward pass."""
+    """Images per forward pass on a GPU. On the CPU passes are of 8 images, several side by side, so
+    that neither this nor the number of threads changes a bit of the result."""
     n_workers: int = pydantic.Field(default=0, ge=0)
     """Threads that decode images; 0 means one per core."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
     amp: bool = False
-    """Run the forward pass in bfloat16 autocast (GPU)."""
+    """Run the forward pass in bfloat16 autocast."""
     skip_unreadable: bool = False
     """Leave out images that cannot be decoded and list them in skipped.json."""
     part: str = ""
-    """I/N: do only that part of the shards (1/N to N/N), and do not publish."""
+    """I/N: do only that part of the shards (1/N to N/N), and do not publish: the command without
+    --part does that, and whatever is missing."""
     data: ImageData
     """The images."""
