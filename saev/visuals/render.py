@@ -213,4 +213,4 @@ def _border(classes: np.ndarray) -> np.ndarray:
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8), mode="RGB")
+    return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
