@@ -114,14 +114,22 @@ def sequential(shards: Shards, layer: int, n_threads: int) -> float:
     return total / 1e6 / (time.perf_counter() - start)
 
 
-def epoch(loader: ShuffledLoader | OrderedLoader, read_mb: float) -> tuple[float, float, float]:
-    """MB/s and rows/s of one epoch from the first call to the last batch, and seconds waited."""
+def epoch(loader: ShuffledLoader | OrderedLoader, read_mb: float) -> dict[str, float]:
+    """Speed of one epoch from the first call to the last batch.
+
+    CPU seconds (of all threads) say what it costs also where other processes share the machine.
+    """
     loader.metrics()
-    rows, start = 0, time.perf_counter()
+    rows, start, cpu = 0, time.perf_counter(), time.process_time()
     for batch in loader:
         rows += len(batch.act)
     seconds = time.perf_counter() - start
-    return read_mb / seconds, rows / seconds, loader.metrics()["loader/wait_s"]
+    return {
+        "mb_s": read_mb / seconds,
+        "rows_s": rows / seconds,
+        "wait_s": loader.metrics()["loader/wait_s"],
+        "cpu_s_per_gb": (time.process_time() - cpu) / read_mb * 1e3,
+    }
 
 
 def parts(shards: Shards, args: argparse.Namespace) -> None:
@@ -241,7 +249,10 @@ def measure(shards: Shards, args: argparse.Namespace) -> None:
     sequential(shards, layer, 1)  # warms the page cache
     one = best(lambda: sequential(shards, layer, 1), args.repeats)
     many = best(lambda: sequential(shards, layer, args.threads), args.repeats)
-    report("sequential", mb_s=one, mb_s_all_threads=many)
+    cpu = time.process_time()
+    sequential(shards, layer, 1)
+    cpu = (time.process_time() - cpu) / read_mb * 1e3
+    report("sequential", mb_s=one, mb_s_all_threads=many, cpu_s_per_gb=cpu)
     parts(shards, args)
     for name, loader in {
         "shuffled": ShuffledLoader(shards, cfg, args.batch_size, epochs=1),
@@ -252,13 +263,11 @@ def measure(shards: Shards, args: argparse.Namespace) -> None:
     }.items():
         with loader:
             runs = [epoch(loader, read_mb) for _ in range(args.repeats)]
-        mb_s, rows_s, wait_s = max(runs)
-        report(
-            name, mb_s=mb_s, rows_s=rows_s, wait_s=wait_s,
-            ratio_to_sequential=mb_s / one, ratio_to_all_threads=mb_s / many,
-        )  # fmt: skip
+        run = max(runs, key=lambda r: r["mb_s"])
+        speed = run["mb_s"]
+        report(name, **run, ratio_to_sequential=speed / one, ratio_to_all_threads=speed / many)
         if name == "shuffled":
-            fastest = rows_s
+            fastest = run["rows_s"]
     slow = baseline(shards, data, args)
     report("baseline", rows_s=slow, shuffled_is_times_faster=fastest / slow)
     mixing(shards, cfg, args)

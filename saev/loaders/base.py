@@ -145,8 +145,8 @@ class Loader:
     def state_dict(self) -> dict[str, int]:
         """Where the consumer stands, as a few integers (JSON-able).
 
-        It counts the batches that were given, not those that were read ahead. With several ranks it
-        is the same on all of them between two steps.
+        It counts the batches that were given, not those that were read ahead. With several ranks
+        and ``drop_last`` it is the same on all of them after the same step.
         """
         return {
             "version": STATE_VERSION,
@@ -395,6 +395,10 @@ def _check_arguments(batch_size: int, epochs: int | None, rank: int, world_size:
 
 def _device(device: str | torch.device) -> torch.device:
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"Loaders give batches on cpu or cuda, not on {device}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device}, but torch sees no CUDA GPU here. Use cpu.")
     if device.type == "cuda" and device.index is None:  # threads have a current device of their own
         return torch.device("cuda", torch.cuda.current_device())
     return device

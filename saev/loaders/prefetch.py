@@ -12,7 +12,7 @@ from saev.errors import SaevError
 
 log = logging.getLogger(__name__)
 
-JOIN_TIMEOUT_S = 30.0
+JOIN_TIMEOUT_S = 10.0
 """How long closing waits for reads that are under way (a stalled network read cannot be broken)."""
 
 

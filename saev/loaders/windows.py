@@ -98,6 +98,8 @@ class Buffers:
         if buffer is None:
             shape = (self._n_slots, self._r.selection.kept_tokens, self._r.shards.d_model)
             buffer = torch.empty(shape, dtype=self._r.shards.dtype, device=self._r.device)
+            if self._cuda:  # the memory may be that of tensors which queued kernels still read
+                torch.cuda.current_stream(self._r.device).synchronize()
             self._buffers[number] = buffer
         return buffer
 

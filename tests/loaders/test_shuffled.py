@@ -232,6 +232,23 @@ def test_splits_are_disjoint_and_complete(folder):
     assert all(sides)
 
 
+@pytest.mark.parametrize("tokens", ["content", "special"])
+@pytest.mark.parametrize("buffer_mb", [0.05, 0.2, 10])
+def test_windows_stay_within_the_budget(tmp_path, buffer_mb, tokens):
+    folder = write_shards(
+        str(tmp_path / "f"), n_examples=500, content_tokens=9, d_model=64, examples_per_shard=90
+    )
+    with folder.open() as shards:
+        cfg = LoaderConfig(buffer_mb=buffer_mb, tokens=tokens)
+        iterator = iter(ShuffledLoader(shards, cfg, 100, epochs=1))
+        most = 0
+        for _ in iterator:
+            windows = [b for b in iterator._buffers._buffers if b is not None]
+            most = max(most, sum(b.nbytes for b in windows))
+        needed = 500 * 64 * 4 * (10 if tokens == "content" else 1)
+        assert 0.4 * min(needed, buffer_mb * 2**20) < most <= min(needed, buffer_mb * 2**20)
+
+
 # --- mixing --------------------------------------------------------------------------------
 
 
@@ -392,6 +409,7 @@ def test_threads_do_not_change_a_state(folder):
         ({}, {}, {"rank": 2, "world_size": 2}, "rank is 2, expected 0 to 1"),
         ({}, {}, {"rank": 0, "world_size": 40}, "Rank 0 of 40 has no tokens"),
         ({}, {}, {"epochs": -1}, "epochs is -1"),
+        ({}, {}, {"device": "meta"}, "on cpu or cuda, not on meta"),
     ],
 )
 def test_a_wrong_config_is_one_clear_error(tmp_path, shape, cfg, load, message):
