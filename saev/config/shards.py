@@ -10,8 +10,8 @@ class ShardsConfig(Config):
     """Record ViT activations of an image dataset into sharded binary files."""
 
     shards_root: str = "./shards"
-    """URL of the folder in which the result, a folder named by its content hash, is made. For object
-    storage a shard is first written to a scratch file in TMPDIR, which needs room for it."""
+    """URL of the folder in which the result, a folder named by its content hash, is made. For
+    object storage a shard is first written to a scratch file in TMPDIR, which needs room for it."""
     family: str = "clip"
     """Model family: clip, siglip, timm, dinov2, dinov3, or one that you registered."""
     ckpt: str = "ViT-B-16/openai"
