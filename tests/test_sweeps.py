@@ -1,5 +1,7 @@
 """Sweep files: grids, precedence, seeds, and what a wrong key is answered with."""
 
+from pathlib import Path
+
 import pytest
 import tyro
 from hypothesis import given
@@ -187,6 +189,21 @@ def test_every_flag_of_the_command_line_is_a_key_of_sweeps():
     }  # fmt: skip
     assert want <= cli.explicit_keys(argv)
     assert want <= set(leaves())
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "n_members"), [("topk", 8), ("relu", 6), ("kinds", 14), ("lr", 12), ("layers", 6)]
+)
+def test_ready_made_sweeps(name, n_members):
+    members = resolve(TrainConfig(sweep=str(CONFIGS / f"sweep-{name}.toml")))
+    assert len(members) == n_members
+
+
+def test_all_ready_made_sweeps_are_tested():
+    assert len(list(CONFIGS.glob("sweep-*.toml"))) == 5
 
 
 @given(

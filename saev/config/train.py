@@ -26,8 +26,8 @@ class TrainConfig(Config):
     """Tokens to train on; several epochs if there are fewer."""
     n_val: int = pydantic.Field(default=10_000_000, ge=0)
     """Most tokens to evaluate on after training; 0 skips the evaluation."""
-    batch_size: int = pydantic.Field(default=16_384, ge=1)
-    """Tokens per step."""
+    batch_size: int | None = pydantic.Field(default=None, ge=1)
+    """Tokens per step; by default 16,384, and less in a short run so that it has enough steps."""
     sae: SaeConfig = SaeConfig()
     """The SAE."""
     objective: Objective = Vanilla()

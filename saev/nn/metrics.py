@@ -16,7 +16,7 @@ from torch import Tensor
 from saev.errors import ConfigError
 
 ALMOST_DEAD = 1e-7
-"""A latent that fires, but on a smaller share of tokens than this, is almost dead."""
+"""A latent that fires on a smaller share of tokens than this is dead or almost dead."""
 DENSE = 1e-2
 """A latent that fires on a larger share of tokens than this is dense."""
 
@@ -129,7 +129,7 @@ class ReconstructionMetrics:
 
         normalized_mse, explained_variance (1 − normalized_mse), mse_per_token (E/N), mse_per_dim
         (E/(N·d_model)), l0 and l1 (means over tokens), n_dead (never fires), n_almost_dead
-        (0 < p < 1e-7), n_dense (p > 1e-2), n_latents, n_tokens.
+        (p < 1e-7, the dead ones too), n_dense (p > 1e-2), n_latents, n_tokens.
 
         Raises:
             ConfigError: there were no tokens.
@@ -138,7 +138,7 @@ class ReconstructionMetrics:
         if not n:
             raise ConfigError("There are no tokens to measure on.")
         error = float(self.sq_error)
-        spread = float(self.sq_norm) - float(self.total @ self.total) / n
+        spread = float(self.sq_norm) - float(self.total.square().sum()) / n
         # Constant activations have no variance; any error at all is then infinitely large, and JSON
         # has no infinity.
         nmse = error / spread if spread > 1e-12 * float(self.sq_norm) else float(error > 0)
@@ -151,7 +151,7 @@ class ReconstructionMetrics:
             "l0": int(self.fired.sum()) / n,
             "l1": float(self.l1_total) / n,
             "n_dead": int((p == 0).sum()),
-            "n_almost_dead": int(((p > 0) & (p < ALMOST_DEAD)).sum()),
+            "n_almost_dead": int((p < ALMOST_DEAD).sum()),
             "n_dense": int((p > DENSE).sum()),
             "n_latents": self.d_sae,
             "n_tokens": n,

@@ -68,12 +68,12 @@ def build_banks(
         bank = SaeBank(
             [c.sae for c in configs],
             [c.objective for c in configs],
-            [_decided(c.lr) for c in configs],
+            [decided(c.lr) for c in configs],
             [c.seed for c in configs],
             d_model=shards.d_model,
             optim=first.optim,
             grad_clip=first.grad_clip,
-            dead_after=_decided(first.dead_after),
+            dead_after=decided(first.dead_after),
             device=device,
             bf16=first.bf16,
             data=data,
@@ -102,6 +102,7 @@ def _sample(shards: Shards, config: TrainConfig) -> Tensor:
 T = tp.TypeVar("T")
 
 
-def _decided(value: T | None) -> T:
+def decided(value: T | None) -> T:
+    """A field that :func:`saev.train.resolve.resolve_one` has filled in."""
     assert value is not None, "the config is not resolved"
     return value

@@ -16,6 +16,7 @@ Metrics = dict[str, float | int]
 
 _LATENT_BYTES = 256 << 20
 """Most bytes of latents of one SAE at a time."""
+_BATCH_TOKENS = 16_384
 _VAL_SEED = 0
 
 
@@ -36,7 +37,7 @@ def evaluate(
     found = [ReconstructionMetrics(sae.d_model, sae.d_sae, device) for sae in saes]
     with Shards.open(config.val_data.shards) as shards:
         n_tokens = min(config.n_val, Selection(shards, config.val_data).n_tokens)
-        size = min(config.batch_size, n_tokens)
+        size = min(_BATCH_TOKENS, n_tokens)
         with (
             ShuffledLoader(
                 shards, config.val_data, size, seed=_VAL_SEED, epochs=1, device=device

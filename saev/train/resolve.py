@@ -122,11 +122,13 @@ def resolve_one(cfg: TrainConfig, places: "_Places | None" = None) -> TrainConfi
         raise ConfigError(
             f"--sae.activation.top-k is {activation.top_k}, but the SAE has only {d_sae} latents."
         )
-    n_steps = math.ceil(cfg.n_train / cfg.batch_size)
+    batch_size = cfg.batch_size or default_batch_size(cfg.n_train)
+    n_steps = math.ceil(cfg.n_train / batch_size)
     return cfg.model_copy(
         update={
             "runs_root": storage.normalize(cfg.runs_root),
             "sweep": "",
+            "batch_size": batch_size,
             "train_data": train,
             "val_data": val,
             "sae": cfg.sae.model_copy(update={"d_model": d_model, "d_sae": d_sae}),
@@ -140,10 +142,18 @@ def resolve_one(cfg: TrainConfig, places: "_Places | None" = None) -> TrainConfi
 
 # --- Defaults, chosen by the experiment in docs/training.md ------------------------------------
 
+N_STEPS = 1000
+"""Steps that a run should have, if its batches do not get tiny by that."""
 LR_WARMUP = 0.05
 """Share of the run."""
 SPARSITY_WARMUP = 0.2
 """Share of the run."""
+
+
+def default_batch_size(n_train: int) -> int:
+    """The power of two that makes at least N_STEPS steps, between 256 and 16,384 tokens."""
+    wanted = max(1, n_train // N_STEPS)
+    return min(16_384, max(256, 1 << (wanted.bit_length() - 1)))
 
 
 def default_lr(d_sae: int, optim: str) -> float:

@@ -24,7 +24,7 @@ from saev.nn import StepMetrics
 from saev.progress import Progress
 from saev.shards import Shards
 from saev.train import evaluate, resume
-from saev.train.banks import build_banks
+from saev.train.banks import build_banks, decided
 from saev.train.curves import TENSORBOARD, Curves, WandbRun
 from saev.train.resolve import Member
 from saev.train.schedule import lr_scale
@@ -78,11 +78,12 @@ class Trainer:
         self._shards = self._open.enter_context(Shards.open(data.shards))
         selection = Selection(self._shards, data)
         self._n_examples = len(selection.examples)
-        self.batch_size = min(self.config.batch_size, selection.n_tokens)
-        if self.batch_size < self.config.batch_size:
+        batch_size = decided(self.config.batch_size)
+        self.batch_size = min(batch_size, selection.n_tokens)
+        if self.batch_size < batch_size:
             logger.warning(
                 "%s has %d tokens to train on, fewer than batch_size %d: batches are that small.",
-                *(data.shards, self.batch_size, self.config.batch_size),
+                *(data.shards, self.batch_size, batch_size),
             )
         self.n_steps = math.ceil(self.config.n_train / self.batch_size)
         self.loader = self._open.enter_context(

@@ -228,7 +228,7 @@ def test_metrics_do_not_depend_on_batches_and_are_the_definition():
     assert found["mse_per_dim"] == pytest.approx(float(ed) / 12000)
     assert found["l0"] == float((f != 0).sum()) / 1000
     assert found["l1"] == pytest.approx(float(f.double().sum()) / 1000)
-    assert (found["n_dead"], found["n_almost_dead"], found["n_dense"]) == (1, 0, 28)
+    assert (found["n_dead"], found["n_almost_dead"], found["n_dense"]) == (1, 1, 28)
     assert merged.frequency()[4].item() == pytest.approx(1e-3)
 
 
