@@ -136,9 +136,12 @@ def check_wandb(project: str) -> None:
 
 
 class WandbRun:
-    """One run on Weights & Biases, under the run's own id, so that a resumed run continues it."""
+    """One run on Weights & Biases, under the run's own id, so that a resumed run continues it.
 
-    def __init__(self, project: str, run_id: str, config: dict[str, tp.Any], folder: str):
+    wandb keeps its files where WANDB_DIR says, or in ./wandb.
+    """
+
+    def __init__(self, project: str, run_id: str, config: dict[str, tp.Any]):
         import wandb
 
         self._run = wandb.init(
@@ -148,7 +151,6 @@ class WandbRun:
             config=config,
             resume="allow",
             reinit="create_new",  # a group is many runs in one process
-            dir=folder,
         )
 
     def log(self, row: Row) -> None:

@@ -6,7 +6,6 @@ build the trainer → train → evaluate → publish → close
 import contextlib
 import logging
 import math
-import tempfile
 import time
 import types
 import typing as tp
@@ -231,8 +230,7 @@ class Trainer:
         project = self.config.wandb_project
         if not project:
             return []
-        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="saev-wandb-"))
-        return [WandbRun(project, m.run_id, m.config.to_dict(), folder) for m in self.members]
+        return [WandbRun(project, m.run_id, m.config.to_dict()) for m in self.members]
 
     # --- State -----------------------------------------------------------------------------
 
