@@ -4,6 +4,7 @@ import sys
 import typing as tp
 
 import torch
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from saev.loaders.windows import Window
@@ -18,16 +19,16 @@ _CONVERT_BYTES = 512 << 10
 class Batch(tp.NamedTuple):
     """Vectors and where each of them comes from. Column i describes row i."""
 
-    act: Tensor
-    """Activations, [batch, d_model], float32 unless the loader was given another dtype."""
-    example_idx: Tensor
-    """Row of `Shards.examples()`, int64 [batch]."""
-    token_idx: Tensor
-    """Content token, 0 to content_tokens - 1, or -1 for the class token, int64 [batch]."""
-    token_labels: Tensor | None
-    """Labels, uint8 [batch] (255 for the class token), if the loader was asked for them."""
-    layer: Tensor
-    """Block number, int64 [batch]."""
+    act: Float[Tensor, "batch d_model"]
+    """Activations, float32 unless the loader was given another dtype."""
+    example_idx: Int64[Tensor, "batch"]
+    """Row of `Shards.examples()`."""
+    token_idx: Int64[Tensor, "batch"]
+    """Content token, 0 to content_tokens - 1, or -1 for the class token."""
+    token_labels: UInt8[Tensor, "batch"] | None
+    """Labels (255 for the class token), if the loader was asked for them."""
+    layer: Int64[Tensor, "batch"]
+    """Block number."""
 
 
 class BatchMemory:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,8 +20,8 @@ from saev.shards import Shards
 class Item(tp.NamedTuple):
     """One vector. ``torch.utils.data.default_collate`` makes columns of a list of them."""
 
-    act: Tensor
-    """Activations, [d_model]."""
+    act: Float[Tensor, "d_model"]
+    """Activations."""
     example_idx: int
     """Row of `Shards.examples()`."""
     token_idx: int
@@ -35,7 +36,7 @@ class IndexedActivations(Dataset[Item]):
     """Vector i of a shards folder, in the order of :class:`saev.loaders.OrderedLoader`.
 
     For looking at single vectors; training from it is many times slower than from the
-    ShuffledLoader (docs/benchmarks). May be pickled or forked into DataLoader workers: each opens
+    ShuffledLoader (benchmarks/loader.py). May be pickled or forked into DataLoader workers: each opens
     the folder anew.
 
     Args:

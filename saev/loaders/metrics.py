@@ -1,6 +1,6 @@
 """How well a batch is mixed: entropy and coverage of its examples and tokens.
 
-Names and definitions as in docs (INTEROP): natural logarithms; normalised entropies are divided by
+Names and definitions are those of docs/metrics.md: natural logarithms; normalised entropies are divided by
 that of a uniform distribution over the support; coverage is the share of the support that occurs.
 A batch of B rows over a support of K values that were drawn uniformly has an expected normalised
 entropy of about 1 - (K - 1) / (2 B ln K) where B is larger than K, and at most ln B / ln K.
@@ -9,6 +9,7 @@ entropy of about 1 - (K - 1) / (2 B ln K) where B is larger than K, and at most 
 import math
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from saev.loaders.batches import Batch
@@ -37,8 +38,8 @@ def batch_metrics(batch: Batch, *, n_examples: int, content_tokens: int) -> dict
     return metrics
 
 
-def entropy(counts: Tensor) -> float:
-    """Shannon entropy in nats of a distribution given by positive counts [k]."""
+def entropy(counts: Int64[Tensor, "values"]) -> float:
+    """Shannon entropy in nats of a distribution given by positive counts."""
     p = counts.double() / counts.sum()
     return max(0.0, float(-(p * p.log()).sum()))
 

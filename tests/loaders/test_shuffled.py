@@ -382,6 +382,28 @@ def test_threads_do_not_change_a_state(folder):
         few.close()
 
 
+def test_one_state_serves_all_ranks(folder):
+    """Ranks make the same steps, so the state that one of them saved resumes each."""
+    with folder.open() as shards:
+
+        def make(rank):
+            cfg = LoaderConfig(**SMALL)
+            return ShuffledLoader(
+                shards, cfg, 10, epochs=2, drop_last=True, rank=rank, world_size=3
+            )
+
+        whole = [[keys([b]) for b in make(rank)] for rank in range(3)]
+        loader = make(0)
+        for _, _ in zip(range(5), loader, strict=False):
+            state = loader.state_dict()
+        loader.close()
+        for rank in range(3):
+            resumed = make(rank)
+            resumed.load_state_dict(state)
+            assert [keys([b]) for b in resumed] == whole[rank][5:]
+            assert len(whole[rank]) > 5
+
+
 # --- wrong configs -------------------------------------------------------------------------
 
 
