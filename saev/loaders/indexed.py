@@ -36,8 +36,8 @@ class IndexedActivations(Dataset[Item]):
     """Vector i of a shards folder, in the order of :class:`saev.loaders.OrderedLoader`.
 
     For looking at single vectors; training from it is many times slower than from the
-    ShuffledLoader (benchmarks/loader.py). May be pickled or forked into DataLoader workers: each opens
-    the folder anew.
+    ShuffledLoader (benchmarks/loader.py). May be pickled or forked into DataLoader workers: each
+    opens the folder anew.
 
     Args:
         shards: the folder.
