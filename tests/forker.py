@@ -83,10 +83,13 @@ class Forker:
 def _answer() -> None:
     """The warm process: one JSON question a line on stdin, one JSON answer a line on stdout."""
     import open_clip  # noqa: F401
+    import pyarrow
     import timm  # noqa: F401
 
     from saev import cli, inference, train, visuals  # noqa: F401
     from saev.shards import extract  # noqa: F401
+
+    pyarrow.array([0])  # imports pandas, if it is there
 
     for line in sys.stdin:
         question = json.loads(line)

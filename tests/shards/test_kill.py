@@ -15,6 +15,8 @@ from shards.recording import MODEL, tree
 
 N_KILLS = 20
 
+pytestmark = pytest.mark.timeout(900)  # some 80 processes; a minute on two idle cores
+
 
 @pytest.fixture(scope="module")
 def forker() -> Iterator[Forker]:
@@ -93,13 +95,13 @@ def test_killed_before_every_change_of_a_name(
 def test_killed_again_and_again(
     forker: Forker, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Every attempt gets one step further than its first change, and that is enough."""
+    """Each attempt dies at its ninth change; publishing, which begins anew each time, has fewer."""
     for attempt in range(100):  # noqa: B007 - asked for after the loop
-        ended = forker.run(command(tmp_path), die_at=3)
+        ended = forker.run(command(tmp_path), die_at=8)
         leftovers = [n for n in tree(tmp_path) if Path(n).name.startswith(storage.TMP_PREFIX)]
         assert len(leftovers) <= 1, "temporaries of earlier attempts pile up"
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.stderr
-    assert attempt >= 3
+    assert attempt >= 2
     assert tree(tmp_path) == undisturbed
