@@ -191,7 +191,7 @@ class SaeBank:
         self.n_tokens += n_tokens
         self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
         self._remove_parallel()
-        l0, l1 = total(sums.n_active) / n_tokens, total(sums.value) / n_tokens
+        l0, l1 = sums.l0 / n_tokens, sums.l1 / n_tokens
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
         return StepMetrics(
             mse=sums.mse / x.numel(),
@@ -270,11 +270,16 @@ class SaeBank:
                 grad.addcmul_(along[:, None], w, value=-1)
 
     def _gradient_norm(self) -> Float[Tensor, " n"]:
-        squares = [
-            total(torch.linalg.vecdot(g, g) if g.ndim == 3 else g.square())
-            for g in self.grads.values()
-        ]
-        return torch.stack(squares).sum(0).sqrt()
+        # One member at a time: a sum over [1, d_sae] and over a row of [n, d_sae] may run in
+        # different orders.
+        norms = []
+        for n in range(len(self)):
+            square = torch.zeros((), dtype=self.threshold.dtype, device=self.device)
+            for grad in self.grads.values():
+                g = grad[n]
+                square = square + total(torch.linalg.vecdot(g, g) if g.ndim == 2 else g.square())
+            norms.append(square.sqrt())
+        return torch.stack(norms)
 
     def _per_member(self, value: float | tp.Sequence[float], name: str) -> list[float]:
         values = [value] * len(self) if isinstance(value, int | float) else list(value)
@@ -299,7 +304,7 @@ class SaeBank:
         if self.kind == "batch-top-k":
             tensors["threshold"] = self.threshold[n]
         if self.kind == "jump-relu":
-            tensors["threshold"] = self.params["log_threshold"][n].exp()
+            tensors["threshold"] = self.params["log_threshold"][n].clone().exp()
         return SparseAutoencoder.from_tensors(self.cfgs[n], tensors).to(self.device)
 
     # --- Resume ----------------------------------------------------------------------------

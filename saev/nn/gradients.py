@@ -192,7 +192,8 @@ def dense_chunk(
 
     w_enc, w_dec = weights.W_enc[0], weights.W_dec[0]
     z = mm(x, w_enc.T).add_(weights.b_enc[0])
-    theta = None if weights.log_threshold is None else weights.log_threshold[0].exp()
+    # A copy, because MKL's exp rounds differently for another alignment in memory.
+    theta = None if weights.log_threshold is None else weights.log_threshold[0].clone().exp()
     active = z > (0 if theta is None else theta)
     f = z * active
 

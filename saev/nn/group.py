@@ -47,8 +47,10 @@ class GroupSums(tp.NamedTuple):
     """‖x - x̂‖² of the whole dictionary, summed over tokens."""
     n_active: Float[Tensor, "g d_sae"]
     """Tokens on which each latent is active."""
-    value: Float[Tensor, "g d_sae"]
-    """Sum of each latent's values."""
+    l0: Float[Tensor, " g"]
+    """Number of active latents, summed over tokens."""
+    l1: Float[Tensor, " g"]
+    """Sum of latents, summed over tokens."""
     aux: Float[Tensor, " g"]
     """AuxK term of the loss."""
 
@@ -101,7 +103,8 @@ def group_gradients(
         mse=(sums.error * group.prefixes.weights).sum(-1),
         error=sums.error[:, -1],
         n_active=sums.n_active,
-        value=sums.value,
+        l0=gradients.total(sums.n_active),
+        l1=gradients.total(sums.value),
         aux=aux,
     )
 

@@ -96,7 +96,8 @@ class SparseAutoencoder(nn.Module):
                 f"{source} has tensors {sorted(tensors)}, expected {sorted(own)} "
                 f"for activation {cfg.activation.kind}."
             )
-        for name, tensor in tensors.items():
+        for name in own:
+            tensor = tensors[name]
             if tensor.shape != own[name].shape:
                 raise CheckpointError(
                     f"{source}: {name} has shape {list(tensor.shape)}, expected "

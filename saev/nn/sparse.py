@@ -100,7 +100,7 @@ def sum_bags_vjp(
     def pull_back(grad: Tensor) -> Tensor:
         if not leaf.numel():
             return torch.zeros_like(leaf)
-        return torch.autograd.grad(out, leaf, grad)[0]
+        return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
     return out.detach(), pull_back
 
