@@ -2,8 +2,9 @@
 
 Names and definitions are those of docs/metrics.md: natural logarithms; normalised entropies are
 divided by that of a uniform distribution over the support; coverage is the share of the support
-that occurs. A batch of B rows over a support of K values that were drawn uniformly has an expected normalised
-entropy of about 1 - (K - 1) / (2 B ln K) where B is larger than K, and at most ln B / ln K.
+that occurs. A batch of B rows over a support of K values that were drawn uniformly has an
+expected normalised entropy of about 1 - (K - 1) / (2 B ln K) where B is larger than K, and at most
+ln B / ln K.
 """
 
 import math
