@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saev.config.sae import TopK
 from saev.nn.sae import SparseAutoencoder
 from saev.nn.sparse import sum_bags
 
@@ -34,18 +35,44 @@ def encode(sae: SparseAutoencoder, x: Tensor) -> Encoded:
         sae: the SAE.
         x: activations as recorded, [n, d_model], on the SAE's device.
     """
-    acts = sae.encode(x).acts
-    rows, latents = acts.nonzero(as_tuple=True)
-    values = acts[rows, latents]
-    row_nnz = torch.bincount(rows, minlength=len(x))
-    latents = latents.int()
-    if len(values) < _SPARSE_BELOW * acts.numel():
+    k = _top_k(sae)
+    if k is not None and k < _SPARSE_BELOW * sae.d_sae:
+        row_nnz, latents, values = _top_codes(sae, x, k)
+        acts = None
+    else:
+        acts = sae.encode(x).acts
+        rows, latents = acts.nonzero(as_tuple=True)
+        values = acts[rows, latents]
+        row_nnz = torch.bincount(rows, minlength=len(x))
+        latents = latents.int()
+    if acts is None or len(values) < _SPARSE_BELOW * acts.numel():
         ptr = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
         torch.cumsum(row_nnz, 0, out=ptr[1:])
         x_hat = sum_bags(sae.W_dec, latents, values, ptr) + sae.b_dec
     else:
         x_hat = sae.decode(acts)
     return Encoded(row_nnz.cpu().numpy(), latents.cpu().numpy(), values.cpu().numpy(), x_hat)
+
+
+def _top_k(sae: SparseAutoencoder) -> int | None:
+    """Most latents that can be active on a token, if the activation function says so."""
+    activation = sae.cfg.activation
+    return activation.top_k if isinstance(activation, TopK) else None
+
+
+def _top_codes(sae: SparseAutoencoder, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes of `sae.encode`, without the dense matrix that `SparseAutoencoder` puts them into.
+
+    Returns:
+        Active latents per token [n], active latents [nnz] ascending in each token, their values.
+    """
+    z = x @ sae.W_enc + sae.b_enc
+    top = z.topk(k, dim=-1, sorted=False)
+    ascending = top.indices.int().sort(dim=-1)
+    values = top.values.gather(-1, ascending.indices)
+    assert isinstance(sae.cfg.activation, TopK)
+    active = values > 0 if sae.cfg.activation.rectify else values != 0
+    return active.sum(-1), ascending.values[active], values[active]
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ FORMAT = 1
 _MAX_LATENT_VALUES = 1 << 25
 """Most latent values, zeros included, of one step: 128 MB."""
 _MAX_READ_BYTES = 1 << 26
-_SAMPLE_EXAMPLES = 64
+_SAMPLE_TOKENS = 8192
 _HASH_DIGITS = 16
 
 
@@ -140,7 +140,8 @@ class Job:
         if not n:
             return ()
         every = self.source.examples
-        picks = np.unique(np.linspace(0, len(every) - 1, _SAMPLE_EXAMPLES).round().astype(np.int64))
+        n_picks = max(1, min(len(every), _SAMPLE_TOKENS // self.shards.tokens_per_example))
+        picks = np.linspace(0, len(every) - 1, n_picks).round().astype(np.int64)
         counts = np.zeros(self.sae.d_sae, dtype=np.int64)
         for chunk in self.source.chunks(every[picks], self.examples_per_step):
             counts += count_fires(self.sae, chunk.x)
