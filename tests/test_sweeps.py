@@ -1,5 +1,6 @@
 """Sweep files: grids, precedence, seeds, and what a wrong key is answered with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def test_ready_made_sweeps(name, n_members):
     members = resolve(TrainConfig(sweep=str(CONFIGS / f"sweep-{name}.toml")))
     assert len(members) == n_members
+
+
+def test_sweeps_of_the_documentation(tmp_path):
+    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    found = []
+    for block in blocks:
+        (tmp_path / "s.toml").write_text(block)
+        found.append(len(resolve(TrainConfig(sweep=str(tmp_path / "s.toml")))))
+    assert found == [8, 5]
 
 
 def test_all_ready_made_sweeps_are_tested():
