@@ -445,6 +445,10 @@ class RangeReader:
             os.close(self._fd)
             self._fd = None
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it never came to opening the file
+            self.close()
+
     def __enter__(self) -> "RangeReader":
         return self
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import s3_server
+from forker import Forker
 
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +18,10 @@ def s3() -> Iterator[str]:
     """URL of a bucket on an S3 server of our own."""
     with s3_server.running() as bucket:
         yield bucket
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Starts `saev` commands quickly, as real processes."""
+    with Forker() as forker:
+        yield forker

@@ -62,7 +62,9 @@ def finish(cfg: ShardsConfig) -> str:
         IncompleteError: a shard is not recorded yet.
         CorruptDataError: a shard or its record is damaged.
     """
-    return _recording(cfg).finish()
+    url = _recording(cfg).finish()
+    _recording.cache_clear()  # the model's memory is for the next stage
+    return url
 
 
 def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
@@ -241,12 +243,14 @@ class Recording:
             decoded = stack.enter_context(contextlib.closing(self._decode(start, stop, skipped)))
             writer = stack.enter_context(ShardWriter(place, meta, stop - start))
             batches = stack.enter_context(contextlib.closing(self._forward(decoded)))
+            n_reported = 0
             for group, acts in batches:
                 writer.write(acts)
                 examples.extend(map(self._row, group))
                 labels.extend(one.labels for one in group if one.labels is not None)
                 if advance is not None:
-                    advance(len(group), acts.nbytes)
+                    advance(len(examples) + len(skipped) - n_reported, acts.nbytes)
+                    n_reported = len(examples) + len(skipped)
         return Part(
             writer.written,
             examples,

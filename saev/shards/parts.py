@@ -188,8 +188,8 @@ def _check(part: Part, metadata: Metadata, shard: int, place: str) -> None:
 def publish(url: str, metadata: Metadata, n_shards: int) -> None:
     """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
 
-    Memory grows with the number of examples (a table row and a checksum each), not with labels or
-    activations.
+    Memory grows with the number of examples (a table row and some checksums each), not with labels
+    or activations.
 
     Raises:
         IncompleteError: a shard is not recorded yet.
@@ -200,7 +200,7 @@ def publish(url: str, metadata: Metadata, n_shards: int) -> None:
     content = special = Moments.zero(n_layers, metadata.d_model)
     infos: list[ShardInfo] = []
     checksums: list[bytes] = []
-    rows: list[ExampleRow] = []
+    tables: list[pa.Table] = []
     skipped: list[Skipped] = []
     with contextlib.ExitStack() as stack:
         labels: tp.BinaryIO | None = None
@@ -219,17 +219,17 @@ def publish(url: str, metadata: Metadata, n_shards: int) -> None:
             )
             checksums.append(part.written.checksums.astype("<u4").tobytes())
             content, special = content + part.written.content, special + part.written.special
-            rows.extend(part.examples)
+            tables.append(_table(part.examples))
             skipped.extend(part.skipped)
             if labels is not None and part.labels is not None:
                 labels.write(np.ascontiguousarray(part.labels).data)
-        if not rows:
+        if not sum(map(len, tables)):
             raise ImageError(
                 f"None of the {len(skipped)} images could be decoded; the first: "
                 f"{skipped[0].reason if skipped else 'there is none'}"
             )
     storage.write_bytes(storage.join(url, protocol.CHECKSUMS), b"".join(checksums))
-    storage.write_bytes(storage.join(url, protocol.EXAMPLES), _parquet(rows))
+    storage.write_bytes(storage.join(url, protocol.EXAMPLES), _parquet(tables))
     storage.write_bytes(storage.join(url, protocol.STATS), _stats(content, special))
     if skipped:
         entries = [{"index": i, "url": image, "reason": reason} for i, image, reason in skipped]
@@ -248,15 +248,19 @@ def _read_parts(url: str, metadata: Metadata, n_shards: int) -> Iterator[Part]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _parquet(rows: Sequence[ExampleRow]) -> bytes:
-    """The table as Parquet: the same bytes for the same rows, whoever writes it and when."""
+def _table(rows: Sequence[ExampleRow]) -> pa.Table:
     columns = [
         pa.array([row[i] for row in rows], type=field.type)
         for i, field in enumerate(EXAMPLES_SCHEMA)
     ]
+    return pa.Table.from_arrays(columns, schema=EXAMPLES_SCHEMA)
+
+
+def _parquet(tables: Sequence[pa.Table]) -> bytes:
+    """Tables, one after the other, as Parquet: the same bytes for the same rows at any time."""
     sink = io.BytesIO()
     pq.write_table(
-        pa.Table.from_arrays(columns, schema=EXAMPLES_SCHEMA),
+        pa.concat_tables(tables).combine_chunks(),
         sink,
         version="2.6",
         compression="zstd",

@@ -1,5 +1,6 @@
 """Reading a shards folder of either protocol."""
 
+import collections
 import dataclasses
 import functools
 import io
@@ -25,6 +26,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+_MAX_OPEN_FILES = 64
+"""Per folder. A folder may have more shards than a process may have open files (often 1024)."""
 
 _REMEDY = (
     "Restore it from a copy, or delete the folder and run the same `saev shards` command again."
@@ -61,7 +65,7 @@ class Shards:
         self.layouts = tuple(Layout.of(metadata, info.n_examples) for info in infos)
         counts = [info.n_examples for info in infos]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._readers: dict[int, storage.RangeReader] = {}
+        self._readers: collections.OrderedDict[int, storage.RangeReader] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -284,13 +288,17 @@ class Shards:
             if reader is None:
                 reader = storage.RangeReader(storage.join(self.url, self.infos[shard].name))
                 self._readers[shard] = reader
+                if len(self._readers) > _MAX_OPEN_FILES:  # closed when its last reader is done
+                    self._readers.popitem(last=False)
+            self._readers.move_to_end(shard)
             return reader
 
     def close(self) -> None:
-        """Release file descriptors. The object may be used again; it reopens what it needs."""
+        """Release file descriptors, those in use when their reads end.
+
+        The object may be used again; it reopens what it needs.
+        """
         with self._lock:
-            for reader in self._readers.values():
-                reader.close()
             self._readers.clear()
 
     def __enter__(self) -> "Shards":

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forker import Forker
 from PIL import Image
 from torch import Tensor
 
@@ -361,28 +362,25 @@ def test_a_full_disk_and_the_same_command_afterwards(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_end_is_prompt_and_leaves_no_temporaries(
-    tmp_path: Path, number: signal.Signals
+    forker: Forker, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [
-        sys.executable, "-m", "saev", "shards", "--shards-root", str(tmp_path),
-        "--family", MODEL["family"], "--ckpt", MODEL["ckpt"], "--layers", "1", "--device", "cpu",
+        "shards", "--shards-root", str(tmp_path), "--family", MODEL["family"],
+        "--ckpt", MODEL["ckpt"], "--layers", "1", "--device", "cpu",
         "data:fake-img", "--data.n-examples", "100000",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pid = forker.start(command)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(f"*/{storage.TMP_PREFIX}acts*")) and not list(
-        tmp_path.glob(f"*/{storage.TMP_PREFIX}*-acts*")
-    ):
-        assert process.poll() is None, process.communicate()[1]
+    while not list(tmp_path.glob(f"*/{storage.TMP_PREFIX}*-acts*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     started = time.monotonic()
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    os.kill(pid, number)
+    ended = forker.wait(pid)
     assert time.monotonic() - started < 20
-    assert process.returncode == 128 + number
-    assert out == b""
-    assert b"Traceback" not in err
+    assert ended.status == 128 + number
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
     assert not [p for p in tmp_path.glob("*/*") if p.name.startswith(storage.TMP_PREFIX)]
 
 

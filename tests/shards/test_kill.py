@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from shards.recording import MODEL, tree
 N_KILLS = 20
 
 pytestmark = pytest.mark.timeout(900)  # some 80 processes; a minute on two idle cores
-
-
-@pytest.fixture(scope="module")
-def forker() -> Iterator[Forker]:
-    with Forker() as forker:
-        yield forker
 
 
 def command(root: Path) -> list[str]:

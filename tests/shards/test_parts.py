@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saev.errors import CorruptDataError
-from saev.shards.parts import EXAMPLES_SCHEMA, ExampleRow, Part, Skipped, _parquet
+from saev.shards.parts import EXAMPLES_SCHEMA, ExampleRow, Part, Skipped, _parquet, _table
 from saev.shards.writer import Moments, Written
 
 rng = np.random.default_rng(0)
@@ -75,8 +75,8 @@ def test_any_damage_is_found(data: st.DataObject) -> None:
 @settings(deadline=None)
 @given(st.lists(rows, max_size=5))
 def test_parquet_holds_the_rows_and_nothing_else(examples: list[ExampleRow]) -> None:
-    data = _parquet(examples)
-    assert data == _parquet(examples)
+    data = _parquet([_table(examples)])
+    assert data == _parquet([_table(examples[:2]), _table([]), _table(examples[2:])])
     table = pq.read_table(io.BytesIO(data))
     assert table.column_names == EXAMPLES_SCHEMA.names
     assert table.schema.types == EXAMPLES_SCHEMA.types

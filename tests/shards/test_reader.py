@@ -1,6 +1,7 @@
 """Opening and reading a folder of protocol 3.0; every damage is one clear error."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,3 +191,16 @@ def test_shards_json_that_disagrees(copy: Path) -> None:
     (copy / "shards.json").write_text("{}")
     with pytest.raises(CorruptDataError, match="holds a dict, expected a list"):
         Shards.open(str(copy))
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    url = extract.run(
+        config(tmp_path, max_tokens_per_shard=1, data={"kind": "fake-img", "n_examples": 90})
+    )
+    opened = len(os.listdir("/proc/self/fd"))
+    with Shards.open(url) as shards:
+        with ThreadPoolExecutor(8) as pool:
+            rows = list(pool.map(lambda i: shards.read(i % 90, 1, 0, 1), range(360)))
+        assert all(torch.equal(rows[i], rows[i % 90]) for i in range(360))
+        assert len(os.listdir("/proc/self/fd")) <= opened + 64
+    assert len(os.listdir("/proc/self/fd")) == opened
