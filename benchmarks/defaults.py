@@ -3,10 +3,10 @@
     python benchmarks/defaults.py --root /tmp/defaults lr init aux bar
 
 DINOv2 ViT-S/14, last block, on 730 crops of scikit-image's photographs (the extra `demo`). Each
-experiment is a sweep, trained on one pass over the data; its table has one row per SAE, and below it
-stands what a PCA of the same rank leaves on the same validation tokens. `bar` is the test that the
-defaults have to pass: nothing is set but the kinds. What is done is skipped when it is run again.
-docs/training.md has the results.
+experiment is a sweep, trained on one pass over the data; its table has one row per SAE, and below
+it stands what a PCA of the same rank leaves on the same validation tokens. `bar` is the test that
+the defaults have to pass: nothing is set but the kinds. What is done is skipped when it is run
+again. docs/training.md has the results.
 """
 
 import argparse

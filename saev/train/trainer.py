@@ -97,6 +97,7 @@ class Trainer:
             )
         )
         self.banks = build_banks(self.members, self._shards, self.device, initialise=point is None)
+        self._indices = [torch.tensor(part.indices, device=self.device) for part in self.banks]
         self._bad_step = torch.full((len(self.members),), -1, device=self.device)
         n_rows = 0 if point is None else self._restore(point)
         self.curves = [Curves(m.url, n_rows) for m in self.members]
@@ -164,8 +165,7 @@ class Trainer:
 
     def _watch(self, metrics: tp.Sequence[StepMetrics]) -> None:
         """Note the first step at which a loss is not finite, without waiting for the device."""
-        for part, m in zip(self.banks, metrics, strict=True):
-            index = torch.tensor(part.indices, device=self.device)
+        for index, m in zip(self._indices, metrics, strict=True):
             old = self._bad_step[index]
             bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
             self._bad_step[index] = torch.where(bad, self.step + 1, old)
