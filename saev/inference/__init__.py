@@ -29,11 +29,11 @@ def work(cfg: InferenceConfig, item: dict[str, tp.Any], progress: Progress | Non
     stage.work(cfg, item, progress)
 
 
-def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
+def finish(cfg: InferenceConfig) -> str:
     """Merge and publish. See :func:`saev.inference.stage.finish`."""
     from saev.inference import stage
 
-    return stage.finish(cfg, progress)
+    return stage.finish(cfg)
 
 
 def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:

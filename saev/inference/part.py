@@ -11,7 +11,7 @@ import torch
 
 from saev import storage
 from saev.config.base import Config
-from saev.errors import CorruptDataError, IncompleteError
+from saev.errors import ConfigError, CorruptDataError
 from saev.inference import files
 from saev.inference.codes import CodesInfo, CodesWriter, Columns, TokenRows
 from saev.inference.encode import Encoded, encode
@@ -47,10 +47,11 @@ class PartStats:
         d_model: width of the activations.
         d_sae: number of latents.
         n_top: examples kept per latent.
+        device: where reconstruction errors are added up.
     """
 
-    def __init__(self, d_model: int, d_sae: int, n_top: int):
-        self.metrics = ReconstructionMetrics(d_model, d_sae)
+    def __init__(self, d_model: int, d_sae: int, n_top: int, device: str | torch.device = "cpu"):
+        self.metrics = ReconstructionMetrics(d_model, d_sae, device)
         self.value_sums = np.zeros(d_sae)
         """Σ f per latent, float64."""
         self.max_values = np.full(d_sae, -np.inf, dtype=np.float32)
@@ -114,22 +115,20 @@ def _place(job: Job, shard: int, suffix: str) -> str:
     return storage.join(job.url, files.PARTS, f"{shard:06d}.{suffix}")
 
 
-def is_done(job: Job, shard: int) -> bool:
-    """Whether a shard's record is there, for these inputs."""
-    return storage.exists(_place(job, shard, "json")) and read_record(job, shard).key == job.key
-
-
-def read_record(job: Job, shard: int) -> PartRecord:
-    """A shard's record.
+def find_record(job: Job, shard: int) -> PartRecord | None:
+    """A shard's record for these inputs; None if the shard is not done.
 
     Raises:
-        IncompleteError: the shard is not done.
         CorruptDataError: the record is damaged.
     """
     place = _place(job, shard, "json")
     if not storage.exists(place):
-        raise IncompleteError(f"Shard {shard} is not done: {place} is missing. Run its part first.")
-    return PartRecord.from_dict(storage.read_json(place), source=place)
+        return None
+    try:
+        record = PartRecord.from_dict(storage.read_json(place), source=place)
+    except ConfigError as err:
+        raise CorruptDataError(f"{err} Delete it and run the same command again.") from err
+    return record if record.key == job.key else None
 
 
 def read_stats(job: Job, record: PartRecord) -> PartStats:
@@ -154,7 +153,8 @@ def compute(job: Job, shard: int, dist_latents: tuple[int, ...], task: Task) -> 
     Raises:
         CorruptDataError: the shard is damaged, or something is not finite.
     """
-    stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top)
+    device = job.sae.W_enc.device
+    stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top, device)
     with contextlib.ExitStack() as stack:
         codes = dists = None
         if job.keeps_codes:

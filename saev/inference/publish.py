@@ -7,7 +7,7 @@ import numpy as np
 import safetensors.numpy
 
 from saev import storage
-from saev.errors import ConfigError, CorruptDataError, IncompleteError
+from saev.errors import CorruptDataError, IncompleteError
 from saev.inference import concepts, files, npz, part
 from saev.inference.codes import CodesInfo, StoredCodes
 from saev.inference.job import Job
@@ -62,16 +62,15 @@ def remove_parts(job: Job) -> None:
 
 def _read_records(job: Job) -> list[PartRecord]:
     n_shards = len(job.shards.infos)
-    missing = [shard for shard in range(n_shards) if not part.is_done(job, shard)]
+    found = [part.find_record(job, shard) for shard in range(n_shards)]
+    missing = [shard for shard, record in enumerate(found) if record is None]
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         raise IncompleteError(
             f"{job.url}: {len(missing)} of {n_shards} shards are not done ({shown}). Run their "
             "parts, or the same command without --part."
         )
-    records = [part.read_record(job, shard) for shard in range(n_shards)]
-    if not records:
-        raise ConfigError(f"{job.shards.url} has no shards; there is nothing to measure.")
+    records = [record for record in found if record is not None]
     for record in records:
         if record.dist_latents != records[0].dist_latents:
             raise CorruptDataError(

@@ -54,7 +54,7 @@ def work(cfg: InferenceConfig, item: dict[str, tp.Any], progress: Progress | Non
         _work(job, [item], progress)
 
 
-def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
+def finish(cfg: InferenceConfig) -> str:
     """Merge all parts exactly and publish; does nothing if that was done.
 
     Returns:
@@ -95,7 +95,7 @@ def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -
     dist_latents = job.claim()
     progress = progress or Progress(quiet=True)
     shards = [shard for item in items for shard in range(int(item["first"]), int(item["last"]))]
-    todo = [shard for shard in shards if not part.is_done(job, shard)]
+    todo = [shard for shard in shards if part.find_record(job, shard) is None]
     total = sum(map(job.source.shard_tokens, shards))
     done = total - sum(map(job.source.shard_tokens, todo))
     with progress.task("inference", total=total, unit="tok", done=done) as task:

@@ -1,5 +1,7 @@
 """The stage against brute force, and the same bytes however the work was cut."""
 
+import dataclasses
+import errno
 import json
 import shutil
 
@@ -8,8 +10,9 @@ import pytest
 import safetensors.numpy
 import scipy.sparse
 import torch
-from inference.world import LAYER, World, brute_force, contents, make_run, make_world
+from inference.world import LAYER, LAYERS, World, brute_force, contents, make_run, make_world
 from sklearn.metrics import average_precision_score
+from train.synthetic import write_acts
 
 from saev import inference, storage
 from saev.config import DataConfig, InferenceConfig
@@ -22,6 +25,7 @@ from saev.errors import (
 )
 from saev.inference import job as job_module
 from saev.inference import part as part_module
+from saev.inference.codes import CodesWriter
 from saev.inference.results import Results
 
 
@@ -263,6 +267,16 @@ def test_unlabelled_half_precision_shards(tmp_path) -> None:
     assert results.concepts == []
 
 
+def test_shards_of_the_published_format(world, tmp_path) -> None:
+    acts = np.stack([world.acts + 1, world.acts])  # LAYER is the second one
+    url = write_acts(str(tmp_path / "shards"), acts, LAYERS, per_shard=7, protocol="2.1")
+    data = DataConfig(shards=url, layer=LAYER)
+    results = Results.open(inference.run(InferenceConfig(run=world.run, data=data)))
+    truth = brute_force(dataclasses.replace(world, labels=None))
+    check_metrics(results, truth)
+    check_codes(results, truth)
+
+
 def test_latents_with_values_span_the_frequencies() -> None:
     counts = np.array([0, 5, 100, 1, 0, 7, 50, 3])
     assert job_module.spread_by_frequency(counts, 3) == (1, 2, 3)  # fires 5, 100 and 1 times
@@ -356,6 +370,38 @@ def test_a_damaged_part_is_named_and_can_be_done_anew(world, whole, tmp_path, su
     assert not (tmp_path / "metrics.json").exists()
     assert "000002.json" in str(caught.value)  # the remedy: without its record it is done anew
     (tmp_path / "parts" / "000002.json").unlink()
+    inference.run(config(world, tmp_path))
+    assert contents(tmp_path) == whole
+
+
+def test_a_damaged_record_is_named(world, tmp_path) -> None:
+    inference.run(config(world, tmp_path, part="1/5"))
+    record = tmp_path / "parts" / "000000.json"
+    for text, message in (("{", "not valid JSON"), ("{}", "key: Field required")):
+        record.write_text(text)
+        with pytest.raises(CorruptDataError, match=rf"000000\.json.*{message}"):
+            inference.run(config(world, tmp_path))
+
+
+def test_nothing_can_be_written(world, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"Cannot write .*file/out.*a file stands"):
+        inference.run(config(world, tmp_path / "file" / "out"))
+
+
+def test_a_full_disk(world, whole, tmp_path, monkeypatch) -> None:
+    """The disk fills up while the second shard's codes are written."""
+    append = CodesWriter.append
+
+    def full(self, columns, tokens):
+        if tokens.example_idx[0] >= 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, columns, tokens)
+
+    monkeypatch.setattr(CodesWriter, "append", full)
+    with pytest.raises(StorageError, match="no space left on the device"):
+        inference.run(config(world, tmp_path))
+    monkeypatch.undo()
     inference.run(config(world, tmp_path))
     assert contents(tmp_path) == whole
 
