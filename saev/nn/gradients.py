@@ -65,6 +65,11 @@ def total(values: Tensor) -> Tensor:
     return F.pad(values, (0, tail)).unflatten(-1, (-1, width)).sum(-1).sum(-1)
 
 
+def squared_norm(rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
+    """‖row‖² without a temporary of the size of the rows."""
+    return torch.linalg.vector_norm(rows, dim=-1).square()
+
+
 def output_gradient(
     blocks: Float[Tensor, "g c p d"],
     x: Float[Tensor, "c d"],
@@ -86,7 +91,7 @@ def output_gradient(
     blocks[:, :, 0] -= x
     for j in range(1, n_p):
         blocks[:, :, j] += blocks[:, :, j - 1]
-    error = total(torch.linalg.vecdot(blocks, blocks).transpose(1, 2))
+    error = total(squared_norm(blocks).transpose(1, 2))
     residual = -blocks[:, :, -1]
     blocks *= (2 / (n_tokens * d_model)) * prefixes.weights[:, None, :, None]
     for j in range(n_p - 2, -1, -1):
@@ -248,7 +253,7 @@ def aux_k(
     index = dead.nonzero().squeeze(1)
     n_dead = index.shape[0]
     w_enc, b_enc, w_dec = weights.W_enc[0][index], weights.b_enc[0][index], weights.W_dec[0][index]
-    energy = total(torch.linalg.vecdot(residual, residual)).clamp(min=1e-30)
+    energy = total(squared_norm(residual)).clamp(min=1e-30)
     factor = coeff * min(n_dead / k_aux, 1.0) / energy
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     sums = [torch.zeros_like(w_enc), torch.zeros_like(b_enc), torch.zeros_like(w_dec)]
@@ -260,7 +265,7 @@ def aux_k(
             kept = torch.zeros_like(z).scatter_(-1, top, 1.0)
             z = z * kept
         miss = z @ w_dec - e_c
-        error += total(torch.linalg.vecdot(miss, miss))
+        error += total(squared_norm(miss))
         grad_e = miss * (2 * factor)
         grad_z = grad_e @ w_dec.T
         if kept is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.errors import ConfigError
 from saev.nn import activations, objectives, sparse
+from saev.nn.encode import largest
 from saev.nn.init import initial_weights, least_error_scale
 
 
@@ -26,6 +27,18 @@ def test_batch_top_k_shares_its_budget_among_tokens():
     want = [[9.0, 8.0, 7.0], [1.0, 0.5, 0.0], [2.0, 0.0, 0.0]]
     torch.testing.assert_close(activations.batch_top_k(z, 2), torch.tensor(want))
     assert activations.batch_top_k(z, 3).min() == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(1536, 32), (60, 4), (61, 4), (30, 30), (2048, 1), (96, 8)])
+def test_the_two_stage_selection_is_topk(n, k):
+    z = torch.randn(3, 7, n, generator=torch.Generator().manual_seed(n)).transpose(0, 1)
+    want = z.topk(k, dim=-1)
+    values, indices = largest(z, k, ordered=True)
+    assert torch.equal(values, want.values)
+    assert torch.equal(indices, want.indices)
+    values, indices = largest(z, k, ordered=False)
+    assert torch.equal(indices.sort(-1).values, want.indices.sort(-1).values)
+    assert torch.equal(z.gather(-1, indices), values)
 
 
 def test_threshold_is_strict():
