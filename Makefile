@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 LOCK   := requirements/dev.lock
 DEMO   ?= demo-out
 
+# Where this is set, as in many containers, every start would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test demo lint typecheck lock clean
 
