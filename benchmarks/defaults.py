@@ -10,7 +10,6 @@ again. docs/training.md has the results.
 """
 
 import argparse
-import json
 import sys
 import typing as tp
 
@@ -21,6 +20,8 @@ from saev import storage, train
 from saev.config import ImgSegFolder, LoaderConfig, SaeConfig, ShardsConfig, TrainConfig
 from saev.demo import baselines, photos, weights
 from saev.loaders import OrderedLoader
+from saev.nn import load_sae
+from saev.nn.metrics import ReconstructionMetrics
 from saev.progress import Progress
 from saev.shards import Shards, extract
 
@@ -35,25 +36,37 @@ class Experiment(tp.NamedTuple):
     sweep: str
 
 
+_OLD_AUX = "objective.k_aux = 128\n"  # half of d_model, rounded down to a power of two
 EXPERIMENTS = {
-    "lr": Experiment(150_000, 512, "lr = [1.5e-3, 5e-3, 1e-2]\nsae.reinit_blend = [0.0, 0.8]\n"),
+    "lr": Experiment(
+        150_000,
+        512,
+        _OLD_AUX + "dead_after = 15000\nlr = [1.5e-3, 5e-3, 1e-2]\nsae.reinit_blend = [0.0, 0.8]\n",
+    ),
     "init": Experiment(
         300_000,
         512,
+        _OLD_AUX + "dead_after = 30000\n"
         "[[grid]]\nlr = 5e-3\nsae.reinit_blend = [0.0, 0.2, 0.4]\n"
         "[[grid]]\nlr = 2.5e-3\nsae.reinit_blend = [0.0, 0.2]\n",
     ),
-    "aux": Experiment(
-        150_000,
-        512,
-        "lr = 5e-3\nsae.reinit_blend = [0.0, 0.8]\nobjective.aux_coeff = [0.0, 0.03125]\n",
+    "batch": Experiment(
+        150_000, 1024, _OLD_AUX + "dead_after = 15000\nlr = 1.5e-3\nsae.reinit_blend = [0.0, 0.4]\n"
     ),
-    "batch": Experiment(150_000, 1024, "lr = [1.5e-3, 5e-3]\nsae.reinit_blend = [0.0, 0.4, 0.8]\n"),
+    "aux": Experiment(
+        200_000,
+        512,
+        "lr = 3e-3\nsae.reinit_blend = 0\nseed = 0\n"
+        "[[grid]]\nobjective.aux_coeff = 0\ndead_after = 20000\n"
+        "[[grid]]\nobjective.k_aux = [16, 128]\ndead_after = 20000\n"
+        "[[grid]]\nobjective.k_aux = 16\nobjective.aux_coeff = 0.25\ndead_after = 20000\n"
+        "[[grid]]\nobjective.k_aux = 16\ndead_after = 6000\n",
+    ),
     "width": Experiment(
         100_000,
         512,
-        "[[grid]]\nsae.d_sae = 384\nlr = [5e-3, 1e-2]\n"
-        "[[grid]]\nsae.d_sae = 6144\nlr = [2.5e-3, 5e-3]\n",
+        "[[grid]]\nsae.d_sae = 384\nlr = [3e-3, 6e-3, 1.2e-2]\n"
+        "[[grid]]\nsae.d_sae = 6144\nlr = [7.5e-4, 1.5e-3, 3e-3]\n",
     ),
     "bar": Experiment(
         1_000_000,
@@ -62,7 +75,10 @@ EXPERIMENTS = {
         'objective.kind = ["vanilla", "matryoshka"]\n',
     ),
 }
-COLUMNS = "activation objective d_sae batch lr blend aux nmse l0 dead dense dead_in_training"
+COLUMNS = (
+    "activation objective d_sae batch lr blend aux k_aux dead_after "
+    "nmse l0 dead dense dead_held_out"
+)
 
 
 def main() -> None:
@@ -123,17 +139,30 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
 
 
 def row(url: str) -> list[str]:
-    """One line of a table."""
+    """One line of a table. NMSE and L0 are of the held-out tokens; dead and dense of all of them,
+    because a latent for a rare thing need not fire on the few that are held out."""
     c = TrainConfig.from_url(storage.join(url, "config.json"))
-    m = storage.read_json(storage.join(url, "run.json"))["metrics"]
-    last = json.loads(storage.read_text(storage.join(url, "metrics.jsonl")).splitlines()[-1])
-    dead = last["train/n_dead"]
+    held_out = storage.read_json(storage.join(url, "run.json"))["metrics"]
+    everything = c.train_data.model_copy(update={"split": "all"})
+    sae = load_sae(url)
+    seen = ReconstructionMetrics(sae.d_model, sae.d_sae)
+    with (
+        Shards.open(everything.shards) as shards,
+        OrderedLoader(shards, everything, 4096) as loader,
+    ):
+        for batch in loader:
+            seen.update(batch.act, *sae(batch.act))
+    m = seen.to_dict()
+    n = m["n_latents"]
     return [
-        c.sae.activation.kind, c.objective.kind, str(c.sae.d_sae), str(c.batch_size), f"{c.lr:g}",
-        f"{c.sae.reinit_blend:g}", f"{c.objective.aux_coeff:g}", f"{m['normalized_mse']:.4f}",
-        f"{m['l0']:.1f}", f"{m['n_dead'] / m['n_latents']:.1%}",
-        f"{m['n_dense'] / m['n_latents']:.1%}", f"{dead / m['n_latents']:.1%}",
-    ]  # fmt: skip
+        c.sae.activation.kind,
+        c.objective.kind,
+        *(f"{v:g}" for v in (c.sae.d_sae, c.batch_size, c.lr, c.sae.reinit_blend)),
+        *(f"{v:g}" for v in (c.objective.aux_coeff, c.objective.k_aux, c.dead_after)),
+        f"{held_out['normalized_mse']:.4f}",
+        f"{held_out['l0']:.1f}",
+        *(f"{v / n:.1%}" for v in (m["n_dead"], m["n_dense"], held_out["n_dead"])),
+    ]
 
 
 def read(data: LoaderConfig) -> Tensor:

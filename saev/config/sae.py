@@ -63,9 +63,9 @@ class SaeConfig(Config):
     """Expansion factor, used when `d_sae` is not given."""
     activation: Activation = TopK()
     """Activation function."""
-    reinit_blend: float = pydantic.Field(default=0.8, ge=0.0, le=1.0)
+    reinit_blend: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     """Data-point initialisation: share of a centred training activation in each decoder row, the
-    rest is noise (both at unit norm); 0 is plain random initialisation."""
+    rest is noise (both at unit norm); 0 is plain random initialisation (docs/training compares)."""
     enc_scale: float | None = pydantic.Field(default=None, gt=0.0)
     """Initial encoder = decoderᵀ × this; by default the value with the least initial error."""
     normalize_w_dec: bool = True

@@ -9,7 +9,7 @@ import math
 import typing as tp
 
 from saev import storage
-from saev.config import BatchTopK, DataConfig, LoaderConfig, TopK, TrainConfig
+from saev.config import BatchTopK, DataConfig, LoaderConfig, Objective, TopK, TrainConfig
 from saev.config.sweeps import UNSWEPT, resolve
 from saev.errors import ConfigError
 from saev.shards import Shards
@@ -132,6 +132,7 @@ def resolve_one(cfg: TrainConfig, places: "_Places | None" = None) -> TrainConfi
             "train_data": train,
             "val_data": val,
             "sae": cfg.sae.model_copy(update={"d_model": d_model, "d_sae": d_sae}),
+            "objective": default_objective(cfg),
             "lr": cfg.lr or default_lr(d_sae, cfg.optim),
             "n_lr_warmup": _or(cfg.n_lr_warmup, round(LR_WARMUP * n_steps)),
             "n_sparsity_warmup": _or(cfg.n_sparsity_warmup, round(SPARSITY_WARMUP * n_steps)),
@@ -148,6 +149,8 @@ LR_WARMUP = 0.05
 """Share of the run."""
 SPARSITY_WARMUP = 0.2
 """Share of the run."""
+DEAD_AFTER = 0.03
+"""Share of the run."""
 
 
 def default_batch_size(n_train: int) -> int:
@@ -157,13 +160,26 @@ def default_batch_size(n_train: int) -> int:
 
 
 def default_lr(d_sae: int, optim: str) -> float:
-    """Peak learning rate: falls with the square root of the width, as in Gao et al. 2024, §3."""
-    return round(8e-4 * math.sqrt(1536 / d_sae), 8)
+    """Peak learning rate: falls with the square root of the width (Gao et al. 2024, figure 3)."""
+    return float(f"{3e-3 * math.sqrt(1536 / d_sae):.4g}")
 
 
 def default_dead_after(n_train: int) -> int:
-    """Tokens without firing that make a latent dead: 10M, but at most a tenth of the run."""
-    return max(1, min(10_000_000, n_train // 10))
+    """Tokens without firing that make a latent dead: 10M, but at most a small share of the run."""
+    return max(1, min(10_000_000, round(DEAD_AFTER * n_train)))
+
+
+def default_objective(cfg: TrainConfig) -> Objective:
+    """With ``k_aux`` half of k for TopK and BatchTopK.
+
+    AuxK latents then compete for a token as they would if they were alive. Gao et al. take half of
+    d_model, and there are always more dead latents than that; here there are fewer, so all of them
+    would share each residual, as a small dense autoencoder that never wakes up.
+    """
+    top_k = getattr(cfg.sae.activation, "top_k", 0)
+    if cfg.objective.k_aux is not None or not top_k:
+        return cfg.objective
+    return cfg.objective.model_copy(update={"k_aux": max(1, top_k // 2)})
 
 
 def _or(value: int | None, default: int) -> int:
