@@ -49,6 +49,21 @@ def test_every_default_is_decided(cfg, shards):
     assert resolve.run_id(resolve.resolve_one(found)) == resolve.run_id(found)
 
 
+def test_defaults_that_depend_on_others(cfg):
+    assert resolve.resolve_one(cfg).objective.k_aux == 1  # half of 3
+    wide = update(cfg, sae=SaeConfig(activation=TopK(top_k=32)))
+    assert resolve.resolve_one(wide).objective.k_aux == 16
+    assert (
+        resolve.resolve_one(update(cfg, sae=SaeConfig(activation=Relu()))).objective.k_aux is None
+    )
+    auto = update(cfg, batch_size=None)
+    found = [
+        resolve.resolve_one(update(auto, n_train=n)).batch_size
+        for n in (1000, 500_000, 1_000_000, 10**8)
+    ]
+    assert found == [256, 256, 512, 16_384]
+
+
 def test_wider_saes_learn_more_slowly():
     lrs = [resolve.default_lr(d_sae, "adam") for d_sae in (1536, 6144, 24576)]
     assert lrs[0] == pytest.approx(2 * lrs[1]) == pytest.approx(4 * lrs[2])
