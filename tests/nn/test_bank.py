@@ -26,12 +26,17 @@ def stream(n_steps, size=130, seed=0):
         yield (codes * (codes > 0.85)) @ directions
 
 
+def sae_config(act, **kwargs):
+    """Explicit, so that the defaults of training may change."""
+    return SaeConfig(d_sae=S, activation=act, reinit_blend=0.8, **kwargs)
+
+
 def members(act, n, objective=None):
     """Configs of n members that differ in everything that may differ."""
     cfgs, objectives = [], []
     for i in range(n):
         a = act.model_copy(update={"top_k": 4 + i}) if hasattr(act, "top_k") else act
-        cfgs.append(SaeConfig(d_sae=S, activation=a, normalize_w_dec=i != 2))
+        cfgs.append(sae_config(a, normalize_w_dec=i != 2))
         kind = Matryoshka(n_prefixes=3 + i) if i % 2 else Vanilla()
         objectives.append((objective or kind).model_copy(update={"sparsity_coeff": 1e-3 * (i + 1)}))
     lrs = [1e-3 * (i + 1) for i in range(n)]
@@ -146,7 +151,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 @pytest.mark.parametrize("optim", ["adam", "muon"])
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda a: a.kind)
 def test_training_reduces_the_error_and_keeps_rows_at_unit_norm(act, optim):
-    cfg = SaeConfig(d_sae=S, activation=act)
+    cfg = sae_config(act)
     lr = {"adam": 3e-3, "muon": 1e-2}[optim]
     bank = bank_of([cfg], [Vanilla(sparsity_coeff=1e-4)], [lr], [0], optim=optim, grad_clip=1.0)
     metrics = [bank.step(x) for x in stream(150)]
@@ -197,7 +202,7 @@ def test_dead_latents_are_counted_and_revived():
     """Latents whose bias was pushed down never fire. AuxK brings them back, or else they stay."""
     fired = {}
     for aux_coeff in (0.0, 1 / 32):
-        cfg = SaeConfig(d_sae=S, activation=TopK(top_k=4))
+        cfg = sae_config(TopK(top_k=4))
         bank = bank_of([cfg], [Vanilla(aux_coeff=aux_coeff)], [3e-3], [0], dead_after=1000)
         bank.params["b_enc"][0, :20] -= 4.0
         for x in stream(8):
@@ -212,7 +217,7 @@ def test_dead_latents_are_counted_and_revived():
 
 
 def test_batch_top_k_threshold_gives_the_same_sparsity_at_evaluation():
-    cfg = SaeConfig(d_sae=S, activation=BatchTopK(top_k=5))
+    cfg = sae_config(BatchTopK(top_k=5))
     bank = bank_of([cfg], [Vanilla()], [1e-3], [0])
     for i, x in enumerate(stream(300)):
         metrics = bank.step(x, lr_factor=1 - i / 300)
@@ -227,7 +232,7 @@ def test_batch_top_k_threshold_gives_the_same_sparsity_at_evaluation():
 
 
 def test_batch_top_k_threshold_is_a_moving_average_of_the_smallest_selected_value():
-    cfg = SaeConfig(d_sae=S, activation=BatchTopK(top_k=3, threshold_momentum=0.75))
+    cfg = sae_config(BatchTopK(top_k=3, threshold_momentum=0.75))
     bank = bank_of([cfg], [Vanilla()], [1e-3], [0])
     want = None
     for x in stream(6):
@@ -239,7 +244,7 @@ def test_batch_top_k_threshold_is_a_moving_average_of_the_smallest_selected_valu
 
 
 def test_batch_top_k_with_fewer_positive_values_than_wanted_selects_those():
-    cfg = SaeConfig(d_sae=S, activation=BatchTopK(top_k=S))
+    cfg = sae_config(BatchTopK(top_k=S))
     bank = bank_of([cfg], [Vanilla()], [1e-3], [0])
     for x in stream(3):
         z = x @ bank.params["W_enc"][0].T + bank.params["b_enc"][0]
@@ -272,7 +277,7 @@ def test_members_compute_what_the_bank_trains(act):
 
 
 def test_seeds_decide_the_initialisation():
-    cfg = SaeConfig(d_sae=S, activation=TopK(top_k=4))
+    cfg = sae_config(TopK(top_k=4))
     bank = bank_of([cfg] * 3, [Vanilla()] * 3, [1e-3] * 3, [1, 1, 2])
     w = bank.params["W_dec"]
     assert torch.equal(w[0], w[1])

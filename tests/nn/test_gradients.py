@@ -97,7 +97,10 @@ OBJECTIVES = [
 def make_bank(act, objectives, **kwargs):
     n = len(objectives)
     acts = act if isinstance(act, list) else [act] * n
-    cfgs = [SaeConfig(d_sae=S, activation=a, remove_parallel_grads=False) for a in acts]
+    cfgs = [
+        SaeConfig(d_sae=S, activation=a, reinit_blend=0.8, remove_parallel_grads=False)
+        for a in acts
+    ]
     generator = torch.Generator().manual_seed(3)
     data = torch.randn(200, D, generator=generator) + 0.5
     options = {"dtype": torch.float64, "data": data, "dead_after": 100} | kwargs
