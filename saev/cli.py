@@ -20,7 +20,7 @@ from saev.config.run import RunConfig
 from saev.errors import SaevError
 from saev.progress import Progress
 
-COMMANDS: dict[str, type] = {
+COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "shards": ShardsConfig,
     "train": TrainConfig,
     "inference": InferenceConfig,
@@ -52,7 +52,7 @@ def parse(argv: tp.Sequence[str]) -> tp.Any:
 def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str]:
     """Run the stage of a config; returns the URLs of its results."""
     if isinstance(cfg, ShardsConfig):
-        from saev.shards import extract
+        import saev.shards.extract as extract
 
         return [extract.run(cfg, progress=progress)]
     if isinstance(cfg, TrainConfig):

@@ -4,13 +4,13 @@ import logging
 import math
 import typing as tp
 
+import saev.shards.extract as extract
 from saev import inference, storage, train, visuals
 from saev.config import DataConfig, InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.run import RunConfig, RunFile
 from saev.errors import ConfigError
 from saev.inference.results import Results
 from saev.progress import Progress
-from saev.shards import extract
 from saev.visuals import overview
 
 logger = logging.getLogger(__name__)

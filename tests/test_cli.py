@@ -301,7 +301,7 @@ def test_sae_and_shards_of_different_width(
     ]
     status, out, err = saev(*argv, "data:fake-img", "--data.n-examples", "2", capsys=capsys)
     assert status == 0, err
-    argv = ["inference", "--run", trained, "--data.shards", out.strip()]
+    argv = ["inference", "--run", trained, "--data.shards", out.strip(), "--data.layer", "11"]
     status, _, err = saev(*argv, "--out", str(tmp_path / "o"), capsys=capsys)
     assert status == 1
     assert "192" in err

@@ -346,7 +346,7 @@ def test_files_that_are_not_weights(trained: tp.Any, tmp_path: Path):
     _, state = trained
     url = tmp_path / "x"
     torch.save({"model": state, "args": NotATensor()}, url)
-    refuse(f"test_vit@{url}", r"\(test_checkpoints.NotATensor\), which are never unpickled")
+    refuse(f"test_vit@{url}", r"\(test_vit_checkpoints.NotATensor\), which are never unpickled")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), url)
     refuse(f"test_vit@{url}", "TorchScript archive")
     torch.save([1, 2], url)
