@@ -68,6 +68,9 @@ EXPERIMENTS = {
         "[[grid]]\nsae.d_sae = 384\nlr = [3e-3, 6e-3, 1.2e-2]\n"
         "[[grid]]\nsae.d_sae = 6144\nlr = [7.5e-4, 1.5e-3, 3e-3]\n",
     ),
+    "muon": Experiment(
+        100_000, 512, 'optim = "muon"\nsae.d_sae = 384\nlr = [1e-3, 3e-3, 1e-2, 3e-2]\n'
+    ),
     "bar": Experiment(
         1_000_000,
         None,
@@ -158,7 +161,7 @@ def row(url: str) -> list[str]:
         c.sae.activation.kind,
         c.objective.kind,
         *(f"{v:g}" for v in (c.sae.d_sae, c.batch_size, c.lr, c.sae.reinit_blend)),
-        *(f"{v:g}" for v in (c.objective.aux_coeff, c.objective.k_aux, c.dead_after)),
+        *(f"{v:g}" for v in (c.objective.aux_coeff, c.objective.k_aux or 0, c.dead_after)),
         f"{held_out['normalized_mse']:.4f}",
         f"{held_out['l0']:.1f}",
         *(f"{v / n:.1%}" for v in (m["n_dead"], m["n_dense"], held_out["n_dead"])),

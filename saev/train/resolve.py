@@ -160,8 +160,12 @@ def default_batch_size(n_train: int) -> int:
 
 
 def default_lr(d_sae: int, optim: str) -> float:
-    """Peak learning rate: falls with the square root of the width (Gao et al. 2024, figure 3)."""
-    return float(f"{3e-3 * math.sqrt(1536 / d_sae):.4g}")
+    """Peak learning rate: falls with the fourth root of the width, as measured in docs/training.md.
+
+    Gao et al. 2024 find the square root, for much longer runs of wider SAEs.
+    """
+    peak = 3e-3 if optim == "adam" else 1.5e-2
+    return float(f"{peak * (1536 / d_sae) ** 0.25:.4g}")
 
 
 def default_dead_after(n_train: int) -> int:

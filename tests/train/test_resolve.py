@@ -65,8 +65,9 @@ def test_defaults_that_depend_on_others(cfg):
 
 
 def test_wider_saes_learn_more_slowly():
-    lrs = [resolve.default_lr(d_sae, "adam") for d_sae in (1536, 6144, 24576)]
-    assert lrs[0] == pytest.approx(2 * lrs[1]) == pytest.approx(4 * lrs[2])
+    lrs = [resolve.default_lr(d_sae, "adam") for d_sae in (1536, 1536 * 16, 1536 * 256)]
+    assert lrs == pytest.approx([3e-3, 1.5e-3, 0.75e-3])
+    assert resolve.default_lr(1536, "muon") == pytest.approx(5 * lrs[0])
 
 
 def test_splits(cfg, shards, tmp_path):
