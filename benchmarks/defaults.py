@@ -130,7 +130,7 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
         sae=SaeConfig(d_sae=D_SAE),
     )
     urls = train.run(cfg, progress=progress)
-    print(f"\n{name}: {experiment.n_train:,} tokens, d_sae {D_SAE}, k {TOP_K}")
+    print(f"\n{name}: {experiment.n_train:,} tokens, k {TOP_K}")
     print("\t".join(COLUMNS.split()))
     for url in urls:
         print("\t".join(row(url)))
