@@ -6,12 +6,12 @@ import logging
 import typing as tp
 
 import numpy as np
-import torch
 
 from saev import storage
 from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
 from saev.config.train import TrainConfig
+from saev.device import choose_device
 from saev.errors import ConfigError
 from saev.inference import files
 from saev.inference.encode import count_fires
@@ -195,23 +195,6 @@ def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shar
             theirs.tokens, data.tokens,
         )  # fmt: skip
     return shards, data.model_copy(update={"shards": shards.url, "layer": layer})
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that a flag names.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as err:
-        first = str(err).splitlines()[0]
-        raise ConfigError(f"--device {device} cannot be used here: {first}. Use cpu.") from err
-    return chosen
 
 
 def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAutoencoder) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from saev import storage, vit
 from saev.config import ShardsConfig
+from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
 from saev.progress import Progress
@@ -140,7 +141,7 @@ class Recording:
     @functools.cached_property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return _resolve_device(self.cfg.device)
+        return choose_device(self.cfg.device)
 
     @functools.cached_property
     def model(self) -> vit.VisionModel:
@@ -312,17 +313,3 @@ class Recording:
 
 def _stack(labels: list[np.ndarray], n_tokens: int) -> np.ndarray:
     return np.stack(labels) if labels else np.zeros((0, n_tokens), np.uint8)
-
-
-def _resolve_device(text: str) -> torch.device:
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as err:
-        reason = str(err).splitlines()[0]
-        raise ConfigError(
-            f"--device {text} cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
-        ) from err
-    return device

@@ -16,6 +16,7 @@ import torch
 import saev
 from saev import storage
 from saev.config import TrainConfig
+from saev.device import choose_device
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
@@ -311,25 +312,6 @@ class Trainer:
             "shards": metadata.hash,
             "n_tokens": self.n_steps * self.batch_size,
         }
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that a flag names; ``auto`` is a GPU if there is one.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as err:
-        reason = str(err).splitlines()[0]
-        raise ConfigError(
-            f"--device {device} cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
-        ) from err
-    return chosen
 
 
 @contextlib.contextmanager
