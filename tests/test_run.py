@@ -1,0 +1,98 @@
+"""`saev run`: all four stages from one file."""
+
+from pathlib import Path
+
+import pytest
+
+from saev import run
+from saev.config import FakeImgSeg
+from saev.config.run import RunConfig
+from saev.errors import ConfigError
+
+FILE = """
+[data]
+kind = "fake-img-seg"
+n_examples = 16
+image_size = 64
+
+[shards]
+family = "timm"
+ckpt = "test_vit/random"
+image_size = 64
+layers = [-1]
+
+[train]
+n_train = 400
+sweep = "sweep.toml"
+
+[train.sae]
+d_sae = 64
+
+[train.train_data]
+val_fraction = 0.25
+
+[visuals]
+n_latents = 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config, with its sweep beside it."""
+    (tmp_path / "sweep.toml").write_text("[sae.activation]\ntop_k = [2, 4]\n")
+    path = tmp_path / "run.toml"
+    path.write_text(FILE)
+    return path
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_images_in_picture_book_out(config: Path, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    cfg = RunConfig(config=str(config), root=str(root))
+    page = Path(run.run(cfg))
+    html = page.read_text()
+    reports = sorted(root.glob("runs/*/inference/*/report/index.html"))
+    assert len(reports) == 2
+    for report in reports:
+        assert f'href="{report.relative_to(root)}"' in html
+    before = contents(root)
+    assert run.run(cfg) == str(page)
+    assert contents(root) == before, "what was done was done again"
+
+
+def test_other_images_than_the_files(config: Path, tmp_path: Path) -> None:
+    cfg = RunConfig(config=str(config), data=FakeImgSeg(n_examples=3))
+    assert run.resolve(cfg).shards.data == FakeImgSeg(n_examples=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("n_latents = 2", "n_latent = 2", "n_latent"),
+        ("n_train = 400", 'n_train = "many"', "n_train"),
+        ("[visuals]", "[visual]", "visual"),
+        ("layers = [-1]", 'shards_root = "x"', "shards_root"),
+        ("layers = [-1]", "layers = [-1", "TOML"),
+        ("[visuals]", '[visuals]\nrun = "x"', "run is set"),
+    ],
+)
+def test_a_mistake_in_the_file_stops_before_anything_starts(
+    old: str, new: str, expected: str, config: Path, tmp_path: Path
+) -> None:
+    config.write_text(FILE.replace(old, new))
+    root = tmp_path / "out"
+    with pytest.raises(ConfigError, match=expected) as error:
+        run.run(RunConfig(config=str(config), root=str(root)))
+    assert str(config) in str(error.value)
+    assert not root.exists()
+
+
+def test_no_images(config: Path) -> None:
+    text = FILE[FILE.index("[shards]") :]
+    config.write_text(text)
+    with pytest.raises(ConfigError, match="No images"):
+        run.resolve(RunConfig(config=str(config)))
