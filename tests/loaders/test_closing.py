@@ -236,14 +236,15 @@ def test_an_error_is_raised_before_the_batches_that_were_read_ahead(tmp_path):
     flip(folder, "acts000013.bin")  # the last but one
     with folder.open() as shards:
         loader = OrderedLoader(shards, LoaderConfig(), 1, n_threads=1, buffer_mb=0.07)
-        iterator = iter(loader)
-        next(iterator)
-        deadline = time.monotonic() + 20
-        while readers() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        iterator, taken = iter(loader), 0
         with pytest.raises(CorruptDataError, match=r"acts000013\.bin"):
+            next(iterator)  # raises already if the reader was quicker
+            taken = 1
+            deadline = time.monotonic() + 20
+            while readers() and time.monotonic() < deadline:
+                time.sleep(0.01)
             next(iterator)
-        assert loader.state_dict()["position"] == 1
+        assert loader.state_dict()["position"] == taken
         assert list(iterator) == []
 
 
