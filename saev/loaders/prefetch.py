@@ -1,5 +1,6 @@
 """Threads that complete jobs ahead of a consumer, in order, and that always end."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -108,11 +109,13 @@ class Prefetcher(tp.Generic[JobT]):
         self._closed = True
         if os.getpid() != self._pid:
             return
+        me = threading.current_thread()
+        if me not in self._threads:
+            self._free_leaked_lock()
         with self._changed:
             self._tasks.clear()
             self._in_flight.clear()
             self._changed.notify_all()
-        me = threading.current_thread()
         if me in self._threads:  # the collector runs finalizers on any thread; it ends by itself
             return
         deadline = time.monotonic() + JOIN_TIMEOUT_S
@@ -120,6 +123,15 @@ class Prefetcher(tp.Generic[JobT]):
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 log.warning("A read still runs %.0f s after its loader closed", JOIN_TIMEOUT_S)
+
+    def _free_leaked_lock(self) -> None:
+        """Ctrl-C can strike between taking the lock and entering the block that gives it back.
+
+        No consumer that calls `close` holds the lock by right, so what it holds was leaked so.
+        """
+        with contextlib.suppress(RuntimeError):  # which ends the loop: it is not held any more
+            while True:
+                self._changed.release()
 
     # --- The threads' side -----------------------------------------------------------------
 
