@@ -145,6 +145,9 @@ def child(url, how, running):
         next(iterator)  # and left open when the process ends
     except KeyboardInterrupt:
         loader.close()
+        deadline = time.monotonic() + 5
+        while threading.active_count() > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
         sys.exit(5 if threading.active_count() == 1 else 6)
 
 for how in sys.argv[2:]:  # torch is imported once, every case has a process of its own
