@@ -2,10 +2,9 @@
 
 import typing as tp
 
-import jinja2
-
 from saev import storage
 from saev.config import TrainConfig
+from saev.visuals import pages
 
 
 class Row(tp.NamedTuple):
@@ -40,22 +39,21 @@ def write(root: str, shards: str, rows: tp.Sequence[Row]) -> str:
     Returns:
         URL of the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("saev.visuals"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     ordered = sorted(rows, key=lambda row: (row.metrics["l0"], row.run))
+    x_max = max((row.metrics["l0"] for row in ordered), default=1.0)
+    y_max = max((row.metrics["normalized_mse"] for row in ordered), default=1.0)
     url = storage.join(root, "index.html")
-    html = environment.get_template("overview.html").render(
-        rows=[(i, row, _relative(root, row)) for i, row in enumerate(ordered, start=1)],
-        points=_points(ordered),
-        shards=storage.name(shards),
-        best=min((row.metrics["normalized_mse"] for row in ordered), default=0.0),
-        x_max=max((row.metrics["l0"] for row in ordered), default=1.0),
-        y_max=max((row.metrics["normalized_mse"] for row in ordered), default=1.0),
+    html = (
+        pages.environment()
+        .get_template("overview.html")
+        .render(
+            rows=[(i, row, _relative(root, row)) for i, row in enumerate(ordered, start=1)],
+            points=_points(ordered, x_max, y_max),
+            shards=storage.name(shards),
+            best=min((row.metrics["normalized_mse"] for row in ordered), default=0.0),
+            x_max=x_max,
+            y_max=y_max,
+        )
     )
     storage.write_text(url, html)
     return url
@@ -66,13 +64,11 @@ def _relative(root: str, row: Row) -> tuple[str, str]:
     return row.run.removeprefix(base), row.report.removeprefix(base)
 
 
-def _points(rows: tp.Sequence[Row]) -> list[_Point]:
-    x_max = max((row.metrics["l0"] for row in rows), default=1.0) or 1.0
-    y_max = max((row.metrics["normalized_mse"] for row in rows), default=1.0) or 1.0
+def _points(rows: tp.Sequence[Row], x_max: float, y_max: float) -> list[_Point]:
     return [
         _Point(
-            100 * row.metrics["l0"] / x_max,
-            100 - 100 * row.metrics["normalized_mse"] / y_max,
+            100 * row.metrics["l0"] / (x_max or 1.0),
+            100 - 100 * row.metrics["normalized_mse"] / (y_max or 1.0),
             i,
         )
         for i, row in enumerate(rows, start=1)

@@ -18,7 +18,7 @@ import markupsafe
 import numpy as np
 from jaxtyping import Float
 
-from saev.visuals import render
+from saev.visuals import pages, render
 from saev.visuals.records import Histogram, LatentRecord, folder_name
 
 FREQUENCY_BINS = 48
@@ -186,13 +186,7 @@ def percent(value: float) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("saev.visuals", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = pages.environment()
     environment.filters["number"] = number
     environment.filters["percent"] = percent
     environment.globals["max_legend"] = MAX_LEGEND
