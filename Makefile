@@ -41,7 +41,7 @@ typecheck: setup ## Check types
 
 lock: ## Write the lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 --constraints requirements/pins.in --extra s3 --extra hf --extra demo --extra dev \
+	  --python-version 3.11 --constraints requirements/pins.in --extra s3 --extra hf --extra kfp --extra demo --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
 	  --python-version 3.11 - --output-file requirements/uv.lock
