@@ -1,0 +1,1 @@
+"""The pipelines on Kubeflow: compile, submit, schedule, watch, run locally."""
