@@ -25,6 +25,9 @@ class ImgFolder(Config):
     root: str
     """URL of the folder, or a glob pattern of folders or images (quote it). Classes are named by
     the path below a matched folder; for matched images, below the pattern's part without `*`."""
+    version: str = ""
+    """Any text that is part of the data's identity, besides names and sizes. Give a new one when
+    files were replaced by others of the same names and sizes."""
 
 
 class ImgSegFolder(Config):
@@ -45,6 +48,8 @@ class ImgSegFolder(Config):
     lowest), or the most frequent value that is not `bg_label` if there is any (prefer-fg)."""
     bg_label: int = pydantic.Field(default=0, ge=0, le=255)
     """The mask value of background, for `prefer-fg`."""
+    version: str = ""
+    """As for img-folder."""
 
 
 class Imagenet(Config):

@@ -15,8 +15,8 @@ class RunConfig(Config):
     """Images in, a picture book of features out: all four stages, skipping what is done."""
 
     config: str
-    """URL of a TOML file with the tables [shards], [train], [inference] and [visuals]; their keys
-    are the flags of those commands."""
+    """URL of a TOML file (or JSON, if it is called so) with the tables [shards], [train],
+    [inference] and [visuals]; their keys are the flags of those commands."""
     root: str = "./saev-out"
     """URL of the folder for everything: root/shards, root/runs and root/index.html."""
     data: ImageData | None = None
@@ -32,15 +32,51 @@ class RunFile(Config):
     """Keys of ShardsConfig."""
     train: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of TrainConfig. `sweep` may be given relative to the file."""
+    sweep: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
+    """What a sweep file holds, in place of train.sweep."""
     inference: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of InferenceConfig."""
     visuals: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of VisualsConfig."""
 
     @classmethod
-    def read(cls, url: str) -> "RunFile":
+    def read(cls, url: str) -> tp.Self:
         """Parse the file. Raises ConfigError that names a wrong key."""
-        return cls.from_dict(read_toml(url), source=storage.normalize(url))
+        source = storage.normalize(url)
+        if not source.endswith(".json"):
+            return cls.from_dict(read_toml(url), source=source)
+        try:
+            return cls.from_dict(storage.read_json(url), source=source)
+        except CorruptDataError as err:
+            raise ConfigError(str(err)) from err
+
+    @classmethod
+    def portable(cls, url: str) -> tp.Self:
+        """The file with its sweep inside, so that it means the same where the sweep's file is not.
+
+        Raises:
+            ConfigError: a key of the file is wrong, or it names a sweep twice.
+            StorageError: the file or the sweep cannot be read.
+        """
+        file = cls.read(url)
+        sweep = file.train.get("sweep")
+        if not sweep:
+            return file
+        if file.sweep:
+            raise ConfigError(
+                f"{storage.normalize(url)} has a table [sweep] and names {sweep} in [train]; "
+                "keep one of them."
+            )
+        train = {key: value for key, value in file.train.items() if key != "sweep"}
+        table = read_toml(beside(url, sweep))
+        return file.model_copy(update={"train": train, "sweep": table})
+
+
+def beside(config: str, sweep: str) -> str:
+    """Where the sweep of a config file is: a relative name is looked for beside the file first."""
+    near = storage.join(storage.parent(config), sweep)
+    is_relative = "://" not in sweep and not sweep.startswith("/")
+    return near if is_relative and storage.exists(near) else sweep
 
 
 def read_toml(url: str) -> dict[str, tp.Any]:

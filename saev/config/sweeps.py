@@ -63,21 +63,29 @@ Point = dict[str, tp.Any]
 """One SAE's values by dotted key."""
 
 
-def resolve(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> tuple[TrainConfig, ...]:
-    """One config per SAE, in a fixed order; ``(cfg,)`` if it names no sweep.
+def resolve(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: Mapping[str, tp.Any] | None = None,
+) -> tuple[TrainConfig, ...]:
+    """One config per SAE, in a fixed order; ``(cfg,)`` if there is no sweep.
 
     Args:
         cfg: what the command line said, with defaults for the rest.
         explicit: dotted keys that the command line set; a sweep does not override them.
+        table: what the sweep's file would hold, if the sweep is not a file.
 
     Raises:
         ConfigError: the file does not parse, a key is unknown (the nearest valid one is named), a
             value has the wrong type, or a combination is invalid.
     """
-    if not cfg.sweep:
+    if table:
+        source = "the table [sweep]"
+    elif cfg.sweep:
+        source, table = storage.normalize(cfg.sweep), read_toml(cfg.sweep)
+    else:
         return (cfg,)
-    source = storage.normalize(cfg.sweep)
-    points = list(read_points(cfg.sweep, explicit))
+    points = list(expand(table, source, explicit))
     base = cfg.to_dict() | {"sweep": ""}
     members: dict[str, tuple[TrainConfig, bool]] = {}
     for point in points:
@@ -93,10 +101,11 @@ def resolve(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> tuple[TrainC
     )
 
 
-def read_points(url: str, explicit: tp.Collection[str] = ()) -> Iterator[Point]:
-    """Every combination of a sweep file, without what the command line already decided."""
-    source = storage.normalize(url)
-    raw = read_toml(url)
+def expand(
+    table: Mapping[str, tp.Any], source: str, explicit: tp.Collection[str] = ()
+) -> Iterator[Point]:
+    """Every combination of a sweep, without what the command line already decided."""
+    raw = dict(table)
     grids = raw.pop("grid", [{}])
     if not isinstance(grids, list) or not all(isinstance(g, dict) for g in grids):
         raise ConfigError(f"{source}: 'grid' is one table; write [[grid]] for each grid.")

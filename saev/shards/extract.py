@@ -162,6 +162,8 @@ class Recording:
         data = cfg.data.to_dict()
         if "root" in data:
             data["root"] = storage.normalize(data["root"])
+        if not data.get("version"):
+            data.pop("version", None)  # data of no version has the name that it always had
         return Metadata(
             family=cfg.family,
             ckpt=cfg.ckpt,

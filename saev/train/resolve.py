@@ -63,12 +63,16 @@ class Group(tp.NamedTuple):
         return cls(item["group"], tuple(members))
 
 
-def groups(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[Group]:
+def groups(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
+) -> list[Group]:
     """Every SAE that ``cfg`` and its sweep ask for, grouped by the batches they can share.
 
     Args:
         cfg: what the command line said.
-        explicit: keys that the command line set (see :func:`saev.config.sweeps.resolve`).
+        explicit, table: see :func:`saev.config.sweeps.resolve`.
 
     Raises:
         ConfigError: a combination is wrong or does not fit the shards.
@@ -77,7 +81,7 @@ def groups(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[Group]:
     places = _Places()
     by_data: dict[str, list[Member]] = {}
     seen: set[str] = set()
-    for raw in resolve(cfg, explicit):
+    for raw in resolve(cfg, explicit, table):
         config = resolve_one(raw, places)
         member = Member(run_id(config, places), config)
         if member.run_id in seen:  # equal after all defaults: d_sae = 1536 and exp_factor = 4

@@ -14,7 +14,11 @@ from saev.train.trainer import RUN, Trainer
 logger = logging.getLogger(__name__)
 
 
-def plan(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[dict[str, tp.Any]]:
+def plan(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
+) -> list[dict[str, tp.Any]]:
     """One work item per group of SAEs that share their batches; plain JSON.
 
     Reads the sweep file and the shards' metadata, and nothing else; equal inputs give equal items,
@@ -23,13 +27,14 @@ def plan(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[dict[str, 
     Args:
         cfg: what to train.
         explicit: config keys that the command line set, which a sweep does not override.
+        table: the sweep, if it is not a file.
 
     Raises:
         ConfigError: a key, a value or a combination is wrong.
         StorageError: the shards cannot be read.
     """
     curves.check_wandb(cfg.wandb_project)
-    return [group.to_item() for group in groups(cfg, explicit)]
+    return [group.to_item() for group in groups(cfg, explicit, table)]
 
 
 def work(
@@ -66,13 +71,17 @@ def work(
     return [m.url for m in group.members]
 
 
-def finish(cfg: TrainConfig, explicit: tp.Collection[str] = ()) -> list[str]:
+def finish(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
+) -> list[str]:
     """URLs of all runs, in the sweep's order.
 
     Raises:
         IncompleteError: names the runs that are not published.
     """
-    members = [m for item in plan(cfg, explicit) for m in Group.from_item(item).members]
+    members = [m for item in plan(cfg, explicit, table) for m in Group.from_item(item).members]
     missing = [m.url for m in members if not _published(m)]
     if missing:
         raise IncompleteError(
@@ -86,13 +95,14 @@ def run(
     cfg: TrainConfig,
     progress: Progress | None = None,
     explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
 ) -> list[str]:
     """Train everything that ``cfg`` asks for and is not there yet; returns the run folders."""
-    items = plan(cfg, explicit)
+    items = plan(cfg, explicit, table)
     storage.check_writable(cfg.runs_root)
     for item in items:
         work(cfg, item, progress)
-    return finish(cfg, explicit)
+    return finish(cfg, explicit, table)
 
 
 def _published(member: Member) -> bool:

@@ -1,23 +1,46 @@
-"""The page that `saev run` ends with: every SAE of a root, its figures, and its report."""
+"""The page that a root ends with: every SAE in it, its figures, and its picture book.
 
+It is made from what is on storage, so whoever writes it last writes all of it.
+"""
+
+import concurrent.futures
+import dataclasses
 import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.inference.results import Results
 from saev.visuals import pages
 
+INDEX = "index.html"
+_N_READERS = 16
 
-class Row(tp.NamedTuple):
-    """One SAE."""
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One SAE, measured on one shards folder."""
 
     run: str
     """URL of the run folder."""
     report: str
-    """URL of the report's first page."""
+    """URL of the report's first page, "" if it is not drawn yet."""
     config: TrainConfig
     """The resolved training config."""
     metrics: dict[str, tp.Any]
     """What inference measured."""
+    on_front: bool = False
+    """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The SAEs that were measured on one shards folder, by L0."""
+
+    shards: str
+    """The folder's name."""
+    dataset: str
+    """Where its images are, as recorded; "" if the folder is gone."""
+    rows: tuple[Row, ...]
 
 
 class _Point(tp.NamedTuple):
@@ -26,50 +49,105 @@ class _Point(tp.NamedTuple):
     x: float
     y: float
     number: int
+    on_front: bool
 
 
-def write(root: str, shards: str, rows: tp.Sequence[Row]) -> str:
-    """Write root/index.html.
-
-    Args:
-        root: URL of the folder that holds `shards` and `runs`.
-        shards: URL of the shards folder.
-        rows: the SAEs.
-
-    Returns:
-        URL of the page.
-    """
-    ordered = sorted(rows, key=lambda row: (row.metrics["l0"], row.run))
-    x_max = max((row.metrics["l0"] for row in ordered), default=1.0)
-    y_max = max((row.metrics["normalized_mse"] for row in ordered), default=1.0)
-    url = storage.join(root, "index.html")
-    html = (
-        pages.environment()
-        .get_template("overview.html")
-        .render(
-            rows=[(i, row, _relative(root, row)) for i, row in enumerate(ordered, start=1)],
-            points=_points(ordered, x_max, y_max),
-            shards=storage.name(shards),
-            best=min((row.metrics["normalized_mse"] for row in ordered), default=0.0),
-            x_max=x_max,
-            y_max=y_max,
-        )
-    )
-    storage.write_text(url, html)
+def write(root: str) -> str:
+    """Write root/index.html from everything that is complete below a root; returns its URL."""
+    url = storage.join(root, INDEX)
+    storage.write_text(url, render(collect(root), base=root))
     return url
 
 
-def _relative(root: str, row: Row) -> tuple[str, str]:
-    base = storage.normalize(root).rstrip("/") + "/"
-    return row.run.removeprefix(base), row.report.removeprefix(base)
+def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
+    """What was measured below a root.
 
-
-def _points(rows: tp.Sequence[Row], x_max: float, y_max: float) -> list[_Point]:
+    Args:
+        root: URL of the folder that holds `shards` and `runs`.
+        runs: URLs of run folders, to look at these only.
+    """
+    folder = storage.join(root, "runs")
+    if runs is None:
+        runs = [e.url for e in storage.list_dir(folder) if e.is_dir] if storage.exists(folder) else []
+    with concurrent.futures.ThreadPoolExecutor(_N_READERS) as pool:
+        rows = [row for found in pool.map(_rows_of, runs) for row in found]
+    by_shards: dict[str, list[Row]] = {}
+    for row in rows:
+        by_shards.setdefault(str(row.metrics["shards_hash"]), []).append(row)
     return [
+        Section(shards, _dataset(root, shards), tuple(_ordered(by_shards[shards])))
+        for shards in sorted(by_shards)
+    ]
+
+
+def _rows_of(run: str) -> list[Row]:
+    folder = storage.join(run, "inference")
+    if not storage.exists(storage.join(run, "run.json")) or not storage.exists(folder):
+        return []
+    config = TrainConfig.from_url(storage.join(run, "config.json"))
+    rows = []
+    for entry in storage.list_dir(folder):
+        if entry.is_dir and storage.exists(storage.join(entry.url, "metrics.json")):
+            page = storage.join(entry.url, "report", INDEX)
+            report = page if storage.exists(page) else ""
+            rows.append(Row(run, report, config, Results.open(entry.url).metrics))
+    return rows
+
+
+def _dataset(root: str, shards: str) -> str:
+    place = storage.join(root, "shards", shards, "metadata.json")
+    return str(storage.read_json(place).get("dataset", "")) if storage.exists(place) else ""
+
+
+def _ordered(rows: tp.Sequence[Row]) -> tp.Iterator[Row]:
+    """By L0, with the Pareto front marked: each of its members has a lower NMSE than all before."""
+    lowest = float("inf")
+    key = ("l0", "normalized_mse")
+    for row in sorted(rows, key=lambda r: (*(r.metrics[k] for k in key), r.run)):
+        nmse = row.metrics["normalized_mse"]
+        yield dataclasses.replace(row, on_front=nmse < lowest)
+        lowest = min(lowest, nmse)
+
+
+def render(sections: tp.Sequence[Section], base: str = "") -> str:
+    """The page.
+
+    Args:
+        sections: from :func:`collect`.
+        base: URL of the folder that the page will be in, for links to the picture books; without
+            it, their URLs are shown instead.
+    """
+    prefix = storage.normalize(base).rstrip("/") + "/" if base else ""
+    return (
+        pages.environment()
+        .get_template("overview.html")
+        .render(
+            n_rows=sum(len(section.rows) for section in sections),
+            sections=[(section, _plot(section.rows)) for section in sections],
+            links=bool(base),
+            relative=lambda url: url.removeprefix(prefix),
+        )
+    )
+
+
+class _Plot(tp.NamedTuple):
+    points: list[_Point]
+    x_max: float
+    y_max: float
+    best: float
+
+
+def _plot(rows: tp.Sequence[Row]) -> _Plot:
+    x_max = max(row.metrics["l0"] for row in rows) or 1.0
+    y_max = max(row.metrics["normalized_mse"] for row in rows) or 1.0
+    points = [
         _Point(
-            100 * row.metrics["l0"] / (x_max or 1.0),
-            100 - 100 * row.metrics["normalized_mse"] / (y_max or 1.0),
+            100 * row.metrics["l0"] / x_max,
+            100 - 100 * row.metrics["normalized_mse"] / y_max,
             i,
+            row.on_front,
         )
         for i, row in enumerate(rows, start=1)
     ]
+    best = min(row.metrics["normalized_mse"] for row in rows)
+    return _Plot(points, x_max, y_max, best)
