@@ -7,12 +7,15 @@ functions; every other scheme goes through fsspec.
 """
 
 import contextlib
+import datetime
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
 import tempfile
+import threading
 import typing as tp
 import uuid
 from collections.abc import Iterator
@@ -42,6 +45,20 @@ class Entry(tp.NamedTuple):
     size: int
     """Bytes; 0 for folders."""
     is_dir: bool
+
+
+class Object(tp.NamedTuple):
+    """One file below a folder, with what tells whether it changed."""
+
+    key: str
+    """Path below the folder that was listed, with slashes."""
+    size: int
+    """Bytes."""
+    etag: str
+    """The object store's entity tag without quotes; on disks the time of the last write, which
+    copies may preserve; empty where there is neither. It differs where the content was replaced."""
+    modified: float
+    """Seconds since the epoch, UTC; on disks the later of mtime and ctime."""
 
 
 # --- Names ---------------------------------------------------------------------------------
@@ -162,7 +179,10 @@ def _explained(url: str, doing: str) -> Iterator[None]:
 
 def _transient(err: BaseException) -> bool:
     """Whether the same request may succeed if it is sent again."""
-    if isinstance(err, StorageError | FileNotFoundError | PermissionError | IsADirectoryError):
+    if isinstance(
+        err,
+        StorageError | FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError,
+    ):
         return False
     if isinstance(err, ConnectionError | TimeoutError):
         return True
@@ -272,35 +292,106 @@ def walk(url: str | os.PathLike) -> list[Entry]:
     text = normalize(url)
     path = local_path(text)
     if path is not None:
-        return sorted(_walk_local(path, set()), key=lambda e: e.url)
-    fs, key = _fs(text)
-    with _explained(text, "list"):
-        fs.invalidate_cache(key)
-        info = _retry_reads(fs.info)(key)
-        if info["type"] != "directory":
-            raise NotADirectoryError(text)
-        rows = _retry_reads(fs.find)(key, detail=True)
-    files = ((_with_scheme(fs, k), int(row["size"])) for k, row in rows.items())
-    entries = [Entry(file, name(file), size_, False) for file, size_ in files]
+        entries = [Entry(f, name(f), status.st_size, False) for f, status in _walk_local(path)]
+    else:
+        entries = [
+            Entry(file, name(file), int(row["size"]), False) for file, row in _walk_remote(text)
+        ]
     return sorted(entries, key=lambda e: e.url)
 
 
-def _walk_local(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Entry]:
-    """Files below ``folder``. ``seen`` holds the folders above, so that link cycles end."""
+def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
+    """All files below a folder, sorted by key; symbolic links are followed.
+
+    On an object store it is one recursive listing, whatever the number of keys, and never one from
+    a cache. It fails where :func:`walk` does.
+
+    Args:
+        url: the folder.
+        temporary: whether unfinished local writes are listed too.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    start = len(join(text, "x")) - 1
+    if path is not None:
+        objects = [
+            Object(
+                file[start:],
+                status.st_size,
+                f"mtime:{status.st_mtime_ns}",
+                max(status.st_mtime, status.st_ctime),
+            )
+            for file, status in _walk_local(path, temporary=temporary)
+        ]
+    else:
+        objects = [
+            Object(file[start:], int(row["size"]), _etag(row), _modified(row, file))
+            for file, row in _walk_remote(text)
+        ]
+    return sorted(objects, key=lambda o: o.key)
+
+
+def _etag(row: dict[str, tp.Any]) -> str:
+    return str(row.get("ETag") or row.get("etag") or "").strip('"')
+
+
+def _modified(row: dict[str, tp.Any], url: str) -> float:
+    """When an object was written, from whichever field its store's listing has."""
+    for field in ("LastModified", "updated", "last_modified", "mtime", "created"):
+        value = row.get(field)
+        if isinstance(value, str):
+            value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if value is not None:
+            return float(value)
+    raise StorageError(
+        f"Cannot list {url}: its store does not say when it was changed. Use a path, s3:// or gs://."
+    )
+
+
+def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
+    """URLs of the files below a folder that is not local, each with its row of the listing."""
+    fs, key = _fs(url)
+    with _explained(url, "list"):
+        fs.invalidate_cache(key)
+        info = _retry_reads(fs.info)(key)
+        if info["type"] != "directory":
+            raise NotADirectoryError(url)
+        rows = _retry_reads(fs.find)(key, detail=True)
+    for found, row in rows.items():
+        if not found.endswith("/"):  # what some tools put where a folder would be
+            yield _with_scheme(fs, found), row
+
+
+def _walk_local(
+    folder: Path, above: frozenset[tuple[int, int]] = frozenset(), *, temporary: bool = False
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Files below ``folder``. ``above`` holds the folders over it, so that link cycles end."""
     with _explained(str(folder), "list"):
-        status = folder.stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in seen:
-            return
-        with os.scandir(folder) as rows:
-            children = sorted(rows, key=lambda row: row.name)
+        try:
+            status = folder.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                return
+            with os.scandir(folder) as rows:
+                children = sorted(rows, key=lambda row: row.name)
+        except FileNotFoundError:
+            if above:  # removed by someone since its parent was listed
+                return
+            raise
     for child in children:
-        if child.name.startswith(TMP_PREFIX):
+        if child.name.startswith(TMP_PREFIX) and not temporary:
             continue
         if child.is_dir():
-            yield from _walk_local(Path(child.path), {*seen, identity})
+            yield from _walk_local(Path(child.path), above | {identity}, temporary=temporary)
         elif child.is_file():  # not a broken link, a socket or a device
-            yield Entry(child.path, child.name, child.stat().st_size, False)
+            with _explained(child.path, "look at"):
+                try:
+                    status = child.stat()
+                except FileNotFoundError:
+                    continue
+            yield child.path, status
 
 
 def glob_entries(pattern: str) -> list[Entry]:
@@ -512,8 +603,12 @@ def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
     with contextlib.suppress(OSError):  # not every file system can sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -619,6 +714,101 @@ def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) ->
     fs, key = _fs(text)
     with _explained(text, "write"):  # one PUT (or a multipart upload that fsspec completes)
         _retry_reads(fs.pipe_file)(key, bytes(data))
+
+
+_MEMORY_LOCK = threading.Lock()
+
+
+def create(url: str | os.PathLike, data: bytes) -> bool:
+    """Publish one object if nothing has its name: of any number of callers, one gets True.
+
+    A request whose answer was lost is sent again and then finds its own object. So an object that
+    holds exactly ``data`` counts as the caller's: put something into it that no one else writes.
+
+    Returns:
+        Whether the object is the caller's.
+
+    Raises:
+        StorageError: also where the store cannot do this: one without hard links (local) or without
+            conditional writes (object stores).
+    """
+    text = normalize(url)
+    path = local_path(text)
+    with _explained(text, "create"):
+        made = _create_remote(text, data) if path is None else _create_local(path, data)
+    if made:
+        return True
+    try:
+        return read_bytes(text) == data
+    except StorageError:
+        if exists(text):
+            raise
+        return False  # it was another's, and is gone since
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, fd = _create_temporary(path)
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(fd)
+            os.link(temporary, path)  # unlike a rename it never replaces, and NFS has it
+    except FileExistsError:
+        return False
+    except OSError as err:
+        if err.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise StorageError(
+                f"Cannot create {path}: its file system has no hard links ({err.strerror}). "
+                "Use a root on another file system (ext4, XFS, NFS, CephFS) or on s3://."
+            ) from err
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    _sync_folder(path.parent)
+    return True
+
+
+def _create_remote(url: str, data: bytes) -> bool:
+    fs, key = _fs(url)
+    if isinstance(fs, MemoryFileSystem):
+        with _MEMORY_LOCK:
+            if fs.exists(key):
+                return False
+            fs.pipe_file(key, data)
+            return True
+    put = functools.partial(fs.pipe_file, key, data, mode="create")
+    if not _conditional(put, url):
+        return False
+    # A store, or a client, that ignores the condition says yes to everybody, and to us again.
+    if _conditional(put, url):
+        raise StorageError(
+            f"Cannot create {url} safely: its object store ignores the condition that the object "
+            "be absent (If-None-Match). Use a store with conditional writes, or a mounted volume."
+        )
+    return True
+
+
+def _conditional(put: tp.Callable[[], object], url: str) -> bool:
+    """Whether a write was let through; False: the object was there already."""
+    try:
+        _retry_reads(put)()
+    except FileExistsError:
+        return False
+    except OSError as err:
+        response = getattr(err.__cause__, "response", None) or {}
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status == 412:  # with a body that s3fs does not know
+            return False
+        if status == 501 or err.errno == errno.ENOSYS:
+            raise StorageError(
+                f"Cannot create {url}: its object store has no conditional writes "
+                "(If-None-Match). Use a store that has them, or a mounted volume."
+            ) from err
+        raise
+    return True
 
 
 def write_text(url: str | os.PathLike, text: str) -> None:

@@ -12,6 +12,21 @@ from collections.abc import Iterator
 
 BUCKET = "saev-tests"
 
+SERVE = """
+import threading
+from moto import server
+from moto.s3.responses import S3Response
+
+lock, put_object = threading.Lock(), S3Response.put_object
+
+def put_object_in_one_step(self):  # as S3 does; moto looks (If-None-Match) and then stores
+    with lock:
+        return put_object(self)
+
+S3Response.put_object = put_object_in_one_step
+server.main()
+"""
+
 
 @contextlib.contextmanager
 def running() -> Iterator[str]:
@@ -20,7 +35,7 @@ def running() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     settings = {
         "AWS_ENDPOINT_URL": endpoint,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import botocore.session
 import crc32c
 import fsspec
 import pytest
@@ -167,7 +170,7 @@ def test_reading_past_the_end_says_truncated(root: str) -> None:
     "ask",
     [
         storage.read_bytes, storage.read_json, storage.size, storage.checksum, storage.list_dir,
-        storage.walk, storage.RangeReader,
+        storage.walk, storage.listing, storage.RangeReader,
     ],
 )  # fmt: skip
 def test_a_missing_object_is_one_clear_error(root: str, ask) -> None:
@@ -207,6 +210,204 @@ def test_concurrent_writers_of_one_object_leave_one_whole(root: str) -> None:
     data = storage.read_bytes(url)
     assert len(data) == MB
     assert len(set(data)) == 1
+
+
+# --- Listings ------------------------------------------------------------------------------
+
+
+def test_listing_tells_what_changed(root: str) -> None:
+    begin = time.time() - 2  # object stores keep whole seconds
+    for key in ("b/c.txt", "a.txt", "b/d/e.txt"):
+        storage.write_text(storage.join(root, key), key)
+    first = storage.listing(root)
+    assert [(o.key, o.size) for o in first] == [("a.txt", 5), ("b/c.txt", 7), ("b/d/e.txt", 9)]
+    assert all(begin <= o.modified <= time.time() + 2 for o in first)
+    assert [o.key for o in storage.listing(storage.join(root, "b"))] == ["c.txt", "d/e.txt"]
+
+    storage.write_text(storage.join(root, "a.txt"), "other")  # of the same size
+    storage.delete(storage.join(root, "b", "c.txt"))
+    second = storage.listing(root)
+    assert [o.key for o in second] == ["a.txt", "b/d/e.txt"]
+    assert second[0] != first[0]
+    assert second[1] == first[2]
+    if root.startswith("s3://"):
+        assert first[0].etag == hashlib.md5(b"a.txt").hexdigest()
+        assert second[0].etag == hashlib.md5(b"other").hexdigest()
+    else:
+        assert first[0].etag == ""
+
+
+def test_listing_of_a_file_is_an_error(root: str) -> None:
+    storage.write_text(storage.join(root, "x.txt"), "x")
+    for look in (storage.listing, storage.walk):
+        with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+            look(storage.join(root, "x.txt"))
+
+
+def test_listing_is_one_listing_however_many_keys(s3: str) -> None:
+    folder = uuid.uuid4().hex
+    client = botocore.session.get_session().create_client("s3")
+    for i in range(200):
+        client.put_object(Bucket=s3[len("s3://") :], Key=f"{folder}/{i % 7}/{i:05d}", Body=b"x")
+    client.put_object(Bucket=s3[len("s3://") :], Key=f"{folder}/7/", Body=b"")  # a console's folder
+    requests: list[str] = []
+    fs, _ = fsspec.core.url_to_fs(s3)
+    call = type(fs)._call_s3
+
+    async def counted(self, method: str, *args, **kwargs):
+        requests.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fs), "_call_s3", counted)
+        objects = storage.listing(f"{s3}/{folder}")
+    assert [o.key for o in objects] == sorted(f"{i % 7}/{i:05d}" for i in range(200))
+    assert requests.count("head_object") <= 1
+    assert len(requests) <= 4  # is it a folder? and one listing
+
+
+def test_listing_follows_links_and_sees_changed_permissions(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.txt").write_text("x")
+    os.utime(tmp_path / "data" / "x.txt", (1, 1))  # what cp -a and rsync -t do
+    (tmp_path / "link").symlink_to("data")
+    (tmp_path / "data" / "cycle").symlink_to("..")
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / f"{storage.TMP_PREFIX}1-y").write_text("y")
+    objects = storage.listing(tmp_path)
+    assert [o.key for o in objects] == ["data/x.txt", "link/x.txt"]
+    assert all(o.modified > 1_000_000 for o in objects)  # ctime cannot be set back
+    keys = [o.key for o in storage.listing(tmp_path, temporary=True)]
+    assert keys == [f"{storage.TMP_PREFIX}1-y", "data/x.txt", "link/x.txt"]
+
+
+# --- One creator ---------------------------------------------------------------------------
+
+
+def test_create_is_for_the_first(root: str) -> None:
+    url = storage.join(root, "claims", "1.json")
+    assert storage.create(url, b"mine")
+    assert not storage.create(url, b"yours")
+    assert storage.read_bytes(url) == b"mine"
+    assert storage.create(url, b"mine")  # as after a request whose answer was lost
+    storage.delete(url)
+    assert storage.create(url, b"yours")
+    assert [o.key for o in storage.listing(root, temporary=True)] == ["claims/1.json"]
+
+
+def test_of_racing_threads_one_creates(root: str) -> None:
+    for turn in range(5):
+        url = storage.join(root, f"{turn}.json")
+        barrier = threading.Barrier(8)
+
+        def create(i: int, url: str = url, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return storage.create(url, b"%d" % i)
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(create, range(8)))
+        assert won.count(True) == 1
+        assert storage.read_bytes(url) == b"%d" % won.index(True)
+
+
+CREATE = """
+import sys
+from saev import storage
+url, me = sys.argv[1:]
+storage.exists(url)  # imports and connects
+print("ready", flush=True)
+sys.stdin.readline()
+print(storage.create(url, me.encode()))
+"""
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_of_racing_processes_one_creates(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    n, folder = (8, tmp_path) if kind == "local" else (3, request.getfixturevalue("s3"))
+    url = storage.join(folder, str(uuid.uuid4()))
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE, url, f"racer {i}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(n)
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    answers = [racer.communicate()[0].strip() for racer in racers]
+    assert sorted(answers) == ["False"] * (n - 1) + ["True"]
+    assert storage.read_text(url) == f"racer {answers.index('True')}"
+
+
+def test_a_lost_answer_does_not_make_it_anothers(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, _ = fsspec.core.url_to_fs(s3)
+    put, calls = fs.pipe_file, []
+
+    def lossy(*args, **kwargs):
+        calls.append(args)
+        put(*args, **kwargs)
+        if len(calls) == 1:
+            raise ConnectionResetError("the answer was lost")
+
+    monkeypatch.setattr(fs, "pipe_file", lossy)
+    assert storage.create(f"{s3}/{uuid.uuid4()}", b"mine")
+    assert len(calls) == 2
+
+
+def test_a_store_that_ignores_the_condition_is_refused(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, _ = fsspec.core.url_to_fs(s3)
+    put = fs.pipe_file
+    monkeypatch.setattr(fs, "pipe_file", lambda key, data, mode: put(key, data))
+    with pytest.raises(
+        StorageError, match=r"ignores the condition .* Use a store with conditional"
+    ):
+        storage.create(f"{s3}/{uuid.uuid4()}", b"x")
+
+
+def test_a_store_without_conditional_writes_is_named(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, _ = fsspec.core.url_to_fs(s3)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSYS, "A header you provided implies functionality ...")
+
+    monkeypatch.setattr(fs, "pipe_file", refuse)
+    with pytest.raises(StorageError, match="no conditional writes"):
+        storage.create(f"{s3}/{uuid.uuid4()}", b"x")
+
+
+def test_a_disk_without_hard_links_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="has no hard links"):
+        storage.create(tmp_path / "x", b"x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_create_where_something_else_stands(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="it is a folder, expected a file"):
+        storage.create(tmp_path / "folder", b"x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        storage.create(tmp_path / "file" / "x", b"x")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 # --- Names ---------------------------------------------------------------------------------
