@@ -10,7 +10,7 @@ DEMO   ?= demo-out
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint typecheck lock clean
+.PHONY: help setup test demo lint typecheck lock image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,12 +39,23 @@ lint: setup ## Check style
 typecheck: setup ## Check types
 	$(BIN)/mypy
 
-lock: ## Write the lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 --constraints requirements/pins.in --extra s3 --extra hf --extra kfp --extra demo --extra dev \
+lock: ## Write the locks anew from pyproject.toml
+	$(BIN)/uv pip compile $(COMPILE) \
+	  --constraints requirements/pins.in --extra s3 --extra hf --extra kfp --extra demo --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
-	echo 'uv==0.13.9' | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
-	  --python-version 3.11 - --output-file requirements/uv.lock
+	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
+	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
+	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock
+	$(BIN)/uv pip compile $(COMPILE_IMAGE) --extra s3 --extra gs --extra hf \
+	  --no-emit-package setuptools --no-emit-package triton pyproject.toml --output-file requirements/gpu.lock
+
+COMPILE := --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
+# Images run the versions that the tests ran. They have no compiler, without which triton (900 MB)
+# does nothing; setuptools is for parts of torch and tensorboard that saev does not use.
+COMPILE_IMAGE := $(COMPILE) --only-binary :all: --constraints $(LOCK)
+
+image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=…] [PUSH=1]
+	@images/build.sh
 
 clean: ## Remove what make made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
