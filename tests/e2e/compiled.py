@@ -1,8 +1,8 @@
 """Programs that end-to-end tests start, compiled from Go modules where no package ships them.
 
-A program is looked for in the folder that ``SAEV_E2E_BIN`` names, then on ``PATH``, then in
-``.cache/go-bin``; where it is in none of them and ``go`` can reach its modules, it is built into
-``.cache/go-bin`` once.
+A program is looked for in the folder that ``SAEV_E2E_BIN`` names, in ``.cache/go-bin`` and, where
+any version will do, on ``PATH``. If it is nowhere and ``go`` can reach its modules, it is built
+into ``.cache/go-bin``. ``python tests/e2e/compiled.py`` builds all that are missing.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
+import time
 import typing as tp
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,11 @@ KUBE_CONTROLLER_MANAGER = Program(
     _STAMP,
     slow=True,
 )
+KUBECTL = Program(
+    "kubectl", _KUBERNETES, "k8s.io/kubernetes/cmd/kubectl", _HERE / "kube_api", _STAMP
+)
+KUBERNETES = (ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER)
+"""What a Kubernetes API consists of; these have to fit each other."""
 
 
 def find(program: Program) -> Path:
@@ -91,15 +98,17 @@ def _ready(program: Program, cached: Path) -> Path | None:
         given = Path(folder) / program.name
         if os.access(given, os.X_OK):
             return given
-    on_path = shutil.which(program.name)
-    if on_path:
-        return Path(on_path)
-    return cached if os.access(cached, os.X_OK) else None
+    if os.access(cached, os.X_OK):
+        return cached
+    on_path = None if program.module else shutil.which(program.name)
+    return Path(on_path) if on_path else None
 
 
 def _check_buildable(program: Program) -> None:
     wanted = os.environ.get(BUILD, "")
-    missing = f"{program.name} is neither in {FOLDER}, on PATH nor in .cache/go-bin"
+    missing = (
+        f"{program.name} {program.version} is neither in .cache/go-bin nor where {FOLDER} says"
+    )
     if wanted == "0":
         raise Unavailable(f"{missing}, and {BUILD}=0 forbids building it")
     if program.slow and wanted != "1":
@@ -112,7 +121,7 @@ def _build(program: Program, target: Path) -> None:
     """Compile into a temporary folder, then move: an interrupted build leaves nothing behind."""
     scratch = target.parent / f".build-{os.getpid()}"
     scratch.mkdir(parents=True, exist_ok=True)
-    flags = ["-trimpath", f"-ldflags=-s -w {program.ldflags}".rstrip()]
+    flags = ["-trimpath", "-buildvcs=false", f"-ldflags=-s -w {program.ldflags}".rstrip()]
     # `go install` takes package@version, `go build` takes a name for what it makes.
     command = (
         ["go", "build", *flags, "-o", str(scratch / program.name), program.package]
@@ -138,3 +147,21 @@ def _locked(program: Program) -> Iterator[None]:
     with (CACHE / f".{program.name}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def main() -> int:
+    """Build what is missing, print where everything is; 1 if something could not be had."""
+    os.environ[BUILD] = "1"
+    failed = False
+    for program in (VERSITYGW, *KUBERNETES, KUBECTL):
+        start = time.monotonic()
+        try:
+            where = str(find(program))
+        except Unavailable as err:
+            failed, where = True, f"not available: {err}"
+        print(f"{program.name} {program.version}: {where} ({time.monotonic() - start:.0f} s)")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

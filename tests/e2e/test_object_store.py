@@ -1,0 +1,35 @@
+"""The tests of saev.storage once more, on an S3 server that somebody else wrote."""
+
+import inspect
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import s3fs
+import test_storage
+from servers import S3Server, compiled_s3  # noqa: F401 - a fixture
+
+globals().update(
+    {
+        name: test
+        for name, test in vars(test_storage).items()
+        if name.startswith("test_") and {"s3", "root"} & set(inspect.signature(test).parameters)
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def s3(compiled_s3: S3Server) -> Iterator[str]:  # noqa: F811
+    """The bucket's URL; takes the place of the fixture that starts moto."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in compiled_s3.env.items():
+            patch.setenv(key, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # instances keep the endpoint that they began with
+        yield compiled_s3.bucket
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def root(s3: str) -> str:
+    """An empty folder in the bucket."""
+    return f"{s3}/{uuid.uuid4().hex}"
