@@ -159,7 +159,8 @@ def main() -> int:
             where = str(find(program))
         except Unavailable as err:
             failed, where = True, f"not available: {err}"
-        print(f"{program.name} {program.version}: {where} ({time.monotonic() - start:.0f} s)")
+        seconds = time.monotonic() - start
+        print(f"{program.name} {program.version}: {where} ({seconds:.0f} s)", flush=True)
     return int(failed)
 
 
