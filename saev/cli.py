@@ -17,6 +17,7 @@ import tyro
 
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.run import RunConfig
+from saev.config.steps import STEPS
 from saev.errors import SaevError
 from saev.progress import Progress
 
@@ -37,8 +38,28 @@ Four stages, each of which continues where it stopped and skips what is done: re
 thing on standard output."""
 
 
+STEP_DESCRIPTION = """\
+One step of the pipeline that runs on a cluster: what its pods call. Texts that are JSON may be \
+long; lists and results are written where the flags --to-… say."""
+
+
+def step() -> tp.NoReturn:
+    """One step of the pipeline on a cluster; `saev step --help` lists them."""
+    raise AssertionError("saev step has a parser of its own")
+
+
+COMMANDS["step"] = step
+
+
 def parse(argv: tp.Sequence[str]) -> tp.Any:
     """The config object that a command line stands for. Exits with status 2 if it is wrong."""
+    if argv[:1] == ["step"]:
+        return tyro.extras.subcommand_cli_from_dict(
+            dict(STEPS),
+            prog="saev step",
+            description=STEP_DESCRIPTION,
+            args=list(argv[1:]) or ["--help"],
+        )
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="saev",
@@ -67,6 +88,10 @@ def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str
         from saev import visuals
 
         return [visuals.run(cfg, progress=progress)]
+    if isinstance(cfg, tuple(STEPS.values())):
+        from saev.steps import run as step_runner
+
+        return step_runner.run(cfg, progress=progress)
     from saev import run
 
     return [run.run(cfg, progress=progress)]

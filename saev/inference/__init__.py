@@ -12,7 +12,7 @@ import typing as tp
 from saev.config.inference import InferenceConfig
 from saev.progress import Progress
 
-__all__ = ["finish", "plan", "run", "work"]
+__all__ = ["find", "finish", "plan", "run", "work"]
 
 
 def plan(cfg: InferenceConfig) -> list[dict[str, tp.Any]]:
@@ -34,6 +34,13 @@ def finish(cfg: InferenceConfig) -> str:
     from saev.inference import stage
 
     return stage.finish(cfg)
+
+
+def find(cfg: InferenceConfig) -> str:
+    """Complete results, if there are any. See :func:`saev.inference.stage.find`."""
+    from saev.inference import stage
+
+    return stage.find(cfg)
 
 
 def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:

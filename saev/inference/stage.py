@@ -66,6 +66,12 @@ def finish(cfg: InferenceConfig) -> str:
     return _finish(Job.open(cfg))
 
 
+def find(cfg: InferenceConfig) -> str:
+    """URL of the results' folder if it is complete, else ""."""
+    job = Job.open(cfg)
+    return job.url if _is_published(job) else ""
+
+
 def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     """All items that are not done, then (without ``cfg.part``) `finish`.
 

@@ -78,15 +78,7 @@ def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
         SaevError: see :func:`plan`, :func:`work` and :func:`finish`. What was finished is kept;
             the same call goes on from there.
     """
-    part = _parse_part(cfg.part)
-    recording = Recording(cfg)
-    if not recording.published:
-        recording.prepare()
-        _record(recording, recording.plan(), part, progress or Progress(quiet=True))
-        if part is not None:
-            logger.info("Part %s of %s is recorded.", cfg.part, recording.url)
-            return recording.url
-    return recording.finish()
+    return Recording(cfg).run(progress)
 
 
 def _record(
@@ -195,6 +187,17 @@ class Recording:
     def published(self) -> bool:
         """Whether the folder is complete."""
         return storage.exists(storage.join(self.url, protocol.SHARDS))
+
+    def run(self, progress: Progress | None = None) -> str:
+        """See the module's :func:`run`."""
+        part = _parse_part(self.cfg.part)
+        if not self.published:
+            self.prepare()
+            _record(self, self.plan(), part, progress or Progress(quiet=True))
+            if part is not None:
+                logger.info("Part %s of %s is recorded.", self.cfg.part, self.url)
+                return self.url
+        return self.finish()
 
     def plan(self) -> list[Item]:
         """One work item per shard."""

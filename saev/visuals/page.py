@@ -72,14 +72,20 @@ class Report:
     """Shown above the latents, for example why there are few."""
 
 
-def build(report: Report) -> str:
-    """The HTML text of a report."""
+def build(report: Report, source: tp.Callable[[str], str] = str) -> str:
+    """The HTML text of a report.
+
+    Args:
+        report: what it shows.
+        source: where a picture is, from its path in the report's folder.
+    """
     frequencies = _log_frequencies(report.frequency)
     script, style = _template_text("report.js"), _template_text("report.css")
     latents = [_latent(r, r.latent in report.explicit, frequencies) for r in report.records]
     classes = {c.label: c.name for r in report.records for e in r.examples for c in e.classes}
     return _environment().get_template("report.html").render(
         report=report,
+        source=source,
         latents=latents,
         has_classes=any(e.segmentation for r in report.records for e in r.examples),
         n_classes=len(classes),

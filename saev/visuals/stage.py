@@ -1,5 +1,6 @@
 """The visuals stage: plan -> work items (groups of latents) -> finish (the page)."""
 
+import base64
 import concurrent.futures
 import functools
 import hashlib
@@ -76,6 +77,19 @@ def finish(cfg: VisualsConfig) -> str:
         IncompleteError: a latent was not drawn.
     """
     return _Stage(cfg).finish()
+
+
+def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
+    """The HTML text of a finished report with its pictures inside, for where it stands alone.
+
+    Args:
+        cfg: the config of the report.
+        max_bytes: about the size of all pictures; as many latents are shown as fit.
+
+    Raises:
+        IncompleteError: the report is not finished.
+    """
+    return _Stage(cfg).book(max_bytes)
 
 
 def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
@@ -320,6 +334,17 @@ class _Stage:
     # --- Finish ----------------------------------------------------------------------------
 
     def finish(self) -> str:
+        report = self._report(self._records(), self._note())
+        storage.write_text(self.index_url, page.build(report))
+        done = {
+            "key": self.report_key,
+            "config": self.cfg.to_dict(),
+            "latents": list(self.choice.latents),
+        }
+        storage.write_json(storage.join(self.out, DONE), done)
+        return self.index_url
+
+    def _records(self) -> list[LatentRecord]:
         records = []
         for latent in self.choice.latents:
             record = self.read_record(latent)
@@ -329,23 +354,42 @@ class _Stage:
                     "command again; what is done is kept."
                 )
             records.append(record)
-        report = page.Report(
+        return records
+
+    def _report(self, records: list[LatentRecord], note: str) -> page.Report:
+        return page.Report(
             title=f"Latents of {storage.name(self.cfg.run)}",
             subtitle=self._subtitle(),
             metrics=page.metrics(self.results.metrics),
             records=records,
             explicit=self.choice.explicit,
             frequency=self.results.frequency,
-            note=self._note(),
+            note=note,
         )
-        storage.write_text(self.index_url, page.build(report))
-        done = {
-            "key": self.report_key,
-            "config": self.cfg.to_dict(),
-            "latents": list(self.choice.latents),
-        }
-        storage.write_json(storage.join(self.out, DONE), done)
-        return self.index_url
+
+    def book(self, max_bytes: int) -> str:
+        records = self._records()
+        pictures: dict[str, str] = {}
+        shown: list[LatentRecord] = []
+        n_bytes = 0
+        for record in records:
+            found = {path: self._inline(path) for path in _pictures(record)}
+            n_bytes += sum(map(len, found.values()))
+            if shown and n_bytes > max_bytes:
+                break
+            shown.append(record)
+            pictures |= found
+        note = self._note()
+        if len(shown) < len(records):
+            note = (
+                f"The first {len(shown)} of {len(records)} latents; all of them are in "
+                f"{self.index_url}."
+            )
+        return page.build(self._report(shown, note), pictures.__getitem__)
+
+    def _inline(self, path: str) -> str:
+        data = base64.b64encode(storage.read_bytes(storage.join(self.out, path))).decode()
+        return f"data:image/webp;base64,{data}"
 
     def _subtitle(self) -> str:
         metadata = self.shards.metadata
@@ -366,6 +410,13 @@ class _Stage:
             f"between {self.cfg.log_value_range[0]:g} and {self.cfg.log_value_range[1]:g}. Widen "
             "--log-freq-range or --log-value-range, or name latents with --latents."
         )
+
+
+def _pictures(record: LatentRecord) -> list[str]:
+    """Paths of a latent's pictures in the report's folder."""
+    folder = folder_name(record.latent)
+    names = [n for e in record.examples for n in (e.plain, e.highlight, e.segmentation) if n]
+    return [f"{folder}/{name}" for name in names]
 
 
 def _hash(obj: tp.Any) -> str:

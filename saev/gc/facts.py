@@ -1,0 +1,155 @@
+"""What has to be known before anything may be deleted: what the runs refer to, and the claims."""
+
+import concurrent.futures
+import hashlib
+import logging
+import typing as tp
+
+from saev import storage
+from saev.errors import SaevError
+from saev.gc.scan import DATASETS, Folder, Snapshot
+from saev.steps import claims
+
+logger = logging.getLogger(__name__)
+
+_N_READERS = 16
+CLOSING = {"shards": "shards.json", "run": "run.json", "inference": "metrics.json"}
+"""What is written last, and therefore deleted first."""
+
+
+class Inference(tp.NamedTuple):
+    """A folder of results below a run."""
+
+    folder: Folder
+    complete: bool
+    shards: frozenset[str]
+    """Names of the shards folders that it reads; empty if it does not say."""
+
+
+class Run(tp.NamedTuple):
+    """A run folder."""
+
+    folder: Folder
+    complete: bool
+    tag: str
+    """Empty if it is not known: an unfinished run does not say."""
+    shards: frozenset[str]
+    """Names of the shards folders that it, or an inference below it, refers to."""
+    readable: bool
+    """Whether it says which; an unfinished run need not."""
+    inference: tuple[Inference, ...]
+
+
+class Held(tp.NamedTuple):
+    """Claims that keep others out."""
+
+    folders: frozenset[str]
+    """Names of the datasets' folders of records, NAME-HASH."""
+
+    def of_dataset(self, url: str) -> bool:
+        """Whether one is on this dataset; if that is not known, whether there is any."""
+        if not url:
+            return bool(self.folders)
+        ending = "-" + hashlib.sha256(storage.normalize(url).encode()).hexdigest()[:8]
+        return any(name.endswith(ending) for name in self.folders)
+
+
+class Facts(tp.NamedTuple):
+    """Everything."""
+
+    snapshot: Snapshot
+    runs: dict[str, Run]
+    """By name."""
+    groups: dict[str, frozenset[str]]
+    """Names of the runs of each group of resume points; empty if they do not say."""
+    datasets: dict[str, str]
+    """URL of the images of each shards folder, "" where it does not say."""
+    held: Held
+
+
+def gather(snapshot: Snapshot) -> Facts:
+    """Read the small objects that say what belongs together, many at a time."""
+    with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-gc") as pool:
+        runs = dict(zip(snapshot.runs, pool.map(_read_run, snapshot.runs.values()), strict=True))
+        groups = pool.map(_read_group, snapshot.resume.values())
+        datasets = pool.map(_read_dataset, snapshot.shards.values())
+        return Facts(
+            snapshot,
+            runs,
+            dict(zip(snapshot.resume, groups, strict=True)),
+            dict(zip(snapshot.shards, datasets, strict=True)),
+            _held(snapshot.url, pool),
+        )
+
+
+def _read(folder: Folder, key: str) -> tp.Any:
+    """A JSON object of a folder, None if it is missing or damaged."""
+    if not folder.has(key):
+        return None
+    try:
+        return storage.read_json(storage.join(folder.url, key))
+    except SaevError as err:
+        logger.warning("%s", err)
+        return None
+
+
+def _read_run(folder: Folder) -> Run:
+    config = _read(folder, "config.json")
+    found = [_read_inference(f) for f in folder.folders("inference").values()]
+    sides = [_at(config, side, "shards") for side in ("train_data", "val_data")]
+    shards = {storage.name(url) for url in sides if url}
+    readable = bool(sides[0]) and all(one.shards for one in found if one.complete)
+    tag = _at(config, "tag")
+    return Run(
+        folder,
+        folder.has(CLOSING["run"]),
+        tag,
+        frozenset(shards).union(*(one.shards for one in found)),
+        readable,
+        tuple(found),
+    )
+
+
+def _read_inference(folder: Folder) -> Inference:
+    config = _read(folder, "config.json")
+    url = _at(config, "config", "data", "shards")
+    shards = {_at(config, "shards_hash"), storage.name(url) if url else ""} - {""}
+    return Inference(folder, folder.has(CLOSING["inference"]), frozenset(shards))
+
+
+def _read_group(folder: Folder) -> frozenset[str]:
+    pointers = sorted(o.key for o in folder.objects if o.key.endswith(".json"))
+    for key in reversed(pointers):
+        point = _read(folder, key)
+        meta = point.get("meta") if isinstance(point, dict) else None
+        ids = meta.get("run_ids") if isinstance(meta, dict) else None
+        if isinstance(ids, list):
+            return frozenset(map(str, ids))
+    return frozenset()
+
+
+def _read_dataset(folder: Folder) -> str:
+    return _at(_read(folder, "metadata.json"), "data", "root")
+
+
+def _at(raw: tp.Any, *keys: str) -> str:
+    """A text inside of nested objects, "" if there is none. Configs of any version are read."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, str) else ""
+
+
+def _held(root: str, pool: concurrent.futures.Executor) -> Held:
+    place = storage.join(root, DATASETS)
+    folders = [e for e in storage.list_dir(place) if e.is_dir] if storage.exists(place) else []
+    answers = pool.map(_is_held, [entry.url for entry in folders])
+    return Held(frozenset(e.name for e, held in zip(folders, answers, strict=True) if held))
+
+
+def _is_held(folder: str) -> bool:
+    try:
+        claim = claims.current(folder)
+    except SaevError as err:  # better to keep too much
+        logger.warning("%s Until then it counts as held.", err)
+        return True
+    return claim is not None and claim.is_held

@@ -1,0 +1,318 @@
+"""Which datasets are complete and not processed yet. Reads listings, never an image.
+
+    <root>/datasets/<name>-<hash of the URL>/
+        seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
+        claims/<key>/<number>.json    who processes this state with this config, see `claims`
+        processed/<key>.json          written last: this state was processed with this config
+    <root>/datasets/runs/<owner>.json     what a pipeline run took on, and how it ended
+"""
+
+import datetime
+import hashlib
+import itertools
+import logging
+import time
+import typing as tp
+from collections.abc import Iterator
+
+from saev import storage
+from saev.config.run import RunFile
+from saev.config.stages import images_of
+from saev.errors import ConfigError, StorageError
+from saev.steps import claims
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "datasets"
+_DIGITS = 16
+
+
+class Dataset(tp.NamedTuple):
+    """One dataset in one state; what the steps pass on."""
+
+    name: str
+    """Its folder's name."""
+    url: str
+    """Its folder; "" for the images that a config names by itself."""
+    fingerprint: str
+    """Hash of keys, sizes and entity tags of its files."""
+    key: str
+    """Hash of the fingerprint and the config: what "processed" is said of."""
+    version: str
+    """Goes into the shards' identity if files were replaced under the same names and sizes."""
+    marker: str
+    """Name of the object that says that it is complete, which is not part of it; "" if none."""
+
+    @classmethod
+    def from_dict(cls, raw: tp.Any) -> tp.Self:
+        """From a step's parameter. Raises ConfigError that says what it lacks."""
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(f), str) for f in cls._fields):
+            raise ConfigError(
+                f"--dataset is {raw!r}; expected an object of `saev step discover` with the texts "
+                f"{', '.join(cls._fields)}."
+            )
+        return cls(**{field: raw[field] for field in cls._fields})
+
+
+class Found(tp.NamedTuple):
+    """A folder's listing."""
+
+    name: str
+    url: str
+    objects: list[storage.Object]
+
+
+def one(root: str, dataset: str, file: RunFile, owner: str, hours: float) -> Dataset:
+    """The dataset that a person names: claimed whoever holds it, whether processed or not.
+
+    Raises:
+        StorageError: it does not exist or cannot be listed.
+        ConfigError: it holds no files, or the config names no images.
+    """
+    images_of(file, dataset)
+    if dataset:
+        url = storage.normalize(dataset)
+        found = Found(storage.name(url), url, storage.listing(url))
+        if not found.objects:
+            raise ConfigError(f"The dataset {url} holds no files.")
+    elif file.data is None:
+        raise ConfigError("No images: give a dataset, or a config with a [data] table.")
+    else:
+        found = Found(file.data.kind, "", [])
+    chosen = _identify(root, found, file, "")
+    _claim(root, chosen, owner, hours, force=True)
+    _remember(root, owner, [chosen])
+    return chosen
+
+
+def incoming(
+    root: str,
+    prefix: str,
+    file: RunFile,
+    owner: str,
+    *,
+    marker: str,
+    settle_minutes: float,
+    hours: float,
+    limit: int,
+) -> list[Dataset]:
+    """Datasets below a prefix that are complete, not processed with this config, and now claimed.
+
+    Args:
+        root: URL of the storage root. If it lies below the prefix, it is no dataset.
+        prefix: URL of the folder whose folders are the datasets.
+        file: the config.
+        owner: in whose name they are claimed.
+        marker: name of the object that says that a dataset is complete; "" goes by settle_minutes.
+        settle_minutes: how long nothing in a dataset may have changed.
+        hours: how long a claim holds.
+        limit: most datasets that are taken.
+
+    Raises:
+        StorageError: the prefix does not exist or cannot be listed.
+    """
+    images_of(file, storage.normalize(prefix))
+    taken: list[Dataset] = []
+    for found in _folders(root, prefix):
+        reason = _incomplete(found, marker, settle_minutes)
+        if reason:
+            logger.info("%s is not complete: %s.", found.name, reason)
+            continue
+        dataset = _identify(root, found, file, marker)
+        if storage.exists(_processed(root, dataset)):
+            logger.info("%s is processed already.", found.name)
+        elif len(taken) == limit:
+            logger.info("%s waits: %d datasets are enough for one firing.", found.name, limit)
+        elif _claim(root, dataset, owner, hours):
+            # Between the look and the claim, another firing may have finished it.
+            if storage.exists(_processed(root, dataset)):
+                claims.release(claims_of(root, dataset), owner)
+                continue
+            n_bytes = sum(o.size for o in found.objects)
+            logger.info(
+                "%s is new: %d files, %.1f MB.", found.name, len(found.objects), n_bytes / 1e6
+            )
+            taken.append(dataset)
+    _remember(root, owner, taken)
+    return taken
+
+
+def check_unchanged(dataset: Dataset) -> None:
+    """Raise ConfigError if a dataset is not in the state any more that was discovered."""
+    if not dataset.url:
+        return
+    found = Found(dataset.name, dataset.url, storage.listing(dataset.url))
+    if _fingerprint(_without(found, dataset.marker)) != dataset.fingerprint:
+        raise ConfigError(
+            f"The dataset {dataset.url} has changed since it was discovered, so what was recorded "
+            "may be a mixture. Submit it again when it is complete; a schedule does so by itself."
+        )
+
+
+def mark_processed(root: str, dataset: Dataset, owner: str, details: dict[str, tp.Any]) -> None:
+    """Say that a dataset is done, and give back its claim."""
+    record = {**dataset._asdict(), "owner": owner, "finished": _timestamp(), **details}
+    storage.write_json(_processed(root, dataset), record)
+    claims.release(claims_of(root, dataset), owner)
+
+
+def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
+    """Record how a pipeline run ended, by what it left; release the claims that it still holds.
+
+    Returns:
+        What is recorded: the datasets that are done, and those that are not.
+    """
+    place = _run_record(root, owner)
+    record = storage.read_json(place) if storage.exists(place) else {"datasets": []}
+    datasets = [Dataset.from_dict(raw) for raw in record["datasets"]]
+    done = [d.name for d in datasets if storage.exists(_processed(root, d))]
+    failed = [d.name for d in datasets if d.name not in done]
+    for dataset in datasets:
+        claims.release(claims_of(root, dataset), owner)
+    record |= {"done": done, "failed": failed, "status": status, "finished": _timestamp()}
+    storage.write_json(place, record)
+    return record
+
+
+def claims_of(root: str, dataset: Dataset) -> str:
+    """Where the claims of a dataset's state and config are."""
+    return storage.join(folder_of(root, dataset), "claims", dataset.key)
+
+
+def folder_of(root: str, dataset: Dataset) -> str:
+    """Where a dataset's records are."""
+    place = hashlib.sha256((dataset.url or dataset.fingerprint).encode()).hexdigest()[:8]
+    return storage.join(root, FOLDER, f"{dataset.name}-{place}")
+
+
+# --- Which folders, and whether they are complete ------------------------------------------------
+
+
+def _folders(root: str, prefix: str) -> Iterator[Found]:
+    """The datasets below a prefix with their files, from one listing."""
+    base = storage.normalize(prefix)
+    own = storage.normalize(root) + "/"
+    objects = storage.listing(base)
+    for name, group in itertools.groupby(objects, key=lambda o: o.key.split("/", 1)[0]):
+        url = storage.join(base, name)
+        inside = [o._replace(key=o.key.split("/", 1)[1]) for o in group if "/" in o.key]
+        if name.startswith(".") or not inside or own.startswith(url + "/"):
+            continue
+        yield Found(name, url, inside)
+
+
+def _incomplete(found: Found, marker: str, settle_minutes: float) -> str:
+    """Why a dataset is not complete, "" if it is."""
+    if not _without(found, marker):
+        return "it holds no files"
+    if marker:
+        has_marker = any(o.key == marker for o in found.objects)
+        return "" if has_marker else f"it has no {marker}"
+    age = (time.time() - max(o.modified for o in found.objects)) / 60
+    if age < settle_minutes:
+        return f"it changed {max(0.0, age):.0f} minutes ago, less than {settle_minutes:g}"
+    return ""
+
+
+def _without(found: Found, marker: str) -> list[storage.Object]:
+    """What counts: no hidden files, and not the marker."""
+    return [
+        o
+        for o in found.objects
+        if o.key != marker and not any(part.startswith(".") for part in o.key.split("/"))
+    ]
+
+
+# --- What identifies a state of a dataset --------------------------------------------------------
+
+
+def _identify(root: str, found: Found, file: RunFile, marker: str) -> Dataset:
+    """Fingerprint and key of a dataset; remembers that this state was seen."""
+    config = plain_numbers(file.to_dict())
+    if not found.url:
+        fingerprint = _hash(config["data"])
+        key = _hash({"fingerprint": fingerprint, "config": config})
+        return Dataset(found.name, "", fingerprint, key, "", "")
+    counted = _without(found, marker)
+    fingerprint = _fingerprint(counted)
+    key = _hash({"fingerprint": fingerprint, "config": config})
+    dataset = Dataset(found.name, found.url, fingerprint, key, "", marker)
+    return dataset._replace(version=_version(root, dataset, counted))
+
+
+def _fingerprint(objects: list[storage.Object]) -> str:
+    return _hash([[o.key, o.size, o.etag] for o in objects])
+
+
+def _version(root: str, dataset: Dataset, objects: list[storage.Object]) -> str:
+    """ "" for the first state that was seen with these names and sizes, else the fingerprint.
+
+    Shards are named by names and sizes alone, so that the same data has the same shards wherever
+    it lies. Where files were replaced by others of equal size, the version keeps the two apart.
+    """
+    seen = storage.join(folder_of(root, dataset), "seen")
+    place = storage.join(seen, f"{dataset.fingerprint}.json")
+    if storage.exists(place):
+        return str(storage.read_json(place)["version"])
+    listing = _hash([[o.key, o.size] for o in objects])
+    others = storage.list_dir(seen) if storage.exists(seen) else []
+    is_replaced = any(storage.read_json(other.url)["listing"] == listing for other in others)
+    version = dataset.fingerprint[:12] if is_replaced else ""
+    record = {
+        "listing": listing,
+        "version": version,
+        "n_files": len(objects),
+        "n_bytes": sum(o.size for o in objects),
+        "first_seen": _timestamp(),
+    }
+    storage.write_json(place, record)
+    return version
+
+
+def plain_numbers(obj: tp.Any) -> tp.Any:
+    """``obj`` with integral floats as integers: on its way through KFP, a 2 may become a 2.0."""
+    if isinstance(obj, dict):
+        return {key: plain_numbers(value) for key, value in obj.items()}
+    if isinstance(obj, list):
+        return [plain_numbers(value) for value in obj]
+    return int(obj) if isinstance(obj, float) and obj.is_integer() else obj
+
+
+# --- Records -------------------------------------------------------------------------------------
+
+
+def _claim(root: str, dataset: Dataset, owner: str, hours: float, *, force: bool = False) -> bool:
+    folder = claims_of(root, dataset)
+    for _ in range(3):  # a person who insists may meet another who does
+        if claims.take(folder, owner, hours, force=force) is not None:
+            return True
+        if not force:
+            break
+    else:
+        raise StorageError(f"The dataset {dataset.url} could not be claimed in {folder}.")
+    holder = claims.current(folder)
+    who = holder.describe() if holder else "another run"
+    logger.info("%s is being processed by %s.", dataset.name, who)
+    return False
+
+
+def _processed(root: str, dataset: Dataset) -> str:
+    return storage.join(folder_of(root, dataset), "processed", f"{dataset.key}.json")
+
+
+def _run_record(root: str, owner: str) -> str:
+    return storage.join(root, FOLDER, "runs", f"{owner}.json")
+
+
+def _remember(root: str, owner: str, datasets: list[Dataset]) -> None:
+    """So that the end of the run finds its claims without a search."""
+    record = {"owner": owner, "started": _timestamp(), "datasets": [d._asdict() for d in datasets]}
+    storage.write_json(_run_record(root, owner), record)
+
+
+def _timestamp() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _hash(obj: tp.Any) -> str:
+    return hashlib.sha256(storage.canonical_json(obj).encode()).hexdigest()[:_DIGITS]
