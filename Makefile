@@ -10,7 +10,7 @@ DEMO   ?= demo-out
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint typecheck lock image clean
+.PHONY: help setup test demo lint typecheck lock image install uninstall clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,21 @@ COMPILE_IMAGE := $(COMPILE) --only-binary :all: --constraints $(LOCK)
 
 image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=…] [PUSH=1]
 	@images/build.sh
+
+# --- The cluster's side: docs/cluster.md. Needs kubectl and python3, not .venv. ---
+# OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated tensorboard priority kfp-launcher"]
+# [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; uninstall: [FORCE=1] [DELETE_PVC=…]
+CLUSTER = $(PYTHON) k8s/install.py
+CLUSTER_FLAGS = --overlay "$(OVERLAY)" $(if $(NAMESPACE),--namespace "$(NAMESPACE)") \
+  $(if $(COMPONENTS),--components $(COMPONENTS)) $(if $(GPUS),--gpus "$(GPUS)") \
+  $(if $(SIZE),--size "$(SIZE)") $(if $(STORAGE_CLASS),--storage-class "$(STORAGE_CLASS)") \
+  $(if $(IMAGE),--image "$(IMAGE)") $(if $(DRY_RUN),--dry-run)
+
+install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local (docs/cluster.md)
+	@$(CLUSTER) install $(CLUSTER_FLAGS)
+
+uninstall: ## Remove that again, except data
+	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $(if $(FORCE),--force) $(if $(DELETE_PVC),--delete-pvc "$(DELETE_PVC)")
 
 clean: ## Remove what make made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
