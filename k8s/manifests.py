@@ -1,0 +1,199 @@
+"""Which objects an installation consists of."""
+
+import json
+import os
+import re
+import tempfile
+import typing as tp
+from pathlib import Path
+
+from kubectl import InstallError, Json, kustomize
+
+HERE = Path(__file__).resolve().parent
+OVERLAYS = sorted(path.parent.name for path in HERE.glob("overlays/*/kustomization.yaml"))
+COMPONENTS = ("dedicated", "kfp-launcher", "priority", "tensorboard")
+"""What can be asked for; the other components follow from what is there."""
+
+CONFIG_ENV = HERE / "components" / "settings" / "config.env"
+STORAGE_ENV = HERE / "components" / "storage-secret" / "storage.env"
+LAUNCHER = HERE / "components" / "kfp-launcher" / "kfp-launcher.yaml"
+
+
+class Plan(tp.NamedTuple):
+    """What to install where."""
+
+    overlay: str
+    namespace: str
+    components: tuple[str, ...]
+    kfp_namespace: str
+    image: str
+    gpus: int | None
+    size: str
+    storage_class: str
+
+    @property
+    def has_volume(self) -> bool:
+        """Whether the data is on a volume."""
+        return self.overlay in ("pvc", "local")
+
+
+def check(plan: Plan) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        InstallError: with the remedy.
+    """
+    if plan.overlay not in OVERLAYS:
+        found = f"{plan.overlay!r} is unknown" if plan.overlay else "OVERLAY is not set"
+        raise InstallError(f"{found}; say where data is kept: OVERLAY={', '.join(OVERLAYS)}.")
+    for name in plan.components:
+        if name not in COMPONENTS:
+            raise InstallError(
+                f"There is no component {name!r}; there are {', '.join(COMPONENTS)}."
+            )
+    if plan.gpus is not None and plan.gpus < 0:
+        raise InstallError(f"GPUS={plan.gpus} is less than 0.")
+    if "dedicated" in plan.components and plan.namespace == plan.kfp_namespace:
+        raise InstallError(
+            f"Component dedicated denies by default to every pod of the namespace, and "
+            f"{plan.namespace!r} is where Kubeflow Pipelines itself runs; leave it out, or install "
+            f"into a profile's namespace with NAMESPACE=…."
+        )
+    if "kfp-launcher" in plan.components and not LAUNCHER.exists():
+        raise InstallError(
+            f"Component kfp-launcher needs {shown(LAUNCHER)}, which is missing; copy "
+            f"kfp-launcher.example.yaml beside it and edit the copy."
+        )
+    if "tensorboard" in plan.components:
+        if not plan.image:
+            raise InstallError("TensorBoard runs in saev's image; say which: IMAGE=registry/saev:…")
+        if not plan.has_volume and "SAEV_ROOT" not in read_env(CONFIG_ENV):
+            raise InstallError(
+                f"TensorBoard needs to know the storage root; set SAEV_ROOT in "
+                f"{shown(CONFIG_ENV)} (example beside it)."
+            )
+    keys = read_env(STORAGE_ENV)
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        if STORAGE_ENV.exists() and not keys.get(key):
+            raise InstallError(f"{shown(STORAGE_ENV)} has no value for {key}; set it.")
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """The KEY=VALUE lines of a file; none if it is missing.
+
+    Raises:
+        InstallError: on any other line.
+    """
+    values = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key, sign, value = line.partition("=")
+        where = f"{shown(path)}, line {number}"
+        if not sign or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
+            raise InstallError(f"{where} is not KEY=VALUE.")
+        if value[:1] in "'\"" and value:
+            raise InstallError(f"{where}: quotes would become part of {key}'s value; remove them.")
+        if value != value.strip():
+            raise InstallError(f"{where}: {key}'s value has spaces around it; remove them.")
+        values[key] = value
+    return values
+
+
+def kustomizations(plan: Plan, folder: Path) -> dict[str, Json]:
+    """The kustomizations that make all of a plan's objects: sub-folder of a folder → its content.
+
+    Two, because kustomize would put the namespace into cluster-wide objects of kinds that it does
+    not know.
+    """
+    inner = folder / "namespaced"
+
+    def path(*parts: str) -> str:
+        return os.path.relpath(HERE.joinpath(*parts), inner)
+
+    components = [name for name in plan.components if name != "priority"]
+    if CONFIG_ENV.exists():
+        components.insert(0, "settings")
+    if STORAGE_ENV.exists():
+        components.append("storage-secret")
+    if "tensorboard" in components and plan.has_volume:
+        components.append("tensorboard-volume")
+    head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    namespaced: Json = {
+        **head,
+        "namespace": plan.namespace,
+        "resources": [path("overlays", plan.overlay)],
+        "components": [path("components", name) for name in components],
+        "patches": patches(plan, components),
+    }
+    if plan.image:
+        name, tag, digest = split_image(plan.image)
+        image = {"name": "saev", "newName": name}
+        namespaced["images"] = [image | ({"digest": digest} if digest else {"newTag": tag})]
+    everything: Json = {**head, "resources": [inner.name]}
+    if "priority" in plan.components:
+        everything["components"] = [os.path.relpath(HERE / "components" / "priority", folder)]
+    return {".": everything, inner.name: namespaced}
+
+
+def patches(plan: Plan, components: tp.Sequence[str]) -> list[Json]:
+    """What the variables of `make install` change."""
+    made = []
+
+    def replace(kind: str, name: str, path: str, value: str, operation: str = "replace") -> None:
+        patch = json.dumps([{"op": operation, "path": path, "value": value}])
+        made.append({"target": {"kind": kind, "name": name}, "patch": patch})
+
+    if plan.gpus is not None and plan.overlay != "local":
+        key = "/spec/hard/requests.nvidia.com~1gpu"
+        replace("ResourceQuota", "saev-gpus", key, str(plan.gpus))
+    if plan.has_volume and plan.size:
+        key = "/spec/resources/requests/storage"
+        replace("PersistentVolumeClaim", "saev-data", key, plan.size)
+    if plan.has_volume and plan.storage_class:
+        key = "/spec/storageClassName"
+        replace("PersistentVolumeClaim", "saev-data", key, plan.storage_class, "add")
+    if plan.kfp_namespace != "kubeflow":
+        selector = "namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
+        replace("NetworkPolicy", "saev-kfp", f"/spec/egress/0/to/0/{selector}", plan.kfp_namespace)
+        if "dedicated" in components:
+            for policy in ("kfp-runs", "kfp-profile"):
+                key = f"/spec/egress/0/to/0/{selector}"
+                replace("NetworkPolicy", policy, key, plan.kfp_namespace)
+            key = f"/spec/ingress/0/from/0/{selector}"
+            replace("NetworkPolicy", "kfp-profile", key, plan.kfp_namespace)
+    return made
+
+
+def split_image(image: str) -> tuple[str, str, str]:
+    """Name, tag and digest of an image's address.
+
+    Raises:
+        InstallError: if it has neither, or the tag latest.
+    """
+    name, _, digest = image.partition("@")
+    slash = name.rfind("/")
+    name, _, tag = (name, "", "") if ":" not in name[slash + 1 :] else name.rpartition(":")
+    if not digest and tag in ("", "latest"):
+        raise InstallError(f"IMAGE={image} names no fixed version; give a tag or @sha256:….")
+    return name, tag, digest
+
+
+def render(plan: Plan) -> str:
+    """All objects, as YAML.
+
+    Raises:
+        InstallError: if kubectl refuses.
+    """
+    with tempfile.TemporaryDirectory(prefix="saev-") as made:
+        folder = Path(made).resolve()
+        for name, content in kustomizations(plan, folder).items():
+            (folder / name).mkdir(exist_ok=True)
+            text = json.dumps(content, indent=1)
+            (folder / name / "kustomization.yaml").write_text(text, encoding="utf-8")
+        return kustomize(folder)
+
+
+def shown(path: Path) -> str:
+    """A path as the reader knows it."""
+    return f"k8s/{path.relative_to(HERE)}"
