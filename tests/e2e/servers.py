@@ -134,7 +134,7 @@ def kubernetes_server() -> Iterator[KubernetesApi]:
     Raises:
         compiled.Unavailable: a program is missing and cannot be built.
     """
-    etcd, apiserver, controllers = (compiled.find(program) for program in compiled.KUBERNETES)
+    apiserver, controllers, etcd = (compiled.find(program) for program in compiled.KUBERNETES)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saev-kube-")))
         store = _start_etcd(stack, etcd, folder)
