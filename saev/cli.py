@@ -16,6 +16,7 @@ import rich.logging
 import tyro
 
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
 from saev.config.steps import STEPS
 from saev.errors import SaevError
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "inference": InferenceConfig,
     "visuals": VisualsConfig,
     "run": RunConfig,
+    "gc": GcConfig,
 }
 
 DESCRIPTION = """\
@@ -34,8 +36,8 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure an SAE (inference), show its features (visuals). \
-`run` does all four. Every location is a path or a URL (s3://…). The URL of the result is the only \
-thing on standard output."""
+`run` does all four; `gc` cleans up. Every location is a path or a URL (s3://…). The URL of the \
+result is the only thing on standard output."""
 
 
 STEP_DESCRIPTION = """\
@@ -92,6 +94,11 @@ def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str
         from saev.steps import run as step_runner
 
         return step_runner.run(cfg, progress=progress)
+    if isinstance(cfg, GcConfig):
+        from saev import gc
+
+        gc.run(cfg)
+        return []
     from saev import run
 
     return [run.run(cfg, progress=progress)]
@@ -121,7 +128,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cfg = parse(argv or ["--help"])
     signal.signal(signal.SIGTERM, _terminate)
-    progress = Progress()
+    progress = Progress(quiet=isinstance(cfg, GcConfig))  # it asks a question
     _log_to(progress)
     try:
         with progress:

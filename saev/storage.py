@@ -846,12 +846,33 @@ def clean_temporary(url: str | os.PathLike) -> None:
         return
     for leftover in path.glob(f"{TMP_PREFIX}*"):
         with contextlib.suppress(OSError):
-            fd = os.open(leftover, os.O_RDWR)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
-                leftover.unlink()
-            finally:
-                os.close(fd)
+            _remove_temporary(leftover)
+
+
+def remove_temporary(url: str | os.PathLike) -> bool:
+    """Remove one unfinished write, unless its writer is alive; returns whether it is gone."""
+    text = normalize(url)
+    path = local_path(text)
+    if path is None:
+        delete(text)
+        return not exists(text)
+    with _explained(text, "delete"):
+        try:
+            _remove_temporary(path)
+        except FileNotFoundError:
+            return True
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _remove_temporary(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+        path.unlink()
+    finally:
+        os.close(fd)
 
 
 def check_writable(url: str | os.PathLike) -> None:

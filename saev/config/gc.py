@@ -21,7 +21,9 @@ def seconds(age: str) -> float:
         return 0.0
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", age.strip())
     if match is None:
-        raise ValueError(f"{age!r} is no age; expected a number and m, h, d or w, such as 12h or 7d")
+        raise ValueError(
+            f"{age!r} is no age; expected a number and m, h, d or w, such as 12h or 7d"
+        )
     return float(match[1]) * _UNITS[match[2]]
 
 

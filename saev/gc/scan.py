@@ -9,8 +9,8 @@ from saev.errors import ConfigError
 from saev.storage import Object
 
 SHARDS, RUNS, RESUME, DATASETS = "shards", "runs", "resume", "datasets"
-_HASH = re.compile(r"[0-9a-f]{12,64}")
-"""Names that saev gives: a folder of another name is somebody's own."""
+_HASH = re.compile(r"[0-9a-f]{12}|[0-9a-f]{16}")
+"""Names of runs and of shards: a folder of another name is somebody's own."""
 
 
 class Folder(tp.NamedTuple):

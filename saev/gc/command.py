@@ -1,0 +1,208 @@
+"""The command: list, ask, delete, say what happened."""
+
+import dataclasses
+import io
+import json
+import logging
+import sys
+import time
+import typing as tp
+
+import rich.box
+import rich.console
+import rich.table
+
+from saev import storage
+from saev.config.gc import GcConfig
+from saev.errors import SaevError, StorageError
+from saev.gc import facts
+from saev.gc.choose import Item, age, choose
+from saev.gc.remove import Outcome, remove
+from saev.gc.scan import scan
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.html"
+_WIDTH = 120
+"""Columns of the table where standard output is no terminal."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found and done."""
+
+    root: str
+    items: list[Item]
+    """In the order of deletion."""
+    outcomes: dict[str, Outcome] = dataclasses.field(default_factory=dict)
+    """By URL."""
+    failures: list[str] = dataclasses.field(default_factory=list)
+    """One sentence each."""
+
+    @property
+    def going(self) -> list[Item]:
+        """What may be deleted."""
+        return [item for item in self.items if not item.kept]
+
+
+def run(cfg: GcConfig) -> None:
+    """List, and with ``cfg.delete`` delete; prints to standard output.
+
+    Raises:
+        ConfigError: the root is none, or --shards names a folder that is not there.
+        StorageError: something cannot be listed or deleted; what could be is deleted.
+    """
+    report = _look(cfg)
+    if not cfg.as_json:
+        sys.stdout.write(render(report, time.time()))
+        sys.stdout.flush()
+    if cfg.delete and report.going and (cfg.yes or _agrees(report)):
+        report = _again(cfg, report)
+        _delete(report)
+    if cfg.as_json:
+        sys.stdout.write(json.dumps(to_dict(report), indent=1, ensure_ascii=False) + "\n")
+    elif cfg.delete:
+        sys.stdout.write(_summary(report))
+    if report.failures:
+        more = f" ({len(report.failures)} such errors)" if len(report.failures) > 1 else ""
+        raise StorageError(report.failures[0] + more)
+
+
+def _look(cfg: GcConfig) -> Report:
+    snapshot = scan(cfg.root)
+    return Report(snapshot.url, choose(cfg, facts.gather(snapshot), time.time()))
+
+
+def _agrees(report: Report) -> bool:
+    """Whether the person at the terminal says yes; where there is none, --delete said it."""
+    if not sys.stdin.isatty():
+        return True
+    n_bytes = sum(item.n_bytes for item in report.going)
+    sys.stderr.write(f"Delete these {len(report.going)} ({size(n_bytes)})? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _again(cfg: GcConfig, shown: Report) -> Report:
+    """Look again: the answer may have taken its time. Only what was shown goes."""
+    known = {item.url for item in shown.going}
+    report = _look(cfg)
+    report.items = [item for item in report.items if item.kept or item.url in known]
+    return report
+
+
+def _delete(report: Report) -> None:
+    for item in report.going:
+        if any(report.outcomes.get(url) not in ("deleted", "gone") for url in item.after):
+            report.outcomes[item.url] = "in use"
+            continue
+        try:
+            report.outcomes[item.url] = remove(item)
+        except StorageError as err:
+            report.failures.append(str(err))
+            continue
+        logger.info("%s %s: %s", item.kind, item.url, report.outcomes[item.url])
+    if any(report.outcomes.get(i.url) == "deleted" for i in report.items if i.kind == "run"):
+        _rewrite_index(report.root)
+
+
+def _rewrite_index(root: str) -> None:
+    """The page that lists the runs, if there is one, without those that are gone."""
+    if not storage.exists(storage.join(root, INDEX)):
+        return
+    from saev.visuals import overview
+
+    try:
+        overview.write(root)
+    except SaevError as err:
+        logger.warning("%s still lists what was deleted: %s", storage.join(root, INDEX), err)
+
+
+# --- Showing -------------------------------------------------------------------------------
+
+
+def render(report: Report, now: float) -> str:
+    """A table of what may go and one of what is kept."""
+    going, kept = report.going, [item for item in report.items if item.kept]
+    out = io.StringIO()
+    console = rich.console.Console(
+        file=out, width=None if sys.stdout.isatty() else _WIDTH, highlight=False
+    )
+    if going:
+        n_bytes = sum(item.n_bytes for item in going)
+        title = f"May be deleted below {report.root}: {len(going)}, {size(n_bytes)}"
+        console.print(_table(title, "why", going, lambda i: i.reason, report.root, now))
+    else:
+        console.print(f"Nothing to delete below {report.root}.", soft_wrap=True)
+    if kept:
+        console.print(_table("Kept", "because", kept, lambda i: i.kept, report.root, now))
+    return out.getvalue()
+
+
+def _table(
+    title: str,
+    why: str,
+    items: list[Item],
+    reason: tp.Callable[[Item], str],
+    root: str,
+    now: float,
+) -> rich.table.Table:
+    table = rich.table.Table(
+        title=title, title_justify="left", title_style="", box=rich.box.SIMPLE_HEAD
+    )
+    for name in ("what", "where", "tag"):
+        table.add_column(name, overflow="fold")
+    for name in ("age", "files", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(why, overflow="fold")
+    for item in items:
+        table.add_row(
+            item.kind if item.state == "left over" else f"{item.state} {item.kind}",
+            item.url.removeprefix(root).lstrip("/"),
+            item.tag,
+            age(now - item.modified),
+            f"{item.n_files:,}",
+            size(item.n_bytes),
+            reason(item),
+        )
+    return table
+
+
+def _summary(report: Report) -> str:
+    deleted = [i for i in report.going if report.outcomes.get(i.url) == "deleted"]
+    if not report.outcomes and not report.failures:
+        return "Nothing was deleted.\n"
+    lines = [f"Deleted {len(deleted)}, {size(sum(i.n_bytes for i in deleted))}."]
+    words = {
+        "changed": "it changed since it was listed",
+        "in use": "it is in use",
+        "gone": "it was gone already",
+    }
+    lines += [
+        f"Not {item.url}: {words[outcome]}."
+        for item in report.going
+        if (outcome := report.outcomes.get(item.url)) in words and outcome is not None
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_dict(report: Report) -> dict[str, tp.Any]:
+    """As plain JSON types."""
+    rows = []
+    for item in report.items:
+        row = {k: v for k, v in dataclasses.asdict(item).items() if k != "after"}
+        rows.append(row | {"outcome": report.outcomes.get(item.url, "")})
+    return {
+        "root": report.root,
+        "n_bytes": sum(item.n_bytes for item in report.going),
+        "items": rows,
+        "failures": report.failures,
+    }
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in decimal units, three digits."""
+    value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
