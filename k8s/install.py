@@ -81,7 +81,10 @@ def locate(plan: Plan) -> str:
     Raises:
         InstallError: if the namespace does not exist.
     """
-    context = kubectl("config", "current-context").strip()
+    try:
+        context = kubectl("config", "current-context").strip()
+    except InstallError:
+        context = "the cluster"  # of a pod, which has no contexts
     try:
         kubectl("get", "namespace", plan.namespace, "-o", "name")
     except InstallError as error:

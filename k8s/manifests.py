@@ -45,7 +45,7 @@ def check(plan: Plan) -> None:
     """
     if plan.overlay not in OVERLAYS:
         found = f"{plan.overlay!r} is unknown" if plan.overlay else "OVERLAY is not set"
-        raise InstallError(f"{found}; say where data is kept: OVERLAY={', '.join(OVERLAYS)}.")
+        raise InstallError(f"{found}; say where data is kept: OVERLAY={'|'.join(OVERLAYS)}.")
     for name in plan.components:
         if name not in COMPONENTS:
             raise InstallError(

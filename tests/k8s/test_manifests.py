@@ -1,0 +1,251 @@
+"""Every overlay builds, and what it makes is right; and the checks that say so can fail."""
+
+import copy
+import re
+import subprocess
+import typing as tp
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k8s.checks import STEP, VERSIONS, Json, meaning, problems, schemas
+from k8s.conftest import ROOT, Render
+
+K8S = ROOT / "k8s"
+EVERYTHING = ("dedicated", "tensorboard", "priority", "kfp-launcher")
+IMAGE = "registry.example.com:5000/team/saev:1.2"
+
+
+@pytest.mark.parametrize("overlay", ["s3", "pvc", "local"])
+def test_overlays_build_as_they_are(build: Render, overlay: str) -> None:
+    assert problems(build(K8S / "overlays" / overlay)) == []
+
+
+@pytest.mark.parametrize("overlay", ["s3", "pvc", "local"])
+def test_all_components(render: Render, overlay: str) -> None:
+    objects = render(
+        *f"--overlay {overlay} --namespace team-a --image {IMAGE} --components".split(), *EVERYTHING
+    )
+    assert problems(objects) == []
+    assert {item["metadata"].get("namespace", "team-a") for item in objects} == {"team-a"}
+    assert find(objects, "Namespace")["metadata"]["name"] == "team-a"
+    assert not find(objects, "Namespace")["metadata"]["labels"].get("app.kubernetes.io/part-of")
+
+
+def test_versions_are_two() -> None:
+    old, new = ([int(part) for part in version.split(".")[:2]] for version in VERSIONS)
+    assert old < new
+
+
+def test_variables(render: Render) -> None:
+    objects = render(
+        *f"--overlay pvc --namespace team-a --kfp-namespace kfp --image {IMAGE} --gpus 3".split(),
+        *"--size 2Ti --storage-class efs --components dedicated tensorboard".split(),
+    )
+    claim = find(objects, "PersistentVolumeClaim")["spec"]
+    assert claim["storageClassName"] == "efs"
+    assert claim["resources"]["requests"]["storage"] == "2Ti"
+    quota = find(objects, "ResourceQuota", "saev-gpus")
+    assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "3"}
+    pod = find(objects, "Deployment")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == IMAGE
+    claims = [volume.get("persistentVolumeClaim") for volume in pod["volumes"]]
+    assert {"claimName": "saev-data", "readOnly": True} in claims
+    policies = yaml.safe_dump([item for item in objects if item["kind"] == "NetworkPolicy"])
+    assert "kubernetes.io/metadata.name: kfp\n" in policies
+    assert "kubernetes.io/metadata.name: kubeflow\n" not in policies
+
+
+def test_private_files(render: Render, tree: Path) -> None:
+    objects = render("--overlay", "s3", "--components", "kfp-launcher")
+    assert find(objects, "ConfigMap", "saev-config")["data"] == {
+        "SAEV_LOG_LEVEL": "INFO",
+        "SAEV_ROOT": "s3://my-bucket/saev",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    secret = find(objects, "Secret", "saev-storage")
+    assert secret["data"]["AWS_SECRET_ACCESS_KEY"] == "c2VjcmV0Lys9"  # secret/+=
+    reads = [rule.get("resourceNames") for rule in find(objects, "Role")["rules"]]
+    assert ["saev-storage"] in reads
+
+    (tree / "components" / "storage-secret" / "storage.env").unlink()
+    objects = render("--overlay", "s3")
+    assert not [item for item in objects if item["kind"] == "Secret"]
+    assert ["saev-storage"] not in [
+        rule.get("resourceNames") for rule in find(objects, "Role")["rules"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("AWS_ACCESS_KEY_ID='x'", "line 1: quotes would become part of AWS_ACCESS_KEY_ID's value"),
+        ("AWS_ACCESS_KEY_ID", "line 1 is not KEY=VALUE"),
+        ("AWS_ACCESS_KEY_ID= x", "line 1: AWS_ACCESS_KEY_ID's value has spaces"),
+        ("AWS_ACCESS_KEY_ID=x", "no value for AWS_SECRET_ACCESS_KEY"),
+        ("aws_key=x", "line 1 is not KEY=VALUE"),
+    ],
+)
+def test_wrong_private_files(tree: Path, installer: Callable, line: str, says: str) -> None:
+    (tree / "components" / "storage-secret" / "storage.env").write_text(line + "\n")
+    done = installer(tree, "render", "--overlay", "s3")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "OVERLAY is not set"),
+        ("--overlay nfs", "'nfs' is unknown"),
+        (
+            "--overlay s3 --components dedicated",
+            "'kubeflow' is where Kubeflow Pipelines itself runs",
+        ),
+        ("--overlay s3 --components dedicate", "no component 'dedicate'"),
+        ("--overlay pvc --components tensorboard", "IMAGE=registry/saev:…"),
+        ("--overlay pvc --components tensorboard --image saev", "no fixed version"),
+        ("--overlay pvc --components tensorboard --image a:5/saev:latest", "no fixed version"),
+        ("--overlay s3 --gpus -1", "less than 0"),
+    ],
+)
+def test_refusals(tree: Path, installer: Callable, arguments: str, says: str) -> None:
+    done = installer(tree, "render", *arguments.split())
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+def test_tensorboard_on_s3_needs_the_root(tree: Path, installer: Callable) -> None:
+    (tree / "components" / "settings" / "config.env").unlink()
+    words = f"render --overlay s3 --components tensorboard --image {IMAGE}".split()
+    assert "set SAEV_ROOT in k8s/components/settings/config.env" in installer(tree, *words).stderr
+
+
+def test_digests_stay(render: Render) -> None:
+    image = f"registry.example.com/saev@sha256:{'a' * 64}"
+    objects = render(*f"--overlay pvc --image {image} --components tensorboard".split())
+    pod = find(objects, "Deployment")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == image
+
+
+def test_nothing_remote_and_nothing_secret() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "k8s"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in listed:
+        assert not name.endswith((".env", "kfp-launcher.yaml")), name
+        if name.endswith(".env.example"):
+            for line in (ROOT / name).read_text().splitlines():
+                assert not re.match(r"AWS_(ACCESS|SECRET|SESSION)\w*=.", line), f"{name}: {line}"
+    for path in K8S.rglob("kustomization.yaml"):
+        content = yaml.safe_load(path.read_text())
+        for base in (*content.get("resources", ()), *content.get("components", ())):
+            is_private = base == "kfp-launcher.yaml"
+            assert is_private or (path.parent / base).exists(), f"{path}: {base}"
+
+
+def test_pipelines_use_these_names(build: Render) -> None:
+    definition = pytest.importorskip("pipelines.definition")
+    objects = build(K8S / "overlays" / "pvc")
+    assert find(objects, "ConfigMap")["metadata"]["name"] == definition.CONFIG_MAP
+    assert find(objects, "PersistentVolumeClaim")["metadata"]["name"] == definition.PVC_NAME
+    generator = yaml.safe_load((K8S / "components/storage-secret/kustomization.yaml").read_text())
+    assert generator["secretGenerator"][0]["name"] == definition.STORAGE_SECRET
+    assert definition.LABELS.items() <= STEP.items()
+    example = (K8S / "components" / "settings" / "config.env.example").read_text()
+    keys = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
+    assert keys - {"SAEV_ROOT"} <= set(definition.CONFIG_ENV)
+    example = (K8S / "components" / "storage-secret" / "storage.env.example").read_text()
+    keys = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
+    assert keys == set(definition.SECRET_ENV)
+
+
+# --- The checks can fail -----------------------------------------------------------------------
+
+
+def set_to(kind: str, name: str, where: str, value: object) -> Callable[[list[Json]], None]:
+    """A change of one value, or with ... its removal."""
+
+    def change(objects: list[Json]) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in where.split("|"))
+        inner: tp.Any = find(objects, kind, name)
+        for key in parents:
+            inner = inner[key]
+        if value is ...:
+            del inner[last]
+        else:
+            inner[last] = value
+
+    return change
+
+
+POD = "spec|template|spec"
+BOARD = ("Deployment", "saev-tensorboard")
+MUTATIONS = {
+    "'replica' was unexpected": (*BOARD, "spec|replica", 1),
+    "'one' is not of type": (*BOARD, "spec|replicas", "one"),
+    "namespaces differ": ("ServiceAccount", "saev-steps", "metadata|namespace", "other"),
+    "cluster-wide, but in": ("PriorityClass", "saev-batch", "metadata|namespace", "team-a"),
+    "labels": ("Role", "saev-steps", "metadata|labels|app.kubernetes.io/part-of", ...),
+    "accessModes": ("PersistentVolumeClaim", "saev-data", "spec|accessModes|0", "ReadWriteAll"),
+    "enforce": (
+        "Namespace", "team-a", "metadata|labels|pod-security.kubernetes.io/enforce", "strict",
+    ),
+    "no quantity": ("ResourceQuota", "saev-compute", "spec|hard|requests.memory", "16GB"),
+    "chooses no pod": ("Service", "saev-tensorboard", "spec|selector|app.kubernetes.io/name", "x"),
+    "saev-dns: chooses no pod": (
+        "NetworkPolicy", "saev-dns", "spec|podSelector|matchLabels|app.kubernetes.io/part-of", "x",
+    ),
+    "no container has port": ("Service", "saev-tensorboard", "spec|ports|0|targetPort", "web"),
+    "no Role/saev-step": ("RoleBinding", "saev-steps", "roleRef|name", "saev-step"),
+    "no key SAEV_ROOT": ("ConfigMap", "saev-config", "data|SAEV_ROOT", ...),
+    "no ServiceAccount/x": (*BOARD, f"{POD}|serviceAccountName", "x"),
+    "may run as root": (*BOARD, f"{POD}|securityContext|runAsNonRoot", False),
+    "may gain privileges": (*BOARD, f"{POD}|containers|0|securityContext|privileged", True),
+    "has capabilities": (*BOARD, f"{POD}|containers|0|securityContext|capabilities|drop", []),
+    "no fixed version": (*BOARD, f"{POD}|containers|0|image", "saev:latest"),
+    "no limits": (*BOARD, f"{POD}|containers|0|resources|limits|memory", ...),
+    "volume of kind hostPath": (*BOARD, f"{POD}|volumes|1", {"name": "tmp", "hostPath": {}}),
+    "no volume tmp": (*BOARD, f"{POD}|volumes|1|name", "temp"),
+    "verbs *": ("Role", "saev-steps", "rules|0|verbs", ["*"]),
+    "all secrets": ("Role", "saev-steps", "rules|3|resourceNames", []),
+    "more than get of pods": ("Role", "saev-steps", "rules|1|verbs", ["get", "create"]),
+    "port 'http'": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports|0|port", "http"),
+    "rule of all ports": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports", ...),
+    "is not in 0.0.0.0/0": (
+        "NetworkPolicy", "saev-https", "spec|egress|0|to|0|ipBlock|except|0", "fe80::/10",
+    ),
+    "priority is not the class's": ("PriorityClass", "saev-batch", "value", -1),
+}  # fmt: skip
+
+
+@pytest.fixture
+def objects(render: Render) -> list[Json]:
+    return render(
+        *f"--overlay pvc --namespace team-a --image {IMAGE} --components".split(), *EVERYTHING
+    )
+
+
+def test_each_mutation_is_found(objects: list[Json]) -> None:
+    missed = {}
+    for says, mutation in MUTATIONS.items():
+        changed = copy.deepcopy(objects)
+        set_to(*mutation)(changed)
+        found = [*schemas([find(changed, *mutation[:2])]), *meaning(changed)]
+        if not any(says in sentence for sentence in found):
+            missed[says] = found
+    assert missed == {}
+
+
+def find(objects: list[Json], kind: str, name: str | None = None) -> Json:
+    """The one object of a kind, and of a name if there are several."""
+    (found,) = (
+        item
+        for item in objects
+        if item["kind"] == kind and name in (None, item["metadata"]["name"])
+    )
+    return found
