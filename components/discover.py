@@ -18,12 +18,12 @@ def discover(
     max_datasets: int,
     first: dsl.OutputPath(dict),
     datasets: dsl.OutputPath(list),
-):  # noqa: ANN201 - KFP reads the annotations; a container component has no return value
+):
     """Find datasets, fingerprint their listings, and claim what is not processed yet.
 
     Args:
-        dataset: URL of a dataset (mode one), or of the folder whose folders are datasets (incoming).
-            Empty: the images that the config's [data] table names.
+        dataset: URL of a dataset (mode one), or of the folder whose folders are datasets (mode
+            incoming). Empty: the images that the config's [data] table names.
         root: URL of the storage root.
         config: what `saev run --config` takes, as JSON.
         owner: id of the pipeline run; claims are made in its name.

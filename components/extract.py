@@ -6,7 +6,7 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def extract(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):  # noqa: ANN201
+def extract(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):
     """Record the activations of one part of a dataset.
 
     Args:

@@ -6,7 +6,7 @@ from components.step import CPU_IMAGE, spec
 
 
 @dsl.container_component
-def outcome(root: str, owner: str, status: dsl.PipelineTaskFinalStatus):  # noqa: ANN201
+def outcome(root: str, owner: str, status: dsl.PipelineTaskFinalStatus):
     """Record the outcome, and release the claims of datasets that were not finished.
 
     Args:

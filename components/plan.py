@@ -14,7 +14,7 @@ def plan_shards(
     n_parts: int,
     shards: dsl.OutputPath(str),
     items: dsl.OutputPath(list),
-):  # noqa: ANN201
+):
     """Name the shards folder of a dataset, and cut what is not recorded yet into parts.
 
     Loads the model (on the CPU) for its shapes and the checksum of its weights.
@@ -49,7 +49,7 @@ def plan_training(
     owner: str,
     shards: str,
     items: dsl.OutputPath(list),
-):  # noqa: ANN201
+):
     """Resolve the sweep into groups of SAEs that share their batches.
 
     Args:
@@ -82,7 +82,7 @@ def plan_inference(
     n_parts: int,
     runs: dsl.OutputPath(list),
     items: dsl.OutputPath(list),
-):  # noqa: ANN201
+):
     """List the trained SAEs, and cut the passes that are not done yet into parts.
 
     Args:

@@ -14,7 +14,7 @@ def publish(
     shards: str,
     metrics: dsl.Output[dsl.Metrics],
     published: dsl.OutputPath(str),
-):  # noqa: ANN201
+):
     """Verify every part, check that the dataset is still what was recorded, and publish.
 
     Args:

@@ -15,7 +15,7 @@ def report(
     runs: list,
     metrics: dsl.Output[dsl.Metrics],
     page: dsl.Output[dsl.HTML],
-):  # noqa: ANN201
+):
     """Compare the SAEs, write the root's index.html, and mark the dataset as processed.
 
     Args:

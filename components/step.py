@@ -24,5 +24,7 @@ def spec(image: str, step: str, **flags: tp.Any) -> dsl.ContainerSpec:
         step: name of the step.
         flags: flag, with underscores → input, output path or constant.
     """
-    args = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    args = [
+        word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
     return dsl.ContainerSpec(image=image, command=["python", "-m", "saev", "step", step], args=args)

@@ -15,7 +15,7 @@ def summarise(
     run: str,
     metrics: dsl.Output[dsl.Metrics],
     page: dsl.Output[dsl.HTML],
-):  # noqa: ANN201
+):
     """Merge the parts of one SAE's pass exactly, and draw what its latents respond to.
 
     Args:

@@ -6,7 +6,7 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def train(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):  # noqa: ANN201
+def train(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):
     """Train one group of SAEs on the same batches; continues from its newest resume point.
 
     Args:

@@ -12,27 +12,25 @@ which the cache does not, and finds there by itself what is done.
 import collections.abc
 import contextlib
 import hashlib
-import json
-import logging
 import tempfile
 import typing as tp
 import warnings
 from pathlib import Path
 
-import components
 import yaml
-from components.step import CPU_IMAGE
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl import base_component, pipeline_task
 
+import components
+from components.step import CPU_IMAGE
 from pipelines.options import CompileOptions, PipelineName
 
 GPU_TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 
-STORAGE_SECRET = "saev-storage"  # noqa: S105 - a name
+STORAGE_SECRET = "saev-storage"
 CONFIG_MAP = "saev-config"
 PVC_NAME = "saev-data"
-IMAGE_PULL_SECRET = "saev-registry"  # noqa: S105 - a name
+IMAGE_PULL_SECRET = "saev-registry"
 DATA_MOUNT = "/data"
 
 SECRET_ENV = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -92,13 +90,18 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
         name: which one.
         options: its constants.
     """
-    pipeline = {"saev": _one, "saev-incoming": _incoming}[name](options)
+    pipeline = build(name, options)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(path))
         text = path.read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Compiled(name, text, digest, _parameters(text))
+
+
+def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
+    """A pipeline that is not compiled: under `kfp.local`, a call of it runs it."""
+    return {"saev": _one, "saev-incoming": _incoming}[name](options)
 
 
 @contextlib.contextmanager
@@ -357,14 +360,17 @@ class _Graph:
         is_small = task.container_spec.image == CPU_IMAGE
         task.set_container_image(options.cpu_image if is_small else options.image)
         task.set_caching_options(False)
-        task.set_retry(
-            options.retries,
-            backoff_duration="30s",
-            backoff_factor=2.0,
-            backoff_max_duration="600s",
-        )
+        if options.retries:
+            task.set_retry(
+                options.retries,
+                backoff_duration="30s",
+                backoff_factor=2.0,
+                backoff_max_duration="600s",
+            )
         kubernetes.set_timeout(task, options.timeout_seconds(step))
         if gpu:
+            # Inside loops, kfp hands on the parameters of kubernetes.* by itself, but not these.
+            task.register_pipeline_channels([pods.gpu_type, pods.gpu_count, pods.cpu, pods.memory])
             task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(pods.gpu_count)
             task.set_cpu_request(pods.cpu).set_cpu_limit(pods.cpu)
             task.set_memory_request(pods.memory).set_memory_limit(pods.memory)

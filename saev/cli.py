@@ -150,10 +150,17 @@ def _terminate(signum: int, frame: object) -> tp.NoReturn:
 
 def _log_to(progress: Progress) -> None:
     level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper()
-    handler = rich.logging.RichHandler(
-        console=progress.console, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S"
-    )
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
+    if progress.console.is_terminal:
+        handler: logging.Handler = rich.logging.RichHandler(
+            console=progress.console,
+            show_path=False,
+            rich_tracebacks=False,
+            log_time_format="%H:%M:%S",
+        )
+        form = "%(message)s"
+    else:  # whole lines, for the log of a pod
+        handler, form = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level="WARNING", format=form, handlers=[handler])
     logging.getLogger("saev").setLevel(level)
 
 

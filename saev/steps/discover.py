@@ -1,10 +1,10 @@
 """Which datasets are complete and not processed yet. Reads listings, never an image.
 
-    <root>/datasets/<name>-<hash of the URL>/
-        seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
-        claims/<key>/<number>.json    who processes this state with this config, see `claims`
-        processed/<key>.json          written last: this state was processed with this config
-    <root>/datasets/runs/<owner>.json     what a pipeline run took on, and how it ended
+<root>/datasets/<name>-<hash of the URL>/
+    seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
+    claims/<key>/<number>.json    who processes this state with this config, see `claims`
+    processed/<key>.json          written last: this state was processed with this config
+<root>/datasets/runs/<owner>.json     what a pipeline run took on, and how it ended
 """
 
 import datetime

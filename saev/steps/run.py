@@ -132,9 +132,7 @@ def _publish(cfg: cfgs.PublishStep, dataset: Dataset, progress: Progress) -> lis
     from saev.shards import Shards
 
     del progress
-    recording = extract.Recording(
-        _stages(cfg, dataset).shards.model_copy(update={"device": "cpu"})
-    )
+    recording = extract.Recording(_stages(cfg, dataset).shards.model_copy(update={"device": "cpu"}))
     _check_same(cfg.shards, recording.url, dataset)
     if not recording.published:  # what is complete was checked when it was published
         discover.check_unchanged(dataset)
@@ -283,10 +281,8 @@ def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[
     url = overview.write(cfg.root)
     outputs.write_page(cfg.to_page, overview.render(sections))
     best = min(rows, key=lambda row: row.metrics["normalized_mse"]).metrics
-    outputs.write_metrics(
-        cfg.executor_input,
-        {"n_saes": len(rows), "best_normalized_mse": best["normalized_mse"], "l0_of_best": best["l0"]},
-    )
+    figures = {"n_saes": len(rows), "best_normalized_mse": best["normalized_mse"]}
+    outputs.write_metrics(cfg.executor_input, figures)
     details = {"shards": cfg.shards, "runs": runs, "page": url}
     if cfg.owner:
         discover.mark_processed(cfg.root, dataset, cfg.owner, details)

@@ -68,7 +68,8 @@ def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
     """
     folder = storage.join(root, "runs")
     if runs is None:
-        runs = [e.url for e in storage.list_dir(folder) if e.is_dir] if storage.exists(folder) else []
+        entries = storage.list_dir(folder) if storage.exists(folder) else []
+        runs = [entry.url for entry in entries if entry.is_dir]
     with concurrent.futures.ThreadPoolExecutor(_N_READERS) as pool:
         rows = [row for found in pool.map(_rows_of, runs) for row in found]
     by_shards: dict[str, list[Row]] = {}
