@@ -124,12 +124,15 @@ class KubernetesApi(tp.NamedTuple):
 
 
 @contextlib.contextmanager
-def kubernetes_server() -> Iterator[KubernetesApi]:
+def kubernetes_server(flags: tp.Sequence[str] = ()) -> Iterator[KubernetesApi]:
     """etcd, kube-apiserver and kube-controller-manager on the loopback address.
 
     RBAC, Pod Security, quotas, limit ranges and priorities are enforced as on a cluster, and the
     controllers make service accounts, quota totals and a Deployment's pods. Nothing schedules or
     runs a pod: it stays Pending until a test writes its status.
+
+    Args:
+        flags: further flags of kube-apiserver, such as feature gates.
 
     Raises:
         compiled.Unavailable: a program is missing and cannot be built.
@@ -138,7 +141,7 @@ def kubernetes_server() -> Iterator[KubernetesApi]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saev-kube-")))
         store = _start_etcd(stack, etcd, folder)
-        api = _start_apiserver(stack, apiserver, folder, store)
+        api = _start_apiserver(stack, apiserver, folder, store, flags)
         _start_controllers(stack, controllers, folder, api)
         yield api
 
@@ -154,7 +157,7 @@ def _start_etcd(stack: contextlib.ExitStack, program: Path, folder: Path) -> str
 
 
 def _start_apiserver(
-    stack: contextlib.ExitStack, program: Path, folder: Path, store: str
+    stack: contextlib.ExitStack, program: Path, folder: Path, store: str, flags: tp.Sequence[str]
 ) -> KubernetesApi:
     _write_key(folder / "service-accounts.pem")
     token = secrets.token_hex(20)
@@ -169,7 +172,7 @@ def _start_apiserver(
     command += [f"--service-account-key-file={folder / 'service-accounts.pem'}"]
     command += [f"--service-account-signing-key-file={folder / 'service-accounts.pem'}"]
     command += [f"--token-auth-file={folder / 'tokens.csv'}", "--authorization-mode=Node,RBAC"]
-    command += ["--enable-admission-plugins=NodeRestriction", "--allow-privileged=true"]
+    command += ["--enable-admission-plugins=NodeRestriction", "--allow-privileged=true", *flags]
     # The server makes its certificate itself; the file also holds what signed it.
     ca = folder / "apiserver.crt"
     server = stack.enter_context(child(command, folder))
