@@ -1,0 +1,207 @@
+"""The commands of `python -m pipelines` and their flags. Cheap to import: --help is quick."""
+
+import typing as tp
+
+import pydantic
+import tyro
+
+from pipelines.options import PipelineName
+from saev.config.base import Config
+
+Text: tp.TypeAlias = tp.Annotated[str, tyro.conf.arg(help_behavior_hint="")]
+"""A flag whose absence is explained in its text."""
+Number: tp.TypeAlias = tp.Annotated[
+    float | None, tyro.conf.arg(help_behavior_hint="", metavar="NUMBER")
+]
+
+
+class Cluster(Config):
+    """Which cluster. Every flag may stand in the environment or in cluster.toml instead."""
+
+    endpoint: Text = ""
+    """URL of Kubeflow Pipelines [KFP_ENDPOINT]; by default a port is forwarded with the kubeconfig,
+    and a pod uses the service of its cluster."""
+    namespace: Text = ""
+    """Namespace of the runs [KFP_NAMESPACE]: that of your profile if Kubeflow is multi-user."""
+    kfp_namespace: Text = ""
+    """Namespace of KFP itself [KFP_SYSTEM_NAMESPACE]; kubeflow by default."""
+    kubeconfig: Text = ""
+    """Path of the kubeconfig [KUBECONFIG]; ~/.kube/config by default."""
+    context: Text = ""
+    """Context of the kubeconfig [KUBE_CONTEXT]; its current one by default."""
+    ca_file: Text = ""
+    """Certificates (PEM) that sign the endpoint's [KFP_CA_FILE]."""
+    token_file: Text = ""
+    """File with a bearer token [KFP_TOKEN_FILE; the token itself: KFP_TOKEN]."""
+    timeout: Number = None
+    """Seconds that a server may take to answer [KFP_TIMEOUT]; 30 by default."""
+    cluster_file: Text = ""
+    """Path of the file with all of this; cluster.toml by default, which may be missing."""
+
+
+class Images(Config):
+    """What the pods run."""
+
+    image: Text = ""
+    """The runtime image [SAEV_IMAGE], by an immutable tag or a digest."""
+    cpu_image: Text = ""
+    """The small image [SAEV_CPU_IMAGE]; the runtime image by default."""
+    storage: tp.Annotated[
+        tp.Literal["object", "pvc", ""],
+        tyro.conf.arg(help_behavior_hint="", metavar="{object,pvc}"),
+    ] = ""
+    """object, or pvc where a volume is mounted at /data [SAEV_STORAGE]; object by default."""
+
+
+class Job(Config):
+    """What is computed."""
+
+    config: str = "configs/dinov2-small.toml"
+    """What `saev run --config` takes: a TOML file with the tables [shards], [train], … Its sweep
+    is sent along."""
+    root: Text = ""
+    """URL of the storage root [SAEV_ROOT], such as s3://bucket/saev."""
+    param: tp.Annotated[
+        list[str], tyro.conf.arg(help_behavior_hint="", metavar="KEY=VALUE ...")
+    ] = pydantic.Field(default_factory=list)
+    """Parameters of the run, such as n_parts=16 gpu_count=0 memory=64Gi. A wrong name lists all."""
+
+
+_Cluster: tp.TypeAlias = tyro.conf.OmitArgPrefixes[Cluster]
+_Images: tp.TypeAlias = tyro.conf.OmitArgPrefixes[Images]
+_Job: tp.TypeAlias = tyro.conf.OmitArgPrefixes[Job]
+
+
+class Compile(Config):
+    """Write a pipeline as YAML, to look at or to upload by hand."""
+
+    pipeline: PipelineName = "saev"
+    """saev for one dataset, saev-incoming for every new one below a prefix."""
+    out: str = "pipeline.yaml"
+    """Path of the file; - is standard output."""
+    images: _Images = pydantic.Field(default_factory=Images)
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Submit(Config):
+    """Start a run on a dataset. Its URL is the only thing on standard output."""
+
+    dataset: Text = ""
+    """URL of a folder of images, such as s3://bucket/images; without it, the config's [data]."""
+    name: Text = ""
+    """Name of the run; by default the dataset's name and the time."""
+    wait: bool = False
+    """Show the steps until the run is over; exit with 1 if it fails, after its last log lines."""
+    check: bool = True
+    """Look from here whether dataset and root are there, where this machine has credentials."""
+    job: _Job = pydantic.Field(default_factory=Job)
+    images: _Images = pydantic.Field(default_factory=Images)
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Schedule(Config):
+    """Process what is new below a prefix, again and again."""
+
+    dataset: str
+    """URL of the folder whose folders are the datasets, such as s3://bucket/incoming/."""
+    cron: str
+    """When, in UTC: 6 fields, the first of them seconds. '0 0 3 * * *' is 03:00 every day."""
+    name: Text = ""
+    """Name of the schedule; by default saev- and the prefix's name. One of that name is
+    replaced."""
+    marker: Text = ""
+    """Name of the object that says that a dataset is complete, such as _SUCCESS; by default one is
+    complete when nothing in it has changed for --settle-minutes."""
+    settle_minutes: Number = None
+    """See --marker; 60 by default."""
+    claim_hours: Number = None
+    """How long a dataset stays claimed when its run is not heard of any more; 24 by default."""
+    job: _Job = pydantic.Field(default_factory=Job)
+    images: _Images = pydantic.Field(default_factory=Images)
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Schedules(Config):
+    """List the schedules, and when each fires next."""
+
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Unschedule(Config):
+    """Delete a schedule. Runs that it has started go on."""
+
+    name: tyro.conf.Positional[str]
+    """Its name or id."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class List(Config):
+    """List the newest runs."""
+
+    n: int = pydantic.Field(default=20, ge=1, le=1000)
+    """How many."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Status(Config):
+    """Show a run and its steps."""
+
+    run: tyro.conf.Positional[Text] = ""
+    """Id, unique prefix of one, name or URL of a run; the newest by default."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Watch(Config):
+    """Show a run's steps until it is over, as `submit --wait` does."""
+
+    run: tyro.conf.Positional[Text] = ""
+    """Id, unique prefix of one, name or URL of a run; the newest by default."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Logs(Config):
+    """Print the logs of a run's pods."""
+
+    run: tyro.conf.Positional[Text] = ""
+    """Id, unique prefix of one, name or URL of a run; the newest by default."""
+    step: Text = ""
+    """Only those of one step, such as extract."""
+    tail: int = pydantic.Field(default=200, ge=0)
+    """Lines per pod; 0 is all."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Cancel(Config):
+    """Stop a run. What it has finished stays, and a new run goes on from there."""
+
+    run: tyro.conf.Positional[str]
+    """Id, unique prefix of one, name or URL of a run."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+class Doctor(Config):
+    """Check that a cluster is ready, one line per check. Exits with 1 if something failed."""
+
+    root: Text = ""
+    """URL of the storage root [SAEV_ROOT]."""
+    dataset: Text = ""
+    """URL of a dataset that the pods have to be able to read."""
+    pod: bool = True
+    """Start a short-lived pod that tries image and storage as a step would, and delete it."""
+    images: _Images = pydantic.Field(default_factory=Images)
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
+COMMANDS: dict[str, type[Config]] = {
+    "submit": Submit,
+    "schedule": Schedule,
+    "schedules": Schedules,
+    "unschedule": Unschedule,
+    "list": List,
+    "status": Status,
+    "watch": Watch,
+    "logs": Logs,
+    "cancel": Cancel,
+    "doctor": Doctor,
+    "compile": Compile,
+}

@@ -1,0 +1,220 @@
+"""`python -m pipelines`: parse, call one module, print."""
+
+import collections.abc
+import logging
+import os
+import signal
+import sys
+import typing as tp
+
+os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+
+import rich.console
+import rich.logging
+import tyro
+
+from pipelines import arguments as a
+from pipelines import settings
+from saev.config.base import Config
+from saev.errors import SaevError
+
+DESCRIPTION = """\
+saev on Kubeflow Pipelines.
+
+Settings come from flags, then the environment, then cluster.toml (see \
+configs/cluster.example.toml). Results are on standard output, everything else on standard error."""
+
+_ERR = rich.console.Console(stderr=True)
+
+
+def main(argv: collections.abc.Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = parse(argv or ["--help"])
+    _log()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = _run(command)
+    except SaevError as err:
+        sys.stderr.write(f"pipelines: error: {err}\n")
+        status = 1
+    except KeyboardInterrupt:
+        sys.stderr.write("pipelines: interrupted.\n")
+        status = 130
+    except BrokenPipeError:
+        status = 141
+    sys.exit(status)
+
+
+def parse(argv: collections.abc.Sequence[str]) -> Config:
+    """The command that a command line stands for. Exits with status 2 if it is wrong."""
+    return tyro.extras.subcommand_cli_from_dict(
+        tp.cast(dict[str, tp.Callable[..., Config]], a.COMMANDS),
+        prog="python -m pipelines",
+        description=DESCRIPTION,
+        args=list(argv),
+    )
+
+
+def _run(command: Config) -> int:
+    """Carry out a command. Modules are imported here, as some take seconds."""
+    if isinstance(command, a.Compile):
+        return _compile(command)
+    if isinstance(command, a.Submit):
+        return _submit(command)
+    if isinstance(command, a.Schedule):
+        return _schedule(command)
+    if isinstance(command, a.Doctor):
+        from pipelines import doctor
+
+        found = doctor.examine(_settings(command), _out(), pod=command.pod, dataset=command.dataset)
+        return 0 if found else 1
+    return _runs(command)
+
+
+def _compile(command: a.Compile) -> int:
+    from pathlib import Path
+
+    from pipelines import prepare
+
+    pipeline = prepare.compiled(command.pipeline, _settings(command))
+    if command.out == "-":
+        sys.stdout.write(pipeline.text)
+        return 0
+    try:
+        Path(command.out).write_text(pipeline.text, encoding="utf-8")
+    except OSError as err:
+        raise settings.ConfigError(f"Cannot write {command.out}: {err.strerror}.") from err
+    print(command.out)  # noqa: T201 - the result
+    return 0
+
+
+def _submit(command: a.Submit) -> int:
+    from pipelines import prepare, submit
+    from pipelines.connect import connect
+
+    cluster = _settings(command)
+    job = prepare.job(
+        "saev", cluster, dataset=command.dataset, config=command.job.config, pairs=command.job.param
+    )
+    with connect(cluster) as kfp:
+        if command.check:
+            submit.check_storage(job.parameters["dataset"], job.parameters["root"])
+        run = submit.start(kfp, job, command.name)
+        print(kfp.run_url(run.run_id), flush=True)  # noqa: T201 - the result
+        if kfp.hint:
+            _say(f"To open it: {kfp.hint}")
+        if command.wait:
+            return _wait(kfp, run.run_id)
+        _say(f"make status RUN={run.run_id}   shows its steps")
+        return 0
+
+
+def _wait(kfp: tp.Any, run_id: str) -> int:
+    from pipelines import watch
+
+    try:
+        watch.wait(kfp, run_id, _ERR)
+    except KeyboardInterrupt:
+        _say(
+            f"\nThe run goes on. `make watch RUN={run_id}` watches it again, "
+            f"`make cancel RUN={run_id}` stops it."
+        )
+        return 130
+    return 0
+
+
+def _schedule(command: a.Schedule) -> int:
+    import datetime
+
+    from pipelines import cron, prepare, schedule
+    from pipelines.connect import connect
+
+    when = cron.parse(command.cron)
+    cluster = _settings(command)
+    extra = {
+        key: value
+        for key in ("marker", "settle_minutes", "claim_hours")
+        if (value := getattr(command, key)) not in (None, "")
+    }
+    job = prepare.job(
+        "saev-incoming",
+        cluster,
+        dataset=command.dataset,
+        config=command.job.config,
+        pairs=command.job.param,
+        extra=extra,
+    )
+    name = command.name or schedule.default_name(job.parameters["dataset"])
+    with connect(cluster) as kfp:
+        made = schedule.create(kfp, job, name, when)
+    print(name)  # noqa: T201 - the result
+    firings = ", ".join(
+        f"{time:%Y-%m-%d %H:%M:%S}" for time in when.next(datetime.datetime.now(datetime.UTC), 3)
+    )
+    _say(f"Schedule {name} ({made.recurring_run_id}) fires at {firings} UTC.")
+    return 0
+
+
+def _runs(command: Config) -> int:
+    """Commands about runs and schedules that exist."""
+    from pipelines import logs, runs, schedule
+    from pipelines.connect import connect
+
+    with connect(_settings(command)) as kfp:
+        if isinstance(command, a.Schedules):
+            schedule.show(schedule.existing(kfp), _out())
+        elif isinstance(command, a.Unschedule):
+            for deleted in schedule.delete(kfp, command.name):
+                _say(f"Schedule {command.name} ({deleted}) is deleted; runs it has started go on.")
+        elif isinstance(command, a.List):
+            runs.show_list(kfp, runs.recent(kfp, command.n), _out())
+        elif isinstance(command, a.Cancel):
+            run = runs.find(kfp, command.run)
+            if runs.cancel(kfp, run):
+                _say(f"{run.display_name} is being canceled; what it has finished stays.")
+            else:
+                _say(f"{run.display_name} is over already: {runs.state_of(run)}.")
+        elif isinstance(command, a.Status | a.Watch | a.Logs):
+            run = runs.find(kfp, command.run)
+            if isinstance(command, a.Status):
+                runs.show_status(kfp, run, _out())
+            elif isinstance(command, a.Watch):
+                return _wait(kfp, run.run_id)
+            else:
+                logs.show(kfp, run, command.step, command.tail, _out())
+    return 0
+
+
+def _settings(command: tp.Any) -> settings.Settings:
+    """The settings, of which the command's flags are the first source."""
+    flags = command.cluster.model_dump(exclude={"cluster_file"})
+    if hasattr(command, "images"):
+        flags |= command.images.model_dump()
+    if root := getattr(command, "root", "") or (hasattr(command, "job") and command.job.root):
+        flags["root"] = root
+    return settings.load(flags, command.cluster.cluster_file)
+
+
+def _out() -> rich.console.Console:
+    """Standard output; not cut to 80 columns where it is no terminal."""
+    console = rich.console.Console()
+    return console if console.is_terminal else rich.console.Console(width=200)
+
+
+def _say(text: str) -> None:
+    _ERR.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _log() -> None:
+    handler = rich.logging.RichHandler(
+        console=_ERR, show_path=False, show_time=False, show_level=False, rich_tracebacks=False
+    )
+    logging.basicConfig(level="ERROR", format="%(message)s", handlers=[handler])
+    logging.getLogger("pipelines").setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
+    logging.getLogger("urllib3").setLevel("CRITICAL")
+
+
+def _terminate(signum: int, frame: object) -> tp.NoReturn:
+    """Unwind, so that a pod of the doctor's is deleted."""
+    raise SystemExit(128 + signum)

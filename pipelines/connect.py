@@ -1,0 +1,198 @@
+"""A connection to the API of Kubeflow Pipelines.
+
+`kfp_server_api` is used as it is generated, since `kfp.Client` (2.17) has no time limits, retries a
+failed health check for 25 seconds with tracebacks, prints to standard output, and remembers
+namespaces in the user's home.
+"""
+
+import collections.abc
+import contextlib
+import os
+import typing as tp
+from pathlib import Path
+
+import kfp_server_api
+import urllib3
+
+from pipelines import forward
+from pipelines.explain import LoginPageError, Server, explained
+from pipelines.kube import Kube
+from pipelines.settings import Settings
+from saev.errors import ConfigError
+
+# The path that KFP documents for tokens that a pod mounts for it.
+POD_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"
+API_PORT = 8888
+FORWARDED_UI = "http://localhost:8080"
+
+
+class _Client(kfp_server_api.ApiClient):
+    """With a time limit for every request, and without taking a login page for an answer."""
+
+    def __init__(self, configuration: tp.Any, seconds: float, **kwargs: tp.Any):
+        super().__init__(configuration, **kwargs)
+        self._seconds = seconds
+
+    def request(self, method: str, url: str, **kwargs: tp.Any) -> tp.Any:
+        kwargs["_request_timeout"] = (min(self._seconds, 10.0), self._seconds)
+        response = super().request(method, url, **kwargs)
+        if "html" in (response.getheader("content-type") or ""):
+            raise LoginPageError(url)
+        return response
+
+
+class Kfp:
+    """The API's services, and what is known of the installation behind them."""
+
+    def __init__(self, settings: Settings, address: str, ui: str, bearer: str, shown: str):
+        configuration = kfp_server_api.Configuration(host=address)
+        # The redirect to a login page is followed; what fails is told at once.
+        configuration.retries = urllib3.Retry(total=5, connect=0, read=0, status=0, other=0)
+        configuration.ssl_ca_cert = _ca_file(settings)
+        if bearer:
+            configuration.api_key["authorization"] = bearer
+            configuration.api_key_prefix["authorization"] = "Bearer"
+            configuration.refresh_api_key_hook = _refresh(settings)
+        client = _Client(configuration, settings.timeout, cookie=settings.cookies or None)
+        if settings.user:
+            client.set_default_header("kubeflow-userid", settings.user)
+        self.runs = kfp_server_api.RunServiceApi(client)
+        self.experiments = kfp_server_api.ExperimentServiceApi(client)
+        self.recurring = kfp_server_api.RecurringRunServiceApi(client)
+        self.pipelines = kfp_server_api.PipelineServiceApi(client)
+        self.uploads = kfp_server_api.PipelineUploadServiceApi(client)
+        self.health = kfp_server_api.HealthzServiceApi(client)
+        self.settings, self.ui = settings, ui
+        self.multi_user = False
+        self.server = _server(settings, shown)
+
+    def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """See :func:`pipelines.explain.explained`."""
+        return explained(self.server, doing)
+
+    def check(self) -> None:
+        """Ask the API how it is, and whether it is multi-user. Raises ClusterError, ConfigError."""
+        with self.explained("ask Kubeflow Pipelines how it is"):
+            self.multi_user = bool(self.health.healthz_service_get_healthz().multi_user)
+        if self.multi_user and not self.settings.namespace:
+            raise ConfigError(
+                f"Kubeflow Pipelines at {self.server.address} is multi-user, and no namespace is "
+                "set. Set KFP_NAMESPACE to that of your profile."
+            )
+
+    @property
+    def in_namespace(self) -> dict[str, str]:
+        """Keyword arguments of requests about a namespace; a single-user API takes none."""
+        return {"namespace": self.settings.namespace} if self.multi_user else {}
+
+    @property
+    def pods(self) -> str:
+        """Namespace of the runs' pods."""
+        return self.settings.namespace or self.settings.kfp_namespace
+
+    def run_url(self, run_id: str) -> str:
+        """Where a browser shows a run."""
+        return f"{self.ui}/#/runs/details/{run_id}"
+
+    @property
+    def hint(self) -> str:
+        """How to make :meth:`run_url` work, empty if it does."""
+        if self.ui != FORWARDED_UI:
+            return ""
+        namespace = self.settings.kfp_namespace
+        return f"kubectl port-forward -n {namespace} service/ml-pipeline-ui 8080:80"
+
+
+@contextlib.contextmanager
+def connect(settings: Settings) -> collections.abc.Iterator[Kfp]:
+    """Connect as the settings say, and check that the API is there.
+
+    An endpoint is used as it is. Without one, a pod talks to the service inside its cluster, and
+    any other machine forwards a port with its kubeconfig for as long as the block lasts.
+
+    Raises:
+        ClusterError: the API cannot be reached, or does not let the user in.
+        ConfigError: a file of the settings is missing, or there is no namespace.
+    """
+    with contextlib.ExitStack() as stack:
+        kfp = _open(settings, stack)
+        kfp.check()
+        yield kfp
+
+
+def _open(settings: Settings, stack: contextlib.ExitStack) -> Kfp:
+    bearer = settings.bearer_token()
+    if settings.endpoint:
+        ui = settings.ui or settings.endpoint
+        return Kfp(settings, settings.endpoint, ui, bearer, settings.endpoint)
+    if is_in_cluster():
+        if not bearer and Path(POD_TOKEN).exists():
+            settings = settings.model_copy(update={"token_file": POD_TOKEN})
+            bearer = settings.bearer_token()
+        address = f"http://ml-pipeline.{settings.kfp_namespace}.svc.cluster.local:{API_PORT}"
+        return Kfp(settings, address, settings.ui or FORWARDED_UI, bearer, address)
+    kube = Kube(settings)
+    address = stack.enter_context(forward.to_service(kube, "ml-pipeline", API_PORT))
+    shown = f"service/ml-pipeline in namespace {settings.kfp_namespace} of {kube.server.address}"
+    return Kfp(settings, address, settings.ui or FORWARDED_UI, bearer, shown)
+
+
+def is_in_cluster() -> bool:
+    """Whether this process runs in a pod that has a service account."""
+    token = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) and token.exists()
+
+
+def _refresh(settings: Settings) -> tp.Callable[[tp.Any], None]:
+    """The kubelet, and other providers, replace a token before it expires."""
+
+    def hook(configuration: tp.Any) -> None:
+        configuration.api_key["authorization"] = settings.bearer_token()
+
+    return hook
+
+
+def _ca_file(settings: Settings) -> str | None:
+    if not settings.ca_file:
+        return None
+    path = Path(settings.ca_file).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"The certificates {settings.ca_file} do not exist. Check KFP_CA_FILE (ca_file)."
+        )
+    return str(path)
+
+
+def _server(settings: Settings, shown: str) -> Server:
+    namespace = settings.namespace or "NAMESPACE"
+    if settings.endpoint:
+        found = (
+            "Check KFP_ENDPOINT: it is the address before /apis, such as "
+            "https://kubeflow.example.com/pipeline."
+        )
+    else:
+        found = (
+            f"Check that Kubeflow Pipelines runs in namespace {settings.kfp_namespace} "
+            "(KFP_SYSTEM_NAMESPACE), or set KFP_ENDPOINT."
+        )
+    has_token = bool(settings.token or settings.token_file)
+    who = (
+        "Your token was not accepted: make a new one, with "
+        if has_token
+        else "Set KFP_COOKIES to the cookies of a browser that is logged in, or KFP_TOKEN to "
+    )
+    who += (
+        f"`kubectl create token default-editor -n {namespace} --audience=pipelines.kubeflow.org`."
+    )
+    return Server(
+        name="Kubeflow Pipelines",
+        address=shown,
+        who=who,
+        allowed=(
+            f"Set KFP_NAMESPACE to a namespace of yours (now: {settings.namespace or 'none'}), or "
+            "ask its owner for the role kubeflow-edit."
+        ),
+        found=found,
+        certificate="Set KFP_CA_FILE to the certificate (PEM) of the authority that signed it.",
+        logs=f"`kubectl logs -n {settings.kfp_namespace} deployment/ml-pipeline`",
+    )

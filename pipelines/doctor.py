@@ -1,0 +1,118 @@
+"""Whether a cluster is ready for runs: one line per check, with the remedy.
+
+Nothing is changed; one short-lived pod, which is always deleted, tries what only a pod can try.
+"""
+
+import collections.abc
+import contextlib
+import typing as tp
+
+import kfp_server_api
+import rich.console
+
+from pipelines import doctor_access, doctor_nodes, doctor_objects, probe
+from pipelines.connect import Kfp, connect
+from pipelines.findings import Finding, fail, ok, skipped, warn
+from pipelines.kube import Kube
+from pipelines.settings import Settings
+from saev.errors import SaevError
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+def examine(
+    settings: Settings, console: rich.console.Console, *, pod: bool = True, dataset: str = ""
+) -> bool:
+    """Print a line for every check.
+
+    Args:
+        settings: the cluster.
+        console: where to.
+        pod: whether a pod may be started.
+        dataset: URL of a dataset that the pod lists, too.
+
+    Returns:
+        Whether nothing failed.
+    """
+    is_well = True
+    for finding in _findings(settings, pod=pod, dataset=dataset):
+        is_well = is_well and finding.level != "fail"
+        text = f"[{_STYLES[finding.level]}]{finding.level:5}[/]"
+        console.print(f"{text}{finding.what}: ", end="", highlight=False)
+        console.print(finding.found, highlight=False, markup=False, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"       {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
+    return is_well
+
+
+def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc.Iterator[Finding]:
+    kube, finding = _kubernetes(settings)
+    yield finding
+    with contextlib.ExitStack() as stack:
+        kfp, finding = _kfp(settings, kube, stack)
+        yield finding
+        if kube is None:
+            yield skipped("cluster", "the checks that need the Kubernetes API")
+            return
+        namespace = settings.namespace or settings.kfp_namespace
+        yield doctor_objects.namespace(kube, namespace)
+        yield from doctor_access.permissions(
+            kube, namespace, is_multi_user=bool(kfp and kfp.multi_user), pod=pod
+        )
+        account = settings.service_account
+        yield from doctor_access.service_account(kube, namespace, account)
+        yield from doctor_nodes.gpus(kube)
+        yield from doctor_objects.storage(kube, namespace)
+        if not pod:
+            yield skipped("pod", "image and storage, as --no-pod says")
+        elif not settings.image or not settings.root:
+            missing = "SAEV_IMAGE" if not settings.image else "SAEV_ROOT"
+            yield skipped("pod", f"image and storage, since {missing} is not set")
+        else:
+            yield from probe.run(kube, namespace, dataset)
+
+
+def _kubernetes(settings: Settings) -> tuple[Kube | None, Finding]:
+    try:
+        kube = Kube(settings)
+        with kube.explained("ask Kubernetes for its version"):
+            version = kube.version.get_code().git_version
+    except SaevError as err:
+        # Who has an endpoint can submit without it; logs and these checks need it.
+        say = warn if settings.endpoint else fail
+        return None, say("Kubernetes API", str(err), "")
+    return kube, ok("Kubernetes API", f"{kube.server.address}, version {version.removeprefix('v')}")
+
+
+def _kfp(
+    settings: Settings, kube: Kube | None, stack: contextlib.ExitStack
+) -> tuple[Kfp | None, Finding]:
+    what = "Kubeflow Pipelines API"
+    try:
+        kfp = stack.enter_context(connect(settings))
+    except SaevError as err:
+        return None, fail(what, str(err), "")
+    mode = "multi-user" if kfp.multi_user else "single-user"
+    version = _version(kube, settings.kfp_namespace) if kube else ""
+    found = f"{kfp.server.address}, {mode}, version {version or 'unknown'}"
+    ours = _minor(kfp_server_api.__version__)
+    if version[:1].isdigit() and _minor(version) != ours:
+        remedy = f"This client is made for {ours}; other versions of KFP 2 mostly work."
+        return kfp, warn(what, found, remedy)
+    return kfp, ok(what, found)
+
+
+def _version(kube: Kube, namespace: str) -> str:
+    """Tag of the API server's image, since the API itself does not tell. Empty if unknown."""
+    try:
+        with kube.explained("read KFP's version"):
+            pods = kube.core.list_namespaced_pod(namespace, label_selector="app=ml-pipeline").items
+    except SaevError:
+        return ""
+    images: list[tp.Any] = [c.image for pod in pods for c in pod.spec.containers]
+    tags = [image.split("@")[0].rsplit(":", 1)[-1] for image in images if "api-server" in image]
+    return tags[0] if tags else ""
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -1,0 +1,136 @@
+"""Checks of permissions: the user's, and those of the steps' service account."""
+
+import collections.abc
+import typing as tp
+
+from kubernetes import client
+
+from pipelines.errors import ClusterError
+from pipelines.findings import Finding, fail, ok, warn
+from pipelines.kube import Kube
+
+
+class Right(tp.NamedTuple):
+    """A permission in Kubernetes."""
+
+    verb: str
+    resource: str
+    """With its subresource, such as pods/log."""
+    group: str = ""
+    name: str = ""
+    """Of one object; empty means all."""
+
+    def __str__(self) -> str:
+        name = f"/{self.name}" if self.name else ""
+        return f"{self.verb} {self.resource}{f'.{self.group}' if self.group else ''}{name}"
+
+
+LOGS = (Right("list", "pods"), Right("get", "pods/log"))
+FORWARD = (Right("get", "services"), Right("list", "pods"), Right("create", "pods/portforward"))
+PROBE = (Right("create", "pods"), Right("get", "pods"), Right("delete", "pods"))
+KFP = tuple(
+    Right(verb, resource, "pipelines.kubeflow.org")
+    for resource, verbs in {
+        "pipelines": ("list", "create"),
+        "experiments": ("list", "create"),
+        "runs": ("list", "create", "terminate"),
+        "jobs": ("list", "create", "delete"),
+    }.items()
+    for verb in verbs
+)
+"""What a multi-user KFP asks Kubernetes about its users."""
+STEPS = (
+    Right("create", "workflowtaskresults", "argoproj.io"),
+    Right("patch", "workflowtaskresults", "argoproj.io"),
+    Right("get", "pods"),
+    Right("get", "configmaps", name="kfp-launcher"),
+    Right("get", "secrets", name="mlpipeline-minio-artifact"),
+)
+"""What the pods of a run need, as k8s/base/role.yaml explains."""
+
+
+def permissions(
+    kube: Kube, namespace: str, *, is_multi_user: bool, pod: bool
+) -> collections.abc.Iterator[Finding]:
+    """What the user may do, for each thing that a command does."""
+    settings = kube.settings
+    wanted: list[tuple[str, str, tuple[Right, ...]]] = [("logs", namespace, LOGS)]
+    if not settings.endpoint:
+        wanted.append(("forwarding a port to KFP", settings.kfp_namespace, FORWARD))
+    if is_multi_user:
+        wanted.append(("submitting", namespace, KFP))
+    if pod:
+        wanted.append(("the doctor's pod", namespace, PROBE))
+    for purpose, where, rights in wanted:
+        what = f"your permissions for {purpose}"
+        try:
+            refused = [right for right in rights if not _may_i(kube, where, right)]
+        except ClusterError as err:
+            yield warn(what, str(err), "")
+            continue
+        if refused:
+            remedy = "Ask the namespace's administrator for a Role with them."
+            yield fail(what, f"missing in {where}: {', '.join(map(str, refused))}", remedy)
+        else:
+            yield ok(what, f"all {len(rights)} in {where}")
+
+
+def service_account(kube: Kube, namespace: str, name: str) -> collections.abc.Iterator[Finding]:
+    """Whether the steps' service account is there, and what it may do."""
+    what = f"service account {name}"
+    install = f"`make install OVERLAY=… NAMESPACE={namespace}` makes it and its Role."
+    try:
+        with kube.explained(f"look at service account {name}"):
+            kube.core.read_namespaced_service_account(name, namespace)
+    except ClusterError as err:
+        if err.status == 404:
+            yield fail(what, f"it does not exist in {namespace}", install)
+        else:
+            yield warn(what, str(err), "")
+        return
+    try:
+        refused = [right for right in STEPS if not _may_they(kube, namespace, name, right)]
+    except ClusterError as err:
+        if err.status == 403:
+            yield ok(what, "it exists; you may not ask what it is allowed to do")
+        else:
+            yield warn(what, str(err), "")
+        return
+    if refused:
+        yield fail(what, f"it may not {', '.join(map(str, refused))}", install)
+    else:
+        yield ok(what, f"it exists and may do all {len(STEPS)} things that steps need")
+
+
+def _attributes(namespace: str, right: Right) -> client.V1ResourceAttributes:
+    resource, _, subresource = right.resource.partition("/")
+    return client.V1ResourceAttributes(
+        namespace=namespace,
+        verb=right.verb,
+        group=right.group,
+        resource=resource,
+        subresource=subresource or None,
+        name=right.name or None,
+    )
+
+
+def _may_i(kube: Kube, namespace: str, right: Right) -> bool:
+    body = client.V1SelfSubjectAccessReview(
+        spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=_attributes(namespace, right))
+    )
+    with kube.explained("ask what you are allowed to do"):
+        return bool(kube.authorization.create_self_subject_access_review(body).status.allowed)
+
+
+def _may_they(kube: Kube, namespace: str, account: str, right: Right) -> bool:
+    body = client.V1LocalSubjectAccessReview(
+        metadata=client.V1ObjectMeta(namespace=namespace),
+        spec=client.V1SubjectAccessReviewSpec(
+            user=f"system:serviceaccount:{namespace}:{account}",
+            groups=["system:serviceaccounts", f"system:serviceaccounts:{namespace}"],
+            resource_attributes=_attributes(namespace, right),
+        ),
+    )
+    with kube.explained("ask what the service account is allowed to do"):
+        review = kube.authorization.create_namespaced_local_subject_access_review(namespace, body)
+    return bool(review.status.allowed)

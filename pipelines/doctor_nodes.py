@@ -1,0 +1,141 @@
+"""Checks of GPUs: which nodes have them, and how many are free."""
+
+import collections.abc
+import typing as tp
+
+from pipelines.errors import ClusterError
+from pipelines.findings import Finding, fail, ok, skipped, warn
+from pipelines.kube import Kube
+
+_WHAT = "GPUs"
+_TOLERATED = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+"""What a run tolerates if its parameters say nothing, as in pipelines.definition."""
+
+
+def gpus(kube: Kube) -> collections.abc.Iterator[Finding]:
+    """Whether the GPUs that a run asks for exist and are free."""
+    parameters = kube.settings.parameters
+    kind = str(parameters.get("gpu_type", "nvidia.com/gpu"))
+    count = int(parameters.get("gpu_count", 1))
+    if count == 0:
+        yield skipped(_WHAT, "gpu_count is 0, so runs use the CPU")
+        return
+    try:
+        with kube.explained("list the nodes"):
+            nodes = kube.core.list_node().items
+    except ClusterError as err:
+        yield warn(_WHAT, str(err), "")
+        return
+    having = [node for node in nodes if _number(node.status.allocatable, kind)]
+    if not having:
+        yield _none(nodes, kind)
+        return
+    selector = parameters.get("node_selector", {})
+    tolerations = parameters.get("tolerations", _TOLERATED)
+    usable = [node for node in having if not _refuses(node, selector, tolerations)]
+    if not usable:
+        why = "; ".join(sorted({_refuses(node, selector, tolerations) for node in having}))
+        yield fail(
+            _WHAT,
+            f"{len(having)} nodes have {kind}, and none takes the pods of a run: {why}",
+            "Set tolerations or node_selector in cluster.toml [parameters].",
+        )
+        return
+    yield _free(kube, usable, kind, count)
+
+
+def _free(kube: Kube, nodes: list[tp.Any], kind: str, count: int) -> Finding:
+    total = {node.metadata.name: _number(node.status.allocatable, kind) for node in nodes}
+    shared = any("time-slicing" in _sharing(node) for node in nodes)
+    note = ", each shared by time-slicing" if shared else ""
+    found = f"{sum(total.values())} {kind} on {len(nodes)} nodes{note}"
+    try:
+        with kube.explained("list the pods of all namespaces"):
+            pods = kube.core.list_pod_for_all_namespaces(
+                field_selector="status.phase!=Succeeded,status.phase!=Failed"
+            ).items
+    except ClusterError as err:
+        if err.status == 403:
+            return ok(_WHAT, f"{found}; you may not see how many are free")
+        return warn(_WHAT, found, str(err))
+    free = dict(total)
+    for pod in pods:
+        if pod.spec.node_name in free:
+            free[pod.spec.node_name] -= requested(pod, kind)
+    most = max(free.values())
+    found += f", {sum(max(0, n) for n in free.values())} free"
+    if max(total.values()) < count:
+        return fail(
+            _WHAT,
+            f"{found}; no node has the {count} that each pod of a run asks for",
+            f"Set gpu_count to {max(total.values())} or less.",
+        )
+    if most < count:
+        return warn(_WHAT, found, "Runs wait until some are free.")
+    return ok(_WHAT, found)
+
+
+def _none(nodes: list[tp.Any], kind: str) -> Finding:
+    others = sorted(
+        {
+            name
+            for node in nodes
+            for name in node.status.allocatable or {}
+            if ("gpu" in name or name.startswith("nvidia.com/"))
+            and _number(node.status.allocatable, name)
+        }
+    )
+    if others:
+        remedy = f"The cluster has {', '.join(others)}: set gpu_type to one of them."
+    else:
+        remedy = (
+            "Install the NVIDIA GPU operator or device plugin (docs/cluster.md), or set gpu_count "
+            "to 0 to run on the CPU."
+        )
+    return fail(_WHAT, f"none of {len(nodes)} nodes has {kind}", remedy)
+
+
+def requested(pod: tp.Any, kind: str) -> int:
+    """How many of a resource a pod occupies: its containers' sum, or an init container's."""
+
+    def of(containers: list[tp.Any] | None) -> list[int]:
+        limits = [
+            (c.resources and (c.resources.limits or c.resources.requests)) for c in containers or []
+        ]
+        return [_number(limit, kind) for limit in limits]
+
+    return max(sum(of(pod.spec.containers)), max(of(pod.spec.init_containers), default=0))
+
+
+def _number(quantities: dict[str, str] | None, kind: str) -> int:
+    text = (quantities or {}).get(kind, "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _sharing(node: tp.Any) -> str:
+    return (node.metadata.labels or {}).get("nvidia.com/gpu.sharing-strategy", "")
+
+
+def _refuses(node: tp.Any, selector: dict[str, str], tolerations: list[dict[str, str]]) -> str:
+    """Why a node does not take a run's pod; empty if it does."""
+    if node.spec.unschedulable:
+        return "cordoned"
+    labels = node.metadata.labels or {}
+    for key, value in selector.items():
+        if labels.get(key) != value:
+            return f"node_selector {key}={value} does not match"
+    for taint in node.spec.taints or []:
+        if taint.effect in ("NoSchedule", "NoExecute") and not any(
+            _tolerates(toleration, taint) for toleration in tolerations
+        ):
+            value = f"={taint.value}" if taint.value else ""
+            return f"taint {taint.key}{value}:{taint.effect} is not tolerated"
+    return ""
+
+
+def _tolerates(toleration: dict[str, str], taint: tp.Any) -> bool:
+    if toleration.get("effect", taint.effect) != taint.effect:
+        return False
+    if toleration.get("operator", "Equal") == "Exists":
+        return toleration.get("key", taint.key) == taint.key
+    return toleration.get("key") == taint.key and toleration.get("value", "") == (taint.value or "")

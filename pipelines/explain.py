@@ -1,0 +1,151 @@
+"""One sentence with a remedy for whatever a server, or the way to it, answers."""
+
+import collections.abc
+import contextlib
+import json
+import re
+import typing as tp
+
+import urllib3.exceptions as http
+
+from pipelines.errors import ClusterError
+
+_LONGEST = 300
+
+
+class Server(tp.NamedTuple):
+    """Whom a request goes to, and what its user can do about its errors."""
+
+    name: str
+    """Such as `Kubeflow Pipelines`."""
+    address: str
+    """URL, for messages."""
+    who: str
+    """Remedy where the server does not know the user (401)."""
+    allowed: str
+    """Remedy where the server knows the user and refuses (403)."""
+    found: str
+    """Remedy where nothing answers at the address, or something else."""
+    certificate: str
+    """Remedy where the server's certificate is not trusted."""
+    logs: str
+    """Where the server's own log is."""
+
+
+class LoginPageError(Exception):
+    """The answer is a page for people where data was asked for."""
+
+
+@contextlib.contextmanager
+def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
+    """Turn every failure of a request into one sentence.
+
+    Args:
+        server: whom the requests inside go to.
+        doing: what the user wanted, such as `start the run`.
+
+    Raises:
+        ClusterError: instead of what the client libraries raise.
+    """
+    try:
+        yield
+    except (LoginPageError, http.HTTPError, OSError) as err:
+        raise _no_answer(server, doing, err) from err
+    except Exception as err:
+        # Both libraries raise an ApiException of their own, generated from the same template.
+        if type(err).__name__ == "ApiException" and hasattr(err, "status"):
+            raise _refused(server, doing, err) from err
+        raise
+
+
+def _no_answer(server: Server, doing: str, err: Exception) -> ClusterError:
+    """For requests that got no answer, or none from an API."""
+    cause: BaseException = err
+    if isinstance(err, http.MaxRetryError) and err.reason is not None:
+        cause = err.reason
+    place = f"{server.name} at {server.address}"
+    if isinstance(cause, LoginPageError):
+        return ClusterError(
+            f"Cannot {doing}: {place} answers with a web page, probably its login, and not with "
+            f"data. {server.who}"
+        )
+    if isinstance(cause, http.SSLError):
+        return _untrusted(server, doing, str(cause))
+    if isinstance(cause, http.TimeoutError | TimeoutError) and not isinstance(
+        cause, http.NewConnectionError
+    ):
+        return ClusterError(
+            f"Cannot {doing}: {place} did not answer in time. Try again, or allow it more seconds "
+            "with KFP_TIMEOUT."
+        )
+    if isinstance(cause, http.ResponseError):  # among them endless redirects
+        return ClusterError(f"Cannot {doing}: {place} keeps redirecting ({cause}). {server.who}")
+    return ClusterError(
+        f"Cannot {doing}: {place} cannot be reached ({_reason(cause)}). {server.found}"
+    )
+
+
+def _untrusted(server: Server, doing: str, reason: str) -> ClusterError:
+    found = re.search(r"certificate verify failed: ([^(]+)", reason)
+    why = found.group(1).strip() if found else _short(reason)
+    return ClusterError(
+        f"Cannot {doing}: the TLS connection to {server.name} at {server.address} failed ({why}). "
+        f"{server.certificate}"
+    )
+
+
+def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
+    """For answers with an HTTP status that says no."""
+    status, said = int(err.status or 0), message_of(err.body) or _short(str(err.reason or ""))
+    place = f"{server.name} at {server.address}"
+    if status == 0:
+        return _untrusted(server, doing, str(err.reason))
+    if status == 401:
+        text = f"Cannot {doing}: {place} does not know you (401). {server.who}"
+    elif status == 403:
+        text = f"Cannot {doing}: {place} does not allow it (403: {said}). {server.allowed}"
+    elif status == 404:
+        text = f"Cannot {doing}: {place} finds nothing there (404: {said}). {server.found}"
+    elif status == 409:
+        text = f"Cannot {doing}: it exists already (409: {said}). Use another name, or try again."
+    elif status == 429:
+        text = f"Cannot {doing}: {place} is busy (429). Wait a minute and try again."
+    elif status in (400, 422):
+        text = f"Cannot {doing}: {place} refuses the request ({status}: {said}). Check its values."
+    elif status >= 500:
+        text = (
+            f"Cannot {doing}: {place} failed ({status}: {said}). Try again; look at {server.logs}."
+        )
+    else:
+        text = f"Cannot {doing}: {place} answered {status} ({said}). {server.found}"
+    return ClusterError(text, status=status)
+
+
+def message_of(body: tp.Any) -> str:
+    """What an error's body says, on one line; empty if it says nothing to people."""
+    text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body or "")
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        return "" if text.lstrip()[:1] == "<" else _short(text)
+    if not isinstance(parsed, dict):
+        return _short(text)
+    for key in ("message", "error_message", "error", "error_details"):
+        if isinstance(parsed.get(key), str) and parsed[key]:
+            return _short(parsed[key])
+    return _short(text)
+
+
+def _reason(cause: BaseException) -> str:
+    """What the operating system said, without the library's names of its objects."""
+    text = str(cause)
+    for pattern in (r"\[Errno -?\d+\] ([^'\")]+)", r"Failed to resolve '([^']+)'"):
+        found = re.search(pattern, text)
+        if found:
+            return found.group(1).strip().lower() if "Errno" in pattern else f"no host {found[1]}"
+    return _short(text.rsplit(": ", 1)[-1])
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -1,0 +1,123 @@
+"""A forwarded port to a service in the cluster, without kubectl.
+
+Every connection to the local port becomes one of its own to a ready pod, so that a pod that is
+replaced ends connections and not the forwarding.
+"""
+
+import collections.abc
+import contextlib
+import logging
+import socket
+import threading
+import typing as tp
+
+import urllib3.exceptions
+from kubernetes import client, stream
+
+from pipelines.errors import ClusterError
+from pipelines.kube import Kube
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 16
+
+
+@contextlib.contextmanager
+def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[str]:
+    """Forward a local port to a service in KFP's namespace.
+
+    Args:
+        kube: the cluster.
+        service: name of the service.
+        port: port of its pods.
+
+    Yields:
+        URL of the local port, which ends with the block.
+
+    Raises:
+        ClusterError: there is no such service or no ready pod, or it may not be forwarded to.
+    """
+    forwarder = _Forwarder(kube, service, port)
+    forwarder.connect().close()  # so that a refusal is told now, and by its cause
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=forwarder.serve, args=(listener,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        listener.close()
+        thread.join(timeout=5)
+
+
+class _Forwarder:
+    def __init__(self, kube: Kube, service: str, port: int):
+        self._kube, self._service, self._port = kube, service, port
+        self._namespace = kube.settings.kfp_namespace
+
+    def connect(self) -> tp.Any:
+        """A socket that is connected to a pod's port. Raises ClusterError."""
+        pod = self._pod()
+        # The library replaces its client's method while it connects: one client per connection.
+        api = client.CoreV1Api(self._kube.new_client())
+        with self._kube.explained(f"forward a port to pod {pod}"):
+            forwarded = stream.portforward(
+                api.connect_get_namespaced_pod_portforward,
+                pod,
+                self._namespace,
+                ports=str(self._port),
+            )
+        return forwarded.socket(self._port)
+
+    def _pod(self) -> str:
+        core, where = self._kube.core, f"in namespace {self._namespace}"
+        with self._kube.explained(f"find service {self._service} {where}"):
+            selector = core.read_namespaced_service(self._service, self._namespace).spec.selector
+            labels = ",".join(f"{key}={value}" for key, value in (selector or {}).items())
+            pods = core.list_namespaced_pod(self._namespace, label_selector=labels).items
+        ready = [pod.metadata.name for pod in pods if _is_ready(pod)]
+        if not ready:
+            raise ClusterError(
+                f"Cannot forward a port to service {self._service}: none of its {len(pods)} pods "
+                f"{where} is ready. `kubectl get pods -n {self._namespace} -l {labels}` shows them."
+            )
+        return ready[0]
+
+    def serve(self, listener: socket.socket) -> None:
+        """Accept connections until the listener is closed."""
+        while True:
+            try:
+                local, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._relay, args=(local,), daemon=True).start()
+
+    def _relay(self, local: socket.socket) -> None:
+        with contextlib.closing(local):
+            try:
+                remote = self.connect()
+            except (ClusterError, urllib3.exceptions.HTTPError, OSError) as err:
+                logger.debug("forwarding: %s", err)
+                return  # the client sees a closed connection, and says so
+            with contextlib.closing(remote):
+                upward = threading.Thread(target=_copy, args=(local, remote), daemon=True)
+                upward.start()
+                _copy(remote, local)
+                upward.join(timeout=1)
+
+
+def _copy(source: tp.Any, target: tp.Any) -> None:
+    """Copy until one side ends, then end the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(_CHUNK):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
+def _is_ready(pod: tp.Any) -> bool:
+    conditions = pod.status.conditions or []
+    is_ready = any(c.type == "Ready" and c.status == "True" for c in conditions)
+    return is_ready and pod.metadata.deletion_timestamp is None

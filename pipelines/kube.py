@@ -1,0 +1,101 @@
+"""A connection to the Kubernetes API, with the kubeconfig or from inside a pod."""
+
+import contextlib
+import os
+import typing as tp
+from pathlib import Path
+
+import urllib3
+import yaml
+from kubernetes import client, config
+
+from pipelines.explain import Server, explained
+from pipelines.settings import Settings
+from saev.errors import ConfigError
+
+
+class _Client(client.ApiClient):
+    """With a time limit for every request that has none of its own."""
+
+    seconds = 30.0
+
+    def request(self, method: str, url: str, **kwargs: tp.Any) -> tp.Any:
+        kwargs["_request_timeout"] = kwargs.get("_request_timeout") or (
+            min(self.seconds, 10.0),
+            self.seconds,
+        )
+        return super().request(method, url, **kwargs)
+
+
+class Kube:
+    """The API groups that the client needs."""
+
+    def __init__(self, settings: Settings):
+        """Read the configuration; nothing is sent yet. Raises ConfigError."""
+        self.settings = settings
+        self.configuration = _configuration(settings)
+        self.configuration.retries = urllib3.Retry(total=3, connect=0, read=0, status=0, other=0)
+        api = self.new_client()
+        self.core = client.CoreV1Api(api)
+        self.storage = client.StorageV1Api(api)
+        self.authorization = client.AuthorizationV1Api(api)
+        self.version = client.VersionApi(api)
+        self.server = _server(settings, self.configuration.host)
+
+    def new_client(self) -> client.ApiClient:
+        """Another client with the same credentials."""
+        api = _Client(self.configuration)
+        api.seconds = self.settings.timeout
+        return api
+
+    def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """See :func:`pipelines.explain.explained`."""
+        return explained(self.server, doing)
+
+
+def _configuration(settings: Settings) -> tp.Any:
+    configuration = client.Configuration()
+    paths = [Path(part).expanduser() for part in settings.kubeconfig.split(os.pathsep) if part]
+    if not paths:
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            with contextlib.suppress(config.ConfigException):
+                config.load_incluster_config(client_configuration=configuration)
+                return configuration
+        paths = [Path("~/.kube/config").expanduser()]
+    if not any(path.is_file() for path in paths):
+        found = ", ".join(map(str, paths))
+        raise ConfigError(
+            f"There is no kubeconfig at {found}. Set KUBECONFIG to one, or KFP_ENDPOINT to reach "
+            "Kubeflow Pipelines without Kubernetes."
+        )
+    files = os.pathsep.join(map(str, paths))
+    try:
+        config.load_kube_config(
+            config_file=files, context=settings.context or None, client_configuration=configuration
+        )
+    except (config.ConfigException, yaml.YAMLError, OSError, ValueError, TypeError) as err:
+        raise ConfigError(_bad_kubeconfig(files, settings.context, err)) from err
+    return configuration
+
+
+def _bad_kubeconfig(files: str, context: str, err: Exception) -> str:
+    said = " ".join(str(err).split()).rstrip(".")
+    if "contexts" in said or "current-context" in said:
+        wanted = f"context {context!r}" if context else "current context"
+        return (
+            f"The kubeconfig {files} has no {wanted}. `kubectl config get-contexts` lists them; "
+            "choose one with KUBE_CONTEXT or `kubectl config use-context`."
+        )
+    return f"The kubeconfig {files} cannot be used: {said}. Check it with `kubectl version`."
+
+
+def _server(settings: Settings, address: str) -> Server:
+    return Server(
+        name="the Kubernetes API",
+        address=address,
+        who="Log in to the cluster anew, until `kubectl auth whoami` works.",
+        allowed="Ask the administrator of the cluster for this permission.",
+        found="Check KUBECONFIG and KUBE_CONTEXT, until `kubectl version` works.",
+        certificate="Check certificate-authority-data in the kubeconfig.",
+        logs="the log of the API server",
+    )

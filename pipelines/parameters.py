@@ -1,0 +1,132 @@
+"""The arguments of a run, checked before anything is sent: KFP's client does not."""
+
+import collections.abc
+import json
+import re
+import typing as tp
+
+from pipelines.definition import Compiled, Parameter
+from pipelines.settings import did_you_mean
+from saev.errors import ConfigError
+
+_KINDS = {
+    "STRING": "a text",
+    "NUMBER_INTEGER": "a whole number",
+    "NUMBER_DOUBLE": "a number",
+    "BOOLEAN": "true or false",
+    "LIST": "a JSON list",
+    "STRUCT": "a JSON object",
+}
+_QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_LARGEST = 100_000
+"""Characters of the config: a pod gets it as one argument, which Linux limits to 128 KiB."""
+
+
+def parse(pairs: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
+    """KEY=VALUE words; a value is JSON if it parses, else text. Raises ConfigError."""
+    values: dict[str, tp.Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"Parameter {pair!r} is not KEY=VALUE, such as n_parts=16.")
+        if key in values:
+            raise ConfigError(f"Parameter {key} is given twice; keep one of them.")
+        values[key] = text
+    return values
+
+
+def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[str, tp.Any]:
+    """The values as the pipeline wants them.
+
+    Args:
+        compiled: the pipeline.
+        values: parameter → value, or its text.
+        source: what errors call the place where they stand.
+
+    Raises:
+        ConfigError: an unknown name or a value of the wrong kind.
+    """
+    checked = {}
+    for key, value in values.items():
+        parameter = compiled.parameters.get(key)
+        if parameter is None:
+            hint = did_you_mean(key, compiled.parameters)
+            raise ConfigError(
+                f"Pipeline {compiled.name} has no parameter {key!r} ({source}).{hint} "
+                f"It has: {', '.join(compiled.parameters)}."
+            )
+        checked[key] = _value(key, value, parameter, source)
+    return checked
+
+
+def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """The checked values, if none is missing. Raises ConfigError."""
+    for key, parameter in compiled.parameters.items():
+        if parameter.required and key not in values:
+            raise ConfigError(
+                f"Pipeline {compiled.name} needs the parameter {key}: {parameter.description}"
+            )
+    size = len(json.dumps(values.get("config", {})))
+    if size > _LARGEST:
+        raise ConfigError(
+            f"The config and its sweep are {size:,} characters of JSON; a pod can be given "
+            f"{_LARGEST:,}. Split the sweep into several runs."
+        )
+    return values
+
+
+def _value(key: str, value: tp.Any, parameter: Parameter, source: str) -> tp.Any:
+    if isinstance(value, str) and parameter.kind != "STRING":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _wrong(key, value, parameter, source) from None
+    elif parameter.kind == "STRING" and isinstance(value, int | float) and value is not True:
+        value = str(value)  # gpu_count = 2 in a TOML file
+    is_right = {
+        "STRING": isinstance(value, str),
+        "NUMBER_INTEGER": _is_number(value) and float(value).is_integer(),
+        "NUMBER_DOUBLE": _is_number(value),
+        "BOOLEAN": isinstance(value, bool),
+        "LIST": isinstance(value, list),
+        "STRUCT": isinstance(value, dict),
+    }[parameter.kind]
+    if not is_right:
+        raise _wrong(key, value, parameter, source)
+    if parameter.kind == "NUMBER_INTEGER":
+        value = int(value)
+    return _plausible(key, value, source)
+
+
+def _is_number(value: tp.Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wrong(key: str, value: tp.Any, parameter: Parameter, source: str) -> ConfigError:
+    return ConfigError(
+        f"Parameter {key} ({source}) is {value!r}, expected {_KINDS[parameter.kind]}: "
+        f"{parameter.description}"
+    )
+
+
+def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
+    """What Kubernetes would only refuse hours later, when the first GPU pod is made."""
+
+    def wrong(expected: str) -> ConfigError:
+        return ConfigError(f"Parameter {key} ({source}) is {value!r}, expected {expected}.")
+
+    if key in ("cpu", "memory") and not _QUANTITY.fullmatch(value):
+        raise wrong("a Kubernetes quantity such as 4, 500m or 32Gi (not 32GB)")
+    if key == "gpu_count" and not value.isdigit():
+        raise wrong("a whole number of GPUs, 0 for none")
+    if key == "n_parts" and value < 1:
+        raise wrong("at least 1")
+    if key in ("storage_secret", "config_map", "pvc_name", "image_pull_secret"):
+        if not _NAME.fullmatch(value):
+            raise wrong("a Kubernetes name: small letters, digits, dashes and dots")
+    elif key == "node_selector" and not all(isinstance(v, str) for v in value.values()):
+        raise wrong('labels with texts as values, such as {"gpu": "a100"}')
+    elif key == "tolerations" and not all(isinstance(v, dict) for v in value):
+        raise wrong('a list of objects, such as [{"key": "gpu", "operator": "Exists"}]')
+    return value

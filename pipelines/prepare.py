@@ -1,0 +1,119 @@
+"""What is checked and compiled on the user's machine, before the first request."""
+
+import typing as tp
+
+from pipelines import parameters
+from pipelines.definition import Compiled, compile_pipeline
+from pipelines.options import CompileOptions, PipelineName
+from pipelines.settings import Settings
+from saev import storage
+from saev.config.run import RunFile
+from saev.config.stages import images_of, resolve
+from saev.errors import ConfigError
+
+
+class Job(tp.NamedTuple):
+    """A pipeline and the parameters of its runs, all of it checked."""
+
+    compiled: Compiled
+    parameters: dict[str, tp.Any]
+
+
+def compiled(name: PipelineName, settings: Settings) -> Compiled:
+    """The pipeline for a cluster. Raises ConfigError."""
+    if not settings.image:
+        raise ConfigError(
+            "No image is set. Build and push one with `make image IMAGE=registry/saev PUSH=1`, and "
+            "set SAEV_IMAGE (image in cluster.toml) to it."
+        )
+    fields = {"storage": settings.storage, **settings.compile}
+    fields |= {"image": settings.image, "cpu_image": settings.cpu_image or settings.image}
+    options = CompileOptions.from_dict(fields, source="cluster.toml [compile]")
+    return compile_pipeline(name, options)
+
+
+def job(
+    name: PipelineName,
+    settings: Settings,
+    *,
+    dataset: str,
+    config: str,
+    pairs: tp.Sequence[str],
+    extra: dict[str, tp.Any] | None = None,
+) -> Job:
+    """Check everything that can be checked without a network, and compile.
+
+    Args:
+        name: which pipeline.
+        settings: the cluster.
+        dataset: URL of the dataset, or of the prefix of saev-incoming.
+        config: path or URL of the file that `saev run --config` takes.
+        pairs: KEY=VALUE parameters of the command line.
+        extra: parameters that have flags of their own.
+
+    Raises:
+        ConfigError: a value is wrong or missing; the message says which.
+        StorageError: the config or its sweep cannot be read.
+    """
+    if not settings.root:
+        raise ConfigError(
+            "No storage root is set. Set SAEV_ROOT (root in cluster.toml) to a URL such as "
+            "s3://bucket/saev, or to /data/saev on a volume."
+        )
+    dataset = place(dataset, "the dataset", settings)
+    root = place(settings.root, "the root", settings)
+    file = RunFile.portable(config)
+    source = storage.normalize(config)
+    # A prefix is no dataset, but every dataset below it is read in the same way.
+    resolve(file, root, images_of(file, dataset), source)
+    pipeline = compiled(name, settings)
+    values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
+    values = {
+        **parameters.check(pipeline, settings.parameters, "cluster.toml [parameters]"),
+        **parameters.check(pipeline, parameters.parse(pairs), "--param"),
+        **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
+    }
+    return Job(pipeline, parameters.complete(pipeline, values))
+
+
+def place(url: str, what: str, settings: Settings) -> str:
+    """A URL that means the same to the pods. Raises ConfigError."""
+    if url and "://" not in url and not url.startswith("/"):
+        raise ConfigError(
+            f"{what} is {url!r}, which pods cannot find. Give a URL such as s3://bucket/x, or with "
+            "a volume (storage = pvc) a path below /data."
+        )
+    if not url:
+        return ""
+    url = storage.normalize(url)
+    is_path = "://" not in url
+    if is_path and settings.storage == "object":
+        raise ConfigError(
+            f"{what} is the path {url}, but the pods mount no volume (storage = object). Give a "
+            "URL such as s3://bucket/x, or set SAEV_STORAGE=pvc."
+        )
+    if is_path and url != "/data" and not url.startswith("/data/"):
+        raise ConfigError(f"{what} is {url}, but pods see only what is below /data. Move it there.")
+    return url
+
+
+def plain(file: RunFile, source: str) -> dict[str, tp.Any]:
+    """The config as JSON that KFP can pass on: it has no null. Raises ConfigError."""
+    values = file.model_dump(mode="json", exclude_none=True)
+    null = _null(values, "")
+    if null:
+        raise ConfigError(f"{source}: {null} is null, which KFP cannot pass on; leave it out.")
+    return values
+
+
+def _null(value: tp.Any, key: str) -> str:
+    """The dotted key of a null, or nothing."""
+    if value is None:
+        return key
+    children: tp.Iterable[tuple[tp.Any, tp.Any]] = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    found = (_null(child, f"{key}.{name}" if key else str(name)) for name, child in children)
+    return next((text for text in found if text), "")

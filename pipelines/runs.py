@@ -1,0 +1,137 @@
+"""Runs that there are: listing them, finding one, showing it, canceling it."""
+
+import json
+import re
+import typing as tp
+
+import rich.console
+import rich.table
+
+from pipelines import steps, watch
+from pipelines.connect import Kfp
+from pipelines.errors import ClusterError
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PREFIX = re.compile(r"[0-9a-f-]{4,35}")
+_PAGE, _PAGES = 100, 5
+
+
+def named(name: str) -> str:
+    """The API's filter for objects of a name."""
+    predicate = {"operation": "EQUALS", "key": "display_name", "string_value": name}
+    return json.dumps({"predicates": [predicate]})
+
+
+def recent(kfp: Kfp, n: int) -> list[tp.Any]:
+    """The newest runs, newest first."""
+    runs: list[tp.Any] = []
+    token = ""
+    while len(runs) < n:
+        with kfp.explained("list runs"):
+            answer = kfp.runs.run_service_list_runs(
+                page_size=min(n - len(runs), _PAGE),
+                page_token=token,
+                sort_by="created_at desc",
+                **kfp.in_namespace,
+            )
+        runs += answer.runs or []
+        token = answer.next_page_token or ""
+        if not token:
+            break
+    return runs[:n]
+
+
+def find(kfp: Kfp, which: str) -> tp.Any:
+    """The run of an id, of a unique prefix of one, or of a name; the newest if it is empty.
+
+    Raises:
+        ClusterError: there is none, or there are several.
+    """
+    if not which:
+        newest = recent(kfp, 1)
+        if not newest:
+            raise ClusterError("There are no runs yet. `make submit DATASET=…` starts one.")
+        return get(kfp, newest[0].run_id)
+    which = which.rsplit("/runs/details/", 1)[-1]  # its URL
+    if _UUID.fullmatch(which):
+        return get(kfp, which)
+    with kfp.explained("look for the run"):
+        found = (
+            kfp.runs.run_service_list_runs(
+                page_size=2, sort_by="created_at desc", filter=named(which), **kfp.in_namespace
+            ).runs
+            or []
+        )
+    if not found and _PREFIX.fullmatch(which):
+        runs = recent(kfp, _PAGE * _PAGES)
+        found = [run for run in runs if run.run_id.startswith(which)]
+    if not found:
+        raise ClusterError(
+            f"There is no run {which!r}, neither by id nor by name. `make list` shows them."
+        )
+    if len(found) > 1:
+        ids = ", ".join(run.run_id for run in found)
+        raise ClusterError(f"Several runs are called {which!r}; say which, by its id: {ids}.")
+    return get(kfp, found[0].run_id)
+
+
+def get(kfp: Kfp, run_id: str) -> tp.Any:
+    """A run with its tasks."""
+    with kfp.explained(f"look at run {run_id}"):
+        return kfp.runs.run_service_get_run(run_id=run_id)
+
+
+def cancel(kfp: Kfp, run: tp.Any) -> bool:
+    """Ask KFP to stop a run. Returns False if it is over already."""
+    if run.state in steps.OVER:
+        return False
+    with kfp.explained(f"cancel run {run.run_id}"):
+        kfp.runs.run_service_terminate_run(run_id=run.run_id)
+    return True
+
+
+def parameter(run: tp.Any, name: str) -> str:
+    """A parameter that a run, or a schedule, was started with, as text."""
+    values = (run.runtime_config and run.runtime_config.parameters) or {}
+    return str(values.get(name, ""))
+
+
+def show_list(kfp: Kfp, runs: list[tp.Any], console: rich.console.Console) -> None:
+    """A table of runs."""
+    rows = rich.table.Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for title in ("STATE", "NAME", "DATASET", "AGE", "TOOK", "ID"):
+        rows.add_column(title, overflow="fold" if title in ("NAME", "DATASET") else "ellipsis")
+    for run in runs:
+        made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
+        rows.add_row(
+            state_of(run),
+            run.display_name,
+            parameter(run, "dataset"),
+            steps.duration(made, None),
+            steps.duration(made, ended) if ended else "",
+            run.run_id,
+        )
+    console.print(rows)
+    console.print(f"{kfp.ui}/#/runs", style="dim", highlight=False)
+
+
+def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
+    """A run and its steps."""
+    made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
+    console.print(
+        f"{run.display_name}: {state_of(run)}, {steps.duration(made, ended)}", highlight=False
+    )
+    facts = {name: parameter(run, name) for name in ("dataset", "root")}
+    facts["url"] = kfp.run_url(run.run_id)
+    for name, value in facts.items():
+        if value:
+            console.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+    console.print(watch.table(run))
+    if run.state == "FAILED":
+        for text in steps.messages(run):
+            console.print(f"KFP says: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def state_of(run: tp.Any) -> str:
+    """A run's state in small letters."""
+    return (run.state or "PENDING").lower().replace("runtime_state_unspecified", "pending")

@@ -1,0 +1,213 @@
+"""Uploading a pipeline and starting a run of it."""
+
+import datetime
+import logging
+import tempfile
+import threading
+import typing as tp
+from pathlib import Path
+
+import kfp_server_api
+
+import saev
+from pipelines import prepare
+from pipelines.connect import Kfp
+from pipelines.definition import Compiled
+from pipelines.errors import ClusterError
+from pipelines.runs import named
+from saev import storage
+from saev.errors import SaevError, StorageError
+
+logger = logging.getLogger(__name__)
+
+_STORAGE_SECONDS = 20.0
+
+
+class Version(tp.NamedTuple):
+    """An uploaded pipeline."""
+
+    pipeline_id: str
+    version_id: str
+
+
+def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
+    """Start a run.
+
+    Args:
+        kfp: the connection.
+        job: what to run.
+        name: the run's name; empty makes one of the dataset's name and the time.
+
+    Raises:
+        ClusterError: KFP refuses.
+    """
+    version = upload(kfp, job.compiled)
+    body = kfp_server_api.V2beta1Run(
+        display_name=name or default_name(job.parameters["dataset"]),
+        description=describe(job),
+        experiment_id=experiment(kfp),
+        pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
+            pipeline_id=version.pipeline_id, pipeline_version_id=version.version_id
+        ),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=job.parameters),
+        service_account=kfp.settings.service_account,
+    )
+    try:
+        with kfp.explained("start the run"):
+            return kfp.runs.run_service_create_run(run=body)
+    except ClusterError as err:
+        if err.status:
+            raise
+        raise ClusterError(f"{err} The run may have started: `make list` tells.") from err
+
+
+def default_name(dataset: str) -> str:
+    """The dataset's last component and the time, in UTC."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{storage.name(dataset) if dataset else 'saev'}-{now:%Y%m%d-%H%M%S}"
+
+
+def describe(job: prepare.Job) -> str:
+    """What the UI shows of a run."""
+    return f"saev {saev.__version__}: {job.parameters['dataset'] or 'images of the config'}"
+
+
+def experiment(kfp: Kfp) -> str:
+    """Id of the experiment, made if it is missing."""
+    name = kfp.settings.experiment
+
+    def find() -> str:
+        with kfp.explained(f"look for experiment {name}"):
+            answer = kfp.experiments.experiment_service_list_experiments(
+                filter=named(name), page_size=1, **kfp.in_namespace
+            )
+        return answer.experiments[0].experiment_id if answer.experiments else ""
+
+    found = find()
+    if found:
+        return found
+    body = kfp_server_api.V2beta1Experiment(display_name=name, **kfp.in_namespace)
+    try:
+        with kfp.explained(f"make experiment {name}"):
+            return kfp.experiments.experiment_service_create_experiment(body).experiment_id
+    except ClusterError as err:
+        return _made_by_another(err, find)
+
+
+def upload(kfp: Kfp, compiled: Compiled) -> Version:
+    """The pipeline's id and that of the version of this content, uploaded if they are missing.
+
+    Users who upload the same at the same time get the same version.
+    """
+    pipeline_id = _pipeline(kfp, compiled.name)
+
+    def find() -> str:
+        with kfp.explained(f"look for version {compiled.digest} of pipeline {compiled.name}"):
+            answer = kfp.pipelines.pipeline_service_list_pipeline_versions(
+                pipeline_id, filter=named(compiled.digest), page_size=1
+            )
+        found = answer.pipeline_versions
+        return found[0].pipeline_version_id if found else ""
+
+    version_id = find()
+    if version_id:
+        return Version(pipeline_id, version_id)
+    logger.info("uploading version %s of pipeline %s", compiled.digest, compiled.name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")  # the server goes by the ending
+        path.write_text(compiled.text, encoding="utf-8")
+        try:
+            with kfp.explained(f"upload version {compiled.digest} of pipeline {compiled.name}"):
+                made = kfp.uploads.upload_pipeline_version(
+                    str(path),
+                    name=compiled.digest,
+                    pipelineid=pipeline_id,
+                    description=f"saev {saev.__version__}, {kfp.settings.image}",
+                )
+            version_id = made.pipeline_version_id
+        except ClusterError as err:
+            version_id = _made_by_another(err, find)
+    return Version(pipeline_id, version_id)
+
+
+def _pipeline(kfp: Kfp, name: str) -> str:
+    def find() -> str:
+        with kfp.explained(f"look for pipeline {name}"):
+            answer = kfp.pipelines.pipeline_service_list_pipelines(
+                filter=named(name), page_size=1, **kfp.in_namespace
+            )
+        return answer.pipelines[0].pipeline_id if answer.pipelines else ""
+
+    found = find()
+    if found:
+        return found
+    body = kfp_server_api.V2beta1Pipeline(display_name=name, name=name, **kfp.in_namespace)
+    try:
+        with kfp.explained(f"make pipeline {name}"):
+            return kfp.pipelines.pipeline_service_create_pipeline(body).pipeline_id
+    except ClusterError as err:
+        return _made_by_another(err, find)
+
+
+def _made_by_another(err: ClusterError, find: tp.Callable[[], str]) -> str:
+    """The id of what somebody made between our look and our request. Raises `err` otherwise."""
+    if err.status == 409:
+        found = find()
+        if found:
+            return found
+    raise err
+
+
+def check_storage(dataset: str, root: str) -> None:
+    """Look at dataset and root with this machine's credentials, where it has some.
+
+    A place that certainly is not there or empty is an error. What may only be this machine's lack
+    of access is a note, since the pods have credentials of their own.
+
+    Raises:
+        StorageError: the dataset does not exist or is empty.
+    """
+    for url, check in ((dataset, _check_readable), (root, storage.check_writable)):
+        if not url:
+            continue
+        if "://" not in url:
+            logger.info("not checked: %s, which is on the pods' volume", url)
+            continue
+        failed = _within(_STORAGE_SECONDS, check, url)
+        if failed is None:
+            logger.info("ok: %s is %s", url, "readable" if url == dataset else "writable")
+        elif isinstance(failed, StorageError) and _is_missing(failed):
+            raise failed
+        else:
+            why = failed or f"no answer within {_STORAGE_SECONDS:.0f} s"
+            logger.warning("not checked from here: %s (%s)", url, why)
+
+
+def _check_readable(url: str) -> None:
+    if not storage.list_dir(url):
+        raise StorageError(f"Dataset {url} is empty or does not exist. Check the URL.") from (
+            FileNotFoundError(url)
+        )
+
+
+def _is_missing(err: StorageError) -> bool:
+    return isinstance(err.__cause__, FileNotFoundError)
+
+
+def _within(seconds: float, check: tp.Callable[[str], None], url: str) -> Exception | str | None:
+    """What a check raised, '' if it takes too long, None if it passed."""
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            check(url)
+            outcome.append(None)
+        except (SaevError, OSError) as err:
+            outcome.append(err)
+        except Exception as err:  # a store's client may raise anything when it has no credentials
+            outcome.append(err)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else ""
