@@ -1,0 +1,441 @@
+"""k8s/ on a real API server: what it accepts, what a step's pod may be and may ask.
+
+Nothing runs here: there is no node. Network policies are stored, not enforced.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import typing as tp
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import compiled
+import pytest
+from servers import KubernetesApi, kubernetes_server
+
+ROOT = Path(__file__).parents[2]
+Json = dict[str, tp.Any]
+Done = subprocess.CompletedProcess[str]
+
+# Stable and on by default from Kubernetes 1.36.
+MUTATING_POLICIES = (
+    "--feature-gates=MutatingAdmissionPolicy=true",
+    "--runtime-config=admissionregistration.k8s.io/v1beta1=true",
+)
+
+
+class Cluster:
+    """A cluster of a test's own, spoken to with kubectl and with k8s/install.py."""
+
+    def __init__(self, api: KubernetesApi, path: str):
+        self._env = {**os.environ, "KUBECONFIG": str(api.kubeconfig), "PATH": path}
+        for name in ("KFP_NAMESPACE", "KFP_SYSTEM_NAMESPACE"):
+            self._env.pop(name, None)
+
+    def kubectl(self, *arguments: str, stdin: object = None) -> Done:
+        """The finished command."""
+        return self._run(["kubectl", *arguments], stdin)
+
+    def get(self, *arguments: str) -> Json:
+        """An object that must be there."""
+        done = self.kubectl("get", *arguments, "-o", "json")
+        assert done.returncode == 0, done.stderr
+        return tp.cast(Json, json.loads(done.stdout))
+
+    def create(self, content: Json) -> Done:
+        """`kubectl create`, in a dry run that runs all admission."""
+        return self.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=content)
+
+    def install(self, tree: Path, *arguments: str) -> Done:
+        """`make install`, or with a first word its other commands."""
+        return self._run([sys.executable, str(tree / "install.py"), *arguments], None)
+
+    def namespace(self) -> str:
+        """A new one."""
+        name = f"team-{uuid.uuid4().hex[:8]}"
+        assert self.kubectl("create", "namespace", name).returncode == 0
+        return name
+
+    def _run(self, command: list[str], stdin: object) -> Done:
+        text = None if stdin is None else json.dumps(stdin)
+        return subprocess.run(
+            command, input=text, env=self._env, capture_output=True, text=True, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster with an empty namespace kubeflow."""
+    path = f"{ROOT / '.cache' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    if not shutil.which("kubectl", path=path):
+        pytest.skip("kubectl is not installed; tests/k8s/fetch_kubectl.py fetches it")
+    with contextlib.ExitStack() as stack:
+        try:
+            api = stack.enter_context(kubernetes_server(MUTATING_POLICIES))
+        except compiled.Unavailable as error:
+            pytest.skip(str(error))
+        cluster = Cluster(api, path)
+        assert cluster.kubectl("create", "namespace", "kubeflow").returncode == 0
+        yield cluster
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of k8s/ without anybody's private files."""
+    private = shutil.ignore_patterns("config.env", "storage.env", "kfp-launcher.yaml")
+    return Path(shutil.copytree(ROOT / "k8s", tmp_path / "k8s", ignore=private))
+
+
+# --- make install, make uninstall --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", ["s3", "pvc", "local"])
+def test_install_again_uninstall(cluster: Cluster, tree: Path, overlay: str) -> None:
+    space = cluster.namespace()
+    words = f"--overlay {overlay} --namespace {space} --image registry/saev:1.2".split()
+    if overlay == "s3":
+        settings = tree / "components" / "settings" / "config.env"
+        settings.write_text("SAEV_ROOT=s3://bucket/saev\n")
+        secret = tree / "components" / "storage-secret" / "storage.env"
+        secret.write_text("AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n")
+    words += ["--components", "dedicated", "tensorboard"]
+
+    dry = cluster.install(tree, "install", *words, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "create  Role/saev-steps" in dry.stdout
+    assert cluster.kubectl("get", "role", "saev-steps", "-n", space).returncode == 1
+
+    done = cluster.install(tree, "install", *words)
+    assert done.returncode == 0, done.stderr
+    assert "change  Namespace/" in done.stdout
+    labels = cluster.get("namespace", space)["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    pods = cluster.get("deployment", "saev-tensorboard", "-n", space)["spec"]["template"]
+    assert pods["spec"]["containers"][0]["image"] == "registry/saev:1.2"
+    assert (cluster.kubectl("get", "secret", "saev-storage", "-n", space).returncode == 0) == (
+        overlay == "s3"
+    )
+
+    again = cluster.install(tree, "install", *words)
+    assert again.returncode == 0, again.stderr
+    assert not {"create", "change"} & {line.split()[0] for line in again.stdout.splitlines()[1:-2]}
+
+    gone = cluster.install(tree, "uninstall", "--namespace", space)
+    assert gone.returncode == 0, gone.stderr
+    left = cluster.get("sa,role,cm,secret,netpol,quota,limits,pvc,svc", "-n", space)["items"]
+    assert {item["metadata"]["name"] for item in left} - {"saev-data"} == {
+        "default",
+        "kube-root-ca.crt",
+    }
+    claims = [item for item in left if item["kind"] == "PersistentVolumeClaim"]
+    assert len(claims) == (overlay != "s3")
+    if claims:
+        assert "keep    PersistentVolumeClaim/saev-data" in gone.stdout
+        cluster.install(tree, "uninstall", "--namespace", space, "--delete-pvc", "saev-data")
+        claim = cluster.kubectl("get", "pvc", "-n", space, "-o", "jsonpath={.items[*]}")
+        assert "deletionTimestamp" in claim.stdout or not claim.stdout
+
+
+def test_what_is_not_given_stays(cluster: Cluster, tree: Path) -> None:
+    space = cluster.namespace()
+    words = f"install --overlay pvc --namespace {space}".split()
+    given = "--gpus 3 --size 2Ti --storage-class shared".split()
+    assert cluster.install(tree, *words, *given).returncode == 0
+    done = cluster.install(tree, *words)
+    assert done.returncode == 0, done.stderr
+    assert "keep    PersistentVolumeClaim/saev-data" in done.stdout
+    assert "keep    ResourceQuota/saev-gpus" in done.stdout
+    assert cluster.install(tree, *words, "--gpus", "5").returncode == 0
+    quota = cluster.get("quota", "saev-gpus", "-n", space)
+    assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "5"}
+
+
+def test_what_cannot_change_changes_nothing(cluster: Cluster, tree: Path) -> None:
+    space = cluster.namespace()
+    words = f"install --overlay pvc --namespace {space}".split()
+    assert cluster.install(tree, *words, "--storage-class", "one").returncode == 0
+    done = cluster.install(tree, *words, "--storage-class", "two", "--gpus", "5")
+    assert done.returncode == 1
+    assert "existing object cannot be changed" in done.stderr
+    quota = cluster.get("quota", "saev-gpus", "-n", space)
+    assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "8"}
+
+
+def test_kfp_launcher_of_somebody_else_stays(cluster: Cluster, tree: Path) -> None:
+    space = cluster.namespace()
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "kfp-launcher", "namespace": space},
+        "data": {"defaultPipelineRoot": "minio://mlpipeline/v2/artifacts"},
+    }
+    assert cluster.kubectl("apply", "-f", "-", stdin=theirs).returncode == 0
+    folder = tree / "components" / "kfp-launcher"
+    shutil.copy(folder / "kfp-launcher.example.yaml", folder / "kfp-launcher.yaml")
+    words = f"install --overlay s3 --namespace {space} --components kfp-launcher".split()
+    done = cluster.install(tree, *words)
+    assert done.returncode == 1
+    assert "Somebody else made an object of this name" in done.stderr
+    assert cluster.get("cm", "kfp-launcher", "-n", space)["data"] == theirs["data"]
+    assert cluster.kubectl("get", "role", "saev-steps", "-n", space).returncode == 1
+
+
+def test_refusals_are_sentences(cluster: Cluster, tree: Path) -> None:
+    done = cluster.install(tree, "install", "--overlay", "s3", "--namespace", "nowhere")
+    assert done.returncode == 1
+    assert "Namespace 'nowhere' does not exist" in done.stderr
+
+    space = cluster.namespace()
+    pod = cluster.kubectl("create", "-f", "-", stdin=step_pod(space, account="default"))
+    assert pod.returncode == 0, pod.stderr
+    done = cluster.install(tree, "uninstall", "--namespace", space)
+    assert done.returncode == 1
+    assert "1 pods of saev's runs are still there" in done.stderr
+    assert cluster.install(tree, "uninstall", "--namespace", space, "--force").returncode == 0
+
+
+# --- A step's pod ------------------------------------------------------------------------------
+
+
+def step_pod(space: str, account: str = "saev-steps") -> Json:
+    """A step's pod as KFP 2.17 and Argo make it of pipelines/definition.py.
+
+    KFP: seccomp for the pod, all but runAsNonRoot for the step, all for its own init container
+    (argocompiler/security_context.go). Argo: its two containers (MinimalCtrSC).
+    """
+    argo = {
+        "capabilities": {"drop": ["ALL"]},
+        "privileged": False,
+        "runAsNonRoot": True,
+        "runAsUser": 8737,
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    kfp = {
+        "allowPrivilegeEscalation": False,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    resources = {"cpu": "4", "memory": "32Gi", "nvidia.com/gpu": "1"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "generateName": "saev-",
+            "namespace": space,
+            "labels": {
+                "app.kubernetes.io/name": "saev",
+                "app.kubernetes.io/part-of": "saev",
+                "app.kubernetes.io/component": "train",
+                "pipelines.kubeflow.org/v2_component": "true",
+            },
+        },
+        "spec": {
+            "serviceAccountName": account,
+            "restartPolicy": "Never",
+            "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+            "initContainers": [
+                {"name": "init", "image": "argoexec:x", "securityContext": argo},
+                {
+                    "name": "kfp-launcher",
+                    "image": "kfp-launcher:x",
+                    "securityContext": kfp,
+                    "resources": {"requests": {"cpu": "100m"}, "limits": {"memory": "192Mi"}},
+                },
+            ],
+            "containers": [
+                {
+                    "name": "main",
+                    "image": "saev:x",
+                    "securityContext": kfp,
+                    "resources": {"requests": {**resources}, "limits": {**resources}},
+                    "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+                },
+                {"name": "wait", "image": "argoexec:x", "securityContext": argo},
+            ],
+            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def dedicated(cluster: Cluster) -> str:
+    """A namespace with the component dedicated."""
+    space = cluster.namespace()
+    words = f"install --overlay s3 --namespace {space} --components dedicated".split()
+    done = cluster.install(ROOT / "k8s", *words)
+    assert done.returncode == 0, done.stderr
+    return space
+
+
+def test_a_step_is_restricted(cluster: Cluster, dedicated: str) -> None:
+    done = cluster.create(step_pod(dedicated))
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)["spec"]
+    wait = next(one for one in made["containers"] if one["name"] == "wait")
+    assert wait["resources"] == {"requests": {"cpu": "100m", "memory": "128Mi"}}
+
+
+def privileged(pod: Json) -> None:
+    more = {"privileged": True, "allowPrivilegeEscalation": True}
+    pod["spec"]["containers"][0]["securityContext"].update(more)
+
+
+def escalating(pod: Json) -> None:
+    del pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
+
+
+def root(pod: Json) -> None:
+    pod["spec"]["containers"][0]["securityContext"]["runAsUser"] = 0
+
+
+def maybe_root(pod: Json) -> None:
+    del pod["spec"]["containers"][0]["securityContext"]["runAsNonRoot"]
+
+
+def on_the_host(pod: Json) -> None:
+    pod["spec"]["volumes"][0] = {"name": "shm", "hostPath": {"path": "/"}}
+
+
+def capable(pod: Json) -> None:
+    pod["spec"]["initContainers"][1]["securityContext"]["capabilities"]["add"] = ["NET_ADMIN"]
+
+
+@pytest.mark.parametrize("change", [privileged, escalating, root, maybe_root, on_the_host, capable])
+def test_more_is_refused(cluster: Cluster, dedicated: str, change: Callable[[Json], None]) -> None:
+    pod = copy.deepcopy(step_pod(dedicated))
+    change(pod)
+    done = cluster.create(pod)
+    assert done.returncode == 1
+    assert 'violates PodSecurity "restricted:latest"' in done.stderr
+
+
+def test_quotas(cluster: Cluster, dedicated: str) -> None:
+    pod = step_pod(dedicated)
+    for kind in ("requests", "limits"):
+        pod["spec"]["containers"][0]["resources"][kind]["nvidia.com/gpu"] = "9"
+    done = cluster.create(pod)
+    assert "exceeded quota: saev-gpus" in done.stderr
+    for kind in ("requests", "limits"):
+        del pod["spec"]["containers"][0]["resources"][kind]["nvidia.com/gpu"]
+        pod["spec"]["containers"][0]["resources"][kind]["memory"] = "2Ti"
+    assert "exceeded quota: saev-compute" in cluster.create(pod).stderr
+
+
+def test_shared_namespace_leaves_other_pods_alone(cluster: Cluster) -> None:
+    """Such as KFP's own: no requests, no labels, and more privileges than restricted allows."""
+    space = cluster.namespace()
+    done = cluster.install(ROOT / "k8s", "install", "--overlay", "s3", "--namespace", space)
+    assert done.returncode == 0, done.stderr
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "mysql", "namespace": space},
+        "spec": {"containers": [{"name": "mysql", "image": "mysql:8"}]},
+    }
+    done = cluster.create(pod)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert json.loads(done.stdout)["spec"]["containers"][0]["resources"] == {}
+
+
+# --- What a step may ask of the API ------------------------------------------------------------
+
+ALLOWED = [
+    ("create", "argoproj.io", "workflowtaskresults", ""),
+    ("patch", "argoproj.io", "workflowtaskresults", ""),
+    ("get", "", "pods", ""),
+    ("get", "", "configmaps", "kfp-launcher"),
+    ("get", "", "secrets", "mlpipeline-minio-artifact"),
+]
+DENIED = [
+    ("list", "", "secrets", ""),
+    ("get", "", "secrets", "saev-storage"),
+    ("get", "", "configmaps", "saev-config"),
+    ("create", "", "pods", ""),
+    ("list", "", "pods", ""),
+    ("create", "", "pods/exec", ""),
+    ("delete", "", "persistentvolumeclaims", "saev-data"),
+    ("create", "batch", "jobs", ""),
+    ("create", "argoproj.io", "workflows", ""),
+    ("get", "argoproj.io", "workflows", ""),
+    ("create", "rbac.authorization.k8s.io", "rolebindings", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "group", "resource", "name", "allowed"),
+    [(*asked, True) for asked in ALLOWED] + [(*asked, False) for asked in DENIED],
+)
+def test_role(
+    cluster: Cluster,
+    dedicated: str,
+    verb: str,
+    group: str,
+    resource: str,
+    name: str,
+    allowed: bool,
+) -> None:
+    kind, _, part = resource.partition("/")
+    attributes = {"namespace": dedicated, "verb": verb, "group": group, "resource": kind}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {
+            "user": f"system:serviceaccount:{dedicated}:saev-steps",
+            "resourceAttributes": {**attributes, "subresource": part, "name": name},
+        },
+    }
+    done = cluster.kubectl("create", "-o", "json", "-f", "-", stdin=review)
+    assert json.loads(done.stdout)["status"]["allowed"] == allowed
+    review["spec"]["resourceAttributes"]["namespace"] = "kube-system"
+    done = cluster.kubectl("create", "-o", "json", "-f", "-", stdin=review)
+    assert json.loads(done.stdout)["status"]["allowed"] is False
+
+
+def test_an_editor_lacks_permissions(cluster: Cluster, tree: Path, tmp_path: Path) -> None:
+    space = cluster.namespace()
+    cluster.kubectl("create", "rolebinding", "a", "--clusterrole=edit", "--user=a", "-n", space)
+    config = json.loads(cluster.kubectl("config", "view", "--raw", "-o", "json").stdout)
+    config["users"][0]["user"]["as"] = "a"
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    editor = copy.copy(cluster)
+    editor._env = {**cluster._env, "KUBECONFIG": str(tmp_path / "kubeconfig")}
+    done = editor.install(tree, "install", "--overlay", "s3", "--namespace", space)
+    assert done.returncode == 1
+    assert "You lack a permission" in done.stderr
+    assert cluster.kubectl("get", "sa", "saev-steps", "-n", space).returncode == 1
+
+
+# --- Priority ----------------------------------------------------------------------------------
+
+
+def test_steps_get_the_priority(cluster: Cluster, tree: Path) -> None:
+    # This server has the interface of before 1.36.
+    policy = tree / "components" / "priority" / "policy.yaml"
+    beta = policy.read_text().replace("k8s.io/v1\n", "k8s.io/v1beta1\n")
+    policy.write_text(beta)
+    space = cluster.namespace()
+    words = f"install --overlay s3 --namespace {space} --components priority".split()
+    done = cluster.install(tree, *words)
+    assert done.returncode == 0, done.stderr
+
+    def priority(pod: Json) -> tuple[str, int, str]:
+        made = json.loads(cluster.create(pod).stdout)["spec"]
+        return made.get("priorityClassName", ""), made["priority"], made["preemptionPolicy"]
+
+    step, other = step_pod(space), step_pod(space)
+    other["metadata"]["labels"] = {}
+    for _ in range(100):  # until the server has noticed the policy
+        if priority(step)[0]:
+            break
+    assert priority(step) == ("saev-batch", -1000, "Never")
+    assert priority(other) == ("", 0, "PreemptLowerPriority")
