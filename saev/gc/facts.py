@@ -7,7 +7,7 @@ import typing as tp
 
 from saev import storage
 from saev.errors import SaevError
-from saev.gc.scan import DATASETS, Folder, Snapshot
+from saev.gc.scan import Folder, Snapshot
 from saev.steps import claims
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def gather(snapshot: Snapshot) -> Facts:
             runs,
             dict(zip(snapshot.resume, groups, strict=True)),
             dict(zip(snapshot.shards, datasets, strict=True)),
-            _held(snapshot.url, pool),
+            _held(snapshot.claims, pool),
         )
 
 
@@ -139,11 +139,9 @@ def _at(raw: tp.Any, *keys: str) -> str:
     return raw if isinstance(raw, str) else ""
 
 
-def _held(root: str, pool: concurrent.futures.Executor) -> Held:
-    place = storage.join(root, DATASETS)
-    folders = [e for e in storage.list_dir(place) if e.is_dir] if storage.exists(place) else []
-    answers = pool.map(_is_held, [entry.url for entry in folders])
-    return Held(frozenset(e.name for e, held in zip(folders, answers, strict=True) if held))
+def _held(folders: dict[str, str], pool: concurrent.futures.Executor) -> Held:
+    answers = pool.map(_is_held, folders)
+    return Held(frozenset(n for n, held in zip(folders.values(), answers, strict=True) if held))
 
 
 def _is_held(folder: str) -> bool:

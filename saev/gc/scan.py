@@ -72,6 +72,8 @@ class Snapshot(tp.NamedTuple):
     """Folders of resume points by the name of their group."""
     temporaries: dict[str, Object]
     """Unfinished writes by URL."""
+    claims: dict[str, str]
+    """URL of each folder of claims, with the name of the dataset's folder that it is in."""
 
 
 def scan(root: str) -> Snapshot:
@@ -106,7 +108,18 @@ def scan(root: str) -> Snapshot:
         _ours(parts[RUNS]),
         _ours(parts[RUNS], RESUME),
         temporaries,
+        _claims(parts[DATASETS]),
     )
+
+
+def _claims(datasets: Folder) -> dict[str, str]:
+    """Folders of claims at any depth below a dataset's `claims`."""
+    found = {}
+    for o in datasets.objects:
+        name, *between, file = o.key.split("/")
+        if between[:1] == ["claims"] and file.endswith(".json"):
+            found[storage.join(datasets.url, name, *between)] = name
+    return found
 
 
 def _ours(part: Folder, below: str = "") -> dict[str, Folder]:
