@@ -1,0 +1,238 @@
+"""The compiled pipelines, as the backend will read them.
+
+kfp's compiler and loader let specifications through that the backend refuses, so every message is
+parsed as the backend parses it, and every reference is followed.
+"""
+
+import json
+import re
+import typing as tp
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from pipelines import options
+from pipelines.definition import Compiled, compile_pipeline
+from pipelines.options import CompileOptions
+from saev import cli
+from saev.config.steps import STEPS
+
+OPTIONS = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
+PVC = OPTIONS.model_copy(update={"storage": "pvc"})
+PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
+
+
+class Ir(tp.NamedTuple):
+    """A compiled pipeline, parsed."""
+
+    compiled: Compiled
+    spec: pipeline_spec_pb2.PipelineSpec
+    executors: dict[str, tp.Any]
+    kubernetes: dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]
+
+    def dags(self) -> dict[str, pipeline_spec_pb2.ComponentSpec]:
+        found = {name: c for name, c in self.spec.components.items() if c.HasField("dag")}
+        return {"root": self.spec.root, **found}
+
+    def tasks(self) -> tp.Iterator[tuple[pipeline_spec_pb2.ComponentSpec, str, tp.Any]]:
+        """Every task with the graph that it is in."""
+        for dag in self.dags().values():
+            for name, task in dag.dag.tasks.items():
+                yield dag, name, task
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("saev", OPTIONS), ("saev", PVC), ("saev-incoming", OPTIONS), ("saev-incoming", PVC)],
+    ids=["one-object", "one-pvc", "incoming-object", "incoming-pvc"],
+)
+def ir(request: pytest.FixtureRequest) -> Ir:
+    compiled = compile_pipeline(*request.param)
+    raw, platforms = yaml.safe_load_all(compiled.text)
+    spec = json_format.ParseDict(raw, pipeline_spec_pb2.PipelineSpec())
+    deployment = json_format.ParseDict(
+        json_format.MessageToDict(spec.deployment_spec),
+        pipeline_spec_pb2.PipelineDeploymentConfig(),
+    )
+    assert list(platforms) == ["platforms"]
+    assert list(platforms["platforms"]) == ["kubernetes"]
+    configs = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    kubernetes = {
+        name: json_format.ParseDict(
+            config, kubernetes_executor_config_pb2.KubernetesExecutorConfig()
+        )
+        for name, config in configs.items()
+    }
+    return Ir(compiled, spec, dict(deployment.executors.items()), kubernetes)
+
+
+def test_every_reference_resolves(ir: Ir) -> None:
+    used = set()
+    for _, name, task in ir.tasks():
+        component = ir.spec.components[task.component_ref.name]
+        used.add(task.component_ref.name)
+        assert component.HasField("dag") or component.executor_label in ir.executors, name
+    assert used == set(ir.spec.components), "a component that nothing uses"
+    labels = {c.executor_label for c in ir.spec.components.values() if c.executor_label}
+    assert labels == set(ir.executors) == set(ir.kubernetes)
+
+
+def test_every_input_of_a_task_is_there(ir: Ir) -> None:
+    """Among them resources given as parameters, which kfp does not hand on into loops."""
+    for dag, name, task in ir.tasks():
+        inputs = dag.input_definitions.parameters
+        for key, source in task.inputs.parameters.items():
+            if source.component_input_parameter:
+                assert source.component_input_parameter in inputs, f"{name}: {key}"
+            if source.HasField("task_output_parameter"):
+                producer = source.task_output_parameter
+                made_by = ir.spec.components[
+                    dag.dag.tasks[producer.producer_task].component_ref.name
+                ]
+                outputs = made_by.output_definitions.parameters
+                assert producer.output_parameter_key in outputs, f"{name}: {key}"
+                assert producer.producer_task in task.dependent_tasks
+        component = ir.spec.components[task.component_ref.name]
+        for key, wanted in component.input_definitions.parameters.items():
+            if not wanted.is_optional:
+                is_item = task.parameter_iterator.item_input == key
+                assert is_item or key in task.inputs.parameters, f"{name} lacks {key}"
+
+
+def test_kubernetes_settings_name_parameters_of_the_graph(ir: Ir) -> None:
+    for dag, name, task in ir.tasks():
+        label = ir.spec.components[task.component_ref.name].executor_label
+        if not label:
+            continue
+        text = json_format.MessageToJson(ir.kubernetes[label])
+        for reference in re.findall(r'"componentInputParameter": "([^"]+)"', text):
+            assert reference in dag.input_definitions.parameters, f"{name}: {reference}"
+        resources = json_format.MessageToJson(ir.executors[label].container.resources)
+        for reference in PLACEHOLDER.findall(json.loads(json.dumps(resources))):
+            assert reference in task.inputs.parameters, f"{name}: {reference}"
+
+
+def test_every_command_is_one_that_the_image_understands(ir: Ir) -> None:
+    seen = set()
+    for component in ir.spec.components.values():
+        if not component.executor_label:
+            continue
+        container = ir.executors[component.executor_label].container
+        assert container.command[:4] == ["python", "-m", "saev", "step"]
+        numbers = {
+            name
+            for name, p in component.input_definitions.parameters.items()
+            if p.parameter_type in (1, 2)  # NUMBER_DOUBLE, NUMBER_INTEGER
+        }
+        words = [*container.command[3:]]
+        for arg in container.args:
+            names = PLACEHOLDER.findall(arg)
+            words.append("2" if set(names) & numbers else "one" if names == ["mode"] else arg)
+        cfg = cli.parse(words)
+        assert isinstance(cfg, STEPS[container.command[4]])
+        seen.add(container.command[4])
+    assert seen == set(STEPS) - {"check"}
+
+
+def test_pods(ir: Ir) -> None:
+    gpu_steps = set()
+    for component in ir.spec.components.values():
+        if not component.executor_label:
+            continue
+        container = ir.executors[component.executor_label].container
+        pod, step = ir.kubernetes[component.executor_label], container.command[4]
+        labels = dict(pod.pod_metadata.labels)
+        assert labels["app.kubernetes.io/part-of"] == "saev"
+        assert labels["app.kubernetes.io/component"] == step.split("-")[0]
+        mounts = {m.mount_path for m in pod.empty_dir_mounts}
+        assert "/tmp" in mounts
+        assert pod.active_deadline_seconds > 0
+        assert pod.security_context.run_as_non_root
+        assert pod.secret_as_env[0].optional
+        assert pod.config_map_as_env[0].optional
+        is_small = step in ("discover", "report", "outcome")
+        assert container.image == (OPTIONS.cpu_image if is_small else OPTIONS.image)
+        if container.resources.HasField("accelerator"):
+            gpu_steps.add(step)
+            assert container.resources.accelerator.resource_type
+            assert container.resources.accelerator.resource_count
+            assert "/dev/shm" in mounts
+            assert pod.tolerations
+            assert pod.HasField("node_selector")
+    assert gpu_steps == {"extract", "train", "infer"}
+
+
+def test_a_volume_is_mounted_where_it_is_asked_for(ir: Ir, request: pytest.FixtureRequest) -> None:
+    wanted = "pvc" in request.node.callspec.id
+    for pod in ir.kubernetes.values():
+        assert [m.mount_path for m in pod.pvc_mount] == (["/data"] if wanted else [])
+
+
+def test_failures_are_tried_again_and_nothing_is_cached(ir: Ir) -> None:
+    for _, name, task in ir.tasks():
+        assert not task.caching_options.enable_cache
+        if ir.spec.components[task.component_ref.name].executor_label:
+            assert task.retry_policy.max_retry_count == 3, name
+            assert task.retry_policy.backoff_duration.seconds > 0
+
+
+def test_loops_have_names_and_limits(ir: Ir) -> None:
+    loops = {t.task_info.name: t for _, _, t in ir.tasks() if t.HasField("parameter_iterator")}
+    expected = {"extract-parts", "train-groups", "infer-parts", "summarise-saes"}
+    assert set(loops) - {"datasets"} == expected
+    assert all(t.iterator_policy.parallelism_limit == 8 for t in loops.values())
+
+
+def test_the_outcome_is_recorded_whatever_happens(ir: Ir) -> None:
+    task = ir.spec.root.dag.tasks["outcome"]
+    all_completed = pipeline_spec_pb2.PipelineTaskSpec.TriggerPolicy.ALL_UPSTREAM_TASKS_COMPLETED
+    assert task.trigger_policy.strategy == all_completed
+    assert task.inputs.parameters["status"].HasField("task_final_status")
+
+
+def test_everything_waits_for_what_it_reads(ir: Ir) -> None:
+    """Loops have no outputs, so what follows them must name them."""
+    for dag in ir.dags().values():
+        tasks = dag.dag.tasks
+        loops = {t.task_info.name: key for key, t in tasks.items() if t.task_info.name}
+        for after, before in (
+            ("publish", "extract-parts"),
+            ("plan-inference", "train-groups"),
+            ("summarise-saes", "infer-parts"),
+            ("report", "summarise-saes"),
+        ):
+            if after in loops:
+                assert loops[before] in tasks[loops[after]].dependent_tasks
+
+
+def test_parameters_are_documented(ir: Ir) -> None:
+    for name, parameter in ir.compiled.parameters.items():
+        assert len(parameter.description) > 10, name
+    required = {name for name, p in ir.compiled.parameters.items() if p.required}
+    assert required - {"dataset"} == {"root", "config"}
+
+
+def test_equal_options_give_equal_versions() -> None:
+    first, again = (compile_pipeline("saev", OPTIONS) for _ in range(2))
+    assert first.digest == again.digest
+    other = OPTIONS.model_copy(update={"image": "example.org/saev:2"})
+    assert compile_pipeline("saev", other).digest != first.digest
+
+
+def test_no_retries_is_no_retry_policy() -> None:
+    text = compile_pipeline("saev", OPTIONS.model_copy(update={"retries": 0})).text
+    assert "retryPolicy" not in text
+
+
+def test_timeouts_of_unknown_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="positive hours of steps among"):
+        CompileOptions(image="a", cpu_image="b", timeout_hours={"extrakt": 2})
+    assert (
+        options.CompileOptions(
+            image="a", cpu_image="b", timeout_hours={"train": 2}
+        ).timeout_seconds("train")
+        == 7200
+    )
