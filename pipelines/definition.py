@@ -273,7 +273,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
                     owner=owner,
                     n_parts=n_parts,
                     **pods._asdict(),
-                ).set_display_name("process-dataset")
+                ).set_caching_options(False)
 
     return saev_incoming
 
