@@ -233,7 +233,9 @@ def kubernetes_api() -> Iterator[KubernetesApi]:
 
 
 def main(which: str) -> None:
-    """Start a server for a shell: prints what to export, ends with Ctrl-C."""
+    """Start a server for a shell: prints what to export, ends with Ctrl-C or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         if which == "s3":
             env = stack.enter_context(s3_server()).env
