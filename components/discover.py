@@ -16,7 +16,7 @@ def discover(
     settle_minutes: float,
     claim_hours: float,
     max_datasets: int,
-    first: dsl.OutputPath(dict),
+    first: dsl.OutputPath(str),
     datasets: dsl.OutputPath(list),
 ):
     """Find datasets, fingerprint their listings, and claim what is not processed yet.
@@ -33,8 +33,8 @@ def discover(
         settle_minutes: a dataset is complete when nothing in it has changed for so long.
         claim_hours: how long a claim holds if its owner is not heard of.
         max_datasets: most datasets of one firing.
-        first: the first dataset found.
-        datasets: all of them, a list of {name, url, fingerprint, key, version}.
+        first: the first dataset found, as JSON text; {} if there is none.
+        datasets: all of them, a list of JSON texts {name, url, fingerprint, key, …}.
     """
     return spec(
         CPU_IMAGE,

@@ -6,7 +6,7 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def extract(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):
+def extract(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
     """Record the activations of one part of a dataset.
 
     Args:

@@ -6,7 +6,7 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def infer(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):
+def infer(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
     """Run one SAE over one part of the activations.
 
     Args:

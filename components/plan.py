@@ -9,7 +9,7 @@ from components.step import GPU_IMAGE, spec
 def plan_shards(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     n_parts: int,
     shards: dsl.OutputPath(str),
@@ -26,7 +26,7 @@ def plan_shards(
         owner: id of the pipeline run.
         n_parts: most parts, that is pods.
         shards: URL of the shards folder.
-        items: the parts, a list of {name, part}; empty if all is recorded.
+        items: the parts, a list of JSON texts {name, part}; empty if all is recorded.
     """
     return spec(
         GPU_IMAGE,
@@ -45,7 +45,7 @@ def plan_shards(
 def plan_training(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     shards: str,
     items: dsl.OutputPath(list),
@@ -58,7 +58,8 @@ def plan_training(
         dataset: one of discover's datasets.
         owner: id of the pipeline run.
         shards: URL of the shards folder.
-        items: the groups that are not trained yet, a list of {name, group}.
+        items: the groups that are not trained yet, a list of JSON
+            texts {name, group}.
     """
     return spec(
         GPU_IMAGE,
@@ -76,7 +77,7 @@ def plan_training(
 def plan_inference(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     shards: str,
     n_parts: int,
@@ -93,7 +94,7 @@ def plan_inference(
         shards: URL of the shards folder.
         n_parts: most parts of one SAE's pass.
         runs: URLs of all runs of the sweep, in its order.
-        items: the parts, a list of {name, run, part}.
+        items: the parts, a list of JSON texts {name, run, part}.
     """
     return spec(
         GPU_IMAGE,

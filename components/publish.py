@@ -9,7 +9,7 @@ from components.step import EXECUTOR_INPUT, GPU_IMAGE, spec
 def publish(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     shards: str,
     metrics: dsl.Output[dsl.Metrics],

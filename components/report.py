@@ -9,7 +9,7 @@ from components.step import CPU_IMAGE, EXECUTOR_INPUT, spec
 def report(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     shards: str,
     runs: list,

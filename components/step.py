@@ -1,4 +1,8 @@
-"""What all components share: the image's names and its command line."""
+"""What all components share: the image's names and its command line.
+
+What a loop runs over is a list of JSON texts: the compiler declares the items of a list to be
+texts, and the backend refuses a text where a component expects an object.
+"""
 
 import typing as tp
 

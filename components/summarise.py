@@ -9,7 +9,7 @@ from components.step import EXECUTOR_INPUT, GPU_IMAGE, spec
 def summarise(
     root: str,
     config: dict,
-    dataset: dict,
+    dataset: str,
     owner: str,
     shards: str,
     run: str,

@@ -6,7 +6,7 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def train(root: str, config: dict, dataset: dict, owner: str, shards: str, item: dict):
+def train(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
     """Train one group of SAEs on the same batches; continues from its newest resume point.
 
     Args:

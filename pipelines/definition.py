@@ -185,7 +185,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
 def _incoming(options: CompileOptions) -> base_component.BaseComponent:
     @dsl.pipeline(name="process-dataset")
     def process_dataset(
-        dataset: dict,
+        dataset: str,
         root: str,
         config: dict,
         owner: str,

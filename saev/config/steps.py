@@ -56,7 +56,7 @@ class DiscoverStep(Step):
     to_first: str = ""
     """Where the first dataset is written, as JSON."""
     to_datasets: str = ""
-    """Where the list of datasets is written, as JSON."""
+    """Where the list of datasets is written, JSON of JSON texts."""
 
 
 class DatasetStep(Step):
@@ -82,7 +82,7 @@ class PlanShardsStep(DatasetStep):
     to_shards: str = ""
     """Where the URL of the shards folder is written."""
     to_items: str = ""
-    """Where the list of parts is written, as JSON."""
+    """Where the list of parts is written, JSON of JSON texts."""
 
 
 class ShardsStep(DatasetStep):
@@ -96,7 +96,7 @@ class PlanTrainingStep(ShardsStep):
     """Resolve the sweep into groups of SAEs that share their batches."""
 
     to_items: str = ""
-    """Where the list of groups that are not trained yet is written, as JSON."""
+    """Where the list of groups that are not trained yet is written, JSON of JSON texts."""
 
 
 class PlanInferenceStep(ShardsStep):
@@ -107,7 +107,7 @@ class PlanInferenceStep(ShardsStep):
     to_runs: str = ""
     """Where the list of run folders is written, as JSON."""
     to_items: str = ""
-    """Where the list of parts is written, as JSON."""
+    """Where the list of parts is written, JSON of JSON texts."""
 
 
 class ExtractStep(ShardsStep):

@@ -75,7 +75,7 @@ def _discover(cfg: cfgs.DiscoverStep) -> list[str]:
     logger.info("%d dataset%s to process.", len(found), "" if len(found) == 1 else "s")
     raw = [dataset._asdict() for dataset in found]
     outputs.write_parameter(cfg.to_first, raw[0] if raw else {})
-    outputs.write_parameter(cfg.to_datasets, raw)
+    outputs.write_items(cfg.to_datasets, raw)
     return [dataset.url or dataset.name for dataset in found]
 
 
@@ -113,7 +113,7 @@ def _plan_shards(cfg: cfgs.PlanShardsStep, dataset: Dataset, progress: Progress)
         recording.url, recording.metadata.n_examples, recording.metadata.n_shards, len(items),
     )  # fmt: skip
     outputs.write_parameter(cfg.to_shards, recording.url)
-    outputs.write_parameter(cfg.to_items, items)
+    outputs.write_items(cfg.to_items, items)
     return [recording.url]
 
 
@@ -177,7 +177,7 @@ def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progr
             items.append({"name": name, "group": group.group_id})
     n_saes = sum(len(group.members) for group in groups)
     logger.info("%d SAEs in %d groups, %d groups to train.", n_saes, len(groups), len(items))
-    outputs.write_parameter(cfg.to_items, items)
+    outputs.write_items(cfg.to_items, items)
     return [member.url for group in groups for member in group.members]
 
 
@@ -230,7 +230,7 @@ def _plan_inference(cfg: cfgs.PlanInferenceStep, dataset: Dataset, progress: Pro
         ]
     logger.info("%d SAEs, %d parts to measure.", len(runs), len(items))
     outputs.write_parameter(cfg.to_runs, runs)
-    outputs.write_parameter(cfg.to_items, items)
+    outputs.write_items(cfg.to_items, items)
     return runs
 
 

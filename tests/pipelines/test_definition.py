@@ -102,6 +102,29 @@ def test_every_input_of_a_task_is_there(ir: Ir) -> None:
                 assert is_item or key in task.inputs.parameters, f"{name} lacks {key}"
 
 
+def test_every_value_has_the_type_that_is_expected(ir: Ir) -> None:
+    """The backend turns anything into a text, numbers into each other, and nothing else."""
+    kinds = pipeline_spec_pb2.ParameterType
+    numbers = {kinds.NUMBER_INTEGER, kinds.NUMBER_DOUBLE}
+    for dag, name, task in ir.tasks():
+        component = ir.spec.components[task.component_ref.name]
+        for key, source in task.inputs.parameters.items():
+            if key not in component.input_definitions.parameters:
+                continue
+            wanted = component.input_definitions.parameters[key].parameter_type
+            if source.component_input_parameter:
+                given = dag.input_definitions.parameters[source.component_input_parameter]
+            elif source.HasField("task_output_parameter"):
+                output = source.task_output_parameter
+                made_by = dag.dag.tasks[output.producer_task].component_ref.name
+                outputs = ir.spec.components[made_by].output_definitions.parameters
+                given = outputs[output.output_parameter_key]
+            else:
+                continue
+            fits = given.parameter_type == wanted or wanted == kinds.STRING
+            assert fits or {given.parameter_type, wanted} <= numbers, f"{name}: {key}"
+
+
 def test_kubernetes_settings_name_parameters_of_the_graph(ir: Ir) -> None:
     for dag, name, task in ir.tasks():
         label = ir.spec.components[task.component_ref.name].executor_label
