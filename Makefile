@@ -10,10 +10,10 @@ DEMO   ?= demo-out
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint typecheck lock image install uninstall clean
+.PHONY: help setup test e2e demo lint typecheck lock image install uninstall clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
@@ -26,8 +26,11 @@ $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: setup ## Set up, then run all tests
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: setup ## Set up, then run all tests but those of tests/e2e
+	$(BIN)/python -m pytest -n 2 -m "not e2e" $(PYTEST_ARGS)
+
+e2e: setup ## Run the tests that need Docker or servers; those that cannot run say why
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 demo: setup ## Set up, then images → picture book on real photographs and DINOv2
 	$(BIN)/python -m saev.demo --root $(DEMO)
