@@ -192,6 +192,39 @@ class Doctor(Config):
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
+class RunLocal(Config):
+    """Run the whole pipeline on this machine, every step in a Docker container."""
+
+    runner: tp.Literal["docker", "process"] = "docker"
+    """docker: as on a cluster. process: the same steps as processes, where there is no Docker."""
+    dataset: str = ""
+    """Folder or URL of the images; empty takes the config's [data] as it is."""
+    config: str = "configs/dinov2-small.toml"
+    """The file that `saev run --config` takes."""
+    root: str = "./saev-out"
+    """Folder or URL for everything."""
+    image: str = "saev:dev"
+    """The runtime image, from `make image`."""
+    cpu_image: str = "saev-cpu:dev"
+    """The small image."""
+    pipeline: PipelineName = "saev"
+    """saev: one dataset. saev-incoming: every new dataset in the folder."""
+    n_parts: int = pydantic.Field(default=2, ge=1)
+    """Most containers that extraction, and each SAE's inference, is cut into."""
+    outputs: str = "./saev-local"
+    """Folder for what the Kubeflow UI would show: metrics and pages of each step."""
+    gpus: bool = False
+    """Give every container all GPUs."""
+    network: str = "bridge"
+    """Docker network; `host` reaches servers on this machine."""
+    user: str = ""
+    """UID:GID of the containers; by default yours, with group 0."""
+    param: tp.Annotated[
+        list[str], tyro.conf.arg(help_behavior_hint="", metavar="KEY=VALUE ...")
+    ] = pydantic.Field(default_factory=list)
+    """Further parameters of the pipeline, such as settle_minutes=0."""
+
+
 COMMANDS: dict[str, type[Config]] = {
     "submit": Submit,
     "schedule": Schedule,
@@ -204,4 +237,5 @@ COMMANDS: dict[str, type[Config]] = {
     "cancel": Cancel,
     "doctor": Doctor,
     "compile": Compile,
+    "run-local": RunLocal,
 }

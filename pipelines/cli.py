@@ -10,11 +10,11 @@ import typing as tp
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import rich.console
-import rich.logging
 import tyro
 
 from pipelines import arguments as a
 from pipelines import settings
+from pipelines.errors import ClusterError
 from saev.config.base import Config
 from saev.errors import SaevError
 
@@ -60,6 +60,11 @@ def _run(command: Config) -> int:
     """Carry out a command. Modules are imported here, as some take seconds."""
     if isinstance(command, a.Compile):
         return _compile(command)
+    if isinstance(command, a.RunLocal):
+        from pipelines import local_run
+
+        print(local_run.run(command))  # noqa: T201 - the result
+        return 0
     if isinstance(command, a.Submit):
         return _submit(command)
     if isinstance(command, a.Schedule):
@@ -115,6 +120,10 @@ def _wait(kfp: tp.Any, run_id: str) -> int:
 
     try:
         watch.wait(kfp, run_id, _ERR)
+    except ClusterError as err:
+        raise ClusterError(
+            f"{err} The run goes on; `make watch RUN={run_id}` watches it again."
+        ) from err
     except KeyboardInterrupt:
         _say(
             f"\nThe run goes on. `make watch RUN={run_id}` watches it again, "
@@ -207,10 +216,7 @@ def _say(text: str) -> None:
 
 
 def _log() -> None:
-    handler = rich.logging.RichHandler(
-        console=_ERR, show_path=False, show_time=False, show_level=False, rich_tracebacks=False
-    )
-    logging.basicConfig(level="ERROR", format="%(message)s", handlers=[handler])
+    logging.basicConfig(level="ERROR", format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipelines").setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
     logging.getLogger("urllib3").setLevel("CRITICAL")
 

@@ -1,12 +1,11 @@
 """The whole pipeline on this machine: every step in a container of its own, as on a cluster.
 
 kfp.local walks the pipeline. Two of its functions are replaced here, each for a reason that has a
-test: its container runner can take a failed container for a successful one, and its loops mix up what
-steps of the same graph wrote.
+test: its container runner can take a failed container for a successful one, and its loops mix up
+what steps of the same graph wrote.
 """
 
 import contextlib
-import json
 import logging
 import sys
 import typing as tp
@@ -16,56 +15,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import docker.types
-import pydantic
 from kfp import local
 from kfp.compiler import pipeline_spec_builder
 from kfp.local import docker_task_handler
 from kfp.local import status as kfp_status
 from kfp.local.orchestrator import enhanced_dag_orchestrator
 
-from pipelines.definition import build
+from pipelines import parameters, prepare
+from pipelines.arguments import RunLocal
+from pipelines.definition import build, compile_pipeline
 from pipelines.errors import RunFailedError
 from pipelines.options import CompileOptions, PipelineName
 from pipelines.runners import Containers, Processes, Runner
 from saev import storage
-from saev.config import Config
 from saev.config.run import RunFile
 from saev.config.stages import images_of, resolve
 from saev.errors import ConfigError
 
 
-class LocalRun(Config):
-    """Run the whole pipeline on this machine, every step in a Docker container."""
-
-    runner: tp.Literal["docker", "process"] = "docker"
-    """docker: as on a cluster. process: the same steps as processes, where there is no Docker."""
-    dataset: str = ""
-    """Folder or URL of the images; empty takes the config's [data] as it is."""
-    config: str
-    """The file that `saev run --config` takes."""
-    root: str = "./saev-out"
-    """Folder or URL for everything."""
-    image: str = "saev:dev"
-    """The runtime image, from `make image`."""
-    cpu_image: str = "saev-cpu:dev"
-    """The small image."""
-    pipeline: PipelineName = "saev"
-    """saev: one dataset. saev-incoming: every new dataset in the folder."""
-    n_parts: int = pydantic.Field(default=2, ge=1)
-    """Most containers that extraction, and each SAE's inference, is cut into."""
-    outputs: str = "./saev-local"
-    """Folder for what the Kubeflow UI would show: metrics and pages of each step."""
-    gpus: bool = False
-    """Give every container all GPUs."""
-    network: str = "bridge"
-    """Docker network; `host` reaches servers on this machine."""
-    user: str = ""
-    """UID:GID of the containers; by default yours, with group 0."""
-    parameters: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Further parameters of the pipeline, such as settle_minutes 0."""
-
-
-def run(cfg: LocalRun) -> str:
+def run(cfg: RunLocal) -> str:
     """Run the pipeline.
 
     Returns:
@@ -79,14 +47,16 @@ def run(cfg: LocalRun) -> str:
     file = RunFile.portable(cfg.config)
     dataset = storage.normalize(cfg.dataset) if cfg.dataset else ""
     root = storage.normalize(cfg.root)
-    resolve(file, root, images_of(file, dataset), storage.normalize(cfg.config))
+    source = storage.normalize(cfg.config)
+    resolve(file, root, images_of(file, dataset), source)
     options = CompileOptions(image=cfg.image, cpu_image=cfg.cpu_image, retries=0)
-    arguments: dict[str, tp.Any] = {
+    pairs = parameters.parse(cfg.param)
+    arguments = {
         "dataset": dataset,
         "root": root,
-        "config": _used(file.to_dict()),
+        "config": prepare.plain(file, source),
         "n_parts": cfg.n_parts,
-        **{key: _parse(value) for key, value in cfg.parameters.items()},
+        **parameters.check(compile_pipeline(cfg.pipeline, options), pairs, "--param"),
     }
     outputs = Path(cfg.outputs).absolute()
     outputs.mkdir(parents=True, exist_ok=True)
@@ -97,7 +67,7 @@ def run(cfg: LocalRun) -> str:
     return storage.join(root, "index.html")
 
 
-def _runner(cfg: LocalRun, mounts: list[docker.types.Mount]) -> Runner:
+def _runner(cfg: RunLocal, mounts: list[docker.types.Mount]) -> Runner:
     if cfg.runner == "process":
         return Processes()
     return Containers(
@@ -148,19 +118,6 @@ def _walk(
             setattr(module, attribute, original)
     if runner.interrupted:
         raise KeyboardInterrupt
-
-
-def _used(table: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """Without tables that are empty: KFP has no null."""
-    return {key: value for key, value in table.items() if value not in (None, {})}
-
-
-def _parse(text: str) -> tp.Any:
-    """A parameter's value: JSON where it is JSON, else the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 # --- What the containers see ---------------------------------------------------------------------
