@@ -54,8 +54,8 @@ def explain(stderr: str) -> str:
     known = {
         r"no matches for kind": "This cluster does not know a kind of object (a "
         "MutatingAdmissionPolicy needs Kubernetes 1.36): leave out the component that has it.",
-        r"conflict with|Apply failed with \d+ conflict": "Somebody else made an object of this "
-        "name; it is left as it is. Look at it, and delete or rename one of the two.",
+        r"conflict with|Apply failed with \d+ conflict": "Somebody else has set what this would "
+        "change; it is left as it is. Change it there, or leave out the component that has it.",
         r"is immutable|spec: Forbidden": "An existing object cannot be changed in this way; see "
         "which, and delete it first if nothing is lost by it.",
         r"Forbidden|forbidden": "You lack a permission; ask the cluster's administrator.",

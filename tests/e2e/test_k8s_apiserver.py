@@ -181,7 +181,7 @@ def test_kfp_launcher_of_somebody_else_stays(cluster: Cluster, tree: Path) -> No
     words = f"install --overlay s3 --namespace {space} --components kfp-launcher".split()
     done = cluster.install(tree, *words)
     assert done.returncode == 1
-    assert "Somebody else made an object of this name" in done.stderr
+    assert "Somebody else has set what this would change" in done.stderr
     assert cluster.get("cm", "kfp-launcher", "-n", space)["data"] == theirs["data"]
     assert cluster.kubectl("get", "role", "saev-steps", "-n", space).returncode == 1
 
