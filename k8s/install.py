@@ -32,6 +32,8 @@ KINDS = (
 )
 """Of all that install makes in a namespace."""
 
+from __future__ import annotations
+
 
 def install(plan: Plan, *, dry_run: bool) -> None:
     """Dry run, say what changes, apply."""

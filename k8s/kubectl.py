@@ -1,5 +1,7 @@
 """kubectl, and what to do about what it says."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil

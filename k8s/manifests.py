@@ -1,5 +1,7 @@
 """Which objects an installation consists of."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

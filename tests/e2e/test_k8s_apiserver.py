@@ -147,10 +147,14 @@ def test_what_is_not_given_stays(cluster: Cluster, tree: Path) -> None:
     words = f"install --overlay pvc --namespace {space}".split()
     given = "--gpus 3 --size 2Ti --storage-class shared".split()
     assert cluster.install(tree, *words, *given).returncode == 0
+    role = "eks.amazonaws.com/role-arn=arn:aws:iam::1:role/saev"
+    assert cluster.kubectl("annotate", "sa", "saev-steps", "-n", space, role).returncode == 0
     done = cluster.install(tree, *words)
     assert done.returncode == 0, done.stderr
     assert "keep    PersistentVolumeClaim/saev-data" in done.stdout
     assert "keep    ResourceQuota/saev-gpus" in done.stdout
+    account = cluster.get("sa", "saev-steps", "-n", space)
+    assert role.partition("=")[0] in account["metadata"]["annotations"]
     assert cluster.install(tree, *words, "--gpus", "5").returncode == 0
     quota = cluster.get("quota", "saev-gpus", "-n", space)
     assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "5"}
