@@ -6,6 +6,8 @@ accepted all of it in a dry run; nothing that somebody else made is taken over; 
 when its claim is named.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -31,8 +33,6 @@ KINDS = (
     "persistentvolumeclaim",
 )
 """Of all that install makes in a namespace."""
-
-from __future__ import annotations
 
 
 def install(plan: Plan, *, dry_run: bool) -> None:
