@@ -18,6 +18,7 @@ import tyro
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
+from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
 from saev.errors import SaevError
 from saev.progress import Progress
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "inference": InferenceConfig,
     "visuals": VisualsConfig,
     "run": RunConfig,
+    "size": SizeConfig,
     "gc": GcConfig,
 }
 
@@ -36,8 +38,8 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure an SAE (inference), show its features (visuals). \
-`run` does all four; `gc` cleans up. Every location is a path or a URL (s3://…). The URL of the \
-result is the only thing on standard output."""
+`run` does all four. `size` says beforehand how much a job takes, `gc` cleans up. Every location \
+is a path or a URL (s3://…). The URL of the result is the only thing on standard output."""
 
 
 STEP_DESCRIPTION = """\
@@ -94,6 +96,11 @@ def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str
         from saev.steps import run as step_runner
 
         return step_runner.run(cfg, progress=progress)
+    if isinstance(cfg, SizeConfig):
+        from saev import size
+
+        size.run(cfg)
+        return []
     if isinstance(cfg, GcConfig):
         from saev import gc
 

@@ -67,3 +67,13 @@ class TrainConfig(Config):
     """Steps between rows of metrics.jsonl."""
     wandb_project: str = ""
     """Weights & Biases project; empty does not log there."""
+
+
+N_STEPS = 1000
+"""Steps that a run should have, if its batches do not get tiny by that (docs/training.md)."""
+
+
+def default_batch_size(n_train: int) -> int:
+    """The power of two that makes at least N_STEPS steps, between 256 and 16,384 tokens."""
+    wanted = max(1, n_train // N_STEPS)
+    return min(16_384, max(256, 1 << (wanted.bit_length() - 1)))

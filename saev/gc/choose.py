@@ -136,7 +136,7 @@ class _Choice:
                 continue
             reason = f"no {CLOSING['shards']}"
             if complete:
-                reason = "named" if self.cfg.shards else "old, no run refers to it"
+                reason = "named" if self.cfg.shards else "old, no run that stays refers to it"
             state: State = "complete" if complete else "incomplete"
             item = self._make("shards", state, folder, reason, folder.modified)
             yield self._with_references(item, name, going)

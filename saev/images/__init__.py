@@ -1,8 +1,12 @@
 """Image datasets: which images there are, how they are decoded, and what a model sees of them."""
 
+import typing as tp
+
 from saev.images.datasets import ExampleInfo, ImageDataset, open_dataset
-from saev.images.stream import Decoded, Unreadable, iter_examples
-from saev.images.transforms import ImageSpec, token_labels
+
+if tp.TYPE_CHECKING:
+    from saev.images.stream import Decoded, Unreadable, iter_examples
+    from saev.images.transforms import ImageSpec, token_labels
 
 __all__ = [
     "Decoded",
@@ -14,3 +18,16 @@ __all__ = [
     "open_dataset",
     "token_labels",
 ]
+
+
+def __getattr__(name: str) -> tp.Any:
+    # Lazily, so that listing a dataset does not load torch.
+    if name in ("ImageSpec", "token_labels"):
+        from saev.images import transforms
+
+        return getattr(transforms, name)
+    if name in ("Decoded", "Unreadable", "iter_examples"):
+        from saev.images import stream
+
+        return getattr(stream, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

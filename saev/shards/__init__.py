@@ -1,6 +1,19 @@
 """Recorded activations: format, reader, writer. The stage itself is `saev.shards.extract`."""
 
+import typing as tp
+
 from saev.shards.protocol import Layout, Metadata, ShardInfo
-from saev.shards.reader import LayerStats, Shards
+
+if tp.TYPE_CHECKING:
+    from saev.shards.reader import LayerStats, Shards
 
 __all__ = ["LayerStats", "Layout", "Metadata", "ShardInfo", "Shards"]
+
+
+def __getattr__(name: str) -> tp.Any:
+    # Lazily, so that the format's arithmetic does not load torch.
+    if name in ("LayerStats", "Shards"):
+        from saev.shards import reader
+
+        return getattr(reader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ import typing as tp
 from saev import storage
 from saev.config import BatchTopK, DataConfig, LoaderConfig, Objective, TopK, TrainConfig
 from saev.config.sweeps import UNSWEPT, resolve
+from saev.config.train import default_batch_size
 from saev.errors import ConfigError
 from saev.shards import Shards
 
@@ -145,22 +146,14 @@ def resolve_one(cfg: TrainConfig, places: "_Places | None" = None) -> TrainConfi
     )
 
 
-# --- Defaults, chosen by the experiment in docs/training.md ------------------------------------
+# --- More defaults, chosen by the experiment in docs/training.md -------------------------------
 
-N_STEPS = 1000
-"""Steps that a run should have, if its batches do not get tiny by that."""
 LR_WARMUP = 0.05
 """Share of the run."""
 SPARSITY_WARMUP = 0.2
 """Share of the run."""
 DEAD_AFTER = 0.03
 """Share of the run."""
-
-
-def default_batch_size(n_train: int) -> int:
-    """The power of two that makes at least N_STEPS steps, between 256 and 16,384 tokens."""
-    wanted = max(1, n_train // N_STEPS)
-    return min(16_384, max(256, 1 << (wanted.bit_length() - 1)))
 
 
 def default_lr(d_sae: int, optim: str) -> float:

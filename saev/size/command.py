@@ -1,0 +1,98 @@
+"""The command: tables for people, JSON for programs."""
+
+import io
+import json
+import sys
+import typing as tp
+
+import rich.box
+import rich.console
+import rich.table
+
+from saev.config.size import SizeConfig
+from saev.size import inputs, models
+from saev.size.estimate import estimate
+from saev.size.rows import Row, Section
+
+_WIDTH = 120
+"""Columns where standard output is no terminal."""
+
+
+def run(cfg: SizeConfig) -> None:
+    """Print the sizes to standard output.
+
+    Raises:
+        ConfigError: something is missing or does not fit.
+        StorageError: the config file or the images cannot be read.
+    """
+    if cfg.model == "list":
+        sys.stdout.write(_list_models())
+        return
+    given = inputs.gather(cfg)
+    sections = estimate(given, cfg)
+    text = _to_json(sections) if cfg.as_json else render(sections)
+    sys.stdout.write(text)
+
+
+def _list_models() -> str:
+    out = io.StringIO()
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for name in ("--model", "--family", "architecture"):
+        table.add_column(name)
+    for name in ("width", "blocks", "patches"):
+        table.add_column(name, justify="right")
+    for name, vit in models.MODELS.items():
+        patches = f"{vit.content_tokens()} of {vit.image_size} px"
+        table.add_row(
+            name, vit.family, vit.arch, str(vit.d_model), str(vit.n_layers), patches
+        )  # fmt: skip
+    _console(out).print(table)
+    return out.getvalue()
+
+
+def render(sections: list[Section]) -> str:
+    """One table."""
+    out = io.StringIO()
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("how", overflow="fold")
+    for section in sections:
+        table.add_section()
+        table.add_row(f"[bold]{section.name}[/bold]", "", "")
+        for row in section.rows:
+            table.add_row(row.what, _value(row), row.how)
+    _console(out).print(table)
+    return out.getvalue()
+
+
+def _console(out: io.StringIO) -> rich.console.Console:
+    width = None if sys.stdout.isatty() else _WIDTH
+    return rich.console.Console(file=out, width=width, highlight=False)
+
+
+def _value(row: Row) -> str:
+    prefix = {"exact": "", "about": "≈ ", "at most": "≤ ", "at least": "≥ "}[row.sure]
+    if row.unit == "bytes":
+        return prefix + size(row.value)
+    if row.unit == "hours":
+        return f"{prefix}{row.value:.1f} h"
+    if row.unit == "money":
+        return f"{prefix}{row.value:,.2f}"
+    return f"{prefix}{row.value:,.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in decimal units, three digits."""
+    value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
+
+
+def _to_json(sections: list[Section]) -> str:
+    rows: list[dict[str, tp.Any]] = [
+        {"section": section.name, **row._asdict()} for section in sections for row in section.rows
+    ]
+    values = {row["key"]: row["value"] for row in rows}
+    return json.dumps({"values": values, "rows": rows}, indent=1, ensure_ascii=False) + "\n"

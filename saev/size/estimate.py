@@ -1,0 +1,403 @@
+"""The rows of the answer: each a value, how sure it is, and in words where it comes from."""
+
+import collections
+import math
+
+import numpy as np
+
+from saev.config.size import SizeConfig
+from saev.config.train import TrainConfig, default_batch_size
+from saev.shards.protocol import Layout, in_validation
+from saev.size import formats
+from saev.size.inputs import Inputs
+from saev.size.rows import Row, Section, Sure
+
+VAL_FRACTION = 0.1
+"""What training keeps for validation unless it is told."""
+N_RESUME_POINTS = 2
+"""The last two are kept."""
+INDEX_BYTES = 32
+"""What a token takes in a window beside its vector."""
+_ITEM_TOKENS = 4_000_000
+"""Tokens that inference takes for one work item."""
+_EXAMPLE_BYTES = 100
+"""A row of examples.parquet, mostly the image's name."""
+_CHUNK = 2 << 30
+"""What pre-activations may take at once on a GPU."""
+_EXACT_EXAMPLES = 20_000_000
+"""Up to so many images, the split is counted rather than expected."""
+
+
+def estimate(inputs: Inputs, cfg: SizeConfig) -> list[Section]:
+    """All sections.
+
+    Args:
+        inputs: what is to be done.
+        cfg: speeds and prices, if any.
+    """
+    sizes = Estimate(inputs, cfg)
+    sections = [
+        Section("Recording", sizes.recording()),
+        Section("Training", sizes.training()),
+        Section("Measuring", sizes.measuring()),
+        Section("Altogether", sizes.altogether()),
+    ]
+    return sections
+
+
+class Estimate:
+    """Intermediate results that several rows need."""
+
+    def __init__(self, inputs: Inputs, cfg: SizeConfig):
+        self.inputs, self.cfg, self.meta = inputs, cfg, inputs.recording
+        self.layout = Layout.of(self.meta, min(self.meta.examples_per_shard, self.meta.n_examples))
+        self.row_bytes = self.layout.row_bytes
+        self.groups = inputs.groups()
+        self.widths = [self._d_sae(sae) for sae in inputs.saes]
+
+    def _d_sae(self, sae: TrainConfig) -> int:
+        return sae.sae.d_sae or sae.sae.exp_factor * self.meta.d_model
+
+    def _tokens(self, tokens: str) -> int:
+        """Tokens of an example that are trained on or measured."""
+        meta = self.meta
+        return {
+            "content": meta.content_tokens_per_example,
+            "special": int(meta.cls_token),
+            "all": meta.tokens_per_example,
+        }[tokens]
+
+    # --- Recording -------------------------------------------------------------------------
+
+    @property
+    def activations(self) -> int:
+        """Bytes of all shards."""
+        return self.meta.n_examples * len(self.meta.layers) * self.row_bytes
+
+    @property
+    def beside(self) -> int:
+        """Bytes of what lies beside the shards, but for names of images."""
+        meta, n_layers = self.meta, len(self.meta.layers)
+        labels = meta.n_examples * meta.content_tokens_per_example if self.inputs.labels else 0
+        stats = formats.safetensors(formats.stats(n_layers, meta.d_model))
+        return 4 * n_layers * meta.n_examples + labels + stats
+
+    def recording(self) -> list[Row]:
+        """What `saev shards` writes."""
+        meta = self.meta
+        n_layers, tokens = len(meta.layers), meta.tokens_per_example
+        special = " + 1 class token" if meta.cls_token else ""
+        parts = max(1, min(meta.n_shards, self.cfg.max_parts))
+        rows = [
+            Row("n_images", "images", meta.n_examples, "", "exact", ""),
+            Row(
+                "activations_bytes", "activations", self.activations, "bytes", "exact",
+                f"images × {tokens} tokens ({meta.content_tokens_per_example} patches{special}) × "
+                f"{n_layers} layers × {meta.d_model} wide × "
+                f"{self.layout.itemsize} bytes ({meta.dtype})",
+            ),
+            Row(
+                "examples_per_shard", "examples per shard", meta.examples_per_shard, "", "exact",
+                f"⌊{meta.max_tokens_per_shard:,} vectors ÷ ({tokens} tokens × {n_layers} layers)⌋",
+            ),
+            Row("n_shards", "shards", meta.n_shards, "", "exact", "⌈images ÷ examples per shard⌉"),
+            Row(
+                "shard_bytes", "a shard", self.layout.n_bytes, "bytes", "exact",
+                "examples × layers × tokens × width × bytes; the last one may be smaller",
+            ),
+            Row(
+                "beside_bytes", "checksums, labels, statistics", self.beside, "bytes", "exact",
+                "4 bytes per image and layer; with masks, 1 per patch",
+            ),
+            Row(
+                "examples_bytes", "table of images", _EXAMPLE_BYTES * meta.n_examples, "bytes",
+                "at most", f"{_EXAMPLE_BYTES} bytes per image: its name, compressed",
+            ),
+            Row(
+                "scratch_bytes", "scratch of a recording pod", self.layout.n_bytes, "bytes",
+                "exact", "one shard in TMPDIR, where the root is object storage; else nothing",
+            ),
+            Row(
+                "parts", "suggested parts", parts, "", "exact",
+                f"the smaller of shards and --max-parts ({self.cfg.max_parts}): a shard is the "
+                "smallest piece of work, and what an evicted pod repeats at most",
+            ),
+        ]  # fmt: skip
+        if self.cfg.images_per_second:
+            hours = meta.n_examples / self.cfg.images_per_second / 3600
+            rows += self._hours("recording", hours, "images ÷ --images-per-second")
+            rows.append(
+                Row(
+                    "recording_wall_hours", "hours with that many parts",
+                    hours / meta.n_shards * math.ceil(meta.n_shards / parts), "hours", "about",
+                    "of the part with the most shards",
+                )
+            )  # fmt: skip
+        return rows
+
+    # --- Training --------------------------------------------------------------------------
+
+    def n_train_examples(self, sae: TrainConfig) -> int:
+        """Examples on the training side of the split."""
+        n, data = self.meta.n_examples, sae.train_data
+        fraction = data.val_fraction or sae.val_data.val_fraction
+        if data.split == "all" and not fraction and sae.n_val and not sae.val_data.shards:
+            fraction = VAL_FRACTION
+        if sae.val_data.shards or not fraction:
+            return n
+        if n > _EXACT_EXAMPLES:
+            return round(n * (1 - fraction))
+        return n - int(in_validation(np.arange(n), fraction).sum())
+
+    def window_bytes(self, sae: TrainConfig) -> int:
+        """Memory of the loader's windows."""
+        return min(self._whole(sae), int(sae.train_data.buffer_mb * 2**20))
+
+    def _whole(self, sae: TrainConfig) -> int:
+        """Memory of a window that holds everything."""
+        special = sae.train_data.tokens == "special"
+        kept = 1 if special else self.meta.tokens_per_example
+        vector = self.meta.d_model * self.layout.itemsize
+        return self.n_train_examples(sae) * kept * (vector + INDEX_BYTES)
+
+    def batch_size(self, sae: TrainConfig) -> int:
+        """Tokens per step."""
+        wanted = sae.batch_size or default_batch_size(sae.n_train)
+        tokens = self.n_train_examples(sae) * self._tokens(sae.train_data.tokens)
+        return max(1, min(wanted, tokens))
+
+    def epochs(self, sae: TrainConfig) -> float:
+        """Passes over the training side."""
+        tokens = self.n_train_examples(sae) * self._tokens(sae.train_data.tokens)
+        return sae.n_train / max(1, tokens)
+
+    def read_bytes(self, sae: TrainConfig) -> float:
+        """Bytes that one group reads."""
+        epoch = self.n_train_examples(sae) * self.row_bytes
+        in_memory = self._whole(sae) <= sae.train_data.buffer_mb * 2**20
+        return epoch if in_memory else epoch * self.epochs(sae)
+
+    def resume_bytes(self, members: list[int]) -> int:
+        """One resume point of a group."""
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for i, (shape, n) in enumerate(self.banks(members).items()):
+            state = formats.bank_state(n, self.meta.d_model, *shape)
+            tensors |= {f"bank{i}.{name}": tensor for name, tensor in state.items()}
+        return formats.safetensors(tensors, ordered=True)
+
+    def banks(self, members: list[int]) -> dict[tuple[int, str, str], int]:
+        """Number of SAEs of each shape (d_sae, activation, optimiser) in a group."""
+        saes = self.inputs.saes
+        return collections.Counter(
+            (self.widths[i], saes[i].sae.activation.kind, saes[i].optim) for i in members
+        )
+
+    def state_bytes(self, members: list[int]) -> int:
+        """What a group's SAEs take in memory between steps, with their gradients."""
+        total = 0
+        for (d_sae, activation, optim), n in self.banks(members).items():
+            shape = (n, self.meta.d_model, d_sae, activation)
+            total += formats.tensor_bytes(formats.bank_state(*shape, optim))
+            total += formats.tensor_bytes(formats.bank_parameters(*shape))  # gradients
+            total -= n * formats.RNG_BYTES + 16  # which stay with the processor
+        return total
+
+    def chunk_bytes(self, members: list[int]) -> int:
+        """Pre-activations that exist at once on a GPU."""
+        most = 0
+        for (d_sae, _, _), n in self.banks(members).items():
+            rows = 4 * d_sae * self.batch_size(self.inputs.saes[members[0]])
+            most = max(most, min(n * rows, _CHUNK))
+        return most
+
+    def training(self) -> list[Row]:
+        """What `saev train` reads, writes and holds."""
+        saes, meta = self.inputs.saes, self.meta
+        first = saes[0]
+        n_examples = self.n_train_examples(first)
+        largest = max(self.groups, key=self.state_bytes)
+        window = max(self.window_bytes(saes[members[0]]) for members in self.groups)
+        reads = [self.read_bytes(saes[members[0]]) for members in self.groups]
+        in_memory = self._whole(first) <= first.train_data.buffer_mb * 2**20
+        passes = (
+            "read once, it stays in memory" if in_memory else f"{self.epochs(first):.2f} epochs"
+        )
+        checkpoints = [self.checkpoint_bytes(i) for i in range(len(saes))]
+        batch = self.batch_size(first)
+        chunk = self.chunk_bytes(largest)
+        rows = [
+            Row("n_saes", "SAEs", len(saes), "", "exact", ""),
+            Row(
+                "n_groups", "groups, that is GPUs", len(self.groups), "", "exact",
+                "SAEs that read the same batches are trained together",
+            ),
+            Row(
+                "n_train_examples", "images to train on", n_examples, "", "exact",
+                "the rest is for validation",
+            ),
+            Row("n_steps", "steps", math.ceil(first.n_train / batch), "", "exact",
+                f"⌈{first.n_train:,} tokens ÷ batches of {batch:,}⌉"),
+            Row(
+                "epoch_bytes", "read per epoch", n_examples * self.row_bytes, "bytes", "exact",
+                "images to train on × all tokens × width × bytes: one layer, once for the group",
+            ),
+            Row(
+                "training_read_bytes", "read in all", sum(reads), "bytes", "about",
+                f"groups × ({passes})",
+            ),
+            Row(
+                "checkpoint_bytes", "weights of an SAE", max(checkpoints), "bytes", "exact",
+                f"2 × {max(self.widths):,} latents × {meta.d_model} × 4 bytes, and biases",
+            ),
+            Row(
+                "checkpoints_bytes", "weights of all SAEs", sum(checkpoints), "bytes", "exact", "",
+            ),
+            Row(
+                "resume_bytes", "resume points of a group",
+                N_RESUME_POINTS * self.resume_bytes(largest), "bytes", "exact",
+                f"{N_RESUME_POINTS} × (weights, both moments of Adam, counters of its SAEs), "
+                "while it trains",
+            ),
+            Row(
+                "window_bytes", "memory for shuffling", window, "bytes", "at most",
+                "buffer_mb, or all of the training side if that is less; on the GPU",
+            ),
+            Row(
+                "state_bytes", "memory of a group's SAEs", self.state_bytes(largest), "bytes",
+                "exact", "weights, gradients, moments, counters; on the GPU",
+            ),
+            Row(
+                "batch_bytes", "memory of a batch",
+                3 * batch * meta.d_model * 4 + chunk, "bytes", "at least",
+                "three copies of the batch in float32, and pre-activations (tokens × latents × 4 "
+                "bytes, in pieces of at most 2 GiB)",
+            ),
+            Row(
+                "gpu_bytes", "memory of the GPU",
+                window + self.state_bytes(largest) + 3 * batch * meta.d_model * 4 + 2 * chunk,
+                "bytes", "at least",
+                "the sum, with the pre-activations twice; CUDA itself takes about 0.5 GB more",
+            ),
+        ]  # fmt: skip
+        if self.cfg.tokens_per_second:
+            hours = sum(saes[m[0]].n_train for m in self.groups) / self.cfg.tokens_per_second / 3600
+            rows += self._hours("training", hours, "groups × tokens ÷ --tokens-per-second")
+        return rows
+
+    def checkpoint_bytes(self, i: int) -> int:
+        """sae.safetensors of one SAE."""
+        sae = self.inputs.saes[i].sae
+        tensors = formats.checkpoint(self.meta.d_model, self.widths[i], sae.activation.kind)
+        return formats.safetensors(tensors)
+
+    # --- Measuring -------------------------------------------------------------------------
+
+    def l0(self, sae: TrainConfig) -> int:
+        """Active latents per token, as far as it can be known."""
+        return getattr(sae.sae.activation, "top_k", 0) or self.cfg.top_k or 32
+
+    def n_tokens(self, sae: TrainConfig) -> int:
+        """Tokens that an SAE is measured on."""
+        return self.meta.n_examples * self._tokens(sae.train_data.tokens)
+
+    def codes_bytes(self, sae: TrainConfig) -> int:
+        """token_acts.npz."""
+        n_tokens = self.n_tokens(sae)
+        return formats.npz(formats.token_acts(n_tokens, n_tokens * self.l0(sae)))
+
+    def statistics_bytes(self, i: int) -> int:
+        """The small files of an inference folder, as if all patches of the top examples fired."""
+        d_sae, cfg = self.widths[i], self.inputs.inference
+        sae = self.inputs.saes[i]
+        n_entries = d_sae * min(cfg.n_top, self.meta.n_examples)
+        firing = min(
+            n_entries * self._tokens(sae.train_data.tokens), self.n_tokens(sae) * self.l0(sae)
+        )
+        files = (
+            formats.sparsity(d_sae),
+            formats.mean_values(d_sae),
+            formats.top_examples(d_sae, n_entries, firing),
+        )
+        return sum(formats.safetensors(tensors) for tensors in files)
+
+    def measuring(self) -> list[Row]:
+        """What `saev inference` reads and writes."""
+        saes, meta = self.inputs.saes, self.meta
+        n = len(saes)
+        codes = max(self.codes_bytes(sae) for sae in saes) if self.inputs.inference.save else 0
+        sure: Sure = "about" if self.inputs.inference.save else "exact"
+        l0 = max(self.l0(sae) for sae in saes)
+        step = max(1, _ITEM_TOKENS // max(1, self.layout.n_examples * meta.tokens_per_example))
+        rows = [
+            Row(
+                "codes_bytes", "sparse codes of an SAE", codes, "bytes", sure,
+                f"tokens × ({l0} active latents × 8 bytes + 16); --no-save leaves them out",
+            ),
+            Row(
+                "statistics_bytes", "statistics and top examples",
+                max(map(self.statistics_bytes, range(n))), "bytes", "at most",
+                f"latents × ({self.inputs.inference.n_top} images × their firing patches × 8 "
+                "bytes + 52), of one SAE",
+            ),
+            Row(
+                "inference_scratch_bytes", "on storage while it runs", 2 * codes, "bytes", "about",
+                "the codes once more, by shard, until they are merged",
+            ),
+            Row(
+                "inference_read_bytes", "read in all", n * meta.n_examples * self.row_bytes,
+                "bytes", "exact", "every SAE reads its layer once",
+            ),
+            Row(
+                "inference_items", "work items per SAE", math.ceil(meta.n_shards / step), "",
+                "exact", "whole shards of about 4 million tokens together",
+            ),
+        ]  # fmt: skip
+        return rows
+
+    # --- Altogether ------------------------------------------------------------------------
+
+    def altogether(self) -> list[Row]:
+        """What stays on storage, and what it costs."""
+        saes = self.inputs.saes
+        keeps = self.inputs.inference.save
+        results = sum(
+            self.checkpoint_bytes(i)
+            + self.statistics_bytes(i)
+            + (self.codes_bytes(sae) if keeps else 0)
+            for i, sae in enumerate(saes)
+        )
+        activations = self.activations + self.beside + _EXAMPLE_BYTES * self.meta.n_examples
+        reads = sum(self.read_bytes(saes[m[0]]) for m in self.groups)
+        reads += len(saes) * self.meta.n_examples * self.row_bytes
+        rows = [
+            Row("storage_shards_bytes", "shards on storage", activations, "bytes", "about",
+                "may be deleted once all SAEs are measured; see docs/cleanup.md"),
+            Row("storage_runs_bytes", "runs on storage", results, "bytes", "about",
+                "weights, codes, statistics of all SAEs; without pictures"),
+            Row("storage_bytes", "on storage", activations + results, "bytes", "about", "the sum"),
+            Row("read_bytes", "read in all", reads, "bytes", "about", "training and measuring"),
+        ]  # fmt: skip
+        if self.cfg.gb_per_second:
+            hours = reads / 1e9 / self.cfg.gb_per_second / 3600
+            rows.append(
+                Row("reading_hours", "hours of reading", hours, "hours", "about",
+                    "read in all ÷ --gb-per-second; part of the hours of training and measuring")
+            )  # fmt: skip
+        if self.cfg.price_per_gb_month:
+            month = (activations + results) / 1e9 * self.cfg.price_per_gb_month
+            rows.append(
+                Row("storage_month_money", "storage per month", month, "money", "about",
+                    "on storage in GB × --price-per-gb-month")
+            )  # fmt: skip
+        return rows
+
+    def _hours(self, stage: str, hours: float, how: str) -> list[Row]:
+        rows = [Row(f"{stage}_hours", "hours of a GPU", hours, "hours", "about", how)]
+        price = self.cfg.price_per_gpu_hour
+        if price:
+            cost = hours * price
+            rows.append(
+                Row(f"{stage}_money", "cost of the GPU", cost, "money", "about",
+                    "hours × --price-per-gpu-hour")
+            )  # fmt: skip
+        return rows
