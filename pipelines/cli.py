@@ -216,8 +216,11 @@ def _say(text: str) -> None:
 
 
 def _log() -> None:
-    logging.basicConfig(level="ERROR", format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipelines").setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
+    """Our messages as they are; those of libraries only where they are errors."""
+    logging.basicConfig(level="ERROR", format="%(message)s")
+    logger = logging.getLogger("pipelines")
+    logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
+    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stderr)], False
     logging.getLogger("urllib3").setLevel("CRITICAL")
 
 

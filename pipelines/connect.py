@@ -72,7 +72,7 @@ class Kfp:
 
     def check(self) -> None:
         """Ask the API how it is, and whether it is multi-user. Raises ClusterError, ConfigError."""
-        with self.explained("ask Kubeflow Pipelines how it is"):
+        with self.explained("connect"):
             self.multi_user = bool(self.health.healthz_service_get_healthz().multi_user)
         if self.multi_user and not self.settings.namespace:
             raise ConfigError(

@@ -110,6 +110,11 @@ def parse(text: str) -> Cron:
     cron = Cron(expanded, seconds, minutes, hours, days, months, weekdays, any_day)
     if not cron.next(datetime.datetime.now(datetime.UTC)):
         raise ConfigError(f"CRON={text!r} never fires: no year has such a day.")
+    if len(cron.seconds) > 1:
+        raise ConfigError(
+            f"CRON={text!r} fires {len(cron.seconds)} times in a minute; the first field is the "
+            f"second. You probably mean '0 {' '.join(words[1:])}'."
+        )
     return cron
 
 

@@ -11,7 +11,7 @@ import kfp_server_api
 import rich.console
 
 from pipelines import doctor_access, doctor_nodes, doctor_objects, probe
-from pipelines.connect import Kfp, connect
+from pipelines.connect import Kfp, connect, is_in_cluster
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
 from pipelines.settings import Settings
@@ -75,7 +75,7 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
 def _kubernetes(settings: Settings) -> tuple[Kube | None, Finding]:
     try:
         kube = Kube(settings)
-        with kube.explained("ask Kubernetes for its version"):
+        with kube.explained("connect"):
             version = kube.version.get_code().git_version
     except SaevError as err:
         # Who has an endpoint can submit without it; logs and these checks need it.
@@ -88,6 +88,8 @@ def _kfp(
     settings: Settings, kube: Kube | None, stack: contextlib.ExitStack
 ) -> tuple[Kfp | None, Finding]:
     what = "Kubeflow Pipelines API"
+    if kube is None and not settings.endpoint and not is_in_cluster():
+        return None, skipped(what, "there is neither Kubernetes nor KFP_ENDPOINT to reach it")
     try:
         kfp = stack.enter_context(connect(settings))
     except SaevError as err:

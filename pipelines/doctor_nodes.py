@@ -86,11 +86,11 @@ def _none(nodes: list[tp.Any], kind: str) -> Finding:
         }
     )
     if others:
-        remedy = f"The cluster has {', '.join(others)}: set gpu_type to one of them."
+        remedy = f"The cluster has {', '.join(others)}: set gpu_type in cluster.toml [parameters]."
     else:
         remedy = (
             "Install the NVIDIA GPU operator or device plugin (docs/cluster.md), or set gpu_count "
-            "to 0 to run on the CPU."
+            "to 0 in cluster.toml [parameters] to run on the CPU."
         )
     return fail(_WHAT, f"none of {len(nodes)} nodes has {kind}", remedy)
 

@@ -139,10 +139,10 @@ def message_of(body: tp.Any) -> str:
 def _reason(cause: BaseException) -> str:
     """What the operating system said, without the library's names of its objects."""
     text = str(cause)
-    for pattern in (r"\[Errno -?\d+\] ([^'\")]+)", r"Failed to resolve '([^']+)'"):
-        found = re.search(pattern, text)
-        if found:
-            return found.group(1).strip().lower() if "Errno" in pattern else f"no host {found[1]}"
+    if found := re.search(r"Failed to resolve '([^']+)'", text):
+        return f"no host {found[1]}"
+    if found := re.search(r"\[Errno -?\d+\] ([^'\")]+)", text):
+        return found[1].strip().lower()
     return _short(text.rsplit(": ", 1)[-1])
 
 

@@ -49,12 +49,15 @@ def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[
             listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         listener.close()
         thread.join(timeout=5)
+        forwarder.close()
 
 
 class _Forwarder:
     def __init__(self, kube: Kube, service: str, port: int):
         self._kube, self._service, self._port = kube, service, port
         self._namespace = kube.settings.kfp_namespace
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
 
     def connect(self) -> tp.Any:
         """A socket that is connected to a pod's port. Raises ClusterError."""
@@ -93,8 +96,26 @@ class _Forwarder:
                 return
             threading.Thread(target=self._relay, args=(local,), daemon=True).start()
 
+    def close(self) -> None:
+        """End all connections."""
+        with self._lock:
+            for local in self._open:
+                with contextlib.suppress(OSError):
+                    local.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def _opened(self, local: socket.socket) -> collections.abc.Iterator[None]:
+        with self._lock:
+            self._open.add(local)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(local)
+            local.close()
+
     def _relay(self, local: socket.socket) -> None:
-        with contextlib.closing(local):
+        with self._opened(local):
             try:
                 remote = self.connect()
             except (ClusterError, urllib3.exceptions.HTTPError, OSError) as err:

@@ -63,11 +63,12 @@ def _configuration(settings: Settings) -> tp.Any:
                 return configuration
         paths = [Path("~/.kube/config").expanduser()]
     if not any(path.is_file() for path in paths):
-        found = ", ".join(map(str, paths))
-        raise ConfigError(
-            f"There is no kubeconfig at {found}. Set KUBECONFIG to one, or KFP_ENDPOINT to reach "
-            "Kubeflow Pipelines without Kubernetes."
+        remedy = (
+            "Set KUBECONFIG to one: logs and the doctor need Kubernetes."
+            if settings.endpoint
+            else "Set KUBECONFIG to one, or KFP_ENDPOINT to reach Kubeflow Pipelines without it."
         )
+        raise ConfigError(f"There is no kubeconfig at {', '.join(map(str, paths))}. {remedy}")
     files = os.pathsep.join(map(str, paths))
     try:
         config.load_kube_config(

@@ -65,7 +65,8 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
     for text in said:
         console.print(f"KFP says: {text}", highlight=False, markup=False, soft_wrap=True)
     if not said:
-        console.print(f"No log of the failed step: {why}", highlight=False, markup=False)
+        text = f"No log of the failed step: {why}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:

@@ -12,7 +12,6 @@ from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_PREFIX = re.compile(r"[0-9a-f-]{4,35}")
 _PAGE, _PAGES = 100, 5
 
 
@@ -42,7 +41,7 @@ def recent(kfp: Kfp, n: int) -> list[tp.Any]:
 
 
 def find(kfp: Kfp, which: str) -> tp.Any:
-    """The run of an id, of a unique prefix of one, or of a name; the newest if it is empty.
+    """The run of an id or a name, or of a unique prefix of one; the newest if it is empty.
 
     Raises:
         ClusterError: there is none, or there are several.
@@ -62,9 +61,9 @@ def find(kfp: Kfp, which: str) -> tp.Any:
             ).runs
             or []
         )
-    if not found and _PREFIX.fullmatch(which):
+    if not found:
         runs = recent(kfp, _PAGE * _PAGES)
-        found = [run for run in runs if run.run_id.startswith(which)]
+        found = [r for r in runs if r.run_id.startswith(which) or r.display_name.startswith(which)]
     if not found:
         raise ClusterError(
             f"There is no run {which!r}, neither by id nor by name. `make list` shows them."

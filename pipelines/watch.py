@@ -19,14 +19,13 @@ _MARKS = {"waiting": "·", "running": "▶", "done": "✓", "failed": "✗"}
 _STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 
 
-def wait(kfp: Kfp, run_id: str, console: rich.console.Console, poll: float = POLL_SECONDS) -> None:
+def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
     """Show a run's steps until it is over.
 
     Args:
         kfp: the connection.
         run_id: which run.
         console: where the steps are shown: live on a terminal, else one line per change.
-        poll: seconds between two looks.
 
     Raises:
         RunFailedError: it failed or was canceled; the failing step's last lines were shown.
@@ -36,7 +35,7 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console, poll: float = POL
         run = _get(kfp, run_id, show)
         show.update(run)
         while run.state not in steps.OVER:
-            time.sleep(poll)
+            time.sleep(POLL_SECONDS)
             run = _get(kfp, run_id, show)
             show.update(run)
     _end(kfp, run, console)

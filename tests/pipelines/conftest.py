@@ -1,0 +1,150 @@
+"""A KFP and a Kubernetes API for the client's tests."""
+
+import collections.abc
+import contextlib
+import os
+import typing as tp
+from pathlib import Path
+
+import kfp_server
+import kube_server
+import pytest
+
+from pipelines import cli, prepare, settings
+from pipelines.definition import Compiled, compile_pipeline
+from pipelines.options import CompileOptions, PipelineName
+
+CONFIG = """\
+[data]
+kind = "img-folder"
+root = "s3://bucket/default"
+
+[shards]
+family = "dinov2"
+ckpt = "vits14"
+layers = [-1]
+
+[train]
+n_train = 1000
+sweep = "sweep.toml"
+"""
+SWEEP = """\
+[sae.activation]
+kind = "top-k"
+top_k = [8, 16]
+"""
+
+
+class Result(tp.NamedTuple):
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Client:
+    """Runs commands as the shell would, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self._capsys = capsys
+
+    def __call__(self, *argv: str) -> Result:
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(argv))
+        captured = self._capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    def ok(self, *argv: str) -> Result:
+        """A command that must succeed."""
+        result = self(*argv)
+        assert result.status == 0, result
+        return result
+
+    def fails(self, *argv: str) -> str:
+        """The one line of a command that must fail and print no result."""
+        result = self(*argv)
+        assert result.status == 1, result
+        assert result.out == ""
+        assert "Traceback" not in result.err
+        lines = [line for line in result.err.splitlines() if line.startswith("pipelines: error: ")]
+        assert len(lines) == 1, result.err
+        return lines[0].removeprefix("pipelines: error: ")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home and working folder with a config, and none of the machine's settings."""
+    for name in (*settings.ENVIRONMENT.values(), "KUBERNETES_SERVICE_HOST", "SAEV_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("config.toml").write_text(CONFIG)
+    tmp_path.joinpath("sweep.toml").write_text(SWEEP)
+    return tmp_path
+
+
+_COMPILED: dict[str, Compiled] = {}
+
+
+def _compile_once(name: PipelineName, options: CompileOptions) -> Compiled:
+    key = f"{name} {options.model_dump_json()}"
+    if key not in _COMPILED:
+        _COMPILED[key] = compile_pipeline(name, options)
+    return _COMPILED[key]
+
+
+@pytest.fixture
+def client(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Client:
+    """Runs commands. A pipeline is compiled once for all tests, which takes a second each time."""
+    monkeypatch.setattr(prepare, "compile_pipeline", _compile_once)
+    return Client(capsys)
+
+
+@pytest.fixture
+def kfp(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> collections.abc.Iterator[kfp_server.KfpServer]:
+    """A single-user KFP at KFP_ENDPOINT. Requests that the swagger file forbids fail the test."""
+    with _serving(monkeypatch, multi_user=False) as server:
+        yield server
+        assert server.violations == []
+
+
+@pytest.fixture
+def shared_kfp(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> collections.abc.Iterator[kfp_server.KfpServer]:
+    """The same, multi-user."""
+    with _serving(monkeypatch, multi_user=True) as server:
+        yield server
+        assert server.violations == []
+
+
+@pytest.fixture
+def kube(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> collections.abc.Iterator[kube_server.KubeServer]:
+    """A Kubernetes API at KUBECONFIG. Objects that Kubernetes' schemas forbid fail the test."""
+    with kube_server.running() as server:
+        server.write_kubeconfig(home / "kubeconfig")
+        monkeypatch.setenv("KUBECONFIG", str(home / "kubeconfig"))
+        yield server
+        assert server.violations == []
+
+
+@contextlib.contextmanager
+def _serving(
+    monkeypatch: pytest.MonkeyPatch, *, multi_user: bool
+) -> collections.abc.Iterator[kfp_server.KfpServer]:
+    with kfp_server.running(multi_user) as server:
+        monkeypatch.setenv("KFP_ENDPOINT", server.url)
+        monkeypatch.setenv("SAEV_ROOT", "s3://bucket/saev")
+        monkeypatch.setenv("SAEV_IMAGE", "registry.test/saev:1")
+        yield server
