@@ -36,13 +36,12 @@ def estimate(inputs: Inputs, cfg: SizeConfig) -> list[Section]:
         cfg: speeds and prices, if any.
     """
     sizes = Estimate(inputs, cfg)
-    sections = [
+    return [
         Section("Recording", sizes.recording()),
         Section("Training", sizes.training()),
         Section("Measuring", sizes.measuring()),
         Section("Altogether", sizes.altogether()),
     ]
-    return sections
 
 
 class Estimate:
@@ -328,7 +327,7 @@ class Estimate:
         sure: Sure = "about" if self.inputs.inference.save else "exact"
         l0 = max(self.l0(sae) for sae in saes)
         step = max(1, _ITEM_TOKENS // max(1, self.layout.n_examples * meta.tokens_per_example))
-        rows = [
+        return [
             Row(
                 "codes_bytes", "sparse codes of an SAE", codes, "bytes", sure,
                 f"tokens × ({l0} active latents × 8 bytes + 16); --no-save leaves them out",
@@ -352,7 +351,6 @@ class Estimate:
                 "exact", "whole shards of about 4 million tokens together",
             ),
         ]  # fmt: skip
-        return rows
 
     # --- Altogether ------------------------------------------------------------------------
 
