@@ -84,7 +84,7 @@ def locate(plan: Plan) -> str:
         InstallError: if the namespace does not exist.
     """
     try:
-        context = kubectl("config", "current-context").strip()
+        context = os.environ.get("KUBE_CONTEXT") or kubectl("config", "current-context").strip()
     except InstallError:
         context = "the cluster"  # of a pod, which has no contexts
     try:

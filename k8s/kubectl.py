@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,9 +26,9 @@ def kubectl(*arguments: str, stdin: str | None = None, warnings: bool = False) -
     """
     if not shutil.which("kubectl"):
         raise InstallError("kubectl is not installed or not on PATH; install it.")
-    done = subprocess.run(
-        ["kubectl", *arguments], input=stdin, capture_output=True, text=True, check=False
-    )
+    context = os.environ.get("KUBE_CONTEXT")  # as the client's
+    command = ["kubectl", *(["--context", context] if context else []), *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InstallError(f"{explain(done.stderr)}\n{done.stderr.strip()}")
     if warnings and done.stderr.strip():
