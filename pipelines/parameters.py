@@ -96,6 +96,8 @@ def _value(key: str, value: tp.Any, parameter: Parameter, source: str) -> tp.Any
         raise _wrong(key, value, parameter, source)
     if parameter.kind == "NUMBER_INTEGER":
         value = int(value)
+    elif parameter.kind == "NUMBER_DOUBLE":
+        value = float(value)
     return _plausible(key, value, source)
 
 

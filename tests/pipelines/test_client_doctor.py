@@ -1,0 +1,352 @@
+"""`doctor`: every check when all is well, and what each says when it is not."""
+
+import re
+from pathlib import Path
+
+import kube_server
+import pytest
+from conftest import Client
+from kfp_server import KfpServer
+from kube_server import KubeServer
+
+from pipelines import probe
+
+GPU = "nvidia.com/gpu"
+TAINT = {"key": GPU, "effect": "NoSchedule", "value": "present"}
+TERMINATED = {"name": "main", "image": "i", "imageID": "", "ready": False, "restartCount": 0}
+
+
+def _status(phase: str, **state: object) -> dict:
+    return {"phase": phase, "containerStatuses": [{**TERMINATED, "state": state}]}
+
+
+RAN = _status("Succeeded", terminated={"exitCode": 0})
+
+
+@pytest.fixture
+def cluster(kube: KubeServer, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch) -> KubeServer:
+    """A cluster where all is well, with 3 of 8 GPUs in use."""
+    monkeypatch.setattr(probe, "POLL_SECONDS", 0.01)
+    kube.add_kfp(int(kfp.url.rsplit(":", 1)[1]))
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kube.add("namespaces", "kubeflow", labels=labels)
+    kube.add("serviceaccounts", "saev-steps", "kubeflow")
+    keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
+    kube.add("secrets", "saev-storage", "kubeflow", data=keys)
+    data = {"AWS_ENDPOINT_URL": "http://minio:9000"}
+    kube.add("configmaps", "saev-config", "kubeflow", data=data)
+    for name in ("a", "b"):
+        status = {"allocatable": {GPU: "4", "cpu": "64"}}
+        kube.add("nodes", name, spec={"taints": [TAINT]}, status=status)
+    kube.add("nodes", "cpu", spec={}, status={"allocatable": {"cpu": "8"}})
+    _gpu_pod(kube, "busy", "a", 3)
+    _gpu_pod(kube, "over", "a", 4, phase="Succeeded")
+    kube.pod_statuses = [{"phase": "Pending"}, RAN]
+    kube.pod_log = "ok: write\nok: read\nok: create only if absent\nok: delete\ns3://bucket/saev\n"
+    return kube
+
+
+def _gpu_pod(kube: KubeServer, name: str, node: str, n: int, phase: str = "Running") -> None:
+    container = {"name": "c", "image": "i", "resources": {"limits": {GPU: str(n)}}}
+    spec = {"nodeName": node, "containers": [container]}
+    kube.add("pods", name, "elsewhere", spec=spec, status={"phase": phase})
+
+
+def _lines(client: Client, *argv: str, status: int) -> dict[str, str]:
+    """What was checked → level and finding, with the remedy behind it."""
+    result = client("doctor", *argv)
+    assert result.status == status, result
+    assert "Traceback" not in result.out + result.err
+    found: dict[str, str] = {}
+    what = ""
+    for line in result.out.splitlines():
+        match = re.match(r"(ok|warn|fail|skip) +([^:]+): (.*)", line)
+        if match:
+            what = match[2]
+            found[what] = f"{match[1]}: {match[3]}"
+        else:
+            found[what] += f" {line.strip()}"
+    return found
+
+
+def test_all_is_well(client: Client, cluster: KubeServer, kfp: KfpServer) -> None:
+    found = _lines(client, status=0)
+    assert {text.split(":")[0] for text in found.values()} == {"ok"}
+    assert found["Kubernetes API"].endswith("version 1.34.4")
+    assert found["Kubeflow Pipelines API"] == f"ok: {kfp.url}, single-user, version 2.17.1"
+    assert "enforced: restricted" in found["namespace kubeflow"]
+    assert found["GPUs"] == f"ok: 8 {GPU} on 2 nodes, 5 free"
+    assert found["secret saev-storage"] == "ok: it exists, with 2 keys"
+    assert "http://minio:9000" in found["config map saev-config"]
+    assert found["image"] == "ok: registry.test/saev:1 starts"
+    assert found["storage, with the pods' credentials"] == (
+        "ok: s3://bucket/saev: write, read, create only if absent, delete"
+    )
+
+
+def test_the_pod_is_like_a_step_and_is_deleted(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEV_CPU_IMAGE", "registry.test/saev-cpu:1")
+    _lines(client, "--dataset", "s3://bucket/pets", status=0)
+    [pod] = cluster.created
+    assert cluster.deleted == [pod["metadata"]["name"]]
+    assert pod["metadata"]["labels"]["app.kubernetes.io/part-of"] == "saev"
+    spec = pod["spec"]
+    assert spec["serviceAccountName"] == "saev-steps"
+    [container] = spec["containers"]
+    assert container["image"] == "registry.test/saev-cpu:1"
+    assert container["command"] == (
+        "python -m saev step check --root s3://bucket/saev --dataset s3://bucket/pets".split()
+    )
+    names = {env["name"]: env["valueFrom"] for env in container["env"]}
+    assert names["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "saev-storage"
+    assert names["AWS_ENDPOINT_URL"]["configMapKeyRef"]["name"] == "saev-config"
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_no_pod_starts_none(client: Client, cluster: KubeServer) -> None:
+    assert _lines(client, "--no-pod", status=0)["pod"].startswith("skip")
+    assert cluster.created == []
+
+
+def test_a_volume_is_looked_at_and_mounted(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEV_ROOT", "/data/saev")
+    monkeypatch.setenv("SAEV_STORAGE", "pvc")
+    cluster.add("storageclasses", "nfs", provisioner="nfs.test")
+    spec = {"accessModes": ["ReadWriteMany"], "storageClassName": "nfs"}
+    status = {"phase": "Bound", "capacity": {"storage": "1Ti"}}
+    cluster.add("persistentvolumeclaims", "saev-data", "kubeflow", spec=spec, status=status)
+    found = _lines(client, status=0)
+    assert found["volume claim saev-data"] == "ok: Bound, 1Ti, ReadWriteMany"
+    assert found["storage class"] == "ok: nfs"
+    assert "secret saev-storage" not in found
+    assert {"name": "data", "mountPath": "/data"} in cluster.created[0]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
+    claim = cluster.objects["persistentvolumeclaims", "kubeflow", "saev-data"]
+    claim["spec"]["accessModes"] = ["ReadWriteOnce"]
+    assert (
+        "Pods on several nodes need ReadWriteMany"
+        in _lines(client, status=0)["volume claim saev-data"]
+    )
+    claim["status"]["phase"] = "Pending"
+    assert "says what it waits for" in _lines(client, status=0)["volume claim saev-data"]
+    claim["spec"]["storageClassName"] = "ceph"
+    assert (
+        "fail: ceph does not exist The cluster has: nfs."
+        in _lines(client, status=1)["storage class"]
+    )
+    del cluster.objects["persistentvolumeclaims", "kubeflow", "saev-data"]
+    found = _lines(client, status=1)
+    assert "`make install OVERLAY=pvc` makes it" in found["volume claim saev-data"]
+    assert "there is no default" in found["storage class"]
+
+
+@pytest.mark.parametrize(
+    ("plural", "name", "what", "level", "said"),
+    [
+        ("namespaces", "kubeflow", "namespace kubeflow", "fail", "Set KFP_NAMESPACE"),
+        ("serviceaccounts", "saev-steps", "service account saev-steps", "fail", "`make install"),
+        ("secrets", "saev-storage", "secret saev-storage", "warn", "IRSA"),
+        ("configmaps", "saev-config", "config map saev-config", "warn", "`make install`"),
+    ],
+)
+def test_what_is_missing_or_may_not_be_seen(
+    client: Client, cluster: KubeServer, plural: str, name: str, what: str, level: str, said: str
+) -> None:
+    namespace = "" if plural == "namespaces" else "kubeflow"
+    kept = cluster.objects.pop((plural, namespace, name))
+    found = _lines(client, status=1 if level == "fail" else 0)[what]
+    assert found.startswith(f"{level}: it does not exist")
+    assert said in found
+    cluster.objects[plural, namespace, name] = kept
+    cluster.statuses[plural] = 403
+    assert _lines(client, status=0)[what].startswith("warn: Cannot look at ")
+
+
+def test_a_secret_without_its_keys(client: Client, cluster: KubeServer) -> None:
+    cluster.objects["secrets", "kubeflow", "saev-storage"]["data"] = {"AWS_ACCESS_KEY_ID": "eA=="}
+    found = _lines(client, status=1)["secret saev-storage"]
+    assert "fail: it has no key AWS_SECRET_ACCESS_KEY" in found
+
+
+# --- Permissions -------------------------------------------------------------------------------
+
+
+def test_permissions_of_the_user(client: Client, cluster: KubeServer) -> None:
+    cluster.denied = {"get pods/log", "delete pods"}
+    found = _lines(client, status=1)
+    assert "missing in kubeflow: get pods/log" in found["your permissions for logs"]
+    assert "missing in kubeflow: delete pods" in found["your permissions for the doctor's pod"]
+
+
+def test_permissions_of_the_service_account(client: Client, cluster: KubeServer) -> None:
+    cluster.denied = {"patch workflowtaskresults", "get configmaps"}
+    found = _lines(client, status=1)["service account saev-steps"]
+    assert "it may not patch workflowtaskresults.argoproj.io, get configmaps/kfp-launcher" in found
+    asked = [r["spec"] for r in cluster.reviews if r["spec"].get("user")]
+    assert {spec["user"] for spec in asked} == {"system:serviceaccount:kubeflow:saev-steps"}
+
+
+def test_forwarding_needs_permissions_too(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KFP_ENDPOINT")
+    found = _lines(client, status=0)
+    assert found["your permissions for forwarding a port to KFP"] == "ok: all 3 in kubeflow"
+    assert "service/ml-pipeline in namespace kubeflow" in found["Kubeflow Pipelines API"]
+
+
+def test_a_shared_kfp_asks_kubernetes_about_its_users(
+    client: Client, kube: KubeServer, shared_kfp: KfpServer
+) -> None:
+    kube.add("namespaces", "team-a")
+    kube.denied = {"create runs"}
+    found = _lines(client, "--no-pod", "--namespace", "team-a", status=1)
+    assert "create runs.pipelines.kubeflow.org" in found["your permissions for submitting"]
+
+
+# --- GPUs --------------------------------------------------------------------------------------
+
+
+def test_gpus_all_in_use(client: Client, cluster: KubeServer) -> None:
+    _gpu_pod(cluster, "more", "a", 1)
+    _gpu_pod(cluster, "all", "b", 4)
+    found = _lines(client, status=0)["GPUs"]
+    assert found == f"warn: 8 {GPU} on 2 nodes, 0 free Runs wait until some are free."
+
+
+def test_gpus_of_another_name(client: Client, cluster: KubeServer) -> None:
+    for name in ("a", "b"):
+        cluster.objects["nodes", "", name]["status"]["allocatable"] = {"nvidia.com/mig-1g.5gb": "7"}
+    found = _lines(client, status=1)["GPUs"]
+    assert f"fail: none of 3 nodes has {GPU}" in found
+    assert "The cluster has nvidia.com/mig-1g.5gb: set gpu_type" in found
+
+
+def test_no_gpus(client: Client, cluster: KubeServer, home: Path) -> None:
+    for name in ("a", "b"):
+        del cluster.objects["nodes", "", name]
+    assert "or set gpu_count to 0" in _lines(client, status=1)["GPUs"]
+    home.joinpath("cluster.toml").write_text("[parameters]\ngpu_count = 0\n")
+    assert _lines(client, status=0)["GPUs"].startswith("skip")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "level", "said"),
+    [
+        ("gpu_count = 4", "ok", "5 free"),
+        ("gpu_count = 5", "fail", "no node has the 5 that each pod of a run asks for"),
+        ("tolerations = []", "fail", "taint nvidia.com/gpu=present:NoSchedule is not tolerated"),
+        ('tolerations = [{operator = "Exists"}]', "ok", "5 free"),
+        (f'tolerations = [{{key = "{GPU}", value = "present"}}]', "ok", "5 free"),
+        (f'tolerations = [{{key = "{GPU}", value = "other"}}]', "fail", "is not tolerated"),
+        ('node_selector = {disk = "ssd"}', "fail", "node_selector disk=ssd does not match"),
+    ],
+)
+def test_gpus_that_a_run_can_have(
+    client: Client, cluster: KubeServer, home: Path, parameters: str, level: str, said: str
+) -> None:
+    home.joinpath("cluster.toml").write_text(f"[parameters]\n{parameters}\n")
+    found = _lines(client, status=int(level == "fail"))["GPUs"]
+    assert found.startswith(level)
+    assert said in found
+
+
+def test_gpus_that_are_shared(client: Client, cluster: KubeServer) -> None:
+    labels = {"nvidia.com/gpu.sharing-strategy": "time-slicing"}
+    cluster.objects["nodes", "", "a"]["metadata"]["labels"] = labels
+    assert "each shared by time-slicing" in _lines(client, status=0)["GPUs"]
+
+
+def test_nodes_that_may_not_be_seen(client: Client, cluster: KubeServer) -> None:
+    cluster.statuses["nodes"] = 403
+    assert _lines(client, status=0)["GPUs"].startswith("warn: Cannot list the nodes")
+
+
+# --- The pod -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "what", "said"),
+    [
+        (
+            _status("Pending", waiting={"reason": "ImagePullBackOff", "message": "not found"}),
+            "image",
+            "did not start: main: ImagePullBackOff not found Check SAEV_CPU_IMAGE",
+        ),
+        (
+            _status("Failed", terminated={"exitCode": 1, "reason": "Error"}),
+            "storage, with the pods' credentials",
+            "Cannot write s3://bucket/saev: permission denied.",
+        ),
+    ],
+)
+def test_a_pod_that_fails(
+    client: Client, cluster: KubeServer, status: dict, what: str, said: str
+) -> None:
+    cluster.pod_statuses = [{"phase": "Pending"}, status]
+    cluster.pod_log = "saev: error: Cannot write s3://bucket/saev: permission denied.\n"
+    found = _lines(client, status=1)[what]
+    assert found.startswith("fail")
+    assert said in found
+    assert cluster.deleted == [cluster.created[0]["metadata"]["name"]]
+
+
+def test_a_pod_that_never_starts(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "WAIT_SECONDS", 0)
+    cluster.pod_statuses = [{"phase": "Pending"}]
+    assert "still Pending after 0 s" in _lines(client, status=1)["image"]
+    assert len(cluster.deleted) == 1
+
+
+def test_a_pod_that_is_refused(client: Client, cluster: KubeServer) -> None:
+    cluster.statuses["pods"] = 403
+    assert "Cannot start a pod in namespace kubeflow" in _lines(client, status=1)["pod"]
+
+
+# --- Neither -----------------------------------------------------------------------------------
+
+
+def test_without_kubernetes_an_endpoint_is_still_checked(client: Client, kfp: KfpServer) -> None:
+    found = _lines(client, status=0)
+    assert found["Kubernetes API"].startswith("warn: There is no kubeconfig")
+    assert found["Kubeflow Pipelines API"].startswith("ok")
+    assert found["cluster"].startswith("skip")
+
+
+def test_without_anything(client: Client, home: Path) -> None:
+    found = _lines(client, status=1)
+    assert found["Kubernetes API"].startswith("fail: There is no kubeconfig")
+    assert found["Kubeflow Pipelines API"].startswith("skip")
+
+
+def test_a_kfp_that_refuses_does_not_end_the_checks(
+    client: Client, cluster: KubeServer, kfp: KfpServer
+) -> None:
+    kfp.fail("/healthz", 401)
+    found = _lines(client, status=1)
+    assert found["Kubeflow Pipelines API"].startswith("fail: Cannot connect")
+    assert found["GPUs"].startswith("ok")
+
+
+def test_another_version_is_told(client: Client, cluster: KubeServer) -> None:
+    pod = cluster.objects["pods", "kubeflow", "ml-pipeline-0"]
+    pod["spec"]["containers"][0]["image"] = "ghcr.test/kfp-api-server:2.5.0@sha256:abc"
+    found = _lines(client, status=0)["Kubeflow Pipelines API"]
+    assert found.startswith("warn")
+    assert "version 2.5.0" in found
+
+
+def test_the_test_servers_schemas_can_fail() -> None:
+    """A pod that Kubernetes would refuse is a violation."""
+    state = kube_server.KubeServer()
+    handler = object.__new__(kube_server._Handler)
+    handler.state, handler.path = state, "/"
+    handler._validate({"apiVersion": "v1", "kind": "Pod", "metadata": {}, "spec": {"image": 1}})
+    assert state.violations

@@ -1,0 +1,223 @@
+"""`list`, `status`, `watch`, `logs`, `cancel` and the finding of runs."""
+
+import pytest
+from conftest import Client
+from kfp_server import KfpServer, look, step, task
+from kube_server import KubeServer
+
+from pipelines import watch
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+
+
+def test_list_shows_the_newest_first(client: Client, kfp: KfpServer) -> None:
+    for i in range(30):
+        kfp.add_run(f"pets-{i}", "RUNNING" if i == 29 else "FAILED")
+    lines = client.ok("list", "--n", "25").out.splitlines()
+    assert lines[0].split() == ["STATE", "NAME", "DATASET", "AGE", "TOOK", "ID"]
+    assert lines[1].split()[:3] == ["running", "pets-29", "s3://bucket/pets-29"]
+    assert lines[2].split()[:2] == ["failed", "pets-28"]
+    assert len(lines) == 1 + 25 + 1
+    assert lines[-1].strip() == f"{kfp.url}/#/runs"
+
+
+def test_list_goes_through_pages(client: Client, kfp: KfpServer) -> None:
+    for i in range(230):
+        kfp.add_run(f"run-{i}")
+    out = client.ok("list", "--n", "215").out
+    assert "run-229 " in out
+    assert "run-15 " in out
+    assert "run-14 " not in out
+
+
+def test_list_of_nothing(client: Client, kfp: KfpServer) -> None:
+    assert client.ok("list").out.splitlines()[-1].strip() == f"{kfp.url}/#/runs"
+
+
+def test_status_shows_steps_of_the_newest_run(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("old")
+    extract = step("extract", *["SUCCEEDED"] * 3, *["RUNNING"] * 2, "FAILED")
+    nodes = look("RUNNING", step("discover", "SUCCEEDED"), extract)
+    kfp.add_run("new", **nodes)
+    lines = [line.split() for line in client.ok("status").out.splitlines()]
+    assert lines[0][:2] == ["new:", "running,"]
+    assert ["dataset", "s3://bucket/new"] in lines
+    by_step = {line[1]: line for line in lines if len(line) > 1}
+    assert by_step["discover"][:3] == ["✓", "discover", "1/1"]
+    assert by_step["extract"][:3] == ["✗", "extract", "3/6"]
+    assert by_step["extract"][-4:] == ["2", "running,", "1", "failed"]
+    assert by_step["train"] == ["·", "train"]
+
+
+def test_a_finished_run_shows_only_what_ran(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("empty", **look("SUCCEEDED", step("discover", "SUCCEEDED")))
+    out = client.ok("status").out
+    assert "discover" in out
+    assert "train" not in out
+
+
+def test_status_without_tasks(client: Client, kfp: KfpServer) -> None:
+    """A list of tasks may be missing altogether, as before the first report of the workflow."""
+    kfp.add_run("young", "PENDING")
+    assert "young: pending" in client.ok("status").out
+
+
+def test_status_of_a_failed_run_says_why(client: Client, kfp: KfpServer) -> None:
+    error = {"code": 13, "message": "Pod was evicted"}
+    kfp.add_run("bad", **look("FAILED", [task("train", "FAILED")], error=error))
+    assert "KFP says: Pod was evicted" in client.ok("status").out
+
+
+def test_status_without_runs(client: Client, kfp: KfpServer) -> None:
+    assert "There are no runs yet" in client.fails("status")
+
+
+@pytest.mark.parametrize("how", ["id", "prefix", "name", "name's beginning", "url"])
+def test_a_run_is_found(client: Client, kfp: KfpServer, how: str) -> None:
+    kfp.add_run("cats-1")
+    run = kfp.add_run("pets-1")
+    kfp.add_run("dogs-1")
+    which = {
+        "id": run["run_id"],
+        "prefix": run["run_id"][:13],
+        "name": "pets-1",
+        "name's beginning": "pets",
+        "url": f"{kfp.url}/#/runs/details/{run['run_id']}",
+    }[how]
+    assert "pets-1: succeeded" in client.ok("status", which).out
+
+
+def test_which_run_must_be_clear(client: Client, kfp: KfpServer) -> None:
+    runs = [kfp.add_run("pets"), kfp.add_run("pets")]
+    said = client.fails("status", "pets")
+    assert "Several runs are called 'pets'" in said
+    assert all(run["run_id"] in said for run in runs)
+
+
+def test_a_run_that_is_not_there(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("pets")
+    said = client.fails("cancel", "cats")
+    assert "There is no run 'cats', neither by id nor by name. `make list` shows them." in said
+
+
+def test_cancel(client: Client, kfp: KfpServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    assert "pets is being canceled" in client.ok("cancel", "pets").err
+    assert run["state"] == "CANCELING"
+
+
+def test_cancel_what_is_over(client: Client, kfp: KfpServer) -> None:
+    run = kfp.add_run("pets")
+    assert "pets is over already: succeeded" in client.ok("cancel", "pets").err
+    assert run["state"] == "SUCCEEDED"
+
+
+def test_cancel_needs_a_run(client: Client, kfp: KfpServer) -> None:
+    """The newest is no default for something that destroys."""
+    kfp.add_run("pets", "RUNNING")
+    assert client("cancel").status == 2
+
+
+def test_watch_joins_a_run(client: Client, kfp: KfpServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    kfp.scripts[run["run_id"]] = [
+        look("RUNNING"),
+        look("RUNNING", step("discover", "RUNNING")),
+        look("FAILED", step("discover", "FAILED")),
+    ]
+    result = client("watch")
+    assert result.status == 1
+    assert "discover: 0/1 done, 1 running" in result.err
+    assert "pets failed in step discover" in result.err
+
+
+def test_a_shared_kfp_gets_the_namespace(
+    client: Client, shared_kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared_kfp.add_run("pets")
+    assert "Set KFP_NAMESPACE" in client.fails("list")
+    assert "pets" in client.ok("list", "--namespace", "team-a").out
+
+
+# --- Logs --------------------------------------------------------------------------------------
+
+
+def _pod(kube: KubeServer, name: str, run_id: str, step_name: str, **status: object) -> None:
+    labels = {"pipeline/runid": run_id, "app.kubernetes.io/component": step_name}
+    spec = {"containers": [{"name": "main", "image": "i"}]}
+    kube.add("pods", name, "kubeflow", labels=labels, spec=spec, status=status)
+
+
+def test_logs_of_all_steps_in_order(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    for name in ("discover", "extract"):
+        _pod(kube, f"p-{name}", run["run_id"], name, phase="Succeeded")
+        kube.logs[f"p-{name}"] = f"log of {name}\n"
+    _pod(kube, "p-other", "another-run", "discover", phase="Succeeded")
+    kube.logs["p-other"] = "log of another run\n"
+    kube.add(
+        "pods", "driver", "kubeflow",
+        labels={"pipeline/runid": run["run_id"]}, status={"phase": "Succeeded"},
+    )  # fmt: skip
+    out = client.ok("logs").out
+    assert out.index("log of discover") < out.index("log of extract")
+    assert "another run" not in out
+    assert "driver" not in out
+
+
+def test_logs_of_one_step(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    for name in ("plan", "extract"):
+        _pod(kube, f"p-{name}", run["run_id"], name, phase="Succeeded")
+        kube.logs[f"p-{name}"] = "".join(f"{name} {i}\n" for i in range(500))
+    out = client.ok("logs", "--step", "plan-shards", "--tail", "10").out
+    assert "plan 499" in out
+    assert "plan 489" not in out
+    assert "extract" not in out
+    assert "extract 0\n" in client.ok("logs", "--step", "extract", "--tail", "0").out
+
+
+def test_logs_are_not_markup(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    _pod(kube, "p", run["run_id"], "train", phase="Running")
+    kube.logs["p"] = '{"step": 1, "loss": [0.5]} [bold]x[/bold] Größe ' + "w" * 300 + "\n"
+    assert kube.logs["p"] in client.ok("logs").out
+
+
+def test_logs_of_a_pod_that_waits_say_why(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    waiting = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    waiting["message"] = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+    _pod(kube, "p", run["run_id"], "train", phase="Pending", conditions=[waiting])
+    out = client.ok("logs").out
+    assert "Unschedulable: 0/4 nodes are available: 4 Insufficient nvidia.com/gpu." in out
+
+
+def test_logs_that_are_gone(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    run = kfp.add_run("pets")
+    said = client.fails("logs")
+    assert "Kubernetes has no pods of run pets in namespace kubeflow" in said
+    assert f"/#/runs/details/{run['run_id']} shows what KFP kept" in said
+
+
+def test_logs_of_no_such_step(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    kfp.add_run("pets")
+    assert "There is no step 'traim'; the steps are: discover," in client.fails(
+        "logs", "--step", "traim"
+    )
+
+
+def test_logs_without_permission(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    kfp.add_run("pets")
+    kube.statuses["pods"] = 403
+    said = client.fails("logs")
+    assert "Cannot list the pods of the run in namespace kubeflow" in said
+    assert "403" in said
+
+
+def test_logs_without_kubernetes(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("pets")
+    assert "logs and the doctor need Kubernetes" in client.fails("logs")

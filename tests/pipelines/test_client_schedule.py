@@ -1,0 +1,155 @@
+"""`schedule`, `schedules`, `unschedule`, and the reading of cron expressions."""
+
+import datetime
+import re
+
+import pytest
+from conftest import Client
+from hypothesis import given
+from hypothesis import strategies as st
+from kfp_server import KfpServer
+
+from pipelines import cron
+from saev.errors import ConfigError
+
+SCHEDULE = ("schedule", "--dataset", "s3://bucket/incoming/", "--config", "config.toml", "--cron")
+DAILY = "0 0 3 * * *"
+
+
+def test_a_schedule_is_made(client: Client, kfp: KfpServer) -> None:
+    result = client.ok(*SCHEDULE, DAILY, "--marker", "_SUCCESS", "--claim-hours", "12")
+    assert result.out == "saev-incoming\n"
+    assert len(re.findall(r"20\d\d-\d\d-\d\d 03:00:00", result.err)) == 3
+    [made] = kfp.recurring
+    assert made["trigger"] == {"cron_schedule": {"cron": DAILY}}
+    assert made["max_concurrency"] == "1"
+    assert made["no_catchup"] is True
+    assert made["mode"] == "ENABLE"
+    assert made["service_account"] == "saev-steps"
+    parameters = made["runtime_config"]["parameters"]
+    assert parameters["dataset"] == "s3://bucket/incoming"
+    assert parameters["marker"] == "_SUCCESS"
+    assert parameters["claim_hours"] == 12.0
+    assert "settle_minutes" not in parameters
+    assert kfp.pipelines[0]["display_name"] == "saev-incoming"
+
+
+def test_a_schedule_of_the_same_name_is_replaced(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    client.ok(*SCHEDULE, DAILY, "--name", "other")
+    client.ok(*SCHEDULE, "0 30 4 * * *")
+    found = {r["display_name"]: r["trigger"]["cron_schedule"]["cron"] for r in kfp.recurring}
+    assert found == {"saev-incoming": "0 30 4 * * *", "other": DAILY}
+    changes = [method for method, path, _ in kfp.requests if "/recurringruns" in path]
+    assert changes[-2:] == ["POST", "DELETE"]  # never without a schedule in between
+
+
+def test_if_the_new_schedule_is_refused_the_old_one_stays(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    kfp.fail("/recurringruns$", 500, method="POST")
+    assert "Cannot make schedule saev-incoming" in client.fails(*SCHEDULE, "0 30 4 * * *")
+    assert [r["trigger"]["cron_schedule"]["cron"] for r in kfp.recurring] == [DAILY]
+
+
+def test_if_the_old_schedule_stays_that_is_told_and_mended(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    kfp.fail("/recurringruns/", 500, method="DELETE", times=1)
+    said = client.fails(*SCHEDULE, "0 30 4 * * *")
+    assert "The new schedule saev-incoming is made, but the old one" in said
+    assert len(kfp.recurring) == 2
+    client.ok(*SCHEDULE, "0 30 4 * * *")
+    assert len(kfp.recurring) == 1
+
+
+def test_schedules_are_listed(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, "0 0 0 29 2 *")
+    client.ok(*SCHEDULE, DAILY, "--name", "paused")
+    kfp.recurring[1]["status"] = "DISABLED"
+    kfp.recurring.append(
+        {
+            "recurring_run_id": "x",
+            "display_name": "by-others",
+            "status": "ENABLED",
+            "created_at": kfp.now(),
+            "trigger": {"periodic_schedule": {"interval_second": "7200"}},
+        }
+    )
+    lines = client.ok("schedules").out.splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert "0 0 0 29 2 *" in rows["saev-incoming"]
+    assert "-02-29 00:00" in rows["saev-incoming"]
+    assert "s3://bucket/incoming" in rows["saev-incoming"]
+    assert " off " in rows["paused"]
+    assert "every 2.0 h" in rows["by-others"]
+
+
+def test_unschedule(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    said = client.fails("unschedule", "saev-incomming")
+    assert "There is no schedule 'saev-incomming'. Did you mean saev-incoming?" in said
+    assert len(kfp.recurring) == 1
+    assert "is deleted" in client.ok("unschedule", "saev-incoming").err
+    assert kfp.recurring == []
+
+
+def test_unschedule_what_somebody_else_deletes_too(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    kfp.fail("/recurringruns/", 404, method="DELETE")
+    client.ok("unschedule", "saev-incoming")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0 3 * * *", "has 5 fields; Kubeflow wants 6"),
+        ("0 3 * * *", "You probably mean '0 0 3 * * *'"),
+        ("3 * *", "has 3 fields, expected 6"),
+        ("", "has 0 fields, expected 6"),
+        ("0 0 25 * * *", "the hour '25' is out of range. Expected 0 to 23"),
+        ("0 60 * * * *", "the minute '60' is out of range"),
+        ("0 0 3 * * 7", "the day of week '7' is not a day: Sunday is 0"),
+        ("0 0 3 L * *", "the day of month 'L' is not a number"),
+        ("0 0 3 * FOO *", "the month 'FOO' is not a number. Expected 1 to 12, or JAN FEB"),
+        ("0 */0 * * * *", "has steps of 0"),
+        ("0 5-1 * * * *", "begins after its end"),
+        ("0 1-2-3 * * * *", "cannot be read"),
+        ("0 0 0 30 2 *", "never fires: no year has such a day"),
+        ("* 0 3 * * *", "fires 60 times in a minute"),
+        ("*/10 0 3 * * *", "You probably mean '0 0 3 * * *'"),
+        ("@reboot", "has 1 fields"),
+    ],
+)
+def test_a_wrong_cron_is_explained_without_a_request(
+    client: Client, kfp: KfpServer, text: str, said: str
+) -> None:
+    assert said in client.fails(*SCHEDULE, text)
+    assert kfp.requests == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (DAILY, ["2026-11-26 03:00:00", "2026-11-27 03:00:00"]),
+        ("@daily", ["2026-11-26 00:00:00", "2026-11-27 00:00:00"]),
+        ("30 */20 * * * *", ["2026-11-25 03:00:30", "2026-11-25 03:20:30"]),
+        ("0 30/10 4 ? * *", ["2026-11-25 04:30:00", "2026-11-25 04:40:00"]),
+        ("0 0 0 * * mon-wed", ["2026-11-30 00:00:00", "2026-12-01 00:00:00"]),
+        ("0 0 0 13 * FRI", ["2026-11-27 00:00:00", "2026-12-04 00:00:00"]),  # either day
+        ("0 0 0 29 FEB *", ["2028-02-29 00:00:00"]),
+        ("0 5,3 3 * * *", ["2026-11-25 03:03:00", "2026-11-25 03:05:00"]),
+    ],
+)
+def test_the_next_firings(text: str, expected: list[str]) -> None:
+    """As github.com/robfig/cron v1.2.0 tells them."""
+    after = datetime.datetime(2026, 11, 25, 3, 0, 0, tzinfo=datetime.UTC)
+    assert [f"{t:%Y-%m-%d %H:%M:%S}" for t in cron.parse(text).next(after, 2)] == expected
+
+
+@given(st.text(alphabet="0123456789*/-,? LMON#@", max_size=20))
+def test_any_text_is_read_or_explained(text: str) -> None:
+    try:
+        parsed = cron.parse(text)
+    except ConfigError as err:
+        assert "CRON=" in str(err)  # noqa: PT017
+    else:
+        assert parsed.next(datetime.datetime.now(datetime.UTC))
