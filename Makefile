@@ -11,9 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test e2e demo lint typecheck lock image install uninstall clean
+.PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
@@ -74,6 +75,45 @@ install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local (docs/clu
 
 uninstall: ## Remove that again, except data
 	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $(if $(FORCE),--force) $(if $(DELETE_PVC),--delete-pvc "$(DELETE_PVC)")
+
+# --- The user's side: docs/cluster-client.md. Connection and images come from the environment or from
+# cluster.toml. `.venv/bin/python -m pipelines COMMAND --help` explains all flags; FLAGS passes them. ---
+PIPELINES = @$(BIN)/python -m pipelines
+JOB_FLAGS = $(if $(DATASET),--dataset "$(DATASET)") $(if $(CONFIG),--config "$(CONFIG)") \
+  $(if $(ROOT),--root "$(ROOT)") $(if $(NAME),--name "$(NAME)") $(if $(PARAMS),--param $(PARAMS)) $(FLAGS)
+
+doctor: setup ## Check that a cluster is ready, one line per check
+	$(PIPELINES) doctor $(if $(DATASET),--dataset "$(DATASET)") $(if $(ROOT),--root "$(ROOT)") $(FLAGS)
+
+submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=16" WAIT=1]
+	$(PIPELINES) submit $(JOB_FLAGS) $(if $(filter-out 0,$(WAIT)),--wait)
+
+schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
+	$(PIPELINES) schedule $(JOB_FLAGS) $(if $(MARKER),--marker "$(MARKER)") --cron "$(CRON)"
+
+schedules: setup ## List the schedules
+	$(PIPELINES) schedules $(FLAGS)
+
+unschedule: setup ## Delete a schedule: NAME=…
+	$(PIPELINES) unschedule "$(NAME)" $(FLAGS)
+
+list: setup ## List the newest runs
+	$(PIPELINES) list $(FLAGS)
+
+status: setup ## Show a run's steps: [RUN=…], the newest by default
+	$(PIPELINES) status $(if $(RUN),"$(RUN)") $(FLAGS)
+
+watch: setup ## The same until it is over: [RUN=…]
+	$(PIPELINES) watch $(if $(RUN),"$(RUN)") $(FLAGS)
+
+logs: setup ## Print the logs of a run's pods: [RUN=… STEP=extract]
+	$(PIPELINES) logs $(if $(RUN),"$(RUN)") $(if $(STEP),--step "$(STEP)") $(FLAGS)
+
+cancel: setup ## Stop a run: RUN=…
+	$(PIPELINES) cancel "$(RUN)" $(FLAGS)
+
+compile: setup ## Write pipeline.yaml
+	$(PIPELINES) compile $(FLAGS)
 
 clean: ## Remove what make made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
