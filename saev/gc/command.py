@@ -150,8 +150,9 @@ def _table(
     table = rich.table.Table(
         title=title, title_justify="left", title_style="", box=rich.box.SIMPLE_HEAD
     )
-    for name in ("what", "where", "tag"):
-        table.add_column(name, overflow="fold")
+    table.add_column("what", overflow="fold")
+    table.add_column("where", no_wrap=True, overflow="fold")
+    table.add_column("tag", overflow="fold")
     for name in ("age", "files", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(why, overflow="fold")

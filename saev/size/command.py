@@ -53,10 +53,10 @@ def _list_models() -> str:
 def render(sections: list[Section]) -> str:
     """One table."""
     out = io.StringIO()
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("")
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("how", overflow="fold")
+    table = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
     for section in sections:
         table.add_section()
         table.add_row(f"[bold]{section.name}[/bold]", "", "")

@@ -285,9 +285,8 @@ class Estimate:
 
     def checkpoint_bytes(self, i: int) -> int:
         """sae.safetensors of one SAE."""
-        sae = self.inputs.saes[i].sae
-        tensors = formats.checkpoint(self.meta.d_model, self.widths[i], sae.activation.kind)
-        return formats.safetensors(tensors)
+        kind = self.inputs.saes[i].sae.activation.kind
+        return formats.safetensors(formats.checkpoint(self.meta.d_model, self.widths[i], kind))
 
     # --- Measuring -------------------------------------------------------------------------
 
