@@ -1,15 +1,17 @@
-"""Reading an inference folder. Needs numpy, scipy and safetensors, no torch."""
+"""Reading an inference folder. Needs numpy and safetensors, scipy for sparse codes, no torch."""
 
 import typing as tp
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import scipy.sparse
 
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.inference import files
+
+if tp.TYPE_CHECKING:
+    import scipy.sparse  # at run time where it is used: steps that read figures do without it
 
 
 class TopExamples(tp.NamedTuple):
@@ -28,7 +30,7 @@ class Distribution(tp.NamedTuple):
 
     latents: np.ndarray
     """Which latents, int64 [n]."""
-    values: scipy.sparse.csr_matrix
+    values: "scipy.sparse.csr_matrix"
     """Values, [tokens, n]; column i is `latents[i]`."""
 
 
@@ -146,7 +148,7 @@ class Results:
         place = storage.join(self.url, files.CONCEPTS)
         return storage.read_json(place) if storage.exists(place) else []
 
-    def codes(self) -> scipy.sparse.csr_matrix:
+    def codes(self) -> "scipy.sparse.csr_matrix":
         """All sparse codes, [tokens, d_sae], rows in dataset order.
 
         Raises:
@@ -165,6 +167,8 @@ class Results:
 
     def distributions(self) -> Distribution:
         """All values of `n_dists` latents; none if there are no distributions."""
+        import scipy.sparse
+
         place = storage.join(self.url, files.DISTRIBUTIONS)
         if not storage.exists(place):
             shape = (int(self.metrics["n_tokens"]), 0)
@@ -183,6 +187,8 @@ class Results:
         return self._loaded[name]
 
     @staticmethod
-    def _load_npz(place: str) -> scipy.sparse.csr_matrix:
+    def _load_npz(place: str) -> "scipy.sparse.csr_matrix":
+        import scipy.sparse
+
         with storage.open_read(place) as handle:
             return scipy.sparse.load_npz(handle)
