@@ -146,6 +146,16 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
         _fail("Interrupted. The same command continues from here.", 130)
     except BrokenPipeError:
         _fail("The reader of standard output went away.", 141)
+    except ModuleNotFoundError as err:
+        package = (err.name or "saev").partition(".")[0]
+        if package == "saev":
+            raise
+        _fail(
+            f"`saev {argv[0]}` needs {package}, which is not installed. In a container: take the "
+            "image saev, as saev-cpu only has what discovering and reporting need. "
+            "Elsewhere: install saev with its dependencies.",
+            1,
+        )
     for url in urls:
         print(url)  # noqa: T201 - the one thing on standard output
 
