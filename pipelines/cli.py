@@ -16,7 +16,7 @@ from pipelines import arguments as a
 from pipelines import settings
 from pipelines.errors import ClusterError
 from saev.config.base import Config
-from saev.errors import SaevError
+from saev.errors import ConfigError, SaevError
 
 DESCRIPTION = """\
 saev on Kubeflow Pipelines.
@@ -89,7 +89,7 @@ def _compile(command: a.Compile) -> int:
     try:
         Path(command.out).write_text(pipeline.text, encoding="utf-8")
     except OSError as err:
-        raise settings.ConfigError(f"Cannot write {command.out}: {err.strerror}.") from err
+        raise ConfigError(f"Cannot write {command.out}: {err.strerror}.") from err
     print(command.out)  # noqa: T201 - the result
     return 0
 
@@ -170,6 +170,12 @@ def _runs(command: Config) -> int:
     from pipelines import logs, runs, schedule
     from pipelines.connect import connect
 
+    if isinstance(command, a.Cancel) and not command.run:
+        raise ConfigError("No run is named. `make list` shows them; `make cancel RUN=…`.")
+    if isinstance(command, a.Unschedule) and not command.name:
+        raise ConfigError(
+            "No schedule is named. `make schedules` shows them; `make unschedule NAME=…`."
+        )
     with connect(_settings(command)) as kfp:
         if isinstance(command, a.Schedules):
             schedule.show(schedule.existing(kfp), _out())

@@ -37,7 +37,7 @@ def gpus(kube: Kube) -> collections.abc.Iterator[Finding]:
         why = "; ".join(sorted({_refuses(node, selector, tolerations) for node in having}))
         yield fail(
             _WHAT,
-            f"{len(having)} nodes have {kind}, and none takes the pods of a run: {why}",
+            f"{kind} is on {_nodes(len(having))}, of which none takes the pods of a run: {why}",
             "Set tolerations or node_selector in cluster.toml [parameters].",
         )
         return
@@ -48,7 +48,7 @@ def _free(kube: Kube, nodes: list[tp.Any], kind: str, count: int) -> Finding:
     total = {node.metadata.name: _number(node.status.allocatable, kind) for node in nodes}
     shared = any("time-slicing" in _sharing(node) for node in nodes)
     note = ", each shared by time-slicing" if shared else ""
-    found = f"{sum(total.values())} {kind} on {len(nodes)} nodes{note}"
+    found = f"{sum(total.values())} {kind} on {_nodes(len(nodes))}{note}"
     try:
         with kube.explained("list the pods of all namespaces"):
             pods = kube.core.list_pod_for_all_namespaces(
@@ -92,7 +92,7 @@ def _none(nodes: list[tp.Any], kind: str) -> Finding:
             "Install the NVIDIA GPU operator or device plugin (docs/cluster.md), or set gpu_count "
             "to 0 in cluster.toml [parameters] to run on the CPU."
         )
-    return fail(_WHAT, f"none of {len(nodes)} nodes has {kind}", remedy)
+    return fail(_WHAT, f"none of {_nodes(len(nodes))} has {kind}", remedy)
 
 
 def requested(pod: tp.Any, kind: str) -> int:
@@ -105,6 +105,10 @@ def requested(pod: tp.Any, kind: str) -> int:
         return [_number(limit, kind) for limit in limits]
 
     return max(sum(of(pod.spec.containers)), max(of(pod.spec.init_containers), default=0))
+
+
+def _nodes(n: int) -> str:
+    return f"{n} node{'s' * (n != 1)}"
 
 
 def _number(quantities: dict[str, str] | None, kind: str) -> int:

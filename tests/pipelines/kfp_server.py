@@ -142,6 +142,7 @@ class KfpServer:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes
     state: KfpServer
 
     def log_message(self, *args: tp.Any) -> None: ...

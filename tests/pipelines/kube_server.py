@@ -110,6 +110,7 @@ class KubeServer:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes
     state: KubeServer
 
     def log_message(self, *args: tp.Any) -> None: ...

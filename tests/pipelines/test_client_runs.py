@@ -119,6 +119,9 @@ def test_cancel_needs_a_run(client: Client, kfp: KfpServer) -> None:
     """The newest is no default for something that destroys."""
     kfp.add_run("pets", "RUNNING")
     assert client("cancel").status == 2
+    assert "No run is named" in client.fails("cancel", "")
+    assert "No schedule is named" in client.fails("unschedule", "")
+    assert kfp.requests == []
 
 
 def test_watch_joins_a_run(client: Client, kfp: KfpServer) -> None:
