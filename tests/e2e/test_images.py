@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from containers import ROOT, Container, Docker, Images
+from PIL import Image
 
 # Steps, batches and arithmetic that two busy cores finish in some seconds.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -153,12 +154,41 @@ def test_the_small_image_has_no_torch(docker: Docker, saev_images: Images) -> No
     assert "NVIDIA_VISIBLE_DEVICES" not in variables, "it would be given every GPU of a node"
 
 
-def test_the_small_image_has_what_its_steps_import(docker: Docker, saev_images: Images) -> None:
-    modules = (
-        "saev.cli, saev.storage, saev.config, saev.config.run, saev.inference.results, "
-        "saev.visuals.overview, s3fs, gcsfs"
+def test_the_small_image_does_its_steps(docker: Docker, saev_images: Images, data: Path) -> None:
+    """What `components/` gives to it, and the commands of an operator."""
+    writable(data / "photos")
+    Image.new("RGB", (32, 32)).save(data / "photos/black.png")
+    config = {
+        "data": {"kind": "img-folder", "root": "/data/photos"},
+        "shards": {"family": "timm", "ckpt": "test_vit/random", "layers": [-1]},
+        "train": {"n_train": 100},
+    }
+
+    def run(*args: object) -> str:
+        done = docker.run(saev_images.cpu, *args, mounts={data: "/data"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("step", "check", "--root", "/data/out")
+    run(
+        *("step", "discover", "--root", "/data/out", "--dataset", "/data/photos"),
+        *("--config", json.dumps(config), "--owner", "me", "--to-datasets", "/data/found.json"),
     )
+    (found,) = json.loads((data / "found.json").read_text())
+    assert "/data/photos" in str(found)
+    run("step", "outcome", "--root", "/data/out", "--owner", "me")
+    assert "Nothing to delete" in run("gc", "--root", "/data/out")
+    assert "memory of the GPU" in run("size", "--model", "clip-vitb16", "--n-images", 10)
+    # The page that `step report` writes; a whole run of it is in the tests of the pipeline.
+    modules = "saev.inference.results, saev.visuals.overview, s3fs, gcsfs"
     assert python(docker, saev_images.cpu, f"import {modules}") == ""
+
+
+def test_the_small_image_says_what_it_cannot_do(docker: Docker, saev_images: Images) -> None:
+    done = docker.run(saev_images.cpu, *SHARDS)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.match("saev: error: `saev shards` needs .*take the image saev", done.stderr)
 
 
 # --- Stages, signals and kills -------------------------------------------------------------
