@@ -197,7 +197,7 @@ class RunLocal(Config):
 
     runner: tp.Literal["docker", "process"] = "docker"
     """docker: as on a cluster. process: the same steps as processes, where there is no Docker."""
-    dataset: str = ""
+    dataset: Text = ""
     """Folder or URL of the images; empty takes the config's [data] as it is."""
     config: str = "configs/dinov2-small.toml"
     """The file that `saev run --config` takes."""
@@ -217,7 +217,7 @@ class RunLocal(Config):
     """Give every container all GPUs."""
     network: str = "bridge"
     """Docker network; `host` reaches servers on this machine."""
-    user: str = ""
+    user: Text = ""
     """UID:GID of the containers; by default yours, with group 0."""
     param: tp.Annotated[
         list[str], tyro.conf.arg(help_behavior_hint="", metavar="KEY=VALUE ...")

@@ -1,11 +1,15 @@
 """`list`, `status`, `watch`, `logs`, `cancel` and the finding of runs."""
 
+import io
+import re
+
 import pytest
+import rich.console
 from conftest import Client
 from kfp_server import KfpServer, look, step, task
 from kube_server import KubeServer
 
-from pipelines import watch
+from pipelines import connect, settings, watch
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +228,19 @@ def test_logs_without_permission(client: Client, kfp: KfpServer, kube: KubeServe
 def test_logs_without_kubernetes(client: Client, kfp: KfpServer) -> None:
     kfp.add_run("pets")
     assert "logs and the doctor need Kubernetes" in client.fails("logs")
+
+
+def test_a_terminal_shows_a_table(kfp: KfpServer) -> None:
+    run = kfp.add_run("pets", "RUNNING")
+    kfp.scripts[run["run_id"]] = [
+        look("RUNNING", step("discover", "SUCCEEDED"), step("extract", "SUCCEEDED", "RUNNING")),
+        look("SUCCEEDED", step("discover", "SUCCEEDED"), step("extract", "SUCCEEDED", "SUCCEEDED")),
+    ]
+    screen = io.StringIO()
+    console = rich.console.Console(file=screen, force_terminal=True, width=80)
+    with connect.connect(settings.load({})) as connection:
+        watch.wait(connection, run["run_id"], console)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"▶ +extract +1/2 ", shown)
+    assert re.search(r"✓ +extract +2/2 ", shown)
+    assert "pets succeeded after" in shown
