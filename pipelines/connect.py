@@ -9,13 +9,15 @@ import collections.abc
 import contextlib
 import os
 import typing as tp
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import kfp_server_api
 import urllib3
 
 from pipelines import forward
-from pipelines.explain import LoginPageError, Server, explained
+from pipelines.explain import LoginPageError, Server, explained, understood
 from pipelines.kube import Kube
 from pipelines.settings import Settings
 from saev.errors import ConfigError
@@ -40,6 +42,10 @@ class _Client(kfp_server_api.ApiClient):
             raise LoginPageError(url)
         return response
 
+    def deserialize(self, response: tp.Any, response_type: tp.Any) -> tp.Any:
+        with understood(self.configuration.host):
+            return super().deserialize(response, response_type)
+
 
 class Kfp:
     """The API's services, and what is known of the installation behind them."""
@@ -49,6 +55,7 @@ class Kfp:
         # The redirect to a login page is followed; what fails is told at once.
         configuration.retries = urllib3.Retry(total=5, connect=0, read=0, status=0, other=0)
         configuration.ssl_ca_cert = _ca_file(settings)
+        configuration.proxy = _proxy(address)
         if bearer:
             configuration.api_key["authorization"] = bearer
             configuration.api_key_prefix["authorization"] = "Bearer"
@@ -87,8 +94,8 @@ class Kfp:
 
     @property
     def pods(self) -> str:
-        """Namespace of the runs' pods."""
-        return self.settings.namespace or self.settings.kfp_namespace
+        """Namespace of the runs' pods; a single-user KFP runs them in its own."""
+        return self.settings.namespace if self.multi_user else self.settings.kfp_namespace
 
     def run_url(self, run_id: str) -> str:
         """Where a browser shows a run."""
@@ -150,6 +157,17 @@ def _refresh(settings: Settings) -> tp.Callable[[tp.Any], None]:
         configuration.api_key["authorization"] = settings.bearer_token()
 
     return hook
+
+
+def _proxy(address: str) -> str | None:
+    """The environment's proxy for an address; the generated client knows of none."""
+    parts = urllib.parse.urlsplit(address)
+    if urllib.request.proxy_bypass(parts.hostname or "") or parts.hostname in (
+        "127.0.0.1",
+        "localhost",
+    ):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _ca_file(settings: Settings) -> str | None:

@@ -54,7 +54,13 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         if kube is None:
             yield skipped("cluster", "the checks that need the Kubernetes API")
             return
-        namespace = settings.namespace or settings.kfp_namespace
+        namespace = kfp.pods if kfp else settings.namespace or settings.kfp_namespace
+        if settings.namespace not in ("", namespace):
+            yield warn(
+                f"namespace {settings.namespace}",
+                f"no runs are there: this KFP is single-user and runs them in {namespace}",
+                f"Remove KFP_NAMESPACE, or set it to {namespace}.",
+            )
         yield doctor_objects.namespace(kube, namespace)
         yield from doctor_access.permissions(
             kube, namespace, is_multi_user=bool(kfp and kfp.multi_user), pod=pod

@@ -36,6 +36,19 @@ class LoginPageError(Exception):
     """The answer is a page for people where data was asked for."""
 
 
+class OtherServerError(Exception):
+    """The answer is not one of the API."""
+
+
+@contextlib.contextmanager
+def understood(url: str) -> collections.abc.Iterator[None]:
+    """Around the generated clients' reading of an answer, which fails in many ways on a wrong one."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, LookupError) as err:
+        raise OtherServerError(url) from err
+
+
 @contextlib.contextmanager
 def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
     """Turn every failure of a request into one sentence.
@@ -49,7 +62,7 @@ def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
     """
     try:
         yield
-    except (LoginPageError, http.HTTPError, OSError) as err:
+    except (LoginPageError, OtherServerError, http.HTTPError, OSError) as err:
         raise _no_answer(server, doing, err) from err
     except Exception as err:
         # Both libraries raise an ApiException of their own, generated from the same template.
@@ -68,6 +81,10 @@ def _no_answer(server: Server, doing: str, err: Exception) -> ClusterError:
         return ClusterError(
             f"Cannot {doing}: {place} answers with a web page, probably its login, and not with "
             f"data. {server.who}"
+        )
+    if isinstance(cause, OtherServerError):
+        return ClusterError(
+            f"Cannot {doing}: what answers at {server.address} is not {server.name}. {server.found}"
         )
     if isinstance(cause, http.SSLError):
         return _untrusted(server, doing, str(cause))

@@ -9,7 +9,7 @@ import urllib3
 import yaml
 from kubernetes import client, config
 
-from pipelines.explain import Server, explained
+from pipelines.explain import Server, explained, understood
 from pipelines.settings import Settings
 from saev.errors import ConfigError
 
@@ -25,6 +25,10 @@ class _Client(client.ApiClient):
             self.seconds,
         )
         return super().request(method, url, **kwargs)
+
+    def deserialize(self, response: tp.Any, response_type: tp.Any) -> tp.Any:
+        with understood(self.configuration.host):
+            return super().deserialize(response, response_type)
 
 
 class Kube:

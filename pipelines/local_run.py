@@ -6,8 +6,8 @@ what steps of the same graph wrote.
 """
 
 import contextlib
+import io
 import logging
-import sys
 import typing as tp
 import uuid
 import warnings
@@ -62,7 +62,8 @@ def run(cfg: RunLocal) -> str:
     outputs.mkdir(parents=True, exist_ok=True)
     runner = _runner(cfg, _mounts(file, dataset, root))
     runner.check()
-    with runner.stopped_by_signals(), contextlib.redirect_stdout(sys.stderr):
+    # Steps report on standard error; kfp prints its own account of them.
+    with runner.stopped_by_signals(), contextlib.redirect_stdout(io.StringIO()):
         _walk(cfg.pipeline, options, arguments, runner, outputs)
     return storage.join(root, "index.html")
 

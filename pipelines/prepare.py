@@ -65,7 +65,14 @@ def job(
     file = RunFile.portable(config)
     source = storage.normalize(config)
     # A prefix is no dataset, but every dataset below it is read in the same way.
-    resolve(file, root, images_of(file, dataset), source)
+    images = images_of(file, dataset)
+    if images is None:
+        raise ConfigError(
+            f"No dataset: say DATASET=s3://… (--dataset), or add a [data] table to {source}."
+        )
+    if not dataset and hasattr(images, "root"):
+        place(str(images.root), f"data.root of {source}", settings)
+    resolve(file, root, images, source)
     pipeline = compiled(name, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
     values = {

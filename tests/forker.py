@@ -57,7 +57,9 @@ class Forker:
             die_at: the process kills itself (SIGKILL) just before its die_at-th deadly event,
                 counted from 0.
         """
-        return self._ask({"ask": "start", "argv": list(argv), "die_at": die_at})
+        # A server of a test may have started after the warm process.
+        env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return self._ask({"ask": "start", "argv": list(argv), "die_at": die_at, "env": env})
 
     def wait(self, pid: int) -> Ended:
         """Wait for the end of a process."""
@@ -84,6 +86,7 @@ def _answer() -> None:
     """The warm process: one JSON question a line on stdin, one JSON answer a line on stdout."""
     import open_clip  # noqa: F401
     import pyarrow
+    import s3fs  # noqa: F401
     import timm  # noqa: F401
 
     from saev import cli, inference, train, visuals  # noqa: F401
@@ -109,6 +112,7 @@ def _child(question: dict[str, tp.Any]) -> tp.NoReturn:
 
     from saev import cli
 
+    os.environ.update(question["env"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     for descriptor, end in ((1, "out"), (2, "err")):
