@@ -71,11 +71,16 @@ def test_explicit_keys_name_what_the_command_line_set() -> None:
     assert "sae.d_model" not in keys
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+STEPS = {f"step {name}": model for name, model in cli.STEPS.items()}
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, *STEPS])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -> None:
     status, out, _ = saev(*command.split(), "--help", capsys=capsys)
     assert status == 0
-    for model in [cli.COMMANDS[command]] if command else []:
+    out = " ".join(out.replace("│", " ").split())
+    model = {**cli.COMMANDS, **STEPS, "": None, "step": None}[command]
+    if model is not None:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
             text = field.description.split()[0].strip(".,`")

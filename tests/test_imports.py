@@ -66,13 +66,44 @@ def test_every_room_has_a_level() -> None:
     assert rooms - {"__init__"} <= set(LEVELS)
 
 
+@pytest.mark.parametrize("folder", ["components", "pipelines"])
+def test_the_cluster_side_knows_little_of_saev(folder: str) -> None:
+    """It runs where no torch is: on a laptop that submits, in a pod that compiles."""
+    for path in sorted((ROOT.parent / folder).rglob("*.py")):
+        for name in imports(path):
+            allowed = {"components": (), "pipelines": ("config", "storage", "errors")}[folder]
+            assert room(name) in allowed, f"{path} imports {name}"
+
+
+def test_saev_knows_nothing_of_kubernetes() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            for name in names:
+                top = name.split(".")[0]
+                assert top not in ("kfp", "kubernetes", "components", "pipelines"), path
+
+
+@pytest.mark.parametrize("module", ["pipelines.cli", "pipelines.arguments", "pipelines.settings"])
+def test_the_client_starts_without_torch_or_kfp(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'kfp', 'docker') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_no_relative_imports() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), path
 
 
-@pytest.mark.parametrize("module", ["saev", "saev.config", "saev.storage", "saev.cli"])
+@pytest.mark.parametrize(
+    "module", ["saev", "saev.config", "saev.storage", "saev.cli", "saev.steps.run"]
+)
 def test_importing_is_cheap(module: str) -> None:
     heavy = ["torch", "open_clip", "timm", "wandb", "kfp", "datasets", "matplotlib"]
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
