@@ -72,7 +72,8 @@ def test_the_cluster_side_knows_little_of_saev(folder: str) -> None:
     for path in sorted((ROOT.parent / folder).rglob("*.py")):
         for name in imports(path):
             allowed = {"components": (), "pipelines": ("config", "storage", "errors")}[folder]
-            assert room(name) in allowed, f"{path} imports {name}"
+            is_version = name == "saev"  # the package itself, for its version
+            assert is_version or room(name) in allowed, f"{path} imports {name}"
 
 
 def test_saev_knows_nothing_of_kubernetes() -> None:
