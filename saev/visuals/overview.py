@@ -116,7 +116,7 @@ def render(sections: tp.Sequence[Section], base: str = "") -> str:
     Args:
         sections: from :func:`collect`.
         base: URL of the folder that the page will be in, for links to the picture books; without
-            it, their URLs are shown instead.
+            it there are none.
     """
     prefix = storage.normalize(base).rstrip("/") + "/" if base else ""
     return (
