@@ -10,11 +10,11 @@ DEMO   ?= demo-out
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test e2e demo lint typecheck lock image install uninstall clean
+.PHONY: help setup test e2e e2e-servers demo lint typecheck lock image install uninstall run-local clean
 .PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
@@ -114,6 +114,14 @@ cancel: setup ## Stop a run: RUN=…
 
 compile: setup ## Write pipeline.yaml
 	$(PIPELINES) compile $(FLAGS)
+
+run-local: setup ## The same pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
+	$(PIPELINES) run-local $(if $(DATASET),--dataset "$(DATASET)") $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(ROOT),--root "$(ROOT)") $(if $(IMAGE),--image "$(IMAGE)") \
+	  $(if $(CPU_IMAGE),--cpu-image "$(CPU_IMAGE)") $(if $(PARAMS),--param $(PARAMS)) $(FLAGS)
+
+e2e-servers: setup ## Build the servers that end-to-end tests start (needs go)
+	$(BIN)/python tests/e2e/compiled.py
 
 clean: ## Remove what make made
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
