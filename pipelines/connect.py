@@ -43,7 +43,7 @@ class _Client(kfp_server_api.ApiClient):
         return response
 
     def deserialize(self, response: tp.Any, response_type: tp.Any) -> tp.Any:
-        with understood(self.configuration.host):
+        with understood(response, self.configuration.host):
             return super().deserialize(response, response_type)
 
 

@@ -41,9 +41,17 @@ class OtherServerError(Exception):
 
 
 @contextlib.contextmanager
-def understood(url: str) -> collections.abc.Iterator[None]:
-    """Around the generated clients' reading of an answer, which fails in many ways on a wrong one."""
+def understood(response: tp.Any, url: str) -> collections.abc.Iterator[None]:
+    """Around the generated clients' reading of an answer.
+
+    They fail in many ways on one of another server, or take it for an empty one.
+
+    Raises:
+        OtherServerError: instead of that.
+    """
     try:
+        if not isinstance(json.loads(response.data), dict):
+            raise OtherServerError(url)
         yield
     except (ValueError, TypeError, AttributeError, KeyError, LookupError) as err:
         raise OtherServerError(url) from err

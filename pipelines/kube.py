@@ -27,7 +27,7 @@ class _Client(client.ApiClient):
         return super().request(method, url, **kwargs)
 
     def deserialize(self, response: tp.Any, response_type: tp.Any) -> tp.Any:
-        with understood(self.configuration.host):
+        with understood(response, self.configuration.host):
             return super().deserialize(response, response_type)
 
 

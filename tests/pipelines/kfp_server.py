@@ -83,6 +83,10 @@ class KfpServer:
         """Answer with a login page."""
         self._fault(".*", path, lambda h: h.answer_text(status, "<html>Log in</html>"), times)
 
+    def answer_other(self, path: str, kind: str, text: str) -> None:
+        """Answer as some other server does."""
+        self._fault(".*", path, lambda h: h.send(200, kind, text.encode()), -1)
+
     def redirect(self, path: str) -> None:
         """Send requests to a login page, as dex and IAP do."""
 
@@ -204,12 +208,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def answer(self, status: int, body: tp.Any) -> None:
-        self._send(status, "application/json", json.dumps(body).encode())
+        self.send(status, "application/json", json.dumps(body).encode())
 
     def answer_text(self, status: int, text: str) -> None:
-        self._send(status, "text/html; charset=utf-8", text.encode())
+        self.send(status, "text/html; charset=utf-8", text.encode())
 
-    def _send(self, status: int, kind: str, data: bytes) -> None:
+    def send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import kfp_server
 import pytest
-from conftest import Client
+from client import Client
 from kfp_server import KfpServer
 from kube_server import KubeServer
 
@@ -155,6 +155,15 @@ def test_kubernetes_cannot_be_reached(client: Client, kube: KubeServer, home: Pa
     said = client.fails("list")
     assert "the Kubernetes API at http://127.0.0.1:9 cannot be reached (connection refused)" in said
     assert "Check KUBECONFIG" in said
+
+
+def test_something_else_is_no_kubernetes(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    path = Path("kubeconfig")
+    path.write_text(path.read_text().replace(kube.url, kfp.url))
+    kfp.answer_other("/version", "text/plain", "hello")
+    result = client("doctor", "--no-pod")
+    assert result.status == 0
+    assert f"what answers at {kfp.url} is not the Kubernetes API. Check KUBECONFIG" in result.out
 
 
 # --- Settings ----------------------------------------------------------------------------------

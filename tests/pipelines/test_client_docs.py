@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Client
+from client import Client
 
 from pipelines import arguments, cli
 

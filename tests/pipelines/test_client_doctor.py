@@ -5,7 +5,7 @@ from pathlib import Path
 
 import kube_server
 import pytest
-from conftest import Client
+from client import Client
 from kfp_server import KfpServer
 from kube_server import KubeServer
 
@@ -207,6 +207,14 @@ def test_a_shared_kfp_asks_kubernetes_about_its_users(
     kube.denied = {"create runs"}
     found = _lines(client, "--no-pod", "--namespace", "team-a", status=1)
     assert "create runs.pipelines.kubeflow.org" in found["your permissions for submitting"]
+
+
+def test_a_namespace_that_a_single_user_kfp_does_not_use(
+    client: Client, cluster: KubeServer
+) -> None:
+    found = _lines(client, "--no-pod", "--namespace", "team-a", status=0)
+    assert "this KFP is single-user and runs them in kubeflow" in found["namespace team-a"]
+    assert found["namespace kubeflow"].startswith("ok")
 
 
 # --- GPUs --------------------------------------------------------------------------------------

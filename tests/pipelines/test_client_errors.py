@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kfp_server
 import pytest
-from conftest import Client
+from client import Client
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -164,6 +164,28 @@ def test_a_host_that_does_not_exist(
 def test_the_address_of_something_else(client: Client, kfp: KfpServer) -> None:
     kfp.fail("/healthz", 404, "404 page not found")
     assert "it is the address before /apis" in client.fails("list")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("text/plain", "hello"), ("application/json", "[]"), ("application/json", '"x"'),
+     ("application/json", "{"), ("application/octet-stream", "\x00")],
+)  # fmt: skip
+def test_something_else_answers(client: Client, kfp: KfpServer, kind: str, text: str) -> None:
+    kfp.answer_other("/runs$", kind, text)
+    said = client.fails("list")
+    assert f"what answers at {kfp.url} is not Kubeflow Pipelines. Check KFP_ENDPOINT" in said
+
+
+def test_a_proxy_of_the_environment_is_used(
+    client: Client, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy gets whole URLs; the server refuses those, which shows that it was asked as one."""
+    monkeypatch.setenv("http_proxy", kfp.url)
+    monkeypatch.setenv("KFP_ENDPOINT", "http://kubeflow.test/pipeline")
+    client.fails("list")
+    assert kfp.requests[-1][1] == "http://kubeflow.test/pipeline/apis/v2beta1/healthz"
+    assert kfp.violations.pop().startswith("GET http://kubeflow.test/")
 
 
 # --- TLS ---------------------------------------------------------------------------------------

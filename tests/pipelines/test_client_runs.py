@@ -5,7 +5,7 @@ import re
 
 import pytest
 import rich.console
-from conftest import Client
+from client import Client
 from kfp_server import KfpServer, look, step, task
 from kube_server import KubeServer
 

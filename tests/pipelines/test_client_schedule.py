@@ -4,7 +4,7 @@ import datetime
 import re
 
 import pytest
-from conftest import Client
+from client import Client
 from hypothesis import given
 from hypothesis import strategies as st
 from kfp_server import KfpServer

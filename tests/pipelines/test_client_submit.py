@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Client
+from client import Client
 from kfp_server import KfpServer, look, step, task
 from kube_server import KubeServer
 
@@ -169,6 +169,25 @@ def test_what_every_cluster_needs_is_asked_for(
     assert "make image" in client.fails(*SUBMIT)
     monkeypatch.delenv("SAEV_ROOT")
     assert "Set SAEV_ROOT" in client.fails(*SUBMIT)
+    assert kfp.requests == []
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [
+        (None, "No dataset: say DATASET=s3://… (--dataset), or add a [data] table to"),
+        ("~/pictures", "config.toml is '~/pictures', which pods cannot find"),
+    ],
+)
+def test_a_dataset_is_needed(
+    client: Client, kfp: KfpServer, home: Path, root: str | None, said: str
+) -> None:
+    path = home / "config.toml"
+    text = path.read_text()
+    data = text[: text.index("[shards]")]
+    new = data.replace("s3://bucket/default", root) if root else ""
+    path.write_text(text.replace(data, new))
+    assert said in client.fails("submit", "--config", "config.toml")
     assert kfp.requests == []
 
 
