@@ -80,7 +80,8 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
 
 def renew(claim: Claim) -> Claim:
     """The same claim, from now on."""
-    renewed = claim._replace(expires=_now() + datetime.timedelta(hours=claim.hours))
+    expires = _now() + datetime.timedelta(hours=claim.hours)
+    renewed = claim._replace(expires=expires, released=False)
     storage.write_bytes(claim.url, _encode(renewed))
     return renewed
 
@@ -97,6 +98,9 @@ def release(folder: str, owner: str) -> bool:
 @contextlib.contextmanager
 def held(folder: str, owner: str) -> Iterator[None]:
     """Renew a claim now and then while the block runs.
+
+    One that was released is taken back, as long as nobody else took it: a run that ended may be
+    retried.
 
     Raises:
         ConfigError: another owner has it by now, because this one was not heard of for too long.
@@ -122,8 +126,8 @@ def held(folder: str, owner: str) -> Iterator[None]:
 
 def _own(folder: str, owner: str) -> Claim:
     found = current(folder)
-    if found is None or found.owner != owner or found.released:
-        holder = "nobody" if found is None or found.released else found.describe()
+    if found is None or found.owner != owner:
+        holder = "nobody" if found is None else found.describe()
         raise ConfigError(
             f"Run {owner} no longer has the claim in {folder}; {holder} has it. Its work is on "
             "storage: submit the dataset again to go on from there."

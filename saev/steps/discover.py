@@ -113,28 +113,43 @@ def incoming(
     """
     images_of(file, storage.normalize(prefix))
     taken: list[Dataset] = []
-    for found in _folders(root, prefix):
-        reason = _incomplete(found, marker, settle_minutes)
-        if reason:
-            logger.info("%s is not complete: %s.", found.name, reason)
-            continue
-        dataset = _identify(root, found, file, marker)
-        if storage.exists(_processed(root, dataset)):
-            logger.info("%s is processed already.", found.name)
-        elif len(taken) == limit:
-            logger.info("%s waits: %d datasets are enough for one firing.", found.name, limit)
+    for dataset in _candidates(root, prefix, file, marker, settle_minutes):
+        if len(taken) == limit:
+            logger.info("%s waits: %d datasets are enough for one firing.", dataset.name, limit)
         elif _claim(root, dataset, owner, hours):
             # Between the look and the claim, another firing may have finished it.
             if storage.exists(_processed(root, dataset)):
                 claims.release(claims_of(root, dataset), owner)
-                continue
-            n_bytes = sum(o.size for o in found.objects)
-            logger.info(
-                "%s is new: %d files, %.1f MB.", found.name, len(found.objects), n_bytes / 1e6
-            )
-            taken.append(dataset)
+            else:
+                taken.append(dataset)
     _remember(root, owner, taken)
     return taken
+
+
+def _candidates(
+    root: str, prefix: str, file: RunFile, marker: str, settle_minutes: float
+) -> list[Dataset]:
+    """What is complete and not processed; what was tried less often comes first.
+
+    So datasets that always fail do not keep the others from their turn.
+    """
+    found = []
+    for folder in _folders(root, prefix):
+        reason = _incomplete(folder, marker, settle_minutes)
+        if reason:
+            logger.info("%s is not complete: %s.", folder.name, reason)
+            continue
+        dataset = _identify(root, folder, file, marker)
+        if storage.exists(_processed(root, dataset)):
+            logger.info("%s is processed already.", folder.name)
+            continue
+        n_bytes = sum(o.size for o in folder.objects)
+        logger.info(
+            "%s is new: %d files, %.1f MB.", folder.name, len(folder.objects), n_bytes / 1e6
+        )
+        claim = claims.current(claims_of(root, dataset))
+        found.append((claim.number if claim else 0, dataset))
+    return [dataset for _, dataset in sorted(found)]
 
 
 def check_unchanged(dataset: Dataset) -> None:
@@ -150,10 +165,9 @@ def check_unchanged(dataset: Dataset) -> None:
 
 
 def mark_processed(root: str, dataset: Dataset, owner: str, details: dict[str, tp.Any]) -> None:
-    """Say that a dataset is done, and give back its claim."""
+    """Say that a dataset is done. Its claim is given back at the end of the run."""
     record = {**dataset._asdict(), "owner": owner, "finished": _timestamp(), **details}
     storage.write_json(_processed(root, dataset), record)
-    claims.release(claims_of(root, dataset), owner)
 
 
 def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:

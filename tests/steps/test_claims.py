@@ -52,6 +52,18 @@ def test_an_expired_claim_is_taken_over_and_its_owner_told(place: Place) -> None
         pass
 
 
+def test_a_run_that_ended_may_be_retried_unless_another_took_over(place: Place) -> None:
+    folder = storage.join(place.root, "claims")
+    claims.take(folder, "a", 1.0)
+    claims.release(folder, "a")
+    with claims.held(folder, "a"):
+        assert claims.take(folder, "b", 1.0) is None
+    claims.release(folder, "a")
+    claims.take(folder, "b", 1.0)
+    with pytest.raises(ConfigError, match="run b"), claims.held(folder, "a"):
+        pass
+
+
 def test_force_takes_from_a_holder(place: Place) -> None:
     folder = storage.join(place.root, "claims")
     claims.take(folder, "a", 1.0)

@@ -195,6 +195,16 @@ def test_a_limit_leaves_the_rest_to_the_next_firing(place: Place) -> None:
     assert names(fire(place, "two", limit=2)) == ["c"]
 
 
+def test_datasets_that_always_fail_do_not_starve_the_others(place: Place) -> None:
+    for name in "abc":
+        place.put(f"{name}/1.png")
+    turns = []
+    for i in range(3):
+        turns += names(fire(place, f"run-{i}", limit=1))
+        discover.end(place.root, f"run-{i}", {"state": "FAILED"})
+    assert sorted(turns) == ["a", "b", "c"]
+
+
 def test_a_root_below_the_prefix_is_no_dataset(place: Place) -> None:
     inside = place._replace(root=storage.join(place.incoming, "saev"))
     place.put("a/1.png")
