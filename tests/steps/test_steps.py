@@ -1,0 +1,116 @@
+"""What steps tell KFP, and what they say to a mistake."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from saev import cli, storage
+from saev.errors import ConfigError
+from saev.steps import check, outputs
+
+from .places import Place
+
+FAKE = json.dumps(
+    {
+        "data": {"kind": "fake-img", "n_examples": 4, "image_size": 64},
+        "shards": {"family": "timm", "ckpt": "test_vit/random", "image_size": 64, "layers": [-1]},
+    }
+)
+
+
+def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    """The one error of a step that exits with status 1."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["step", *argv])
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("saev: error: ") == 1
+    assert "Traceback" not in err
+    return err.partition("saev: error: ")[2]
+
+
+def test_check_uses_the_storage_and_leaves_nothing(place: Place) -> None:
+    place.put("a/1.png")
+    assert check.run(place.root, place.incoming) == [place.root, place.incoming]
+    assert storage.find(place.root) == []
+
+
+def test_metrics_are_metadata_of_an_artifact_beside_all_others(tmp_path: Path) -> None:
+    place = tmp_path / "executor_output.json"
+    artifacts = {
+        "page": {"artifacts": [{"name": "page", "uri": "s3://b/page", "metadata": {}}]},
+        "metrics": {"artifacts": [{"name": "metrics", "uri": "s3://b/metrics", "metadata": {}}]},
+    }
+    executor_input = json.dumps({"outputs": {"outputFile": str(place), "artifacts": artifacts}})
+    outputs.write_metrics(executor_input, {"l0": 2, "nmse": 0.5, "none": math.nan})
+    written = json.loads(place.read_text())["artifacts"]
+    assert written["metrics"]["artifacts"][0]["metadata"] == {"l0": 2.0, "nmse": 0.5}
+    assert written["page"] == artifacts["page"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"outputs": {}}', '{"outputs": {"outputFile": "x"}}'])
+def test_what_is_no_executor_input(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not what KFP gives"):
+        outputs.write_metrics(text, {"l0": 2.0})
+
+
+def test_items_are_texts(tmp_path: Path) -> None:
+    outputs.write_items(str(tmp_path / "items"), [{"name": "part 1 of 1"}])
+    assert json.loads((tmp_path / "items").read_text()) == ['{"name":"part 1 of 1"}']
+
+
+def test_no_path_no_output() -> None:
+    outputs.write_items("", [])
+    outputs.write_parameter("", "x")
+    outputs.write_page("", "x")
+    outputs.write_metrics("", {})
+
+
+DATASET = json.dumps(
+    {"name": "x", "url": "", "fingerprint": "f", "key": "k", "version": "", "marker": ""}
+)
+
+PART = '{"part": "1/1"}'
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["discover", "--config", "{"], "--config is '{', which is not JSON"),
+        (["discover", "--config", '{"shard": {}}'], "shard: unknown key"),
+        (["discover", "--config", "{}"], "No images"),
+        (["discover", "--config", "{}", "--mode", "incoming"], "needs --dataset"),
+        (["plan-shards", "--config", FAKE, "--dataset", "{}"], "--dataset is {}; expected"),
+        (
+            ["plan-shards", "--config", FAKE, "--dataset", DATASET, "--owner", "nobody"],
+            "Run nobody no longer has the claim",
+        ),
+        (
+            ["extract", "--config", FAKE, "--dataset", DATASET, "--shards", "s", "--item", "{}"],
+            "--item is {}; expected an object with part",
+        ),
+        (
+            ["extract", "--config", FAKE, "--dataset", DATASET, "--shards", "s", "--item", PART],
+            "was planned: the dataset, the weights or the version of saev changed",
+        ),
+    ],
+)
+def test_mistakes(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert message in fails(capsys, *argv, "--root", str(tmp_path / "out"))
+
+
+def test_discover_writes_for_kfp_and_prints_for_people(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    place.put("a/1.png")
+    to = tmp_path / "datasets"
+    command = f"step discover --mode incoming --owner run --settle-minutes 0 --to-datasets {to}"
+    words = [*command.split(), "--config", "{}"]
+    cli.main([*words, "--root", place.root, "--dataset", place.incoming])
+    assert capsys.readouterr().out.split() == [storage.join(place.incoming, "a")]
+    (dataset,) = json.loads(to.read_text())
+    assert json.loads(dataset)["name"] == "a"
