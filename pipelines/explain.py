@@ -129,6 +129,8 @@ def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
         text = f"Cannot {doing}: {place} does not know you (401). {server.who}"
     elif status == 403:
         text = f"Cannot {doing}: {place} does not allow it (403: {said}). {server.allowed}"
+    elif status == 404 and _is_api(err.body):
+        text = f"Cannot {doing}: it does not exist, says {place} (404: {said}). Check its name."
     elif status == 404:
         text = f"Cannot {doing}: {place} finds nothing there (404: {said}). {server.found}"
     elif status == 409:
@@ -144,6 +146,15 @@ def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
     else:
         text = f"Cannot {doing}: {place} answered {status} ({said}). {server.found}"
     return ClusterError(text, status=status)
+
+
+def _is_api(body: tp.Any) -> bool:
+    """Whether an error comes from KFP (a gRPC status) or Kubernetes, not from what is before it."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, TypeError):
+        return False
+    return isinstance(parsed, dict) and ("code" in parsed or parsed.get("kind") == "Status")
 
 
 def message_of(body: tp.Any) -> str:

@@ -42,9 +42,11 @@ def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=forwarder.serve, args=(listener,), daemon=True)
     thread.start()
+    hook, threading.excepthook = threading.excepthook, forwarder.thread_failed
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
+        threading.excepthook = hook
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         listener.close()
@@ -75,8 +77,19 @@ class _Forwarder:
 
     def _pod(self) -> str:
         core, where = self._kube.core, f"in namespace {self._namespace}"
-        with self._kube.explained(f"find service {self._service} {where}"):
-            selector = core.read_namespaced_service(self._service, self._namespace).spec.selector
+        try:
+            with self._kube.explained(f"find service {self._service} {where}"):
+                found = core.read_namespaced_service(self._service, self._namespace)
+        except ClusterError as err:
+            if err.status != 404:
+                raise
+            raise ClusterError(
+                f"There is no service {self._service} {where} of {self._kube.server.address}: set "
+                "KFP_SYSTEM_NAMESPACE to the namespace of Kubeflow Pipelines, or KFP_ENDPOINT.",
+                status=404,
+            ) from err
+        selector = found.spec.selector
+        with self._kube.explained(f"list the pods of service {self._service} {where}"):
             labels = ",".join(f"{key}={value}" for key, value in (selector or {}).items())
             pods = core.list_namespaced_pod(self._namespace, label_selector=labels).items
         ready = [pod.metadata.name for pod in pods if _is_ready(pod)]
@@ -95,6 +108,15 @@ class _Forwarder:
             except OSError:
                 return
             threading.Thread(target=self._relay, args=(local,), daemon=True).start()
+
+    def thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """End the connections, which the library leaves hanging when one of its threads fails."""
+        name = failed.thread.name if failed.thread else ""
+        if not name.startswith("Kubernetes port forward"):
+            threading.__excepthook__(failed)
+            return
+        logger.debug("forwarding: %s", failed.exc_value)
+        self.close()
 
     def close(self) -> None:
         """End all connections."""

@@ -83,9 +83,9 @@ class KfpServer:
         """Answer with a login page."""
         self._fault(".*", path, lambda h: h.answer_text(status, "<html>Log in</html>"), times)
 
-    def answer_other(self, path: str, kind: str, text: str) -> None:
+    def answer_other(self, path: str, kind: str, text: str, status: int = 200) -> None:
         """Answer as some other server does."""
-        self._fault(".*", path, lambda h: h.send(200, kind, text.encode()), -1)
+        self._fault(".*", path, lambda h: h.send(status, kind, text.encode()), -1)
 
     def redirect(self, path: str) -> None:
         """Send requests to a login page, as dex and IAP do."""

@@ -60,6 +60,8 @@ class KubeServer:
         self.deleted: list[str] = []
         self.reviews: list[dict[str, tp.Any]] = []
         self.violations: list[str] = []
+        self.forwarding: list[socket.socket] = []
+        """Connections over which ports are forwarded."""
         self.forwards: dict[str, int] = {}
         """Pod → local port behind its forwarded one."""
         self.url = ""
@@ -249,6 +251,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Sec-WebSocket-Protocol", "v4.channel.k8s.io")
         self.end_headers()
         self.close_connection = True
+        self.state.forwarding.append(self.connection)
         port = struct.pack("<H", int(query["ports"]))
         for channel in (0, 1):  # data and errors each begin with the port
             self._frame(bytes([channel]) + port)
@@ -260,8 +263,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with target:
             back = threading.Thread(target=self._backward, args=(target,), daemon=True)
             back.start()
-            while data := self._read_frame():
-                target.sendall(data[1:])
+            with contextlib.suppress(OSError):
+                while data := self._read_frame():
+                    target.sendall(data[1:])
             with contextlib.suppress(OSError):
                 target.shutdown(socket.SHUT_RDWR)
             back.join(timeout=5)

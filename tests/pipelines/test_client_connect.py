@@ -1,6 +1,8 @@
 """The ways to a cluster: endpoint with token or cookies, forwarded port, inside a pod."""
 
 import collections.abc
+import contextlib
+import socket
 from pathlib import Path
 
 import kfp_server
@@ -120,10 +122,27 @@ def test_the_forwarded_port_ends_with_the_connection(forwarded: KfpServer) -> No
         connection.runs.run_service_list_runs()
 
 
+def test_a_forwarding_that_breaks_is_made_anew(
+    forwarded: KfpServer, kube: KubeServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when a pod is replaced, or a load balancer ends what is idle: no traceback, no waiting."""
+    with connect.connect(settings.load({"timeout": 300.0})) as connection:
+        for broken in range(3):
+            for forwarding in kube.forwarding:
+                with contextlib.suppress(OSError):
+                    forwarding.shutdown(socket.SHUT_RDWR)
+            for _ in range(2):  # the first may find that its connection has ended
+                with contextlib.suppress(ClusterError), connection.explained("list runs"):
+                    connection.runs.run_service_list_runs()
+            assert len(kube.forwarding) > broken
+        assert connection.runs.run_service_list_runs().total_size == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_no_such_service(client: Client, kube: KubeServer) -> None:
     said = client.fails("list")
-    assert "Cannot find service ml-pipeline in namespace kubeflow" in said
-    assert "404" in said
+    assert f"There is no service ml-pipeline in namespace kubeflow of {kube.url}" in said
+    assert "set KFP_SYSTEM_NAMESPACE" in said
 
 
 def test_no_ready_pod(client: Client, forwarded: KfpServer, kube: KubeServer) -> None:

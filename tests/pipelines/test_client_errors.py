@@ -47,7 +47,7 @@ EVERY = [(command, path) for command, paths in REQUESTS.items() for path in ("/h
 SENTENCES = {
     401: "does not know you (401). Set KFP_COOKIES",
     403: "does not allow it (403: no). Set KFP_NAMESPACE",
-    404: "finds nothing there (404: no). Check KFP_ENDPOINT",
+    404: "(404: no). Check its name",
     409: "it exists already (409: no). Use another name",
     429: "is busy (429). Wait a minute",
     400: "refuses the request (400: no). Check its values",
@@ -162,7 +162,7 @@ def test_a_host_that_does_not_exist(
 
 
 def test_the_address_of_something_else(client: Client, kfp: KfpServer) -> None:
-    kfp.fail("/healthz", 404, "404 page not found")
+    kfp.answer_other("/healthz", "text/plain", "404 page not found", 404)
     assert "it is the address before /apis" in client.fails("list")
 
 
