@@ -15,6 +15,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 import rich.logging
 import tyro
 
+from saev import cores
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
@@ -137,6 +138,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     progress = Progress(quiet=isinstance(cfg, GcConfig))  # it asks a question
     _log_to(progress)
+    cores.limit_threads()
     try:
         with progress:
             urls = execute(cfg, argv, progress)

@@ -7,7 +7,6 @@ resize and normalise. The order and every value are the same for any number of t
 import collections
 import concurrent.futures
 import dataclasses
-import os
 import threading
 from collections.abc import Generator, Iterable
 
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from saev import cores
 from saev.errors import ConfigError, ImageError
 from saev.images.datasets import ImageDataset
 from saev.images.transforms import ImageSpec, token_labels
@@ -94,17 +94,10 @@ def iter_examples(
         indices,
         spec,
         grid if dataset.has_masks else None,
-        n_workers or available_cores(),
+        n_workers or cores.available(),
         look_ahead,
         skip_unreadable,
     )
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _iterate(

@@ -10,10 +10,9 @@ import typing as tp
 
 import numpy as np
 
-from saev import storage
+from saev import cores, storage
 from saev.config import VisualsConfig
 from saev.errors import ConfigError, IncompleteError
-from saev.images.stream import available_cores
 from saev.inference import files
 from saev.inference.results import Results, TopExamples
 from saev.progress import Progress, Task
@@ -116,7 +115,7 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
 
 def _in_threads(stage: "_Stage", latents: list[int], task: Task) -> None:
     stage.prepare(latents)
-    pool = concurrent.futures.ThreadPoolExecutor(available_cores(), thread_name_prefix="visuals")
+    pool = concurrent.futures.ThreadPoolExecutor(cores.available(), thread_name_prefix="visuals")
     with pool:
         futures = [pool.submit(stage.draw, latent) for latent in latents]
         try:

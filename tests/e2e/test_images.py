@@ -144,6 +144,15 @@ def test_byte_code_is_there_and_current(docker: Docker, image: str) -> None:
     assert python(docker, image, code) == ""
 
 
+def test_a_cpu_limit_is_a_limit_of_threads(docker: Docker, saev_images: Images) -> None:
+    code = (
+        "from saev import cores; cores.limit_threads(); import torch; "
+        "print(cores.available(), torch.get_num_threads())"
+    )
+    done = docker.run(saev_images.gpu, "-c", code, entrypoint="python", flags=["--cpus=1.5"])
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
 def test_the_small_image_has_no_torch(docker: Docker, saev_images: Images) -> None:
     code = (
         "from importlib.util import find_spec\n"
