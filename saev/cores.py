@@ -34,8 +34,8 @@ def quota(cgroups: str = CGROUPS) -> float | None:
 def limit_threads() -> None:
     """Where there is a CPU quota, let torch and MKL start no more threads than it has cores.
 
-    They count the node's. With two threads on a quota of one core, training takes four times as
-    long as with one. Has an effect before torch is imported; OMP_NUM_THREADS, if set, stays.
+    They count the node's. With two threads on a quota of one core, training took two to four times
+    as long as with one. Has an effect before torch is imported; OMP_NUM_THREADS, if set, stays.
     """
     if available() < _usable():
         os.environ.setdefault("OMP_NUM_THREADS", str(available()))
