@@ -1,13 +1,13 @@
 """The whole pipeline on this machine: every step in a container of its own, as on a cluster.
 
-kfp.local walks the pipeline. Two of its functions are replaced here, each for a reason that has a
-test: its container runner can take a failed container for a successful one, and its loops mix up
-what steps of the same graph wrote.
+kfp.local walks the pipeline. Some of its functions are replaced here: its container runner can take
+a failed container for a successful one, its loops mix up what steps of the same graph wrote, and
+its reports replace `print` for a while, which two steps at once leave replaced by ever longer
+chains of replacements: after some loops, printing a line takes for ever.
 """
 
 import contextlib
 import io
-import logging
 import typing as tp
 import uuid
 import warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 import docker.types
 from kfp import local
 from kfp.compiler import pipeline_spec_builder
-from kfp.local import docker_task_handler
+from kfp.local import docker_task_handler, logging_utils
 from kfp.local import status as kfp_status
 from kfp.local.orchestrator import enhanced_dag_orchestrator
 
@@ -95,14 +95,15 @@ def _walk(
     replaced: tuple[tuple[tp.Any, str, tp.Any], ...] = (
         (docker_task_handler.DockerTaskHandler, "run", run_task),
         (enhanced_dag_orchestrator, "_run_parallel_for_task", _run_loop),
+        (logging_utils, "indented_print", contextlib.nullcontext),
+        (logging_utils, "local_logger_context", contextlib.nullcontext),
     )
     originals = [getattr(module, attribute) for module, attribute, _ in replaced]
     for module, attribute, ours in replaced:
         setattr(module, attribute, ours)
     local.init(runner=local.DockerRunner(), pipeline_root=str(outputs))
-    # kfp reports each task several times, and warns of settings that a cluster needs.
-    logging.disable(logging.INFO)
     try:
+        # kfp warns of settings that only a cluster heeds.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             build(name, options)(**arguments)
@@ -114,7 +115,6 @@ def _walk(
             f"{first} What was finished is kept: the same command goes on from there."
         ) from err
     finally:
-        logging.disable(logging.NOTSET)
         for (module, attribute, _), original in zip(replaced, originals, strict=True):
             setattr(module, attribute, original)
     if runner.interrupted:

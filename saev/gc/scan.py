@@ -81,13 +81,13 @@ def scan(root: str) -> Snapshot:
 
     Raises:
         StorageError: it does not exist or a part of it cannot be listed.
-        ConfigError: it holds neither shards nor runs.
+        ConfigError: it holds neither shards nor runs nor records of datasets.
     """
     url = storage.normalize(root)
     there = {entry.name: entry for entry in storage.list_dir(url)}
-    if not {SHARDS, RUNS} & there.keys():
+    if not {SHARDS, RUNS, DATASETS} & there.keys():
         raise ConfigError(
-            f"{url} holds neither {SHARDS} nor {RUNS}, so it is no root of saev. Give the folder "
+            f"{url} holds neither {SHARDS} nor {RUNS} nor {DATASETS}, so it is no root of saev. Give the folder "
             "that `saev run --root` was given (the parent of --shards-root and --runs-root)."
         )
     parts = {

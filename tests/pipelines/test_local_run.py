@@ -1,6 +1,8 @@
 """The whole pipeline: kfp walks it, and every step is a process of its own."""
 
+import builtins
 import json
+import logging
 import threading
 import typing as tp
 import uuid
@@ -82,7 +84,10 @@ def run_local(
         cfg = RunLocal(
             config=str(config), root=root, dataset=dataset, outputs=str(tmp_path / "kfp"), **more
         )
+        before = builtins.print, logging.getLogger().handlers[:]
         assert local_run.run(cfg) == storage.join(root, "index.html")
+        # Steps side by side leave kfp's own replacements of them behind.
+        assert (builtins.print, logging.getLogger().handlers[:]) == before
         return runner.steps
 
     return run
