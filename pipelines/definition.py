@@ -361,11 +361,14 @@ class _Graph:
         task.set_container_image(options.cpu_image if is_small else options.image)
         task.set_caching_options(False)
         if options.retries:
+            # Argo counts this from the start of the first attempt, and does not retry after it: with
+            # kfp's default of an hour, a step that is evicted after two would not be run again.
+            whole = (options.retries + 1) * (options.timeout_seconds(step) + 3600)
             task.set_retry(
                 options.retries,
                 backoff_duration="30s",
                 backoff_factor=2.0,
-                backoff_max_duration="600s",
+                backoff_max_duration=f"{whole}s",
             )
         kubernetes.set_timeout(task, options.timeout_seconds(step))
         if gpu:

@@ -197,9 +197,14 @@ def test_a_volume_is_mounted_where_it_is_asked_for(ir: Ir, request: pytest.Fixtu
 def test_failures_are_tried_again_and_nothing_is_cached(ir: Ir) -> None:
     for _, name, task in ir.tasks():
         assert not task.caching_options.enable_cache
-        if ir.spec.components[task.component_ref.name].executor_label:
-            assert task.retry_policy.max_retry_count == 3, name
-            assert task.retry_policy.backoff_duration.seconds > 0
+        label = ir.spec.components[task.component_ref.name].executor_label
+        if label:
+            retry = task.retry_policy
+            assert retry.max_retry_count == 3, name
+            assert retry.backoff_duration.seconds > 0
+            # It counts from the start of the first attempt: the last one has to fit in.
+            longest = ir.kubernetes[label].active_deadline_seconds
+            assert retry.backoff_max_duration.seconds > 4 * longest, name
 
 
 def test_loops_have_names_and_limits(ir: Ir) -> None:
