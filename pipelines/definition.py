@@ -361,7 +361,7 @@ class _Graph:
         task.set_container_image(options.cpu_image if is_small else options.image)
         task.set_caching_options(False)
         if options.retries:
-            # Argo counts this from the start of the first attempt, and does not retry after it: with
+            # Argo counts this from the start of the first attempt and does not retry after it: with
             # kfp's default of an hour, a step that is evicted after two would not be run again.
             whole = (options.retries + 1) * (options.timeout_seconds(step) + 3600)
             task.set_retry(
