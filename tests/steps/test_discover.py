@@ -155,6 +155,12 @@ def test_a_deleted_file_is_new_data_and_a_deleted_dataset_is_gone(place: Place) 
     assert names(fire(place, "three")) == ["b"]
 
 
+def test_a_look_without_an_owner_claims_nothing(place: Place) -> None:
+    place.put("a/1.png")
+    assert names(fire(place, "")) == ["a"]
+    assert names(fire(place, "run")) == ["a"]
+
+
 def test_two_firings_at_once_share_the_datasets(place: Place) -> None:
     for i in range(6):
         place.put(f"d{i}/1.png")
