@@ -87,8 +87,9 @@ def scan(root: str) -> Snapshot:
     there = {entry.name: entry for entry in storage.list_dir(url)}
     if not {SHARDS, RUNS, DATASETS} & there.keys():
         raise ConfigError(
-            f"{url} holds neither {SHARDS} nor {RUNS} nor {DATASETS}, so it is no root of saev. Give the folder "
-            "that `saev run --root` was given (the parent of --shards-root and --runs-root)."
+            f"{url} holds neither {SHARDS} nor {RUNS} nor {DATASETS}, so it is no root of saev. "
+            "Give the folder that `saev run --root` was given (the parent of --shards-root and "
+            "--runs-root)."
         )
     parts = {
         name: Folder.of(storage.join(url, name), ())
