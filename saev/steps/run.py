@@ -258,8 +258,9 @@ def _summarise(cfg: cfgs.SummariseStep, dataset: Dataset, progress: Progress) ->
 
 _SHOWN = (
     "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
-    "d_sae", "n_tokens", "mean_ap", "purity_at_16", "coverage_at_0.3", "probe_r",
+    "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
 )  # fmt: skip
+"""Keys of metrics.json; the last four only where there are labels."""
 
 
 def _figures(metrics: tp.Mapping[str, tp.Any]) -> dict[str, float]:

@@ -56,6 +56,26 @@ def test_what_is_no_executor_input(text: str) -> None:
         outputs.write_metrics(text, {"l0": 2.0})
 
 
+def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: Path) -> None:
+    root, to = str(tmp_path / "out"), tmp_path / "kfp"
+    file = json.loads(FAKE)
+    file["data"] |= {"kind": "fake-img-seg", "n_examples": 12}
+    file["train"] = {"n_train": 200, "sae": {"d_sae": 64}}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(file | {"visuals": {"n_latents": 0}}))
+    cli.main(["run", "--config", str(config), "--root", root])
+    (run,) = (entry.url for entry in storage.list_dir(f"{root}/runs") if entry.name != "resume")
+    (shards,) = (entry.url for entry in storage.list_dir(f"{root}/shards"))
+    metrics = {"metrics": {"artifacts": [{"name": "metrics", "uri": "x"}]}}
+    executor_input = json.dumps({"outputs": {"outputFile": str(to), "artifacts": metrics}})
+    words = ["step", "summarise", "--root", root, "--config", config.read_text()]
+    words += ["--dataset", DATASET, "--shards", shards, "--run", run]
+    cli.main([*words, "--executor-input", executor_input])
+    written = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
+    expected = ("normalized_mse", "l0", "n_dead", "mean_average_precision", "purity_at_16")
+    assert written.keys() >= {*expected, "coverage_at_0.3", "probe_r"}
+
+
 def test_items_are_texts(tmp_path: Path) -> None:
     outputs.write_items(str(tmp_path / "items"), [{"name": "part 1 of 1"}])
     assert json.loads((tmp_path / "items").read_text()) == ['{"name":"part 1 of 1"}']
