@@ -48,6 +48,8 @@ def run(cfg: RunLocal) -> str:
     dataset = storage.normalize(cfg.dataset) if cfg.dataset else ""
     root = storage.normalize(cfg.root)
     source = storage.normalize(cfg.config)
+    if dataset and storage.local_path(dataset) and not Path(dataset).exists():
+        raise ConfigError(f"The dataset {dataset} does not exist. Check the path.")
     resolve(file, root, images_of(file, dataset), source)
     options = CompileOptions(image=cfg.image, cpu_image=cfg.cpu_image, retries=0)
     pairs = parameters.parse(cfg.param)
@@ -137,8 +139,6 @@ def _mounts(file: RunFile, dataset: str, root: str) -> list[docker.types.Mount]:
             mounts[str(path)] = docker.types.Mount(
                 str(path), str(path), type="bind", read_only=True
             )
-    if dataset and storage.local_path(dataset) and not Path(dataset).exists():
-        raise ConfigError(f"The dataset {dataset} does not exist. Check the path.")
     return list(mounts.values())
 
 

@@ -16,7 +16,7 @@ from pipelines.definition import Compiled
 from pipelines.errors import ClusterError
 from pipelines.runs import named
 from saev import storage
-from saev.errors import SaevError, StorageError
+from saev.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +202,6 @@ def _within(seconds: float, check: tp.Callable[[str], None], url: str) -> Except
         try:
             check(url)
             outcome.append(None)
-        except (SaevError, OSError) as err:
-            outcome.append(err)
         except Exception as err:  # a store's client may raise anything when it has no credentials
             outcome.append(err)
 

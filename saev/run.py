@@ -28,14 +28,15 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
     for run_url in runs:
         measured = inference.run(stages.measuring(run_url, shards), progress=progress)
         visuals.run(stages.showing(run_url, shards, measured), progress=progress)
-    for section in overview.collect(cfg.root, runs):
-        for row in section.rows:
+    sections = overview.collect(cfg.root)
+    for section in sections:
+        for row in (row for row in section.rows if row.run in runs):
             logger.info(
                 "%s: normalized_mse %.4f, l0 %.1f, dead %d of %d",
                 storage.name(row.run), row.metrics["normalized_mse"], row.metrics["l0"],
                 row.metrics["n_dead"], row.metrics["d_sae"],
             )  # fmt: skip
-    return overview.write(cfg.root)
+    return overview.write(cfg.root, sections)
 
 
 def resolve(cfg: RunConfig) -> Stages:

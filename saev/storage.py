@@ -11,6 +11,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import os
@@ -821,6 +822,11 @@ def canonical_json(obj: tp.Any) -> str:
     return json.dumps(
         obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
+
+
+def content_hash(obj: tp.Any, n_digits: int = 64) -> str:
+    """The first hex digits of the SHA-256 of the canonical JSON: equal objects, equal names."""
+    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()[:n_digits]
 
 
 def write_json(url: str | os.PathLike, obj: tp.Any) -> None:

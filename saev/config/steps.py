@@ -6,7 +6,6 @@ import typing as tp
 import pydantic
 
 from saev.config.base import Config
-from saev.config.images import ImageData
 from saev.config.run import RunFile
 from saev.config.stages import Stages, images_of, resolve
 from saev.errors import ConfigError
@@ -65,13 +64,10 @@ class DatasetStep(Step):
     dataset: str
     """One of the datasets of `saev step discover`, as JSON text."""
 
-    def images(self, dataset: str, version: str) -> ImageData | None:
-        """The config's images at a dataset's place."""
-        return images_of(self.file, dataset, version)
-
     def stages(self, dataset: str, version: str) -> Stages:
         """The stages' configs for a dataset."""
-        return resolve(self.file, self.root, self.images(dataset, version), "--config")
+        file = self.file
+        return resolve(file, self.root, images_of(file, dataset, version), "--config")
 
 
 class PlanShardsStep(DatasetStep):

@@ -1,14 +1,13 @@
 """What has to be known before anything may be deleted: what the runs refer to, and the claims."""
 
 import concurrent.futures
-import hashlib
 import logging
 import typing as tp
 
 from saev import storage
 from saev.errors import SaevError
 from saev.gc.scan import Folder, Snapshot
-from saev.steps import claims
+from saev.steps import claims, discover
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Held(tp.NamedTuple):
         """Whether one is on this dataset; if that is not known, whether there is any."""
         if not url:
             return bool(self.folders)
-        ending = "-" + hashlib.sha256(storage.normalize(url).encode()).hexdigest()[:8]
+        ending = discover.ending(storage.normalize(url))
         return any(name.endswith(ending) for name in self.folders)
 
 

@@ -206,7 +206,7 @@ def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAuto
         "data": {k: v for k, v in data.to_dict().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
     }
-    return hashlib.sha256(storage.canonical_json(inputs).encode()).hexdigest()[:_HASH_DIGITS]
+    return storage.content_hash(inputs, _HASH_DIGITS)
 
 
 def sae_checksum(sae: SparseAutoencoder) -> str:

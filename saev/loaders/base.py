@@ -1,6 +1,5 @@
 """What the shuffled and the ordered loader share: iteration, state, closing, counters."""
 
-import hashlib
 import time
 import typing as tp
 import weakref
@@ -406,5 +405,4 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _fingerprint(*parts: tp.Any) -> int:
     """52 bits, so that it survives JSON readers that turn integers into floats."""
-    digest = hashlib.sha256(storage.canonical_json(parts).encode()).hexdigest()
-    return int(digest[:13], 16)
+    return int(storage.content_hash(parts, 13), 16)

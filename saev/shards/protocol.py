@@ -5,7 +5,6 @@ Protocol 3.0 is ours; protocol 2.1 is the published saev's, which we read. Both 
 """
 
 import dataclasses
-import hashlib
 import math
 import typing as tp
 
@@ -78,8 +77,7 @@ class Metadata(Config):
     @property
     def hash(self) -> str:
         """Name of the folder: a prefix of the SHA-256 of the canonical JSON."""
-        text = storage.canonical_json(self.to_dict())
-        return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+        return storage.content_hash(self.to_dict(), HASH_DIGITS)
 
     @property
     def tokens_per_example(self) -> int:

@@ -195,8 +195,12 @@ def claims_of(root: str, dataset: Dataset) -> str:
 
 def folder_of(root: str, dataset: Dataset) -> str:
     """Where a dataset's records are."""
-    place = hashlib.sha256((dataset.url or dataset.fingerprint).encode()).hexdigest()[:8]
-    return storage.join(root, FOLDER, f"{dataset.name}-{place}")
+    return storage.join(root, FOLDER, dataset.name + ending(dataset.url or dataset.fingerprint))
+
+
+def ending(place: str) -> str:
+    """What tells the records of datasets of one name apart: a hash of where they are."""
+    return "-" + hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 # --- Which folders, and whether they are complete ------------------------------------------------
@@ -333,4 +337,4 @@ def _timestamp() -> str:
 
 
 def _hash(obj: tp.Any) -> str:
-    return hashlib.sha256(storage.canonical_json(obj).encode()).hexdigest()[:_DIGITS]
+    return storage.content_hash(obj, _DIGITS)

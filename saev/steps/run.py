@@ -48,8 +48,17 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         return work(cfg, dataset, progress)
 
 
-def _stages(cfg: cfgs.DatasetStep, dataset: Dataset) -> Stages:
-    return cfg.stages(dataset.url, dataset.version)
+def _stages(cfg: cfgs.DatasetStep, dataset: Dataset, device: str = "") -> Stages:
+    """The stages' configs, recording on another device if one is given."""
+    stages = cfg.stages(dataset.url, dataset.version)
+    if not device:
+        return stages
+    return stages._replace(shards=stages.shards.model_copy(update={"device": device}))
+
+
+def _parts(n: int, name: str = "", **more: str) -> list[Item]:
+    """One item per part."""
+    return [{"name": f"{name}part {i} of {n}", **more, "part": f"{i}/{n}"} for i in range(1, n + 1)]
 
 
 # --- Which datasets ------------------------------------------------------------------------------
@@ -98,16 +107,11 @@ def _plan_shards(cfg: cfgs.PlanShardsStep, dataset: Dataset, progress: Progress)
 
     del progress
     # Shapes and checksums do not depend on the device, and a planning pod has no GPU.
-    shards_cfg = _stages(cfg, dataset).shards.model_copy(update={"device": "cpu"})
-    recording = extract.Recording(shards_cfg)
+    recording = extract.Recording(_stages(cfg, dataset, device="cpu").shards)
     items: list[Item] = []
     if not recording.published:
         recording.prepare()
-        n_parts = min(cfg.n_parts, recording.metadata.n_shards)
-        items = [
-            {"name": f"part {i} of {n_parts}", "part": f"{i}/{n_parts}"}
-            for i in range(1, n_parts + 1)
-        ]
+        items = _parts(min(cfg.n_parts, recording.metadata.n_shards))
     logger.info(
         "%s: %d images in %d shards, %d parts to record.",
         recording.url, recording.metadata.n_examples, recording.metadata.n_shards, len(items),
@@ -132,7 +136,7 @@ def _publish(cfg: cfgs.PublishStep, dataset: Dataset, progress: Progress) -> lis
     from saev.shards import Shards
 
     del progress
-    recording = extract.Recording(_stages(cfg, dataset).shards.model_copy(update={"device": "cpu"}))
+    recording = extract.Recording(_stages(cfg, dataset, device="cpu").shards)
     _check_same(cfg.shards, recording.url, dataset)
     if not recording.published:  # what is complete was checked when it was published
         discover.check_unchanged(dataset)
@@ -168,10 +172,10 @@ def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progr
     from saev.train.resolve import Group
 
     del progress
-    groups = [Group.from_item(item) for item in _groups(cfg, dataset)]
+    groups = [Group.from_item(item) for item in _groups(cfg, _stages(cfg, dataset))]
     items: list[Item] = []
     for i, group in enumerate(groups, start=1):
-        n_missing = sum(not _is_trained(member.url) for member in group.members)
+        n_missing = sum(not member.published for member in group.members)
         if n_missing:
             name = f"group {i} of {len(groups)}: {n_missing} of {len(group.members)} SAEs"
             items.append({"name": name, "group": group.group_id})
@@ -185,7 +189,7 @@ def _train(cfg: cfgs.TrainStep, dataset: Dataset, progress: Progress) -> list[st
     from saev import train
 
     stages, wanted = _stages(cfg, dataset), _item(cfg.item, "group")["group"]
-    for item in _groups(cfg, dataset):
+    for item in _groups(cfg, stages):
         if item["group"] == wanted:
             return train.work(stages.training(cfg.shards), item, progress)
     raise ConfigError(
@@ -194,15 +198,10 @@ def _train(cfg: cfgs.TrainStep, dataset: Dataset, progress: Progress) -> list[st
     )
 
 
-def _groups(cfg: cfgs.ShardsStep, dataset: Dataset) -> list[Item]:
+def _groups(cfg: cfgs.ShardsStep, stages: Stages) -> list[Item]:
     from saev import train
 
-    stages = _stages(cfg, dataset)
     return train.plan(stages.training(cfg.shards), table=stages.sweep)
-
-
-def _is_trained(run_url: str) -> bool:
-    return storage.exists(storage.join(run_url, "run.json"))
 
 
 # --- What they learned ---------------------------------------------------------------------------
@@ -220,14 +219,7 @@ def _plan_inference(cfg: cfgs.PlanInferenceStep, dataset: Dataset, progress: Pro
         if inference.find(measuring):
             continue
         n_parts = min(cfg.n_parts, len(inference.plan(measuring)))
-        items += [
-            {
-                "name": f"SAE {storage.name(run_url)}, part {i} of {n_parts}",
-                "run": run_url,
-                "part": f"{i}/{n_parts}",
-            }
-            for i in range(1, n_parts + 1)
-        ]
+        items += _parts(n_parts, f"SAE {storage.name(run_url)}, ", run=run_url)
     logger.info("%d SAEs, %d parts to measure.", len(runs), len(items))
     outputs.write_parameter(cfg.to_runs, runs)
     outputs.write_items(cfg.to_items, items)

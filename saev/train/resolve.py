@@ -3,7 +3,6 @@
 Only metadata is read, so this is cheap enough for a pipeline's planning step.
 """
 
-import hashlib
 import logging
 import math
 import typing as tp
@@ -22,6 +21,8 @@ NUMERICS = 1
 older version is not taken for one that a newer version would train."""
 
 RUN_ID_DIGITS = 12
+RUN = "run.json"
+"""The object of a run folder that is written last."""
 VAL_FRACTION = 0.1
 """Share of examples kept for evaluation when training and evaluation name the same folder."""
 
@@ -41,6 +42,11 @@ class Member(tp.NamedTuple):
     def url(self) -> str:
         """The run folder."""
         return storage.join(self.config.runs_root, self.run_id)
+
+    @property
+    def published(self) -> bool:
+        """Whether it is trained and complete."""
+        return storage.exists(storage.join(self.url, RUN))
 
 
 class Group(tp.NamedTuple):
@@ -280,7 +286,7 @@ def _data_key(config: TrainConfig) -> str:
 
 
 def _digest(obj: tp.Any) -> str:
-    return hashlib.sha256(storage.canonical_json(obj).encode()).hexdigest()[:RUN_ID_DIGITS]
+    return storage.content_hash(obj, RUN_ID_DIGITS)
 
 
 def _warn_of_idle_axes(members: tp.Sequence[Member]) -> None:

@@ -8,8 +8,8 @@ from saev.config import TrainConfig
 from saev.errors import IncompleteError
 from saev.progress import Progress
 from saev.train import curves, resume
-from saev.train.resolve import Group, Member, groups
-from saev.train.trainer import RUN, Trainer
+from saev.train.resolve import RUN, Group, groups
+from saev.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def work(
     progress = progress or Progress(quiet=True)
     group = Group.from_item(item)
     point_url = resume.folder(group.members[0].config.runs_root, group.group_id)
-    pending = tuple(m for m in group.members if not _published(m))
+    pending = tuple(m for m in group.members if not m.published)
     if len(pending) < len(group.members):
         logger.info(
             "%d of %d runs are done.", len(group.members) - len(pending), len(group.members)
@@ -82,7 +82,7 @@ def finish(
         IncompleteError: names the runs that are not published.
     """
     members = [m for item in plan(cfg, explicit, table) for m in Group.from_item(item).members]
-    missing = [m.url for m in members if not _published(m)]
+    missing = [m.url for m in members if not m.published]
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"
@@ -103,7 +103,3 @@ def run(
     for item in items:
         work(cfg, item, progress)
     return finish(cfg, explicit, table)
-
-
-def _published(member: Member) -> bool:
-    return storage.exists(storage.join(member.url, RUN))

@@ -26,7 +26,7 @@ from saev.shards import Shards
 from saev.train import evaluate, resume
 from saev.train.banks import build_banks, decided
 from saev.train.curves import TENSORBOARD, Curves, WandbRun
-from saev.train.resolve import Member
+from saev.train.resolve import RUN, Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
 
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
 CONFIG = "config.json"
-RUN = "run.json"
 
 _FLUSH_SECONDS = 60.0
 """Time between writes of the curves."""

@@ -9,6 +9,7 @@ import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.inference import files
 from saev.inference.results import Results
 from saev.visuals import pages
 
@@ -52,10 +53,18 @@ class _Point(tp.NamedTuple):
     on_front: bool
 
 
-def write(root: str) -> str:
-    """Write root/index.html from everything that is complete below a root; returns its URL."""
+def write(root: str, sections: tp.Sequence[Section] | None = None) -> str:
+    """Write root/index.html from everything that is complete below a root.
+
+    Args:
+        root: URL of the folder that holds `shards` and `runs`.
+        sections: what :func:`collect` found there, if it was asked before.
+
+    Returns:
+        URL of the page.
+    """
     url = storage.join(root, INDEX)
-    storage.write_text(url, render(collect(root), base=root))
+    storage.write_text(url, render(collect(root) if sections is None else sections, base=root))
     return url
 
 
@@ -88,7 +97,7 @@ def _rows_of(run: str) -> list[Row]:
     config = TrainConfig.from_url(storage.join(run, "config.json"))
     rows = []
     for entry in storage.list_dir(folder):
-        if entry.is_dir and storage.exists(storage.join(entry.url, "metrics.json")):
+        if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
             page = storage.join(entry.url, "report", INDEX)
             report = page if storage.exists(page) else ""
             rows.append(Row(run, report, config, Results.open(entry.url).metrics))

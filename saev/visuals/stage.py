@@ -3,7 +3,6 @@
 import base64
 import concurrent.futures
 import functools
-import hashlib
 import importlib.resources
 import logging
 import typing as tp
@@ -419,4 +418,4 @@ def _pictures(record: LatentRecord) -> list[str]:
 
 
 def _hash(obj: tp.Any) -> str:
-    return hashlib.sha256(storage.canonical_json(obj).encode()).hexdigest()[:16]
+    return storage.content_hash(obj, 16)
