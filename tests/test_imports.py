@@ -116,7 +116,7 @@ def test_importing_is_cheap(module: str) -> None:
 
 def test_only_storage_opens_files() -> None:
     for path in FILES:
-        if path.name == "storage.py":
+        if room("saev." + ".".join(path.relative_to(ROOT).with_suffix("").parts)) == "storage":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

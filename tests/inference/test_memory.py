@@ -9,11 +9,12 @@ from pathlib import Path
 
 from inference.world import make_world
 
-from saev import inference, storage
+from saev import inference
 from saev.config import InferenceConfig
 from saev.inference import codes, concepts, topk
 from saev.inference import job as job_module
 from saev.inference import part as part_module
+from saev.storage import checksums
 
 
 def test_memory_does_not_grow(tmp_path) -> None:
@@ -50,7 +51,7 @@ def lower_bounds() -> None:
     topk._COMPACT_AT = 4_000
     job_module._MAX_LATENT_VALUES = 50_000
     codes._READERS = 2
-    storage._CHUNK = 50_000
+    checksums._CHUNK = 50_000
     align = concepts.align
     concepts.align = lambda stored, counts: align(stored, counts, 3_000)
 

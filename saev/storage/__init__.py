@@ -1,0 +1,87 @@
+"""The only package that opens files: URLs, ranged reads, atomic publishing, checksums, retries.
+
+Every location is a URL. A bare path means ``file://``. Nothing here assumes rename, append, mmap
+or locks: an object appears whole, under its final name, when its writer succeeds, or not at all.
+Local files take POSIX fast paths (``preadv``, write-to-temporary + fsync + rename) behind the same
+functions; every other scheme goes through fsspec.
+"""
+
+from saev.errors import CorruptDataError, StorageError
+from saev.storage.checksums import (
+    ChecksumWriter,
+    canonical_json,
+    checksum,
+    content_hash,
+    crc32c,
+    format_checksum,
+)
+from saev.storage.creating import create
+from saev.storage.deleting import check_writable, clean_temporary, delete, remove_temporary
+from saev.storage.looking import (
+    Entry,
+    Object,
+    exists,
+    find,
+    glob,
+    glob_entries,
+    is_dir,
+    list_dir,
+    listing,
+    size,
+    walk,
+)
+from saev.storage.ranges import RangeReader
+from saev.storage.reading import open_read, read_bytes, read_json, read_text
+from saev.storage.urls import TMP_PREFIX, join, local_path, name, normalize, parent
+from saev.storage.writing import (
+    PositionalWriter,
+    open_write,
+    open_write_at,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "TMP_PREFIX",
+    "ChecksumWriter",
+    "CorruptDataError",
+    "Entry",
+    "Object",
+    "PositionalWriter",
+    "RangeReader",
+    "StorageError",
+    "canonical_json",
+    "check_writable",
+    "checksum",
+    "clean_temporary",
+    "content_hash",
+    "crc32c",
+    "create",
+    "delete",
+    "exists",
+    "find",
+    "format_checksum",
+    "glob",
+    "glob_entries",
+    "is_dir",
+    "join",
+    "list_dir",
+    "listing",
+    "local_path",
+    "name",
+    "normalize",
+    "open_read",
+    "open_write",
+    "open_write_at",
+    "parent",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "remove_temporary",
+    "size",
+    "walk",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,112 @@
+"""One creator: an object that only the first of many callers may write."""
+
+import contextlib
+import errno
+import functools
+import os
+import threading
+import typing as tp
+from pathlib import Path
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+from saev.errors import StorageError
+from saev.storage.faults import explained, retry_reads
+from saev.storage.looking import exists
+from saev.storage.reading import read_bytes
+from saev.storage.urls import filesystem, local_path, normalize
+from saev.storage.writing import create_temporary, sync_folder
+
+_MEMORY_LOCK = threading.Lock()
+
+
+def create(url: str | os.PathLike, data: bytes) -> bool:
+    """Publish one object if nothing has its name: of any number of callers, one gets True.
+
+    A request whose answer was lost is sent again and then finds its own object. So an object that
+    holds exactly ``data`` counts as the caller's: put something into it that no one else writes.
+
+    Returns:
+        Whether the object is the caller's.
+
+    Raises:
+        StorageError: also where the store cannot do this: one without hard links (local) or without
+            conditional writes (object stores).
+    """
+    text = normalize(url)
+    path = local_path(text)
+    with explained(text, "create"):
+        made = _create_remote(text, data) if path is None else _create_local(path, data)
+    if made:
+        return True
+    try:
+        return read_bytes(text) == data
+    except StorageError:
+        if exists(text):
+            raise
+        return False  # it was another's, and is gone since
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, fd = create_temporary(path)
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(fd)
+            os.link(temporary, path)  # unlike a rename it never replaces, and NFS has it
+    except FileExistsError:
+        return False
+    except OSError as err:
+        if err.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise StorageError(
+                f"Cannot create {path}: its file system has no hard links ({err.strerror}). "
+                "Use a root on another file system (ext4, XFS, NFS, CephFS) or on s3://."
+            ) from err
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def _create_remote(url: str, data: bytes) -> bool:
+    fs, key = filesystem(url)
+    if isinstance(fs, MemoryFileSystem):
+        with _MEMORY_LOCK:
+            if fs.exists(key):
+                return False
+            fs.pipe_file(key, data)
+            return True
+    put = functools.partial(fs.pipe_file, key, data, mode="create")
+    if not _conditional(put, url):
+        return False
+    # A store, or a client, that ignores the condition says yes to everybody, and to us again.
+    if _conditional(put, url):
+        raise StorageError(
+            f"Cannot create {url} safely: its object store ignores the condition that the object "
+            "be absent (If-None-Match). Use a store with conditional writes, or a mounted volume."
+        )
+    return True
+
+
+def _conditional(put: tp.Callable[[], object], url: str) -> bool:
+    """Whether a write was let through; False: the object was there already."""
+    try:
+        retry_reads(put)()
+    except FileExistsError:
+        return False
+    except OSError as err:
+        response = getattr(err.__cause__, "response", None) or {}
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status == 412:  # with a body that s3fs does not know
+            return False
+        if status == 501 or err.errno == errno.ENOSYS:
+            raise StorageError(
+                f"Cannot create {url}: its object store has no conditional writes "
+                "(If-None-Match). Use a store that has them, or a mounted volume."
+            ) from err
+        raise
+    return True

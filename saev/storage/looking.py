@@ -1,0 +1,239 @@
+"""What is there: existence, sizes and listings, never from a cache."""
+
+import datetime
+import os
+import typing as tp
+from collections.abc import Iterator
+from pathlib import Path
+
+from saev.errors import StorageError
+from saev.storage.faults import explained, retry_reads
+from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, name, normalize, with_scheme
+
+
+class Entry(tp.NamedTuple):
+    """One child of a folder."""
+
+    url: str
+    name: str
+    """Last path component, without a trailing slash."""
+    size: int
+    """Bytes; 0 for folders."""
+    is_dir: bool
+
+
+class Object(tp.NamedTuple):
+    """One file below a folder, with what tells whether it changed."""
+
+    key: str
+    """Path below the folder that was listed, with slashes."""
+    size: int
+    """Bytes."""
+    etag: str
+    """The object store's entity tag without quotes; on disks the time of the last write, which
+    copies may preserve; empty where there is neither. It differs where the content was replaced."""
+    modified: float
+    """Seconds since the epoch, UTC; on disks the later of mtime and ctime."""
+
+
+def exists(url: str | os.PathLike) -> bool:
+    """Whether an object or folder is there. Never answers from a listing cache."""
+    text = normalize(url)
+    path = local_path(text)
+    with explained(text, "look at"):
+        if path is not None:
+            return path.exists()
+        fs, key = filesystem(text)
+        fs.invalidate_cache(key)
+        return bool(retry_reads(fs.exists)(key))
+
+
+def is_dir(url: str | os.PathLike) -> bool:
+    """Whether ``url`` is a folder (on object storage: a prefix that holds something)."""
+    text = normalize(url)
+    path = local_path(text)
+    with explained(text, "look at"):
+        if path is not None:
+            return path.is_dir()
+        fs, key = filesystem(text)
+        fs.invalidate_cache(key)
+        return bool(retry_reads(fs.isdir)(key))
+
+
+def size(url: str | os.PathLike) -> int:
+    """Size in bytes. Raises StorageError if there is no such object."""
+    text = normalize(url)
+    path = local_path(text)
+    with explained(text, "look at"):
+        if path is not None:
+            return path.stat().st_size
+        fs, key = filesystem(text)
+        fs.invalidate_cache(key)
+        return int(retry_reads(fs.size)(key))
+
+
+def list_dir(url: str | os.PathLike) -> list[Entry]:
+    """Children of a folder, sorted by name. Raises StorageError if it is missing or unreadable."""
+    text = normalize(url)
+    fs, key = filesystem(text)
+    with explained(text, "list"):
+        fs.invalidate_cache(key)
+        rows = retry_reads(fs.ls)(key, detail=True)
+    entries = []
+    for row in rows:
+        child = with_scheme(fs, row["name"])
+        if child == text:  # object stores list the folder's own marker
+            if row["type"] == "file" and row.get("size"):
+                raise StorageError(f"Cannot list {text}: it is a file, expected a folder.")
+            continue
+        if name(child).startswith(TMP_PREFIX):
+            continue
+        is_folder = row["type"] == "directory"
+        entries.append(Entry(child, name(child), 0 if is_folder else int(row["size"]), is_folder))
+    return sorted(entries, key=lambda e: e.name)
+
+
+def find(url: str | os.PathLike) -> list[str]:
+    """URLs of all files below a folder, sorted. Empty if the folder is empty or missing."""
+    text = normalize(url)
+    fs, key = filesystem(text)
+    with explained(text, "list"):
+        fs.invalidate_cache(key)
+        keys = retry_reads(fs.find)(key)
+    urls = (with_scheme(fs, k) for k in keys)
+    return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
+
+
+def walk(url: str | os.PathLike) -> list[Entry]:
+    """All files below a folder with their sizes, sorted by URL; symbolic links are followed.
+
+    Unlike :func:`find` it fails where it cannot look: a folder that is missing, is a file, or may
+    not be read (also one further down) is a StorageError, so nothing is left out unnoticed.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    if path is not None:
+        entries = [Entry(f, name(f), status.st_size, False) for f, status in _walk_local(path)]
+    else:
+        entries = [
+            Entry(file, name(file), int(row["size"]), False) for file, row in _walk_remote(text)
+        ]
+    return sorted(entries, key=lambda e: e.url)
+
+
+def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
+    """All files below a folder, sorted by key; symbolic links are followed.
+
+    On an object store it is one recursive listing, whatever the number of keys, and never one from
+    a cache. It fails where :func:`walk` does.
+
+    Args:
+        url: the folder.
+        temporary: whether unfinished local writes are listed too.
+    """
+    text = normalize(url)
+    path = local_path(text)
+    start = len(join(text, "x")) - 1
+    if path is not None:
+        objects = [
+            Object(
+                file[start:],
+                status.st_size,
+                f"mtime:{status.st_mtime_ns}",
+                max(status.st_mtime, status.st_ctime),
+            )
+            for file, status in _walk_local(path, temporary=temporary)
+        ]
+    else:
+        objects = [
+            Object(file[start:], int(row["size"]), _etag(row), _modified(row, file))
+            for file, row in _walk_remote(text)
+        ]
+    return sorted(objects, key=lambda o: o.key)
+
+
+def _etag(row: dict[str, tp.Any]) -> str:
+    return str(row.get("ETag") or row.get("etag") or "").strip('"')
+
+
+def _modified(row: dict[str, tp.Any], url: str) -> float:
+    """When an object was written, from whichever field its store's listing has."""
+    for field in ("LastModified", "updated", "last_modified", "mtime", "created"):
+        value = row.get(field)
+        if isinstance(value, str):
+            value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if value is not None:
+            return float(value)
+    raise StorageError(
+        f"Cannot list {url}: its store does not say when it was changed. Use a path, s3:// or gs://."
+    )
+
+
+def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
+    """URLs of the files below a folder that is not local, each with its row of the listing."""
+    fs, key = filesystem(url)
+    with explained(url, "list"):
+        fs.invalidate_cache(key)
+        info = retry_reads(fs.info)(key)
+        if info["type"] != "directory":
+            raise NotADirectoryError(url)
+        rows = retry_reads(fs.find)(key, detail=True)
+    for found, row in rows.items():
+        if not found.endswith("/"):  # what some tools put where a folder would be
+            yield with_scheme(fs, found), row
+
+
+def _walk_local(
+    folder: Path, above: frozenset[tuple[int, int]] = frozenset(), *, temporary: bool = False
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Files below ``folder``. ``above`` holds the folders over it, so that link cycles end."""
+    with explained(str(folder), "list"):
+        try:
+            status = folder.stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                return
+            with os.scandir(folder) as rows:
+                children = sorted(rows, key=lambda row: row.name)
+        except FileNotFoundError:
+            if above:  # removed by someone since its parent was listed
+                return
+            raise
+    for child in children:
+        if child.name.startswith(TMP_PREFIX) and not temporary:
+            continue
+        if child.is_dir():
+            yield from _walk_local(Path(child.path), above | {identity}, temporary=temporary)
+        elif child.is_file():  # not a broken link, a socket or a device
+            with explained(child.path, "look at"):
+                try:
+                    status = child.stat()
+                except FileNotFoundError:
+                    continue
+            yield child.path, status
+
+
+def glob_entries(pattern: str) -> list[Entry]:
+    """Files and folders that match a glob pattern, with sizes, sorted by URL."""
+    text = normalize(pattern)
+    fs, key = filesystem(text)
+    with explained(text, "list"):
+        fs.invalidate_cache()
+        rows = retry_reads(fs.glob)(key, detail=True)
+    entries = []
+    for found, row in rows.items():
+        place, is_folder = with_scheme(fs, found), row["type"] == "directory"
+        if not name(place).startswith(TMP_PREFIX):
+            size_ = 0 if is_folder else int(row["size"])
+            entries.append(Entry(place, name(place), size_, is_folder))
+    return sorted(entries, key=lambda e: e.url)
+
+
+def glob(pattern: str) -> list[str]:
+    """URLs that match a glob pattern (``*``, ``?``, ``[]``, ``**``), sorted."""
+    text = normalize(pattern)
+    fs, key = filesystem(text)
+    with explained(text, "list"):
+        return sorted(with_scheme(fs, k) for k in retry_reads(fs.glob)(key))
