@@ -66,7 +66,6 @@ class Loader:
         self._selection = selection
         self._sizes = sizes
         self._epochs = epochs
-        self._rank = rank
         self._n_threads = n_threads
         blocks = cut_blocks(
             selection.shard_bounds,
@@ -74,21 +73,22 @@ class Loader:
             n_layers=len(selection.layers),
             block_examples=sizes.block_examples,
         )
-        self._order = Order(
-            blocks, sizes.window_blocks, seed=seed, world_size=world_size, shuffle=shuffle
-        )
+        self._order = Order(blocks, sizes.window_blocks, seed=seed, shuffle=shuffle)
         if drop_last and not self._usable(0):
             raise ConfigError(
                 f"drop_last leaves no batch: batch_size is {batch_size}, the data have "
-                f"{selection.n_tokens} tokens for {world_size} rank(s). Lower batch_size."
-            )
-        if shuffle and not self._usable(0):
-            raise ConfigError(
-                f"Rank {rank} of {world_size} has no tokens: {len(self._order.blocks)} blocks "
-                "are too few. Use fewer ranks or a smaller block_kb."
+                f"{selection.n_tokens} tokens. Lower batch_size."
             )
         self._reading = Reading(
-            shards, selection, self._order, sizes.block_examples, labels, _device(device), verify
+            shards=shards,
+            selection=selection,
+            order=self._order,
+            block_examples=sizes.block_examples,
+            labels=labels,
+            device=_device(device),
+            verify=verify,
+            rank=rank,
+            world_size=world_size,
         )
         self._fingerprints = {"data": self._data_fingerprint(), "order": self._order_fingerprint()}
         self._dtype = dtype
@@ -110,11 +110,7 @@ class Loader:
         return self._selection.layers
 
     def n_batches(self, epoch: int = 0) -> int:
-        """Batches that this rank gives in an epoch.
-
-        With several ranks and without ``drop_last`` it may differ between ranks and epochs by the
-        size of a window's blocks, because every token is given exactly once.
-        """
+        """Batches of an epoch; the same on all ranks."""
         return -(-self._usable(epoch) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -126,7 +122,7 @@ class Loader:
         return new
 
     def _usable(self, epoch: int) -> int:
-        return self._order.usable_rows(epoch, self._rank, self.batch_size, self.drop_last)
+        return self._order.usable_rows(epoch, self.batch_size, self.drop_last)
 
     def _spans(self) -> Iterator[Span]:
         epoch, position = self._epoch, self._position
@@ -144,8 +140,8 @@ class Loader:
     def state_dict(self) -> dict[str, int]:
         """Where the consumer stands, as a few integers (JSON-able).
 
-        It counts the batches that were given, not those that were read ahead. With several ranks
-        and ``drop_last`` it is the same on all of them after the same step.
+        It counts the batches that were given, not those that were read ahead. It is the same on all
+        ranks after the same step, and whatever their number.
         """
         return {
             "version": STATE_VERSION,
@@ -172,7 +168,7 @@ class Loader:
             "version": "It was written by another version of saev; start the epoch anew.",
             "seed": "Give the loader the seed of the run that is resumed.",
             "data": "Give the same shards, layer, tokens, ignore_labels, split and val_fraction.",
-            "order": "Give the same buffer_mb, block_kb and number of ranks.",
+            "order": "Give the same buffer_mb and block_kb.",
         }
         for key, remedy in remedies.items():
             if state[key] != own[key]:
@@ -218,7 +214,6 @@ class Loader:
             order.shuffle,
             self._sizes.block_examples,
             order.n_windows,
-            order.world_size,
         )
 
     # --- Ending ----------------------------------------------------------------------------
@@ -265,8 +260,10 @@ class _Pass:
             dtype=loader._dtype,
             device=reading.device,
         )
-        self._buffers = Buffers(reading, loader._order.max_window_examples)
-        jobs = windows(reading, self._buffers, loader._rank, loader._spans())
+        self._buffers = Buffers(
+            reading, -(-loader._order.max_window_examples // reading.world_size)
+        )
+        jobs = windows(reading, self._buffers, loader._spans())
         self._prefetcher: Prefetcher[Window] = Prefetcher(
             jobs, n_threads=loader._n_threads, depth=N_BUFFERS
         )
@@ -290,7 +287,6 @@ class _Pass:
                 self._loader._end = None
             self.close()
             raise StopIteration
-        self._loader._advance(len(batch.act))
         return batch
 
     def _next_batch(self) -> Batch | None:
@@ -302,24 +298,27 @@ class _Pass:
             return None
         act = self._cutter.new(wanted)
         parts: list[Batch] = []
-        done = 0
+        done = given = 0
         while done < wanted:
             window = self._current()
             if window is None:
                 return None
             n = min(wanted - done, window.last - self._next_row)
-            rows = act[done : done + n] if n < wanted else act
-            parts.append(self._cutter.gather(window, self._next_row, self._next_row + n, rows))
+            start, stop = window.own(self._next_row, self._next_row + n)
+            rows = act[given : given + stop - start] if stop - start < wanted else act
+            parts.append(self._cutter.gather(window, start, stop, rows))
             done += n
+            given += stop - start
             self._next_row += n
             if self._next_row == window.last:
                 self._buffers.mark_used(window)
                 self._window = None
                 self._prefetcher.release()
-        return join(act, parts)
+        self._loader._advance(wanted)
+        return join(act[:given] if given < wanted else act, parts)
 
     def _wanted(self) -> int:
-        """Rows of the next batch; 0 after the last. Skips epochs without a batch for this rank."""
+        """Rows of the next batch, over all ranks; 0 after the last. Skips epochs without one."""
         loader = self._loader
         while loader._end is None or loader._epoch < loader._end:
             left = loader._usable(loader._epoch) - loader._position
@@ -354,7 +353,7 @@ class _Pass:
             return shares[0] if shares else 0.0
         if shares and self._window is not None:
             left = self._window.last - self._next_row
-            shares[0] *= left / len(self._window.order)
+            shares[0] *= left / max(1, self._window.n_rows)
         return sum(shares) / N_BUFFERS
 
 

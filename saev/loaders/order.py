@@ -1,9 +1,13 @@
-"""The order of an epoch: a pure function of (shard sizes, wanted rows, seed, epoch, ranks).
+"""The order of an epoch: a pure function of (shard sizes, wanted rows, seed, epoch).
 
 Wanted examples are cut into *blocks* of consecutive examples of one shard and layer (one large
 read each). The blocks are permuted over the whole dataset and grouped into *windows* that fit in
 memory, and the rows (vectors) of a window are permuted. So a batch mixes rows of many blocks from
-all over the dataset, though every read is large. Rank r of R takes windows r, r + R, r + 2R, …
+all over the dataset, though every read is large.
+
+Ranks that train together share this one order: of every window, each reads an equal run of
+consecutive slots (:func:`share`), and of every batch it gives the rows that lie in them. So a batch
+is the same set of rows however many ranks there are, and each vector is read by one of them.
 
 Only numpy, no files and no clock. Permutations come from the raw words of Philox, a counter-based
 generator whose stream numpy guarantees (NEP 19), and not from ``Generator.permutation``, which may
@@ -76,7 +80,6 @@ def choose_sizes(
     buffer_bytes: int,
     block_bytes: int = 0,
     shard_examples: int | None = None,
-    world_size: int = 1,
 ) -> Sizes:
     """Sizes of blocks and windows for a memory budget.
 
@@ -92,21 +95,19 @@ def choose_sizes(
         block_bytes: wanted size of one read; 0 chooses between the shuffle (small blocks) and the
             storage's latency (large blocks).
         shard_examples: most wanted examples in a shard, which a block cannot exceed.
-        world_size: ranks that share the windows.
 
     Raises:
         ConfigError: the budget does not hold two windows of one block.
     """
-    share = math.ceil(n_examples / world_size)
-    fits_whole = world_size == 1 and n_examples * kept_bytes <= buffer_bytes
+    fits_whole = n_examples * kept_bytes <= buffer_bytes
     capacity = n_examples if fits_whole else buffer_bytes // (2 * kept_bytes)
     if block_bytes:
         block = max(1, block_bytes // read_bytes)
     else:
         block = max(1, MAX_BLOCK_BYTES // read_bytes)
         if not fits_whole:
-            block = min(block, max(1, min(capacity, share) // MIN_BLOCKS_PER_WINDOW))
-    block = min(block, max(1, share), shard_examples or block)
+            block = min(block, max(1, min(capacity, n_examples) // MIN_BLOCKS_PER_WINDOW))
+    block = min(block, max(1, n_examples), shard_examples or block)
     if capacity < block:
         need = 2 * block * kept_bytes / 2**20
         raise ConfigError(
@@ -174,7 +175,6 @@ class Order:
         blocks: what there is.
         window_blocks: most blocks in a window.
         seed: another seed, another order.
-        world_size: ranks; the number of windows is a multiple of it.
         shuffle: False keeps blocks and rows in dataset order.
     """
 
@@ -184,15 +184,12 @@ class Order:
         window_blocks: int,
         *,
         seed: int = 0,
-        world_size: int = 1,
         shuffle: bool = True,
     ):
         self.blocks = blocks
         self.seed = seed
-        self.world_size = world_size
         self.shuffle = shuffle
-        per_rank = math.ceil(math.ceil(len(blocks) / window_blocks) / world_size)
-        self.n_windows = max(1, per_rank) * world_size
+        self.n_windows = max(1, math.ceil(len(blocks) / window_blocks))
         # Equal windows: a short last one would be a badly mixed one.
         self._bounds = np.arange(self.n_windows + 1, dtype=np.int64) * len(blocks) // self.n_windows
         self._recent: dict[int, Epoch] = {}
@@ -229,10 +226,6 @@ class Order:
         rows = np.append(0, np.cumsum(self.blocks.rows[order]))[self._bounds]
         return Epoch(order, self._bounds, np.diff(rows))
 
-    def windows(self, rank: int) -> np.ndarray:
-        """Windows of a rank, in its order; the same in every epoch."""
-        return np.arange(rank, self.n_windows, self.world_size)
-
     def window_blocks(self, epoch: int, window: int) -> np.ndarray:
         """Numbers of a window's blocks."""
         e = self.epoch(epoch)
@@ -244,14 +237,12 @@ class Order:
             return np.arange(n, dtype=np.int64)
         return permutation(n, seed=self.seed, epoch=epoch, stream=_ROWS, index=window)
 
-    def usable_rows(self, epoch: int, rank: int, batch_size: int, drop_last: bool) -> int:
-        """Rows that a rank's batches of one epoch hold.
+    def usable_rows(self, epoch: int, batch_size: int, drop_last: bool) -> int:
+        """Rows that the batches of one epoch hold: all, or with ``drop_last`` whole batches."""
+        rows = int(self.epoch(epoch).window_rows.sum())
+        return rows // batch_size * batch_size if drop_last else rows
 
-        All of its windows' rows; or with ``drop_last`` whole batches alone, as many as the rank
-        with the fewest rows has, so that all ranks make the same number of steps.
-        """
-        window_rows = self.epoch(epoch).window_rows
-        if not drop_last:
-            return int(window_rows[rank :: self.world_size].sum())
-        fewest = min(int(window_rows[r :: self.world_size].sum()) for r in range(self.world_size))
-        return fewest // batch_size * batch_size
+
+def share(n: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The slots [start, stop) of a window of n slots that a rank holds."""
+    return n * rank // world_size, n * (rank + 1) // world_size

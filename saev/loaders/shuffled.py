@@ -27,14 +27,15 @@ class ShuffledLoader(Loader):
     Args:
         shards: the folder. It is not closed with the loader.
         cfg: which activations, and how to read them (``cfg.shards`` is not looked at).
-        batch_size: rows of every batch but possibly the last of an epoch.
+        batch_size: rows of every batch but possibly the last of an epoch, over all ranks.
         seed: another seed, another order.
         epochs: epochs of one pass, or None for an endless one. Every epoch has another order.
-        drop_last: leave out the last batch of an epoch if it is smaller. With several ranks, all of
-            them give the same number of batches.
+        drop_last: leave out the last batch of an epoch if it is smaller.
         labels: give ``token_labels``.
-        rank: which share of the windows; every rank reads only its own.
-        world_size: number of ranks.
+        rank: which share of every batch to give. The rows of all ranks' t-th batches together are
+            the t-th batch of a single loader; each rank reads only its own, about 1/world_size of
+            a batch, and none if batches are tiny.
+        world_size: number of ranks, on which ``cfg.buffer_mb`` is spread.
         device: of the batches, ``cpu`` or ``cuda:N``.
         dtype: of the batches' activations.
 
@@ -71,7 +72,6 @@ class ShuffledLoader(Loader):
             buffer_bytes=buffer_bytes - stage_bytes,
             block_bytes=cfg.block_kb * 1024,
             shard_examples=selection.max_shard_examples,
-            world_size=max(1, world_size),
         )
         if stage_bytes:
             most = max(1, stage_bytes // (sizes.block_examples * read_bytes))

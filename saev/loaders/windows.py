@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev.loaders.order import Order
+from saev.loaders.order import Order, share
 from saev.loaders.selection import Selection
 from saev.shards import Shards
 
@@ -23,7 +23,7 @@ the random word and the mask that the order is made from."""
 
 
 class Span(tp.NamedTuple):
-    """Where a rank stands in an epoch."""
+    """Where the consumer stands in an epoch. Rows are counted over all ranks."""
 
     epoch: int
     start: int
@@ -35,26 +35,39 @@ class Span(tp.NamedTuple):
 class Window:
     """One window: a job for the threads, then the vectors and the order that batches are cut from.
 
-    Its rows are [slots × kept_tokens] flat; a *slot* holds one example of one layer.
+    Its rows are [slots × kept_tokens] flat; a *slot* holds one example of one layer. If ranks share
+    it, this is the share of one of them, and the places of its rows in the order of all are known.
     """
 
-    def __init__(self, epoch: int, first: int, last: int, data: Tensor):
+    def __init__(self, epoch: int, first: int, last: int, n_rows: int, data: Tensor):
         self.epoch = epoch
         self.first = first
         """First row (in the window's order) to give; others were given before a resume."""
         self.last = last
         """Last row to give + 1."""
+        self.n_rows = n_rows
+        """Wanted rows of all ranks."""
         self.data = data
         """Vectors, stored dtype, [slots × kept_tokens, d_model]."""
         self.tasks: list[Callable[[], None]] = []
         self.order: Tensor = torch.empty(0, dtype=torch.int64)
-        """Wanted rows in the order in which they are given, int64 [≥ last]."""
+        """Wanted rows in the order in which they are given, int64."""
+        self.places: np.ndarray | None = None
+        """Where each of them stands in the order of all ranks, int64, ascending; None if there is
+        one rank, which has them all."""
         self.slot_examples: Tensor = self.order
         """Example of each slot, int64 [slots]."""
         self.slot_layers: Tensor | None = None
         """Block number of each slot, int64 [slots]; None if there is one layer."""
         self.slot_labels: Tensor | None = None
         """Labels of each slot's content tokens, uint8 [slots, content_tokens]."""
+
+    def own(self, start: int, stop: int) -> tuple[int, int]:
+        """Which entries of `order` are the places [start, stop) of the order of all ranks."""
+        if self.places is None:
+            return start, stop
+        first, last = np.searchsorted(self.places, (start, stop))
+        return int(first), int(last)
 
 
 class Reading(tp.NamedTuple):
@@ -67,6 +80,8 @@ class Reading(tp.NamedTuple):
     labels: bool
     device: torch.device
     verify: bool
+    rank: int
+    world_size: int
 
 
 class Buffers:
@@ -161,24 +176,21 @@ class Buffers:
             stream.synchronize()
 
 
-def windows(
-    reading: Reading, buffers: Buffers, rank: int, spans: Iterator[Span]
-) -> Iterator[Window]:
-    """The windows of a rank, from where it stands; windows before that are not read."""
+def windows(reading: Reading, buffers: Buffers, spans: Iterator[Span]) -> Iterator[Window]:
+    """The windows, from where the consumer stands; windows before that are not read."""
     order = reading.order
     number = 0
     resident = False
     for span in spans:
-        mine = order.windows(rank)
-        ends = np.cumsum(order.epoch(span.epoch).window_rows[mine])
-        for w, end in zip(mine, ends, strict=True):
-            begin = int(end - order.epoch(span.epoch).window_rows[w])
-            first, last = max(span.start - begin, 0), min(span.stop, int(end)) - begin
+        end = 0
+        for w, n_rows in enumerate(order.epoch(span.epoch).window_rows.tolist()):
+            begin, end = end, end + n_rows
+            first, last = max(span.start - begin, 0), min(span.stop, end) - begin
             if first >= last:
                 continue
             data = buffers.get(number)
-            window = Window(span.epoch, first, last, data.flatten(0, 1))
-            _add_tasks(window, reading, buffers, int(w), data, read=not resident)
+            window = Window(span.epoch, first, last, n_rows, data.flatten(0, 1))
+            _add_tasks(window, reading, buffers, w, data, read=not resident)
             if order.resident:
                 resident = True
             else:
@@ -189,7 +201,7 @@ def windows(
 def _add_tasks(
     window: Window, reading: Reading, buffers: Buffers, w: int, data: Tensor, *, read: bool
 ) -> None:
-    """Tasks that read a window's blocks and make its index."""
+    """Tasks that read a window's blocks (what this rank holds of them) and make its index."""
     order, selection, shards = reading.order, reading.selection, reading.shards
     numbers = order.window_blocks(window.epoch, w)
     blocks = order.blocks
@@ -201,11 +213,14 @@ def _add_tasks(
     if not read:
         return
     shard_of = np.searchsorted(selection.shard_bounds, starts, side="right") - 1
-    for i in range(len(numbers)):
+    first, last = share(int(slots[-1]), reading.rank, reading.world_size)
+    begins, ends = np.clip(slots[:-1], first, last), np.clip(slots[1:], first, last)
+    for i in np.flatnonzero(begins < ends):
         shard = int(shard_of[i])
-        local = selection.examples[starts[i] : stops[i]] - shards.shard_starts[shard]
+        a, b = starts[i] + begins[i] - slots[i], starts[i] + ends[i] - slots[i]
+        local = selection.examples[a:b] - shards.shard_starts[shard]
         layer = selection.layers[layers[i]]
-        out = data[int(slots[i]) : int(slots[i + 1])]
+        out = data[int(begins[i]) - first : int(ends[i]) - first]
         window.tasks.append(functools.partial(_read_block, buffers, shard, layer, local, out))
 
 
@@ -237,10 +252,16 @@ def _make_index(
     rows = selection.rows(examples)
     if reading.order.shuffle:
         rows = rows[reading.order.row_order(len(rows), window.epoch, w)]
+    numbers = np.repeat(np.asarray(selection.layers, dtype=np.int64)[layers], lengths)
+    if reading.world_size > 1:
+        first, last = share(len(examples), reading.rank, reading.world_size)
+        kept = selection.kept_tokens
+        window.places = np.flatnonzero((rows >= first * kept) & (rows < last * kept))
+        rows = rows[window.places] - first * kept
+        examples, numbers = examples[first:last], numbers[first:last]
     window.order = buffers.place(rows)
     window.slot_examples = buffers.place(examples)
     if len(selection.layers) > 1:
-        numbers = np.asarray(selection.layers, dtype=np.int64)
-        window.slot_layers = buffers.place(np.repeat(numbers[layers], lengths))
+        window.slot_layers = buffers.place(numbers)
     if reading.labels and selection.labels is not None:
         window.slot_labels = buffers.place(selection.labels[examples])

@@ -28,7 +28,9 @@ class Folder:
 
     def vectors(self, batch) -> torch.Tensor:
         """What the vectors of a batch have to be, by its index columns."""
-        layer = torch.tensor([self.metadata.layers.index(x) for x in batch.layer.tolist()])
+        layer = torch.tensor(
+            [self.metadata.layers.index(x) for x in batch.layer.tolist()], dtype=torch.int64
+        )
         token = batch.token_idx + int(self.metadata.cls_token)
         return self.acts[layer, batch.example_idx, token]
 

@@ -16,6 +16,7 @@ from saev.loaders.order import (
     choose_sizes,
     cut_blocks,
     permutation,
+    share,
 )
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
@@ -75,9 +76,8 @@ def test_permutation_is_uniform():
     vector=st.integers(1, 8192),
     buffer_mb=st.integers(1, 8192),
     block_kb=st.one_of(st.just(0), st.integers(1, 20_000)),
-    world=st.integers(1, 64),
 )
-def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb, world):
+def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb):
     read = tokens * vector
     kept = tokens * (vector + 32)
     budget = buffer_mb << 20
@@ -88,7 +88,6 @@ def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb,
             kept_bytes=kept,
             buffer_bytes=budget,
             block_bytes=block_kb << 10,
-            world_size=world,
         )
     except ConfigError:
         block = max(1, (block_kb << 10) // read)
@@ -99,7 +98,7 @@ def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb,
     assert sizes.window_examples * kept * 2 <= budget or (whole and n_examples * kept <= budget)
     if not block_kb:
         assert sizes.block_examples == 1 or sizes.block_examples * read <= MAX_BLOCK_BYTES
-        if sizes.window_examples < n_examples / world:
+        if sizes.window_examples < n_examples:
             assert sizes.block_examples == 1 or sizes.window_blocks >= MIN_BLOCKS_PER_WINDOW
 
 
@@ -137,28 +136,24 @@ def test_blocks_hold_every_example_once_and_cross_no_shard(sizes, block, n_layer
     shard_sizes,
     st.integers(1, 4),
     st.integers(1, 6),
-    st.integers(1, 4),
     st.integers(0, 3),
     st.booleans(),
 )
-def test_windows_of_all_ranks_hold_every_block_once(sizes, block, window, world, epoch, shuffle):
+def test_windows_hold_every_block_once(sizes, block, window, epoch, shuffle):
     blocks = make_blocks(sizes, np.ones(sum(sizes)), 1, block)
-    order = Order(blocks, window, seed=5, world_size=world, shuffle=shuffle)
+    order = Order(blocks, window, seed=5, shuffle=shuffle)
     found = []
-    for rank in range(world):
-        windows = order.windows(rank)
-        assert len(windows) == order.n_windows // world
-        for w in windows:
-            numbers = order.window_blocks(epoch, w)
-            assert len(numbers) <= window
-            examples = (blocks.stop - blocks.start)[numbers].sum()
-            assert examples <= order.max_window_examples
-            assert order.epoch(epoch).window_rows[w] == blocks.rows[numbers].sum()
-            found += numbers.tolist()
+    for w in range(order.n_windows):
+        numbers = order.window_blocks(epoch, w)
+        assert len(numbers) <= window
+        examples = (blocks.stop - blocks.start)[numbers].sum()
+        assert examples <= order.max_window_examples
+        assert order.epoch(epoch).window_rows[w] == blocks.rows[numbers].sum()
+        found += numbers.tolist()
     assert sorted(found) == list(range(len(blocks)))
     lengths = np.diff(order.epoch(epoch).bounds)
     assert lengths.max() - lengths.min() <= 1
-    if not shuffle and world == 1:
+    if not shuffle:
         assert found == sorted(found)
 
 
@@ -183,13 +178,21 @@ def test_a_window_mixes_the_whole_dataset():
         assert np.bincount(tenths, minlength=10).min() >= 5
 
 
-@given(shard_sizes, st.integers(1, 5), st.integers(1, 7), st.integers(0, 3))
-def test_with_drop_last_all_ranks_make_the_same_steps(sizes, world, batch, epoch):
+@given(shard_sizes, st.integers(1, 7), st.integers(0, 3))
+def test_drop_last_keeps_whole_batches(sizes, batch, epoch):
     blocks = make_blocks(sizes, np.full(sum(sizes), 3), 1, 1)
-    order = Order(blocks, 2, world_size=world)
-    kept = {order.usable_rows(epoch, r, batch, True) for r in range(world)}
-    assert len(kept) == 1
-    assert kept.pop() % batch == 0
-    everything = [order.usable_rows(epoch, r, batch, False) for r in range(world)]
-    assert sum(everything) == blocks.rows.sum()
-    assert math.isclose(np.mean(everything), blocks.rows.sum() / world)
+    order = Order(blocks, 2)
+    everything = order.usable_rows(epoch, batch, False)
+    assert everything == blocks.rows.sum()
+    kept = order.usable_rows(epoch, batch, True)
+    assert kept % batch == 0
+    assert everything - batch < kept <= everything
+
+
+@given(st.integers(0, 10_000), st.integers(1, 70))
+def test_shares_are_equal_and_hold_every_slot_once(n, world):
+    shares = [share(n, rank, world) for rank in range(world)]
+    assert [i for a, b in shares for i in range(a, b)] == list(range(n))
+    sizes = [b - a for a, b in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == math.ceil(n / world)

@@ -98,23 +98,26 @@ def test_every_wanted_vector_comes_exactly_once(case):
                 ]  # fmt: skip
             except ConfigError:
                 row = shards.layouts[0].row_bytes
-                too_few = len(wanted) < load["batch_size"] * world * 10
+                too_few = load["drop_last"] and len(wanted) < load["batch_size"]
                 too_small = cfg.buffer_mb * 2**20 < 2 * (max(1024, row) + 7 * 32) * 4 / 3
                 assert not wanted or too_small or too_few
                 return
-            given_, steps = [], []
+            steps = []
             for loader in loaders:
                 batches = list(loader)
                 for batch in batches:
                     check_batch(folder, batch)
                 assert loader.n_tokens == len(wanted)
                 assert len(batches) == loader.n_batches(0) + loader.n_batches(1)
-                sizes = [len(b.act) for b in batches[: loader.n_batches(0)]]
-                assert all(n == load["batch_size"] for n in sizes[:-1])
-                steps.append(len(batches))
-                given_ += keys(batches)
+                steps.append([keys([batch]) for batch in batches])
+            # A step's batch is the same set of rows however many ranks share it.
+            alone = [keys([b]) for b in ShuffledLoader(shards, cfg, **load, epochs=2)]
+            together = [list(itertools.chain(*parts)) for parts in zip(*steps, strict=True)]
+            assert [sorted(b) for b in together] == [sorted(b) for b in alone]
+            per_epoch = loaders[0].n_batches(0)
+            assert all(len(b) == load["batch_size"] for b in alone[: per_epoch - 1])
+            given_ = list(itertools.chain(*alone))
             if load["drop_last"]:
-                assert len(set(steps)) == 1
                 assert len(set(given_)) * 2 >= len(given_)
                 assert set(given_) <= wanted
             else:
@@ -345,11 +348,10 @@ def test_a_break_keeps_the_place(folder):
         ({"split": "train", "val_fraction": 0.3}, "data"),
         ({"buffer_mb": 0.008}, "order"),
         ({"block_kb": 1}, "order"),
-        ({"world_size": 2}, "order"),
     ],
 )
 def test_a_state_of_something_else_is_refused(folder, change, word):
-    load = {k: change.pop(k) for k in ("seed", "world_size") if k in change}
+    load = {k: change.pop(k) for k in ("seed",) if k in change}
     with folder.open() as shards:
         state = ShuffledLoader(shards, LoaderConfig(**SMALL), 10).state_dict()
         other = ShuffledLoader(shards, LoaderConfig(**(SMALL | change)), 10, **load)
@@ -382,26 +384,62 @@ def test_threads_do_not_change_a_state(folder):
         few.close()
 
 
-def test_one_state_serves_all_ranks(folder):
-    """Ranks make the same steps, so the state that one of them saved resumes each."""
+@pytest.mark.parametrize("tokens", ["all", "special"])
+def test_one_state_serves_any_number_of_ranks(folder, tokens):
+    """Ranks make the same steps, so the state that one of them saved resumes each, and others."""
     with folder.open() as shards:
 
-        def make(rank):
-            cfg = LoaderConfig(**SMALL)
+        def make(rank, world_size):
+            cfg = LoaderConfig(tokens=tokens, **SMALL)
             return ShuffledLoader(
-                shards, cfg, 10, epochs=2, drop_last=True, rank=rank, world_size=3
+                shards, cfg, 10, epochs=6, drop_last=True, rank=rank, world_size=world_size
             )
 
-        whole = [[keys([b]) for b in make(rank)] for rank in range(3)]
-        loader = make(0)
+        whole = {w: [[keys([b]) for b in make(rank, w)] for rank in range(w)] for w in (1, 2, 3)}
+        loader = make(0, 3)
         for _, _ in zip(range(5), loader, strict=False):
             state = loader.state_dict()
         loader.close()
+        for world_size, ranks in whole.items():
+            for rank, steps in enumerate(ranks):
+                resumed = make(rank, world_size)
+                resumed.load_state_dict(state)
+                assert [keys([b]) for b in resumed] == steps[5:]
+                assert len(steps) > 5
+
+
+def test_ranks_share_the_reading(tmp_path):
+    """Each example is read by one rank, and each rank gives about its share of every batch."""
+    folder = write_shards(str(tmp_path / "f"), n_examples=600, content_tokens=9)
+    with folder.open() as shards:
+        n_bytes = []
         for rank in range(3):
-            resumed = make(rank)
-            resumed.load_state_dict(state)
-            assert [keys([b]) for b in resumed] == whole[rank][5:]
-            assert len(whole[rank]) > 5
+            loader = ShuffledLoader(
+                shards, LoaderConfig(buffer_mb=0.1), 600, epochs=1, rank=rank, world_size=3
+            )
+            sizes = [len(b.act) for b in loader]
+            assert loader.n_batches() == len(sizes) > 5
+            assert all(140 < n < 260 for n in sizes[:-1])
+            n_bytes.append(loader.metrics()["loader/read_mb"] * 1e6)
+        alone = ShuffledLoader(shards, LoaderConfig(buffer_mb=0.1), 600, epochs=1)
+        for _ in alone:
+            pass
+        assert sum(n_bytes) == pytest.approx(alone.metrics()["loader/read_mb"] * 1e6)
+        assert max(n_bytes) < 1.1 * min(n_bytes)
+
+
+def test_more_ranks_than_rows_in_a_batch(folder):
+    """Some have no row of a batch; every row still comes once."""
+    with folder.open() as shards:
+        loaders = [
+            ShuffledLoader(shards, LoaderConfig(**SMALL), 4, epochs=1, rank=r, world_size=9)
+            for r in range(9)
+        ]
+        batches = [list(loader) for loader in loaders]
+        assert {len(b) for b in batches} == {loaders[0].n_batches()}
+        assert any(len(b.act) == 0 for of_rank in batches for b in of_rank)
+        found = sorted(itertools.chain(*(keys(b) for b in batches)))
+        assert found == sorted(keys(ShuffledLoader(shards, LoaderConfig(**SMALL), 4, epochs=1)))
 
 
 # --- wrong configs -------------------------------------------------------------------------
@@ -429,7 +467,6 @@ def test_one_state_serves_all_ranks(folder):
         ({"content_tokens": 0}, {}, {}, "No tokens are left"),
         ({}, {}, {"batch_size": 0}, "batch_size is 0"),
         ({}, {}, {"rank": 2, "world_size": 2}, "rank is 2, expected 0 to 1"),
-        ({}, {}, {"rank": 0, "world_size": 40}, "Rank 0 of 40 has no tokens"),
         ({}, {}, {"epochs": -1}, "epochs is -1"),
         ({}, {}, {"device": "meta"}, "on cpu or cuda, not on meta"),
     ],
