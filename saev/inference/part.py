@@ -1,5 +1,6 @@
 """One shard's share of the result: computed in one pass, stored, merged in shard order."""
 
+import concurrent.futures
 import contextlib
 import typing as tp
 
@@ -161,12 +162,24 @@ def compute(job: Job, shard: int, dist_latents: tuple[int, ...], task: Task) -> 
             codes = _open_codes(stack, job, shard, "codes", job.sae.d_sae)
         if dist_latents:
             dists = _open_codes(stack, job, shard, "dists", len(dist_latents))
-        for columns, tokens in _pieces(job, shard, stats, task):
+
+        def keep(steps: list[_Step]) -> None:
+            columns, tokens = _join(steps, job.sae.d_sae)
             stats.add_codes(columns, tokens)
             if codes:
                 codes.append(columns, tokens)
             if dists:
                 dists.append(columns.select(np.array(dist_latents)), tokens)
+
+        # One thread, so that pieces come in order; one piece waits, so that memory is bounded.
+        worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "saev-codes"))
+        pending: concurrent.futures.Future[None] | None = None
+        for steps in _pieces(job, shard, stats, task):
+            if pending is not None:
+                pending.result()
+            pending = worker.submit(keep, steps)
+        if pending is not None:
+            pending.result()
     error = float(stats.metrics.sq_error)
     if not np.isfinite(error):
         raise CorruptDataError(
@@ -194,11 +207,12 @@ def _open_codes(
     return CodesWriter(handle, storage.name(place), n_latents)
 
 
-def _pieces(
-    job: Job, shard: int, stats: PartStats, task: Task
-) -> tp.Iterator[tuple[Columns, TokenRows]]:
-    """Codes of a shard in column-wise pieces; reconstruction errors go into ``stats`` meanwhile."""
-    steps: list[tuple[Encoded, TokenRows]] = []
+_Step = tuple[Encoded, TokenRows]
+
+
+def _pieces(job: Job, shard: int, stats: PartStats, task: Task) -> tp.Iterator[list[_Step]]:
+    """Codes of a shard in pieces; reconstruction errors go into ``stats`` meanwhile."""
+    steps: list[_Step] = []
     held = 0
     for chunk in job.source.chunks(job.source.shard_examples(shard), job.examples_per_step):
         x = chunk.x.to(job.sae.W_enc.device)
@@ -208,13 +222,13 @@ def _pieces(
         held += len(step.values)
         task.advance(len(x), n_bytes=chunk.x.numel() * job.shards.dtype.itemsize)
         if held >= _PIECE_ENTRIES:
-            yield _join(steps, job.sae.d_sae)
+            yield steps
             steps, held = [], 0
     if steps:
-        yield _join(steps, job.sae.d_sae)
+        yield steps
 
 
-def _join(steps: list[tuple[Encoded, TokenRows]], d_sae: int) -> tuple[Columns, TokenRows]:
+def _join(steps: list[_Step], d_sae: int) -> tuple[Columns, TokenRows]:
     row_nnz, latents, values = (
         np.concatenate([getattr(step, name) for step, _ in steps])
         for name in ("row_nnz", "latents", "values")

@@ -1,8 +1,14 @@
-"""Batches, and how they are cut from a window: one vectorised gather."""
+"""Batches, and how they are cut from a window: one vectorised gather.
+
+On the CPU numpy gathers, on the consumer's thread. Two threads are little faster, as memory is the
+limit and readers use it too; and torch's threads spin while they wait for one another, so that
+where something else runs on a core (a reader, another process), a gather took five times as long.
+"""
 
 import sys
 import typing as tp
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
@@ -12,8 +18,9 @@ from saev.loaders.windows import Window
 NO_LABEL = 255
 """`token_labels` of a class token, which has no label."""
 
-_CONVERT_BYTES = 512 << 10
-"""Rows are converted in pieces of so many bytes, which stay in a core's cache."""
+_CONVERT_VALUES = 1 << 15
+"""Values are converted so many at a time: they stay in a core's cache, and torch does not wake
+other threads for them."""
 
 
 class Batch(tp.NamedTuple):
@@ -113,27 +120,38 @@ class Cutter:
         if window.slot_layers is None:
             layer = self._layer.expand(len(index))
         else:
-            layer = window.slot_layers[slot]
+            layer = window.slot_layers.index_select(0, slot)
         labels = None
         if window.slot_labels is not None:
-            labels = window.slot_labels.flatten()[slot * self._content + token.clamp(min=0)]
+            place = slot * self._content + token.clamp(min=0)
+            labels = window.slot_labels.flatten().index_select(0, place)
             labels.masked_fill_(token < 0, NO_LABEL)
-        return Batch(out, window.slot_examples[slot], token, labels, layer)
+        # index_select: unlike [], it wakes no other threads for a few thousand rows
+        return Batch(out, window.slot_examples.index_select(0, slot), token, labels, layer)
 
     def _gather_vectors(self, data: Tensor, index: Tensor, out: Tensor) -> None:
-        if data.dtype == out.dtype:
-            torch.index_select(data, 0, index, out=out)
-            return
         if self._memory is None:
-            out.copy_(data.index_select(0, index))
+            if data.dtype == out.dtype:
+                torch.index_select(data, 0, index, out=out)
+            else:
+                out.copy_(data.index_select(0, index))
             return
-        rows = max(1, _CONVERT_BYTES // (self._d_model * data.dtype.itemsize))
+        source, rows = _raw(data), index.numpy()
+        if data.dtype == out.dtype:
+            np.take(source, rows, axis=0, out=_raw(out), mode="clip")
+            return
+        n = max(1, _CONVERT_VALUES // self._d_model)
         if self._piece is None:
-            self._piece = torch.empty(rows, self._d_model, dtype=data.dtype)
-        for i in range(0, len(index), rows):
-            piece = self._piece[: min(rows, len(index) - i)]
-            torch.index_select(data, 0, index[i : i + rows], out=piece)
-            out[i : i + rows].copy_(piece)
+            self._piece = torch.empty(n, self._d_model, dtype=data.dtype)
+        for i in range(0, len(rows), n):
+            piece = self._piece[: min(n, len(rows) - i)]
+            np.take(source, rows[i : i + n], axis=0, out=_raw(piece), mode="clip")
+            out[i : i + n].copy_(piece)
+
+
+def _raw(vectors: Tensor) -> np.ndarray:
+    """The same memory as an array; as integers where numpy has no such type."""
+    return (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
 
 
 def join(act: Tensor, parts: list[Batch]) -> Batch:
