@@ -35,3 +35,7 @@ class ModelError(SaevError):
 
 class CheckpointError(SaevError):
     """An SAE checkpoint or resume state cannot be read or does not fit the config."""
+
+
+class RankError(SaevError):
+    """A process of a training over several of them ended or does not answer."""

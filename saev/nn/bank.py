@@ -21,11 +21,12 @@ from torch import Tensor
 from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn.folding import fold_normalization
-from saev.nn.gradients import Weights, squared_norm, total
+from saev.nn.gradients import Weights, squared_norm, total, variation
 from saev.nn.group import Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
 from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
 from saev.nn.optim import Adam, Muon, Optimizer
+from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sae import SparseAutoencoder
 
 _CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
@@ -47,8 +48,9 @@ class StepMetrics(tp.NamedTuple):
     l1: Float[Tensor, " n"]
     """Mean sum of latents per token."""
     nmse: Float[Tensor, " n"]
-    """Squared error of the whole dictionary over the variance around the batch's mean. A curve to
-    watch; the metric that is reported is computed over a whole split."""
+    """Squared error of the whole dictionary over the variance around the batch's mean; not finite
+    if there is none. A curve to watch; the metric that is reported is computed over a whole split.
+    """
     n_dead: Int[Tensor, " n"]
     """Latents that have not fired for `dead_after` tokens."""
     grad_norm: Float[Tensor, " n"]
@@ -77,6 +79,8 @@ class SaeBank:
             On a GPU only.
         data: [n, d_model] activations, as `step` will see them, for data-point initialisation.
         dtype: of parameters.
+        ranks: processes that train the bank together, each on its share of every batch. All begin
+            with the state of rank 0; see :meth:`begin_together`.
 
     Raises:
         ConfigError: members that do not belong together, or a setting that cannot be trained.
@@ -96,7 +100,9 @@ class SaeBank:
         bf16: bool = False,
         data: Float[Tensor, "sample d_model"] | None = None,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.cfgs = [cfg.resolved(d_model) for cfg in cfgs]
         self.objectives = list(objectives)
         self.lrs = [float(lr) for lr in lrs]
@@ -141,19 +147,21 @@ class SaeBank:
         x: Float[Tensor, "batch d_model"],
         lr_factor: float | tp.Sequence[float] = 1.0,
         sparsity_factor: float | tp.Sequence[float] = 1.0,
+        n_tokens: int | None = None,
     ) -> StepMetrics:
         """Take one optimiser step for every member.
 
         Args:
-            x: normalised activations.
+            x: normalised activations; of several ranks, the share of this one, which may be empty.
             lr_factor: what the schedule multiplies the peak learning rates by; one for all members
                 or one for each.
             sparsity_factor: likewise for the sparsity coefficients.
+            n_tokens: tokens of the batch over all ranks; without it, those of x.
 
         Raises:
             ConfigError: x has another width, or a sequence has another length than the bank.
         """
-        metrics = self.compute_gradients(x, sparsity_factor)
+        metrics = self.compute_gradients(x, sparsity_factor, n_tokens)
         self.apply_gradients(metrics.grad_norm, lr_factor)
         return metrics
 
@@ -162,31 +170,33 @@ class SaeBank:
         self,
         x: Float[Tensor, "batch d_model"],
         sparsity_factor: float | tp.Sequence[float] = 1.0,
+        n_tokens: int | None = None,
     ) -> StepMetrics:
         """The first half of :meth:`step`: fill `grads`, count what fired, move the thresholds."""
-        if x.ndim != 2 or x.shape[1] != self.d_model or not x.shape[0]:
+        n_tokens = n_tokens or x.shape[0]
+        if x.ndim != 2 or x.shape[1] != self.d_model or not n_tokens:
             raise ConfigError(
                 f"The batch has shape {list(x.shape)}, expected [tokens, {self.d_model}]."
             )
         x = x.to(self.device, self.threshold.dtype).contiguous()
-        n_tokens = x.shape[0]
         factors = self._per_member(sparsity_factor, "sparsity_factor")
         coeffs = [o.sparsity_coeff * f for o, f in zip(self.objectives, factors, strict=True)]
         for grad in self.grads.values():
             grad.zero_()
-        centred = x - x.mean(0)
-        variance = total(squared_norm(centred))
+        variance = variation(x, self.ranks, n_tokens)
         # Before anything can be dead this needs no answer from the device.
         dead = self.since_fired >= self.dead_after if self.n_tokens >= self.dead_after else None
 
         results = []
-        n_group = self._group_size(n_tokens)
+        # The groups have to be the same on all ranks, whose shares differ by some rows.
+        n_group = self._group_size(-(-n_tokens // self.ranks.size))
         for first in range(0, len(self), n_group):
             members = range(first, min(first + n_group, len(self)))
-            group = self._group(members, n_tokens, coeffs)
+            group = self._group(members, x.shape[0], n_tokens, coeffs)
             dead_g = None if dead is None else dead[members[0] : members[-1] + 1]
-            results.append(group_gradients(group, x, dead_g, variance / x.numel()))
+            results.append(group_gradients(group, x, dead_g, variance / (n_tokens * self.d_model)))
         sums = GroupSums(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+        self.ranks.add_(*self.grads.values(), *sums)
 
         self.n_tokens += n_tokens
         self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
@@ -194,12 +204,12 @@ class SaeBank:
         l0, l1 = sums.l0 / n_tokens, sums.l1 / n_tokens
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
         return StepMetrics(
-            mse=sums.mse / x.numel(),
+            mse=sums.mse / (n_tokens * self.d_model),
             sparsity=penalty * torch.tensor(coeffs, dtype=x.dtype, device=self.device),
             aux=sums.aux,
             l0=l0,
             l1=l1,
-            nmse=sums.error / variance.clamp(min=1e-30),
+            nmse=sums.error / variance,
             n_dead=(self.since_fired >= self.dead_after).sum(-1),
             grad_norm=self._gradient_norm(),
         )
@@ -223,7 +233,7 @@ class SaeBank:
                 norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
                 w_dec[n].div_(norm.clamp(min=1e-12))
 
-    def _group(self, members: range, n_tokens: int, coeffs: list[float]) -> Group:
+    def _group(self, members: range, n_rows: int, n_tokens: int, coeffs: list[float]) -> Group:
         prefixes = draw_prefixes(
             [self.objectives[n] for n in members],
             [self._generators[n] for n in members],
@@ -239,26 +249,28 @@ class SaeBank:
             grads=Weights(**{name: g[some] for name, g in self.grads.items()}),
             threshold=self.threshold[some],
             prefixes=prefixes.to(self.device, self.threshold.dtype),
-            chunk=self._chunk(n_tokens, prefixes.lengths.shape[1], len(members)),
+            chunk=self._chunk(n_rows, prefixes.lengths.shape[1], len(members)),
             bf16=self.bf16,
+            n_tokens=n_tokens,
+            ranks=self.ranks,
         )
 
     def _row_bytes(self, n_p: int) -> int:
         return 4 * max(self.d_sae, n_p * self.d_model)
 
-    def _group_size(self, n_tokens: int) -> int:
+    def _group_size(self, n_rows: int) -> int:
         """Members that share one encoder product."""
         if self.device.type != "cuda" or self.kind not in ("top-k", "batch-top-k"):
             return 1
         n_p = max(n_prefixes(o, self.d_sae) for o in self.objectives)
-        return max(1, _GPU_CHUNK // (self._row_bytes(n_p) * n_tokens))
+        return max(1, _GPU_CHUNK // (self._row_bytes(n_p) * n_rows))
 
-    def _chunk(self, n_tokens: int, n_p: int, n_members: int) -> int:
+    def _chunk(self, n_rows: int, n_p: int, n_members: int) -> int:
         """Rows at a time. Depends on the member and the batch only, as its bits do."""
         if n_members > 1:
-            return n_tokens
+            return max(1, n_rows)
         budget = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
-        return max(_MIN_ROWS, min(n_tokens, budget // self._row_bytes(n_p)))
+        return max(_MIN_ROWS, min(n_rows, budget // self._row_bytes(n_p)))
 
     def _remove_parallel(self) -> None:
         """Remove from decoder gradients the part along the rows, which normalising would undo."""
@@ -307,7 +319,20 @@ class SaeBank:
             tensors["threshold"] = self.params["log_threshold"][n].clone().exp()
         return SparseAutoencoder.from_tensors(self.cfgs[n], tensors).to(self.device)
 
-    # --- Resume ----------------------------------------------------------------------------
+    # --- Resume, and other ranks -----------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_together(self) -> None:
+        """Take over the state of rank 0."""
+        rng = torch.stack([g.get_state() for g in self._generators])
+        counters = torch.tensor([self.t, self.n_tokens])
+        self.ranks.broadcast_(*self._tensors().values(), rng, counters)
+        self._set_counters(rng, counters)
+
+    def _set_counters(self, rng: Tensor, counters: Tensor) -> None:
+        for generator, state in zip(self._generators, rng, strict=True):
+            generator.set_state(state.clone())
+        self.t, self.n_tokens = (int(v) for v in counters)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -346,9 +371,7 @@ class SaeBank:
                 )
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
-        for generator, rng in zip(self._generators, state["rng"], strict=True):
-            generator.set_state(rng.clone())
-        self.t, self.n_tokens = (int(v) for v in state["counters"])
+        self._set_counters(state["rng"], state["counters"])
 
 
 def _align(values: Float[Tensor, " n"], like: Tensor) -> Tensor:

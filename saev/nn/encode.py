@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saev.nn.gradients import Weights
+from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sparse import Codes
 
 _BOUND = 0.75
@@ -97,6 +98,8 @@ def batch_top_k_codes(
     threshold: Float[Tensor, " g"],
     chunk: int,
     bf16: bool,
+    n_batch: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Codes, Float[Tensor, " g"]]:
     """BatchTopK codes, and the smallest value that each member selected (NaN if none).
 
@@ -107,27 +110,26 @@ def batch_top_k_codes(
         threshold: moving threshold of each member, where to look first.
         chunk: rows at a time.
         bf16: multiply in bfloat16.
+        n_batch: tokens of the batch over all ranks; without it, those of x.
+        ranks: who has the others.
     """
     n_g, d_sae, _ = weights.W_enc.shape
     n_tokens = x.shape[0]
-    wanted = [k * n_tokens for k in top_k]
+    wanted = [k * (n_batch or n_tokens) for k in top_k]
     bounds = threshold * _BOUND
     found = _above(weights, x, bounds, chunk, bf16)
-    short = [index.shape[0] < n for (_, index), n in zip(found, wanted, strict=True)]
+    counts = ranks.counts([index.shape[0] for _, index in found])
+    short = [sum(count) < n for count, n in zip(zip(*counts, strict=True), wanted, strict=True)]
     if any(short):
         again = torch.where(torch.tensor(short, device=x.device), torch.zeros_like(bounds), bounds)
         found = _above(weights, x, again, chunk, bf16)
 
-    values, latents, ptrs, smallest = [], [], [], []
+    found = [_largest_entries(v, i, n) for (v, i), n in zip(found, wanted, strict=True)]
+    found, smallest = _of_all_ranks(found, wanted, ranks)
+    values, latents, ptrs = [], [], []
     n_before = 0
     edges = torch.arange(n_tokens + 1, device=x.device) * d_sae
-    for g, ((value, index), n) in enumerate(zip(found, wanted, strict=True)):
-        if index.shape[0] > n:
-            kept = torch.zeros_like(value, dtype=torch.bool)
-            kept[value.topk(n, sorted=False).indices] = True
-            value, index = value[kept], index[kept]
-        nothing = torch.full((), float("nan"), dtype=x.dtype, device=x.device)
-        smallest.append(value.min() if value.shape[0] else nothing)
+    for g, (value, index) in enumerate(found):
         values.append(value)
         latents.append((index.remainder(d_sae) + g * d_sae).to(torch.int32))
         ptr = torch.searchsorted(index, edges, out_int32=True) + n_before
@@ -152,3 +154,49 @@ def _above(
             found[g].append((flat[index].to(x.dtype), index + start * d_sae))
         start += x_c.shape[0]
     return [(torch.cat([v for v, _ in parts]), torch.cat([i for _, i in parts])) for parts in found]
+
+
+def _largest_entries(value: Tensor, index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest values and their indices, in the order in which they stand."""
+    if index.shape[0] <= n:
+        return value, index
+    kept = torch.zeros_like(value, dtype=torch.bool)
+    kept[value.topk(n, sorted=False).indices] = True
+    return value[kept], index[kept]
+
+
+def _of_all_ranks(
+    found: list[tuple[Tensor, Tensor]], wanted: list[int], ranks: Ranks
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Of each member's entries those that are among the n largest of all ranks together, and the
+    smallest value of these on any rank (NaN if there is none).
+
+    What is among the n largest of all is among those of its rank, so each sends no more than n.
+    Of equal values, earlier ranks keep theirs.
+    """
+    if ranks.alone:
+        return found, [_minimum(value) for value, _ in found]
+    counts = ranks.counts([value.shape[0] for value, _ in found])
+    everything = ranks.gather(torch.cat([value for value, _ in found]), [*map(sum, counts)])
+    of_rank = [v.split(n) for v, n in zip(everything, counts, strict=True)]
+    kept, smallest = [], []
+    for g, ((value, index), n) in enumerate(zip(found, wanted, strict=True)):
+        parts = [of_members[g] for of_members in of_rank]
+        values = torch.cat(parts)
+        if values.shape[0] > n:
+            values = values.topk(n, sorted=False).values
+            least = values.min()
+            above, equal = (value <= least).logical_not_(), value == least  # NaN is above
+            n_equal = (values == least).sum()
+            before = sum(
+                ((p == least).sum() for p in parts[: ranks.rank]), torch.zeros_like(n_equal)
+            )
+            chosen = above | (equal & (equal.cumsum(0) + before <= n_equal))
+            value, index = value[chosen], index[chosen]
+        kept.append((value, index))
+        smallest.append(_minimum(values))
+    return kept, smallest
+
+
+def _minimum(values: Tensor) -> Tensor:
+    return values.min() if values.shape[0] else values.new_full((), float("nan"))

@@ -23,6 +23,7 @@ from torch import Tensor
 from saev.nn import sparse
 from saev.nn.activations import rectangle
 from saev.nn.objectives import Prefixes
+from saev.nn.ranks import Ranks
 
 
 class Weights(tp.NamedTuple):
@@ -68,6 +69,18 @@ def total(values: Tensor) -> Tensor:
 def squared_norm(rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
     """‖row‖² without a temporary of the size of the rows."""
     return torch.linalg.vector_norm(rows, dim=-1).square()
+
+
+def variation(x: Float[Tensor, "b d"], ranks: Ranks, n_tokens: int) -> Tensor:
+    """Σ ‖x - x̄‖² over a batch of n_tokens, of which x is this rank's share."""
+    if ranks.alone:
+        return total(squared_norm(x - x.mean(0)))
+    # In float64, where Σ‖x‖² - B·‖x̄‖² loses nothing that float32 has; one sum serves for both.
+    wide = x.double()
+    sums = torch.stack([wide.sum(0), wide.square().sum(0)])
+    ranks.add_(sums)
+    squares = (sums[1] - sums[0].square() / n_tokens).sum()
+    return squares.clamp(min=0).to(x.dtype)
 
 
 def output_gradient(
@@ -233,6 +246,7 @@ def aux_k(
     grads: Weights,
     x: Float[Tensor, "b d"],
     residual: Float[Tensor, "b d"],
+    energy: Tensor,
     dead: Bool[Tensor, " s"],
     k_aux: int,
     coeff: Tensor,
@@ -243,8 +257,9 @@ def aux_k(
     Args:
         weights: of the member (a group of one).
         grads: added to.
-        x: the whole batch.
-        residual: e = x - x̂ of the whole batch, a constant.
+        x: the batch (of several ranks, the rows of this one).
+        residual: e = x - x̂ of these rows, a constant.
+        energy: Σ ‖e‖² over the batch of all ranks.
         dead: which latents are dead; at least one.
         k_aux: dead latents used per token.
         coeff: α·v.
@@ -253,8 +268,7 @@ def aux_k(
     index = dead.nonzero().squeeze(1)
     n_dead = index.shape[0]
     w_enc, b_enc, w_dec = weights.W_enc[0][index], weights.b_enc[0][index], weights.W_dec[0][index]
-    energy = total(squared_norm(residual)).clamp(min=1e-30)
-    factor = coeff * min(n_dead / k_aux, 1.0) / energy
+    factor = coeff * min(n_dead / k_aux, 1.0) / energy.clamp(min=1e-30)
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     sums = [torch.zeros_like(w_enc), torch.zeros_like(b_enc), torch.zeros_like(w_dec)]
     for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):

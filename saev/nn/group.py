@@ -10,6 +10,7 @@ from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
 from saev.nn import encode, gradients, sparse
 from saev.nn.gradients import Weights
 from saev.nn.objectives import Prefixes, default_k_aux
+from saev.nn.ranks import Ranks
 
 
 class Group(tp.NamedTuple):
@@ -33,13 +34,17 @@ class Group(tp.NamedTuple):
     """Rows at a time; the whole batch if there is more than one member."""
     bf16: bool
     """Multiply with the matrices in bfloat16."""
+    n_tokens: int
+    """B, over all ranks."""
+    ranks: Ranks
+    """Who has the other rows of the batch."""
 
     def __len__(self) -> int:
         return len(self.activations)
 
 
 class GroupSums(tp.NamedTuple):
-    """What was measured on the batch, per member."""
+    """What was measured on this rank's rows of the batch, per member."""
 
     mse: Float[Tensor, " g"]
     """Σ_j ‖x - x̂_j‖² / P, summed over tokens."""
@@ -73,27 +78,31 @@ def group_gradients(
     reviving = _reviving(group, dead)
     sums: gradients.Totals | None = None
     residuals = []
-    for start in range(0, x.shape[0], group.chunk):
+    for start in range(0, max(1, x.shape[0]), group.chunk):
         x_c = x[start : start + group.chunk]
         if codes is None:
-            part, residual = _dense_chunk(group, x_c, x.shape[0])
+            part, residual = _dense_chunk(group, x_c, group.n_tokens)
         else:
             rows = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
             part, residual = gradients.sparse_chunk(
-                group.weights, group.grads, x_c, rows, group.prefixes, x.shape[0]
+                group.weights, group.grads, x_c, rows, group.prefixes, group.n_tokens
             )
         if reviving:
             residuals.append(residual)
         sums = part if sums is None else gradients.Totals(*map(torch.add, sums, part))
     assert sums is not None
     aux = torch.zeros(len(group), dtype=x.dtype, device=x.device)
-    for g in reviving:
+    whole = [torch.cat([r[g] for r in residuals]) for g in reviving]
+    energies = [gradients.total(gradients.squared_norm(residual)) for residual in whole]
+    group.ranks.add_(*energies)
+    for g, residual, energy in zip(reviving, whole, energies, strict=True):
         assert dead is not None
         aux[g] = gradients.aux_k(
             group.weights.member(g),
             group.grads.member(g),
             x,
-            torch.cat([r[g] for r in residuals]),
+            residual,
+            energy,
             dead[g],
             group.objectives[g].k_aux or default_k_aux(x.shape[1]),
             variance * group.objectives[g].aux_coeff,
@@ -132,6 +141,8 @@ def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
                 group.threshold,
                 group.chunk,
                 group.bf16,
+                group.n_tokens,
+                group.ranks,
             )
             _move_threshold(group.threshold, smallest, [a.threshold_momentum for a in batch_top_k])
             return codes

@@ -1,0 +1,148 @@
+"""What processes that train together tell each other: sums of tensors, and small plain objects.
+
+Every rank holds the whole of every bank and computes the gradients of its share of a batch; the
+sums over ranks are the same bits on all of them, so their weights stay the same bits too. Tensors
+on the CPU go through gloo, those on GPUs through NCCL.
+"""
+
+import contextlib
+import json
+import typing as tp
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saev.errors import RankError
+
+_SMALL = 1 << 20
+"""Tensors of fewer elements are sent together: a call costs as much as sending so many."""
+
+
+class Ranks:
+    """One of ``size`` processes, the ``rank``-th; alone by default, and then nothing is sent.
+
+    All ranks have to call the same methods in the same order, with tensors of the same shapes.
+    With more than one, torch.distributed is to be initialised already.
+
+    Every method raises RankError if another rank does not answer.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank = rank
+        self.size = size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes, logs and decides."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.size == 1
+
+    def add_(self, *tensors: Tensor) -> None:
+        """Replace each tensor (contiguous, all of one dtype and device) by its sum over ranks."""
+        if self.alone:
+            return
+        small = [t for t in tensors if t.numel() < _SMALL]
+        with _answered():
+            for tensor in tensors:
+                if tensor.numel() >= _SMALL:
+                    dist.all_reduce(tensor)
+            if small:
+                flat = torch.cat([t.reshape(-1) for t in small])
+                dist.all_reduce(flat)
+                parts = flat.split([t.numel() for t in small])
+                for tensor, part in zip(small, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def broadcast_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by that of rank 0."""
+        if self.alone:
+            return
+        with _answered():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def counts(self, numbers: tp.Sequence[int]) -> list[list[int]]:
+        """The numbers of all ranks, equally many of each."""
+        if self.alone:
+            return [list(numbers)]
+        found = [torch.zeros(len(numbers), dtype=torch.int64) for _ in range(self.size)]
+        with _answered():
+            dist.all_gather(found, torch.tensor(numbers))
+        return [t.tolist() for t in found]
+
+    def gather(self, tensor: Tensor, lengths: tp.Sequence[int]) -> list[Tensor]:
+        """The tensors of all ranks, whose lengths (first axis) all of them know."""
+        if self.alone:
+            return [tensor]
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        found = [torch.empty_like(padded) for _ in lengths]
+        with _answered():
+            dist.all_gather(found, padded)
+        return [t[:n] for t, n in zip(found, lengths, strict=True)]
+
+    def collect(self, obj: tp.Any) -> list[tp.Any]:
+        """The objects (plain JSON) of all ranks."""
+        if self.alone:
+            return [obj]
+        data = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8)
+        lengths = [length for (length,) in self.counts([len(data)])]
+        return [json.loads(t.numpy().tobytes()) for t in self.gather(data, lengths)]
+
+    def tell(self, obj: tp.Any) -> tp.Any:
+        """The object (plain JSON) of rank 0."""
+        return self.collect(obj if self.first else None)[0]
+
+
+ALONE = Ranks()
+
+
+class Agreement:
+    """Whether any rank says yes, asked once per step: all get the same answer at the same step.
+
+    The answer is that to the question before, so that nobody waits for the slowest to ask.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self._asked: tuple[tp.Any, Tensor] | None = None
+
+    def ask(self, yes: bool) -> bool:
+        """Ask, and hear the answer to the question before; alone, the answer is one's own."""
+        if self._ranks.alone:
+            return yes
+        answer = self.finish()
+        flag = torch.tensor([int(yes)])
+        with _answered():
+            self._asked = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag)
+        return answer
+
+    def finish(self) -> bool:
+        """Hear the answer to the last question."""
+        if self._asked is None:
+            return False
+        (work, flag), self._asked = self._asked, None
+        with _answered():
+            work.wait()
+        return bool(flag)
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:  # gloo raises it plainly, NCCL a class of its own
+        if isinstance(err, torch.OutOfMemoryError):
+            raise
+        reason = str(err).splitlines()[0]
+        raise RankError(
+            f"Another rank of this training does not answer ({reason}). It ended, or its machine "
+            "cannot be reached; its own message says why. The same command continues from the "
+            "last resume point."
+        ) from err
