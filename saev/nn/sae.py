@@ -107,9 +107,9 @@ class SparseAutoencoder(nn.Module):
         return sae.eval().requires_grad_(False)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> EncoderOutput:
-        """Latents and pre-activations of recorded activations x."""
+        """Latents and pre-activations of recorded activations x, of any floating type."""
         self._check_width(x)
-        pre_acts = x @ self.W_enc + self.b_enc
+        pre_acts = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return EncoderOutput(self.activate(pre_acts), pre_acts)
 
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
