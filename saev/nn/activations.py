@@ -42,7 +42,8 @@ def threshold(
     z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, "..."]
 ) -> Float[Tensor, "*batch d_sae"]:
     """f = z·[z > θ] for θ ≥ 0: BatchTopK (scalar θ) and JumpReLU (θ per latent) at evaluation."""
-    return torch.where(z > theta, z, torch.zeros((), dtype=z.dtype, device=z.device))
+    # Asked this way round, NaN stays NaN instead of becoming a latent that is off.
+    return torch.where(z <= theta, torch.zeros((), dtype=z.dtype, device=z.device), z)
 
 
 def rectangle(

@@ -141,8 +141,8 @@ def batch_top_k_codes(
 def _above(
     weights: Weights, x: Tensor, bounds: Float[Tensor, " g"], chunk: int, bf16: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Per member the positive pre-activations above its bound, and their index token·d_sae + latent
-    (ascending)."""
+    """Per member the positive pre-activations above its bound, and NaN, and their index
+    token·d_sae + latent (ascending)."""
     n_g, d_sae, _ = weights.W_enc.shape
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_g)]
     start = 0
@@ -150,7 +150,9 @@ def _above(
         z = pre_activations(weights, x_c, bf16)
         for g in range(n_g):
             flat = z[:, g].reshape(-1)
-            index = (flat > bounds[g].to(flat.dtype)).nonzero().squeeze(1)
+            # Not `>`, which is false for NaN and would hide it from the loss.
+            below = flat <= bounds[g].to(flat.dtype)
+            index = below.logical_not_().nonzero().squeeze(1)
             found[g].append((flat[index].to(x.dtype), index + start * d_sae))
         start += x_c.shape[0]
     return [(torch.cat([v for v, _ in parts]), torch.cat([i for _, i in parts])) for parts in found]

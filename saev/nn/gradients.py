@@ -268,7 +268,8 @@ def aux_k(
     index = dead.nonzero().squeeze(1)
     n_dead = index.shape[0]
     w_enc, b_enc, w_dec = weights.W_enc[0][index], weights.b_enc[0][index], weights.W_dec[0][index]
-    factor = coeff * min(n_dead / k_aux, 1.0) / energy.clamp(min=1e-30)
+    # Where nothing is left over there is nothing to learn.
+    factor = torch.where(energy == 0, 0.0, coeff * min(n_dead / k_aux, 1.0) / energy)
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     sums = [torch.zeros_like(w_enc), torch.zeros_like(b_enc), torch.zeros_like(w_dec)]
     for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):

@@ -5,7 +5,7 @@ first p_j latents, and B tokens:
 
     mse       Σ_j Σ_b ‖x - x̂_j‖² / (P·B·d_model)
     sparsity  λ · Σ_b ‖f‖₁ / B   (ReLU)     λ · Σ_b ‖f‖₀ / B   (JumpReLU)     0   (TopK, BatchTopK)
-    aux       α · min(n_dead/k_aux, 1) · v · Σ_b ‖e - ê‖² / Σ_b ‖e‖²
+    aux       α · min(n_dead/k_aux, 1) · v · Σ_b ‖e - ê‖² / Σ_b ‖e‖²   (0 if e is 0)
 
 Matryoshka (Bussmann et al. 2025, arXiv:2503.17547) sums over prefixes; the mean here differs by the
 constant P and keeps λ, α and the gradient's size comparable with vanilla.
