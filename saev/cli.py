@@ -3,7 +3,6 @@
 Stages are imported only when they run, so that `saev --help` answers at once.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -12,17 +11,16 @@ import typing as tp
 # Pydantic's links to its website do not help the user of a command.
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
-import rich.logging
 import tyro
 
-from saev import cores
+from saev import cores, torchrun
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
 from saev.errors import SaevError
-from saev.progress import Progress
+from saev.progress import Progress, log_to
 
 COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "shards": ShardsConfig,
@@ -136,10 +134,11 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     cfg = parse(argv or ["--help"])
     signal.signal(signal.SIGTERM, _terminate)
-    progress = Progress(quiet=isinstance(cfg, GcConfig))  # it asks a question
-    _log_to(progress)
     cores.limit_threads()
     try:
+        rank = _rank()
+        progress = Progress(quiet=rank > 0 or isinstance(cfg, GcConfig))  # gc asks a question
+        log_to(progress, rank)
         with progress:
             urls = execute(cfg, argv, progress)
     except SaevError as err:
@@ -158,29 +157,19 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
             "Elsewhere: install saev with its dependencies.",
             1,
         )
-    for url in urls:
+    for url in urls if rank == 0 else ():
         print(url)  # noqa: T201 - the one thing on standard output
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started, of which the first one speaks."""
+    place = torchrun.place()
+    return 0 if place is None else place.rank
 
 
 def _terminate(signum: int, frame: object) -> tp.NoReturn:
     """Unwind as for any exception, so that temporaries go and a resume point can be written."""
     raise SystemExit(128 + signum)
-
-
-def _log_to(progress: Progress) -> None:
-    level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper()
-    if progress.console.is_terminal:
-        handler: logging.Handler = rich.logging.RichHandler(
-            console=progress.console,
-            show_path=False,
-            rich_tracebacks=False,
-            log_time_format="%H:%M:%S",
-        )
-        form = "%(message)s"
-    else:  # whole lines, for the log of a pod
-        handler, form = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level="WARNING", format=form, handlers=[handler])
-    logging.getLogger("saev").setLevel(level)
 
 
 def _fail(message: str, status: int) -> tp.NoReturn:

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import typing as tp
 from collections.abc import Iterator
 
 import rich.console
+import rich.logging
 import rich.progress
 import rich.text
 
@@ -65,6 +67,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False):
         console = rich.console.Console(stderr=True)
+        self.quiet = quiet
         self._bars: rich.progress.Progress | None = None
         if not quiet and console.is_terminal:
             self._bars = rich.progress.Progress(
@@ -94,6 +97,15 @@ class Progress:
             if self._bars is not None and task._bar is not None:
                 self._bars.stop_task(task._bar)
 
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """While the block runs, another process draws on this one's terminal."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     @property
     def console(self) -> rich.console.Console:
         """Where log lines go so that they do not tear the bars."""
@@ -109,3 +121,26 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+
+def log_to(progress: Progress, rank: int = 0) -> None:
+    """Send what is logged to stderr, above the bars.
+
+    Args:
+        progress: where the bars are.
+        rank: of this process among those that train together; all but the first are silent, for
+            they would say the same.
+    """
+    level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper() if rank == 0 else "ERROR"
+    if progress.console.is_terminal:
+        handler: logging.Handler = rich.logging.RichHandler(
+            console=progress.console,
+            show_path=False,
+            rich_tracebacks=False,
+            log_time_format="%H:%M:%S",
+        )
+        form = "%(message)s"
+    else:  # whole lines, for the log of a pod
+        handler, form = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level="WARNING" if rank == 0 else "ERROR", format=form, handlers=[handler])
+    logging.getLogger("saev").setLevel(level)

@@ -54,7 +54,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 UNSWEPT = frozenset(
     (
         *("runs_root", "tag", "sweep", "device", "max_parallel", "log_every", "wandb_project"),
-        *("checkpoint_every", "checkpoint_minutes"),
+        *("checkpoint_every", "checkpoint_minutes", "n_ranks"),
     )
 )
 """Keys that leave the trained weights alone, so a list of them would train equal SAEs twice."""

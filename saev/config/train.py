@@ -55,6 +55,9 @@ class TrainConfig(Config):
     """Seed of the order of the data, shared by all SAEs of a sweep."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
+    n_ranks: int = pydantic.Field(default=0, ge=0)
+    """Processes that train together, each on its share of every batch; by default one per GPU. The
+    result does not depend on it, but for how sums are rounded."""
     bf16: bool = True
     """Train in bfloat16 autocast on a GPU; the weights stay float32."""
     max_parallel: int = pydantic.Field(default=0, ge=0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from saev.config import TrainConfig
 from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank, SparseAutoencoder, StepMetrics
+from saev.nn.ranks import ALONE, Ranks
 from saev.shards import Shards
 from saev.train.normalize import Normalization, layer_stats
 from saev.train.resolve import Member
@@ -28,12 +29,20 @@ class TrainingBank(tp.NamedTuple):
     norm: Normalization
     bank: SaeBank
 
-    def step(self, acts_bd: Tensor, step: int, n_steps: int) -> StepMetrics:
-        """One optimiser step on recorded activations, which are left as they are."""
+    def step(self, acts_bd: Tensor, step: int, n_steps: int, n_tokens: int) -> StepMetrics:
+        """One optimiser step on recorded activations, which are left as they are.
+
+        Args:
+            acts_bd: this rank's share of the batch.
+            step: 0 for the first.
+            n_steps: steps of the run.
+            n_tokens: of the batch, over all ranks.
+        """
         return self.bank.step(
             (acts_bd - self.norm.mean) * self.norm.scale,
             lr_factor=[lr_scale(step, n_steps, c.n_lr_warmup or 0) for c in self.configs],
             sparsity_factor=[sparsity_scale(step, c.n_sparsity_warmup or 0) for c in self.configs],
+            n_tokens=n_tokens,
         )
 
     def saes(self) -> tp.Iterator[tuple[int, SparseAutoencoder]]:
@@ -43,7 +52,12 @@ class TrainingBank(tp.NamedTuple):
 
 
 def build_banks(
-    members: tp.Sequence[Member], shards: Shards, device: torch.device, *, initialise: bool
+    members: tp.Sequence[Member],
+    shards: Shards,
+    device: torch.device,
+    *,
+    initialise: bool,
+    ranks: Ranks = ALONE,
 ) -> list[TrainingBank]:
     """Banks for the members of a group.
 
@@ -53,7 +67,8 @@ def build_banks(
         members: with resolved configs that share their data.
         shards: the training activations.
         device: where they are trained.
-        initialise: start from activations; not needed if a state is loaded anyway.
+        initialise: start from activations; not needed if a state is taken over anyway.
+        ranks: who trains them together.
     """
     shapes: dict[tuple[tp.Any, ...], list[int]] = {}
     for index, member in enumerate(members):
@@ -77,6 +92,7 @@ def build_banks(
             device=device,
             bf16=first.bf16,
             data=data,
+            ranks=ranks,
         )
         norm = norm._replace(mean=norm.mean.to(device))
         banks.append(TrainingBank(tuple(indices), configs, norm, bank))

@@ -32,7 +32,7 @@ def evaluate(
     If that side has more tokens, a random choice of them is taken, always the same one. Every SAE
     sees the same batches, and its numbers do not depend on the others. Without n_val, empty dicts.
     """
-    if not config.n_val:
+    if not config.n_val or not saes:
         return [{} for _ in saes]
     found = [ReconstructionMetrics(sae.d_model, sae.d_sae, device) for sae in saes]
     with Shards.open(config.val_data.shards) as shards:

@@ -34,18 +34,17 @@ class Interruption:
     ) -> None:
         self._restore()
 
-    def raise_if_requested(self) -> None:
-        """Leave as if the signal had come now.
+    def leave(self) -> tp.NoReturn:
+        """Leave as if the signal had come now, here or at another rank.
 
         Raises:
             SystemExit: status 143, for SIGTERM.
             KeyboardInterrupt: for Ctrl-C.
         """
-        if self.requested:
-            self._restore()
-            if self._signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(EXIT_SIGTERM)
+        self._restore()
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(EXIT_SIGTERM)
 
     def _note(self, number: int, frame: types.FrameType | None) -> None:
         self.requested, self._signal = True, number

@@ -3,12 +3,13 @@
 import logging
 import typing as tp
 
-from saev import storage
+from saev import storage, torchrun
 from saev.config import TrainConfig
 from saev.errors import IncompleteError
 from saev.progress import Progress
-from saev.train import curves, resume
-from saev.train.resolve import RUN, Group, groups
+from saev.train import curves, launch, resume
+from saev.train.resolve import RUN, Group, Member, groups
+from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -43,32 +44,63 @@ def work(
     """Train the SAEs of one item that are not published yet; returns the URLs of all of its runs.
 
     Continues from the newest resume point. Each run folder is published by its run.json, written
-    last; the group's resume points are deleted after that.
+    last; the group's resume points are deleted after that. Starts one process per GPU if there are
+    several (:func:`saev.train.team.n_ranks`); if torchrun or the like started this process as one
+    of several, it takes its part and all of them return the same.
 
     Raises:
         ConfigError: the loss is not finite any more; the message names the run, step and remedy.
         StorageError: data cannot be read or results cannot be written.
+        RankError: another rank ended.
     """
     del cfg  # an item has the resolved configs of its members
     progress = progress or Progress(quiet=True)
     group = Group.from_item(item)
-    point_url = resume.folder(group.members[0].config.runs_root, group.group_id)
+    config, place = group.members[0].config, torchrun.place()
+    if place is not None:
+        train_group(group, join(place, config), progress)
+    elif (n := n_ranks(config)) > 1:
+        if not all(m.published for m in group.members):
+            launch.train(item, n, progress)
+    else:
+        train_group(group, alone(config), progress)
+    return [m.url for m in group.members]
+
+
+def train_group(group: Group, team: Team, progress: Progress) -> None:
+    """:func:`work` of one rank, and its return to the others at the end."""
+    ranks = team.ranks
+    url = resume.folder(group.members[0].config.runs_root, group.group_id)
+    # Rank 0 looks at the storage and tells the others, who might see it change.
+    members, point = _pending(group, url) if ranks.first else ((), None)
+    told = ranks.tell(
+        {"run_ids": [m.run_id for m in members], "point": point and [point.step, point.meta]}
+    )
+    if not ranks.first:
+        members = tuple(m for m in group.members if m.run_id in told["run_ids"])
+        point = told["point"] and resume.ResumePoint(told["point"][0], {}, told["point"][1])
+    if members:
+        with Trainer(members, url, team, point) as trainer:
+            trainer.train(progress)
+            trainer.finish(progress)
+    if ranks.first:
+        resume.clear(url)
+    ranks.tell(None)  # nobody goes on before everything is there
+
+
+def _pending(group: Group, url: str) -> tuple[tuple[Member, ...], resume.ResumePoint | None]:
+    """Members to train, and where to go on from."""
     pending = tuple(m for m in group.members if not m.published)
     if len(pending) < len(group.members):
         logger.info(
             "%d of %d runs are done.", len(group.members) - len(pending), len(group.members)
         )
-    if pending:
-        point = resume.load(point_url)
-        if point is not None:
-            # A group that was interrupted while it published goes on with the members it trained.
-            trained = set(point.meta["run_ids"])
-            pending = tuple(m for m in group.members if m.run_id in trained)
-        with Trainer(pending, point_url, point) as trainer:
-            trainer.train(progress)
-            trainer.finish(progress)
-    resume.clear(point_url)
-    return [m.url for m in group.members]
+    point = resume.load(url) if pending else None
+    if point is not None:
+        # A group that was interrupted while it published goes on with the members it trained.
+        trained = set(point.meta["run_ids"])
+        pending = tuple(m for m in group.members if m.run_id in trained)
+    return pending, point
 
 
 def finish(

@@ -16,11 +16,11 @@ import torch
 import saev
 from saev import storage
 from saev.config import TrainConfig
-from saev.device import choose_device
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
-from saev.nn import StepMetrics
+from saev.nn import SparseAutoencoder, StepMetrics
+from saev.nn.ranks import Agreement
 from saev.progress import Progress
 from saev.shards import Shards
 from saev.train import evaluate, resume
@@ -29,6 +29,7 @@ from saev.train.curves import TENSORBOARD, Curves, WandbRun
 from saev.train.resolve import RUN, Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
+from saev.train.team import Team
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,14 @@ _FLUSH_SECONDS = 60.0
 class Trainer:
     """Trains the SAEs of one group. Use as a context manager.
 
+    Of several ranks each has a trainer, which does what all others do, on its share of every batch;
+    rank 0's alone writes anything.
+
     Args:
         members: SAEs that share their batches, with resolved configs.
         resume_url: folder of the group's resume points.
-        point: where to go on from; None starts from the beginning.
+        team: who trains together, and where.
+        point: where to go on from; None starts from the beginning. Only rank 0 needs its tensors.
 
     Raises:
         ConfigError: the data or the device do not fit.
@@ -56,6 +61,7 @@ class Trainer:
         self,
         members: tp.Sequence[Member],
         resume_url: str,
+        team: Team,
         point: resume.ResumePoint | None = None,
     ):
         self.members = tuple(members)
@@ -64,6 +70,7 @@ class Trainer:
         self.step = 0
         """Steps done."""
         self._resume_url = resume_url
+        self._ranks, self.device = team
         self._open = contextlib.ExitStack()
         try:
             self._build(point)
@@ -73,7 +80,6 @@ class Trainer:
 
     def _build(self, point: resume.ResumePoint | None) -> None:
         data = self.config.train_data
-        self.device = choose_device(self.config.device)
         self._shards = self._open.enter_context(Shards.open(data.shards))
         selection = Selection(self._shards, data)
         self._n_examples = len(selection.examples)
@@ -94,13 +100,23 @@ class Trainer:
                 seed=self.config.data_seed,
                 drop_last=True,
                 device=self.device,
+                rank=self._ranks.rank,
+                world_size=self._ranks.size,
             )
         )
-        self.banks = build_banks(self.members, self._shards, self.device, initialise=point is None)
+        self.banks = build_banks(
+            self.members,
+            self._shards,
+            self.device,
+            initialise=point is None and self._ranks.first,
+            ranks=self._ranks,
+        )
         self._indices = [torch.tensor(part.indices, device=self.device) for part in self.banks]
         self._bad_step = torch.full((len(self.members),), -1, device=self.device)
         n_rows = 0 if point is None else self._restore(point)
-        self.curves = [Curves(m.url, n_rows) for m in self.members]
+        for part in self.banks:
+            part.bank.begin_together()
+        self.curves = [Curves(m.url, n_rows) for m in self.members] if self._ranks.first else []
         self._wandb = self._start_wandb()
 
     def __enter__(self) -> tp.Self:
@@ -123,7 +139,7 @@ class Trainer:
     def train(self, progress: Progress) -> None:
         """Take the steps that are left and save the final state.
 
-        On SIGTERM or Ctrl-C the step is finished and a resume point written first.
+        On SIGTERM or Ctrl-C, at any rank, the step is finished and a resume point written first.
 
         Raises:
             ConfigError: a loss is not finite.
@@ -137,27 +153,35 @@ class Trainer:
             total=self.n_steps * self.batch_size, unit="tok", done=self.step * self.batch_size,
         )  # fmt: skip
         note, n_timed = "", 0
+        agreement = Agreement(self._ranks)
         saved = flushed = timed = time.monotonic()
         with task as bar, Interruption() as interruption, _fast_matmul(self.device):
             for batch in self.loader:
-                metrics = [part.step(batch.act, self.step, self.n_steps) for part in self.banks]
+                metrics = [
+                    part.step(batch.act, self.step, self.n_steps, self.batch_size)
+                    for part in self.banks
+                ]
                 self._watch(metrics)
                 self.step += 1
                 last, now = self.step >= self.n_steps, time.monotonic()
-                n_timed += len(batch.act)
+                n_timed += self.batch_size
+                stop = agreement.ask(interruption.requested)
                 if self.step % self.config.log_every == 0 or last:
                     note = self._log(batch, metrics, n_timed / max(now - timed, 1e-9))
                     timed, n_timed = now, 0
-                if last or interruption.requested or self._due(now - saved):
+                if last or stop or self._due(now - saved):
                     self.save()
                     saved = flushed = time.monotonic()
                 elif now - flushed > _FLUSH_SECONDS:
                     self._flush()
                     flushed = now
-                bar.advance(len(batch.act), n_bytes=batch.act.nbytes, note=note)
-                interruption.raise_if_requested()
-                if last:
+                n_bytes = self.batch_size * self._shards.d_model * batch.act.element_size()
+                bar.advance(self.batch_size, n_bytes=n_bytes, note=note)
+                if last or stop:
+                    stop = agreement.finish() or stop
                     break
+            if stop or interruption.requested:
+                interruption.leave()
 
     def _due(self, seconds: float) -> bool:
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
@@ -187,6 +211,9 @@ class Trainer:
     def _log(self, batch: Batch, metrics: tp.Sequence[StepMetrics], tokens_per_s: float) -> str:
         """Add a row to every curve; returns the note behind the progress bar."""
         self._check_finite()
+        batch = self._of_all_ranks(batch)
+        if not self._ranks.first:
+            return ""
         mixing = batch_metrics(
             batch, n_examples=self._n_examples, content_tokens=self._shards.content_tokens
         )
@@ -222,13 +249,22 @@ class Trainer:
                 losses.append(got["nmse"])
         return f"NMSE {min(losses):.4f}" + (f"–{max(losses):.4f}" if len(losses) > 1 else "")
 
+    def _of_all_ranks(self, batch: Batch) -> Batch:
+        """With the examples and tokens of the whole batch."""
+        if self._ranks.alone:
+            return batch
+        columns = torch.stack([batch.example_idx, batch.token_idx])
+        lengths = [length for (length,) in self._ranks.counts([columns.shape[1]])]
+        whole = torch.cat(self._ranks.gather(columns.T.contiguous(), lengths))
+        return batch._replace(example_idx=whole[:, 0], token_idx=whole[:, 1])
+
     def _flush(self) -> None:
         for curve in self.curves:
             curve.flush()
 
     def _start_wandb(self) -> list[WandbRun]:
         project = self.config.wandb_project
-        if not project:
+        if not project or not self._ranks.first:
             return []
         return [WandbRun(project, m.run_id, m.config.to_dict()) for m in self.members]
 
@@ -237,6 +273,8 @@ class Trainer:
     def save(self) -> None:
         """Write a resume point at the current step."""
         self._check_finite()
+        if not self._ranks.first:
+            return
         self._flush()  # first: a resume point counts on the rows before it
         tensors = {
             f"bank{i}.{name}": tensor
@@ -258,7 +296,7 @@ class Trainer:
                 f"The resume point in {self._resume_url} is of runs {', '.join(found)}, "
                 f"expected {', '.join(own)}. Delete that folder to start from the beginning."
             )
-        for i, part in enumerate(self.banks):
+        for i, part in enumerate(self.banks if self._ranks.first else ()):
             prefix = f"bank{i}."
             part.bank.load_state_dict(
                 {k[len(prefix) :]: v for k, v in point.tensors.items() if k.startswith(prefix)}
@@ -278,7 +316,9 @@ class Trainer:
         """
         folded = dict(pair for part in self.banks for pair in part.saes())
         saes = [folded[index] for index in range(len(self.members))]
-        measured = evaluate.evaluate(saes, self.config, self.device, progress)
+        measured = self._measure(saes, progress)
+        if not self._ranks.first:
+            return
         self._flush()
         for index, (member, sae, metrics) in enumerate(
             zip(self.members, saes, measured, strict=True)
@@ -298,6 +338,15 @@ class Trainer:
             storage.write_json(storage.join(member.url, RUN), record)
             if self._wandb:
                 self._wandb[index].finish(metrics)
+
+    def _measure(
+        self, saes: tp.Sequence[SparseAutoencoder], progress: Progress
+    ) -> list[evaluate.Metrics]:
+        """Metrics of each SAE; every rank measures some of them, each on all tokens."""
+        rank, size = self._ranks.rank, self._ranks.size
+        mine = evaluate.evaluate(saes[rank::size], self.config, self.device, progress)
+        of_rank = self._ranks.collect(mine)
+        return [of_rank[i % size][i // size] for i in range(len(saes))]
 
     def _provenance(self, member: Member) -> dict[str, tp.Any]:
         """What a user of the weights alone wants to know about their training."""

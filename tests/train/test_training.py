@@ -25,7 +25,7 @@ from saev.errors import CheckpointError, ConfigError, IncompleteError
 from saev.loaders import OrderedLoader
 from saev.nn import SaeBank, load_sae
 from saev.shards import Shards
-from saev.train import resume, trainer
+from saev.train import resume, team, trainer
 
 from . import synthetic
 
@@ -347,6 +347,7 @@ def test_a_resume_point_of_others_is_refused(cfg, monkeypatch):
         trainer.Trainer(
             train.stage.Group.from_item(item).members,
             url,
+            team.alone(cfg),
             point._replace(meta={**point.meta, "run_ids": ["none"]}),
         )
 

@@ -1,0 +1,155 @@
+"""Starts the ranks of a training on this machine, and ends all of them when one fails.
+
+The process that started them computes nothing: it waits, passes signals on, and says what went
+wrong. Each rank is `python -m saev.train.worker`. It reads its job from standard input, which stays
+open, so that a rank notices if this process is killed; it writes how it ended to standard output;
+its log goes where this process's goes. Ranks have a session of their own: Ctrl-C in a terminal
+reaches this process alone.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing as tp
+
+import torch.distributed as dist
+
+from saev import cores, errors
+from saev.errors import RankError, SaevError
+from saev.progress import Progress
+from saev.train.signals import EXIT_SIGTERM, Interruption
+
+_POLL_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0
+"""How long the others may go on after one has failed: enough to say what they know."""
+_RESUME = "The same command continues from the last resume point."
+
+
+def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
+    """Train one work item with ``size`` processes on this machine.
+
+    Raises:
+        SaevError: what the first rank that failed raised.
+        RankError: a rank was killed, or ended in an error that is a bug.
+        SystemExit, KeyboardInterrupt: after SIGTERM, Ctrl-C; a resume point was written.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with Interruption() as interruption, progress.handed_over():
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(size):
+                job = {"rank": rank, "size": size, "port": store.port, "item": item}
+                ranks.append(_Rank(rank, size, {**job, "quiet": progress.quiet}))
+            _watch(ranks, interruption)
+        finally:
+            for one in ranks:
+                one.kill()
+        _judge(ranks, interruption)
+
+
+class _Rank:
+    """A process and how it ended."""
+
+    def __init__(self, number: int, size: int, job: dict[str, tp.Any]):
+        self.number = number
+        self.killed = False
+        """Whether this process ended it."""
+        threads = max(1, cores.available() // size)
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        if wanted.isdecimal():
+            threads = min(threads, int(wanted))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "saev.train.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already; its status says so
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+
+    @property
+    def status(self) -> int | None:
+        """As of Popen; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than by finishing or by being asked to."""
+        return self.status not in (None, 0, EXIT_SIGTERM, -signal.SIGTERM)
+
+    def terminate(self) -> None:
+        """Ask it to finish its step and to end."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        if self.status is None:
+            self.killed = True
+            self._process.kill()
+            self._process.wait()
+
+    def report(self) -> dict[str, str]:
+        """What it wrote about its end; empty if it could not."""
+        assert self._process.stdout is not None
+        try:
+            found = json.loads(self._process.stdout.read() or b"{}")
+        except json.JSONDecodeError:
+            return {}
+        return {str(k): str(v) for k, v in found.items()}
+
+
+def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
+    """Wait until all have ended, or one has failed and the rest has had its time."""
+    passed_on = False
+    deadline = float("inf")
+    while any(one.status is None for one in ranks) and time.monotonic() < deadline:
+        if interruption.requested and not passed_on:
+            passed_on = True
+            for one in ranks:
+                one.terminate()
+        # Rank 0 writes the resume point, so after a signal the others end before it does.
+        hopeless = any(one.failed for one in ranks) or ranks[0].status is not None
+        if hopeless and deadline == float("inf"):
+            deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        time.sleep(_POLL_SECONDS)
+
+
+def _judge(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
+    """Return if all is well, else raise the reason."""
+    if all(one.status == 0 for one in ranks):
+        return
+    reports = {one.number: one.report() for one in ranks if not one.killed}
+    # A rank that lost another one is not the reason; what the lost one says, or its end, is.
+    for report in reports.values():
+        kind = getattr(errors, report.get("kind", ""), None)
+        if kind is not None and issubclass(kind, SaevError) and kind is not RankError:
+            raise kind(report["message"])
+    size = len(ranks)
+    for one in ranks:
+        if one.failed and not one.killed and not reports[one.number]:
+            how = f"ended with status {one.status}"
+            if one.status is not None and one.status < 0:
+                how = f"was killed by {signal.Signals(-one.status).name}"
+                if one.status == -signal.SIGKILL:
+                    how += ", perhaps because memory ran out"
+            raise RankError(f"Rank {one.number} of {size} {how}; the others were ended. {_RESUME}")
+    for number, report in reports.items():
+        if "trace" in report:
+            sys.stderr.write(report["trace"])
+            raise RankError(
+                f"Rank {number} of {size} failed ({report['message']}); the others were ended. "
+                f"This is a bug. {_RESUME}"
+            )
+    if interruption.requested or any(
+        one.status in (EXIT_SIGTERM, -signal.SIGTERM) for one in ranks
+    ):
+        interruption.leave()
+    lost = next((r["message"] for r in reports.values() if "message" in r), _RESUME)
+    raise RankError(lost)
