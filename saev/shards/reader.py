@@ -58,10 +58,17 @@ class Shards:
     Use :meth:`open`.
     """
 
-    def __init__(self, url: str, metadata: Metadata, infos: tuple[ShardInfo, ...]):
+    def __init__(
+        self,
+        url: str,
+        metadata: Metadata,
+        infos: tuple[ShardInfo, ...],
+        found: tp.Mapping[str, storage.Entry] | None = None,
+    ):
         self.url = url
         self.metadata = metadata
         self.infos = infos
+        self._found = found or {}
         self.layouts = tuple(Layout.of(metadata, info.n_examples) for info in infos)
         counts = [info.n_examples for info in infos]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -80,21 +87,21 @@ class Shards:
         url = storage.normalize(url)
         if not storage.is_dir(url):
             raise StorageError(f"No shards folder at {url}: it does not exist. Check the URL.")
-        sizes = {entry.name: entry.size for entry in storage.list_dir(url) if not entry.is_dir}
-        if protocol.METADATA not in sizes:
+        found = {entry.name: entry for entry in storage.list_dir(url) if not entry.is_dir}
+        if protocol.METADATA not in found:
             raise StorageError(
                 f"{url} is not a shards folder: it has no {protocol.METADATA}. "
                 "Give the folder that `saev shards` printed."
             )
-        if protocol.SHARDS not in sizes:
+        if protocol.SHARDS not in found:
             raise IncompleteError(
                 f"{url} is incomplete: {protocol.SHARDS} is missing, so recording did not finish. "
                 "Run the same `saev shards` command again; it continues where it stopped."
             )
         metadata = Metadata.read(url)
         infos = _read_infos(storage.join(url, protocol.SHARDS))
-        shards = cls(url, metadata, infos)
-        shards._check_sizes(sizes)
+        shards = cls(url, metadata, infos, found)
+        shards._check_sizes({name: entry.size for name, entry in found.items()})
         return shards
 
     # --- What is in it ---------------------------------------------------------------------
@@ -286,12 +293,17 @@ class Shards:
         with self._lock:
             reader = self._readers.get(shard)
             if reader is None:
-                reader = storage.RangeReader(storage.join(self.url, self.infos[shard].name))
-                self._readers[shard] = reader
+                reader = self._readers[shard] = self._open(self.infos[shard].name)
                 if len(self._readers) > _MAX_OPEN_FILES:  # closed when its last reader is done
                     self._readers.popitem(last=False)
             self._readers.move_to_end(shard)
             return reader
+
+    def _open(self, name: str) -> storage.RangeReader:
+        place, entry = storage.join(self.url, name), self._found.get(name)
+        if entry is None:
+            return storage.RangeReader(place)
+        return storage.RangeReader(place, size=entry.size, etag=entry.etag)
 
     def close(self) -> None:
         """Release file descriptors, those in use when their reads end.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from saev.errors import StorageError
 from saev.storage.faults import explained, retry_reads
+from saev.storage.sources import entity_tag
 from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, name, normalize, with_scheme
 
 
@@ -20,6 +21,8 @@ class Entry(tp.NamedTuple):
     size: int
     """Bytes; 0 for folders."""
     is_dir: bool
+    etag: str = ""
+    """The object store's entity tag without quotes; empty where there is none."""
 
 
 class Object(tp.NamedTuple):
@@ -89,7 +92,8 @@ def list_dir(url: str | os.PathLike) -> list[Entry]:
         if name(child).startswith(TMP_PREFIX):
             continue
         is_folder = row["type"] == "directory"
-        entries.append(Entry(child, name(child), 0 if is_folder else int(row["size"]), is_folder))
+        size_, etag = (0, "") if is_folder else (int(row["size"]), entity_tag(row))
+        entries.append(Entry(child, name(child), size_, is_folder, etag))
     return sorted(entries, key=lambda e: e.name)
 
 
@@ -146,14 +150,10 @@ def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
         ]
     else:
         objects = [
-            Object(file[start:], int(row["size"]), _etag(row), _modified(row, file))
+            Object(file[start:], int(row["size"]), entity_tag(row), _modified(row, file))
             for file, row in _walk_remote(text)
         ]
     return sorted(objects, key=lambda o: o.key)
-
-
-def _etag(row: dict[str, tp.Any]) -> str:
-    return str(row.get("ETag") or row.get("etag") or "").strip('"')
 
 
 def _modified(row: dict[str, tp.Any], url: str) -> float:

@@ -5,7 +5,9 @@ import os
 import typing as tp
 
 from saev.errors import CorruptDataError
-from saev.storage.faults import explained, retry_reads
+from saev.storage import s3
+from saev.storage.faults import explained
+from saev.storage.sources import FsspecObject, LocalFile, Source
 from saev.storage.urls import filesystem, local_path, normalize
 
 
@@ -13,29 +15,32 @@ class RangeReader:
     """Ranged reads of one object, from any number of threads.
 
     Local files use ``preadv`` on one descriptor, so threads share no file position and no lock.
+    ``s3://`` goes through obstore where it is installed and knows everything that s3fs was told
+    (:mod:`saev.storage.s3`), all else through fsspec.
 
     Args:
         url: the object.
+        size: its size in bytes, if known from a listing; saves a request on object stores. Local
+            files are looked at anyway.
+        etag: its entity tag from the same listing. An object that has another one when it is read
+            was replaced, which is an error.
+
+    Raises:
+        StorageError: there is no such object, or it may not be read. With a given ``size`` the
+            first read says so.
     """
 
-    def __init__(self, url: str | os.PathLike):
+    def __init__(self, url: str | os.PathLike, *, size: int | None = None, etag: str = ""):
         self.url = normalize(url)
-        self._fd: int | None = None
-        path = local_path(self.url)
         with explained(self.url, "read"):
-            if path is not None:
-                self._fd = os.open(path, os.O_RDONLY)
-                self.size = os.fstat(self._fd).st_size
-            else:
-                self._fs, self._key = filesystem(self.url)
-                self._fs.invalidate_cache(self._key)
-                self.size = int(retry_reads(self._fs.size)(self._key))
+            self._source = _open(self.url, size, etag)
+        self.size = self._source.size
 
     def readinto(self, offset: int, buffer: tp.Any) -> None:
         """Fill ``buffer`` (writable, contiguous) from byte ``offset``.
 
         Raises:
-            CorruptDataError: the object ends before the buffer is full.
+            CorruptDataError: the object ends before the buffer is full, or was replaced.
         """
         view = memoryview(buffer).cast("B")
         end = offset + view.nbytes
@@ -46,27 +51,7 @@ class RangeReader:
         if not view.nbytes:
             return
         with explained(self.url, "read"):
-            if self._fd is not None:
-                self._pread(offset, view)
-            else:
-                data = retry_reads(self._fs.cat_file)(self._key, start=offset, end=end)
-                if len(data) != view.nbytes:
-                    raise CorruptDataError(
-                        f"{self.url}: {view.nbytes} bytes at {offset} were asked for, "
-                        f"got {len(data)}."
-                    )
-                view[:] = data
-
-    def _pread(self, offset: int, view: memoryview) -> None:
-        assert self._fd is not None
-        done = 0
-        while done < view.nbytes:
-            n = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
-            if n == 0:
-                raise CorruptDataError(
-                    f"{self.url} shrank while it was read, at byte {offset + done}."
-                )
-            done += n
+            self._source.readinto(offset, view)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
@@ -76,9 +61,7 @@ class RangeReader:
 
     def close(self) -> None:
         """Release the descriptor. May be called twice."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._source.close()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it never came to opening the file
@@ -89,3 +72,14 @@ class RangeReader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _open(url: str, size: int | None, etag: str) -> Source:
+    path = local_path(url)
+    if path is not None:
+        return LocalFile(path)
+    fs, key = filesystem(url)
+    store = s3.store_of(fs, key)
+    if store is not None:
+        return s3.S3Object(url, fs, key, size, etag, store)
+    return FsspecObject(url, fs, key, size, etag)
