@@ -108,7 +108,8 @@ def orthogonalize(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows col
     x = x.to(torch.bfloat16) if x.is_cuda else x
     # A column of norms first: the sum over everything would depend on the number of threads.
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1).float())
-    x = x / norm.clamp(min=1e-30).to(x.dtype)
+    # Squares of smaller ones underflow; a norm that is too small would let the steps diverge.
+    x = x / norm.clamp(min=1e-14).to(x.dtype)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

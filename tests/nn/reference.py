@@ -200,7 +200,7 @@ class Reference:
         m = self.moments[f"muon.{name}.m"]
         m.copy_(0.95 * m + 0.05 * grad)
         u, s, vh = torch.linalg.svd(0.95 * m + 0.05 * grad, full_matrices=False)
-        s = s / s.norm().clamp(min=1e-30)
+        s = s / s.norm().clamp(min=1e-14)
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         return 0.2 * math.sqrt(max(grad.shape)) * (u * s) @ vh

@@ -190,6 +190,17 @@ def test_orthogonalize_has_singular_values_near_one_and_the_same_singular_vector
     assert s.max() / s.min() > 1.5  # so that it had something to do
 
 
+@pytest.mark.parametrize("scale", [1e12, 1e-12, 1e-20, 1e-30, 1e-42, 0.0])
+def test_orthogonalize_never_diverges(scale):
+    """Below about 1e-19 the norm that it divides by underflows, and with it would the bound on the
+    singular values that its polynomial needs."""
+    matrix = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    out = orthogonalize(matrix * scale)
+    assert torch.linalg.matrix_norm(out, 2) < 1.3
+    if scale >= 1e-12:
+        torch.testing.assert_close(out, orthogonalize(matrix), rtol=1e-4, atol=1e-5)
+
+
 def test_dead_latents_are_counted_and_revived():
     """Latents whose bias was pushed down never fire. AuxK brings them back, or else they stay."""
     fired = {}

@@ -126,7 +126,7 @@ SHAPES_OF_INPUT = {
     "random": lambda x: x,
     "zero": lambda x: x * 0,
     "equal rows": lambda x: x[:1].expand_as(x),
-    "twice": lambda x: torch.cat([x, x])[: len(x)],
+    "twice": lambda x: x[torch.arange(len(x)) // 2],
     "some zero rows": lambda x: x * (torch.arange(len(x)) % 3 > 0)[:, None],
     "one column": lambda x: x * (torch.arange(x.shape[1]) == 0),
 }
@@ -144,6 +144,9 @@ def test_any_shape_trains_as_the_equations_say(problem, n_tokens, inputs):
         found = problem.run(bank, x)
         want = [reference.step(x) for reference in references]
         assume(min(r.margin for r in references) > 1e-7)  # else any of the equal ones may be taken
+        if not (x - x[0]).any():  # divided by what rounding makes of no variance
+            found = found._replace(nmse=torch.zeros(len(bank)))
+            want = [measured._replace(nmse=0.0) for measured in want]
         assert_same_metrics(found, want, rtol=1e-7)
         x = x.flip(1) * 1.1
     assert_same_state(bank, references, rtol=1e-6)
@@ -189,7 +192,7 @@ def test_numbers_of_any_size_are_right_or_seen_to_be_wrong(problem, n_tokens, ex
     assert all(found.loss.isnan() | found.loss.isposinf() | found.loss.isfinite())
     if exponent >= 25:
         assert seen.all()
-    if -15 <= exponent <= 12:
+    if -15 <= exponent <= 7:
         assert not seen.any()
     for n, reference in enumerate(references):
         if seen[n] or reference.margin < 1e-4 * scale:
@@ -230,7 +233,7 @@ def test_the_term_for_dead_latents_does_not_depend_on_the_unit(kind, exponent):
     assert_same_gradients(bank, [reference], rtol=1e-4)
 
 
-@settings(properties, max_examples=120)
+@settings(properties, max_examples=150)
 @given(
     problems(),
     st.integers(1, 12),
