@@ -10,7 +10,7 @@ DEMO   ?= demo-out
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test e2e e2e-servers demo lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup test e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -35,6 +35,9 @@ e2e: setup ## Run the tests that need Docker or servers; those that cannot run s
 
 demo: setup ## Set up, then images → picture book on real photographs and DINOv2
 	$(BIN)/python -m saev.demo --root $(DEMO)
+
+bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
+	$(BIN)/python benchmarks $(BENCH) --out bench-out $(if $(SMALL),--small)
 
 lint: setup ## Check style
 	$(BIN)/ruff check .

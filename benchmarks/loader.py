@@ -1,290 +1,270 @@
-"""How fast and how well the shuffled loader shuffles, against the storage and a plain DataLoader.
+"""How fast and how well the loaders read a local disk, beside the limits of the machine.
 
-    python benchmarks/loader.py --mb 1000 --buffer-mb 256
+    python benchmarks/loader.py                 # the page cache is warm; 3 minutes
+    python benchmarks/loader.py --small         # a trial
 
-Writes a folder of random activations (or takes one with --shards), reads it once so that the page
-cache is warm, and then measures in one run, over the same files:
+Writes folders of random activations (one layer, 257 tokens an example) below --root, and measures
+in turn, over the same files:
 
-- sequential: the storage's own speed, each file read from its beginning into one reused buffer;
-- parts: what the loader adds to that, each alone: checksums, order of rows, gather;
-- loader: an epoch of ShuffledLoader, and of OrderedLoader;
-- baseline: a torch DataLoader over IndexedActivations, one random read per row;
-- mixing: entropies of the loader's batches.
+- plain read: every file from its beginning, in pieces of 4 MiB, into one reused buffer of a
+  window's size, so that the data end in memory; and into 8 MiB, which stay in the cache;
+- gather: `index_select` of shuffled rows into a reused batch, with all of torch's threads;
+- shuffled, ordered: rows/s of the second epoch of a fresh loader (the first also maps memory);
+- baseline: torch's DataLoader over IndexedActivations, one read per row.
 
-One JSON object per line. MB are 10^6 bytes of the layer that is read, class tokens included.
+GB are 10⁹ bytes of the layer, class tokens included, although batches leave them out.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import json
-import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import typing as tp
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from activations import LAYER, Folder, write
+from harness import Report, alternate, invocation, parser
 from torch.utils.data import DataLoader, RandomSampler
 
 from saev import storage
 from saev.config import DataConfig, LoaderConfig
 from saev.loaders import IndexedActivations, OrderedLoader, ShuffledLoader, batch_metrics
 from saev.loaders.order import permutation
-from saev.shards import Metadata, Shards
-from saev.shards.protocol import CHECKSUMS, METADATA, SHARDS, shard_name
-from saev.shards.reader import TORCH_DTYPES
+from saev.shards import Shards
 
-CHUNK = 8 << 20
-
-
-def write_folder(url: str, args: argparse.Namespace) -> None:
-    """A folder of one layer whose vectors are random."""
-    tokens, dtype = args.content_tokens + 1, TORCH_DTYPES[args.dtype]
-    row_bytes = tokens * args.d_model * dtype.itemsize
-    n_examples = max(args.n_shards, int(args.mb * 1e6) // row_bytes)
-    per_shard = -(-n_examples // args.n_shards)
-    metadata = Metadata(
-        family="random",
-        ckpt="random",
-        layers=(0,),
-        content_tokens_per_example=args.content_tokens,
-        cls_token=True,
-        d_model=args.d_model,
-        n_examples=n_examples,
-        max_tokens_per_shard=per_shard * tokens,
-        data={},
-        dtype=args.dtype,
-    )
-    infos, checksums = [], []
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(64, tokens, args.d_model, generator=generator).to(dtype)
-    rows = noise.view(torch.uint8).numpy().reshape(64, row_bytes)
-    for shard in range(metadata.n_shards):
-        start, stop = metadata.shard_range(shard)
-        with storage.open_write(storage.join(url, shard_name(shard))) as raw:
-            file = storage.ChecksumWriter(raw)
-            for i in range(start, stop):
-                file.write(rows[i % 64])
-                checksums.append(storage.crc32c(rows[i % 64]))
-        infos.append(
-            {
-                "name": shard_name(shard),
-                "n_examples": stop - start,
-                "n_bytes": file.n_bytes,
-                "checksum": file.checksum,
-            }
-        )
-    storage.write_bytes(storage.join(url, CHECKSUMS), np.array(checksums, dtype="<u4").tobytes())
-    storage.write_json(storage.join(url, METADATA), metadata.to_dict())
-    storage.write_json(storage.join(url, SHARDS), infos)
+PIECE = 4 << 20
+CACHED = 8 << 20
+GATHERED = 128 << 20
+WIDTHS = {384: 1.5e6, 768: 0.7e6}
+"""Target in rows/s by width, float32."""
+BATCHES = (4096, 16_384)
 
 
-def report(name: str, **values: float | str) -> None:
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
-    print(json.dumps({"what": name, **rounded}), flush=True)
+def layer_bytes(shards: Shards) -> int:
+    """Bytes of the recorded layer."""
+    return sum(layout.n_examples * layout.row_bytes for layout in shards.layouts)
 
 
-def best(run: Callable[[], float], repeats: int) -> float:
-    """The largest of some speeds: the others had to share the machine."""
-    return max(run() for _ in range(repeats))
+def plain_read(shards: Shards, buffer: torch.Tensor, n_threads: int = 1) -> float:
+    """GB/s of reading the layer into a buffer over and over."""
+    index = shards.layer_index(LAYER)
+    share = len(buffer) // n_threads
 
+    def read(number: int) -> int:
+        view = memoryview(buffer[number * share : (number + 1) * share].numpy().data)
+        total = place = 0
+        for shard in range(number, len(shards.infos), n_threads):
+            layout = shards.layouts[shard]
+            size = layout.n_examples * layout.row_bytes
+            with storage.RangeReader(storage.join(shards.url, shards.infos[shard].name)) as reader:
+                for offset in range(0, size, PIECE):
+                    n = min(PIECE, size - offset)
+                    place = place if place + n <= share else 0
+                    reader.readinto(layout.offset(index, 0) + offset, view[place : place + n])
+                    place += n
+            total += size
+        return total
 
-def sequential(shards: Shards, layer: int, n_threads: int) -> float:
-    """MB/s of reading the layer from first to last byte."""
-    index = shards.layer_index(layer)
-
-    def read(shard: int) -> int:
-        layout = shards.layouts[shard]
-        size = layout.n_examples * layout.row_bytes
-        buffer = buffers[shard % n_threads]
-        with storage.RangeReader(storage.join(shards.url, shards.infos[shard].name)) as reader:
-            for offset in range(0, size, CHUNK):
-                part = buffer[: min(CHUNK, size - offset)]
-                reader.readinto(layout.offset(index, 0) + offset, part)
-        return size
-
-    buffers = [memoryview(bytearray(CHUNK)) for _ in range(n_threads)]
     start = time.perf_counter()
-    if n_threads == 1:
-        total = sum(map(read, range(len(shards.infos))))
-    else:
-        with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-            total = sum(pool.map(read, range(len(shards.infos))))
-    return total / 1e6 / (time.perf_counter() - start)
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+        total = sum(pool.map(read, range(n_threads)))
+    return total / 1e9 / (time.perf_counter() - start)
 
 
-def epochs(loader: ShuffledLoader | OrderedLoader, read_mb: float) -> list[dict[str, float]]:
-    """Speed of each epoch of one pass; the first includes filling and mapping the first window.
-
-    CPU seconds (of all threads) say what it costs also where other processes share the machine.
-    """
-    loader.metrics()
-    found: list[dict[str, float]] = []
-    rows, start, cpu = 0, time.perf_counter(), time.process_time()
-    for batch in loader:
-        rows += len(batch.act)
-        if rows < loader.n_tokens:
-            continue
-        seconds = time.perf_counter() - start
-        counters = loader.metrics()
-        found.append(
-            {
-                "mb_s": read_mb / seconds,
-                "rows_s": rows / seconds,
-                "wait_s": counters["loader/wait_s"],
-                "cpu_s_per_gb": (time.process_time() - cpu) / read_mb * 1e3,
-            }
-        )
-        rows, start, cpu = 0, time.perf_counter(), time.process_time()
-    return found
-
-
-def parts(shards: Shards, args: argparse.Namespace) -> None:
-    """Each thing that the loader does beside reading, alone."""
-    n = shards.tokens_per_example * min(shards.n_examples, 512)
-    data = torch.randn(n, shards.d_model).to(shards.dtype)
-    n_bytes, row_bytes = data.nbytes, shards.layouts[0].row_bytes
-    raw = memoryview(data.view(-1).view(torch.uint8).numpy().data)
-    out = torch.empty(args.batch_size, shards.d_model)
+def gather(shards: Shards, batch_size: int) -> Callable[[], float]:
+    """Rows/s of a gather and nothing else."""
+    n = GATHERED // (shards.d_model * shards.dtype.itemsize)
+    data = torch.zeros(n, shards.d_model, dtype=shards.dtype)
     order = torch.from_numpy(permutation(n, seed=0, epoch=0, stream=9))
+    out = torch.zeros(batch_size, shards.d_model, dtype=shards.dtype)
 
-    def timed(work: Callable[[], object]) -> float:
+    def run() -> float:
         start = time.perf_counter()
-        work()
-        return 1 / (time.perf_counter() - start)
+        for i in range(0, n - batch_size + 1, batch_size):
+            torch.index_select(data, 0, order[i : i + batch_size], out=out)
+        return n // batch_size * batch_size / (time.perf_counter() - start)
 
-    def crc() -> None:
-        for offset in range(0, n_bytes, row_bytes):
-            storage.crc32c(raw[offset : offset + row_bytes])
-
-    def gather() -> None:
-        for i in range(0, n, args.batch_size):
-            index = order[i : i + args.batch_size]
-            if data.dtype == out.dtype:
-                torch.index_select(data, 0, index, out=out[: len(index)])
-            else:
-                out[: len(index)].copy_(data.index_select(0, index))
-
-    speeds = {
-        "crc_mb_s": best(lambda: timed(crc), args.repeats) * n_bytes / 1e6,
-        "order_mrows_s": best(
-            lambda: timed(lambda: permutation(n, seed=1, epoch=0, stream=9)), args.repeats
-        ) * n / 1e6,
-        "gather_mb_s": best(lambda: timed(gather), args.repeats) * n_bytes / 1e6,
-        "copy_mb_s": best(lambda: timed(data.clone), args.repeats) * n_bytes / 1e6,
-    }  # fmt: skip
-    report("parts", **speeds)
+    return run
 
 
-def baseline(shards: Shards, data: DataConfig, args: argparse.Namespace) -> float:
+def second_epoch(make: Callable[[], ShuffledLoader | OrderedLoader]) -> Callable[[], float]:
+    """Rows/s once memory is mapped and the readers are ahead."""
+
+    def run() -> float:
+        with make() as loader:
+            rows, start = 0, 0.0
+            for batch in loader:
+                if not start and rows >= loader.n_tokens:
+                    start, first = time.perf_counter(), rows
+                rows += len(batch.act)
+            return (rows - first) / (time.perf_counter() - start)
+
+    return run
+
+
+def baseline(shards: Shards, batch_size: int, seconds: float) -> float:
     """Rows/s of a DataLoader that reads every row where it lies, over a part of an epoch."""
-    dataset = IndexedActivations(shards, data, verify=False)
+    dataset = IndexedActivations(shards, DataConfig(layer=LAYER), verify=False)
     sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.workers)
     rows, start = 0, time.perf_counter()
-    for item in loader:
+    for item in DataLoader(dataset, batch_size, sampler=sampler, num_workers=2):
         rows += len(item.act)
-        if time.perf_counter() - start > args.baseline_s:
+        if time.perf_counter() - start > seconds:
             break
     return rows / (time.perf_counter() - start)
 
 
-def mixing(shards: Shards, cfg: LoaderConfig, args: argparse.Namespace) -> None:
-    """Entropies of batches of 4096, mean over an epoch, beside those of a perfect shuffle."""
-    batches = []
-    with ShuffledLoader(shards, cfg, 4096, epochs=1, drop_last=True) as loader:
-        for batch in loader:
-            batches.append(
-                batch_metrics(
-                    batch, n_examples=shards.n_examples, content_tokens=shards.content_tokens
-                )
-            )
-    rng = np.random.default_rng(0)
-    ideal = []
-    for support in (shards.n_examples, shards.content_tokens):
-        p = np.bincount(rng.integers(0, support, 4096)) / 4096
-        ideal.append(float(-(p[p > 0] * np.log(p[p > 0])).sum() / np.log(support)))
-    report(
-        "mixing",
-        **{k.removeprefix("loader/"): statistics.mean(b[k] for b in batches) for k in batches[0]},
-        perfect_example_entropy_normalized=ideal[0],
-        perfect_token_entropy_normalized=ideal[1],
+def speeds(report: Report, args: argparse.Namespace, root: str, d_model: int) -> None:
+    """Rows of one width."""
+    mb = 200 if args.small else args.mb
+    full, half = (
+        Shards.open(write(root, Folder(mb / k, d_model, dtype)))
+        for k, dtype in ((1, "float32"), (2, "bfloat16"))
     )
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=mb / 6, n_threads=args.threads)
+    window, cached = (
+        torch.zeros(n, dtype=torch.uint8) for n in (max(PIECE, int(mb / 12 * 2**20)), CACHED)
+    )
+    reads: dict[str, Callable[[], float]] = {
+        "plain read into memory": lambda: plain_read(full, window),
+        "plain read into memory, 2 threads": lambda: plain_read(full, window, 2),
+        "plain read into cache": lambda: plain_read(full, cached),
+    }
+    found: dict[str, list[float]] = {}
+    for size in BATCHES:
+        runs = {
+            **reads,
+            "gather": gather(full, size),
+            "shuffled": second_epoch(lambda size=size: ShuffledLoader(full, cfg, size, epochs=2)),
+            "shuffled, bfloat16": second_epoch(
+                lambda size=size: ShuffledLoader(half, cfg, size, epochs=2)
+            ),
+            "shuffled, bfloat16 batches": second_epoch(
+                lambda size=size: ShuffledLoader(half, cfg, size, epochs=2, dtype=torch.bfloat16)
+            ),
+            "ordered": second_epoch(
+                lambda size=size: OrderedLoader(full, DataConfig(layer=LAYER), size, epochs=2)
+            ),
+        }
+        found = alternate(runs, args.repeats)
+        n_gb = layer_bytes(full) / 1e9
+        n_rows = full.n_examples * full.content_tokens
+        name = f"d {d_model}, batch {size}"
+        if size == BATCHES[0]:
+            for limit in reads:
+                report.add(f"d {d_model}: {limit}", found[limit], "GB/s")
+        report.add(f"{name}: gather alone", found["gather"], "rows/s")
+        report.add(f"{name}: shuffled", found["shuffled"], "rows/s", at_least=WIDTHS[d_model])
+        in_gb = {k: [v / n_rows * n_gb for v in found[k]] for k in ("shuffled", "ordered")}
+        plain = found["plain read into memory"]
+        report.share(f"{name}: shuffled ÷ plain read", in_gb["shuffled"], plain, at_least=0.4)
+        report.share(
+            f"{name}: bfloat16 ÷ float32 rows/s", found["shuffled, bfloat16"], found["shuffled"],
+            at_least=1.6,
+        )  # fmt: skip
+        report.share(
+            f"{name}: bfloat16, not converted ÷ float32 rows/s",
+            found["shuffled, bfloat16 batches"], found["shuffled"],
+        )  # fmt: skip
+        report.add(f"{name}: ordered", found["ordered"], "rows/s")
+        report.share(f"{name}: ordered ÷ plain read", in_gb["ordered"], plain, at_least=0.6)
+    slow = [baseline(full, BATCHES[0], 1 if args.small else 5)]
+    report.add(f"d {d_model}: DataLoader, one read per row", slow, "rows/s")
+
+
+# --- In a process of its own: memory, first batch, close -----------------------------------
+
+
+def child(url: str, buffer_mb: float, n_threads: int) -> None:
+    """Print seconds to the first batch, seconds to close, and MB of memory that a loader adds."""
+    shards = Shards.open(url)
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=buffer_mb, n_threads=n_threads)
+    shards.read(0, LAYER, 0, 1)  # checksums are read once, whoever asks first
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    before = _status("VmRSS")
+    loader = ShuffledLoader(shards, cfg, BATCHES[1], epochs=2)
+    start = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter() - start
+    collections.deque(batches, maxlen=0)
+    peak = _status("VmHWM")
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    start = time.perf_counter()
+    loader.close()
+    closing = time.perf_counter() - start
+    print(json.dumps({"first": first, "close": closing, "added": peak - before}))
+
+
+def _status(field: str) -> float:
+    """MB of a field of /proc/self/status."""
+    text = Path("/proc/self/status").read_text()
+    return float(text.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
+
+
+def processes(report: Report, args: argparse.Namespace, url: str) -> None:
+    """Rows of what needs a fresh process."""
+    mb = 200 if args.small else args.mb
+    for buffer_mb in (mb / 6, mb * 2 / 3):
+        command = [sys.executable, __file__, "--child", url, str(buffer_mb), str(args.threads)]
+        found = [
+            json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            for _ in range(args.repeats)
+        ]
+        budget = buffer_mb * 2**20 / 1e6
+        name = f"windows of {buffer_mb:.0f} MiB"
+        report.add(f"{name}: first batch", [f["first"] for f in found], "s", at_most=0.3)
+        report.add(f"{name}: close", [f["close"] for f in found], "s", at_most=0.2)
+        added = [f["added"] - budget for f in found]
+        report.add(f"{name}: peak memory over the budget", added, "MB", at_most=300)
+
+
+def mixing(report: Report, url: str, args: argparse.Namespace) -> None:
+    """Entropy of the examples in batches of 4096, as a share of a perfect shuffle's."""
+    mb = 200 if args.small else args.mb
+    shards = Shards.open(url)
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=mb / 6)
+    with ShuffledLoader(shards, cfg, BATCHES[0], epochs=1, drop_last=True) as loader:
+        found = [
+            batch_metrics(b, n_examples=shards.n_examples, content_tokens=shards.content_tokens)
+            for b in loader
+        ]
+    drawn = np.random.default_rng(0).integers(0, shards.n_examples, BATCHES[0])
+    share = np.bincount(drawn) / BATCHES[0]
+    ideal = float(-(share[share > 0] * np.log(share[share > 0])).sum())
+    entropy = statistics.mean(m["loader/example_entropy"] for m in found)
+    report.add("entropy of a batch's examples ÷ that of a perfect shuffle", [entropy / ideal], "×")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shards", default="", help="an existing folder, instead of a random one")
-    parser.add_argument("--layer", type=int, default=None)
-    parser.add_argument("--root", default="", help="URL below which to write the random folder")
-    parser.add_argument("--mb", type=float, default=1000, help="size of the random folder")
-    parser.add_argument("--n-shards", type=int, default=4)
-    parser.add_argument("--d-model", type=int, default=768)
-    parser.add_argument("--content-tokens", type=int, default=196)
-    parser.add_argument("--dtype", default="float32", choices=sorted(TORCH_DTYPES))
-    parser.add_argument("--batch-size", type=int, default=16_384)
-    parser.add_argument("--buffer-mb", type=float, default=256)
-    parser.add_argument("--block-kb", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=4, help="reader threads")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the baseline")
-    parser.add_argument("--baseline-s", type=float, default=10, help="seconds for the baseline")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    scratch = "" if args.shards or args.root else tempfile.mkdtemp(prefix="saev-bench-")
-    url = args.shards or storage.join(args.root or scratch, "loader-benchmark")
-    try:
-        if not args.shards:
-            write_folder(url, args)
-        with Shards.open(url) as shards:
-            measure(shards, args)
-    finally:
-        if scratch:
-            shutil.rmtree(scratch)
-
-
-def measure(shards: Shards, args: argparse.Namespace) -> None:
-    layer = shards.layers[shards.layer_index(args.layer)]
-    data = DataConfig(layer=layer)
-    cfg = LoaderConfig(
-        layer=layer, buffer_mb=args.buffer_mb, block_kb=args.block_kb, n_threads=args.threads
-    )
-    read_mb = sum(x.n_examples * x.row_bytes for x in shards.layouts) / 1e6
-    report(
-        "data", mb=read_mb, examples=shards.n_examples, shards=len(shards.infos),
-        dtype=shards.metadata.dtype, torch_threads=torch.get_num_threads(), device="cpu",
-    )  # fmt: skip
-    sequential(shards, layer, 1)  # warms the page cache
-    one = best(lambda: sequential(shards, layer, 1), args.repeats)
-    many = best(lambda: sequential(shards, layer, args.threads), args.repeats)
-    cpu = time.process_time()
-    sequential(shards, layer, 1)
-    cpu = (time.process_time() - cpu) / read_mb * 1e3
-    report("sequential", mb_s=one, mb_s_all_threads=many, cpu_s_per_gb=cpu)
-    parts(shards, args)
-    unverified = cfg.model_copy(update={"verify": False})
-    n = args.repeats + 1
-    fastest = 0.0
-    for name, loader in {
-        "shuffled": ShuffledLoader(shards, cfg, args.batch_size, epochs=n),
-        "shuffled, verify=False": ShuffledLoader(shards, unverified, args.batch_size, epochs=n),
-        "ordered": OrderedLoader(shards, data, args.batch_size, epochs=n),
-    }.items():
-        with loader:
-            first, *later = epochs(loader, read_mb)
-        run = max(later, key=lambda r: r["mb_s"])
-        report(
-            name,
-            **run,
-            first_epoch_mb_s=first["mb_s"],
-            read_per_epoch=loader.metrics()["loader/read_mb"] / read_mb / n,
-            ratio_to_sequential=run["mb_s"] / one,
-            ratio_to_all_threads=run["mb_s"] / many,
-        )
-        fastest = fastest or run["rows_s"]
-    slow = baseline(shards, data, args)
-    report("baseline", rows_s=slow, shuffled_is_times_faster=fastest / slow)
-    mixing(shards, cfg, args)
+    """Run and print."""
+    made = parser(tp.cast(str, __doc__), repeats=5)
+    made.add_argument("--root", default="", help="where to write; a temporary folder if not given")
+    made.add_argument("--mb", type=float, default=1500, help="size of a float32 folder")
+    made.add_argument("--threads", type=int, default=4, help="reader threads")
+    made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = made.parse_args()
+    if args.child:
+        child(args.child[0], float(args.child[1]), int(args.child[2]))
+        return
+    report = Report(invocation(), args.json)
+    with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
+        for d_model in WIDTHS:
+            speeds(report, args, root, d_model)
+        url = write(root, Folder(200 if args.small else args.mb))
+        processes(report, args, url)
+        mixing(report, url, args)
+    report.close()
 
 
 if __name__ == "__main__":

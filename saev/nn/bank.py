@@ -3,8 +3,8 @@
 Parameters of the N members are stacked, [N, …], so that reading and normalising a batch, and one
 optimiser step, are shared. A member's result does not depend on who else is in the bank: on CPU it
 is bit for bit what training it alone gives. For that, on CPU each member has its own encoder
-product; one product over all members would be no faster there (benchmarks/bank.py), and for small
-shapes it rounds differently. On a GPU one wide product serves as many members as fit the memory.
+product; one product over all members would be no faster there (benchmarks/training.py), and for
+small shapes it rounds differently. On a GPU one wide product serves as many members as fit.
 
     bank = SaeBank(cfgs, objectives, lrs, seeds, d_model=384, data=sample)
     for batch in loader:

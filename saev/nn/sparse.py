@@ -5,7 +5,7 @@ A batch of codes is compressed by rows (CSR): the latents of row r, in ascending
 per bag: forward, a bag is a token and the table is W_dec; for the gradient of the decoder, a bag is
 a latent and the table is the gradient of the reconstruction. Each bag is summed by one thread in
 the order of its entries, so on CPU the bits do not depend on the number of threads; and it is 7
-times faster than a dense product for 32 of 1536 latents (benchmarks/bank.py).
+times faster than a dense product for 32 of 1536 latents (benchmarks/training.py).
 """
 
 import typing as tp
