@@ -80,7 +80,7 @@ class Ranks:
         """The tensors of all ranks, whose lengths (first axis) all of them know."""
         if self.alone:
             return [tensor]
-        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded = tensor.new_zeros(max(1, *lengths), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
         found = [torch.empty_like(padded) for _ in lengths]
         with _answered():
