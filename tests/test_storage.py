@@ -157,6 +157,47 @@ def test_ranges_from_many_threads(root: str) -> None:
     assert parts == [data[start : start + 10_000] for start in starts]
 
 
+@pytest.mark.parametrize("size", [1, 4096, 10_000_001])
+@pytest.mark.parametrize("disk", ["tmp", "tmpfs"])
+def test_direct_reads_of_any_range(tmp_path: Path, disk: str, size: int) -> None:
+    """Where a file system cannot read past its page cache, nobody notices."""
+    if disk == "tmpfs" and not Path("/dev/shm").is_dir():
+        pytest.skip("there is no /dev/shm")
+    data = os.urandom(size)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if disk == "tmpfs" else tmp_path) as folder:
+        storage.write_bytes(storage.join(folder, "x"), data)
+        with storage.RangeReader(storage.join(folder, "x"), direct=True) as reader:
+            for start in (0, 1, 4095, 4096, 4097, 5_000_003, size - 1):
+                for stop in (start + 1, start + 4096, start + 4_194_303, size):
+                    if start < stop <= size:
+                        assert reader.read(start, stop - start) == data[start:stop]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_direct_reads_leave_the_page_cache_alone(tmp_path: Path, direct: bool) -> None:
+    place = tmp_path / "x"
+    place.write_bytes(os.urandom(8 * MB))
+    fd = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if _cached(fd, 7 * MB):
+            pytest.skip("this file system keeps its pages")
+        with storage.RangeReader(place, direct=direct) as reader:
+            reader.read(1000, 5 * MB)
+        assert _cached(fd, 3 * MB) == (not direct)
+    finally:
+        os.close(fd)
+
+
+def _cached(fd: int, offset: int) -> bool:
+    """Whether the kernel has it; asking may make it read a little from there on."""
+    try:
+        return os.preadv(fd, [bytearray(4096)], offset, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+
+
 def test_reading_past_the_end_says_truncated(root: str) -> None:
     url = storage.join(root, "short.bin")
     storage.write_bytes(url, b"12345")

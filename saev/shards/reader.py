@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import io
+import os
 import threading
 import typing as tp
 
@@ -27,6 +28,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
+DIRECT_IO = "SAEV_DIRECT_IO"
+"""Environment variable: 1 reads activations on local disks past the page cache."""
 _MAX_OPEN_FILES = 64
 """Per folder. A folder may have more shards than a process may have open files (often 1024)."""
 
@@ -300,10 +303,14 @@ class Shards:
             return reader
 
     def _open(self, name: str) -> storage.RangeReader:
-        place, entry = storage.join(self.url, name), self._found.get(name)
-        if entry is None:
-            return storage.RangeReader(place)
-        return storage.RangeReader(place, size=entry.size, etag=entry.etag)
+        entry = self._found.get(name)
+        return storage.RangeReader(
+            storage.join(self.url, name),
+            size=None if entry is None else entry.size,
+            etag="" if entry is None else entry.etag,
+            cache=storage.node_cache(),
+            direct=os.environ.get(DIRECT_IO, "") not in ("", "0"),
+        )
 
     def close(self) -> None:
         """Release file descriptors, those in use when their reads end.

@@ -3,20 +3,16 @@
 Every location is a URL. A bare path means ``file://``. Nothing here assumes rename, append, mmap
 or locks: an object appears whole, under its final name, when its writer succeeds, or not at all.
 Local files take POSIX fast paths (``preadv``, write-to-temporary + fsync + rename) behind the same
-functions; every other scheme goes through fsspec.
+functions; every other scheme goes through fsspec, and ranges of S3 objects through obstore.
 """
 
 from saev.errors import CorruptDataError, StorageError
-from saev.storage.checksums import (
-    ChecksumWriter,
-    canonical_json,
-    checksum,
-    content_hash,
-    crc32c,
-    format_checksum,
-)
+from saev.storage.cache import NodeCache
+from saev.storage.cache import from_environment as node_cache
+from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum
 from saev.storage.creating import create
 from saev.storage.deleting import check_writable, clean_temporary, delete, remove_temporary
+from saev.storage.hashes import canonical_json, content_hash
 from saev.storage.looking import (
     Entry,
     Object,
@@ -47,6 +43,7 @@ __all__ = [
     "ChecksumWriter",
     "CorruptDataError",
     "Entry",
+    "NodeCache",
     "Object",
     "PositionalWriter",
     "RangeReader",
@@ -70,6 +67,7 @@ __all__ = [
     "listing",
     "local_path",
     "name",
+    "node_cache",
     "normalize",
     "open_read",
     "open_write",

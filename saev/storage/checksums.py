@@ -1,8 +1,6 @@
-"""Checksums of bytes and hashes of JSON."""
+"""Checksums of bytes."""
 
-import hashlib
 import io
-import json
 import os
 import typing as tp
 
@@ -57,15 +55,3 @@ def checksum(url: str | os.PathLike) -> str:
             reader.readinto(start, part)
             crc = crc32c(part, crc)
     return format_checksum(crc)
-
-
-def canonical_json(obj: tp.Any) -> str:
-    """The one JSON text of ``obj``: sorted keys, no spaces, no NaN. What content hashes are of."""
-    return json.dumps(
-        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-
-
-def content_hash(obj: tp.Any, n_digits: int = 64) -> str:
-    """The first hex digits of the SHA-256 of the canonical JSON: equal objects, equal names."""
-    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()[:n_digits]

@@ -6,6 +6,7 @@ import typing as tp
 
 from saev.errors import CorruptDataError
 from saev.storage import s3
+from saev.storage.cache import NodeCache
 from saev.storage.faults import explained
 from saev.storage.sources import FsspecObject, LocalFile, Source
 from saev.storage.urls import filesystem, local_path, normalize
@@ -24,16 +25,32 @@ class RangeReader:
             files are looked at anyway.
         etag: its entity tag from the same listing. An object that has another one when it is read
             was replaced, which is an error.
+        cache: keeps ranges of remote objects on a local disk; see :func:`saev.storage.node_cache`.
+        direct: past the page cache, where the file system can do it (O_DIRECT): for files that are
+            read once, or are larger than memory.
 
     Raises:
         StorageError: there is no such object, or it may not be read. With a given ``size`` the
             first read says so.
     """
 
-    def __init__(self, url: str | os.PathLike, *, size: int | None = None, etag: str = ""):
+    def __init__(
+        self,
+        url: str | os.PathLike,
+        *,
+        size: int | None = None,
+        etag: str = "",
+        cache: NodeCache | None = None,
+        direct: bool = False,
+    ):
         self.url = normalize(url)
         with explained(self.url, "read"):
-            self._source = _open(self.url, size, etag)
+            path = local_path(self.url)
+            if path is not None:
+                self._source: Source = LocalFile(path, direct=direct)
+            else:
+                remote = _open(self.url, size, etag)
+                self._source = remote if cache is None else cache.over(remote)
         self.size = self._source.size
 
     def readinto(self, offset: int, buffer: tp.Any) -> None:
@@ -74,10 +91,7 @@ class RangeReader:
         self.close()
 
 
-def _open(url: str, size: int | None, etag: str) -> Source:
-    path = local_path(url)
-    if path is not None:
-        return LocalFile(path)
+def _open(url: str, size: int | None, etag: str) -> FsspecObject:
     fs, key = filesystem(url)
     store = s3.store_of(fs, key)
     if store is not None:

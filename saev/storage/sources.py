@@ -1,13 +1,22 @@
 """Where ranges come from: a local file, or an object of a store that fsspec knows."""
 
+import contextlib
+import errno
+import mmap
 import os
+import threading
 import typing as tp
 from pathlib import Path
 
 import fsspec
+import numpy as np
 
 from saev.errors import CorruptDataError
 from saev.storage.faults import retry_reads
+
+_ALIGNMENT = 4096
+_DIRECT_BYTES = 4 << 20
+_LOCAL = threading.local()
 
 
 class Source(tp.Protocol):
@@ -24,14 +33,33 @@ class Source(tp.Protocol):
 
 
 class LocalFile:
-    """A file, read with ``preadv`` on one descriptor."""
+    """A file, read with ``preadv`` on one descriptor.
 
-    def __init__(self, path: Path):
+    Args:
+        path: the file.
+        direct: read past the page cache if the file system can. Bytes then go through aligned
+            memory of the thread's own, because no offset, length or buffer of a reader is aligned:
+            that copy costs half of what the page cache does.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = False):
         self._path = path
         self._fd: int | None = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._fd).st_size
+        self._direct_fd: int | None = None
+        if direct:
+            with contextlib.suppress(OSError, AttributeError):  # tmpfs and macOS cannot
+                self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
     def readinto(self, offset: int, view: memoryview) -> None:
+        if self._direct_fd is None:
+            self._buffered(offset, view)
+            return
+        step = _DIRECT_BYTES - _ALIGNMENT
+        for start in range(0, view.nbytes, step):
+            self._direct(offset + start, view[start : start + step])
+
+    def _buffered(self, offset: int, view: memoryview) -> None:
         assert self._fd is not None
         done = 0
         while done < view.nbytes:
@@ -42,10 +70,36 @@ class LocalFile:
                 )
             done += n
 
+    def _direct(self, offset: int, view: memoryview) -> None:
+        assert self._direct_fd is not None
+        begin = offset // _ALIGNMENT * _ALIGNMENT
+        end = -(-(offset + view.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        block = _aligned()
+        try:
+            n = os.preadv(self._direct_fd, [block[: end - begin]], begin)
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+            n = 0  # it takes O_DIRECT when a file is opened, and then not this alignment
+        done = min(max(0, begin + n - offset), view.nbytes)
+        first = offset - begin
+        np.copyto(np.asarray(view[:done]), np.asarray(block[first : first + done]))
+        if done < view.nbytes:
+            self._buffered(offset + done, view[done:])
+
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        for fd in (self._fd, self._direct_fd):
+            if fd is not None:
+                os.close(fd)
+        self._fd = self._direct_fd = None
+
+
+def _aligned() -> memoryview:
+    """Memory of this thread for direct reads; pages are aligned as every device wants it."""
+    block = getattr(_LOCAL, "block", None)
+    if block is None:
+        block = _LOCAL.block = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
+    return tp.cast(memoryview, block)
 
 
 class FsspecObject:
