@@ -52,6 +52,7 @@ class Settings(tp.NamedTuple):
 
     gpu_type: Channel
     gpu_count: Channel
+    train_gpus: Channel
     cpu: Channel
     memory: Channel
     node_selector: Channel
@@ -141,6 +142,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
         n_parts: int = 8,
         gpu_type: str = "nvidia.com/gpu",
         gpu_count: str = "1",
+        train_gpus: str = "1",
         cpu: str = "4",
         memory: str = "32Gi",
         node_selector: dict = {},  # noqa: B006 - KFP reads it
@@ -159,7 +161,8 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             dataset: URL of the folder of images; empty takes the config's [data] as it is.
             n_parts: most pods that extraction, and each SAE's inference, is cut into.
             gpu_type: resource name of the GPUs.
-            gpu_count: GPUs per pod; 0 runs on the CPU.
+            gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
+            train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
             cpu: CPU cores of a GPU pod.
             memory: memory of a GPU pod; other pods get at most 8Gi.
             node_selector: labels that the nodes of GPU pods must have.
@@ -171,8 +174,8 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
         """
         pods = Settings(
-            gpu_type, gpu_count, cpu, memory, node_selector, tolerations, storage_secret,
-            config_map, pvc_name, image_pull_secret,
+            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
+            storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
         graph = _Graph(options, pods, root, config, dsl.PIPELINE_JOB_ID_PLACEHOLDER)
         with dsl.ExitHandler(graph.outcome(), name="pipeline"):
@@ -192,6 +195,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         n_parts: int,
         gpu_type: str,
         gpu_count: str,
+        train_gpus: str,
         cpu: str,
         memory: str,
         node_selector: dict,
@@ -202,8 +206,8 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         image_pull_secret: str,
     ) -> None:
         pods = Settings(
-            gpu_type, gpu_count, cpu, memory, node_selector, tolerations, storage_secret,
-            config_map, pvc_name, image_pull_secret,
+            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
+            storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
         _Graph(options, pods, root, config, owner).process(dataset, n_parts)
 
@@ -222,6 +226,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         n_parts: int = 8,
         gpu_type: str = "nvidia.com/gpu",
         gpu_count: str = "1",
+        train_gpus: str = "1",
         cpu: str = "4",
         memory: str = "32Gi",
         node_selector: dict = {},  # noqa: B006 - KFP reads it
@@ -244,7 +249,8 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             max_datasets: most datasets of one firing.
             n_parts: most pods that extraction, and each SAE's inference, is cut into.
             gpu_type: resource name of the GPUs.
-            gpu_count: GPUs per pod; 0 runs on the CPU.
+            gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
+            train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
             cpu: CPU cores of a GPU pod.
             memory: memory of a GPU pod; other pods get at most 8Gi.
             node_selector: labels that the nodes of GPU pods must have.
@@ -255,8 +261,8 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             image_pull_secret: Secret for a private registry; may be missing.
         """
         pods = Settings(
-            gpu_type, gpu_count, cpu, memory, node_selector, tolerations, storage_secret,
-            config_map, pvc_name, image_pull_secret,
+            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
+            storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
         owner = dsl.PIPELINE_JOB_ID_PLACEHOLDER
         graph = _Graph(options, pods, root, config, owner)
@@ -325,19 +331,21 @@ class _Graph:
         planned = parts.outputs["shards"]
         with self._loop(parts, "extract-parts") as item:
             task = components.extract(shards=planned, item=item, **of_dataset)
-            extracted = self._pod(task, "extract", gpu=True)
+            extracted = self._pod(task, "extract", gpus=self._pods.gpu_count)
         task = components.publish(shards=planned, **of_dataset).after(extracted)
         published = self._pod(task, "publish").outputs["published"]
         of_shards = {**of_dataset, "shards": published}
 
         groups = self._pod(components.plan_training(**of_shards), "plan")
         with self._loop(groups, "train-groups") as item:
-            trained = self._pod(components.train(item=item, **of_shards), "train", gpu=True)
+            task = components.train(item=item, **of_shards)
+            trained = self._pod(task, "train", gpus=self._pods.train_gpus)
 
         task = components.plan_inference(n_parts=n_parts, **of_shards).after(trained)
         passes = self._pod(task, "plan")
         with self._loop(passes, "infer-parts") as item:
-            inferred = self._pod(components.infer(item=item, **of_shards), "infer", gpu=True)
+            task = components.infer(item=item, **of_shards)
+            inferred = self._pod(task, "infer", gpus=self._pods.gpu_count)
 
         runs = passes.outputs["runs"]
         loop = dsl.ParallelFor(runs, name="summarise-saes", parallelism=self._options.parallelism)
@@ -353,9 +361,9 @@ class _Graph:
         )
 
     def _pod(
-        self, task: pipeline_task.PipelineTask, step: str, *, gpu: bool = False
+        self, task: pipeline_task.PipelineTask, step: str, *, gpus: Channel | None = None
     ) -> pipeline_task.PipelineTask:
-        """Image, resources, storage and labels of a step's pod."""
+        """Image, resources, storage and labels of a step's pod; ``gpus`` says how many it gets."""
         options, pods = self._options, self._pods
         is_small = task.container_spec.image == CPU_IMAGE
         task.set_container_image(options.cpu_image if is_small else options.image)
@@ -371,10 +379,10 @@ class _Graph:
                 backoff_max_duration=f"{whole}s",
             )
         kubernetes.set_timeout(task, options.timeout_seconds(step))
-        if gpu:
+        if gpus is not None:
             # Inside loops, kfp hands on the parameters of kubernetes.* by itself, but not these.
-            task.register_pipeline_channels([pods.gpu_type, pods.gpu_count, pods.cpu, pods.memory])
-            task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(pods.gpu_count)
+            task.register_pipeline_channels([pods.gpu_type, gpus, pods.cpu, pods.memory])
+            task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(gpus)
             task.set_cpu_request(pods.cpu).set_cpu_limit(pods.cpu)
             task.set_memory_request(pods.memory).set_memory_limit(pods.memory)
             kubernetes.add_node_selector_json(task, pods.node_selector)

@@ -17,6 +17,7 @@ def gpus(kube: Kube) -> collections.abc.Iterator[Finding]:
     parameters = kube.settings.parameters
     kind = str(parameters.get("gpu_type", "nvidia.com/gpu"))
     count = int(parameters.get("gpu_count", 1))
+    count = max(count, int(parameters.get("train_gpus", count)))
     if count == 0:
         yield skipped(_WHAT, "gpu_count is 0, so runs use the CPU")
         return
@@ -67,8 +68,8 @@ def _free(kube: Kube, nodes: list[tp.Any], kind: str, count: int) -> Finding:
     if max(total.values()) < count:
         return fail(
             _WHAT,
-            f"{found}; no node has the {count} that each pod of a run asks for",
-            f"Set gpu_count to {max(total.values())} or less.",
+            f"{found}; no node has the {count} that a pod of a run asks for",
+            f"Set gpu_count and train_gpus to {max(total.values())} or less.",
         )
     if most < count:
         return warn(_WHAT, found, "Runs wait until some are free.")

@@ -61,7 +61,13 @@ def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[st
 
 
 def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """The checked values, if none is missing. Raises ConfigError."""
+    """The checked values, if none is missing; ``train_gpus`` is ``gpu_count`` unless it is given.
+
+    Raises:
+        ConfigError: one is missing, or the config is too long.
+    """
+    if "gpu_count" in values:
+        values = {"train_gpus": values["gpu_count"], **values}
     for key, parameter in compiled.parameters.items():
         if parameter.required and key not in values:
             raise ConfigError(
@@ -120,7 +126,7 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
 
     if key in ("cpu", "memory") and not _QUANTITY.fullmatch(value):
         raise wrong("a Kubernetes quantity such as 4, 500m or 32Gi (not 32GB)")
-    if key == "gpu_count" and not value.isdigit():
+    if key in ("gpu_count", "train_gpus") and not value.isdigit():
         raise wrong("a whole number of GPUs, 0 for none")
     if key == "n_parts" and value < 1:
         raise wrong("at least 1")

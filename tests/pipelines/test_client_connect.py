@@ -231,13 +231,14 @@ def test_parameters_of_the_file_are_those_of_runs(
     client: Client, kfp: KfpServer, home: Path
 ) -> None:
     home.joinpath("cluster.toml").write_text(
-        'cpu_image = "registry.test/cpu:1"\n[parameters]\ngpu_count = 2\nn_parts = 3\n'
-        "[compile]\nparallelism = 5\n"
+        'cpu_image = "registry.test/cpu:1"\n[parameters]\ngpu_count = 2\ntrain_gpus = 8\n'
+        "n_parts = 3\n[compile]\nparallelism = 5\n"
     )
     argv = ("submit", "--config", "config.toml", "--no-check", "--param", "n_parts=4")
     client.ok(*argv)
     parameters = kfp.runs[0]["runtime_config"]["parameters"]
     assert (parameters["gpu_count"], parameters["n_parts"]) == ("2", 4)
+    assert parameters["train_gpus"] == "8"
     text = str(kfp.versions[0]["pipeline_spec"])
     assert "registry.test/cpu:1" in text
     assert "'parallelismLimit': 5" in text

@@ -247,7 +247,8 @@ def test_no_gpus(client: Client, cluster: KubeServer, home: Path) -> None:
     ("parameters", "level", "said"),
     [
         ("gpu_count = 4", "ok", "5 free"),
-        ("gpu_count = 5", "fail", "no node has the 5 that each pod of a run asks for"),
+        ("gpu_count = 5", "fail", "no node has the 5 that a pod of a run asks for"),
+        ("gpu_count = 1\ntrain_gpus = 5", "fail", "Set gpu_count and train_gpus to 4 or less"),
         ("tolerations = []", "fail", "taint nvidia.com/gpu=present:NoSchedule is not tolerated"),
         ('tolerations = [{operator = "Exists"}]', "ok", "5 free"),
         (f'tolerations = [{{key = "{GPU}", value = "present"}}]', "ok", "5 free"),

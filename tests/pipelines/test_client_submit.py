@@ -39,7 +39,7 @@ def test_parameters_are_sent_with_the_sweep_inside(client: Client, kfp: KfpServe
     assert parameters["dataset"] == "s3://bucket/pets"
     assert parameters["root"] == "s3://bucket/saev"
     assert parameters["n_parts"] == 4
-    assert parameters["gpu_count"] == "0"
+    assert parameters["gpu_count"] == parameters["train_gpus"] == "0"
     assert parameters["node_selector"] == {"disk": "ssd"}
     assert parameters["config"]["sweep"]["sae"]["activation"]["top_k"] == [8, 16]
     assert "sweep" not in parameters["config"]["train"]

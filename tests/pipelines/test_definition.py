@@ -181,7 +181,8 @@ def test_pods(ir: Ir) -> None:
         if container.resources.HasField("accelerator"):
             gpu_steps.add(step)
             assert container.resources.accelerator.resource_type
-            assert container.resources.accelerator.resource_count
+            count = "train_gpus" if step == "train" else "gpu_count"
+            assert count in container.resources.accelerator.resource_count
             assert "/dev/shm" in mounts
             assert pod.tolerations
             assert pod.HasField("node_selector")

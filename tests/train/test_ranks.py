@@ -197,7 +197,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_same_command_completes(long, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_writes_a_resume_point(long, tmp_path, number):
-    long = update(long, n_train=3000 * 256, checkpoint_every=1000)
+    long = update(long, n_train=1000 * 256, checkpoint_every=300)
     process = start(command(long, n_ranks=2))
     wait_for(lambda: points(long))
     process.send_signal(number)
@@ -205,14 +205,14 @@ def test_a_signal_finishes_the_step_and_writes_a_resume_point(long, tmp_path, nu
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
     assert "Traceback" not in err
     step = json.loads(points(long)[-1].read_text())["step"]
-    assert 1000 < step < 3000
-    assert step % 1000  # written because of the signal
+    assert 300 < step < 1000
+    assert step % 300  # written because of the signal
     if number == signal.SIGINT:
         return
     # Another number of ranks goes on, with the same rows in every batch.
     again = run(command(long, n_ranks=3))
     assert again.returncode == 0, again.stderr
-    assert f"Continuing at step {step} of 3000" in again.stderr
+    assert f"Continuing at step {step} of 1000" in again.stderr
     (alone,) = train.run(update(long, runs_root=str(tmp_path / "alone")))
     found, want = rows_of(again.stdout.strip()), rows_of(alone)
     assert [r["step"] for r in found] == [r["step"] for r in want]
