@@ -1,6 +1,9 @@
 """Which device a stage computes on."""
 
+import typing as tp
+
 import torch
+from torch import Tensor
 
 from saev.errors import ConfigError
 
@@ -22,3 +25,12 @@ def choose_device(device: str) -> torch.device:
             f"--device {device} cannot be used here ({reason}); expected auto, cpu, cuda or cuda:N."
         ) from err
     return chosen
+
+
+def upload(values: tp.Any, like: Tensor) -> Tensor:
+    """Numbers (or a tensor on the CPU) as a tensor of another's dtype and device.
+
+    ``torch.tensor(values, device="cuda")`` waits until the GPU has done all that was queued; this
+    does not.
+    """
+    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

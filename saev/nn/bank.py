@@ -19,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
+from saev.device import upload
 from saev.errors import CheckpointError, ConfigError
 from saev.nn.folding import fold_normalization
 from saev.nn.gradients import Weights, squared_norm, total, variation
-from saev.nn.group import Group, GroupSums, group_gradients
+from saev.nn.group import DeadLatents, Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
 from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
 from saev.nn.optim import Adam, Muon, Optimizer
@@ -30,8 +31,10 @@ from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sae import SparseAutoencoder
 
 _CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
-_MIN_ROWS = 64
 """Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""
+_MIN_ROWS = 64
+_GPU_LOOK = 32
+"""Steps from one look at which latents may be dead to the next, on a GPU."""
 
 
 class StepMetrics(tp.NamedTuple):
@@ -131,6 +134,9 @@ class SaeBank:
         n = len(self.cfgs)
         self.threshold = torch.zeros(n, dtype=dtype, device=self.device)
         self.since_fired = torch.zeros(n, self.d_sae, dtype=torch.int64, device=self.device)
+        self._steps_between_looks = _GPU_LOOK if self.device.type == "cuda" else 1
+        self._looked_until = -1
+        self._candidates: list[Tensor] = []
         self._probabilities = {
             o.pareto_alpha: prefix_probabilities(self.d_sae, o.pareto_alpha)
             for o in self.objectives
@@ -184,8 +190,7 @@ class SaeBank:
         for grad in self.grads.values():
             grad.zero_()
         variance = variation(x, self.ranks, n_tokens)
-        # Before anything can be dead this needs no answer from the device.
-        dead = self.since_fired >= self.dead_after if self.n_tokens >= self.dead_after else None
+        dead = self._dead(n_tokens)
 
         results = []
         # The groups have to be the same on all ranks, whose shares differ by some rows.
@@ -193,7 +198,7 @@ class SaeBank:
         for first in range(0, len(self), n_group):
             members = range(first, min(first + n_group, len(self)))
             group = self._group(members, x.shape[0], n_tokens, coeffs)
-            dead_g = None if dead is None else dead[members[0] : members[-1] + 1]
+            dead_g = None if dead is None else dead.of(slice(members[0], members[-1] + 1))
             results.append(group_gradients(group, x, dead_g, variance / (n_tokens * self.d_model)))
         sums = GroupSums(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         self.ranks.add_(*self.grads.values(), *sums)
@@ -205,7 +210,7 @@ class SaeBank:
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
         return StepMetrics(
             mse=sums.mse / (n_tokens * self.d_model),
-            sparsity=penalty * torch.tensor(coeffs, dtype=x.dtype, device=self.device),
+            sparsity=penalty * upload(coeffs, x),
             aux=sums.aux,
             l0=l0,
             l1=l1,
@@ -233,6 +238,21 @@ class SaeBank:
                 norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
                 w_dec[n].div_(norm.clamp(min=1e-12))
 
+    def _dead(self, n_tokens: int) -> DeadLatents | None:
+        """Which latents are dead, and among which ones they are.
+
+        On a GPU the second is asked for now and then only, as the answer has to be waited for: it
+        holds all latents that will be dead if they do not fire until it is asked again.
+        """
+        if self.n_tokens + (self._steps_between_looks - 1) * n_tokens < self.dead_after:
+            return None  # nothing can be dead before the next look
+        if self.n_tokens > self._looked_until:
+            ahead = (self._steps_between_looks - 1) * n_tokens
+            self._looked_until = self.n_tokens + ahead
+            soon = self.since_fired >= self.dead_after - ahead
+            self._candidates = [row.nonzero().squeeze(1) for row in soon]
+        return DeadLatents(self.since_fired >= self.dead_after, self._candidates)
+
     def _group(self, members: range, n_rows: int, n_tokens: int, coeffs: list[float]) -> Group:
         prefixes = draw_prefixes(
             [self.objectives[n] for n in members],
@@ -248,7 +268,7 @@ class SaeBank:
             weights=Weights(**{name: p[some] for name, p in self.params.items()}),
             grads=Weights(**{name: g[some] for name, g in self.grads.items()}),
             threshold=self.threshold[some],
-            prefixes=prefixes.to(self.device, self.threshold.dtype),
+            prefixes=prefixes.to(self.threshold),
             chunk=self._chunk(n_rows, prefixes.lengths.shape[1], len(members)),
             bf16=self.bf16,
             n_tokens=n_tokens,
@@ -333,6 +353,7 @@ class SaeBank:
         for generator, state in zip(self._generators, rng, strict=True):
             generator.set_state(state.clone())
         self.t, self.n_tokens = (int(v) for v in counters)
+        self._looked_until = -1
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

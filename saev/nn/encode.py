@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from saev.device import upload
 from saev.nn.gradients import Weights
 from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sparse import Codes
@@ -49,8 +50,8 @@ def top_k_codes(
         top_values, top_latents = largest(z, k, ordered=not same)
         kept = torch.relu(top_values.to(x.dtype))
         if not same:
-            limits = torch.tensor(top_k, device=x.device)[:, None, None]
-            kept = kept * (torch.arange(k, device=x.device) < limits)
+            place = torch.arange(k, device=x.device)
+            kept = kept * (place < upload(top_k, place)[:, None, None])
         ascending = top_latents.to(torch.int32).sort(dim=-1)
         values.append(kept.gather(-1, ascending.indices))
         latents.append(ascending.values)
@@ -121,7 +122,7 @@ def batch_top_k_codes(
     counts = ranks.counts([index.shape[0] for _, index in found])
     short = [sum(count) < n for count, n in zip(zip(*counts, strict=True), wanted, strict=True)]
     if any(short):
-        again = torch.where(torch.tensor(short, device=x.device), torch.zeros_like(bounds), bounds)
+        again = torch.where(upload(short, bounds) > 0, torch.zeros_like(bounds), bounds)
         found = _above(weights, x, again, chunk, bf16)
 
     found = [_largest_entries(v, i, n) for (v, i), n in zip(found, wanted, strict=True)]

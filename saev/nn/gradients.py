@@ -215,7 +215,7 @@ def dense_chunk(
     active = z > (0 if theta is None else theta)
     f = z * active
 
-    cuts = [0, *prefixes.lengths[0].tolist()]
+    cuts = [0, *prefixes.cuts[0]]
     ranges = list(itertools.pairwise(cuts))
     blocks = torch.stack([mm(f[:, a:b], w_dec[a:b]) for a, b in ranges], dim=1)
     grad_out, error, residual = output_gradient(blocks[None], x, weights.b_dec, prefixes, n_tokens)
@@ -247,6 +247,7 @@ def aux_k(
     x: Float[Tensor, "b d"],
     residual: Float[Tensor, "b d"],
     energy: Tensor,
+    candidates: Int[Tensor, " c"],
     dead: Bool[Tensor, " s"],
     k_aux: int,
     coeff: Tensor,
@@ -260,34 +261,33 @@ def aux_k(
         x: the batch (of several ranks, the rows of this one).
         residual: e = x - x̂ of these rows, a constant.
         energy: Σ ‖e‖² over the batch of all ranks.
-        dead: which latents are dead; at least one.
+        candidates: latents among which all dead ones are; at least one.
+        dead: which latents are dead.
         k_aux: dead latents used per token.
         coeff: α·v.
         chunk: rows at a time.
     """
-    index = dead.nonzero().squeeze(1)
-    n_dead = index.shape[0]
-    w_enc, b_enc, w_dec = weights.W_enc[0][index], weights.b_enc[0][index], weights.W_dec[0][index]
+    w_enc, b_enc, w_dec = (t[0].index_select(0, candidates) for t in weights[:3])
+    is_dead = dead.index_select(0, candidates)
+    share = (is_dead.sum().to(coeff.dtype) / k_aux).clamp(max=1.0)
     # Where nothing is left over there is nothing to learn.
-    factor = torch.where(energy == 0, 0.0, coeff * min(n_dead / k_aux, 1.0) / energy)
+    factor = torch.where(energy == 0, 0.0, coeff * share / energy)
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     sums = [torch.zeros_like(w_enc), torch.zeros_like(b_enc), torch.zeros_like(w_dec)]
     for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):
         z = F.linear(x_c, w_enc, b_enc)
-        kept = None
-        if n_dead > k_aux:
-            top = z.topk(k_aux, dim=-1, sorted=False).indices
-            kept = torch.zeros_like(z).scatter_(-1, top, 1.0)
-            z = z * kept
+        kept = is_dead
+        if candidates.shape[0] > k_aux:
+            top = z.masked_fill(~is_dead, -torch.inf).topk(k_aux, dim=-1, sorted=False).indices
+            kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top, True) & is_dead
+        z = torch.where(kept, z, 0.0)
         miss = z @ w_dec - e_c
         error += total(squared_norm(miss))
         grad_e = miss * (2 * factor)
-        grad_z = grad_e @ w_dec.T
-        if kept is not None:
-            grad_z *= kept
+        grad_z = torch.where(kept, grad_e @ w_dec.T, 0.0)
         sums[0] += grad_z.T @ x_c
         sums[1] += grad_z.sum(0)
         sums[2] += z.T @ grad_e
     for grad, part in zip((grads.W_enc, grads.b_enc, grads.W_dec), sums, strict=True):
-        grad[0].index_add_(0, index, part)
+        grad[0].index_add_(0, candidates, part)
     return factor * error

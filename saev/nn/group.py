@@ -3,10 +3,11 @@
 import typing as tp
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
+from saev.device import upload
 from saev.nn import encode, gradients, sparse
 from saev.nn.gradients import Weights
 from saev.nn.objectives import Prefixes, default_k_aux
@@ -43,6 +44,20 @@ class Group(tp.NamedTuple):
         return len(self.activations)
 
 
+class DeadLatents(tp.NamedTuple):
+    """Which latents are dead."""
+
+    mask: Bool[Tensor, "g d_sae"]
+    """Exactly."""
+    candidates: tp.Sequence[Int[Tensor, " c"]]
+    """Per member, latents among which all dead ones are. How many they are is known without waiting
+    for the device, which the mask does not say."""
+
+    def of(self, members: slice) -> "DeadLatents":
+        """Of some members."""
+        return DeadLatents(self.mask[members], self.candidates[members])
+
+
 class GroupSums(tp.NamedTuple):
     """What was measured on this rank's rows of the batch, per member."""
 
@@ -63,7 +78,7 @@ class GroupSums(tp.NamedTuple):
 def group_gradients(
     group: Group,
     x: Float[Tensor, "batch d_model"],
-    dead: Bool[Tensor, "g d_sae"] | None,
+    dead: DeadLatents | None,
     variance: Tensor,
 ) -> GroupSums:
     """Add the gradients of a group's loss (:mod:`saev.nn.objectives`) to ``group.grads``.
@@ -71,7 +86,7 @@ def group_gradients(
     Args:
         group: the members.
         x: normalised activations.
-        dead: which latents are dead; None if none can be.
+        dead: the group's; None if none can be.
         variance: v of the AuxK term.
     """
     codes = _codes(group, x)
@@ -103,7 +118,8 @@ def group_gradients(
             x,
             residual,
             energy,
-            dead[g],
+            dead.candidates[g],
+            dead.mask[g],
             group.objectives[g].k_aux or default_k_aux(x.shape[1]),
             variance * group.objectives[g].aux_coeff,
             group.chunk,
@@ -154,14 +170,14 @@ def _move_threshold(
     threshold: Float[Tensor, " g"], smallest: Float[Tensor, " g"], momentum: tp.Sequence[float]
 ) -> None:
     """θ ← m·θ + (1 - m)·(smallest selected value); the first value is taken as it is."""
-    m = torch.tensor(momentum, dtype=threshold.dtype, device=threshold.device)
+    m = upload(momentum, threshold)
     moved = torch.where(threshold == 0, smallest, threshold * m + smallest * (1 - m))
     threshold.copy_(torch.where(smallest.isnan(), threshold, moved))
 
 
-def _reviving(group: Group, dead: Tensor | None) -> list[int]:
-    """Members that have dead latents and an AuxK term."""
+def _reviving(group: Group, dead: DeadLatents | None) -> list[int]:
+    """Members that may have dead latents and have an AuxK term."""
     if dead is None:
         return []
-    some = zip(dead.any(-1).tolist(), group.objectives, strict=True)
-    return [g for g, (any_dead, o) in enumerate(some) if any_dead and o.aux_coeff > 0]
+    some = zip(dead.candidates, group.objectives, strict=True)
+    return [g for g, (index, o) in enumerate(some) if len(index) and o.aux_coeff > 0]

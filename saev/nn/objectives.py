@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saev.config.sae import Matryoshka, Objective
+from saev.device import upload
 from saev.errors import ConfigError
 
 
@@ -35,10 +36,13 @@ class Prefixes(tp.NamedTuple):
     """Ascending; filled up with d_sae."""
     weights: Float[Tensor, "g p"]
     """1/P for the P real ones, 0 for filling."""
+    cuts: list[list[int]]
+    """The lengths once more, as numbers, for which nobody has to wait for a GPU."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Prefixes":
-        """Moved, with weights of this type."""
-        return Prefixes(self.lengths.to(device), self.weights.to(device, dtype))
+    def to(self, like: Tensor) -> "Prefixes":
+        """On another tensor's device, with weights of its type."""
+        lengths = self.lengths.to(like.device, non_blocking=True)
+        return Prefixes(lengths, upload(self.weights, like), self.cuts)
 
 
 def default_k_aux(d_model: int) -> int:
@@ -108,4 +112,4 @@ def draw_prefixes(
                 probabilities[objective.pareto_alpha], count, generators[g]
             )
         weights[g, :count] = 1 / count
-    return Prefixes(lengths, weights)
+    return Prefixes(lengths, weights, lengths.tolist())

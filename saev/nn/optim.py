@@ -48,7 +48,7 @@ class Adam:
         names = list(self._params)
         for n, lr in enumerate(lrs):
             device = self._params[names[0]].device
-            done = [torch.tensor(float(t - 1), device=device) for _ in names]
+            done = [torch.full((), float(t - 1), device=device) for _ in names]
             adam(
                 [self._params[name][n] for name in names],
                 [grads[name][n] for name in names],
