@@ -124,7 +124,7 @@ def baseline(shards: Shards, batch_size: int, seconds: float) -> float:
 
 def speeds(report: Report, args: argparse.Namespace, root: str, d_model: int) -> None:
     """Rows of one width."""
-    mb = 200 if args.small else args.mb
+    mb = 40 if args.small else args.mb
     full, half = (
         Shards.open(write(root, Folder(mb / k, d_model, dtype)))
         for k, dtype in ((1, "float32"), (2, "bfloat16"))
@@ -214,7 +214,7 @@ def _status(field: str) -> float:
 
 def processes(report: Report, args: argparse.Namespace, url: str) -> None:
     """Rows of what needs a fresh process."""
-    mb = 200 if args.small else args.mb
+    mb = 40 if args.small else args.mb
     for buffer_mb in (mb / 6, mb * 2 / 3):
         command = [sys.executable, __file__, "--child", url, str(buffer_mb), str(args.threads)]
         found = [
@@ -231,7 +231,7 @@ def processes(report: Report, args: argparse.Namespace, url: str) -> None:
 
 def mixing(report: Report, url: str, args: argparse.Namespace) -> None:
     """Entropy of the examples in batches of 4096, as a share of a perfect shuffle's."""
-    mb = 200 if args.small else args.mb
+    mb = 40 if args.small else args.mb
     shards = Shards.open(url)
     cfg = LoaderConfig(layer=LAYER, buffer_mb=mb / 6)
     with ShuffledLoader(shards, cfg, BATCHES[0], epochs=1, drop_last=True) as loader:
@@ -261,7 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
         for d_model in WIDTHS:
             speeds(report, args, root, d_model)
-        url = write(root, Folder(200 if args.small else args.mb))
+        url = write(root, Folder(40 if args.small else args.mb))
         processes(report, args, url)
         mixing(report, url, args)
     report.close()

@@ -1,0 +1,65 @@
+"""Every benchmark runs, in its trial size; what it measures is for a quiet machine to say."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FLAGS = {
+    "loader": ["--root={}"],
+    "training": [],
+    "inference": ["--root={}"],
+    "extraction": ["--root={}"],
+    "gpu": ["--root={}", "--device=cpu"],
+}
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_trial_gives_every_row(name, tmp_path) -> None:
+    found = tmp_path / f"{name}.json"
+    flags = [flag.format(tmp_path) for flag in FLAGS[name]]
+    ran = run(BENCHMARKS / f"{name}.py", "--small", "--repeats=1", "--json", found, *flags)
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(found.read_text())
+    assert record["rows"]
+    for row in record["rows"]:
+        assert row["values"]
+        assert all(map(math.isfinite, row["values"])), row
+        assert row["what"] in ran.stdout
+    assert not list(tmp_path.glob("saev-bench-*"))
+
+
+def test_the_page_holds_the_tables(tmp_path) -> None:
+    row = {"what": "w", "unit": "GB/s", "values": [1.0, 3.0], "target": "≥ 4", "met": False}
+    machine = {
+        "date": "2026-01-01", "processor": "P", "cores": 2, "memory_gb": 8, "gpu": "none",
+        "torch": "2", "python": "3",
+    }  # fmt: skip
+    record = {"command": "python benchmarks/loader.py", "machine": machine, "rows": [row]}
+    (tmp_path / "loader.json").write_text(json.dumps(record))
+    code = (
+        "import pathlib, runpy, sys; main = runpy.run_path(sys.argv[1]);"
+        "print(main['page'](pathlib.Path(sys.argv[2])))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(BENCHMARKS / "__main__.py"), str(tmp_path)],
+        capture_output=True, text=True, env={"PYTHONPATH": str(BENCHMARKS), "PATH": ""},
+    )  # fmt: skip
+    assert "| w | 2 GB/s | 1 – 3 | ≥ 4 | **no** |" in ran.stdout, ran.stderr
+
+
+def test_a_benchmark_that_is_not_there_is_an_error(tmp_path) -> None:
+    ran = run(BENCHMARKS, "loaderr", "--out", tmp_path / "out")
+    assert ran.returncode == 2
+    assert "no benchmark 'loaderr'" in ran.stderr
+    assert not (tmp_path / "out").exists()
