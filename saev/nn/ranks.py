@@ -6,6 +6,8 @@ on the CPU go through gloo, those on GPUs through NCCL.
 """
 
 import contextlib
+import datetime
+import functools
 import json
 import typing as tp
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from saev.errors import RankError
 
 _SMALL = 1 << 20
 """Tensors of fewer elements are sent together: a call costs as much as sending so many."""
+_PATIENCE = datetime.timedelta(days=1)
+"""How long a plain object may be waited for: another rank may be measuring an SAE."""
 
 
 class Ranks:
@@ -73,7 +77,7 @@ class Ranks:
             return [list(numbers)]
         found = [torch.zeros(len(numbers), dtype=torch.int64) for _ in range(self.size)]
         with _answered():
-            dist.all_gather(found, torch.tensor(numbers))
+            dist.all_gather(found, torch.tensor(numbers), group=_patient())
         return [t.tolist() for t in found]
 
     def gather(self, tensor: Tensor, lengths: tp.Sequence[int]) -> list[Tensor]:
@@ -84,7 +88,8 @@ class Ranks:
         padded[: tensor.shape[0]] = tensor
         found = [torch.empty_like(padded) for _ in lengths]
         with _answered():
-            dist.all_gather(found, padded)
+            group = _patient() if tensor.device.type == "cpu" else None
+            dist.all_gather(found, padded, group=group)
         return [t[:n] for t, n in zip(found, lengths, strict=True)]
 
     def collect(self, obj: tp.Any) -> list[tp.Any]:
@@ -131,6 +136,11 @@ class Agreement:
         with _answered():
             work.wait()
         return bool(flag)
+
+
+@functools.cache
+def _patient() -> dist.ProcessGroup:
+    return tp.cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 @contextlib.contextmanager

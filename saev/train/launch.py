@@ -16,6 +16,7 @@ import sys
 import time
 import typing as tp
 
+import torch
 import torch.distributed as dist
 
 from saev import cores, errors
@@ -37,13 +38,16 @@ def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
         RankError: a rank was killed, or ended in an error that is a bug.
         SystemExit, KeyboardInterrupt: after SIGTERM, Ctrl-C; a resume point was written.
     """
+    if torch.cuda.is_initialized():  # by a stage before this one, whose memory a rank now needs
+        torch.cuda.empty_cache()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with Interruption() as interruption, progress.handed_over():
         ranks: list[_Rank] = []
         try:
-            for rank in range(size):
-                job = {"rank": rank, "size": size, "port": store.port, "item": item}
-                ranks.append(_Rank(rank, size, {**job, "quiet": progress.quiet}))
+            ranks += [_Rank(number, size) for number in range(size)]
+            job = {"size": size, "port": store.port, "quiet": progress.quiet, "item": item}
+            for one in ranks:
+                one.give({**job, "rank": one.number})
             _watch(ranks, interruption)
         finally:
             for one in ranks:
@@ -54,7 +58,7 @@ def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
 class _Rank:
     """A process and how it ended."""
 
-    def __init__(self, number: int, size: int, job: dict[str, tp.Any]):
+    def __init__(self, number: int, size: int):
         self.number = number
         self.killed = False
         """Whether this process ended it."""
@@ -69,6 +73,9 @@ class _Rank:
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             start_new_session=True,
         )
+
+    def give(self, job: tp.Mapping[str, tp.Any]) -> None:
+        """Say what to do."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already; its status says so
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -123,7 +130,10 @@ def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
 
 def _judge(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
     """Return if all is well, else raise the reason."""
-    if all(one.status == 0 for one in ranks):
+    # With rank 0 done everything is published, and nobody needs to wait for the others' goodbye.
+    if ranks[0].status == 0 and all(one.status == 0 or one.killed for one in ranks):
+        if interruption.requested:
+            interruption.leave()
         return
     reports = {one.number: one.report() for one in ranks if not one.killed}
     # A rank that lost another one is not the reason; what the lost one says, or its end, is.
