@@ -209,8 +209,8 @@ def test_numbers_of_any_size_are_right_or_seen_to_be_wrong(problem, n_tokens, ex
 
 @pytest.mark.parametrize("exponent", [-17, 0, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_term_for_dead_latents_does_not_depend_on_the_unit(kind, exponent):
-    """It is v times a ratio, whatever the size of the residuals: in small units, too."""
+def test_nmse_and_the_term_for_dead_latents_do_not_depend_on_the_unit(kind, exponent):
+    """Both are ratios of squares, whose size in small units is far below 1e-30."""
     scale = 10.0**exponent
     activation = {
         "top-k": TopK(top_k=2),
@@ -230,6 +230,7 @@ def test_the_term_for_dead_latents_does_not_depend_on_the_unit(kind, exponent):
     found = bank.compute_gradients(x)
     assert want.aux > 0
     assert found.aux.item() == pytest.approx(want.aux, rel=1e-4)
+    assert found.nmse.item() == pytest.approx(want.nmse, rel=1e-4)
     assert_same_gradients(bank, [reference], rtol=1e-4)
 
 
