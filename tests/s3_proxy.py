@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import http.server
+import ssl
 import threading
 import typing as tp
 import urllib.parse
@@ -16,6 +17,8 @@ class Request(tp.NamedTuple):
     path: str
     headers: dict[str, str]
     """Names in lower case."""
+    port: int
+    """Of the client: of one connection."""
 
     @property
     def access_key(self) -> str:
@@ -47,15 +50,15 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def before(endpoint: str) -> Iterator[Proxy]:
-    """A proxy before a server, on a port of its own."""
+def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """A proxy before a server, on a port of its own; it speaks TLS if it is given a context."""
     target = urllib.parse.urlsplit(endpoint).netloc
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle_one_request(self) -> None:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
                 super().handle_one_request()
                 return
             self.close_connection = True
@@ -63,7 +66,10 @@ def before(endpoint: str) -> Iterator[Proxy]:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             request = Request(
-                self.command, self.path, {k.lower(): v for k, v in self.headers.items()}
+                self.command,
+                self.path,
+                {k.lower(): v for k, v in self.headers.items()},
+                self.client_address[1],
             )
             with proxy.lock:
                 proxy.requests.append(request)
@@ -102,7 +108,9 @@ def before(endpoint: str) -> Iterator[Proxy]:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    proxy = Proxy(f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

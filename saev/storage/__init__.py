@@ -3,7 +3,7 @@
 Every location is a URL. A bare path means ``file://``. Nothing here assumes rename, append, mmap
 or locks: an object appears whole, under its final name, when its writer succeeds, or not at all.
 Local files take POSIX fast paths (``preadv``, write-to-temporary + fsync + rename) behind the same
-functions; every other scheme goes through fsspec, and ranges of S3 objects through obstore.
+functions; every other scheme goes through fsspec, but for ranges of S3 objects.
 """
 
 from saev.errors import CorruptDataError, StorageError

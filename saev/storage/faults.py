@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import ssl
 from collections.abc import Iterator
 
 import tenacity
@@ -14,6 +15,11 @@ _READ_ATTEMPTS = 5
 def explain(err: BaseException, url: str, doing: str) -> StorageError:
     """One sentence for the operating system's or the object store's answer."""
     code = getattr(err, "errno", None)
+    if isinstance(err, ssl.SSLError):  # whose numbers are not the operating system's
+        return StorageError(
+            f"Cannot {doing} {url}: {err}. Check the endpoint; AWS_CA_BUNDLE names a file of "
+            "certificates to trust."
+        )
     if isinstance(err, FileNotFoundError) or code == errno.ENOENT:
         return StorageError(f"Cannot {doing} {url}: it does not exist. Check the path.")
     if isinstance(err, PermissionError) or code in (errno.EACCES, errno.EPERM):
@@ -69,6 +75,8 @@ def transient(err: BaseException) -> bool:
         StorageError | FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError,
     ):
         return False
+    if isinstance(err, ssl.SSLError):
+        return not isinstance(err, ssl.SSLCertVerificationError)
     if isinstance(err, ConnectionError | TimeoutError):
         return True
     if isinstance(err, OSError):
@@ -86,6 +94,13 @@ def transient(err: BaseException) -> bool:
 retry_reads = tenacity.retry(
     retry=tenacity.retry_if_exception(transient),
     stop=tenacity.stop_after_attempt(_READ_ATTEMPTS),
+    wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
+    reraise=True,
+)
+
+retry_patiently = tenacity.retry(
+    retry=tenacity.retry_if_exception(transient),
+    stop=tenacity.stop_after_attempt(9),  # half a minute: a store that starts anew
     wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
     reraise=True,
 )

@@ -16,8 +16,8 @@ class RangeReader:
     """Ranged reads of one object, from any number of threads.
 
     Local files use ``preadv`` on one descriptor, so threads share no file position and no lock.
-    ``s3://`` goes through obstore where it is installed and knows everything that s3fs was told
-    (:mod:`saev.storage.s3`), all else through fsspec.
+    ``s3://`` is read over connections of the threads' own (:mod:`saev.storage.s3`), all else
+    through fsspec.
 
     Args:
         url: the object.
@@ -93,7 +93,7 @@ class RangeReader:
 
 def _open(url: str, size: int | None, etag: str) -> FsspecObject:
     fs, key = filesystem(url)
-    store = s3.store_of(fs, key)
-    if store is not None:
-        return s3.S3Object(url, fs, key, size, etag, store)
+    bucket = s3.bucket_of(fs, key)
+    if bucket is not None:
+        return s3.S3Object(url, fs, key, size, etag, bucket)
     return FsspecObject(url, fs, key, size, etag)

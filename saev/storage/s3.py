@@ -1,129 +1,242 @@
-"""Ranges of S3 objects through obstore: requests in Rust, outside Python's lock.
+"""Ranges of S3 objects over HTTP connections of the reading threads, straight into their memory.
 
 s3fs stays the one place where a user says how a store is reached: environment, AWS config files and
 profiles, roles of pods, fsspec's own configuration. What it came to (endpoint, region, addressing,
-credentials as they are renewed, certificates) is handed on. Where it came to something that obstore
-does not have, s3fs reads.
+credentials as they are renewed, certificates) is used here, botocore signs, and each thread reads
+from a socket of its own into the place where the bytes are wanted. s3fs takes a thread of Python
+and two copies for that, and obstore a hand-over between threads per packet and two copies
+(benchmarks/loader_s3.py compares). Where s3fs came to something that is not known here, it reads.
 """
 
-import datetime
+import contextlib
+import functools
+import http.client
 import os
+import socket
+import ssl
 import threading
+import time
 import typing as tp
 import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import fsspec
 
 from saev.errors import CorruptDataError, StorageError
+from saev.storage.faults import retry_patiently
 from saev.storage.sources import FsspecObject, entity_tag
 
-if tp.TYPE_CHECKING:
-    from obstore.store import S3Credential, S3Store
-
-_PIECE = 64 << 10
-"""Bytes that are passed on at once: what arrives is copied while it is still in the cache."""
-_CREDENTIALS_LIVE = datetime.timedelta(minutes=10)
-"""botocore renews what has less left than this, and obstore asks again when half of it is over."""
-_RETRY: tp.Any = {
-    "max_retries": 8,
-    "retry_timeout": datetime.timedelta(minutes=3),
-    "backoff": {
-        "init_backoff": datetime.timedelta(milliseconds=100),
-        "max_backoff": datetime.timedelta(seconds=10),
-        "base": 2,
-    },
-}
-_TIMEOUTS: tp.Any = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "30min"}
+_TIMEOUT_S = 30.0
+"""For a connection, and for the next bytes on it."""
+_SIGNATURE_LIVES_S = 240.0
+"""Stores take a signature for 15 minutes, and botocore renews credentials 10 minutes before their
+end, so one serves all ranges of an object for some minutes. A range itself need not be signed."""
+_EXPIRED = ("ExpiredToken", "RequestTimeTooSkewed", "RequestExpired")
 
 
-class _Process:
-    """obstore's threads do not exist in a forked process, where a request would wait for ever."""
+class Bucket:
+    """How the objects of a bucket are asked for."""
 
-    lock = threading.Lock()
-    started = False
-    lost = False
+    def __init__(self, fs: tp.Any, base: str, region: str, headers: dict[str, str], signed: bool):
+        self._fs = fs
+        self._base = urllib.parse.urlsplit(base)
+        self._region = region
+        self._headers = headers
+        self._signed = signed
+        self._local = threading.local()
+        self._context = _certificates(fs) if self._base.scheme == "https" else None
 
-    @classmethod
-    def after_fork(cls) -> None:
-        cls.lock = threading.Lock()
-        cls.lost = cls.started
+    def target(self, key: str) -> str:
+        """What follows the host in an object's URL."""
+        return f"{self._base.path}/{urllib.parse.quote(key, safe='/~')}"
+
+    def sign(self, target: str) -> dict[str, str]:
+        """Headers of a GET."""
+        if not self._signed:
+            return dict(self._headers)
+        from botocore.auth import S3SigV4Auth
+        from botocore.awsrequest import AWSRequest
+
+        url = f"{self._base.scheme}://{self._base.netloc}{target}"
+        request = AWSRequest("GET", url, headers=self._headers)
+        S3SigV4Auth(_credentials(self._fs), "s3", self._region).add_auth(request)
+        return {name: str(value) for name, value in request.headers.items()}
+
+    @contextlib.contextmanager
+    def answer(self, target: str, headers: dict[str, str]) -> tp.Iterator[http.client.HTTPResponse]:
+        """The answer to a GET; its connection serves again if the answer was read to its end."""
+        # A forked process must not speak on its parent's connections.
+        pid, connection = getattr(self._local, "connection", (0, None))
+        if pid != os.getpid():
+            connection = None
+        self._local.connection = (0, None)
+        try:
+            if connection is not None:
+                try:
+                    connection.request("GET", target, headers=headers)
+                    answer = connection.getresponse()
+                except (http.client.HTTPException, OSError):  # it was idle for too long
+                    connection.close()
+                    connection = None
+            if connection is None:
+                connection = self._connect()
+                connection.request("GET", target, headers=headers)
+                answer = connection.getresponse()
+            yield answer
+            if answer.isclosed() and not answer.will_close:
+                self._local.connection = (os.getpid(), connection)
+                connection = None
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._context is None:
+            return http.client.HTTPConnection(self._base.netloc, timeout=_TIMEOUT_S)
+        return http.client.HTTPSConnection(
+            self._base.netloc, timeout=_TIMEOUT_S, context=self._context
+        )
 
 
-os.register_at_fork(after_in_child=_Process.after_fork)
+class S3Object(FsspecObject):
+    """An object in a bucket that is read here."""
+
+    def __init__(self, url: str, fs: tp.Any, key: str, size: int | None, etag: str, bucket: Bucket):
+        super().__init__(url, fs, key, size, etag)
+        self._bucket = bucket
+        self._target = bucket.target(fs.split_path(key)[1])
+        self._signature: tuple[float, dict[str, str]] = (0.0, {})
+
+    def readinto(self, offset: int, view: memoryview) -> None:
+        if not self._get(offset, view):
+            super().readinto(offset, view)
+
+    @retry_patiently
+    def _get(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view``; False if the store sends us elsewhere, which s3fs knows to follow."""
+        wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}"}
+        try:
+            with self._bucket.answer(self._target, self._headers() | wanted) as answer:
+                whole = answer.status == 200 and not offset and view.nbytes == self.size
+                if answer.status == 206 or whole:
+                    self._check(answer, offset, view.nbytes)
+                    _fill(answer, view)
+                    return True
+                body = answer.read().decode(errors="replace")
+        except (http.client.HTTPException, socket.gaierror) as err:
+            raise ConnectionError(f"{type(err).__name__}: {err}") from err
+        return self._refused(answer.status, body)
+
+    def _headers(self) -> dict[str, str]:
+        signed_at, headers = self._signature
+        if not headers or time.monotonic() - signed_at > _SIGNATURE_LIVES_S:
+            headers = self._bucket.sign(self._target)
+            self._signature = (time.monotonic(), headers)
+        return headers
+
+    def _check(self, answer: http.client.HTTPResponse, offset: int, n_bytes: int) -> None:
+        found = entity_tag({"ETag": answer.headers.get("ETag")})
+        if self.etag and found and found != self.etag:
+            raise CorruptDataError(
+                f"{self.url} was replaced while it was read: its ETag is {found}, it was "
+                f"{self.etag}. Run the same command again."
+            )
+        if answer.length is not None and answer.length != n_bytes:
+            raise CorruptDataError(
+                f"{self.url}: {n_bytes} bytes at {offset} were asked for, got {answer.length}."
+            )
+
+    def _refused(self, status: int, body: str) -> bool:
+        code, says = _between(body, "Code"), _between(body, "Message")
+        said = f" ({code})" if code else ""
+        if code in _EXPIRED:
+            self._signature = (0.0, {})
+            raise ConnectionError(code)  # signed anew at the next try
+        if status in (301, 302, 307, 308) or code == "AuthorizationHeaderMalformed":
+            return False
+        if status == 404:
+            named = "" if code == "NoSuchKey" else said
+            raise StorageError(f"Cannot read {self.url}: it does not exist{named}. Check the path.")
+        if status in (401, 403):
+            raise StorageError(
+                f"Cannot read {self.url}: permission denied{said}. Check its owner or credentials."
+            )
+        if status == 416:
+            raise CorruptDataError(
+                f"{self.url} is shorter than it was. Run the same command again."
+            )
+        if status == 200:
+            raise StorageError(f"Cannot read {self.url}: its store ignores ranges of bytes.")
+        reason = f"{status} {http.client.responses.get(status, '')}{said} {says}".strip()
+        if status in (408, 429) or status >= 500:
+            raise OSError(f"the store answered {reason}")
+        raise StorageError(f"Cannot read {self.url}: the store answered {reason}.")
 
 
-def store_of(fs: fsspec.AbstractFileSystem, key: str) -> "S3Store | None":
-    """The obstore of an object's bucket; None where fsspec has to read."""
+def _fill(answer: http.client.HTTPResponse, view: memoryview) -> None:
+    done = 0
+    while done < view.nbytes:
+        n = answer.readinto(view[done:])
+        if not n:
+            raise ConnectionError(f"the answer ended after {done} of {view.nbytes} bytes")
+        done += n
+    answer.read()  # nothing, but says that the connection is free
+
+
+def _between(body: str, tag: str) -> str:
+    return body.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+
+
+# --- What s3fs came to ---------------------------------------------------------------------
+
+
+def bucket_of(fs: fsspec.AbstractFileSystem, key: str) -> Bucket | None:
+    """How an object's bucket is read here; None where fsspec has to read."""
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    if "s3" not in protocols or _Process.lost:
+    if "s3" not in protocols:
         return None
-    try:
-        from obstore.exceptions import BaseError
-    except ImportError:
+    name, _, version = tp.cast(tp.Any, fs).split_path(key)
+    if version is not None:
         return None
-    bucket, path, version = fs.split_path(key)
-    if version is not None or "//" in path or {".", ".."} & set(path.split("/")):
-        return None  # keys that obstore does not take
-    with _Process.lock:
-        # On the instance, because another one with the same arguments may have begun in another
-        # environment, and the two compare equal.
-        stores = fs.__dict__.setdefault("_saev_stores", {})
-        if bucket not in stores:
-            try:
-                stores[bucket] = _new_store(fs, bucket)
-            except BaseError as err:
-                raise StorageError(f"Cannot read s3://{key}: {_first_lines(err)}") from err
-            _Process.started = _Process.started or stores[bucket] is not None
-    return tp.cast("S3Store | None", stores[bucket])
+    # On the instance, because another one with the same arguments may have begun in another
+    # environment, and the two compare equal. Of two threads, one makes it in vain.
+    buckets = fs.__dict__.setdefault("_saev_buckets", {})
+    if name not in buckets:
+        buckets.setdefault(name, _new_bucket(fs, name))
+    return tp.cast("Bucket | None", buckets[name])
 
 
-def _new_store(fs: tp.Any, bucket: str) -> "S3Store | None":
+def _new_bucket(fs: tp.Any, name: str) -> Bucket | None:
     from botocore import UNSIGNED
-    from obstore.store import S3Store
 
-    client = fs.connect()
-    meta = client.meta
-    if not _has_all(fs, meta.config, bucket):
-        return None
-    anonymous = meta.config.signature_version is UNSIGNED
-    provider = None if anonymous else _credentials(fs)
-    if not anonymous and provider is None:
-        return None  # s3fs says so best
+    meta = fs.connect().meta
     endpoint = urllib.parse.urlsplit(meta.endpoint_url)
-    on_aws = (endpoint.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    region = meta.region_name or "us-east-1"
+    host = endpoint.hostname or ""
+    if not _is_known(fs, meta.config, name) or _has_proxy(endpoint.scheme, host):
+        return None
+    signed = meta.config.signature_version is not UNSIGNED
+    if signed and _credentials(fs) is None:
+        return None  # s3fs says so best
+    base, region = meta.endpoint_url.rstrip("/"), meta.region_name or "us-east-1"
+    on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     if on_aws:
-        region = _region_of(fs, bucket) or region
+        found = _region_of(fs, name)
+        if found and found != meta.region_name:
+            region = found
+            suffix = "amazonaws.com.cn" if host.endswith(".cn") else "amazonaws.com"
+            base = f"{endpoint.scheme}://s3.{region}.{suffix}"
     style = (meta.config.s3 or {}).get("addressing_style")
-    in_host = style == "virtual" or (on_aws and style != "path" and "." not in bucket)
-    base = meta.endpoint_url.rstrip("/")
-    if on_aws and region != meta.region_name:
-        base = f"{endpoint.scheme}://s3.{region}.{_suffix(endpoint.hostname or '')}"
-    if in_host:
-        base = base.replace("://", f"://{bucket}.", 1)
-    config: tp.Any = {
-        "endpoint": base,
-        "aws_endpoint_url_s3": base,  # as this is set, that of the environment is not looked at
-        "region": region,
-        "virtual_hosted_style_request": in_host,
-        "skip_signature": anonymous,
-        "request_payer": fs.req_kw.get("RequestPayer") == "requester",
-    }
-    options: tp.Any = {"allow_http": endpoint.scheme == "http", **_TIMEOUTS}
-    if endpoint.scheme == "https":
-        options |= _certificates(fs)
-    return S3Store(
-        bucket,
-        config=config,
-        client_options=options,
-        retry_config=_RETRY,
-        credential_provider=provider,
-    )
+    if style == "virtual" or (on_aws and style != "path" and "." not in name):
+        base = base.replace("://", f"://{name}.", 1)
+    else:
+        base = f"{base}/{name}"
+    payer = fs.req_kw.get("RequestPayer")
+    return Bucket(fs, base, region, {"x-amz-request-payer": payer} if payer else {}, signed)
 
 
-def _has_all(fs: tp.Any, config: tp.Any, bucket: str) -> bool:
-    """Whether obstore has everything that this file system was told to do."""
+def _is_known(fs: tp.Any, config: tp.Any, bucket: str) -> bool:
+    """Whether this module has everything that the file system was told to do."""
     s3 = config.s3 or {}
     told = (
         fs.version_aware,
@@ -132,130 +245,63 @@ def _has_all(fs: tp.Any, config: tp.Any, bucket: str) -> bool:
         s3.get("use_accelerate_endpoint"),
         s3.get("use_dualstack_endpoint") or getattr(config, "use_dualstack_endpoint", None),
         getattr(config, "use_fips_endpoint", None),
-        config.proxies,  # those of the environment reach obstore too
+        config.proxies,
         config.client_cert,
         config.signature_version in ("s3", "s3-query"),
-        any(option.startswith("SSECustomer") for option in {**fs.s3_additional_kwargs}),
+        any(option.startswith("SSECustomer") for option in fs.s3_additional_kwargs),
         set(fs.req_kw) - {"RequestPayer"},
     )
     return not any(told)
 
 
-class _Credentials:
-    """What botocore found, wherever it did, and as it renews it."""
-
-    def __init__(self, fs: tp.Any, found: tp.Any):
-        self._fs, self._found = fs, found
-
-    def __call__(self) -> "S3Credential":
-        now = datetime.datetime.now(datetime.UTC)
-        frozen = fsspec.asyn.sync(self._fs.loop, self._found.get_frozen_credentials)
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": now + _CREDENTIALS_LIVE,
-        }
+def _has_proxy(scheme: str, host: str) -> bool:
+    return scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
 
 
-def _credentials(fs: tp.Any) -> "tp.Callable[[], S3Credential] | None":
-    given = {
-        "access_key_id": fs.key or fs.client_kwargs.get("aws_access_key_id"),
-        "secret_access_key": fs.secret or fs.client_kwargs.get("aws_secret_access_key"),
-        "token": fs.token or fs.client_kwargs.get("aws_session_token"),
-        "expires_at": None,
-    }
-    if given["access_key_id"] and given["secret_access_key"]:
-        return lambda: tp.cast("S3Credential", given)
+def _credentials(fs: tp.Any) -> tp.Any:
+    """What botocore has, wherever it found it, renewed if need be; None if it found nothing."""
+    from botocore.credentials import Credentials
+
+    given = [
+        fs.key or fs.client_kwargs.get("aws_access_key_id"),
+        fs.secret or fs.client_kwargs.get("aws_secret_access_key"),
+        fs.token or fs.client_kwargs.get("aws_session_token"),
+    ]
+    if given[0] and given[1]:
+        return Credentials(*given)
     found = fsspec.asyn.sync(fs.loop, fs.session.get_credentials)
-    return None if found is None else _Credentials(fs, found)
+    if found is None:
+        return None
+    frozen = fsspec.asyn.sync(fs.loop, found.get_frozen_credentials)
+    return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
 
 def _region_of(fs: tp.Any, bucket: str) -> str | None:
-    """Where AWS keeps a bucket. boto follows a redirection to there, obstore does not."""
-    try:
+    """Where AWS keeps a bucket, or None if we may not ask; then reading says what is wrong."""
+    with contextlib.suppress(Exception):
         answer = fs.call_s3("head_bucket", Bucket=bucket)
-    except Exception:  # nobody has to be allowed to ask; reading will say what is wrong
-        return None
-    return tp.cast(
-        "str | None", answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
-    )
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        return tp.cast("str | None", headers.get("x-amz-bucket-region"))
+    return None
 
 
-def _suffix(host: str) -> str:
-    return "amazonaws.com.cn" if host.endswith(".cn") else "amazonaws.com"
-
-
-def _certificates(fs: tp.Any) -> dict[str, tp.Any]:
+def _certificates(fs: tp.Any) -> ssl.SSLContext:
     from botocore.httpsession import get_cert_path
 
     verify = fs.client_kwargs.get("verify")
     if verify is None:
         verify = fs.session.get_config_variable("ca_bundle")
-    if verify is False:
-        return {"allow_invalid_certificates": True}
-    # Also what botocore brings along: an image need not have certificates of its own.
-    bundle = Path(get_cert_path(True if verify is None else verify))
-    return {"root_certificate": bundle.read_bytes()}
+    # As botocore does, with what it brings along: an image need not have certificates of its own.
+    return _context("" if verify is False else str(get_cert_path(verify or True)))
 
 
-class S3Object(FsspecObject):
-    """An object in a bucket that obstore reads."""
-
-    def __init__(
-        self, url: str, fs: tp.Any, key: str, size: int | None, etag: str, store: "S3Store"
-    ):
-        super().__init__(url, fs, key, size, etag)
-        self._store = store
-        self._path = fs.split_path(key)[1]
-
-    def readinto(self, offset: int, view: memoryview) -> None:
-        if _Process.lost:
-            super().readinto(offset, view)
-            return
-        import obstore
-        from obstore.exceptions import BaseError
-
-        done = 0
-        try:
-            answer = obstore.get(
-                self._store, self._path, options={"range": (offset, offset + view.nbytes)}
-            )
-            found = entity_tag({"ETag": answer.meta["e_tag"]})
-            if self.etag and found and found != self.etag:
-                raise CorruptDataError(
-                    f"{self.url} was replaced while it was read: its ETag is {found}, it was "
-                    f"{self.etag}. Run the same command again."
-                )
-            for piece in answer.stream(min_chunk_size=_PIECE):
-                view[done : done + len(piece)] = piece
-                done += len(piece)
-        except (BaseError, FileNotFoundError) as err:
-            raise _explain(err, self.url) from err
-        if done != view.nbytes:
-            raise CorruptDataError(
-                f"{self.url}: {view.nbytes} bytes at {offset} were asked for, got {done}."
-            )
-
-
-def _explain(err: Exception, url: str) -> StorageError:
-    """One sentence for obstore's answer, which has the store's XML and much else in it."""
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    text = _first_lines(err)
-    code = text.partition("<Code>")[2].partition("</Code>")[0]
-    said = f" ({code})" if code else ""
-    if isinstance(err, FileNotFoundError):
-        named = "" if code == "NoSuchKey" else said
-        return StorageError(f"Cannot read {url}: it does not exist{named}. Check the path.")
-    if isinstance(err, PermissionDeniedError | UnauthenticatedError):
-        return StorageError(
-            f"Cannot read {url}: permission denied{said}. Check its owner or credentials."
-        )
-    if code == "InvalidRange":
-        return CorruptDataError(f"{url} is shorter than it was. Run the same command again.")
-    return StorageError(f"Cannot read {url}: {text}")
-
-
-def _first_lines(err: Exception) -> str:
-    return str(err).split("\n\nDebug source")[0]
+@functools.cache
+def _context(bundle: str) -> ssl.SSLContext:
+    if not bundle:
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+    if Path(bundle).is_dir():
+        return ssl.create_default_context(capath=bundle)
+    return ssl.create_default_context(cafile=bundle)

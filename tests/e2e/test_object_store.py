@@ -8,6 +8,19 @@ import pytest
 import s3fs
 import test_storage
 from servers import S3Server, compiled_s3  # noqa: F401 - a fixture
+from test_storage_s3 import (  # noqa: F401 - tests and their fixtures
+    endpoint,
+    no_s3fs,
+    proxy,
+    test_a_known_size_saves_the_request,
+    test_a_replaced_object_is_an_error,
+    test_any_key,
+    test_forbidden_is_named,
+    test_missing_objects_and_buckets_are_named,
+    test_ranges_do_not_go_through_s3fs,
+    test_transient_faults_are_tried_again,
+    url,
+)
 
 globals().update(
     {
