@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"
 CONFIG = "config.json"
 
+_FEW_ROWS = 256
+"""Rows of a rank for which a step is mostly waiting, for kernels to start and for other ranks."""
 _FLUSH_SECONDS = 60.0
 """Time between writes of the curves."""
 
@@ -89,6 +91,12 @@ class Trainer:
             logger.warning(
                 "%s has %d tokens to train on, fewer than batch_size %d: batches are that small.",
                 *(data.shards, self.batch_size, batch_size),
+            )
+        if self._ranks.size > 1 and self.batch_size < _FEW_ROWS * self._ranks.size:
+            logger.warning(
+                "%d ranks share batches of %d tokens, about %d each, which keeps them little busy: "
+                "fewer ranks (--n-ranks) may be as fast, or raise batch_size.",
+                *(self._ranks.size, self.batch_size, self.batch_size // self._ranks.size),
             )
         self.n_steps = math.ceil(self.config.n_train / self.batch_size)
         self.loader = self._open.enter_context(

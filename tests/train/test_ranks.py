@@ -125,6 +125,7 @@ def test_ranks_train_the_same_saes(cfg, tmp_path, size):
             command(cfg, sweep=sweep), "torch.distributed.run", "--nproc-per-node=3", "-m", "saev"
         )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"{size} ranks share batches of 250 tokens") == 1  # rank 0 alone logs
     together = done.stdout.split()
     assert [storage.name(u) for u in together] == [storage.name(u) for u in alone]
     assert len(alone) == 8
