@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import json
+import re
 import typing as tp
 from collections.abc import Iterator
 
@@ -150,7 +151,8 @@ def _answered() -> Iterator[None]:
     except RuntimeError as err:  # gloo raises it plainly, NCCL a class of its own
         if isinstance(err, torch.OutOfMemoryError):
             raise
-        reason = str(err).splitlines()[0]
+        # Without where it stands in gloo's sources, and what gloo thinks may be the cause.
+        reason = re.sub(r"^\[\S+\] ", "", str(err)).split(". ")[0]
         raise RankError(
             f"Another rank of this training does not answer ({reason}). It ended, or its machine "
             "cannot be reached; its own message says why. The same command continues from the "
