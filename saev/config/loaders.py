@@ -35,7 +35,8 @@ class LoaderConfig(DataConfig):
     MiB. More memory is a better shuffle."""
     block_kb: int = pydantic.Field(default=0, ge=0)
     """Bytes of one contiguous read, in KiB; 0 chooses for a good shuffle from few large reads."""
-    n_threads: int = pydantic.Field(default=4, ge=1)
-    """Reader threads. The order of rows does not depend on it."""
+    n_threads: int = pydantic.Field(default=0, ge=0)
+    """Reader threads; 0: 4 from a disk, 16 from an object store, where each has a connection. The
+    order of rows does not depend on it."""
     verify: bool = True
     """Check every example that is read against its recorded checksum."""

@@ -4,7 +4,7 @@ import torch
 
 from saev.config.loaders import DataConfig
 from saev.errors import ConfigError
-from saev.loaders.base import Loader, kept_bytes
+from saev.loaders.base import Loader, kept_bytes, reader_threads
 from saev.loaders.order import MAX_BLOCK_BYTES, Sizes
 from saev.loaders.selection import Selection
 from saev.loaders.windows import N_BUFFERS
@@ -28,7 +28,7 @@ class OrderedLoader(Loader):
         device: of the batches, ``cpu`` or ``cuda:N``.
         dtype: of the batches' activations.
         buffer_mb: memory for reading ahead, in MiB; more if two examples need more.
-        n_threads: reader threads.
+        n_threads: reader threads; 0 chooses what suits the storage, as LoaderConfig does.
         verify: check every example that is read against its recorded checksum.
 
     Raises:
@@ -49,7 +49,7 @@ class OrderedLoader(Loader):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         buffer_mb: float = 128,
-        n_threads: int = 4,
+        n_threads: int = 0,
         verify: bool = True,
     ):
         if shard_range is not None:
@@ -60,6 +60,7 @@ class OrderedLoader(Loader):
                 f"Examples {example_range} of {shards.url} hold no wanted tokens, so an endless "
                 "pass over them has no batch. Give a number of epochs or another range."
             )
+        n_threads = reader_threads(shards, n_threads)
         per_example = kept_bytes(shards, selection)
         read_bytes = max(1, max((x.row_bytes for x in shards.layouts), default=1))
         window = max(1, int(buffer_mb * 2**20) // (N_BUFFERS * per_example))

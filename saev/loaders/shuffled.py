@@ -5,7 +5,7 @@ import logging
 import torch
 
 from saev.config.loaders import LoaderConfig
-from saev.loaders.base import Loader, kept_bytes
+from saev.loaders.base import Loader, kept_bytes, reader_threads
 from saev.loaders.order import choose_sizes
 from saev.loaders.selection import Selection
 from saev.shards import Shards
@@ -59,7 +59,8 @@ class ShuffledLoader(Loader):
         dtype: torch.dtype = torch.float32,
     ):
         selection = Selection(shards, cfg, labels=labels)
-        buffer_bytes, n_threads = int(cfg.buffer_mb * 2**20), cfg.n_threads
+        buffer_bytes = int(cfg.buffer_mb * 2**20)
+        n_threads = reader_threads(shards, cfg.n_threads)
         read_bytes = max(1, shards.layouts[0].row_bytes)
         n_examples = len(selection.examples) * len(selection.layers)
         stage_bytes = 0

@@ -37,6 +37,19 @@ def test_shuffled_and_ordered(url, tmp_path):
                 assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
+def test_an_object_store_gets_more_threads_than_a_disk(url, tmp_path):
+    for folder, n in ((write_shards(url), 16), (write_shards(str(tmp_path)), 4)):
+        with folder.open() as shards:
+            for loader in (
+                ShuffledLoader(shards, LoaderConfig(), 9),
+                OrderedLoader(shards, LoaderConfig(), 9),
+            ):
+                with loader:
+                    next(iter_ := iter(loader))
+                    assert len(readers()) == n
+                    del iter_
+
+
 def test_resume_and_break(url):
     folder = write_shards(url, n_examples=30)
     cfg = LoaderConfig(buffer_mb=0.01)
