@@ -303,6 +303,32 @@ def test_killed_at_any_instant(s3: str, tmp_path: Path) -> None:
             assert reader.read(0, 4 * MB) == data
 
 
+FORKED = """
+import os, sys
+from saev import storage
+from saev.storage import cache
+url = sys.argv[1]
+with storage.RangeReader(url, cache=storage.node_cache()) as reader:
+    reader.read(0, 10)
+    with storage.node_cache()._locked():  # as a thread of the parent may have it
+        child = os.fork()
+    if not child:
+        with storage.RangeReader(url, cache=storage.node_cache()) as mine:
+            mine.read(0, mine.size)
+            os._exit(mine.read(1, 3) != reader.read(1, 3))
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_has_its_own(s3: str, tmp_path: Path) -> None:
+    url = put(s3, noise(MB))
+    env = os.environ | {"SAEV_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FORKED, url]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n", done.stderr
+    assert used(tmp_path) > MB
+
+
 # --- Going on without ----------------------------------------------------------------------
 
 WITHOUT = """

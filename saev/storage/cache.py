@@ -59,11 +59,13 @@ def from_environment() -> "NodeCache | None":
         StorageError: SAEV_CACHE_GB is no positive number.
     """
     folder = os.environ.get("SAEV_CACHE_DIR", "")
-    return _of(folder, os.environ.get("SAEV_CACHE_GB", "")) if folder else None
+    gb = os.environ.get("SAEV_CACHE_GB", "")
+    # A forked process must not wait for a lock that a thread of its parent held.
+    return _of(folder, gb, os.getpid()) if folder else None
 
 
 @functools.cache
-def _of(folder: str, gb: str) -> "NodeCache":
+def _of(folder: str, gb: str, pid: int) -> "NodeCache":
     try:
         bound = float(gb or DEFAULT_GB)
     except ValueError:
@@ -97,7 +99,6 @@ class NodeCache:
         self._lock = threading.RLock()
         self._local = threading.local()
         self._size_fd = -1
-        self._pid = os.getpid()
         with self.or_without("be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(0)
@@ -203,11 +204,10 @@ class NodeCache:
     def _locked(self) -> Iterator[int]:
         """Alone among the threads and processes that count; yields the file with the sum."""
         with self._lock:
-            if self._size_fd < 0 or self._pid != os.getpid():  # a fork shares its parent's lock
+            if self._size_fd < 0:
                 self._size_fd = os.open(
                     self.folder / "size", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666
                 )
-                self._pid = os.getpid()
             fcntl.flock(self._size_fd, fcntl.LOCK_EX)
             try:
                 yield self._size_fd
