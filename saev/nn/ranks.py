@@ -152,7 +152,8 @@ def _answered() -> Iterator[None]:
         if isinstance(err, torch.OutOfMemoryError):
             raise
         # Without where it stands in gloo's sources, and what gloo thinks may be the cause.
-        reason = re.sub(r"^\[\S+\] ", "", str(err)).split(". ")[0]
+        first = (str(err).splitlines() or [type(err).__name__])[0]
+        reason = re.sub(r"^\[\S+\] ", "", first).split(". ")[0]
         raise RankError(
             f"Another rank of this training does not answer ({reason}). It ended, or its machine "
             "cannot be reached; its own message says why. The same command continues from the "
