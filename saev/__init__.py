@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 # MKL splits the sums of some matrix products among however many threads there are. In its strict
 # mode a product has the same bits for any number of threads, at no measured cost
-# (benchmarks/training.py). MKL reads this when it first multiplies, so it stands where every module of
-# saev is imported through.
+# (benchmarks/training.py). MKL reads this when it first multiplies, so it stands where every module
+# of saev is imported through.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
