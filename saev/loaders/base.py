@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from saev import storage
+from saev import cores, storage
 from saev.config.loaders import DataConfig
 from saev.errors import ConfigError
 from saev.loaders.batches import Batch, Cutter, join
@@ -27,6 +27,9 @@ from saev.shards import Shards
 
 STATE_VERSION = 1
 _DISK_THREADS = 4
+"""At most, and at least two. More threads than cores hinder one another and whoever takes the
+batches: on two cores, with a warm page cache, four read 1.2 times slower than two. Two are enough
+for a disk: with a cold cache four were 1.1 times faster, one 1.2 times slower."""
 _STORE_THREADS = 16
 """A connection to a large object store gives 50 to 100 MB/s; on a near one so many cost nothing."""
 
@@ -382,7 +385,8 @@ class _Counters:
 def reader_threads(shards: Shards, n_threads: int) -> int:
     """``n_threads``, or for 0 what suits the storage."""
     on_disk = storage.local_path(shards.url) is not None
-    return n_threads or (_DISK_THREADS if on_disk else _STORE_THREADS)
+    disk = max(2, min(_DISK_THREADS, cores.available() - 1))
+    return n_threads or (disk if on_disk else _STORE_THREADS)
 
 
 def kept_bytes(shards: Shards, selection: Selection) -> int:

@@ -19,8 +19,9 @@ NO_LABEL = 255
 """`token_labels` of a class token, which has no label."""
 
 _CONVERT_VALUES = 1 << 15
-"""Values are converted so many at a time: they stay in a core's cache, and torch does not wake
-other threads for them."""
+"""float16 is converted so many values at a time: torch does not wake other threads for them."""
+_WIDEN_VALUES = 1 << 17
+"""bfloat16 is converted so many values at a time, which stay in a core's cache."""
 
 
 class Batch(tp.NamedTuple):
@@ -140,13 +141,19 @@ class Cutter:
         if data.dtype == out.dtype:
             np.take(source, rows, axis=0, out=_raw(out), mode="clip")
             return
-        n = max(1, _CONVERT_VALUES // self._d_model)
+        to_float = data.dtype == torch.bfloat16 and out.dtype == torch.float32
+        n = max(1, (_WIDEN_VALUES if to_float else _CONVERT_VALUES) // self._d_model)
         if self._piece is None:
             self._piece = torch.empty(n, self._d_model, dtype=data.dtype)
+        bits = out.view(torch.int32).numpy().view(np.uint32) if to_float else None
         for i in range(0, len(rows), n):
             piece = self._piece[: min(n, len(rows) - i)]
             np.take(source, rows[i : i + n], axis=0, out=_raw(piece), mode="clip")
-            out[i : i + n].copy_(piece)
+            if bits is not None:  # a bfloat16 is the upper half of a float32
+                halves = _raw(piece).view(np.uint16)
+                np.left_shift(halves, 16, out=bits[i : i + n], dtype=np.uint32)
+            else:
+                out[i : i + n].copy_(piece)
 
 
 def _raw(vectors: Tensor) -> np.ndarray:

@@ -10,6 +10,9 @@ from saev.loaders.selection import Selection
 from saev.loaders.windows import N_BUFFERS
 from saev.shards import Shards
 
+_MIN_BLOCKS = 16
+"""Blocks of a window, if it is large enough: so many threads can share it."""
+
 
 class OrderedLoader(Loader):
     """Every wanted token exactly once, in dataset order: by layer, example, token.
@@ -64,7 +67,7 @@ class OrderedLoader(Loader):
         per_example = kept_bytes(shards, selection)
         read_bytes = max(1, max((x.row_bytes for x in shards.layouts), default=1))
         window = max(1, int(buffer_mb * 2**20) // (N_BUFFERS * per_example))
-        block = max(1, min(MAX_BLOCK_BYTES // read_bytes, window // n_threads))
+        block = max(1, min(MAX_BLOCK_BYTES // read_bytes, window // _MIN_BLOCKS))
         block = min(block, max(1, selection.max_shard_examples))
         super().__init__(
             shards,

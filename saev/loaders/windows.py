@@ -14,9 +14,12 @@ from torch import Tensor
 from saev.loaders.order import Order, share
 from saev.loaders.selection import Selection
 from saev.shards import Shards
+from saev.shards.reader import raw_bytes
 
 N_BUFFERS = 2
 """One is read into while batches are cut from the other."""
+_TASK_BYTES = 2 << 20
+"""Small blocks are read several in a row, because handing out a task takes a lock."""
 INDEX_BYTES_PER_TOKEN = 32
 """Most bytes that a token takes in a window beside its vector: its place in the order of rows, and
 the random word and the mask that the order is made from."""
@@ -96,6 +99,10 @@ class Buffers:
         self._r = reading
         self._n_slots = n_slots
         self._buffers: list[Tensor | None] = [None] * N_BUFFERS
+        self._raw: list[memoryview] = [memoryview(b"")] * N_BUFFERS
+        self._slot_bytes = (
+            reading.selection.kept_tokens * reading.shards.d_model * reading.shards.dtype.itemsize
+        )
         self._used: list[torch.cuda.Event | None] = [None] * N_BUFFERS
         self._local = threading.local()
         self._cuda = reading.device.type == "cuda"
@@ -116,6 +123,8 @@ class Buffers:
             if self._cuda:  # the memory may be that of tensors which queued kernels still read
                 torch.cuda.current_stream(self._r.device).synchronize()
             self._buffers[number] = buffer
+            if not self._cuda:
+                self._raw[number] = raw_bytes(buffer)
         return buffer
 
     def mark_used(self, window: Window) -> None:
@@ -131,19 +140,20 @@ class Buffers:
             if buffer is not None and buffer.data_ptr() == window.data.data_ptr():
                 self._used[number] = stream.record_event()
 
-    def read(self, shard: int, layer: int, start: int, stop: int, out: Tensor) -> None:
-        """Examples of a shard into their slots, ``out`` [stop - start, kept_tokens, d_model]."""
-        shards, verify = self._r.shards, self._r.verify
+    def read(self, number: int, slot: int, shard: int, layer: int, start: int, stop: int) -> None:
+        """Examples of a shard into the slots from ``slot`` on of buffer ``number``."""
+        shards, verify, n = self._r.shards, self._r.verify, stop - start
         if not self.staged:
-            shards.read(shard, layer, start, stop, out=out, verify=verify)
+            raw = self._raw[number][slot * self._slot_bytes : (slot + n) * self._slot_bytes]
+            shards.read_bytes(shard, layer, start, stop, raw, verify=verify)
         else:
-            n = stop - start
-            stage = self._stage()[:n]
+            stage, buffer = self._stage()[:n], self._buffers[number]
+            assert buffer is not None
             shards.read(shard, layer, start, stop, out=stage, verify=verify)
             with self.copying():
-                out.copy_(stage[:, : out.shape[1]], non_blocking=True)
+                buffer[slot : slot + n].copy_(stage[:, : buffer.shape[1]], non_blocking=True)
         with self._count:
-            self.n_bytes += (stop - start) * shards.layouts[shard].row_bytes
+            self.n_bytes += n * shards.layouts[shard].row_bytes
 
     def place(self, array: np.ndarray) -> Tensor:
         """An index array where the windows are."""
@@ -190,7 +200,7 @@ def windows(reading: Reading, buffers: Buffers, spans: Iterator[Span]) -> Iterat
                 continue
             data = buffers.get(number)
             window = Window(span.epoch, first, last, n_rows, data.flatten(0, 1))
-            _add_tasks(window, reading, buffers, w, data, read=not resident)
+            _add_tasks(window, reading, buffers, w, number, read=not resident)
             if order.resident:
                 resident = True
             else:
@@ -199,7 +209,7 @@ def windows(reading: Reading, buffers: Buffers, spans: Iterator[Span]) -> Iterat
 
 
 def _add_tasks(
-    window: Window, reading: Reading, buffers: Buffers, w: int, data: Tensor, *, read: bool
+    window: Window, reading: Reading, buffers: Buffers, w: int, number: int, *, read: bool
 ) -> None:
     """Tasks that read a window's blocks (what this rank holds of them) and make its index."""
     order, selection, shards = reading.order, reading.selection, reading.shards
@@ -215,24 +225,43 @@ def _add_tasks(
     shard_of = np.searchsorted(selection.shard_bounds, starts, side="right") - 1
     first, last = share(int(slots[-1]), reading.rank, reading.world_size)
     begins, ends = np.clip(slots[:-1], first, last), np.clip(slots[1:], first, last)
-    for i in np.flatnonzero(begins < ends):
-        shard = int(shard_of[i])
-        a, b = starts[i] + begins[i] - slots[i], starts[i] + ends[i] - slots[i]
-        local = selection.examples[a:b] - shards.shard_starts[shard]
-        layer = selection.layers[layers[i]]
-        out = data[int(begins[i]) - first : int(ends[i]) - first]
-        window.tasks.append(functools.partial(_read_block, buffers, shard, layer, local, out))
+    wanted = begins < ends
+    places = (
+        begins - first,
+        shard_of,
+        np.asarray(selection.layers)[layers],
+        starts + begins - slots[:-1],
+        starts + ends - slots[:-1],
+    )
+    reads = [_Read(*row) for row in zip(*(x[wanted].tolist() for x in places), strict=True)]
+    per_task = max(1, _TASK_BYTES // (reading.block_examples * shards.layouts[0].row_bytes or 1))
+    for i in range(0, len(reads), per_task):
+        some = reads[i : i + per_task]
+        window.tasks.append(functools.partial(_read_blocks, reading, buffers, number, some))
 
 
-def _read_block(buffers: Buffers, shard: int, layer: int, local: np.ndarray, out: Tensor) -> None:
-    """Read a block: one read, or one per run of adjacent examples if some are not wanted."""
-    n = len(local)
-    if local[-1] - local[0] == n - 1:
-        buffers.read(shard, layer, int(local[0]), int(local[-1]) + 1, out)
-        return
-    cuts = [0, *(np.flatnonzero(np.diff(local) > 1) + 1).tolist(), n]
-    for a, b in itertools.pairwise(cuts):
-        buffers.read(shard, layer, int(local[a]), int(local[b - 1]) + 1, out[a:b])
+class _Read(tp.NamedTuple):
+    """A block to read."""
+
+    slot: int
+    """Where its first example goes."""
+    shard: int
+    layer: int
+    first: int
+    """First example, as a position among the wanted ones."""
+    last: int
+    """Last example + 1."""
+
+
+def _read_blocks(reading: Reading, buffers: Buffers, number: int, reads: list[_Read]) -> None:
+    """Read blocks: one read each, or one per run of adjacent examples if some are not wanted."""
+    for slot, shard, layer, first, last in reads:
+        examples = reading.selection.examples[first:last] - reading.shards.shard_starts[shard]
+        cuts = [0, last - first]
+        if examples[-1] - examples[0] >= last - first:
+            cuts = [0, *(np.flatnonzero(np.diff(examples) > 1) + 1).tolist(), last - first]
+        for a, b in itertools.pairwise(cuts):
+            buffers.read(number, slot + a, shard, layer, int(examples[a]), int(examples[b - 1]) + 1)
 
 
 def _make_index(

@@ -20,6 +20,7 @@ from saev import storage
 from saev.config.base import Tokens
 from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.shards import protocol
+from saev.shards.checksums import concatenate
 from saev.shards.protocol import Layout, Metadata, ShardInfo
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -191,22 +192,46 @@ class Shards:
         Raises:
             CorruptDataError: the file ends early or a checksum differs.
         """
-        layout, index = self.layouts[shard], self.layer_index(layer)
-        if not 0 <= start <= stop <= layout.n_examples:
-            raise ConfigError(
-                f"Examples {start}:{stop} are not in {self.infos[shard].name}: "
-                f"it has {layout.n_examples}."
-            )
-        shape = (stop - start, layout.tokens, layout.d_model)
+        layout = self.layouts[shard]
+        shape = (max(0, stop - start), layout.tokens, layout.d_model)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype)
         elif out.shape != shape or out.dtype != self.dtype or not out.is_contiguous():
             raise ConfigError(
                 f"out is {tuple(out.shape)} {out.dtype}, expected {shape} {self.dtype}."
             )
-        if start == stop or not layout.row_bytes:
-            return out
-        raw = memoryview(out.view(-1).view(torch.uint8).numpy().data)
+        self.read_bytes(shard, layer, start, stop, raw_bytes(out), verify=verify)
+        return out
+
+    def read_bytes(
+        self,
+        shard: int,
+        layer: int | None,
+        start: int,
+        stop: int,
+        raw: memoryview,
+        *,
+        verify: bool = True,
+    ) -> None:
+        """:meth:`read` into plain memory of just the right size.
+
+        Raises:
+            ConfigError: there are no such examples, or the memory has another size.
+            CorruptDataError: the file ends early or a checksum differs.
+        """
+        layout, index = self.layouts[shard], self.layer_index(layer)
+        if not 0 <= start <= stop <= layout.n_examples:
+            raise ConfigError(
+                f"Examples {start}:{stop} are not in {self.infos[shard].name}: "
+                f"it has {layout.n_examples}."
+            )
+        if raw.nbytes != (stop - start) * layout.row_bytes:
+            raise ConfigError(
+                f"Examples {start}:{stop} have {(stop - start) * layout.row_bytes} bytes, the "
+                f"memory for them has {raw.nbytes}."
+            )
+        if not raw.nbytes:
+            return
         reader = self._reader(shard)
         if layout.contiguous:
             reader.readinto(layout.offset(index, start), raw)
@@ -216,7 +241,6 @@ class Shards:
                 reader.readinto(layout.offset(index, start + i), row)
         if verify and self._checksums is not None:
             self._verify(shard, index, start, stop, raw)
-        return out
 
     def read_vector(
         self, shard: int, layer: int | None, example: int, token: int, out: Tensor
@@ -246,14 +270,17 @@ class Shards:
             raise ConfigError(
                 f"out is {tuple(out.shape)} {out.dtype}, expected ({layout.d_model},) {self.dtype}."
             )
-        raw = memoryview(out.view(torch.uint8).numpy().data)
-        self._reader(shard).readinto(layout.offset(index, example, token), raw)
+        self._reader(shard).readinto(layout.offset(index, example, token), raw_bytes(out))
 
     def _verify(self, shard: int, index: int, start: int, stop: int, raw: memoryview) -> None:
         assert self._checksums is not None
         layout = self.layouts[shard]
         first = int(self.shard_starts[shard]) * layout.n_layers + index * layout.n_examples
-        expected = self._checksums[first + start : first + stop]
+        expected = self._checksums[first + start : first + stop].tolist()
+        # One call for all of them: between calls, threads hand the interpreter's lock around.
+        whole = raw[: len(expected) * layout.row_bytes]
+        if storage.crc32c(whole) == concatenate(expected, layout.row_bytes):
+            return
         for i, want in enumerate(expected):
             found = storage.crc32c(raw[i * layout.row_bytes : (i + 1) * layout.row_bytes])
             if found != want:
@@ -261,7 +288,7 @@ class Shards:
                     f"{storage.join(self.url, self.infos[shard].name)} is damaged: "
                     f"layer {self.layers[index]}, example {start + i} of the shard has checksum "
                     f"{storage.format_checksum(found)}, expected "
-                    f"{storage.format_checksum(int(want))}. {_REMEDY}"
+                    f"{storage.format_checksum(want)}. {_REMEDY}"
                 )
 
     @functools.cached_property
@@ -412,6 +439,11 @@ class Shards:
                 raise CorruptDataError(
                     f"{place} is {kind}: it has {found} bytes, expected {layout.n_bytes}. {_REMEDY}"
                 )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_infos(place: str) -> tuple[ShardInfo, ...]:

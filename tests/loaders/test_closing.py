@@ -348,13 +348,13 @@ def test_closing_waits_for_no_task_that_has_not_begun():
 
 def test_waiting_is_counted(folder):
     with folder.open() as shards:
-        read = shards.read
+        read = shards.read_bytes
 
         def slow(*args, **kwargs):
             time.sleep(0.1)
             return read(*args, **kwargs)
 
-        shards.read = slow
+        shards.read_bytes = slow
         loader = OrderedLoader(shards, LoaderConfig(), 1000, n_threads=1)
         list(loader)
         values = loader.metrics()

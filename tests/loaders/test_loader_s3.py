@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saev import storage
+from saev import cores, storage
 from saev.config import DataConfig, LoaderConfig
 from saev.errors import CorruptDataError
 from saev.loaders import IndexedActivations, OrderedLoader, ShuffledLoader
@@ -37,8 +37,10 @@ def test_shuffled_and_ordered(url, tmp_path):
                 assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
-def test_an_object_store_gets_more_threads_than_a_disk(url, tmp_path):
-    for folder, n in ((write_shards(url), 16), (write_shards(str(tmp_path)), 4)):
+@pytest.mark.parametrize(("n_cores", "n_disk"), [(1, 2), (4, 3), (64, 4)])
+def test_an_object_store_gets_more_threads_than_a_disk(n_cores, n_disk, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: n_cores)
+    for folder, n in ((write_shards(url), 16), (write_shards(str(tmp_path)), n_disk)):
         with folder.open() as shards:
             for loader in (
                 ShuffledLoader(shards, LoaderConfig(), 9),
