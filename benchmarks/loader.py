@@ -7,7 +7,8 @@ Writes folders of random activations (one layer, 257 tokens an example) below --
 in turn, over the same files:
 
 - plain read: every file from its beginning, in pieces of 4 MiB, into one reused buffer of a
-  window's size, so that the data end in memory; and into 8 MiB, which stay in the cache;
+  window's size, so that the data end in memory; into memory that is not aligned as the file is
+  (by 16 bytes, as malloc gives it), which most programs do; and into 8 MiB, which stay in the cache;
 - gather: `index_select` of shuffled rows into a reused batch, with all of torch's threads;
 - shuffled, ordered: rows/s of the second epoch of a fresh loader (the first also maps memory);
 - baseline: torch's DataLoader over IndexedActivations, one read per row.
@@ -133,9 +134,11 @@ def speeds(report: Report, args: argparse.Namespace, root: str, d_model: int) ->
     window, cached = (
         torch.zeros(n, dtype=torch.uint8) for n in (max(PIECE, int(mb / 12 * 2**20)), CACHED)
     )
+    odd = torch.zeros(len(window) + 16, dtype=torch.uint8)[16:]
     reads: dict[str, Callable[[], float]] = {
         "plain read into memory": lambda: plain_read(full, window),
         "plain read into memory, 2 threads": lambda: plain_read(full, window, 2),
+        "plain read into memory that is not aligned": lambda: plain_read(full, odd),
         "plain read into cache": lambda: plain_read(full, cached),
     }
     found: dict[str, list[float]] = {}
@@ -251,7 +254,7 @@ def main() -> None:
     made = parser(tp.cast(str, __doc__), repeats=5)
     made.add_argument("--root", default="", help="where to write; a temporary folder if not given")
     made.add_argument("--mb", type=float, default=1500, help="size of a float32 folder")
-    made.add_argument("--threads", type=int, default=4, help="reader threads")
+    made.add_argument("--threads", type=int, default=0, help="reader threads; 0: the default")
     made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.child:
