@@ -260,11 +260,11 @@ class _Pass:
         self._cutter = Cutter(
             content_tokens=selection.content_tokens,
             kept_tokens=selection.kept_tokens,
-            has_cls=selection.has_cls,
             layer=selection.layers[0],
             d_model=loader.shards.d_model,
             dtype=loader._dtype,
             device=reading.device,
+            in_order=not loader._order.shuffle,
         )
         self._buffers = Buffers(
             reading, -(-loader._order.max_window_examples // reading.world_size)

@@ -5,6 +5,7 @@ limit and readers use it too; and torch's threads spin while they wait for one a
 where something else runs on a core (a reader, another process), a gather took five times as long.
 """
 
+import itertools
 import sys
 import typing as tp
 
@@ -78,11 +79,11 @@ class Cutter:
     Args:
         content_tokens: content tokens per example.
         kept_tokens: tokens of an example that a window holds.
-        has_cls: whether a class token comes before the content tokens.
         layer: block number, where all rows have the same.
         d_model: width of a vector.
         dtype: of the batches.
         device: of the windows and the batches.
+        in_order: rows come as they lie in the window, so that runs of them can be copied at once.
     """
 
     def __init__(
@@ -90,18 +91,18 @@ class Cutter:
         *,
         content_tokens: int,
         kept_tokens: int,
-        has_cls: bool,
         layer: int,
         d_model: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_order: bool,
     ):
         self._content = content_tokens
         self._kept = kept_tokens
-        self._first = int(has_cls)
         self._d_model = d_model
         self._dtype = dtype
         self._device = device
+        self._in_order = in_order
         self._layer = torch.tensor(layer, device=device)
         self._memory = BatchMemory() if device.type == "cpu" else None
         self._piece: Tensor | None = None
@@ -116,19 +117,18 @@ class Cutter:
         """Rows [start, stop) of a window's order, activations into ``out``."""
         index = window.order[start:stop]
         self._gather_vectors(window.data, index, out)
-        slot = torch.div(index, self._kept, rounding_mode="floor")
-        token = index - slot * self._kept - self._first
-        if window.slot_layers is None:
-            layer = self._layer.expand(len(index))
-        else:
-            layer = window.slot_layers.index_select(0, slot)
-        labels = None
-        if window.slot_labels is not None:
-            place = slot * self._content + token.clamp(min=0)
-            labels = window.slot_labels.flatten().index_select(0, place)
-            labels.masked_fill_(token < 0, NO_LABEL)
-        # index_select: unlike [], it wakes no other threads for a few thousand rows
-        return Batch(out, window.slot_examples.index_select(0, slot), token, labels, layer)
+        token, labels = window.token_idx[start:stop], None
+        layer = self._layer.expand(len(index))
+        if window.slot_layers is not None or window.slot_labels is not None:
+            # index_select: unlike [], it wakes no other threads for a few thousand rows
+            slot = torch.div(index, self._kept, rounding_mode="floor")
+            if window.slot_layers is not None:
+                layer = window.slot_layers.index_select(0, slot)
+            if window.slot_labels is not None:
+                place = slot * self._content + token.clamp(min=0)
+                labels = window.slot_labels.flatten().index_select(0, place)
+                labels.masked_fill_(token < 0, NO_LABEL)
+        return Batch(out, window.example_idx[start:stop], token, labels, layer)
 
     def _gather_vectors(self, data: Tensor, index: Tensor, out: Tensor) -> None:
         if self._memory is None:
@@ -137,21 +137,28 @@ class Cutter:
             else:
                 out.copy_(data.index_select(0, index))
             return
-        source, rows = _raw(data), index.numpy()
-        if data.dtype == out.dtype:
+        source, rows, same = _raw(data), index.numpy(), data.dtype == out.dtype
+        to_float = data.dtype == torch.bfloat16 and out.dtype == torch.float32
+        if self._in_order and (same or to_float):
+            cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+            for a, b in itertools.pairwise(cuts if len(rows) else ()):
+                run = source[rows[a] : rows[a] + b - a]
+                if same:
+                    _raw(out)[a:b] = run
+                else:
+                    _widen(run, out[a:b])
+            return
+        if same:
             np.take(source, rows, axis=0, out=_raw(out), mode="clip")
             return
-        to_float = data.dtype == torch.bfloat16 and out.dtype == torch.float32
         n = max(1, (_WIDEN_VALUES if to_float else _CONVERT_VALUES) // self._d_model)
         if self._piece is None:
             self._piece = torch.empty(n, self._d_model, dtype=data.dtype)
-        bits = out.view(torch.int32).numpy().view(np.uint32) if to_float else None
         for i in range(0, len(rows), n):
             piece = self._piece[: min(n, len(rows) - i)]
             np.take(source, rows[i : i + n], axis=0, out=_raw(piece), mode="clip")
-            if bits is not None:  # a bfloat16 is the upper half of a float32
-                halves = _raw(piece).view(np.uint16)
-                np.left_shift(halves, 16, out=bits[i : i + n], dtype=np.uint32)
+            if to_float:
+                _widen(_raw(piece), out[i : i + n])
             else:
                 out[i : i + n].copy_(piece)
 
@@ -159,6 +166,12 @@ class Cutter:
 def _raw(vectors: Tensor) -> np.ndarray:
     """The same memory as an array; as integers where numpy has no such type."""
     return (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
+
+
+def _widen(halves: np.ndarray, out: Tensor) -> None:
+    """bfloat16, as integers, to float32, of which it is the upper half."""
+    bits = out.view(torch.int32).numpy().view(np.uint32)
+    np.left_shift(halves.view(np.uint16), 16, out=bits, dtype=np.uint32)
 
 
 def join(act: Tensor, parts: list[Batch]) -> Batch:

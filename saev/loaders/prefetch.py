@@ -164,16 +164,18 @@ class Prefetcher(tp.Generic[JobT]):
 
     def _plan(self) -> None:
         job = next(self._jobs, None)
+        tasks: list[Callable[[], None]] = []
+        if job is not None:  # tasks refer to their job: without this, only the collector frees it
+            tasks, job.tasks = job.tasks, tasks
         with self._changed:
             self._planning = False
             if job is None:
                 self._exhausted = True
             elif not self._closed:
                 self._free -= 1
-                flight = _InFlight(job)
+                flight = _InFlight(job, len(tasks))
                 self._in_flight.append(flight)
-                self._tasks.extend((flight, task) for task in job.tasks)
-                job.tasks = []  # they refer to the job: without this, only the collector frees it
+                self._tasks.extend((flight, task) for task in tasks)
             self._changed.notify_all()
 
     def _run(self, flight: "_InFlight[JobT]", task: Callable[[], None]) -> None:
@@ -187,6 +189,6 @@ class Prefetcher(tp.Generic[JobT]):
 class _InFlight(tp.Generic[JobT]):
     """A job and how many of its tasks have not run yet."""
 
-    def __init__(self, job: JobT):
+    def __init__(self, job: JobT, n_tasks: int):
         self.job = job
-        self.n_tasks = self.pending = len(job.tasks)
+        self.n_tasks = self.pending = n_tasks

@@ -21,8 +21,8 @@ N_BUFFERS = 2
 _TASK_BYTES = 2 << 20
 """Small blocks are read several in a row, because handing out a task takes a lock."""
 INDEX_BYTES_PER_TOKEN = 32
-"""Most bytes that a token takes in a window beside its vector: its place in the order of rows, and
-the random word and the mask that the order is made from."""
+"""Most bytes that a token takes in a window beside its vector, while the index is made: its place
+in the order and in the window, its example, and its number in the example."""
 
 
 class Span(tp.NamedTuple):
@@ -58,8 +58,10 @@ class Window:
         self.places: np.ndarray | None = None
         """Where each of them stands in the order of all ranks, int64, ascending; None if there is
         one rank, which has them all."""
-        self.slot_examples: Tensor = self.order
-        """Example of each slot, int64 [slots]."""
+        self.example_idx: Tensor = self.order
+        """Example of each entry of `order`, int64."""
+        self.token_idx: Tensor = self.order
+        """Content token of each entry of `order`, or -1 for the class token, int64."""
         self.slot_layers: Tensor | None = None
         """Block number of each slot, int64 [slots]; None if there is one layer."""
         self.slot_labels: Tensor | None = None
@@ -132,8 +134,8 @@ class Buffers:
         if not self._cuda:
             return
         stream = torch.cuda.current_stream(self._r.device)
-        columns = (window.slot_layers, window.slot_labels)
-        for tensor in (window.data, window.order, window.slot_examples, *columns):
+        index = (window.order, window.example_idx, window.token_idx)
+        for tensor in (window.data, *index, window.slot_layers, window.slot_labels):
             if tensor is not None:
                 tensor.record_stream(stream)  # it was allocated for a reader thread's stream
         for number, buffer in enumerate(self._buffers):
@@ -273,7 +275,11 @@ def _make_index(
     stops: np.ndarray,
     layers: np.ndarray,
 ) -> None:
-    """Which example lies in each slot, and the order in which the wanted rows are given."""
+    """The order in which the wanted rows are given, and what each of them is.
+
+    All of it for the whole window and on a reader's thread, so that whoever cuts a batch takes
+    slices: each operation there hands the interpreter's lock to a reader and waits to have it back.
+    """
     selection = reading.selection
     lengths = stops - starts
     offsets = np.repeat(starts - np.append(0, np.cumsum(lengths))[:-1], lengths)
@@ -289,7 +295,12 @@ def _make_index(
         rows = rows[window.places] - first * kept
         examples, numbers = examples[first:last], numbers[first:last]
     window.order = buffers.place(rows)
-    window.slot_examples = buffers.place(examples)
+    slot = rows // selection.kept_tokens
+    window.example_idx = buffers.place(examples[slot])
+    slot *= -selection.kept_tokens
+    slot += rows
+    slot -= int(selection.has_cls)
+    window.token_idx = buffers.place(slot)
     if len(selection.layers) > 1:
         window.slot_layers = buffers.place(numbers)
     if reading.labels and selection.labels is not None:

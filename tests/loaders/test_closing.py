@@ -127,11 +127,11 @@ def child(url, how, running):
     if how == "handler":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     shards = Shards.open(url)
-    read = shards.read
+    read = shards.read_bytes
     def slow(*args, **kwargs):
         time.sleep(0.05)
         return read(*args, **kwargs)
-    shards.read = slow
+    shards.read_bytes = slow
     loader = ShuffledLoader(shards, LoaderConfig(buffer_mb=0.004), 10)
     try:
         for i, batch in enumerate(loader):
