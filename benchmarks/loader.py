@@ -7,8 +7,8 @@ Writes folders of random activations (one layer, 257 tokens an example) below --
 in turn, over the same files:
 
 - plain read: every file from its beginning, in pieces of 4 MiB, into one reused buffer of a
-  window's size, so that the data end in memory; into memory that is not aligned as the file is
-  (by 16 bytes, as malloc gives it), which most programs do; and into 8 MiB, which stay in the cache;
+  window's size, so that the data end in memory; into memory that is not aligned as the file is (by
+  16 bytes, as malloc gives it), as most programs do; and into 8 MiB, which stay in the cache;
 - gather: `index_select` of shuffled rows into a reused batch, with all of torch's threads;
 - shuffled, ordered: rows/s of the second epoch of a fresh loader (the first also maps memory);
 - baseline: torch's DataLoader over IndexedActivations, one read per row.

@@ -36,7 +36,7 @@ class LoaderConfig(DataConfig):
     block_kb: int = pydantic.Field(default=0, ge=0)
     """Bytes of one contiguous read, in KiB; 0 chooses for a good shuffle from few large reads."""
     n_threads: int = pydantic.Field(default=0, ge=0)
-    """Reader threads; 0: from a disk one less than there are cores, but 2 to 4; from an object store
-    16, each of which has a connection. The order of rows does not depend on it."""
+    """Reader threads; 0: from a disk one less than there are cores, but 2 to 4; from an object
+    store 16, each of which has a connection. The order of rows does not depend on it."""
     verify: bool = True
     """Check every example that is read against its recorded checksum."""
