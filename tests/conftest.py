@@ -3,12 +3,17 @@
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import s3_server
 from forker import Forker
 
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What lands must not depend on luck; elsewhere, property tests look at something new each time.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 # A model hub cannot be reached; say so at once instead of after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -22,7 +22,7 @@ from saev.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of the hash; raised when the same inputs would give other bytes."""
 
 _MAX_LATENT_VALUES = 1 << 25

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from saev.config import LoaderConfig
 from saev.errors import ConfigError
 from saev.loaders import NO_LABEL, OrderedLoader, ShuffledLoader, batch_metrics
+from saev.loaders.windows import INDEX_BYTES_PER_TOKEN
 from saev.shards.protocol import in_validation
 
 from .folders import Folder, keys, write_shards
@@ -99,7 +100,8 @@ def test_every_wanted_vector_comes_exactly_once(case):
             except ConfigError:
                 row = shards.layouts[0].row_bytes
                 too_few = load["drop_last"] and len(wanted) < load["batch_size"]
-                too_small = cfg.buffer_mb * 2**20 < 2 * (max(1024, row) + 7 * 32) * 4 / 3
+                block = max(1, 1024 // max(1, row)) * (row + 8 * INDEX_BYTES_PER_TOKEN)
+                too_small = cfg.buffer_mb * 2**20 < 2 * block * 4 / 3
                 assert not wanted or too_small or too_few
                 return
             steps = []
