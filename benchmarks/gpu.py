@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 from activations import LAYER, Folder, write
-from harness import Report, alternate, invocation, parser
+from harness import Report, alternate, invocation, parser, per_second, synchronize
 
 from saev.config import LoaderConfig, Matryoshka, SaeConfig, TopK
 from saev.loaders import ShuffledLoader
@@ -31,25 +31,6 @@ from saev.nn.gradients import Weights
 from saev.shards import Shards
 
 N_PREFIXES = 10
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def per_second(run: Callable[[], object], amount: float) -> Callable[[], float]:
-    """A rate of a call."""
-
-    def timed() -> float:
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        return amount / (time.perf_counter() - start)
-
-    return timed
 
 
 def make_bank(args: argparse.Namespace) -> SaeBank:

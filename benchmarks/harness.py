@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 import typing as tp
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -132,6 +133,25 @@ def alternate(
             if i or not warm_up:
                 found[name].append(value)
     return found
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def per_second(run: Callable[[], object], amount: float) -> Callable[[], float]:
+    """The rate of a call that does so much."""
+
+    def timed() -> float:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return amount / (time.perf_counter() - start)
+
+    return timed
 
 
 def machine() -> dict[str, str | int]:

@@ -13,13 +13,12 @@ benchmarks/loader.py. Measured in turn, on random activations:
 """
 
 import argparse
-import time
 import typing as tp
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import Report, alternate, invocation, parser
+from harness import Report, alternate, invocation, parser, per_second
 
 from saev.config import BatchTopK, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.config.sae import Activation, Objective
@@ -66,21 +65,6 @@ def autograd_step(args: argparse.Namespace, x: torch.Tensor) -> Callable[[], Non
     return step
 
 
-def rate(run: Callable[[], object], tokens: int) -> Callable[[], float]:
-    """SAE-tokens/s of a call."""
-
-    def timed() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return tokens / (time.perf_counter() - start)
-
-    return timed
-
-
 def main() -> None:
     """Run and print."""
     made = parser(tp.cast(str, __doc__), repeats=7)
@@ -101,11 +85,15 @@ def main() -> None:
     rows = max(1, (16 << 20) // (4 * args.d_sae))
     found = alternate(
         {
-            "encode": rate(lambda: [F.linear(x_c, w_enc[0]) for x_c in x.split(rows)], args.batch),
-            "select": rate(lambda: largest(z, 32, ordered=False), args.batch),
-            "wide": rate(lambda: F.linear(x, w_enc.view(-1, args.d_model)), args.batch * MANY),
-            "narrow": rate(lambda: [F.linear(x, w) for w in w_enc], args.batch * MANY),
-            "autograd": rate(autograd_step(args, x), args.batch),
+            "encode": per_second(
+                lambda: [F.linear(x_c, w_enc[0]) for x_c in x.split(rows)], args.batch
+            ),
+            "select": per_second(lambda: largest(z, 32, ordered=False), args.batch),
+            "wide": per_second(
+                lambda: F.linear(x, w_enc.view(-1, args.d_model)), args.batch * MANY
+            ),
+            "narrow": per_second(lambda: [F.linear(x, w) for w in w_enc], args.batch * MANY),
+            "autograd": per_second(autograd_step(args, x), args.batch),
         },
         args.repeats,
     )
@@ -119,7 +107,7 @@ def main() -> None:
     for name, (activation, objective, targets) in KINDS.items():
         banks = {n: make_bank(n, activation, objective, args) for n in (1, MANY)}
         runs = {
-            str(n): rate(lambda bank=bank: bank.step(x), n * args.batch)
+            str(n): per_second(lambda bank=bank: bank.step(x), n * args.batch)
             for n, bank in banks.items()
         }
         found = alternate(runs, args.repeats)
@@ -147,8 +135,8 @@ def sparse_decode(
     f, w, grad = f.requires_grad_(), w_dec.clone().requires_grad_(), torch.randn_like(x)
     found = alternate(
         {
-            "sparse": rate(lambda: sparse.decode(codes, w).backward(grad), n),
-            "dense": rate(lambda: (f @ w).backward(grad), n),
+            "sparse": per_second(lambda: sparse.decode(codes, w).backward(grad), n),
+            "dense": per_second(lambda: (f @ w).backward(grad), n),
         },
         repeats,
     )
