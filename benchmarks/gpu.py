@@ -15,13 +15,13 @@ And, if a folder is given or made, the loader with its windows on the GPU.
 
 import argparse
 import tempfile
-import time
 import typing as tp
 from collections.abc import Callable
 
 import torch
 from activations import LAYER, Folder, write
-from harness import Report, alternate, invocation, parser, per_second, synchronize
+from harness import Report, alternate, invocation, parser, per_second
+from loader import second_epoch
 
 from saev.config import LoaderConfig, Matryoshka, SaeConfig, TopK
 from saev.loaders import ShuffledLoader
@@ -75,20 +75,13 @@ def loop_step(bank: SaeBank, args: argparse.Namespace, x: torch.Tensor) -> Calla
 def loader_rows(report: Report, args: argparse.Namespace, root: str) -> None:
     """Rows about the loader."""
     url = write(root, Folder(args.mb, args.d_model, "bfloat16"))
-    found = []
-    for _ in range(args.repeats):
-        cfg = LoaderConfig(layer=LAYER, buffer_mb=args.mb / 4, n_threads=args.threads)
-        with ShuffledLoader(
-            Shards.open(url), cfg, args.batch, epochs=2, device=args.device
-        ) as loader:
-            rows, start, first = 0, 0.0, 0
-            for batch in loader:
-                if not start and rows >= loader.n_tokens:
-                    synchronize()
-                    start, first = time.perf_counter(), rows
-                rows += len(batch.act)
-            synchronize()
-            found.append((rows - first) / (time.perf_counter() - start))
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=args.mb / 4, n_threads=args.threads)
+
+    def make() -> ShuffledLoader:
+        return ShuffledLoader(Shards.open(url), cfg, args.batch, epochs=2, device=args.device)
+
+    run = second_epoch(make)
+    found = [run() for _ in range(args.repeats)]
     report.add("loader, bfloat16 shards, windows on the device", found, "rows/s")
     size = args.d_model * 2 / 1e9
     report.add("  as bytes", [v * size for v in found], "GB/s")

@@ -154,6 +154,23 @@ def per_second(run: Callable[[], object], amount: float) -> Callable[[], float]:
     return timed
 
 
+class Memory:
+    """How much a process comes to hold at most from here on, beside what it holds already."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+        self._before = _status("VmRSS")
+
+    def added(self) -> float:
+        """MB (10⁶ bytes), at the peak."""
+        return _status("VmHWM") - self._before
+
+
+def _status(field: str) -> float:
+    text = Path("/proc/self/status").read_text()
+    return float(text.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
+
+
 def machine() -> dict[str, str | int]:
     """Where this runs, and when."""
     names = Path("/proc/cpuinfo").read_text().split("model name\t: ")

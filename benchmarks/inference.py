@@ -22,11 +22,10 @@ import tempfile
 import time
 import typing as tp
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from activations import LAYER, Folder, write
-from harness import Report, alternate, invocation, parser
+from harness import Memory, Report, alternate, invocation, parser
 
 from saev import inference, storage
 from saev.config import DataConfig, InferenceConfig, Relu, SaeConfig, TopK
@@ -100,15 +99,9 @@ def child(args: argparse.Namespace) -> None:
     """Print tokens/s of the stage and the MB of memory that it adds."""
     shards_url, sae_url, out = args.child
     inference.run  # noqa: B018 - imports what is imported late
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _status("VmRSS")
+    held = Memory()
     found = stage(shards_url, sae_url, out, args)()
-    print(json.dumps({"rate": found, "added": _status("VmHWM") - before}))
-
-
-def _status(field: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    return float(text.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
+    print(json.dumps({"rate": found, "added": held.added()}))
 
 
 def memory(report: Report, sae_url: str, root: str, args: argparse.Namespace) -> None:

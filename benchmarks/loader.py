@@ -27,12 +27,11 @@ import tempfile
 import time
 import typing as tp
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from activations import LAYER, Folder, write
-from harness import Report, alternate, invocation, parser
+from harness import Memory, Report, alternate, invocation, parser, synchronize
 from torch.utils.data import DataLoader, RandomSampler
 
 from saev import storage
@@ -104,8 +103,10 @@ def second_epoch(make: Callable[[], ShuffledLoader | OrderedLoader]) -> Callable
             rows, start = 0, 0.0
             for batch in loader:
                 if not start and rows >= loader.n_tokens:
+                    synchronize()
                     start, first = time.perf_counter(), rows
                 rows += len(batch.act)
+            synchronize()
             return (rows - first) / (time.perf_counter() - start)
 
     return run
@@ -125,14 +126,13 @@ def baseline(shards: Shards, batch_size: int, seconds: float) -> float:
 
 def speeds(report: Report, args: argparse.Namespace, root: str, d_model: int) -> None:
     """Rows of one width."""
-    mb = 40 if args.small else args.mb
     full, half = (
-        Shards.open(write(root, Folder(mb / k, d_model, dtype)))
+        Shards.open(write(root, Folder(args.mb / k, d_model, dtype)))
         for k, dtype in ((1, "float32"), (2, "bfloat16"))
     )
-    cfg = LoaderConfig(layer=LAYER, buffer_mb=mb / 6, n_threads=args.threads)
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=args.mb / 6, n_threads=args.threads)
     window, cached = (
-        torch.zeros(n, dtype=torch.uint8) for n in (max(PIECE, int(mb / 12 * 2**20)), CACHED)
+        torch.zeros(n, dtype=torch.uint8) for n in (max(PIECE, int(args.mb / 12 * 2**20)), CACHED)
     )
     odd = torch.zeros(len(window) + 16, dtype=torch.uint8)[16:]
     reads: dict[str, Callable[[], float]] = {
@@ -191,34 +191,26 @@ def child(url: str, buffer_mb: float, n_threads: int) -> None:
     shards = Shards.open(url)
     cfg = LoaderConfig(layer=LAYER, buffer_mb=buffer_mb, n_threads=n_threads)
     shards.read(0, LAYER, 0, 1)  # checksums are read once, whoever asks first
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _status("VmRSS")
+    held = Memory()
     loader = ShuffledLoader(shards, cfg, BATCHES[1], epochs=2)
     start = time.perf_counter()
     batches = iter(loader)
     next(batches)
     first = time.perf_counter() - start
     collections.deque(batches, maxlen=0)
-    peak = _status("VmHWM")
+    added = held.added()
     batches = iter(loader)
     for _ in range(3):
         next(batches)
     start = time.perf_counter()
     loader.close()
     closing = time.perf_counter() - start
-    print(json.dumps({"first": first, "close": closing, "added": peak - before}))
-
-
-def _status(field: str) -> float:
-    """MB of a field of /proc/self/status."""
-    text = Path("/proc/self/status").read_text()
-    return float(text.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
+    print(json.dumps({"first": first, "close": closing, "added": added}))
 
 
 def processes(report: Report, args: argparse.Namespace, url: str) -> None:
     """Rows of what needs a fresh process."""
-    mb = 40 if args.small else args.mb
-    for buffer_mb in (mb / 6, mb * 2 / 3):
+    for buffer_mb in (args.mb / 6, args.mb * 2 / 3):
         command = [sys.executable, __file__, "--child", url, str(buffer_mb), str(args.threads)]
         found = [
             json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -234,9 +226,8 @@ def processes(report: Report, args: argparse.Namespace, url: str) -> None:
 
 def mixing(report: Report, url: str, args: argparse.Namespace) -> None:
     """Entropy of the examples in batches of 4096, as a share of a perfect shuffle's."""
-    mb = 40 if args.small else args.mb
     shards = Shards.open(url)
-    cfg = LoaderConfig(layer=LAYER, buffer_mb=mb / 6)
+    cfg = LoaderConfig(layer=LAYER, buffer_mb=args.mb / 6)
     with ShuffledLoader(shards, cfg, BATCHES[0], epochs=1, drop_last=True) as loader:
         found = [
             batch_metrics(b, n_examples=shards.n_examples, content_tokens=shards.content_tokens)
@@ -260,11 +251,13 @@ def main() -> None:
     if args.child:
         child(args.child[0], float(args.child[1]), int(args.child[2]))
         return
+    if args.small:
+        args.mb = 40
     report = Report(invocation(), args.json)
     with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
         for d_model in WIDTHS:
             speeds(report, args, root, d_model)
-        url = write(root, Folder(40 if args.small else args.mb))
+        url = write(root, Folder(args.mb))
         processes(report, args, url)
         mixing(report, url, args)
     report.close()
