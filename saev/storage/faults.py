@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import ssl
 from collections.abc import Iterator
 
@@ -91,16 +92,12 @@ def transient(err: BaseException) -> bool:
     return False
 
 
-retry_reads = tenacity.retry(
+_retry = functools.partial(
+    tenacity.retry,
     retry=tenacity.retry_if_exception(transient),
-    stop=tenacity.stop_after_attempt(_READ_ATTEMPTS),
     wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
     reraise=True,
 )
-
-retry_patiently = tenacity.retry(
-    retry=tenacity.retry_if_exception(transient),
-    stop=tenacity.stop_after_attempt(9),  # half a minute: a store that starts anew
-    wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
-    reraise=True,
-)
+retry_reads = _retry(stop=tenacity.stop_after_attempt(_READ_ATTEMPTS))
+# Half a minute: a store that starts anew.
+retry_patiently = _retry(stop=tenacity.stop_after_attempt(9))
