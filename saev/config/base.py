@@ -2,6 +2,7 @@
 
 import json
 import typing as tp
+from collections.abc import Mapping
 
 import pydantic
 
@@ -24,9 +25,40 @@ class Config(pydantic.BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    added: tp.ClassVar[frozenset[str]] = frozenset()
+    """Keys that came after version 0.1.0: :meth:`identity` leaves them out at their default."""
+    removed: tp.ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions: the key that took the place, or "" for none. They still parse."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_removed(cls, raw: tp.Any) -> tp.Any:
+        """Move the values of keys of earlier versions; what has no place any more is dropped."""
+        if not isinstance(raw, dict) or not cls.removed.keys() & raw.keys():
+            return raw
+        kept = {key: value for key, value in raw.items() if key not in cls.removed}
+        for old, new in cls.removed.items():
+            if old in raw and new:
+                kept.setdefault(new, raw[old])
+        return kept
+
     def to_dict(self) -> dict[str, tp.Any]:
         """As plain JSON types."""
         return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, tp.Any]:
+        """:meth:`to_dict` for hashing: without keys that came later and are at their default.
+
+        So what an earlier version named by a hash has the same name in this one.
+        """
+        plain = self.to_dict()
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.added and value == field.get_default(call_default_factory=True):
+                del plain[name]
+            else:
+                plain[name] = _identity(value, plain[name])
+        return plain
 
     @classmethod
     def from_dict(cls, raw: tp.Any, *, source: str = "config") -> tp.Self:
@@ -40,6 +72,17 @@ class Config(pydantic.BaseModel):
     def from_url(cls, url: str) -> tp.Self:
         """Read a JSON config."""
         return cls.from_dict(storage.read_json(url), source=storage.normalize(url))
+
+
+def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
+    """The identity of a value, which is ``plain`` as JSON, and of the configs inside it."""
+    if isinstance(value, Config):
+        return value.identity()
+    if isinstance(value, tuple | list):
+        return [_identity(v, p) for v, p in zip(value, plain, strict=True)]
+    if isinstance(value, dict):
+        return {key: _identity(v, plain[key]) for key, v in value.items()}
+    return plain
 
 
 def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:

@@ -29,7 +29,7 @@ class Fake(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the config, which determines every pixel."""
-        return digest_of(self._cfg.to_dict(), [])
+        return digest_of(self._cfg.identity(), [])
 
     def example(self, index: int) -> ExampleInfo:
         """Name and class of an example."""

@@ -203,7 +203,7 @@ def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAuto
         "sae": sae_checksum(sae),
         "shards": shards.metadata.hash,
         "n_examples": shards.n_examples,
-        "data": {k: v for k, v in data.to_dict().items() if k != "shards"},
+        "data": {k: v for k, v in data.identity().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
     }
     return storage.content_hash(inputs, _HASH_DIGITS)
@@ -211,7 +211,7 @@ def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAuto
 
 def sae_checksum(sae: SparseAutoencoder) -> str:
     """SHA-256 of what the SAE computes: activation and weights, however they are stored."""
-    digest = hashlib.sha256(storage.canonical_json(sae.cfg.activation.to_dict()).encode())
+    digest = hashlib.sha256(storage.canonical_json(sae.cfg.activation.identity()).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().numpy().data)

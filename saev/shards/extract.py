@@ -151,7 +151,7 @@ class Recording:
     def metadata(self) -> Metadata:
         """What is recorded: only what the bytes depend on, so that equal work has an equal name."""
         cfg, dataset, model = self.cfg, self.dataset, self.model
-        data = cfg.data.to_dict()
+        data = cfg.data.identity()
         if "root" in data:
             data["root"] = storage.normalize(data["root"])
         if not data.get("version"):

@@ -77,7 +77,7 @@ class Metadata(Config):
     @property
     def hash(self) -> str:
         """Name of the folder: a prefix of the SHA-256 of the canonical JSON."""
-        return storage.content_hash(self.to_dict(), HASH_DIGITS)
+        return storage.content_hash(self.identity(), HASH_DIGITS)
 
     @property
     def tokens_per_example(self) -> int:

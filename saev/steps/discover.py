@@ -246,7 +246,7 @@ def _without(found: Found, marker: str) -> list[storage.Object]:
 
 def _identify(root: str, found: Found, file: RunFile, marker: str) -> Dataset:
     """Fingerprint and key of a dataset; remembers that this state was seen."""
-    config = plain_numbers(file.to_dict())
+    config = plain_numbers(file.identity())
     if not found.url:
         fingerprint = _hash(config["data"])
         key = _hash({"fingerprint": fingerprint, "config": config})

@@ -264,7 +264,7 @@ def run_id(config: TrainConfig, places: "_Places | None" = None) -> str:
     a copy of a folder elsewhere is the same folder.
     """
     places = places or _Places()
-    raw = {k: v for k, v in config.to_dict().items() if k not in UNSWEPT}
+    raw = {k: v for k, v in config.identity().items() if k not in UNSWEPT}
     sides = ("train_data", "val_data") if config.n_val else ("train_data",)
     if not config.n_val:
         del raw["val_data"]

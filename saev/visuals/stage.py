@@ -168,7 +168,7 @@ class _Stage:
                 "shards": self.shards.metadata.hash,
                 "n_top": self.cfg.n_top,
                 "image_size": self.cfg.image_size,
-                "data": self.cfg.to_dict()["data"],
+                "data": self.cfg.identity()["data"],
             }
         )
 
@@ -177,7 +177,7 @@ class _Stage:
         """Hash of everything that the page depends on."""
         folder = importlib.resources.files("saev.visuals").joinpath("templates")
         templates = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
-        cfg = self.cfg.to_dict()
+        cfg = self.cfg.identity()
         return _hash({"pictures": self.key, "templates": templates, "config": cfg})
 
     @property
