@@ -1,0 +1,148 @@
+"""A storage root of version 0.1.0: everything is found, and nothing is computed anew.
+
+root/ was written by write_root.py beside it. What this version trains or draws anew on purpose
+stands in CHANGELOG, and in the constants below.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import saev
+from saev import cli, storage
+from saev.inference.results import Results
+from saev.shards import Shards
+
+HERE = Path(__file__).parent / "root"
+CONFIG = (HERE / "config.json").read_text()
+
+
+@pytest.fixture
+def base(s3: str) -> Iterator[str]:
+    """The old root on an S3 server, under the URL that it was written under."""
+    place = f"{s3}/upgrade"
+    for path in sorted(HERE.rglob("*")):
+        if path.is_file():
+            storage.write_bytes(storage.join(place, str(path.relative_to(HERE))), path.read_bytes())
+    yield place
+    storage.delete(place, recursive=True)
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """Every object below a URL, by key."""
+    return {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.listing(url)}
+
+
+def step(base: str, name: str, *words: str, owner: str = "firing-2") -> None:
+    root = storage.join(base, "saev")
+    cli.main(["step", name, "--root", root, "--config", CONFIG, "--owner", owner, *words])
+
+
+def written(path: Path) -> list[str]:
+    return json.loads(path.read_text())
+
+
+def kinds(urls: list[str]) -> list[str]:
+    """Activations of the runs, in order."""
+    configs = [storage.read_json(storage.join(url, "config.json")) for url in urls]
+    return [config["sae"]["activation"]["kind"] for config in configs]
+
+
+def old_runs(base: str) -> dict[str, str]:
+    """URLs of the sweep's runs of version 0.1.0 by kind of activation."""
+    entries = storage.list_dir(storage.join(base, "saev/runs"))
+    urls = [e.url for e in entries if storage.exists(storage.join(e.url, "run.json"))]
+    sweep = [u for u in urls if storage.read_json(f"{u}/config.json")["val_data"]["layer"] == 5]
+    found = {k: u for u, k in zip(sweep, kinds(sweep), strict=True) if not u.endswith(LABELLED)}
+    return found
+
+
+LABELLED = "09900f1548f0"
+"""The run of the labelled dataset."""
+TRAINED_ANEW: set[str] = set()
+"""Activations whose training changed (see CHANGELOG): asked for again, they are trained again."""
+
+
+def test_a_schedule_knows_what_it_has_processed(base: str, tmp_path: Path) -> None:
+    to = tmp_path / "datasets"
+    words = ["--mode", "incoming", "--settle-minutes", "0", "--to-datasets", str(to)]
+    step(base, "discover", *words, "--dataset", storage.join(base, "incoming"))
+    assert written(to) == []
+
+
+def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:
+    """Asked for by name, the dataset is processed again: all but what CHANGELOG names is there."""
+    to = tmp_path / "out"
+    words = ["--dataset", storage.join(base, "incoming/first"), "--to-first", str(to)]
+    step(base, "discover", *words)
+    dataset = ["--dataset", to.read_text()]
+    step(base, "plan-shards", *dataset, "--to-shards", str(to), "--to-items", str(tmp_path / "i"))
+    shards = to.read_text()
+    assert storage.name(shards) == "50c7c45994c5ded4"
+    assert written(tmp_path / "i") == []
+    step(base, "plan-training", *dataset, "--shards", shards, "--to-items", str(to))
+    items = [json.loads(text) for text in written(to)]
+    assert len(items) == bool(TRAINED_ANEW)
+    words = [*dataset, "--shards", shards]
+    for item in written(to):
+        step(base, "train", *words, "--item", item)
+    step(base, "plan-inference", *words, "--to-runs", str(to), "--to-items", str(tmp_path / "i"))
+    runs, old = json.loads(to.read_text()), old_runs(base)
+    assert sorted(kinds(runs)) == ["batch-top-k", "jump-relu", "relu", "top-k"]
+    for kind, run in zip(kinds(runs), runs, strict=True):
+        assert (run == old[kind]) == (kind not in TRAINED_ANEW)
+    anew = {storage.name(run) for run in runs} - {storage.name(run) for run in old.values()}
+    measured = {storage.name(json.loads(i)["run"]) for i in written(tmp_path / "i")}
+    assert measured == anew
+
+
+def test_saev_run_computes_nothing(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tmp_path / "labelled.json"
+    shutil.copy(HERE / "labelled.json", config)
+    root = storage.join(base, "saev")
+    before = contents(root)
+    with caplog.at_level(logging.INFO):
+        cli.main(["run", "--config", str(config), "--root", root])
+    after = contents(root)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert not [k for k in changed if not may_change(k)]
+
+
+def may_change(key: str) -> bool:
+    """Pages are drawn anew, since version 0.1.0 did not compare the images' names and labels."""
+    return "/report/" in key or key == "index.html"
+
+
+def test_old_folders_are_read(base: str) -> None:
+    with Shards.open(storage.join(base, "saev/shards/2ea428cd2d2cfec5")) as shards:
+        shards.verify()
+        assert shards.labels().shape == (8, 16)
+        assert shards.stats(5) is not None
+        assert len(shards.examples()) == 8
+    run = storage.join(base, "saev/runs", LABELLED)
+    results = Results.find(run, "2ea428cd2d2cfec5")
+    assert results.codes().shape == (128, 96)
+    assert results.concepts
+    assert results.top(int(results.counts.argmax())).example_idx.size == 4
+    for url in [run, *old_runs(base).values()]:
+        assert saev.load_sae(url).d_sae == 96
+
+
+def test_training_in_flight_is_finished_under_its_old_name(base: str, tmp_path: Path) -> None:
+    sweep = tmp_path / "flight.toml"
+    shutil.copy(HERE / "flight.toml", sweep)
+    words = json.loads((HERE / "flight.json").read_text())
+    words[words.index("flight.toml")] = str(sweep)
+    flight = storage.join(base, "saev/flight")
+    before = {e.name for e in storage.list_dir(flight)} - {"resume"}
+    cli.main(words)
+    runs = [e.name for e in storage.list_dir(flight) if storage.exists(f"{e.url}/run.json")]
+    assert set(runs) == before == {"44c36d498c7b", "bac6dd4b6bbe"}
+    rows = storage.read_text(f"{flight}/44c36d498c7b/metrics.jsonl").splitlines()
+    assert [json.loads(row)["step"] for row in rows[:4]] == [25, 50, 75, 100]
