@@ -31,7 +31,8 @@ def room(module: str) -> str | None:
     parts = module.split(".")[1:]
     if not parts:
         return None
-    return "shards.extract" if parts[:2] == ["shards", "extract"] else parts[0]
+    is_stage = parts[0] == "shards" and parts[1:2] in (["extract"], ["earlier"])
+    return "shards.extract" if is_stage else parts[0]
 
 
 def imports(path: Path) -> set[str]:

@@ -45,10 +45,17 @@ class Stages(tp.NamedTuple):
         return InferenceConfig.from_dict(keys)
 
     def showing(self, run: str, shards: str, measured: str) -> VisualsConfig:
-        """The config of the picture book of a run."""
-        return VisualsConfig.from_dict(
-            {**self.visuals, "run": run, "shards": shards, "inference": measured}
-        )
+        """The config of the picture book of a run.
+
+        Equal images in two places have one shards folder, which names the first of the places:
+        the pictures are drawn from these ones.
+        """
+        keys = {**self.visuals, "run": run, "shards": shards, "inference": measured}
+        recorded = storage.read_json(storage.join(shards, "metadata.json")).get("data")
+        root = getattr(self.shards.data, "root", None)
+        if root and isinstance(recorded, dict) and recorded.get("root") != storage.normalize(root):
+            keys.setdefault("data", self.shards.data.to_dict())
+        return VisualsConfig.from_dict(keys)
 
 
 def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> Stages:

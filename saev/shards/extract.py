@@ -7,6 +7,7 @@ shard is done; `finish` merges the records into the dataset's files and publishe
 import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import re
@@ -22,7 +23,7 @@ from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
 from saev.progress import Progress
-from saev.shards import parts, protocol
+from saev.shards import earlier, parts, protocol
 from saev.shards.forward import Forward
 from saev.shards.parts import ExampleRow, Part, Skipped
 from saev.shards.protocol import Metadata, shard_name
@@ -30,6 +31,8 @@ from saev.shards.reader import TORCH_DTYPES, Shards
 from saev.shards.writer import ShardWriter
 
 logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("saev", "torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 Item = dict[str, tp.Any]
 """One shard: {"shard": number, "start": first dataset index, "stop": last + 1}."""
@@ -148,18 +151,19 @@ class Recording:
         return model
 
     @functools.cached_property
-    def metadata(self) -> Metadata:
-        """What is recorded: only what the bytes depend on, so that equal work has an equal name."""
+    def wanted(self) -> Metadata:
+        """What this config records, with this version of saev."""
         cfg, dataset, model = self.cfg, self.dataset, self.model
-        data = cfg.data.identity()
-        if "root" in data:
-            data["root"] = storage.normalize(data["root"])
+        data = earlier.located(cfg.data.identity())
         if not data.get("version"):
             data.pop("version", None)  # data of no version has the name that it always had
         return Metadata(
             family=cfg.family,
             ckpt=cfg.ckpt,
             ckpt_checksum=model.ckpt_checksum,
+            network=model.network,
+            weights=model.weights,
+            versions=versions(),
             layers=vit.resolve_layers(cfg.layers, model.n_layers),
             content_tokens_per_example=model.content_tokens_per_example,
             cls_token=cfg.cls_token and model.has_cls_token,
@@ -179,9 +183,29 @@ class Recording:
         )
 
     @functools.cached_property
+    def _folder(self) -> tuple[str, Metadata]:
+        """Where it is recorded, and what is: in a folder of version 0.1.0 if there is one."""
+        url = storage.join(self.cfg.shards_root, self.wanted.hash)
+        if not storage.exists(storage.join(url, protocol.METADATA)):
+            old = earlier.find(self.cfg.shards_root, self.wanted, self.model.network_before)
+            if old is not None:
+                return old
+        return url, self.wanted
+
+    @property
     def url(self) -> str:
         """The folder."""
-        return storage.join(self.cfg.shards_root, self.metadata.hash)
+        return self._folder[0]
+
+    @property
+    def metadata(self) -> Metadata:
+        """The folder's metadata."""
+        return self._folder[1]
+
+    @property
+    def _weights(self) -> str | None:
+        """What the records of all shards must agree on; untrained weights are told by name."""
+        return None if self.wanted.is_random else self.model.weights
 
     @property
     def published(self) -> bool:
@@ -215,7 +239,7 @@ class Recording:
     def is_done(self, shard: int) -> bool:
         """Whether a shard and its record are there and fit together; a damaged one is not."""
         try:
-            parts.read_part(self.url, shard, self.metadata)
+            parts.read_part(self.url, shard, self.metadata, self._weights)
         except CorruptDataError as err:
             logger.warning("Recording %s again: %s", shard_name(shard), err)
             return False
@@ -262,6 +286,7 @@ class Recording:
             examples,
             skipped,
             None if meta.pixel_agg is None else _stack(labels, meta.content_tokens_per_example),
+            self.model.weights,
         )
 
     def _decode(
@@ -310,10 +335,19 @@ class Recording:
             Shards.open(self.url)
             logger.info("%s is complete.", self.url)
         else:
-            parts.publish(self.url, self.metadata, self.metadata.n_shards)
+            parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
         storage.delete(storage.join(self.url, protocol.PARTS), recursive=True)
         storage.clean_temporary(self.url)
         return self.url
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about activations: this package and the libraries below it."""
+    found = {}
+    for package in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _stack(labels: list[np.ndarray], n_tokens: int) -> np.ndarray:

@@ -23,7 +23,7 @@ import safetensors.numpy
 from jaxtyping import UInt8
 
 from saev import storage
-from saev.errors import CorruptDataError, ImageError, IncompleteError
+from saev.errors import CorruptDataError, ImageError, IncompleteError, ModelError
 from saev.shards import protocol
 from saev.shards.protocol import Layout, Metadata, ShardInfo, shard_name
 from saev.shards.writer import Moments, Written, file_checksum
@@ -75,11 +75,14 @@ class Part:
     skipped: list[Skipped]
     labels: UInt8[np.ndarray, "n_examples content_tokens"] | None
     """Labels of content tokens, for segmentation datasets."""
+    weights: str | None = None
+    """Checksum of the model's weights; None: recorded by version 0.1.0, which did not note it."""
 
     def to_bytes(self) -> bytes:
         """A safetensors file and its CRC-32C."""
-        rows = json.dumps({"examples": self.examples, "skipped": self.skipped}).encode()
-        tensors = {"rows": np.frombuffer(rows, np.uint8), "checksums": self.written.checksums}
+        rows = {"examples": self.examples, "skipped": self.skipped, "weights": self.weights}
+        text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+        tensors = {"rows": text, "checksums": self.written.checksums}
         for kind in ("content", "special"):
             moments: Moments = getattr(self.written, kind)
             tensors[f"{kind}.total"] = moments.total
@@ -124,7 +127,7 @@ class Part:
                 f"{source} is not a record of this version of saev ({err}). Delete it and run the "
                 "same `saev shards` command again."
             ) from err
-        return cls(written, examples, skipped, tensors.get("labels"))
+        return cls(written, examples, skipped, tensors.get("labels"), rows.get("weights"))
 
 
 def part_url(url: str, shard: int) -> str:
@@ -137,10 +140,17 @@ def write_part(url: str, shard: int, part: Part) -> None:
     storage.write_bytes(part_url(url, shard), part.to_bytes())
 
 
-def read_part(url: str, shard: int, metadata: Metadata) -> Part:
+def read_part(url: str, shard: int, metadata: Metadata, weights: str | None = None) -> Part:
     """The record of a finished shard, compared with the metadata and with its file's size.
 
+    Args:
+        url: the shards folder.
+        shard: number of the shard.
+        metadata: what is recorded there.
+        weights: checksum of the weights that it must be recorded with; None takes any.
+
     Raises:
+        ModelError: it was recorded with other weights.
         IncompleteError: there is none: the shard is not done.
         CorruptDataError: it is damaged, does not fit the metadata, or the shard's file is missing
             or has another size than when it was written.
@@ -153,6 +163,12 @@ def read_part(url: str, shard: int, metadata: Metadata) -> Part:
         )
     part = Part.from_bytes(storage.read_bytes(place), place)
     _check(part, metadata, shard, place)
+    if None not in (weights, part.weights) and weights != part.weights:
+        raise ModelError(
+            f"{place} was recorded with weights {part.weights}, but {metadata.family} "
+            f"{metadata.ckpt} now has {weights}. One folder never holds both: put the former "
+            "weights back, or delete the folder to record all of it again."
+        )
     file = storage.join(url, shard_name(shard))
     expected = Layout.of(metadata, part.written.n_examples).n_bytes
     found = storage.size(file) if storage.exists(file) else None
@@ -185,13 +201,20 @@ def _check(part: Part, metadata: Metadata, shard: int, place: str) -> None:
         )
 
 
-def publish(url: str, metadata: Metadata, n_shards: int) -> None:
+def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = None) -> None:
     """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
 
     Memory grows with the number of examples (a table row and some checksums each), not with labels
     or activations.
 
+    Args:
+        url: the shards folder.
+        metadata: what is recorded there.
+        n_shards: how many shards.
+        weights: checksum of the weights that all must be recorded with; None takes any.
+
     Raises:
+        ModelError: a shard was recorded with other weights.
         IncompleteError: a shard is not recorded yet.
         CorruptDataError: a record or a shard's file is damaged.
         ImageError: not a single image could be decoded.
@@ -207,7 +230,7 @@ def publish(url: str, metadata: Metadata, n_shards: int) -> None:
         if metadata.pixel_agg is not None:
             place = storage.join(url, protocol.LABELS)
             labels = stack.enter_context(storage.open_write(place))
-        for shard, part in enumerate(_read_parts(url, metadata, n_shards)):
+        for shard, part in enumerate(_read_parts(url, metadata, n_shards, weights)):
             layout = Layout.of(metadata, part.written.n_examples)
             infos.append(
                 ShardInfo(
@@ -237,13 +260,13 @@ def publish(url: str, metadata: Metadata, n_shards: int) -> None:
     storage.write_json(storage.join(url, protocol.SHARDS), [info.to_dict() for info in infos])
 
 
-def _read_parts(url: str, metadata: Metadata, n_shards: int) -> Iterator[Part]:
+def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None) -> Iterator[Part]:
     """All records in order, a few of them read ahead."""
     with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
         try:
             for start in range(0, n_shards, _READ_AHEAD):
                 window = range(start, min(start + _READ_AHEAD, n_shards))
-                yield from pool.map(lambda shard: read_part(url, shard, metadata), window)
+                yield from pool.map(lambda i: read_part(url, i, metadata, weights), window)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

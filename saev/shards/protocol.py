@@ -29,8 +29,14 @@ HASH_DIGITS = 16
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
+RANDOM = "/random"
+"""How the name of a network with untrained weights ends."""
+
+
 class Metadata(Config):
-    """What was recorded. Its canonical JSON is hashed into the folder's name."""
+    """What was recorded. What of it the activations depend on is hashed into the folder's name."""
+
+    added: tp.ClassVar = frozenset({"network", "weights", "versions"})
 
     protocol: tp.Literal["3.0", "2.1"] = "3.0"
     """Version of the format."""
@@ -40,6 +46,14 @@ class Metadata(Config):
     """Checkpoint, in the family's naming."""
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the checkpoint names one."""
+    network: str | None = None
+    """Which network the checkpoint is, wherever its weights lie; None: recorded by version 0.1.0.
+    It ends in ``/random`` where the weights are untrained."""
+    weights: str | None = None
+    """SHA-256 over the names, shapes and values of the network's tensors; None: recorded by
+    version 0.1.0, which did not note it, or by another program."""
+    versions: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Versions of the libraries that recorded. To look at: not part of the identity."""
     layers: tuple[int, ...]
     """Blocks whose output was recorded, in file order."""
     content_tokens_per_example: int = pydantic.Field(ge=0)
@@ -74,10 +88,33 @@ class Metadata(Config):
     dtype: Dtype = "float32"
     """Stored precision, little-endian."""
 
+    def identity(self) -> dict[str, tp.Any]:
+        """What the activations depend on, without any place: not where images or weights lie.
+
+        Images are told by `data_digest`, their names and sizes; the model by `network` and
+        `weights`. Untrained weights are told by the network's name alone: the functions that draw
+        them give other last bits on another kind of processor.
+
+        Where the weights are unknown it is what version 0.1.0 hashed, places and all.
+        """
+        plain = super().identity()
+        plain.pop("versions", None)
+        if self.weights is None:
+            return plain
+        for key in ("ckpt", "ckpt_checksum", "dataset", *(["weights"] if self.is_random else [])):
+            del plain[key]
+        plain["data"] = without_place(plain["data"])
+        return plain
+
     @property
     def hash(self) -> str:
-        """Name of the folder: a prefix of the SHA-256 of the canonical JSON."""
+        """Name of the folder: a prefix of the SHA-256 of the canonical JSON of the identity."""
         return storage.content_hash(self.identity(), HASH_DIGITS)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are untrained."""
+        return (self.network or self.ckpt).endswith(RANDOM)
 
     @property
     def tokens_per_example(self) -> int:
@@ -133,6 +170,19 @@ class Metadata(Config):
                 f"the folder is named {name}. It was edited or damaged; record again."
             )
         return metadata
+
+
+def without_place(data: tp.Any) -> tp.Any:
+    """A dataset's config as JSON, without where the dataset lies."""
+    if not isinstance(data, dict):
+        return data
+    places = [key for key in ("root", "name") if key == "root" or is_place(data.get(key))]
+    return {key: value for key, value in data.items() if key not in places}
+
+
+def is_place(name: tp.Any) -> bool:
+    """Whether the name of a dataset is a URL or a path, not a name on a hub."""
+    return isinstance(name, str) and ("://" in name or name.startswith(("/", ".", "~")))
 
 
 def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:

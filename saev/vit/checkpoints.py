@@ -1,6 +1,7 @@
 """Names of checkpoints, weights files, and fitting what a file holds into a network."""
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -20,6 +21,8 @@ ARCHITECTURE = "architecture"
 """Key of a safetensors file's metadata that names the architecture its weights belong to."""
 
 RANDOM = "random"
+LOCAL_DIR = "local-dir:"
+"""Begins the name of a folder that holds a network's config and its weights."""
 _SEED = 0
 _WEIGHTS_SUFFIX = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _CONTAINERS = (
@@ -72,6 +75,33 @@ def parse(ckpt: str) -> CkptName:
             )
         return CkptName(arch, random=True)
     return CkptName(arch, rest or None, url)
+
+
+def without_place(ckpt: str, ckpt_checksum: str | None) -> str:
+    """A checkpoint's name, without the URL of its weights file if they were read from one.
+
+    Args:
+        ckpt: as the user wrote it.
+        ckpt_checksum: of the weights file; None if there is none, and the name stays as it is.
+    """
+    if ckpt_checksum is None:
+        return ckpt
+    if ckpt.startswith(LOCAL_DIR):
+        return LOCAL_DIR
+    name = parse(ckpt)
+    if name.url is None:
+        return ckpt
+    return "/".join(part for part in (name.arch, name.tag) if part) + "@"
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and little-endian values, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{sha.hexdigest()}"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One interface to every vision transformer: images in, the residual stream after any block out."""
 
 import dataclasses
+import functools
 import threading
 import typing as tp
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from saev.errors import ModelError
 from saev.images.transforms import ImageSpec
+from saev.vit import checkpoints
 from saev.vit.layers import resolve_layers
 
 
@@ -41,6 +43,11 @@ class Tower:
     last block, or the mean of its content tokens."""
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the weights were read from one."""
+    network: str | None = None
+    """Which network it is, wherever its weights lie: equal names are built alike. It ends in
+    ``/random`` where the weights are untrained. If None: the checkpoint without its file's URL."""
+    network_before: str | None = None
+    """The network that version 0.1.0 of saev built from this checkpoint, if that was another."""
 
 
 class _Done(Exception):
@@ -70,6 +77,8 @@ class VisionModel:
         self.grid = tower.grid
         self.has_cls_token = tower.cls_token
         self.ckpt_checksum = tower.ckpt_checksum
+        self.network = tower.network or checkpoints.without_place(ckpt, tower.ckpt_checksum)
+        self.network_before = tower.network_before
         self._pool = tower.pool
         self._special_tokens = tower.special_tokens
         self._blocks = list(tower.blocks)
@@ -91,6 +100,15 @@ class VisionModel:
     def name(self) -> str:
         """Family and checkpoint, for messages."""
         return f"{self.family} {self.ckpt}"
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """SHA-256 over the names, types, shapes and values of the network's tensors.
+
+        It is the same for a name on a hub, a file in any format and the network in memory; the
+        position embeddings count as they are after interpolation to the image size.
+        """
+        return checkpoints.fingerprint(self.module.state_dict())
 
     @property
     def n_layers(self) -> int:

@@ -15,9 +15,9 @@ from saev.vit import checkpoints, timm_models
 from saev.vit.model import Tower
 from saev.vit.registry import register_family
 
-LOCAL_DIR = "local-dir:"
 HF_HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"
+_DIGITS = 12
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -44,7 +44,7 @@ def load_clip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     """
     if ckpt.startswith(HF_HUB):
         return _from_hub(ckpt, None, image_size)
-    if ckpt.startswith(LOCAL_DIR):
+    if ckpt.startswith(checkpoints.LOCAL_DIR):
         return _from_folder(ckpt, image_size)
     name = checkpoints.parse(ckpt)
     if name.arch is None:
@@ -62,10 +62,14 @@ def load_clip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
         return _from_hub(name.arch, name.tag, image_size)
     config = _arch_config(name.arch)
     tag_config = _tag_config(name.arch, name.tag)
+    network = _network(name.arch, config, tag_config)
     if name.tag is not None and tag_config.get("quick_gelu"):
         config["quick_gelu"] = True
     weights = checkpoints.read_weights(name.url) if name.url else None
-    return _from_config(name.arch, config, tag_config, weights, image_size)
+    if weights is None:
+        network = f"{network}/{checkpoints.RANDOM}"
+    tower = _from_config(name.arch, config, tag_config, weights, image_size)
+    return dataclasses.replace(tower, network=network)
 
 
 @register_family("siglip")
@@ -75,8 +79,9 @@ def load_siglip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     Args and errors as :func:`load_clip`; ARCH is one of open_clip's SigLIP architectures
     (``ViT-B-16-SigLIP2/webli``).
     """
-    arch = ckpt if ckpt.startswith((HF_HUB, LOCAL_DIR)) else checkpoints.parse(ckpt).arch
-    if arch is not None and not arch.startswith(LOCAL_DIR) and "siglip" not in arch.lower():
+    is_folder = ckpt.startswith(checkpoints.LOCAL_DIR)
+    arch = ckpt if is_folder or ckpt.startswith(HF_HUB) else checkpoints.parse(ckpt).arch
+    if arch is not None and not is_folder and "siglip" not in arch.lower():
         import open_clip
 
         near = difflib.get_close_matches(
@@ -130,6 +135,12 @@ def _tag_config(arch: str, tag: str | None) -> dict[str, tp.Any]:
     }
 
 
+def _network(arch: str, config: Mapping[str, tp.Any], tag_config: Mapping[str, tp.Any]) -> str:
+    """open_clip's name of the network that a tag of an architecture makes."""
+    is_other = tag_config.get("quick_gelu") and not config.get("quick_gelu")
+    return f"{arch}-quickgelu" if is_other else arch
+
+
 def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) -> Tower:
     import open_clip
 
@@ -149,11 +160,15 @@ def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) ->
     visual = model.visual
     if image_size is not None:
         _check_patch(visual, arch, image_size)
-    return _tower(visual, arch, visual.preprocess_cfg, None)
+    tower = _tower(visual, arch, visual.preprocess_cfg, None)
+    if tag is None:
+        return tower
+    network = _network(arch, _arch_config(arch), _tag_config(arch, tag))
+    return dataclasses.replace(tower, network=network)
 
 
 def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
-    folder = storage.normalize(ckpt.removeprefix(LOCAL_DIR))
+    folder = storage.normalize(ckpt.removeprefix(checkpoints.LOCAL_DIR))
     raw = storage.read_json(storage.join(folder, _CONFIG))
     if not isinstance(raw, Mapping) or not isinstance(raw.get("model_cfg"), Mapping):
         raise ModelError(
@@ -166,7 +181,10 @@ def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
         raise ModelError(f"{folder} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
     weights = checkpoints.read_weights(storage.join(folder, weights_name))
     config = {**raw["model_cfg"], "vision_cfg": dict(raw["model_cfg"]["vision_cfg"])}
-    return _from_config(folder, config, raw.get("preprocess_cfg") or {}, weights, image_size)
+    image_tower = {key: config.get(key) for key in ("embed_dim", "vision_cfg", "quick_gelu")}
+    network = checkpoints.LOCAL_DIR + storage.content_hash(image_tower, _DIGITS)
+    tower = _from_config(folder, config, raw.get("preprocess_cfg") or {}, weights, image_size)
+    return dataclasses.replace(tower, network=network)
 
 
 def _from_config(

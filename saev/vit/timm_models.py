@@ -1,5 +1,6 @@
 """Family `timm`: any plain ViT of timm (ViT, DeiT, DINOv2, DINOv3, EVA, MAE, PE, SigLIP …)."""
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -30,7 +31,8 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
         ModelError: no such model, no such weights, or weights that do not fit.
     """
     if ckpt.startswith(("hf-hub:", "hf_hub:")):
-        return _tower(_create(ckpt, image_size, pretrained=True), image_size)
+        tower = _tower(_create(ckpt, image_size, pretrained=True), image_size)
+        return dataclasses.replace(tower, network=None)  # a config on the hub describes it
     # The hub calls timm's own models timm/NAME.
     name = checkpoints.parse(ckpt.removeprefix("timm/"))
     weights = checkpoints.read_weights(name.url) if name.url else None
@@ -55,7 +57,8 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
         return _tower(net, image_size, weights.checksum)
     if name.random:
         with checkpoints.untrained():
-            return _tower(_create(arch, image_size, pretrained=False), image_size)
+            tower = _tower(_create(arch, image_size, pretrained=False), image_size)
+        return dataclasses.replace(tower, network=f"{tower.network}/{checkpoints.RANDOM}")
     return _tower(_create(arch, image_size, pretrained=True), image_size)
 
 
@@ -128,7 +131,9 @@ def _tower(
             pooled = pooled[:, 0] if parts["cls_token"] else pooled[:, special:].mean(dim=1)
         return pooled
 
-    return Tower(module=net, spec=spec, pool=pool, ckpt_checksum=ckpt_checksum, **parts)
+    return Tower(
+        module=net, spec=spec, pool=pool, ckpt_checksum=ckpt_checksum, network=arch, **parts
+    )
 
 
 def check_divisible(arch: str, size: tuple[int, int], patch: tuple[int, int]) -> None:

@@ -389,7 +389,7 @@ def test_a_polite_end_is_prompt_and_leaves_no_temporaries(
 
 def test_what_changes_bytes_changes_the_name(tmp_path: Path) -> None:
     def name(**changes: object) -> str:
-        return extract.Recording(config(tmp_path, **changes)).metadata.hash
+        return extract.Recording(config(tmp_path, **changes)).wanted.hash
 
     same = [
         {}, {"n_workers": 7}, {"batch_size": 3}, {"part": "1/2"}, {"shards_root": "s3://other/x"},
