@@ -1,10 +1,16 @@
 # The two commands of README are `make demo` and `make test`; both set up `.venv` from the lock.
 
 PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-LOCK   := requirements/dev.lock
 DEMO   ?= demo-out
+override VENV := .venv
+override BIN  := $(VENV)/bin
+override LOCK := requirements/dev.lock
+
+# What stands behind a variable of the command line is text: neither make nor the shell may take a part
+# of it for code (DATASET='$(shell …)', DATASET='a"; …'). Here make's own expansion is switched off. Recipes
+# read the environment ("$$DATASET"), so that the shell sees a name and not the text.
+$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
+export PYTHON DEMO
 
 # Where this is set, as in many containers, every start would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -20,24 +26,24 @@ setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
 # uv, itself from PyPI, installs the hashed lock in seconds and without resolving anything.
 $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv --clear $(VENV)
+	@"$$PYTHON" -c 'import os, sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {os.environ["PYTHON"]} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	"$$PYTHON" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK) requirements/uv.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 test: setup ## Set up, then run all tests but those of tests/e2e
-	$(BIN)/python -m pytest -n 2 -m "not e2e" $(PYTEST_ARGS)
+	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 -m "not e2e"
 
 e2e: setup ## Run the tests that need Docker or servers; those that cannot run say why
-	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest tests/e2e
 
 demo: setup ## Set up, then images → picture book on real photographs and DINOv2
-	$(BIN)/python -m saev.demo --root $(DEMO)
+	$(BIN)/python -m saev.demo --root "$$DEMO"
 
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
-	$(BIN)/python benchmarks $(BENCH) --out bench-out $(if $(SMALL),--small)
+	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $(if $(SMALL),--small)
 
 lint: setup ## Check style
 	$(BIN)/ruff check .
@@ -52,79 +58,81 @@ lock: ## Write the locks anew from pyproject.toml
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
+	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) --extra s3 --extra gs --extra hf \
 	  --no-emit-package setuptools --no-emit-package triton pyproject.toml --output-file requirements/gpu.lock
 
-COMPILE := --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
+override COMPILE := --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
 # Images run the versions that the tests ran. They have no compiler, without which triton (900 MB)
 # does nothing; setuptools is for parts of torch and tensorboard that saev does not use.
-COMPILE_IMAGE := $(COMPILE) --only-binary :all: --constraints $(LOCK)
+override COMPILE_IMAGE := $(COMPILE) --only-binary :all: --constraints $(LOCK)
 
-image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=…] [PUSH=1]
+image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=…] [BASE_DIGEST=…] [PUSH=1]
 	@images/build.sh
 
 # --- The cluster's side: docs/cluster.md. Needs kubectl and python3, not .venv. ---
 # OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated tensorboard priority kfp-launcher"]
 # [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; uninstall: [FORCE=1] [DELETE_PVC=…]
-CLUSTER = $(PYTHON) k8s/install.py
-CLUSTER_FLAGS = --overlay "$(OVERLAY)" $(if $(NAMESPACE),--namespace "$(NAMESPACE)") \
-  $(if $(COMPONENTS),--components $(COMPONENTS)) $(if $(GPUS),--gpus "$(GPUS)") \
-  $(if $(SIZE),--size "$(SIZE)") $(if $(STORAGE_CLASS),--storage-class "$(STORAGE_CLASS)") \
-  $(if $(IMAGE),--image "$(IMAGE)") $(if $(DRY_RUN),--dry-run)
+override CLUSTER = set -f; "$$PYTHON" k8s/install.py
+override CLUSTER_FLAGS = --overlay "$$OVERLAY" $${NAMESPACE:+--namespace "$$NAMESPACE"} \
+  $${COMPONENTS:+--components $$COMPONENTS} $${GPUS:+--gpus "$$GPUS"} \
+  $${SIZE:+--size "$$SIZE"} $${STORAGE_CLASS:+--storage-class "$$STORAGE_CLASS"} \
+  $${IMAGE:+--image "$$IMAGE"} $${DRY_RUN:+--dry-run}
 
 install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local (docs/cluster.md)
 	@$(CLUSTER) install $(CLUSTER_FLAGS)
 
 uninstall: ## Remove that again, except data
-	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $(if $(FORCE),--force) $(if $(DELETE_PVC),--delete-pvc "$(DELETE_PVC)")
+	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $${FORCE:+--force} $${DELETE_PVC:+--delete-pvc "$$DELETE_PVC"}
 
 # --- The user's side: docs/cluster-client.md. Connection and images come from the environment or from
 # cluster.toml. `.venv/bin/python -m pipelines COMMAND --help` explains all flags; FLAGS passes them. ---
-PIPELINES = @$(BIN)/python -m pipelines
-JOB_FLAGS = $(if $(DATASET),--dataset "$(DATASET)") $(if $(CONFIG),--config "$(CONFIG)") \
-  $(if $(ROOT),--root "$(ROOT)") $(if $(NAME),--name "$(NAME)") $(if $(PARAMS),--param $(PARAMS)) $(FLAGS)
+override PIPELINES = @$(BIN)/python -m pipelines
+override MORE = $${FLAGS:+"--flags=$$FLAGS"}
+override JOB_FLAGS = $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
+  $${ROOT:+--root "$$ROOT"} $${NAME:+--name "$$NAME"} $${PARAMS:+--param "$$PARAMS"} $(MORE)
 
 doctor: setup ## Check that a cluster is ready, one line per check
-	$(PIPELINES) doctor $(if $(DATASET),--dataset "$(DATASET)") $(if $(ROOT),--root "$(ROOT)") $(FLAGS)
+	$(PIPELINES) doctor $${DATASET:+--dataset "$$DATASET"} $${ROOT:+--root "$$ROOT"} $(MORE)
 
 submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=16" WAIT=1]
 	$(PIPELINES) submit $(JOB_FLAGS) $(if $(filter-out 0,$(WAIT)),--wait)
 
 schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
-	$(PIPELINES) schedule $(JOB_FLAGS) $(if $(MARKER),--marker "$(MARKER)") --cron "$(CRON)"
+	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON"
 
 schedules: setup ## List the schedules
-	$(PIPELINES) schedules $(FLAGS)
+	$(PIPELINES) schedules $(MORE)
 
 unschedule: setup ## Delete a schedule: NAME=…
-	$(PIPELINES) unschedule "$(NAME)" $(FLAGS)
+	$(PIPELINES) unschedule "$$NAME" $(MORE)
 
 list: setup ## List the newest runs
-	$(PIPELINES) list $(FLAGS)
+	$(PIPELINES) list $(MORE)
 
 status: setup ## Show a run's steps: [RUN=…], the newest by default
-	$(PIPELINES) status $(if $(RUN),"$(RUN)") $(FLAGS)
+	$(PIPELINES) status $${RUN:+"$$RUN"} $(MORE)
 
 watch: setup ## The same until it is over: [RUN=…]
-	$(PIPELINES) watch $(if $(RUN),"$(RUN)") $(FLAGS)
+	$(PIPELINES) watch $${RUN:+"$$RUN"} $(MORE)
 
 logs: setup ## Print the logs of a run's pods: [RUN=… STEP=extract]
-	$(PIPELINES) logs $(if $(RUN),"$(RUN)") $(if $(STEP),--step "$(STEP)") $(FLAGS)
+	$(PIPELINES) logs $${RUN:+"$$RUN"} $${STEP:+--step "$$STEP"} $(MORE)
 
 cancel: setup ## Stop a run: RUN=…
-	$(PIPELINES) cancel "$(RUN)" $(FLAGS)
+	$(PIPELINES) cancel "$$RUN" $(MORE)
 
 compile: setup ## Write pipeline.yaml
-	$(PIPELINES) compile $(FLAGS)
+	$(PIPELINES) compile $(MORE)
 
 run-local: setup ## The same pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
-	$(PIPELINES) run-local $(if $(DATASET),--dataset "$(DATASET)") $(if $(CONFIG),--config "$(CONFIG)") \
-	  $(if $(ROOT),--root "$(ROOT)") $(if $(IMAGE),--image "$(IMAGE)") \
-	  $(if $(CPU_IMAGE),--cpu-image "$(CPU_IMAGE)") $(if $(PARAMS),--param $(PARAMS)) $(FLAGS)
+	$(PIPELINES) run-local $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
+	  $${ROOT:+--root "$$ROOT"} $${IMAGE:+--image "$$IMAGE"} \
+	  $${CPU_IMAGE:+--cpu-image "$$CPU_IMAGE"} $${PARAMS:+--param "$$PARAMS"} $(MORE)
 
 e2e-servers: setup ## Build the servers that end-to-end tests start (needs go)
 	$(BIN)/python tests/e2e/compiled.py
 
 clean: ## Remove what make made
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) "$$DEMO" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

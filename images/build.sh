@@ -4,6 +4,7 @@
 #   IMAGE           name of the runtime image (default: saev:VERSION)
 #   CPU_IMAGE       name of the small one (default: IMAGE with -cpu before the tag); "none" leaves it out
 #   BASE_IMAGE, CPU_BASE_IMAGE   what they stand on (defaults: in the Dockerfile)
+#   BASE_DIGEST, CPU_BASE_DIGEST   sha256:…, which pins a base: a tag may name another image tomorrow
 #   PUSH=1          push both
 #   PIP_INDEX_URL   package index in place of PyPI; passed as a secret
 #   BUILD_ARGS      further arguments of `docker build`
@@ -32,24 +33,47 @@ image=${IMAGE:-saev:$version}
 case ${image##*/} in *@*) fail "IMAGE is $image; expected a name and a tag, not a digest." ;; *:*) ;; *) image=$image:$version ;; esac
 cpu_image=${CPU_IMAGE:-${image%:*}-cpu:${image##*:}}
 
-build() { # flavour image base
-  case $1 in gpu) base=BASE_IMAGE ;; cpu) base=CPU_BASE_IMAGE ;; esac
+default_of() { sed -n "s/^ARG $1=//p" images/Dockerfile; }
+
+build() { # flavour image base digest
+  case $1 in gpu) name=BASE_IMAGE ;; cpu) name=CPU_BASE_IMAGE ;; esac
+  base=${3:-$(default_of $name)}
+  case $4 in
+    "") ;;
+    sha256:*) base=${base%@*}@$4 ;;
+    *) fail "the digest of $base is $4; expected sha256: and 64 hex digits." ;;
+  esac
+  case $base in *@*) ;; *)
+    echo "make image: $base is a tag, which may name another image tomorrow; docs/images.md pins it." >&2 ;;
+  esac
   # shellcheck disable=SC2086  # BUILD_ARGS is a list of words
   "$docker" build --file images/Dockerfile --tag "$2" \
-    ${3:+--build-arg "$base=$3"} \
+    --build-arg "$name=$base" --build-arg "BASE=$base" \
     ${PIP_INDEX_URL:+--secret id=index_url,env=PIP_INDEX_URL} \
     --build-arg "FLAVOUR=$1" --build-arg "VERSION=$version" \
     --build-arg "REVISION=$revision" --build-arg "SOURCE=$source" ${BUILD_ARGS:-} .
 }
 
-build gpu "$image" "${BASE_IMAGE:-}"
+# What is in an image is a file beside it, for who audits images without pulling them.
+materials() { # image
+  folder=build/sbom
+  mkdir -p $folder
+  file=$folder/$(printf '%s' "${1##*/}" | tr ':' '-').cdx.json
+  container=$("$docker" create "$1")
+  "$docker" cp --quiet "$container:/usr/share/doc/saev/sbom.cdx.json" "$file"
+  "$docker" rm "$container" >/dev/null
+  echo "make image: $file lists the packages of $1 (CycloneDX)." >&2
+}
+
+build gpu "$image" "${BASE_IMAGE:-}" "${BASE_DIGEST:-}"
 images=$image
 if [ "$cpu_image" != none ]; then
-  build cpu "$cpu_image" "${CPU_BASE_IMAGE:-}"
+  build cpu "$cpu_image" "${CPU_BASE_IMAGE:-}" "${CPU_BASE_DIGEST:-}"
   images="$image $cpu_image"
 fi
 
 for name in $images; do
+  materials "$name"
   if [ "${PUSH:-0}" = 1 ]; then "$docker" push --quiet "$name" >/dev/null; fi
   # A digest, by which a cluster finds exactly this image, is known after the push.
   "$docker" inspect --format '{{.Size}} {{.Id}} {{range .RepoDigests}}{{.}} {{end}}' "$name" |

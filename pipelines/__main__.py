@@ -1,6 +1,15 @@
 """`python -m pipelines`."""
 
-from pipelines.cli import main
+from saev import interrupts
+
+
+def main() -> None:
+    """Entry point: signals are looked after before the rest is imported, which takes a second."""
+    interrupts.end_at_once("pipelines")
+    from pipelines import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

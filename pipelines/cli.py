@@ -3,7 +3,7 @@
 import collections.abc
 import logging
 import os
-import signal
+import shlex
 import sys
 import typing as tp
 
@@ -15,6 +15,7 @@ import tyro
 from pipelines import arguments as a
 from pipelines import settings
 from pipelines.errors import ClusterError
+from saev import interrupts
 from saev.config.base import Config
 from saev.errors import ConfigError, SaevError
 
@@ -24,26 +25,44 @@ saev on Kubeflow Pipelines.
 Settings come from flags, then the environment, then cluster.toml (see \
 configs/cluster.example.toml). Results are on standard output, everything else on standard error."""
 
+FLAGS = "--flags="
 _ERR = rich.console.Console(stderr=True)
 
 
 def main(argv: collections.abc.Sequence[str] | None = None) -> None:
     """Entry point. Exits with 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command = parse(argv or ["--help"])
-    _log()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        status = _run(command)
+        argv = spread(sys.argv[1:] if argv is None else argv)
+        with interrupts.readers_may_leave():
+            command = parse(argv or ["--help"])
+            _log()
+            interrupts.unwind()  # so that a pod of the doctor's is deleted
+            status = _run(command)
     except SaevError as err:
         sys.stderr.write(f"pipelines: error: {err}\n")
         status = 1
     except KeyboardInterrupt:
         sys.stderr.write("pipelines: interrupted.\n")
         status = 130
-    except BrokenPipeError:
-        status = 141
     sys.exit(status)
+
+
+def spread(argv: collections.abc.Sequence[str]) -> list[str]:
+    """`--flags=TEXT`, which make passes on, as the words that a shell would make of the text.
+
+    Raises:
+        ConfigError: a quote in it is not closed.
+    """
+    words: list[str] = []
+    for word in argv:
+        if not word.startswith(FLAGS):
+            words.append(word)
+            continue
+        try:
+            words += shlex.split(word.removeprefix(FLAGS))
+        except ValueError as err:
+            raise ConfigError(f"FLAGS is {word.removeprefix(FLAGS)!r}: {err}.") from None
+    return words
 
 
 def parse(argv: collections.abc.Sequence[str]) -> Config:
@@ -228,8 +247,3 @@ def _log() -> None:
     logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
     logger.handlers, logger.propagate = [logging.StreamHandler(sys.stderr)], False
     logging.getLogger("urllib3").setLevel("CRITICAL")
-
-
-def _terminate(signum: int, frame: object) -> tp.NoReturn:
-    """Unwind, so that a pod of the doctor's is deleted."""
-    raise SystemExit(128 + signum)

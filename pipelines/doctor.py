@@ -10,7 +10,7 @@ import typing as tp
 import kfp_server_api
 import rich.console
 
-from pipelines import doctor_access, doctor_nodes, doctor_objects, probe
+from pipelines import doctor_access, doctor_nodes, doctor_objects, prepare, probe
 from pipelines.connect import Kfp, connect, is_in_cluster
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
@@ -67,7 +67,9 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         )
         account = settings.service_account
         yield from doctor_access.service_account(kube, namespace, account)
-        yield from doctor_nodes.gpus(kube)
+        values, finding = _parameters(settings)
+        yield finding
+        yield from doctor_nodes.gpus(kube, values)
         yield from doctor_objects.storage(kube, namespace)
         if not pod:
             yield skipped("pod", "image and storage, as --no-pod says")
@@ -108,6 +110,17 @@ def _kfp(
         remedy = f"This client is made for {ours}; other versions of KFP 2 mostly work."
         return kfp, warn(what, found, remedy)
     return kfp, ok(what, found)
+
+
+def _parameters(settings: Settings) -> tuple[dict[str, tp.Any] | None, Finding]:
+    """What `cluster.toml` sets for every run; None if `make submit` would refuse it."""
+    what = "parameters"
+    try:  # which parameters there are does not depend on the image
+        pipeline = prepare.compiled("saev", settings.model_copy(update={"image": "any"}))
+        values = prepare.usual_parameters(pipeline, settings)
+    except SaevError as err:
+        return None, fail(what, str(err), "")
+    return values, ok(what, ", ".join(values) or "none, so runs take the defaults")
 
 
 def _version(kube: Kube, namespace: str) -> str:

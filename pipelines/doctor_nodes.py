@@ -12,9 +12,16 @@ _TOLERATED = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSched
 """What a run tolerates if its parameters say nothing, as in pipelines.definition."""
 
 
-def gpus(kube: Kube) -> collections.abc.Iterator[Finding]:
-    """Whether the GPUs that a run asks for exist and are free."""
-    parameters = kube.settings.parameters
+def gpus(kube: Kube, parameters: dict[str, tp.Any] | None) -> collections.abc.Iterator[Finding]:
+    """Whether the GPUs that a run asks for exist and are free.
+
+    Args:
+        kube: the cluster.
+        parameters: the checked ones of every run; None if they are wrong.
+    """
+    if parameters is None:
+        yield skipped(_WHAT, "the parameters say what a run asks for")
+        return
     kind = str(parameters.get("gpu_type", "nvidia.com/gpu"))
     count = int(parameters.get("gpu_count", 1))
     count = max(count, int(parameters.get("train_gpus", count)))

@@ -19,21 +19,57 @@ _KINDS = {
 }
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_PAIR = re.compile(r"(?P<key>[A-Za-z_]\w*)=")
+_NEXT = re.compile(r"\s+[A-Za-z_]\w*=")
+_TOLERATION = {
+    "key": str, "operator": str, "value": str, "effect": str, "tolerationSeconds": int,
+}  # fmt: skip
+_EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _LARGEST = 100_000
 """Characters of the config: a pod gets it as one argument, which Linux limits to 128 KiB."""
 
 
-def parse(pairs: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
-    """KEY=VALUE words; a value is JSON if it parses, else text. Raises ConfigError."""
+def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
+    """KEY=VALUE pairs, one or several in a text: ``n_parts=16 node_selector={"gpu": "a100"}``.
+
+    A value that begins as JSON does ends with that JSON, whatever spaces are in it; any other one
+    ends before the next ``KEY=``.
+
+    Returns:
+        parameter → its text; :func:`check` gives it its type.
+
+    Raises:
+        ConfigError: something is no KEY=VALUE, a parameter is given twice, or JSON is incomplete.
+    """
     values: dict[str, tp.Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"Parameter {pair!r} is not KEY=VALUE, such as n_parts=16.")
-        if key in values:
-            raise ConfigError(f"Parameter {key} is given twice; keep one of them.")
-        values[key] = text
+    for text in texts:
+        rest = text.strip()
+        while rest or not text.strip():
+            found = _PAIR.match(rest)
+            if found is None:
+                raise ConfigError(f"Parameter {rest!r} is not KEY=VALUE, such as n_parts=16.")
+            key = found["key"]
+            if key in values:
+                raise ConfigError(f"Parameter {key} is given twice; keep one of them.")
+            values[key], rest = _first_value(key, rest[found.end() :])
     return values
+
+
+def _first_value(key: str, text: str) -> tuple[str, str]:
+    """The value at the start of a text, and what stands behind it."""
+    if text[:1] in ("{", "[", '"'):
+        try:
+            end = json.JSONDecoder().raw_decode(text)[1]
+        except ValueError as err:
+            raise ConfigError(
+                f"Parameter {key} begins as JSON does and is none: {text!r} ({err})."
+            ) from None
+        if text[end : end + 1].strip():
+            raise ConfigError(f"Parameter {key} has {text[end:]!r} behind its JSON.")
+        return text[:end], text[end:].strip()
+    following = _NEXT.search(text)
+    end = len(text) if following is None else following.start()
+    return text[:end].strip(), text[end:].strip()
 
 
 def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[str, tp.Any]:
@@ -135,6 +171,18 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
             raise wrong("a Kubernetes name: small letters, digits, dashes and dots")
     elif key == "node_selector" and not all(isinstance(v, str) for v in value.values()):
         raise wrong('labels with texts as values, such as {"gpu": "a100"}')
-    elif key == "tolerations" and not all(isinstance(v, dict) for v in value):
-        raise wrong('a list of objects, such as [{"key": "gpu", "operator": "Exists"}]')
+    elif key == "tolerations" and not all(map(_is_toleration, value)):
+        raise wrong(
+            f"a list of objects with the keys {', '.join(_TOLERATION)}, such as "
+            '[{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}]'
+        )
     return value
+
+
+def _is_toleration(value: tp.Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(v, _TOLERATION.get(k, ())) for k, v in value.items())
+        and value.get("operator", "Equal") in ("Equal", "Exists")
+        and value.get("effect", _EFFECTS[0]) in _EFFECTS
+    )

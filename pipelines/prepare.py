@@ -74,13 +74,19 @@ def job(
         place(str(images.root), f"data.root of {source}", settings)
     resolve(file, root, images, source)
     pipeline = compiled(name, settings)
+    usual = usual_parameters(pipeline, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
     values = {
-        **parameters.check(pipeline, settings.parameters, "cluster.toml [parameters]"),
+        **usual,
         **parameters.check(pipeline, parameters.parse(pairs), "--param"),
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
     return Job(pipeline, parameters.complete(pipeline, values))
+
+
+def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any]:
+    """The parameters that `cluster.toml` sets for every run, checked. Raises ConfigError."""
+    return parameters.check(pipeline, settings.parameters, "cluster.toml [parameters]")
 
 
 def place(url: str, what: str, settings: Settings) -> str:

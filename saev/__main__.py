@@ -1,6 +1,15 @@
-"""`python -m saev`, the same as `saev`."""
+"""The commands `saev` and `python -m saev`."""
 
-from saev.cli import main
+from saev import interrupts
+
+
+def main() -> None:
+    """Entry point: signals are looked after before the rest is imported, which takes a second."""
+    interrupts.end_at_once("saev")
+    from saev import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

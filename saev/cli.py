@@ -4,7 +4,6 @@ Stages are imported only when they run, so that `saev --help` answers at once.
 """
 
 import os
-import signal
 import sys
 import typing as tp
 
@@ -13,7 +12,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import cores, torchrun
+from saev import cores, interrupts, torchrun
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
@@ -73,41 +72,45 @@ def parse(argv: tp.Sequence[str]) -> tp.Any:
     )
 
 
-def execute(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str]:
-    """Run the stage of a config; returns the URLs of its results."""
+def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:
+    """What a config stands for, with everything imported: a call gives the URLs of its results."""
     if isinstance(cfg, ShardsConfig):
         import saev.shards.extract as extract
 
-        return [extract.run(cfg, progress=progress)]
+        return lambda: [extract.run(cfg, progress=progress)]
     if isinstance(cfg, TrainConfig):
         from saev import train
 
-        return list(train.run(cfg, progress=progress, explicit=explicit_keys(argv)))
+        return lambda: list(train.run(cfg, progress=progress, explicit=explicit_keys(argv)))
     if isinstance(cfg, InferenceConfig):
         from saev import inference
 
-        return [inference.run(cfg, progress=progress)]
+        return lambda: [inference.run(cfg, progress=progress)]
     if isinstance(cfg, VisualsConfig):
         from saev import visuals
 
-        return [visuals.run(cfg, progress=progress)]
+        return lambda: [visuals.run(cfg, progress=progress)]
     if isinstance(cfg, tuple(STEPS.values())):
         from saev.steps import run as step_runner
 
-        return step_runner.run(cfg, progress=progress)
+        return lambda: step_runner.run(cfg, progress=progress)
     if isinstance(cfg, SizeConfig):
         from saev import size
 
-        size.run(cfg)
-        return []
+        return lambda: _no_urls(size.run, cfg)
     if isinstance(cfg, GcConfig):
         from saev import gc
 
-        gc.run(cfg)
-        return []
+        return lambda: _no_urls(gc.run, cfg)
     from saev import run
 
-    return [run.run(cfg, progress=progress)]
+    return lambda: [run.run(cfg, progress=progress)]
+
+
+def _no_urls(command: tp.Callable[[tp.Any], None], cfg: tp.Any) -> list[str]:
+    """Run a command that prints by itself."""
+    command(cfg)
+    return []
 
 
 def explicit_keys(argv: tp.Sequence[str]) -> frozenset[str]:
@@ -132,21 +135,23 @@ def explicit_keys(argv: tp.Sequence[str]) -> frozenset[str]:
 def main(argv: tp.Sequence[str] | None = None) -> None:
     """Entry point of `saev`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    cfg = parse(argv or ["--help"])
-    signal.signal(signal.SIGTERM, _terminate)
+    with interrupts.readers_may_leave():
+        cfg = parse(argv or ["--help"])
     cores.limit_threads()
     try:
         rank = _rank()
         progress = Progress(quiet=rank > 0 or isinstance(cfg, GcConfig))  # gc asks a question
         log_to(progress, rank)
         with progress:
-            urls = execute(cfg, argv, progress)
+            call = stage(cfg, argv, progress)
+            interrupts.unwind()
+            urls = call()
     except SaevError as err:
         _fail(str(err), 1)
     except KeyboardInterrupt:
         _fail("Interrupted. The same command continues from here.", 130)
     except BrokenPipeError:
-        _fail("The reader of standard output went away.", 141)
+        _fail("The reader of standard output went away.", interrupts.BROKEN_PIPE)
     except ModuleNotFoundError as err:
         package = (err.name or "saev").partition(".")[0]
         if package == "saev":
@@ -157,19 +162,15 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
             "Elsewhere: install saev with its dependencies.",
             1,
         )
-    for url in urls if rank == 0 else ():
-        print(url)  # noqa: T201 - the one thing on standard output
+    with interrupts.readers_may_leave():
+        for url in urls if rank == 0 else ():
+            print(url)  # noqa: T201 - the one thing on standard output
 
 
 def _rank() -> int:
     """This process's number among those that torchrun started, of which the first one speaks."""
     place = torchrun.place()
     return 0 if place is None else place.rank
-
-
-def _terminate(signum: int, frame: object) -> tp.NoReturn:
-    """Unwind as for any exception, so that temporaries go and a resume point can be written."""
-    raise SystemExit(128 + signum)
 
 
 def _fail(message: str, status: int) -> tp.NoReturn:

@@ -13,6 +13,7 @@ import pytest
 from saev import cli
 from saev.config import ImgSegFolder, Matryoshka, Relu, ShardsConfig, TrainConfig
 
+ROOT = Path(__file__).parents[1]
 TINY = ("--family", "timm", "--ckpt", "test_vit/random", "--image-size", "32", "--layers", "-1")
 
 
@@ -191,6 +192,58 @@ def test_a_signal_ends_a_stage_at_once_and_without_a_traceback(
     assert process.returncode == (130 if signum == signal.SIGINT else 143)
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*/.tmp-*")), "a temporary was left behind"
+
+
+@pytest.mark.parametrize("command", ["saev", "pipelines"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_first_second_is_one_line(command: str, signum: signal.Signals) -> None:
+    """At several instants: while Python starts it, while it imports, while a stage is imported."""
+    argv = [sys.executable, "-m", command, *("shards --family x --ckpt y data:fake-img".split())]
+    if command == "pipelines":
+        argv = [sys.executable, "-m", command, "compile", "--out", os.devnull]
+    seen = set()
+    for delay in (0.02, 0.4):
+        process = subprocess.Popen(
+            argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=_default_signals
+        )
+        _wait_for_handlers(process)
+        time.sleep(delay)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+        if process.returncode in (128 + signum, 1):  # 1: it was faster, and found its mistake
+            assert len(err.splitlines()) == 1, err
+        else:
+            raise AssertionError(f"status {process.returncode}: {err}")
+        seen.add(process.returncode)
+    assert 128 + signum in seen
+
+
+def _default_signals() -> None:
+    """pytest's own handlers, or a shell's background job, may have Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _wait_for_handlers(process: subprocess.Popen) -> None:
+    """Until the process catches signals: before that, the interpreter itself is starting."""
+    bit = 1 << (signal.SIGTERM - 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) & bit:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("words", ["saev --help", "saev train --help", "pipelines submit --help"])
+def test_a_reader_that_goes_away_gets_no_traceback(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", *words.split()], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # --- Bad input: one clear error each ---------------------------------------------------------

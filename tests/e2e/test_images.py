@@ -108,6 +108,31 @@ def test_packages_are_the_lock_and_saev(docker: Docker, saev_images: Images) -> 
         assert len(found) > 30
 
 
+def test_a_bill_of_materials_is_the_lock(docker: Docker, saev_images: Images) -> None:
+    for flavour, image in saev_images._asdict().items():
+        place = "/usr/share/doc/saev/sbom.cdx.json"
+        bill = json.loads(python(docker, image, f"print(open({place!r}).read())"))
+        assert bill["bomFormat"] == "CycloneDX"
+        listed = {c["name"].lower().replace("_", "-"): c for c in bill["components"]}
+        lock = (ROOT / f"requirements/{flavour}.lock").read_text()
+        locked = dict(re.findall(r"^([a-z0-9.-]+)==([^ ;]+)", lock, re.MULTILINE))
+        assert {name: c["version"] for name, c in listed.items()} == locked
+        hashes = {
+            h["content"]
+            for c in listed.values()
+            for reference in c["externalReferences"]
+            for h in reference.get("hashes", [])
+        }
+        assert hashes == set(re.findall(r"--hash=sha256:([0-9a-f]{64})", lock))
+        beside = ROOT / "build/sbom" / (image.rpartition("/")[2].replace(":", "-") + ".cdx.json")
+        assert json.loads(beside.read_text()) == bill
+
+
+def test_the_base_is_named(docker: Docker, image: str, base_image: str) -> None:
+    labels = json.loads(docker.inspect(image, "{{json .Config.Labels}}"))
+    assert labels["org.opencontainers.image.base.name"] == base_image
+
+
 def test_nothing_of_this_machine(docker: Docker, image: str) -> None:
     code = (
         "import pathlib, sys\n"

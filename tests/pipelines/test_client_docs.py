@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dry_make
 import pytest
 import yaml
 from client import Client
@@ -23,11 +24,8 @@ COMMANDS = sorted(
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_documented_command_is_understood(command: str) -> None:
-    dry = ["make", "--no-print-directory", "-n", "-o", "setup", *shlex.split(command)[1:]]
-    lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    [line] = [line for line in lines.splitlines() if " -m pipelines " in line]
-    words = shlex.split(line)
+def test_a_documented_command_is_understood(command: str, tmp_path: Path) -> None:
+    words = cli.spread(dry_make.call(tmp_path, *shlex.split(command)[1:]))
     parsed = cli.parse(words[words.index("pipelines") + 1 :])
     assert isinstance(parsed, arguments.COMMANDS[command.split()[1]])
     for variable in shlex.split(command)[2:]:

@@ -265,6 +265,45 @@ def test_gpus_that_a_run_can_have(
     assert said in found
 
 
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ('gpu_count = "two"', "gpu_count (cluster.toml [parameters]) is 'two', expected a whole"),
+        ("gpu_count = [1]", "gpu_count (cluster.toml [parameters]) is [1], expected a text"),
+        ("node_selector = 'gpu'", "node_selector (cluster.toml [parameters]) is 'gpu', expected a"),
+        ("node_selector = {gpu = 1}", "expected labels with texts as values"),
+        (
+            "tolerations = 'all'",
+            "tolerations (cluster.toml [parameters]) is 'all', expected a JSON",
+        ),
+        ("tolerations = '{}'", "expected a JSON list"),
+        ('tolerations = [{keys = "gpu"}]', "expected a list of objects with the keys key, op"),
+        ('tolerations = [{operator = "exists"}]', "expected a list of objects with the keys"),
+        ("gpu_counts = 2", "no parameter 'gpu_counts'"),
+    ],
+)
+def test_parameters_that_submit_would_refuse(
+    client: Client, cluster: KubeServer, home: Path, parameters: str, said: str
+) -> None:
+    home.joinpath("cluster.toml").write_text(f"[parameters]\n{parameters}\n")
+    lines = _lines(client, status=1)
+    assert lines["parameters"].startswith("fail")
+    assert said in lines["parameters"]
+    assert lines["GPUs"].startswith("skip")
+
+
+def test_parameters_as_json_texts(client: Client, cluster: KubeServer, home: Path) -> None:
+    text = """[parameters]
+node_selector = '{"disk": "ssd"}'
+gpu_count = "2"
+tolerations = '[{"operator": "Exists"}]'
+"""
+    home.joinpath("cluster.toml").write_text(text)
+    lines = _lines(client, status=1)
+    assert lines["parameters"] == "ok: node_selector, gpu_count, tolerations"
+    assert "node_selector disk=ssd does not match" in lines["GPUs"]
+
+
 def test_gpus_that_are_shared(client: Client, cluster: KubeServer) -> None:
     labels = {"nvidia.com/gpu.sharing-strategy": "time-slicing"}
     cluster.objects["nodes", "", "a"]["metadata"]["labels"] = labels
