@@ -60,7 +60,7 @@ materials() { # image
   mkdir -p $folder
   file=$folder/$(printf '%s' "${1##*/}" | tr ':' '-').cdx.json
   container=$("$docker" create "$1")
-  "$docker" cp --quiet "$container:/usr/share/doc/saev/sbom.cdx.json" "$file"
+  "$docker" cp "$container:/usr/share/doc/saev/sbom.cdx.json" "$file" >/dev/null
   "$docker" rm "$container" >/dev/null
   echo "make image: $file lists the packages of $1 (CycloneDX)." >&2
 }
