@@ -15,7 +15,7 @@ import tyro
 from pipelines import arguments as a
 from pipelines import settings
 from pipelines.errors import ClusterError
-from saev import interrupts
+from saev import interrupts, secrets
 from saev.config.base import Config
 from saev.errors import ConfigError, SaevError
 
@@ -33,6 +33,7 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
     """Entry point. Exits with 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
     try:
         argv = spread(sys.argv[1:] if argv is None else argv)
+        secrets.refuse_in(argv)
         with interrupts.readers_may_leave():
             command = parse(argv or ["--help"])
             _log()
@@ -245,5 +246,7 @@ def _log() -> None:
     logging.basicConfig(level="ERROR", format="%(message)s")
     logger = logging.getLogger("pipelines")
     logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
-    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stderr)], False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(secrets.RedactingFilter())
+    logger.handlers, logger.propagate = [handler], False
     logging.getLogger("urllib3").setLevel("CRITICAL")

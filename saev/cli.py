@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import cores, interrupts, torchrun
+from saev import cores, interrupts, secrets, torchrun
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
@@ -136,6 +136,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     """Entry point of `saev`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     with interrupts.readers_may_leave():
+        secrets.refuse_in(argv)
         cfg = parse(argv or ["--help"])
     cores.limit_threads()
     try:

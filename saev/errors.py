@@ -4,9 +4,14 @@ A message names the thing, the value found, the value expected and the remedy. T
 prints it without a traceback and exits with status 1; anything else that escapes is a bug.
 """
 
+from saev.secrets import redact
+
 
 class SaevError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and mend. Keys inside URLs are hidden."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(SaevError):

@@ -13,6 +13,8 @@ import rich.logging
 import rich.progress
 import rich.text
 
+from saev.secrets import RedactingFilter
+
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 30.0
@@ -142,5 +144,6 @@ def log_to(progress: Progress, rank: int = 0) -> None:
         form = "%(message)s"
     else:  # whole lines, for the log of a pod
         handler, form = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
+    handler.addFilter(RedactingFilter())
     logging.basicConfig(level="WARNING" if rank == 0 else "ERROR", format=form, handlers=[handler])
     logging.getLogger("saev").setLevel(level)

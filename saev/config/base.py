@@ -2,11 +2,11 @@
 
 import json
 import typing as tp
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pydantic
 
-from saev import storage
+from saev import secrets, storage
 from saev.errors import ConfigError
 
 Dtype = tp.Literal["float32", "float16", "bfloat16"]
@@ -42,6 +42,16 @@ class Config(pydantic.BaseModel):
                 kept.setdefault(new, raw[old])
         return kept
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_keys(cls, raw: tp.Any, info: pydantic.ValidationInfo) -> tp.Any:
+        """No URL with a key in it gets into a config, which is shown, stored and hashed."""
+        if isinstance(raw, dict) and not (info.context or {}).get("stored"):
+            for value in _texts(raw):
+                if secrets.holds_key(value):
+                    raise ValueError(secrets.refusal(value))
+        return raw
+
     def to_dict(self) -> dict[str, tp.Any]:
         """As plain JSON types."""
         return self.model_dump(mode="json")
@@ -61,17 +71,24 @@ class Config(pydantic.BaseModel):
         return plain
 
     @classmethod
-    def from_dict(cls, raw: tp.Any, *, source: str = "config") -> tp.Self:
-        """Validate plain JSON types. Raises ConfigError that names the key."""
+    def from_dict(cls, raw: tp.Any, *, source: str = "config", stored: bool = False) -> tp.Self:
+        """Validate plain JSON types. Raises ConfigError that names the key.
+
+        Args:
+            raw: the types.
+            source: what errors call them.
+            stored: whether an earlier version may have written them; then a URL with a key in it
+                is no error.
+        """
         try:
-            return cls.model_validate(raw)
+            return cls.model_validate(raw, context={"stored": stored})
         except pydantic.ValidationError as err:
             raise ConfigError(describe_validation_error(err, source)) from err
 
     @classmethod
     def from_url(cls, url: str) -> tp.Self:
-        """Read a JSON config."""
-        return cls.from_dict(storage.read_json(url), source=storage.normalize(url))
+        """Read a JSON config that was stored."""
+        return cls.from_dict(storage.read_json(url), source=storage.normalize(url), stored=True)
 
 
 def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
@@ -83,6 +100,18 @@ def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
     if isinstance(value, dict):
         return {key: _identity(v, plain[key]) for key, v in value.items()}
     return plain
+
+
+def _texts(value: tp.Any) -> Iterator[str]:
+    """All texts inside plain JSON types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:

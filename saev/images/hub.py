@@ -89,6 +89,11 @@ def _load(cfg: Imagenet | Cifar10) -> tp.Any:
             "Install it: pip install 'saev[hf]'."
         ) from err
     where = f"dataset {cfg.name}, split '{cfg.split}'"
+    if "::" in cfg.name and storage.local_path(cfg.name) is not None:
+        raise ConfigError(
+            f"Cannot load {where}: the package datasets takes :: in a path for a chain of URLs. "
+            "Rename the folder, or link to it under another name."
+        )
     try:
         if _was_saved_to_disk(cfg.name):
             found = datasets.load_from_disk(cfg.name)
@@ -114,7 +119,7 @@ def _load(cfg: Imagenet | Cifar10) -> tp.Any:
 
 
 def _was_saved_to_disk(name: str) -> bool:
-    if "://" not in name and storage.local_path(name) is not None and not storage.is_dir(name):
+    if storage.local_path(name) is not None and not storage.is_dir(name):
         return False
     markers = ("state.json", "dataset_dict.json")
     return any(storage.exists(storage.join(name, marker)) for marker in markers)

@@ -161,7 +161,7 @@ class Metadata(Config):
             raise CorruptDataError(f"{place}: protocol is {found!r}, expected '3.0' or '2.1'.")
         if found == "2.1":
             raw = _from_2_1(raw)
-        metadata = cls.from_dict(raw, source=place)
+        metadata = cls.from_dict(raw, source=place, stored=True)
         name = storage.name(url)
         is_hash = len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
         if found == "3.0" and is_hash and name != metadata.hash:

@@ -6,6 +6,9 @@ import os
 import uuid
 from pathlib import Path
 
+from fsspec.core import has_magic
+from fsspec.implementations.local import LocalFileSystem
+
 from saev.storage.faults import explained
 from saev.storage.looking import exists
 from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, normalize
@@ -17,7 +20,13 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
     text = normalize(url)
     fs, key = filesystem(text)
     with explained(text, "delete"), contextlib.suppress(FileNotFoundError):
-        fs.rm(key, recursive=recursive)
+        if not recursive:
+            fs.rm_file(key)
+        elif isinstance(fs, LocalFileSystem) or not has_magic(key):
+            fs.rm(key, recursive=True)
+        else:  # fsspec would take the name for a pattern, and remove what matches it
+            for found in [*fs.find(key), key]:
+                fs.rm_file(found)
         fs.invalidate_cache(key)
 
 

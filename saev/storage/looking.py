@@ -85,8 +85,8 @@ def list_dir(url: str | os.PathLike) -> list[Entry]:
     entries = []
     for row in rows:
         child = with_scheme(fs, row["name"])
-        if child == text:  # object stores list the folder's own marker
-            if row["type"] == "file" and row.get("size"):
+        if child == text:
+            if row["type"] == "file" and not is_marker(row["name"]):
                 raise StorageError(f"Cannot list {text}: it is a file, expected a folder.")
             continue
         if name(child).startswith(TMP_PREFIX):
@@ -104,7 +104,7 @@ def find(url: str | os.PathLike) -> list[str]:
     with explained(text, "list"):
         fs.invalidate_cache(key)
         keys = retry_reads(fs.find)(key)
-    urls = (with_scheme(fs, k) for k in keys)
+    urls = (with_scheme(fs, k) for k in keys if not is_marker(k))
     return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
 
 
@@ -176,13 +176,20 @@ def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
     fs, key = filesystem(url)
     with explained(url, "list"):
         fs.invalidate_cache(key)
-        info = retry_reads(fs.info)(key)
-        if info["type"] != "directory":
-            raise NotADirectoryError(url)
         rows = retry_reads(fs.find)(key, detail=True)
-    for found, row in rows.items():
-        if not found.endswith("/"):  # what some tools put where a folder would be
+        # An object may have the folder's own name: it is not below it, and hides nothing.
+        inside = {found: row for found, row in rows.items() if found.rstrip("/") != key}
+        is_marked = any(is_marker(found) for found in rows)
+        if not inside and not is_marked and retry_reads(fs.info)(key)["type"] != "directory":
+            raise NotADirectoryError(url)
+    for found, row in inside.items():
+        if not is_marker(found):
             yield with_scheme(fs, found), row
+
+
+def is_marker(key: str) -> bool:
+    """Whether an object only stands where a folder would be, as some tools put it."""
+    return key.endswith("/")
 
 
 def _walk_local(
@@ -224,6 +231,8 @@ def glob_entries(pattern: str) -> list[Entry]:
         rows = retry_reads(fs.glob)(key, detail=True)
     entries = []
     for found, row in rows.items():
+        if is_marker(found):
+            continue
         place, is_folder = with_scheme(fs, found), row["type"] == "directory"
         if not name(place).startswith(TMP_PREFIX):
             size_ = 0 if is_folder else int(row["size"])

@@ -1,21 +1,42 @@
 """Names of places, and the file system behind each."""
 
 import os
+import re
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from saev import secrets
 from saev.errors import StorageError
 
 TMP_PREFIX = ".tmp-"
 """Names that start so are unfinished local writes; readers and listings skip them."""
+
+_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+"""How a URL begins, maybe with fsspec's chain in front of it (simplecache::s3://…)."""
+_CHAINED = re.compile(rf"::{_URL.pattern}", re.IGNORECASE)
+_ARCHIVES = ("zip://", "tar://", "libarchive://", "reference://", "dir://")
+"""What may be chained to a local path (zip://a.png::/data/x.zip)."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL; everything else is a local path, `::` in it or not."""
+    return _URL.match(text) is not None
+
+
+def is_chained(url: str) -> bool:
+    """Whether fsspec has to open one place through another. `::` in a key is only a name."""
+    return _CHAINED.search(url) is not None or (url.startswith(_ARCHIVES) and "::" in url)
 
 
 def normalize(url: str | os.PathLike) -> str:
     """Canonical form: local paths become absolute bare paths, other URLs lose a trailing slash.
 
     Equal places give equal strings, so the result may be hashed or compared.
+
+    Raises:
+        StorageError: it is empty, or has a key in it (a password, a signature).
     """
     text = os.fspath(url)
     if not text:
@@ -24,7 +45,9 @@ def normalize(url: str | os.PathLike) -> str:
         )
     if text.startswith("file://"):
         text = text[len("file://") :]
-    if "://" in text:
+    if is_url(text):
+        if secrets.holds_key(text):
+            raise StorageError(secrets.refusal(text))
         scheme, rest = text.split("://", 1)
         if scheme == "memory":  # its own listings put a slash before the first component
             rest = rest.lstrip("/")
@@ -49,7 +72,7 @@ def name(url: str | os.PathLike) -> str:
 def parent(url: str | os.PathLike) -> str:
     """The folder that holds ``url``."""
     text = normalize(url)
-    if "://" in text:
+    if is_url(text):
         scheme, rest = text.split("://", 1)
         return f"{scheme}://{rest.rsplit('/', 1)[0]}" if "/" in rest else text
     return str(Path(text).parent)
@@ -58,12 +81,21 @@ def parent(url: str | os.PathLike) -> str:
 def local_path(url: str | os.PathLike) -> Path | None:
     """The local path that ``url`` names, or None if it is remote."""
     text = normalize(url)
-    return None if "://" in text else Path(text)
+    return None if is_url(text) else Path(text)
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that a normalised URL names, and what the place is called there.
+
+    Not fsspec.core.url_to_fs, which takes every `::` for a chain of file systems.
+    """
+    if not is_url(url):
+        return LocalFileSystem(), url
     try:
-        return fsspec.core.url_to_fs(url)
+        if is_chained(url):
+            return fsspec.core.url_to_fs(url)
+        cls = fsspec.get_filesystem_class(url.split("://", 1)[0])
+        return cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
     except (ImportError, ValueError) as err:
         scheme = url.split("://", 1)[0]
         remedy = {"s3": "pip install 'saev[s3]'", "gs": "pip install 'saev[gs]'"}.get(scheme)

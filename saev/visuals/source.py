@@ -182,7 +182,9 @@ def recorded_data(shards: Shards) -> ImageData:
             "where they are, for example data:img-folder --data.root URL."
         )
     try:
-        config: ImageData = pydantic.TypeAdapter(ImageData).validate_python(raw)
+        config: ImageData = pydantic.TypeAdapter(ImageData).validate_python(
+            raw, context={"stored": True}
+        )
     except pydantic.ValidationError as err:
         raise ConfigError(
             f"{shards.url} describes its images in a way that this version does not know "

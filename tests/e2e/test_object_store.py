@@ -8,6 +8,12 @@ import pytest
 import s3fs
 import test_storage
 from servers import S3Server, compiled_s3  # noqa: F401 - a fixture
+from test_storage_names import (  # noqa: F401 - tests; an object of a folder's name cannot be here
+    test_a_folder_of_any_name_works_everywhere,
+    test_a_folder_that_only_its_marker_makes_is_empty,
+    test_an_object_of_the_prefixs_name_and_a_slash_hides_nothing,
+    test_deleting_removes_that_name_and_not_what_it_matches,
+)
 from test_storage_s3 import (  # noqa: F401 - tests and their fixtures
     endpoint,
     no_s3fs,

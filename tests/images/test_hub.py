@@ -189,3 +189,11 @@ def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds if it is missing
     with pytest.raises(ConfigError, match=r"data:cifar10 needs .*pip install 'saev\[hf\]'"):
         open_dataset(Cifar10())
+
+
+def test_a_folder_whose_name_the_library_takes_for_a_chain_is_named(tmp_path: Path):
+    place = tmp_path / "a::b"
+    make().save_to_disk(str(tmp_path / "plain"))
+    (tmp_path / "plain").rename(place)
+    with pytest.raises(ConfigError, match="takes :: in a path for a chain of URLs"):
+        open_dataset(Imagenet(name=str(place)))
