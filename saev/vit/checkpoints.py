@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import re
 import typing as tp
 from collections import Counter
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from saev import storage
 from saev.errors import CorruptDataError, ModelError
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "architecture"
 """Key of a safetensors file's metadata that names the architecture its weights belong to."""
@@ -212,6 +215,27 @@ def strip_prefix(
     if not best:
         return dict(tensors)
     return {key[len(best) :]: t for key, t in tensors.items() if key.startswith(best)}
+
+
+def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked: bool) -> None:
+    """Say that position embeddings are interpolated, where they are.
+
+    Args:
+        arch: the architecture.
+        url: the weights file.
+        found: its position embeddings, [..., tokens, d_model].
+        needed: those of the network.
+        is_asked: whether the user asked for an image size.
+    """
+    before, after = found.shape[-2], needed.shape[-2]
+    if before != after:
+        log = logger.info if is_asked else logger.warning
+        log(
+            "%s was trained on images of another size than %s takes here: its position embeddings "
+            "for %d tokens are interpolated to %d.%s",
+            url, arch, before, after,
+            "" if is_asked else " Say --image-size if another size is meant.",
+        )  # fmt: skip
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, arch: str, url: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saev import storage
 from saev.errors import ModelError
 from saev.images.transforms import ImageSpec
-from saev.vit import checkpoints, timm_models
+from saev.vit import checkpoints, tags, timm_models
 from saev.vit.model import Tower
 from saev.vit.registry import register_family
 
@@ -60,16 +60,14 @@ def load_clip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
                 f"{', '.join(_tags(name.arch)) or 'none'}, {name.arch}@URL, or {name.arch}/random."
             )
         return _from_hub(name.arch, name.tag, image_size)
-    config = _arch_config(name.arch)
-    tag_config = _tag_config(name.arch, name.tag)
-    network = _network(name.arch, config, tag_config)
-    if name.tag is not None and tag_config.get("quick_gelu"):
-        config["quick_gelu"] = True
     weights = checkpoints.read_weights(name.url) if name.url else None
+    choice = _choose(name.arch, name.tag, weights)
+    network = _network(name.arch, choice.config)
     if weights is None:
         network = f"{network}/{checkpoints.RANDOM}"
-    tower = _from_config(name.arch, config, tag_config, weights, image_size)
-    return dataclasses.replace(tower, network=network)
+    tower = _from_config(name.arch, choice.config, choice.preprocess, weights, image_size)
+    before = name.arch if choice.mistaken else None
+    return dataclasses.replace(tower, network=network, network_before=before)
 
 
 @register_family("siglip")
@@ -120,25 +118,72 @@ def _arch_config(arch: str) -> dict[str, tp.Any]:
     return config
 
 
-def _tag_config(arch: str, tag: str | None) -> dict[str, tp.Any]:
-    """Preprocessing of a tag; without one, what all tags of the architecture agree on."""
+class _Choice(tp.NamedTuple):
+    """How weights are built into a network, and how images are made for it."""
+
+    config: dict[str, tp.Any]
+    """Of the network."""
+    preprocess: Mapping[str, tp.Any]
+    mistaken: bool
+    """Whether version 0.1.0 built another network: without a tag it had the architecture's own
+    activation function."""
+
+
+def _choose(arch: str, tag: str | None, weights: checkpoints.Weights | None) -> _Choice:
+    """What the architecture leaves open, by the rules of `saev.vit.tags`."""
     import open_clip
 
-    if tag is not None:
-        return dict(open_clip.get_pretrained_cfg(arch, tag))
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    configs = [dict(open_clip.get_pretrained_cfg(arch, t)) for t in _tags(arch)]
-    return {
-        k: configs[0][k]
-        for k in keys
-        if configs and k in configs[0] and all(c.get(k) == configs[0][k] for c in configs)
-    }
+    config = _arch_config(arch)
+    own = bool(config.get("quick_gelu"))
+    by_tag = {t: dict(open_clip.get_pretrained_cfg(arch, t)) for t in _tags(arch)}
+    quick_by_tag = {t: own or bool(c.get("quick_gelu")) for t, c in by_tag.items()}
+    if weights is None:  # untrained
+        quick = own if tag is None else quick_by_tag[tag]
+        preprocess = _agreed(by_tag)[0] if tag is None else by_tag[tag]
+        return _Choice({**config, "quick_gelu": quick}, preprocess, False)
+    is_openai = tags.is_openai(weights.tensors)
+    known = tags.OPENAI if tag is None and is_openai and tags.OPENAI in by_tag else tag
+    if known is not None:
+        quick, preprocess = quick_by_tag[known], by_tag[known]
+    else:
+        preprocess, left_open = _agreed(by_tag)
+        quick, activation = (True, None) if is_openai else tags.quick_gelu(quick_by_tag, own)
+        if activation is not None and not _on_timm(config):
+            left_open = [activation, *left_open]
+        tags.warn(arch, weights.url, f"{arch}/TAG@URL", left_open)
+    if is_openai and not quick:
+        tags.warn_unlike(f"{arch}/{tag}", weights.url)
+    mistaken = tag is None and quick != own and not _on_timm(config)
+    return _Choice({**config, "quick_gelu": quick}, preprocess, mistaken)
 
 
-def _network(arch: str, config: Mapping[str, tp.Any], tag_config: Mapping[str, tp.Any]) -> str:
-    """open_clip's name of the network that a tag of an architecture makes."""
-    is_other = tag_config.get("quick_gelu") and not config.get("quick_gelu")
-    return f"{arch}-quickgelu" if is_other else arch
+def _on_timm(config: Mapping[str, tp.Any]) -> bool:
+    """Whether the image tower is one of timm's, which has its own activation function."""
+    return bool(config["vision_cfg"].get("timm_model_name"))
+
+
+def _network(arch: str, config: Mapping[str, tp.Any]) -> str:
+    """open_clip's name of an architecture with the activation function of a config."""
+    is_other = config.get("quick_gelu") and not _arch_config(arch).get("quick_gelu")
+    return f"{arch}-quickgelu" if is_other and not _on_timm(config) else arch
+
+
+def _agreed(
+    by_tag: Mapping[str, Mapping[str, tp.Any]],
+) -> tuple[dict[str, tp.Any], list[tags.Open]]:
+    """Preprocessing on which all tags of an architecture agree, and what they disagree on."""
+    from open_clip.transform import PreprocessCfg
+
+    default = dataclasses.asdict(PreprocessCfg())
+    agreed: dict[str, tp.Any] = {}
+    left_open = []
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        found = tags.by_value({t: str(c.get(key, default[key])) for t, c in by_tag.items()})
+        if len(found) > 1:
+            left_open.append(tags.Open(key, str(default[key]), found))
+        elif by_tag:
+            agreed[key] = next(iter(by_tag.values())).get(key, default[key])
+    return agreed, left_open
 
 
 def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) -> Tower:
@@ -163,8 +208,9 @@ def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) ->
     tower = _tower(visual, arch, visual.preprocess_cfg, None)
     if tag is None:
         return tower
-    network = _network(arch, _arch_config(arch), _tag_config(arch, tag))
-    return dataclasses.replace(tower, network=network)
+    config = _arch_config(arch)
+    config["quick_gelu"] = "force_quick_gelu" in options or config.get("quick_gelu")
+    return dataclasses.replace(tower, network=_network(arch, config))
 
 
 def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
@@ -181,10 +227,17 @@ def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
         raise ModelError(f"{folder} holds no weights; expected one of {', '.join(_WEIGHTS)}.")
     weights = checkpoints.read_weights(storage.join(folder, weights_name))
     config = {**raw["model_cfg"], "vision_cfg": dict(raw["model_cfg"]["vision_cfg"])}
+    mistaken = False
+    if tags.is_openai(weights.tensors) and not config.get("quick_gelu"):
+        if "quick_gelu" in config:
+            tags.warn_unlike(storage.join(folder, _CONFIG), weights.url)
+        else:
+            config["quick_gelu"] = mistaken = True
     image_tower = {key: config.get(key) for key in ("embed_dim", "vision_cfg", "quick_gelu")}
     network = checkpoints.LOCAL_DIR + storage.content_hash(image_tower, _DIGITS)
     tower = _from_config(folder, config, raw.get("preprocess_cfg") or {}, weights, image_size)
-    return dataclasses.replace(tower, network=network)
+    before = "a network with GELU" if mistaken else None
+    return dataclasses.replace(tower, network=network, network_before=before)
 
 
 def _from_config(
@@ -199,7 +252,7 @@ def _from_config(
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     vision = config["vision_cfg"]
-    on_timm = bool(vision.get("timm_model_name"))
+    on_timm = _on_timm(config)
     if image_size is not None and not on_timm:
         vision["image_size"] = image_size
     vision.pop("timm_model_pretrained", None)
@@ -210,7 +263,7 @@ def _from_config(
     if image_size is not None:
         _check_patch(visual, arch, image_size)
     if weights is not None:
-        _fill(visual, arch, weights)
+        _fill(visual, arch, weights, is_asked=image_size is not None)
     if image_size is not None and on_timm:
         visual.set_input_size(image_size)
     merged = merge_preprocess_dict(dataclasses.asdict(PreprocessCfg()), dict(preprocess))
@@ -218,15 +271,24 @@ def _from_config(
     return _tower(visual, arch, merged, weights.checksum if weights is not None else None)
 
 
-def _fill(visual: nn.Module, arch: str, weights: checkpoints.Weights) -> None:
+def _fill(visual: nn.Module, arch: str, weights: checkpoints.Weights, *, is_asked: bool) -> None:
     from open_clip.model import resize_pos_embed
 
     expected = visual.state_dict().keys()
     tensors = checkpoints.strip_prefix(weights.tensors, expected, weights.url)
     key = "positional_embedding"
     if key in expected and key in tensors:
+        own = visual.state_dict()[key]
+        checkpoints.say_resized(arch, weights.url, tensors[key], own, is_asked=is_asked)
         renamed = {f"visual.{key}": tensors[key]}
-        resize_pos_embed(renamed, SimpleNamespace(visual=visual))
+        try:
+            resize_pos_embed(renamed, SimpleNamespace(visual=visual))
+        except RuntimeError as err:
+            raise ModelError(
+                f"{weights.url} does not fit {arch}: its position embeddings are "
+                f"{list(tensors[key].shape)}, which are no class token and a square of patches; "
+                f"expected {list(own.shape)}."
+            ) from err
         tensors[key] = renamed[f"visual.{key}"]
     checkpoints.load_into(visual, tensors, arch=arch, url=weights.url)
 

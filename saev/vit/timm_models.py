@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import typing as tp
 from collections.abc import Mapping
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from saev.errors import ModelError
 from saev.images.transforms import ImageSpec
-from saev.vit import checkpoints
+from saev.vit import checkpoints, tags
 from saev.vit.model import Tower
 from saev.vit.registry import register_family
+
+_HUB = ("hf-hub:", "hf_hub:")
+_POSITIONS = re.compile(r"(^|\.)(pos_embed|(visual\.)?positional_embedding)$")
 
 
 @register_family("timm")
@@ -30,9 +34,12 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     Raises:
         ModelError: no such model, no such weights, or weights that do not fit.
     """
-    if ckpt.startswith(("hf-hub:", "hf_hub:")):
-        tower = _tower(_create(ckpt, image_size, pretrained=True), image_size)
-        return dataclasses.replace(tower, network=None)  # a config on the hub describes it
+    if ckpt.startswith(_HUB):
+        own = ckpt.partition(":")[2].removeprefix("timm/")
+        if "/" in own or _native(own, None) == own:
+            tower = _tower(_create(ckpt, image_size, pretrained=True), image_size)
+            return dataclasses.replace(tower, network=None)  # a config on the hub describes it
+        ckpt = own
     # The hub calls timm's own models timm/NAME.
     name = checkpoints.parse(ckpt.removeprefix("timm/"))
     weights = checkpoints.read_weights(name.url) if name.url else None
@@ -50,26 +57,102 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
             f"as in {arch}.{name.tag}; after a slash only 'random' may stand."
         )
     _check_known(arch)
+    base = arch.partition(".")[0]
+    if not name.random:
+        arch = _native(arch, weights)
+    mistaken = base if arch.partition(".")[0] != base else None
     if weights is not None:
         with checkpoints.untrained():
             net = _create(arch, image_size, pretrained=False)
-        fill(net, arch, weights)
-        return _tower(net, image_size, weights.checksum)
+        fill(net, arch, weights, is_asked=image_size is not None)
+        tower = _tower(net, image_size, weights.checksum)
+        return dataclasses.replace(tower, network_before=mistaken)
     if name.random:
         with checkpoints.untrained():
             tower = _tower(_create(arch, image_size, pretrained=False), image_size)
         return dataclasses.replace(tower, network=f"{tower.network}/{checkpoints.RANDOM}")
-    return _tower(_create(arch, image_size, pretrained=True), image_size)
+    tower = _tower(_create(arch, image_size, pretrained=True), image_size)
+    return dataclasses.replace(tower, network_before=mistaken)
 
 
-def fill(net: nn.Module, arch: str, weights: checkpoints.Weights) -> None:
+def _native(arch: str, weights: checkpoints.Weights | None) -> str:
+    """timm's name of the network that weights were trained in, by the rules of `saev.vit.tags`.
+
+    timm has CLIP's networks twice, with GELU and with QuickGELU; its tags say in their notes which
+    weights are "natively QuickGELU", and it loads them into either.
+    """
+    import timm
+
+    base, _, tag = arch.partition(".")
+    configs = {t: _config(f"{base}.{t}") for t in _tags(base)}
+    variant = base.replace("_clip_", "_clip_quickgelu_")
+    has_variant = variant != base and timm.is_model(variant)
+    is_openai = weights is not None and tags.is_openai(weights.tensors)
+    if not tag and is_openai and tags.OPENAI in configs:
+        tag = tags.OPENAI
+        arch = f"{base}.{tag}"
+    quick = is_openai
+    if weights is not None and not tag:
+        left_open = _left_open(base, configs)
+        if has_variant and not is_openai:
+            by_tag = {t: _is_quick(config) for t, config in configs.items()}
+            quick, activation = tags.quick_gelu(by_tag, False)
+            left_open = [*([activation] if activation else []), *left_open]
+        tags.warn(base, weights.url, f"{base}.TAG@URL", left_open)
+    else:
+        quick = _is_quick(_config(f"{base}.{tag}" if tag else base))
+    if not has_variant:
+        return arch
+    if weights is not None and is_openai and not quick:
+        tags.warn_unlike(arch, weights.url)
+    if not quick:
+        return arch
+    return f"{variant}.{tag}" if tag in _tags(variant) else variant
+
+
+def _is_quick(config: tp.Any) -> bool:
+    return config is not None and "quickgelu" in " ".join(config.notes or ()).lower()
+
+
+def _left_open(base: str, configs: Mapping[str, tp.Any]) -> list[tags.Open]:
+    """Preprocessing on which the tags of an architecture disagree; taken is the first tag's."""
+    taken, found = _config(base), []
+    for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size"):
+        values = tags.by_value({t: str(getattr(c, key)) for t, c in configs.items()})
+        if len(values) > 1:
+            found.append(tags.Open(key, str(getattr(taken, key)), values))
+    return found
+
+
+def _config(name: str) -> tp.Any:
+    import timm
+
+    return timm.get_pretrained_cfg(name, allow_unregistered=True)
+
+
+def _tags(base: str) -> list[str]:
+    import timm
+
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
+
+
+def fill(
+    net: nn.Module, arch: str, weights: checkpoints.Weights, *, is_asked: bool = False
+) -> None:
     """Load weights of timm's or the original authors' naming, at whatever resolution.
+
+    Args:
+        net: a network of timm.
+        arch: its name.
+        weights: the file.
+        is_asked: whether the user asked for an image size.
 
     Raises:
         ModelError: a parameter is missing, has another shape, or would be dropped.
     """
     tensors = checkpoints.strip_prefix(weights.tensors, net.state_dict().keys(), weights.url)
     _check_dropped_bias(net, arch, tensors, weights.url)
+    _say_resized(net, arch, tensors, weights.url, is_asked=is_asked)
     tensors = _convert(net, arch, tensors, weights.url)
     checkpoints.load_into(net, tensors, arch=arch, url=weights.url)
 
@@ -165,10 +248,10 @@ def _check_known(arch: str) -> None:
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f" Near: {', '.join(near)}." if near else ""
         raise ModelError(f"timm has no model '{base}'.{hint}")
-    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
-    if tag and tag not in tags:
+    known = _tags(base)
+    if tag and tag not in known:
         raise ModelError(
-            f"timm has no pretrained tag '{tag}' of {base}; known: {', '.join(tags) or 'none'}."
+            f"timm has no pretrained tag '{tag}' of {base}; known: {', '.join(known) or 'none'}."
         )
 
 
@@ -196,7 +279,7 @@ def _create(name: str, image_size: tuple[int, int] | None, *, pretrained: bool) 
 def hub_error(name: str, err: Exception) -> ModelError:
     """The one error for weights that the model hub does not give."""
     reason = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
-    arch = "ARCH" if name.startswith(("hf-hub:", "hf_hub:")) else name
+    arch = "ARCH" if name.startswith(_HUB) else name
     return ModelError(
         f"Cannot get the weights of {name} from the model hub ({type(err).__name__}: "
         f"{reason[:200]}). Without internet access name a weights file, {arch}@URL "
@@ -219,6 +302,16 @@ def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor]
                 f"{url} has attention biases ({name}), which {arch} lacks; "
                 f"use {base}_qkvb{dot}{tag}@URL."
             )
+
+
+def _say_resized(
+    net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str, *, is_asked: bool
+) -> None:
+    """timm interpolates position embeddings without a word."""
+    needed = net.state_dict().get("pos_embed")
+    found = [t for name, t in tensors.items() if _POSITIONS.search(name) and t.ndim > 1]
+    if needed is not None and needed.ndim == 3 and len(found) == 1:
+        checkpoints.say_resized(arch, url, found[0], needed, is_asked=is_asked)
 
 
 def _convert(net: nn.Module, arch: str, tensors: dict[str, Tensor], url: str) -> dict[str, Tensor]:

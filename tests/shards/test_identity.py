@@ -282,6 +282,26 @@ def test_an_old_unfinished_folder_takes_one_kind_of_weights(
     assert extract.Recording(cfg).url != old  # its metadata has the checksum of the file
 
 
+def test_an_old_folder_of_the_wrong_network_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Version 0.1.0 put OpenAI's weights in a file without a tag into a network with GELU."""
+    torch.manual_seed(0)
+    reference: tp.Any = open_clip.create_model("ViT-S-32", force_quick_gelu=True)
+    state = {f"visual.{k}": t for k, t in reference.visual.state_dict().items()}
+    place = save(state | {"vocab_size": torch.tensor(49408)}, tmp_path / "openai.pt")
+    right = {"family": "clip", "image_size": 64, "ckpt": f"ViT-S-32@{place}"}
+    cfg = config(tmp_path / "out", **right, layers=[-1])
+    old = as_0_1_0(extract.run(cfg))
+    with caplog.at_level(logging.WARNING):
+        new = extract.run(cfg)
+    assert new != old
+    (told,) = [r.getMessage() for r in caplog.records if old in r.getMessage()]
+    assert "which took" in told
+    assert "recorded again, as ViT-S-32-quickgelu" in told
+    assert Metadata.read(new).network == "ViT-S-32-quickgelu"
+
+
 def test_names_are_told_from_places() -> None:
     """An old folder of a hub's name with a revision is not one of another revision."""
     plain = vit.checkpoints.without_place
