@@ -21,6 +21,9 @@ class ConfigError(SaevError):
 class StorageError(SaevError):
     """A location is missing, unreadable, unwritable or full."""
 
+    passing = False
+    """Whether the same operation may succeed later, without anybody mending anything."""
+
 
 class CorruptDataError(StorageError):
     """Stored bytes are not what was recorded: wrong size, wrong checksum, unreadable header."""

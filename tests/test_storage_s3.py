@@ -18,7 +18,6 @@ import botocore.session
 import pytest
 import s3_proxy
 import s3fs
-import tenacity
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,7 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from saev import storage
 from saev.errors import CorruptDataError, StorageError
-from saev.storage.s3 import S3Object, bucket_of
+from saev.storage.s3 import bucket_of
 from saev.storage.urls import filesystem
 
 MB = 1 << 20
@@ -289,7 +288,7 @@ def test_certificates_of_our_own(url, endpoint, clean, monkeypatch, no_s3fs, tmp
         s3fs.S3FileSystem.clear_instance_cache()
         with (
             storage.RangeReader(url, size=len(DATA)) as reader,
-            pytest.raises(StorageError, match=r"x\.bin: .*certificate verify failed"),
+            pytest.raises(StorageError, match=r"x\.bin: the certificate .*AWS_CA_BUNDLE"),
         ):
             reader.read(0, 5)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "cert.pem"))
@@ -383,7 +382,7 @@ def test_missing_objects_and_buckets_are_named(s3: str) -> None:
         reader.read(0, 5)
     with (
         storage.RangeReader("s3://no-such-bucket/x", size=10) as reader,
-        pytest.raises(StorageError, match=r"no-such-bucket/x: it does not exist \(NoSuchBucket\)"),
+        pytest.raises(StorageError, match=r"no bucket no-such-bucket at http.*NoSuchBucket"),
     ):
         reader.read(0, 5)
 
@@ -394,7 +393,9 @@ def test_forbidden_is_named(url: str, proxy: s3_proxy.Proxy, monkeypatch) -> Non
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
     with (
         storage.RangeReader(url, size=len(DATA)) as reader,
-        pytest.raises(StorageError, match=r"x\.bin: permission denied.* Check its owner or cred"),
+        pytest.raises(
+            StorageError, match=r"x\.bin: permission denied .*lacks the permission s3:GetObj"
+        ),
     ):
         reader.read(0, 5)
 
@@ -409,7 +410,7 @@ def test_no_credentials_is_named(url: str, proxy: s3_proxy.Proxy, clean, monkeyp
 
 
 def test_a_server_that_is_gone_is_one_sentence(url: str, proxy, monkeypatch) -> None:
-    monkeypatch.setattr(S3Object._get.retry, "stop", tenacity.stop_after_attempt(2))
+    monkeypatch.setenv("SAEV_PATIENCE_S", "2")
     with storage.RangeReader(url) as reader:
         proxy.fault = lambda request: "503"
         with pytest.raises(StorageError, match=r"Cannot read .*x\.bin: .*503") as caught:

@@ -12,6 +12,7 @@ from saev.storage.cache import from_environment as node_cache
 from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum
 from saev.storage.creating import create
 from saev.storage.deleting import check_writable, clean_temporary, delete, remove_temporary
+from saev.storage.faults import is_passing
 from saev.storage.hashes import canonical_json, content_hash
 from saev.storage.looking import (
     Entry,
@@ -62,6 +63,7 @@ __all__ = [
     "glob",
     "glob_entries",
     "is_dir",
+    "is_passing",
     "join",
     "list_dir",
     "listing",

@@ -1,83 +1,204 @@
 """What goes wrong, in one sentence each, and what is worth another try."""
 
 import contextlib
+import contextvars
 import errno
 import functools
+import logging
+import os
+import socket
 import ssl
-from collections.abc import Iterator
+import threading
+import time
+import typing as tp
+from collections.abc import Callable, Iterator
 
 import tenacity
 
 from saev.errors import StorageError
+from saev.storage import answers
 
-_READ_ATTEMPTS = 5
+log = logging.getLogger(__name__)
 
+PATIENCE_S = 120.0
+"""For how long an operation is tried again; SAEV_PATIENCE_S is another number."""
+_QUIET_S = 4.0
+"""Troubles that pass faster are not told."""
+_TELL_EVERY_S = 30.0
 
-def explain(err: BaseException, url: str, doing: str) -> StorageError:
-    """One sentence for the operating system's or the object store's answer."""
-    code = getattr(err, "errno", None)
-    if isinstance(err, ssl.SSLError):  # whose numbers are not the operating system's
-        return StorageError(
-            f"Cannot {doing} {url}: {err}. Check the endpoint; AWS_CA_BUNDLE names a file of "
-            "certificates to trust."
-        )
-    if isinstance(err, FileNotFoundError) or code == errno.ENOENT:
-        return StorageError(f"Cannot {doing} {url}: it does not exist. Check the path.")
-    if isinstance(err, PermissionError) or code in (errno.EACCES, errno.EPERM):
-        return StorageError(
-            f"Cannot {doing} {url}: permission denied. Check its owner or credentials."
-        )
-    if code == errno.ENOSPC:
-        return StorageError(
-            f"Cannot {doing} {url}: no space left on the device. "
-            "Free some space and run the same command again; finished work is kept."
-        )
-    if code == errno.EROFS:
-        return StorageError(
-            f"Cannot {doing} {url}: the file system is read-only. Choose another root."
-        )
-    if code == errno.EDQUOT:
-        return StorageError(f"Cannot {doing} {url}: the disk quota is used up.")
-    if isinstance(err, NotADirectoryError | FileExistsError):
-        return StorageError(
-            f"Cannot {doing} {url}: a file stands where a folder is needed ({err})."
-        )
-    if isinstance(err, IsADirectoryError):
-        return StorageError(f"Cannot {doing} {url}: it is a folder, expected a file.")
-    return StorageError(f"Cannot {doing} {url}: {type(err).__name__}: {err}")
-
+P = tp.ParamSpec("P")
+T = tp.TypeVar("T")
 
 _EXPECTED: tuple[type[BaseException], ...] = (
     OSError,
     ValueError,
 )  # what fsspec backends raise for a failed request
+_BOTO: tp.Any = None
 try:  # botocore's errors are not OSErrors; NoCredentialsError is the one a new user meets
-    from botocore.exceptions import BotoCoreError, ClientError
+    import botocore.exceptions
+    import botocore.parsers
+    from aiohttp import ClientError as _HttpError
 
-    _EXPECTED = (*_EXPECTED, BotoCoreError, ClientError)
+    _BOTO = botocore.exceptions
+    _ParserError = botocore.parsers.ResponseParserError
+    _EXPECTED = (*_EXPECTED, _BOTO.BotoCoreError, _BOTO.ClientError, _ParserError, _HttpError)
 except ImportError:
     pass
 
 
+# --- In words ------------------------------------------------------------------------------
+
+
+def explain(err: BaseException, url: str, doing: str) -> StorageError:
+    """One sentence for the operating system's or the object store's answer."""
+    tried = getattr(err, "saev_tried", "")
+    said = StorageError(f"Cannot {doing} {url}: {_sentence(err, url, doing)}{tried}")
+    said.passing = is_passing(err)
+    return said
+
+
+def _sentence(err: BaseException, url: str, doing: str) -> str:
+    answer = answer_of(err)
+    if answer is not None:
+        return answers.sentence(answer, url, doing)
+    for cause in _causes(err):
+        if isinstance(cause, ssl.SSLError):
+            return _of_tls(cause, url)
+    for cause in _causes(err):
+        text = _of_connection(cause, url)
+        if text:
+            return text
+    return _of_system(err)
+
+
+def _of_system(err: BaseException) -> str:
+    code = getattr(err, "errno", None)
+    if isinstance(err, FileNotFoundError) or code == errno.ENOENT:
+        return "it does not exist. Check the path."
+    if isinstance(err, PermissionError) or code in (errno.EACCES, errno.EPERM):
+        return "permission denied. Check its owner or credentials."
+    if code == errno.ENOSPC:
+        return (
+            "no space left on the device. Free some space and run the same command again; "
+            "finished work is kept."
+        )
+    if code == errno.EROFS:
+        return "the file system is read-only. Choose another root."
+    if code == errno.EDQUOT:
+        return "the disk quota is used up."
+    if isinstance(err, NotADirectoryError | FileExistsError):
+        return f"a file stands where a folder is needed ({err})."
+    if isinstance(err, IsADirectoryError):
+        return "it is a folder, expected a file."
+    return f"{type(err).__name__}: {err}"
+
+
+def _of_tls(err: ssl.SSLError, url: str) -> str:
+    endpoint = answers.endpoint(url)
+    if isinstance(err, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate{endpoint} cannot be trusted ({err.verify_message}). If the store has "
+            "a certificate authority of its own, AWS_CA_BUNDLE has to name the file with that "
+            "authority's certificate (PEM)."
+        )
+    if err.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
+        return (
+            f"the endpoint{endpoint} does not speak TLS ({err.reason}). Use http:// in "
+            "AWS_ENDPOINT_URL, or the port that does."
+        )
+    return (
+        f"TLS{endpoint} failed: {err}. Check the endpoint (AWS_ENDPOINT_URL); AWS_CA_BUNDLE names "
+        "a file of certificates to trust."
+    )
+
+
+def _of_connection(err: BaseException, url: str) -> str:
+    """What is wrong before a store can answer; empty if it is something else."""
+    if isinstance(err, socket.gaierror):
+        return (
+            f"the host{answers.endpoint(url)} is not known ({err.strerror}). Check the name of the "
+            "endpoint (AWS_ENDPOINT_URL) and the network."
+        )
+    if _BOTO is None:
+        return ""
+    if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
+        return (
+            f"no credentials were found ({str(err).rstrip('.')}). Set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, a profile (AWS_PROFILE) or the role of the pod; a public "
+            "bucket needs FSSPEC_S3_ANON=true."
+        )
+    if isinstance(
+        err,
+        _BOTO.EndpointConnectionError | _BOTO.ConnectTimeoutError | _BOTO.ConnectionClosedError
+        | _BOTO.ReadTimeoutError,
+    ):  # fmt: skip
+        return (
+            f"there is no answer{answers.endpoint(url)} ({type(err).__name__}). Check the endpoint "
+            "(AWS_ENDPOINT_URL), the network, and whether the store runs."
+        )
+    return ""
+
+
+def answer_of(err: BaseException) -> answers.Answer | None:
+    """What an S3 store answered, if that is the reason."""
+    for cause in _causes(err):
+        if isinstance(cause, answers.RefusedError):
+            return cause.answer
+        if _BOTO is not None and isinstance(cause, _BOTO.ClientError):
+            return answers.of_client_error(cause)
+    return None
+
+
+def _causes(err: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was made from, outermost first."""
+    seen: list[BaseException] = []
+    queue = [err]
+    while queue:
+        found = queue.pop(0)
+        if not isinstance(found, BaseException) or found in seen:
+            continue
+        seen.append(found)
+        yield found
+        queue += [found.__cause__, getattr(found, "kwargs", {}).get("error")]
+        queue += [getattr(found, "certificate_error", None), getattr(found, "os_error", None)]
+
+
 @contextlib.contextmanager
 def explained(url: str, doing: str) -> Iterator[None]:
+    """Errors of the block in one sentence; says the same while it tries again."""
+    before = _operation.get(("", ""))
+    _operation.set((url, doing))
     try:
         yield
     except StorageError:
         raise
     except _EXPECTED as err:
         raise explain(err, url, doing) from err
+    finally:
+        _operation.set(before)
 
 
-def transient(err: BaseException) -> bool:
-    """Whether the same request may succeed if it is sent again."""
-    if isinstance(
-        err,
-        StorageError | FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError,
-    ):
+# --- Again ---------------------------------------------------------------------------------
+
+
+def is_passing(err: BaseException) -> bool:
+    """Whether the same operation may succeed later, without anybody mending anything.
+
+    For errors of every kind: what :mod:`saev.storage` raises, and what libraries do.
+    """
+    if isinstance(err, StorageError):
+        return err.passing
+    answer = answer_of(err)
+    if answer is not None:
+        return answer.passes
+    for cause in _causes(err):
+        if isinstance(cause, ssl.SSLError):  # a broken connection, but nothing of a certificate
+            return not isinstance(cause, ssl.SSLCertVerificationError) and cause.reason in (
+                None, "UNEXPECTED_EOF_WHILE_READING", "BAD_RECORD_MAC",
+                "DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "SSLV3_ALERT_BAD_RECORD_MAC",
+            )  # fmt: skip
+    if isinstance(err, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
         return False
-    if isinstance(err, ssl.SSLError):
-        return not isinstance(err, ssl.SSLCertVerificationError)
     if isinstance(err, ConnectionError | TimeoutError):
         return True
     if isinstance(err, OSError):
@@ -89,15 +210,70 @@ def transient(err: BaseException) -> bool:
             errno.EAGAIN,
             errno.ESTALE,
         )
-    return False
+    if _BOTO is None:
+        return False
+    return isinstance(
+        err,
+        _BOTO.HTTPClientError
+        | _BOTO.IncompleteReadError
+        | _BOTO.ResponseStreamingError
+        | _ParserError
+        | _HttpError,
+    )
 
 
-_retry = functools.partial(
-    tenacity.retry,
-    retry=tenacity.retry_if_exception(transient),
-    wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
-    reraise=True,
-)
-retry_reads = _retry(stop=tenacity.stop_after_attempt(_READ_ATTEMPTS))
-# Half a minute: a store that starts anew.
-retry_patiently = _retry(stop=tenacity.stop_after_attempt(9))
+_operation: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("operation")
+"""URL and verb, for what is said meanwhile."""
+_told: dict[str, float] = {}
+_TELLING = threading.Lock()
+
+
+def patience_s() -> float:
+    """For how long an operation is tried again, in seconds."""
+    try:
+        return float(os.environ.get("SAEV_PATIENCE_S") or PATIENCE_S)
+    except ValueError:
+        return PATIENCE_S
+
+
+def retry_reads(call: Callable[P, T]) -> Callable[P, T]:
+    """``call``, tried again while its errors are passing and patience lasts."""
+
+    @functools.wraps(call)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
+        patience = patience_s()
+        start = time.monotonic()
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_passing),
+            wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
+            stop=tenacity.stop_before_delay(patience),
+            before_sleep=functools.partial(_tell, until=start + patience),
+            reraise=True,
+        )
+        try:
+            return again(call, *args, **kwargs)
+        except Exception as err:
+            n = again.statistics.get("attempt_number", 1)
+            if n > 1 and is_passing(err):
+                spent = time.monotonic() - start
+                err.saev_tried = f" It was tried {n} times in {spent:.0f} s."  # type: ignore[attr-defined]
+            raise
+
+    return tried
+
+
+def _tell(state: tenacity.RetryCallState, until: float) -> None:
+    """Say what is wrong, while it lasts: once in a while per bucket, not once per thread."""
+    err = state.outcome.exception() if state.outcome else None
+    if err is None or (state.seconds_since_start or 0.0) < _QUIET_S:
+        return
+    url, doing = _operation.get(("", ""))
+    if not url:
+        return
+    place = "/".join(url.split("/")[:3])
+    now = time.monotonic()
+    with _TELLING:
+        if now - _told.get(place, -_TELL_EVERY_S) < _TELL_EVERY_S:
+            return
+        _told[place] = now
+    log.warning("%s It is tried again for %.0f s.", explain(err, url, doing), max(0, until - now))

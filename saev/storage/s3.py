@@ -24,15 +24,19 @@ from pathlib import Path
 import fsspec
 
 from saev.errors import CorruptDataError, StorageError
-from saev.storage.faults import retry_patiently
+from saev.storage import answers
+from saev.storage.faults import retry_reads
 from saev.storage.sources import FsspecObject, entity_tag
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 12.0
 """For a connection, and for the next bytes on it."""
 _SIGNATURE_LIVES_S = 240.0
 """Stores take a signature for 15 minutes, and botocore renews credentials 10 minutes before their
 end, so one serves all ranges of an object for some minutes. A range itself need not be signed."""
-_EXPIRED = ("ExpiredToken", "RequestTimeTooSkewed", "RequestExpired")
+_MOST_BODY = 64 << 10
+"""Bytes of a refusal that are read."""
+_FRESH_S = 1.0
+"""A signature as young as that is not made again when the store calls it too old."""
 
 
 class Bucket:
@@ -112,7 +116,7 @@ class S3Object(FsspecObject):
         if not self._get(offset, view):
             super().readinto(offset, view)
 
-    @retry_patiently
+    @retry_reads
     def _get(self, offset: int, view: memoryview) -> bool:
         """Fill ``view``; False if the store sends us elsewhere, which s3fs knows to follow."""
         wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}"}
@@ -123,10 +127,12 @@ class S3Object(FsspecObject):
                     self._check(answer, offset, view.nbytes)
                     _fill(answer, view)
                     return True
-                body = answer.read().decode(errors="replace")
+                body = answer.read(_MOST_BODY).decode(errors="replace")
+                region = answer.headers.get("x-amz-bucket-region", "")
+                refusal = answers.parse(answer.status, body, "GetObject", region)
         except (http.client.HTTPException, socket.gaierror) as err:
             raise ConnectionError(f"{type(err).__name__}: {err}") from err
-        return self._refused(answer.status, body)
+        return self._refused(refusal)
 
     def _headers(self) -> dict[str, str]:
         signed_at, headers = self._signature
@@ -147,31 +153,19 @@ class S3Object(FsspecObject):
                 f"{self.url}: {n_bytes} bytes at {offset} were asked for, got {answer.length}."
             )
 
-    def _refused(self, status: int, body: str) -> bool:
-        code, says = _between(body, "Code"), _between(body, "Message")
-        said = f" ({code})" if code else ""
-        if code in _EXPIRED:
+    def _refused(self, answer: answers.Answer) -> bool:
+        if answer.has_expired and time.monotonic() - self._signature[0] > _FRESH_S:
             self._signature = (0.0, {})
-            raise ConnectionError(code)  # signed anew at the next try
-        if status in (301, 302, 307, 308) or code == "AuthorizationHeaderMalformed":
+            raise ConnectionError(str(answer))  # signed anew at the next try
+        if answer.is_elsewhere:
             return False
-        if status == 404:
-            named = "" if code == "NoSuchKey" else said
-            raise StorageError(f"Cannot read {self.url}: it does not exist{named}. Check the path.")
-        if status in (401, 403):
-            raise StorageError(
-                f"Cannot read {self.url}: permission denied{said}. Check its owner or credentials."
-            )
-        if status == 416:
+        if answer.status == 416:
             raise CorruptDataError(
                 f"{self.url} is shorter than it was. Run the same command again."
             )
-        if status == 200:
+        if answer.status == 200:
             raise StorageError(f"Cannot read {self.url}: its store ignores ranges of bytes.")
-        reason = f"{status} {http.client.responses.get(status, '')}{said} {says}".strip()
-        if status in (408, 429) or status >= 500:
-            raise OSError(f"the store answered {reason}")
-        raise StorageError(f"Cannot read {self.url}: the store answered {reason}.")
+        raise answers.RefusedError(answer)
 
 
 def _fill(answer: http.client.HTTPResponse, view: memoryview) -> None:
@@ -182,10 +176,6 @@ def _fill(answer: http.client.HTTPResponse, view: memoryview) -> None:
             raise ConnectionError(f"the answer ended after {done} of {view.nbytes} bytes")
         done += n
     answer.read()  # nothing, but says that the connection is free
-
-
-def _between(body: str, tag: str) -> str:
-    return body.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
 
 
 # --- What s3fs came to ---------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import os
 import re
+import typing as tp
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from saev import secrets
@@ -93,14 +95,32 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return LocalFileSystem(), url
     try:
         if is_chained(url):
-            return fsspec.core.url_to_fs(url)
-        cls = fsspec.get_filesystem_class(url.split("://", 1)[0])
-        return cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
+            fs, key = fsspec.core.url_to_fs(url)
+        else:
+            cls = fsspec.get_filesystem_class(url.split("://", 1)[0])
+            fs, key = cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
     except (ImportError, ValueError) as err:
         scheme = url.split("://", 1)[0]
         remedy = {"s3": "pip install 'saev[s3]'", "gs": "pip install 'saev[gs]'"}.get(scheme)
         hint = f" Install its backend: {remedy}." if remedy else f" ({err})"
         raise StorageError(f"Cannot open {url}: scheme '{scheme}' is not available.{hint}") from err
+    _retry_once(fs)
+    return fs, key
+
+
+def _retry_once(fs: tp.Any) -> None:
+    """Leave waiting to :mod:`saev.storage.faults`, the one place that tells the user meanwhile.
+
+    s3fs tries five times what botocore tries five times. Botocore's second attempt stays, because
+    one listing is many requests. What a user set for botocore stays too.
+    """
+    while isinstance(fs, CachingFileSystem):
+        fs = fs.fs
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    if "s3" in protocols and fs.retries != 1:
+        fs.retries = 1
+        ours = {"retries": {"total_max_attempts": 2, "mode": "standard"}, "read_timeout": 12}
+        fs.config_kwargs = ours | fs.config_kwargs
 
 
 def with_scheme(fs: fsspec.AbstractFileSystem, key: str) -> str:
