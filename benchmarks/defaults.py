@@ -135,7 +135,7 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
     for url in urls:
         print("\t".join(row(url)))
     config = TrainConfig.from_url(storage.join(urls[0], "config.json"))
-    fit, held_out = (read(side) for side in (config.train_data, config.val_data))
+    fit, held_out = (read(side) for side in (config.train_data, config.val_data.decided()))
     mean, basis = baselines.pca_basis(fit)
     print(f"PCA of rank {TOP_K}: {baselines.pca_nmse(held_out, mean, basis, TOP_K):.4f}")
     sys.stdout.flush()

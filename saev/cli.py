@@ -3,6 +3,7 @@
 Stages are imported only when they run, so that `saev --help` answers at once.
 """
 
+import itertools
 import os
 import sys
 import typing as tp
@@ -66,10 +67,24 @@ def parse(argv: tp.Sequence[str]) -> tp.Any:
         COMMANDS,
         prog="saev",
         description=DESCRIPTION,
-        args=list(argv),
+        args=_spelled_out(argv),
         # A stage's flags may stand behind `data:…` too, where a user who adds one would put it.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
+
+
+def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
+    """With a value for a flag that is yes, no, or as in training: tyro wants one there."""
+    words: list[str] = []
+    for word, after in itertools.zip_longest(argv, argv[1:]):
+        if word in ("--val-data.verify", "--val-data.no-verify") and after not in _TRUTH:
+            words += ["--val-data.verify", str(word == "--val-data.verify")]
+        else:
+            words.append(word)
+    return words
+
+
+_TRUTH = ("True", "False", "None")
 
 
 def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:

@@ -26,7 +26,7 @@ class Request(tp.NamedTuple):
         return self.headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
 
 
-Fault = tp.Literal["", "reset", "cut", "503"]
+Fault = tp.Literal["", "reset", "cut", "503", "403"]
 
 
 class Proxy:
@@ -77,8 +77,8 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             if fault == "reset":
                 self.close_connection = True
                 return
-            if fault == "503":
-                self.send_response(503)
+            if fault.isdigit():
+                self.send_response(int(fault))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

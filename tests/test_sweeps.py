@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saev import cli
-from saev.config import Matryoshka, Relu, TopK, TrainConfig
-from saev.config.sweeps import leaves, resolve
+from saev.config import Matryoshka, Relu, TopK, TrainConfig, Vanilla
+from saev.config.sweeps import asked, leaves, resolve
 from saev.errors import ConfigError
 
 GUIDE = """
@@ -42,7 +42,7 @@ def test_the_guides_file(sweep):
     assert found == [(c, s) for c in (1e-4, 2e-4, 3e-4) for s in (6144, 12288)]
     assert all(m.sae.d_model == 768 and m.scale_mean for m in members)
     assert all(isinstance(m.sae.activation, Relu) for m in members)
-    assert [m.seed for m in members] == list(range(6))
+    assert {m.seed for m in members} == {0}  # each one's own is made when all else is decided
     assert all(m.sweep == "" for m in members)
 
 
@@ -68,7 +68,6 @@ def test_separate_grids_share_what_stands_outside(sweep):
     assert found[:4] == [(lr, "relu", None) for lr in (1e-3, 1e-4) for _ in range(2)]
     assert found[4:] == [(5e-4, "batch-top-k", k) for k in (4, 8, 16)]
     assert {m.batch_size for m in members} == {512}
-    assert [m.seed for m in members] == list(range(7))
 
 
 def test_kinds_are_swept_and_keep_what_was_chosen(sweep):
@@ -105,11 +104,14 @@ def test_the_command_line_wins_even_with_the_default_value(sweep):
     assert [m.objective.sparsity_coeff for m in members] == [1e-4, 2e-4]
 
 
-def test_seeds(sweep):
-    assert [m.seed for m in sweep("lr = [1e-3, 1e-4]", "--seed 40")] == [40, 41]
-    assert [m.seed for m in sweep("seed = [7, 7, 9]")] == [7, 9]
-    mixed = sweep("[[grid]]\nseed = [100, 200]\n[[grid]]\nlr = [1e-3, 1e-4]")
-    assert [m.seed for m in mixed] == [100, 200, 2, 3]
+def test_seeds_that_are_swept_are_taken_as_they_are(tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text("[[grid]]\nseed = [7, 7, 9]\n[[grid]]\nlr = [1e-3, 1e-4]")
+    found = asked(TrainConfig(sweep=str(path), seed=40))
+    assert [(one.config.seed, one.position) for one in found] == [
+        (7, None), (9, None), (40, 2), (40, 3),
+    ]  # fmt: skip
+    assert [one.position for one in asked(TrainConfig(seed=5))] == [None]
 
 
 def test_repeated_combinations_are_trained_once(sweep, caplog):
@@ -230,4 +232,50 @@ def test_a_grid_is_the_product_in_order(tmp_path_factory, lrs, ks, n_grids):
     want = [(lr, k, i) for i in range(n_grids) for lr in lrs for k in ks]
     assert [(m.lr, m.sae.activation.top_k, m.data_seed) for m in members] == want
     assert all(isinstance(m.sae.activation, TopK) for m in members)
-    assert [m.seed for m in members] == list(range(len(want)))
+
+
+@pytest.mark.parametrize(
+    ("text", "argv"),
+    [
+        ("", "objective:vanilla --objective.sparsity-coeff 1e-3"),  # the default, but asked for
+        ("", "sae.activation:top-k objective:vanilla --objective.sparsity-coeff 2e-3"),
+        ("", "sae.activation:batch-top-k objective:vanilla --objective.sparsity-coeff 2e-3"),
+        ("lr = [1e-3, 2e-3]", "objective:vanilla --objective.sparsity-coeff 2e-3"),
+        ("sae.sparsity_coeff = [1e-3]", "sae.activation:top-k"),
+        ("sae.sparsity_coeff = 1e-3\nsae.activation.kind = ['top-k', 'relu']", ""),
+        ("sae.sparsity_coeff = 1e-3\nsae.activation.kind = 'batch-top-k'", ""),
+    ],
+)
+def test_a_penalty_for_top_k_is_refused(sweep, text, argv):
+    args = argv.split()
+    with pytest.raises(ConfigError, match=r"top-k has no sparsity penalty.* or choose sae\.activ"):
+        _ = sweep(text, argv) if text else asked(tyro.cli(TrainConfig, args=args), keys(args))
+
+
+keys = cli.explicit_keys
+
+
+@pytest.mark.parametrize(
+    ("text", "argv"),
+    [
+        (GUIDE, ""),  # only warned of, since ReLU is the default there
+        ("sae.sparsity_coeff = [1e-3]", "sae.activation:relu"),
+        ("lr = [1e-3]", "sae.activation:relu objective:vanilla --objective.sparsity-coeff 1e-3"),
+        ("sae.activation.kind = ['top-k', 'relu']", ""),
+        ("lr = [1e-3]", "objective:vanilla --objective.sparsity-coeff 0"),
+    ],
+)
+def test_other_penalties_are_not(sweep, text, argv):
+    assert sweep(text, argv)
+
+
+def test_a_penalty_from_python_is_refused():
+    with pytest.raises(ConfigError, match="top-k has no sparsity penalty"):
+        resolve(TrainConfig(objective=Vanilla(sparsity_coeff=0.1)))
+
+
+def test_tuples_that_may_be_none_are_swept_by_lists_of_lists(sweep):
+    members = sweep("val_data.ignore_labels = [[], [0, 255]]")
+    assert [m.val_data.ignore_labels for m in members] == [(), (0, 255)]
+    (member,) = sweep("val_data.ignore_labels = [0, 255]")
+    assert member.val_data.ignore_labels == (0, 255)

@@ -11,7 +11,7 @@ from saev.config.images import (
     ImgSegFolder,
 )
 from saev.config.inference import InferenceConfig
-from saev.config.loaders import DataConfig, LoaderConfig
+from saev.config.loaders import DataConfig, LoaderConfig, ValDataConfig
 from saev.config.sae import (
     Activation,
     BatchTopK,
@@ -51,6 +51,7 @@ __all__ = [
     "Tokens",
     "TopK",
     "TrainConfig",
+    "ValDataConfig",
     "Vanilla",
     "VisualsConfig",
 ]

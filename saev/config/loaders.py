@@ -40,3 +40,50 @@ class LoaderConfig(DataConfig):
     store 16, each of which has a connection. The order of rows does not depend on it."""
     verify: bool = True
     """Check every example that is read against its recorded checksum."""
+
+
+class ValDataConfig(Config):
+    """Which activations an SAE is evaluated on: what is None is as it is in training.
+
+    It has the keys of :class:`LoaderConfig`. In the config of a run all of them are decided.
+    """
+
+    shards: str = ""
+    """URL of a shards folder; by default the training activations, of which a share is kept."""
+    layer: int | tp.Literal["all"] | None = None
+    """Block number as recorded; by default that of training."""
+    tokens: Tokens | None = None
+    """Which tokens of every example; by default those of training."""
+    ignore_labels: tuple[Label, ...] | None = None
+    """Content tokens with these labels are left out; by default those that training leaves out."""
+    split: tp.Literal["all", "train", "val"] | None = None
+    """Which side of the example split of `val_fraction`; by default the validation side, or all
+    examples of another folder than that of training."""
+    val_fraction: float | None = pydantic.Field(default=None, ge=0.0, lt=1.0)
+    """Share of examples on the validation side; by default that of training."""
+    buffer_mb: float | None = pydantic.Field(default=None, gt=0)
+    """As for training, and so are all that follow."""
+    block_kb: int | None = pydantic.Field(default=None, ge=0)
+    """See --train-data.block-kb."""
+    n_threads: int | None = pydantic.Field(default=None, ge=0)
+    """See --train-data.n-threads."""
+    verify: bool | None = None
+    """See --train-data.verify."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_loader_config(cls, raw: tp.Any) -> tp.Any:
+        """A LoaderConfig counts for what was set when it was made."""
+        return raw.model_dump(exclude_unset=True) if isinstance(raw, LoaderConfig) else raw
+
+    def given(self) -> dict[str, tp.Any]:
+        """What is not left to training, by key."""
+        return {key: value for key, value in self if value is not None}
+
+    def decided(self) -> LoaderConfig:
+        """As a loader's config, with its defaults for what is None."""
+        return LoaderConfig(**self.given())
+
+    def identity(self) -> dict[str, tp.Any]:
+        """That of the loader's config, as which a run's name has always counted it."""
+        return self.decided().identity()

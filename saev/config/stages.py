@@ -32,15 +32,18 @@ class Stages(tp.NamedTuple):
         """The config of training on a shards folder."""
         keys = self.train.to_dict()
         keys["train_data"]["shards"] = shards
-        if not keys["val_data"]["shards"]:
-            keys["val_data"]["layer"] = keys["train_data"]["layer"]
         return TrainConfig.from_dict(keys)
 
     def measuring(self, run: str, shards: str) -> InferenceConfig:
-        """The config of inference with the SAE of a run: on the tokens that it was trained on."""
-        trained = TrainConfig.from_url(storage.join(run, "config.json"))
-        data = {"tokens": trained.train_data.tokens, **self.inference.get("data", {})}
-        data.update(shards=shards, layer=trained.train_data.layer)
+        """The config of inference with the SAE of a run: by default on the layer and the tokens
+        that it was trained on."""
+        trained = TrainConfig.from_url(storage.join(run, "config.json")).train_data
+        data = {
+            "layer": trained.layer,
+            "tokens": trained.tokens,
+            **self.inference.get("data", {}),
+            "shards": shards,
+        }
         keys = {**self.inference, "run": run, "data": DataConfig.from_dict(data).to_dict()}
         return InferenceConfig.from_dict(keys)
 
@@ -78,7 +81,9 @@ def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> St
         )
     _refuse(file.shards, {"shards_root", "data", "part"}, f"{source} [shards]")
     _refuse(file.train, {"runs_root"}, f"{source} [train]")
+    _refuse(file.train.get("train_data"), {"shards"}, f"{source} [train.train_data]")
     _refuse(file.inference, {"run", "out", "part"}, f"{source} [inference]")
+    _refuse(file.inference.get("data"), {"shards"}, f"{source} [inference.data]")
     _refuse(file.visuals, {"run", "shards", "inference", "out"}, f"{source} [visuals]")
     root = storage.normalize(root)
     shards = ShardsConfig.from_dict(
@@ -124,6 +129,6 @@ def images_of(file: RunFile, dataset: str, version: str = "") -> ImageData | Non
     return file.data.model_copy(update={"root": dataset, "version": version})
 
 
-def _refuse(table: dict[str, tp.Any], keys: set[str], source: str) -> None:
-    for key in keys & table.keys():
+def _refuse(table: tp.Any, keys: set[str], source: str) -> None:
+    for key in keys & table.keys() if isinstance(table, dict) else ():
         raise ConfigError(f"{source}: {key} is set by `saev run` itself; remove it.")

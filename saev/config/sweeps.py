@@ -29,8 +29,9 @@ import pydantic
 
 from saev import storage
 from saev.config.base import Config, describe_validation_error
-from saev.config.loaders import LoaderConfig
+from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.run import read_toml
+from saev.config.sae import BatchTopK, TopK
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
 
@@ -63,12 +64,21 @@ Point = dict[str, tp.Any]
 """One SAE's values by dotted key."""
 
 
-def resolve(
+class Asked(tp.NamedTuple):
+    """One SAE that is asked for."""
+
+    config: TrainConfig
+    """As asked for; its seed is that of all, unless seeds are swept."""
+    position: int | None
+    """Its number in the sweep; None if its seed is named: there is no sweep, or one of seeds."""
+
+
+def asked(
     cfg: TrainConfig,
     explicit: tp.Collection[str] = (),
     table: Mapping[str, tp.Any] | None = None,
-) -> tuple[TrainConfig, ...]:
-    """One config per SAE, in a fixed order; ``(cfg,)`` if there is no sweep.
+) -> tuple[Asked, ...]:
+    """All SAEs that are asked for, in a fixed order; one if there is no sweep.
 
     Args:
         cfg: what the command line said, with defaults for the rest.
@@ -79,26 +89,63 @@ def resolve(
         ConfigError: the file does not parse, a key is unknown (the nearest valid one is named), a
             value has the wrong type, or a combination is invalid.
     """
+    cfg = cfg.model_copy(update={"val_data": ValDataConfig.model_validate(cfg.val_data)})
     if table:
         source = "the table [sweep]"
     elif cfg.sweep:
         source, table = storage.normalize(cfg.sweep), read_toml(cfg.sweep)
     else:
-        return (cfg,)
+        _check_penalty(cfg, {}, explicit, "The command")
+        return (Asked(cfg, None),)
     points = list(expand(table, source, explicit))
     base = cfg.to_dict() | {"sweep": ""}
     members: dict[str, tuple[TrainConfig, bool]] = {}
     for point in points:
         member = _apply(base, point, explicit, source)
+        _check_penalty(member, point, explicit, source)
         key = storage.canonical_json(member.to_dict())
         members.setdefault(key, (member, "seed" in point))
     if len(members) < len(points):
         n_repeated = len(points) - len(members)
         logger.warning("%s: %d of %d combinations are repeated.", source, n_repeated, len(points))
     return tuple(
-        member if swept_seed else member.model_copy(update={"seed": member.seed + index})
+        Asked(member, None if swept_seed else index)
         for index, (member, swept_seed) in enumerate(members.values())
     )
+
+
+def resolve(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: Mapping[str, tp.Any] | None = None,
+) -> tuple[TrainConfig, ...]:
+    """The configs of :func:`asked`."""
+    return tuple(one.config for one in asked(cfg, explicit, table))
+
+
+_PENALTY, _KIND = "objective.sparsity_coeff", "sae.activation.kind"
+
+
+def _check_penalty(
+    member: TrainConfig, point: Point, explicit: tp.Collection[str], source: str
+) -> None:
+    """Refuse a penalty that was given to an activation without one.
+
+    A sweep of penalties alone is the guide's, for which ReLU is the default; it gets a warning.
+    """
+    activation = member.sae.activation
+    if not isinstance(activation, TopK | BatchTopK) or not member.objective.sparsity_coeff:
+        return
+    default = type(member.objective).model_fields["sparsity_coeff"].default
+    swept = _PENALTY in point and _PENALTY not in explicit
+    chosen = _KIND in point or _KIND in explicit or not isinstance(activation, TopK)
+    given = _PENALTY in explicit or member.objective.sparsity_coeff != default
+    if chosen if swept else given:
+        raise ConfigError(
+            f"{source}: {_PENALTY} is {member.objective.sparsity_coeff:g}, but {activation.kind} "
+            "has no sparsity penalty: it keeps top_k latents. Leave the penalty out, or choose "
+            "sae.activation:relu or jump-relu (in a sweep, a [[grid]] of their own)."
+        )
 
 
 def expand(
@@ -143,7 +190,7 @@ def _flatten(table: Mapping[str, tp.Any], path: tuple[str, ...]) -> Iterator[tup
 
 
 def _choices(name: str, leaf: str, value: tp.Any, source: str) -> list[tp.Any]:
-    is_tuple = any(tp.get_origin(t) is tuple for t, _ in leaves()[leaf])
+    is_tuple = any(_is_tuple(t) for t, _ in leaves()[leaf])
     if is_tuple:  # one list is the tuple itself, a list of lists is an axis
         swept = isinstance(value, list) and bool(value) and all(isinstance(v, list) for v in value)
     else:
@@ -157,6 +204,13 @@ def _choices(name: str, leaf: str, value: tp.Any, source: str) -> list[tp.Any]:
             "same SAE several times. Give one value."
         )
     return [_check(name, leaf, choice, source) for choice in choices]
+
+
+def _is_tuple(annotation: tp.Any) -> bool:
+    """Whether a value may be a tuple: it is one, or it is one of several types."""
+    if tp.get_origin(annotation) in (tp.Union, types.UnionType):
+        return any(_is_tuple(t) for t in tp.get_args(annotation))
+    return tp.get_origin(annotation) is tuple
 
 
 def _check(name: str, leaf: str, value: tp.Any, source: str) -> tp.Any:

@@ -5,7 +5,7 @@ import typing as tp
 import pydantic
 
 from saev.config.base import Config
-from saev.config.loaders import LoaderConfig
+from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.sae import Objective, SaeConfig, Vanilla
 
 
@@ -20,7 +20,7 @@ class TrainConfig(Config):
     """URL of a TOML file of lists: every combination is an SAE (see docs/guide)."""
     train_data: LoaderConfig = LoaderConfig()
     """Activations to train on."""
-    val_data: LoaderConfig = LoaderConfig()
+    val_data: ValDataConfig = ValDataConfig()
     """Activations to evaluate on; by default the validation split of the training activations."""
     n_train: int = pydantic.Field(default=100_000_000, ge=1)
     """Tokens to train on; several epochs if there are fewer."""
@@ -50,7 +50,8 @@ class TrainConfig(Config):
     """Tokens without firing after which a latent counts as dead; by default the smaller of 10M
     and a share of the run."""
     seed: int = 0
-    """Seed of initialisation and prefixes; in a sweep, the index of the SAE is added."""
+    """Seed of initialisation and prefixes. In a sweep that does not name seeds, each SAE has one of
+    its own, made from this one and from what the SAE is."""
     data_seed: int = 0
     """Seed of the order of the data, shared by all SAEs of a sweep."""
     device: str = "auto"

@@ -169,7 +169,7 @@ def _check_same(planned: str, found: str, dataset: Dataset) -> None:
 
 
 def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progress) -> list[str]:
-    from saev.train.resolve import Group
+    from saev.train.members import Group
 
     del progress
     groups = [Group.from_item(item) for item in _groups(cfg, _stages(cfg, dataset))]
@@ -178,7 +178,8 @@ def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progr
         n_missing = sum(not member.published for member in group.members)
         if n_missing:
             name = f"group {i} of {len(groups)}: {n_missing} of {len(group.members)} SAEs"
-            items.append({"name": name, "group": group.group_id})
+            runs = [member.run_id for member in group.members]
+            items.append({"name": name, "group": group.group_id, "runs": runs})
     n_saes = sum(len(group.members) for group in groups)
     logger.info("%d SAEs in %d groups, %d groups to train.", n_saes, len(groups), len(items))
     outputs.write_items(cfg.to_items, items)
@@ -188,14 +189,19 @@ def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progr
 def _train(cfg: cfgs.TrainStep, dataset: Dataset, progress: Progress) -> list[str]:
     from saev import train
 
-    stages, wanted = _stages(cfg, dataset), _item(cfg.item, "group")["group"]
-    for item in _groups(cfg, stages):
-        if item["group"] == wanted:
-            return train.work(stages.training(cfg.shards), item, progress)
-    raise ConfigError(
-        f"There is no group {wanted}: the config or the version of saev changed since it was "
-        "planned. Submit the dataset again."
-    )
+    stages, wanted = _stages(cfg, dataset), _item(cfg.item, "group")
+    groups = _groups(cfg, stages)
+    members = {member["run_id"]: member for group in groups for member in group["members"]}
+    # Items of version 0.1.0 do not name their runs.
+    named = {group["group"]: [m["run_id"] for m in group["members"]] for group in groups}
+    runs = wanted.get("runs") or named.get(wanted["group"])
+    if not runs or not members.keys() >= set(runs):
+        raise ConfigError(
+            f"There is no group {wanted['group']}: the config or the version of saev changed since "
+            "it was planned. Submit the dataset again."
+        )
+    item = {"group": wanted["group"], "members": [members[run_id] for run_id in runs]}
+    return train.work(stages.training(cfg.shards), item, progress)
 
 
 def _groups(cfg: cfgs.ShardsStep, stages: Stages) -> list[Item]:

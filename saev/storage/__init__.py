@@ -11,7 +11,13 @@ from saev.storage.cache import NodeCache
 from saev.storage.cache import from_environment as node_cache
 from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum
 from saev.storage.creating import create
-from saev.storage.deleting import check_writable, clean_temporary, delete, remove_temporary
+from saev.storage.deleting import (
+    check_writable,
+    clean_temporary,
+    delete,
+    remove_empty,
+    remove_temporary,
+)
 from saev.storage.faults import is_passing
 from saev.storage.hashes import canonical_json, content_hash
 from saev.storage.looking import (
@@ -78,6 +84,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_text",
+    "remove_empty",
     "remove_temporary",
     "size",
     "walk",

@@ -30,6 +30,14 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
         fs.invalidate_cache(key)
 
 
+def remove_empty(url: str | os.PathLike) -> None:
+    """Remove a folder with nothing in it. Object stores have none; one in use stays."""
+    path = local_path(url)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
 def clean_temporary(url: str | os.PathLike) -> None:
     """Remove what killed local writers left in a folder. Files of living writers stay."""
     path = local_path(url)

@@ -75,13 +75,22 @@ def size(url: str | os.PathLike) -> int:
         return int(retry_reads(fs.size)(key))
 
 
-def list_dir(url: str | os.PathLike) -> list[Entry]:
-    """Children of a folder, sorted by name. Raises StorageError if it is missing or unreadable."""
+def list_dir(url: str | os.PathLike, *, missing_ok: bool = False) -> list[Entry]:
+    """Children of a folder, sorted by name.
+
+    Raises:
+        StorageError: it cannot be listed, or it is missing, which with ``missing_ok`` is as empty.
+    """
     text = normalize(url)
     fs, key = filesystem(text)
     with explained(text, "list"):
         fs.invalidate_cache(key)
-        rows = retry_reads(fs.ls)(key, detail=True)
+        try:
+            rows = retry_reads(fs.ls)(key, detail=True)
+        except FileNotFoundError:
+            if missing_ok:
+                return []
+            raise
     entries = []
     for row in rows:
         child = with_scheme(fs, row["name"])

@@ -60,7 +60,7 @@ def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
 
 @contextlib.contextmanager
 def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary, fd = create_temporary(path)
     try:
         with os.fdopen(fd, "wb") as handle:
@@ -73,6 +73,15 @@ def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder, also while others remove empty ones above it."""
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):
+            path.mkdir(parents=True, exist_ok=True)
+            return
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -10,8 +10,8 @@ from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank, SparseAutoencoder, StepMetrics
 from saev.nn.ranks import ALONE, Ranks
 from saev.shards import Shards
+from saev.train.members import Member
 from saev.train.normalize import Normalization, layer_stats
-from saev.train.resolve import Member
 from saev.train.schedule import lr_scale, sparsity_scale
 
 INIT_TOKENS = 8192

@@ -5,7 +5,7 @@
     tb/             the same values for TensorBoard, one event file per flush
 
 Object stores cannot append, so rows are kept in memory (a few hundred bytes each) and a flush
-writes the files whole. A run that resumes drops the rows after its resume point.
+writes the files whole. Rows are a part of resume points: a run that resumes writes all three anew.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import typing as tp
 
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError
+from saev.train.resume import CurveRows, Row
 
 logger = logging.getLogger(__name__)
 
@@ -25,28 +26,33 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 TENSORBOARD = "tb"
 
-_REMEDY = "Delete the folder `resume` beside the run folders to train from the start."
-
-Row = dict[str, float | int | None]
-
 
 class Curves:
     """Rows of one run.
 
     Args:
-        url: the run folder.
-        n_rows: rows that a resumed run goes on from; later ones are dropped.
+        url: the run folder. What it holds of curves is replaced by ``rows``.
+        rows: what a resumed run goes on from.
     """
 
-    def __init__(self, url: str, n_rows: int = 0):
+    def __init__(self, url: str, rows: CurveRows | None = None):
         self.url = url
-        self.rows = _read_rows(storage.join(url, METRICS), n_rows)
-        self._timings = _read_rows(storage.join(url, TIMINGS), n_rows)
-        self._n_flushed = n_rows
-        if storage.is_dir(storage.join(url, TENSORBOARD)):
-            for entry in storage.list_dir(storage.join(url, TENSORBOARD)):
-                if _first_row(entry.name) >= n_rows:
-                    storage.delete(entry.url)
+        self.rows, self._timings = map(list, rows or CurveRows([], []))
+        self._n_flushed = 0
+        events = storage.list_dir(storage.join(url, TENSORBOARD), missing_ok=True)
+        for entry in events:
+            if _is_ours(entry.name):
+                storage.delete(entry.url)
+        if self.rows:
+            self.flush()
+        else:
+            for name in (METRICS, TIMINGS):
+                storage.delete(storage.join(url, name))
+
+    @property
+    def so_far(self) -> CurveRows:
+        """All rows, for a resume point."""
+        return CurveRows(self.rows, self._timings)
 
     def add(self, row: tp.Mapping[str, float | int], timing: tp.Mapping[str, float]) -> Row:
         """Add a row (with a `step`); returns it as stored, with null for what is not finite."""
@@ -72,24 +78,35 @@ def _lines(rows: tp.Iterable[Row]) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
-def _read_rows(url: str, n_rows: int) -> list[Row]:
-    if not n_rows:
-        return []
-    try:
-        rows = [json.loads(line) for line in storage.read_text(url).splitlines()[:n_rows]]
-    except json.JSONDecodeError as err:
-        raise CorruptDataError(f"{url} is damaged ({err}). {_REMEDY}") from err
-    if len(rows) < n_rows:
-        raise CorruptDataError(
-            f"{url} has {len(rows)} rows, but its resume point counts {n_rows}. {_REMEDY}"
+def of_run_folder(url: str, n_rows: int) -> CurveRows:
+    """The first rows of a run's curves, for a resume point of version 0.1.0, which has none.
+
+    Rows that are lost stay lost, with a warning: the weights do not depend on them.
+    """
+    metrics, timings = (_read_rows(storage.join(url, name), n_rows) for name in (METRICS, TIMINGS))
+    n_found = min(len(metrics), len(timings))
+    if n_found < n_rows:
+        logger.warning(
+            "%s has %d rows, but its resume point counts %d: the curve has a gap.",
+            *(storage.join(url, METRICS), n_found, n_rows),
         )
+    return CurveRows(metrics[:n_found], timings[:n_found])
+
+
+def _read_rows(url: str, n_rows: int) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        for line in storage.read_text(url).splitlines()[:n_rows] if storage.exists(url) else ():
+            rows.append(json.loads(line))
+    except (CorruptDataError, ValueError) as err:
+        logger.warning("%s is damaged after %d rows: %s", url, len(rows), err)
     return rows
 
 
-def _first_row(name: str) -> int:
-    """Number of the first row in an event file; -1 for files of others."""
+def _is_ours(name: str) -> bool:
+    """Whether an event file is one that `flush` writes."""
     parts = name.split(".")
-    return int(parts[3]) if len(parts) == 5 and parts[3].isdigit() else -1
+    return len(parts) == 5 and parts[3].isdigit() and parts[4] == "saev"
 
 
 def _events(rows: tp.Sequence[Row], timings: tp.Sequence[Row]) -> bytes:

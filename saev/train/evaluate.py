@@ -35,13 +35,12 @@ def evaluate(
     if not config.n_val or not saes:
         return [{} for _ in saes]
     found = [ReconstructionMetrics(sae.d_model, sae.d_sae, device) for sae in saes]
-    with Shards.open(config.val_data.shards) as shards:
-        n_tokens = min(config.n_val, Selection(shards, config.val_data).n_tokens)
+    data = config.val_data.decided()
+    with Shards.open(data.shards) as shards:
+        n_tokens = min(config.n_val, Selection(shards, data).n_tokens)
         size = min(_BATCH_TOKENS, n_tokens)
         with (
-            ShuffledLoader(
-                shards, config.val_data, size, seed=_VAL_SEED, epochs=1, device=device
-            ) as loader,
+            ShuffledLoader(shards, data, size, seed=_VAL_SEED, epochs=1, device=device) as loader,
             progress.task("evaluate", total=n_tokens, unit="tok") as bar,
         ):
             left = n_tokens

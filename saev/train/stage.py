@@ -5,10 +5,11 @@ import typing as tp
 
 from saev import storage, torchrun
 from saev.config import TrainConfig
-from saev.errors import IncompleteError
+from saev.errors import IncompleteError, StorageError
 from saev.progress import Progress
 from saev.train import curves, launch, resume
-from saev.train.resolve import RUN, Group, Member, groups
+from saev.train.members import RUN, Group, Member
+from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer
 
@@ -22,8 +23,9 @@ def plan(
 ) -> list[dict[str, tp.Any]]:
     """One work item per group of SAEs that share their batches; plain JSON.
 
-    Reads the sweep file and the shards' metadata, and nothing else; equal inputs give equal items,
-    whatever is already done.
+    Reads the sweep file, the shards' metadata, and which runs and resume points of earlier versions
+    and sweeps there are: those keep their names. Otherwise equal inputs give equal items, whatever
+    is already done.
 
     Args:
         cfg: what to train.
@@ -60,7 +62,9 @@ def work(
     if place is not None:
         train_group(group, join(place, config), progress)
     elif (n := n_ranks(config)) > 1:
-        if not all(m.published for m in group.members):
+        if all(m.published for m in group.members):
+            _clear(group)
+        else:
             launch.train(item, n, progress)
     else:
         train_group(group, alone(config), progress)
@@ -70,9 +74,9 @@ def work(
 def train_group(group: Group, team: Team, progress: Progress) -> None:
     """:func:`work` of one rank, and its return to the others at the end."""
     ranks = team.ranks
-    url = resume.folder(group.members[0].config.runs_root, group.group_id)
+    points = resume.Points(_resume_folder(group))
     # Rank 0 looks at the storage and tells the others, who might see it change.
-    members, point = _pending(group, url) if ranks.first else ((), None)
+    members, point = _pending(group, points) if ranks.first else ((), None)
     told = ranks.tell(
         {"run_ids": [m.run_id for m in members], "point": point and [point.step, point.meta]}
     )
@@ -80,22 +84,36 @@ def train_group(group: Group, team: Team, progress: Progress) -> None:
         members = tuple(m for m in group.members if m.run_id in told["run_ids"])
         point = told["point"] and resume.ResumePoint(told["point"][0], {}, told["point"][1])
     if members:
-        with Trainer(members, url, team, point) as trainer:
+        with Trainer(members, points, team, point) as trainer:
             trainer.train(progress)
             trainer.finish(progress)
     if ranks.first:
-        resume.clear(url)
+        _clear(group)
     ranks.tell(None)  # nobody goes on before everything is there
 
 
-def _pending(group: Group, url: str) -> tuple[tuple[Member, ...], resume.ResumePoint | None]:
+def _resume_folder(group: Group) -> str:
+    return resume.folder(group.members[0].config.runs_root, group.group_id)
+
+
+def _clear(group: Group) -> None:
+    """Delete the resume points of a group that is published."""
+    try:
+        resume.clear(_resume_folder(group))
+    except StorageError as err:
+        logger.warning("Resume points of finished runs stay for now: %s", err)
+
+
+def _pending(
+    group: Group, points: resume.Points
+) -> tuple[tuple[Member, ...], resume.ResumePoint | None]:
     """Members to train, and where to go on from."""
     pending = tuple(m for m in group.members if not m.published)
     if len(pending) < len(group.members):
         logger.info(
             "%d of %d runs are done.", len(group.members) - len(pending), len(group.members)
         )
-    point = resume.load(url) if pending else None
+    point = points.load([m.url for m in pending]) if pending else None
     if point is not None:
         # A group that was interrupted while it published goes on with the members it trained.
         trained = set(point.meta["run_ids"])
@@ -113,13 +131,21 @@ def finish(
     Raises:
         IncompleteError: names the runs that are not published.
     """
-    members = [m for item in plan(cfg, explicit, table) for m in Group.from_item(item).members]
+    return _finished(plan(cfg, explicit, table))
+
+
+def _finished(items: tp.Iterable[tp.Mapping[str, tp.Any]]) -> list[str]:
+    """Check that all runs are there, and delete what killed workers left of their resume points."""
+    planned = [Group.from_item(item) for item in items]
+    members = [member for group in planned for member in group.members]
     missing = [m.url for m in members if not m.published]
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"
             f"{', …' if len(missing) > 3 else ''}. Run the same `saev train` command again."
         )
+    for group in planned:
+        _clear(group)
     return [m.url for m in members]
 
 
@@ -134,4 +160,4 @@ def run(
     storage.check_writable(cfg.runs_root)
     for item in items:
         work(cfg, item, progress)
-    return finish(cfg, explicit, table)
+    return _finished(items)

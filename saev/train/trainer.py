@@ -25,8 +25,8 @@ from saev.progress import Progress
 from saev.shards import Shards
 from saev.train import evaluate, resume
 from saev.train.banks import build_banks, decided
-from saev.train.curves import TENSORBOARD, Curves, WandbRun
-from saev.train.resolve import RUN, Member
+from saev.train.curves import TENSORBOARD, Curves, WandbRun, of_run_folder
+from saev.train.members import RUN, Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
 from saev.train.team import Team
@@ -50,7 +50,7 @@ class Trainer:
 
     Args:
         members: SAEs that share their batches, with resolved configs.
-        resume_url: folder of the group's resume points.
+        points: the group's resume points.
         team: who trains together, and where.
         point: where to go on from; None starts from the beginning. Only rank 0 needs its tensors.
 
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         members: tp.Sequence[Member],
-        resume_url: str,
+        points: resume.Points,
         team: Team,
         point: resume.ResumePoint | None = None,
     ):
@@ -71,7 +71,7 @@ class Trainer:
         """For what all members share."""
         self.step = 0
         """Steps done."""
-        self._resume_url = resume_url
+        self._points = points
         self._ranks, self.device = team
         self._open = contextlib.ExitStack()
         try:
@@ -121,10 +121,11 @@ class Trainer:
         )
         self._indices = [torch.tensor(part.indices, device=self.device) for part in self.banks]
         self._bad_step = torch.full((len(self.members),), -1, device=self.device)
-        n_rows = 0 if point is None else self._restore(point)
+        if point is not None:
+            self._restore(point)
         for part in self.banks:
             part.bank.begin_together()
-        self.curves = [Curves(m.url, n_rows) for m in self.members] if self._ranks.first else []
+        self.curves = self._start_curves(point) if self._ranks.first else []
         self._wandb = self._start_wandb()
 
     def __enter__(self) -> tp.Self:
@@ -270,6 +271,15 @@ class Trainer:
         for curve in self.curves:
             curve.flush()
 
+    def _start_curves(self, point: resume.ResumePoint | None) -> list[Curves]:
+        """One for each member, as they were at the resume point."""
+        if point is None:
+            return [Curves(m.url) for m in self.members]
+        if point.curves is None:  # of version 0.1.0
+            n_rows = int(point.meta["n_rows"])
+            return [Curves(m.url, of_run_folder(m.url, n_rows)) for m in self.members]
+        return [Curves(m.url, point.curves.get(m.run_id)) for m in self.members]
+
     def _start_wandb(self) -> list[WandbRun]:
         project = self.config.wandb_project
         if not project or not self._ranks.first:
@@ -283,7 +293,6 @@ class Trainer:
         self._check_finite()
         if not self._ranks.first:
             return
-        self._flush()  # first: a resume point counts on the rows before it
         tensors = {
             f"bank{i}.{name}": tensor
             for i, part in enumerate(self.banks)
@@ -291,17 +300,19 @@ class Trainer:
         }
         meta = {
             "run_ids": [m.run_id for m in self.members],
+            "rules": min(m.rules for m in self.members),
             "loader": self.loader.state_dict(),
-            "n_rows": len(self.curves[0].rows),
         }
-        resume.save(self._resume_url, resume.ResumePoint(self.step, tensors, meta))
+        curves = {m.run_id: c.so_far for m, c in zip(self.members, self.curves, strict=True)}
+        self._points.save(resume.ResumePoint(self.step, tensors, meta, curves))
+        self._flush()
 
-    def _restore(self, point: resume.ResumePoint) -> int:
-        """Take over a resume point; returns how many rows had been logged by then."""
+    def _restore(self, point: resume.ResumePoint) -> None:
+        """Take over the weights and counters of a resume point."""
         own, found = [m.run_id for m in self.members], point.meta["run_ids"]
         if found != own:
             raise CheckpointError(
-                f"The resume point in {self._resume_url} is of runs {', '.join(found)}, "
+                f"The resume point in {self._points.url} is of runs {', '.join(found)}, "
                 f"expected {', '.join(own)}. Delete that folder to start from the beginning."
             )
         for i, part in enumerate(self.banks if self._ranks.first else ()):
@@ -312,7 +323,6 @@ class Trainer:
         self.loader.load_state_dict(point.meta["loader"])
         self.step = point.step
         logger.info("Continuing at step %d of %d.", self.step, self.n_steps)
-        return int(point.meta["n_rows"])
 
     # --- Results ---------------------------------------------------------------------------
 
@@ -339,6 +349,8 @@ class Trainer:
                 "run_id": member.run_id,
                 "tag": member.config.tag,
                 "saev": saev.__version__,
+                "rules": member.rules,
+                **self._points.history(),
                 "n_steps": self.n_steps,
                 "n_tokens": self.n_steps * self.batch_size,
                 "metrics": metrics,

@@ -14,7 +14,7 @@ from saev.errors import SaevError
 from saev.progress import Progress, log_to
 from saev.torchrun import Place
 from saev.train import team
-from saev.train.resolve import Group
+from saev.train.members import Group
 from saev.train.signals import EXIT_SIGTERM
 from saev.train.stage import train_group
 

@@ -7,14 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from saev import storage
 from saev.config import DataConfig
-from saev.errors import ConfigError, CorruptDataError
+from saev.errors import ConfigError
 from saev.nn.metrics import ReconstructionMetrics
 from saev.shards import LayerStats, Shards
-from saev.train import curves, normalize, resume, schedule
+from saev.train import curves, normalize, schedule
 
 from . import synthetic
 
@@ -80,104 +78,7 @@ def test_activations_that_do_not_vary_cannot_be_scaled():
         normalize.Normalization.of(stats, scale_mean=True, scale_norm=True)
 
 
-# --- Resume points ---
-
-
-def point(step: int) -> resume.ResumePoint:
-    gen = torch.Generator().manual_seed(step)
-    tensors = {
-        "a.weight": torch.randn(3, 5, generator=gen),
-        "half": torch.randn(7, generator=gen).bfloat16(),
-        "count": torch.arange(4) * step,
-        "flag": torch.tensor([True, False]),
-        "state": torch.randint(0, 255, (16,), dtype=torch.uint8, generator=gen),
-        "scalar": torch.tensor(1.5, dtype=torch.float64),
-        "empty": torch.zeros(0, 3),
-        "view": torch.randn(4, 6, generator=gen).T,
-    }
-    return resume.ResumePoint(step, tensors, {"loader": {"epoch": step}, "n_rows": step})
-
-
-def assert_equal(a: resume.ResumePoint, b: resume.ResumePoint) -> None:
-    assert (a.step, a.meta) == (b.step, b.meta)
-    assert a.tensors.keys() == b.tensors.keys()
-    for name in a.tensors:
-        assert torch.equal(a.tensors[name], b.tensors[name]), name
-        assert a.tensors[name].dtype == b.tensors[name].dtype
-
-
-@pytest.mark.parametrize("root", ["local", "memory://resume-test"])
-def test_the_last_two_resume_points_are_kept(tmp_path, root):
-    url = storage.join(str(tmp_path) if root == "local" else root, "resume/g")
-    assert resume.load(url) is None
-    for step in (5, 20, 100):
-        resume.save(url, point(step))
-    names = [e.name for e in storage.list_dir(url)]
-    assert names == [f"step-{s:012d}.{ext}" for s in (20, 100) for ext in ("json", "safetensors")]
-    assert_equal(resume.load(url), point(100))
-    resume.clear(url)
-    assert resume.load(url) is None
-    resume.clear(url)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "pointer", "no pointer"])
-def test_a_damaged_resume_point_is_passed_over(tmp_path, damage, caplog):
-    url = str(tmp_path / "resume")
-    resume.save(url, point(10))
-    resume.save(url, point(20))
-    place, pointer = tmp_path / "resume/step-000000000020.safetensors", None
-    pointer = place.with_suffix(".json")
-    if damage == "flip":
-        raw = bytearray(place.read_bytes())
-        raw[-3] ^= 1
-        place.write_bytes(raw)
-    elif damage == "truncate":
-        place.write_bytes(place.read_bytes()[:-8])
-    elif damage == "missing":
-        place.unlink()
-    elif damage == "pointer":
-        pointer.write_text('{"step": 2')
-    else:
-        pointer.unlink()  # killed between the two objects: not damage, just not there
-    assert_equal(resume.load(url), point(10))
-    assert ("passed over" in caplog.text) == (damage != "no pointer")
-
-
 # --- Curves ---
-
-
-def add_rows(run: curves.Curves, steps: range) -> None:
-    for step in steps:
-        run.add({"step": step, "loss": 1.0 / (step + 1), "lr": 1e-3}, {"loader/wait_s": 0.1})
-
-
-@pytest.mark.parametrize("root", ["local", "memory://curves-test"])
-def test_an_interrupted_run_has_the_same_curve(tmp_path, root):
-    base = str(tmp_path) if root == "local" else root
-    whole = curves.Curves(storage.join(base, "a"))
-    add_rows(whole, range(9))
-    whole.flush()
-
-    url = storage.join(base, "b")
-    first = curves.Curves(url)
-    add_rows(first, range(3))
-    first.flush()
-    add_rows(first, range(3, 7))  # these rows came after the resume point
-    first.flush()
-    second = curves.Curves(url, n_rows=3)
-    add_rows(second, range(3, 9))
-    second.flush()
-    second.flush()
-    assert storage.read_bytes(storage.join(url, "metrics.jsonl")) == storage.read_bytes(
-        storage.join(base, "a", "metrics.jsonl")
-    )
-    assert len(storage.read_text(storage.join(url, "timings.jsonl")).splitlines()) == 9
-    if root == "local":
-        events = EventAccumulator(storage.join(url, "tb"))
-        events.Reload()
-        scalars = events.Scalars("loss")
-        assert [e.step for e in scalars] == list(range(9))
-        assert [e.value for e in scalars] == pytest.approx([1 / (i + 1) for i in range(9)])
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -186,14 +87,6 @@ def test_what_is_not_finite_is_null(tmp_path):
     run.flush()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 0, "grad_norm": None, "loss": 2.0}
-
-
-def test_a_lost_curve_is_an_error_not_a_gap(tmp_path):
-    run = curves.Curves(str(tmp_path))
-    add_rows(run, range(2))
-    run.flush()
-    with pytest.raises(CorruptDataError, match="has 2 rows, but its resume point counts 5"):
-        curves.Curves(str(tmp_path), n_rows=5)
 
 
 def test_wandb_is_asked_for_before_training(monkeypatch):

@@ -1,11 +1,16 @@
 """What is decided before training: defaults, splits, groups and names."""
 
+import json
+import tomllib
+
+import numpy as np
 import pytest
 
-from saev import storage
-from saev.config import LoaderConfig, Relu, SaeConfig, TopK, TrainConfig
+from saev import cli, storage
+from saev.config import DataConfig, LoaderConfig, Relu, SaeConfig, TopK, TrainConfig, ValDataConfig
 from saev.errors import ConfigError
-from saev.train import resolve
+from saev.shards.protocol import in_validation
+from saev.train import resolve, resume
 
 from . import synthetic
 
@@ -176,3 +181,229 @@ def test_data_that_does_not_fit(cfg, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"width 8, but --train-data.shards of width 32"):
         resolve.resolve_one(update(cfg, val_data=LoaderConfig(shards=narrow, layer=3)))
+
+
+# --- The validation side ---
+
+
+def shards_of(tmp_path, n_examples: int, **more) -> str:
+    return synthetic.write_shards(
+        str(tmp_path), synthetic.make_truth(), n_examples=n_examples, content_tokens=4, **more
+    )
+
+
+def test_val_data_has_the_keys_of_a_loader():
+    ours, theirs = ValDataConfig.model_fields, LoaderConfig.model_fields
+    assert list(ours) == list(theirs)
+    assert all(field.default is None for key, field in ours.items() if key != "shards")
+    assert ValDataConfig.added == LoaderConfig.added == DataConfig.added
+
+
+@pytest.mark.parametrize("verify", ["--val-data.verify", "--val-data.no-verify"])
+def test_a_flag_of_val_data_counts_if_it_is_the_default_too(shards, verify):
+    line = f"train --train-data.shards {shards} --train-data.layer 3 --train-data.tokens all "
+    line += f"--val-data.tokens content --train-data.no-verify {verify} --train-data.buffer-mb 99"
+    config = cli.parse([*line.split(), "--val-data.ignore-labels"])
+    config = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))  # a round trip
+    found = resolve.resolve_one(config)
+    assert (found.train_data.tokens, found.val_data.tokens) == ("all", "content")
+    assert (found.train_data.verify, found.val_data.verify) == (False, "no" not in verify)
+    assert found.val_data.buffer_mb == 99
+    assert found.val_data.decided() == LoaderConfig(
+        **{
+            **found.train_data.to_dict(),
+            "tokens": "content",
+            "split": "val",
+            "verify": "no" not in verify,
+        }
+    )
+
+
+def test_other_shards_are_evaluated_on_as_training_is(cfg, tmp_path):
+    other = shards_of(tmp_path, 5, seed=9)
+    found = resolve.resolve_one(
+        update(with_train(cfg, tokens="all"), val_data=LoaderConfig(shards=other))
+    )
+    assert (found.val_data.layer, found.val_data.tokens) == (3, "all")
+    assert (found.val_data.split, found.val_data.val_fraction) == ("all", 0.0)
+
+
+def test_to_evaluate_on_all_may_be_asked_for(cfg):
+    found = resolve.resolve_one(update(cfg, val_data=LoaderConfig(split="all")))
+    assert (found.train_data.split, found.val_data.split) == ("all", "all")
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_explicit_fraction_that_leaves_nothing_is_an_error(cfg, tmp_path, side, n):
+    data = LoaderConfig(shards=shards_of(tmp_path, n), layer=3)
+    small = update(cfg, train_data=data, batch_size=2)
+    if side == "train":
+        small = with_train(small, val_fraction=0.001)
+    else:
+        small = update(small, val_data=LoaderConfig(val_fraction=0.001))
+    message = rf"--{side}-data\.val-fraction is 0\.001, .* none of the {n} images .* evaluate on"
+    with pytest.raises(ConfigError, match=message):
+        resolve.groups(small)
+    assert resolve.resolve_one(update(small, n_val=0)).train_data.split == "train"
+
+
+def test_a_fraction_that_leaves_nothing_to_train_on(cfg, tmp_path):
+    data = LoaderConfig(shards=shards_of(tmp_path, 3), layer=3, val_fraction=0.9999)
+    assert in_validation(np.arange(3), 0.9999).all()
+    with pytest.raises(ConfigError, match=r"is 0\.9999, which leaves none of .* to train on"):
+        resolve.resolve_one(update(cfg, train_data=data))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 40])
+def test_the_default_fraction_of_few_images(cfg, tmp_path, n, caplog):
+    in_val = in_validation(np.arange(n), 0.1)
+    data = LoaderConfig(shards=shards_of(tmp_path, n), layer=3)
+    found = resolve.resolve_one(update(cfg, train_data=data, batch_size=2))
+    if in_val.any() and not in_val.all():
+        assert (found.train_data.split, found.n_val) == ("train", cfg.n_val)
+        assert not caplog.text
+    else:
+        assert (found.train_data.split, found.n_val) == ("all", 0)
+        assert f"has {n} images, too few to keep 10% of them" in caplog.text
+    assert resolve.resolve_one(found) == found
+
+
+def test_labels_may_empty_a_side(cfg, tmp_path):
+    data = LoaderConfig(shards=shards_of(tmp_path, 40, labels=True), layer=3)
+    ignoring = data.model_copy(update={"ignore_labels": (0, 1, 2)})
+    with pytest.raises(ConfigError, match=r"left to train on: .*\[0, 1, 2\].* 40 images"):
+        resolve.resolve_one(update(cfg, train_data=ignoring))
+    val = ValDataConfig(ignore_labels=(0, 1, 2))
+    explicit = update(cfg, train_data=data, val_data=val)
+    with pytest.raises(ConfigError, match=r"fraction is 0\.2, which leaves none .* evaluate on"):
+        resolve.resolve_one(with_train(explicit, val_fraction=0.2))
+
+
+def test_warm_ups_are_shares_of_the_steps_that_are_taken(cfg, tmp_path):
+    """20 images of 4 patches: 80 tokens, of which some are held out; batches are not larger."""
+    in_train = int((~in_validation(np.arange(20), 0.1)).sum()) * 4
+    found = resolve.resolve_one(update(cfg, batch_size=1000, n_train=30_000))
+    n_steps = -(-30_000 // in_train)
+    assert found.batch_size == 1000
+    assert found.n_lr_warmup == round(0.05 * n_steps) > 20
+    assert found.n_sparsity_warmup == round(0.2 * n_steps)
+    data = LoaderConfig(shards=shards_of(tmp_path, 20, labels=True), layer=3, ignore_labels=(0, 1))
+    fewer = resolve.resolve_one(
+        update(cfg, train_data=data, batch_size=1000, n_train=30_000)
+    ).n_lr_warmup
+    assert fewer > 2 * found.n_lr_warmup
+
+
+# --- Seeds and older names ---
+
+
+def members(cfg: TrainConfig, text: str) -> list[resolve.Member]:
+    found = resolve.groups(cfg, table=tomllib.loads(text))
+    return [member for group in found for member in group.members]
+
+
+def test_a_seed_is_made_of_what_an_sae_is(cfg, tmp_path):
+    first = members(cfg, "lr = [1e-3, 1e-4]")
+    seeds = {m.config.lr: m.config.seed for m in first}
+    assert len(set(seeds.values())) == 2
+    again = members(cfg, "lr = [5e-4, 1e-4, 1e-3]")
+    assert {m.config.lr: m.config.seed for m in again} == {**seeds, 5e-4: again[0].config.seed}
+    assert {m.run_id for m in first} < {m.run_id for m in again}
+    # Axes at their defaults, other ways to say the same, and other places.
+    default = first[0].config
+    same = [
+        members(cfg, "lr = [1e-3, 1e-4]\noptim = ['adam']\ndata.buffer_mb = 2048.0"),
+        members(cfg, f"lr = [1e-3, 1e-4]\nn_lr_warmup = [{default.n_lr_warmup}]"),
+        members(cfg, "lr = [1e-3, 1e-4]\nsae.d_sae = 128"),
+        members(update(cfg, runs_root=str(tmp_path / "else"), tag="x"), "lr = [1e-3, 1e-4]"),
+        members(with_train(cfg, shards=shards_of(tmp_path, 20)), "lr = [1e-3, 1e-4]"),
+    ]
+    for found in same:
+        assert [m.run_id for m in found] == [m.run_id for m in first]
+        assert [m.config.seed for m in found] == [m.config.seed for m in first]
+    other = members(update(cfg, seed=1), "lr = [1e-3, 1e-4]")
+    assert {m.config.seed for m in other}.isdisjoint(seeds.values())
+    assert [m.config.seed for m in members(cfg, "seed = [3, 4]")] == [3, 4]
+    assert [m.config.seed for g in resolve.groups(update(cfg, seed=9)) for m in g.members] == [9]
+
+
+def test_axes_that_end_in_the_same_sae_are_one(cfg, caplog):
+    found = members(cfg, "sae.d_sae = 128\nsae.exp_factor = [4, 8]")
+    assert len(found) == 1
+    assert "asked for twice" in caplog.text
+
+
+def old_members(cfg: TrainConfig, lrs: list[float]) -> list[resolve.Member]:
+    """What version 0.1.0 made of a sweep of learning rates: seeds were positions."""
+    asked = [update(cfg, lr=lr, seed=i) for i, lr in enumerate(lrs)]
+    configs = [resolve.resolve_one(one, before=True) for one in asked]
+    return [resolve.Member(resolve.run_id(c), c, rules=1) for c in configs]
+
+
+def publish(member: resolve.Member, **record) -> None:
+    storage.write_json(storage.join(member.url, "run.json"), record)
+
+
+def test_what_version_0_1_0_trained_is_found(cfg):
+    first, second = old_members(cfg, [1e-3, 1e-4])
+    new = members(cfg, "lr = [1e-3, 1e-4]")
+    assert {m.run_id for m in new}.isdisjoint({first.run_id, second.run_id})
+    publish(second, run_id=second.run_id)
+    assert [m.run_id for m in members(cfg, "lr = [1e-3, 1e-4]")] == [new[0].run_id, second.run_id]
+    publish(first, run_id=first.run_id)
+    found = resolve.groups(cfg, table={"lr": [1e-3, 1e-4]})
+    assert [g.group_id for g in found] == [resolve.digest([first.run_id, second.run_id])]
+    assert found[0].members == (first, second)
+    # A run of this version that happens to have that seed is another SAE of the sweep.
+    publish(first, run_id=first.run_id, rules=2)
+    assert [m.run_id for m in members(cfg, "lr = [1e-3, 1e-4]")] == [new[0].run_id, second.run_id]
+
+
+def test_a_group_in_flight_keeps_its_name(cfg):
+    old = old_members(cfg, [1e-3, 1e-4])
+    group = resolve.Group.of(old)
+    root = resolve.resolve_one(cfg).runs_root
+    meta = {"run_ids": [m.run_id for m in old], "loader": {}, "n_rows": 0}
+    storage.write_json(  # a pointer of version 0.1.0
+        storage.join(resume.folder(root, group.group_id), "step-000000000010.json"),
+        {"step": 10, "n_bytes": 1, "checksum": "crc32c:00000000", "meta": meta},
+    )
+    assert resolve.groups(cfg, table={"lr": [1e-3, 1e-4]}) == [group]
+    grown = resolve.groups(cfg, table={"lr": [1e-3, 1e-4, 5e-4]})
+    assert grown[0] == group
+    assert [m.config.lr for m in grown[1].members] == [5e-4]
+    assert [resolve.Group.from_item(g.to_item()) for g in grown] == grown
+    # One of them is not asked for: it cannot go on without it.
+    assert len(resolve.groups(cfg, table={"lr": [1e-3, 5e-4]})) == 1
+    # Published by this version, they still go by the old rules.
+    for member in old:
+        publish(member, rules=1)
+    resume.clear(resume.folder(root, group.group_id))
+    assert resolve.groups(cfg, table={"lr": [1e-3, 1e-4]}) == [group]
+
+
+def test_a_sweep_may_grow_while_it_is_trained(cfg):
+    (group,) = resolve.groups(cfg, table={"lr": [1e-3, 1e-4]})
+    url = resume.folder(group.members[0].config.runs_root, group.group_id)
+    meta = {"run_ids": [m.run_id for m in group.members], "loader": {}, "rules": 2}
+    resume.Points(url).save(resume.ResumePoint(10, {}, meta))
+    grown = resolve.groups(cfg, table={"lr": [5e-4, 1e-3, 1e-4]})
+    assert [len(g.members) for g in grown] == [1, 2]
+    assert grown[1] == group
+    (still,) = resolve.groups(update(cfg, max_parallel=1), table={"lr": [1e-3, 1e-4]})
+    assert still.group_id == group.group_id
+
+
+def test_old_defaults_of_other_validation_shards_are_found(cfg, tmp_path):
+    """Version 0.1.0 evaluated on content tokens of other shards, whatever it trained on."""
+    other = shards_of(tmp_path, 5, seed=9)
+    asked = update(with_train(cfg, tokens="all"), val_data=LoaderConfig(shards=other, layer=3))
+    (new,) = members(asked, "optim = 'adam'")
+    before = resolve.resolve_one(update(asked, lr=1e-3), before=True)
+    assert before.val_data.tokens == "content"
+    old = resolve.Member(resolve.run_id(before), before, rules=1)
+    assert old.run_id != new.run_id
+    publish(old, run_id=old.run_id)
+    (group,) = resolve.groups(update(asked, lr=1e-3))
+    assert group.members == (old,)

@@ -305,7 +305,7 @@ def test_signals_leave_a_resume_point(cfg, monkeypatch, number, error):
         assert caught.value.code == 143
     assert signal.getsignal(number) is before
     (group,) = train.plan(cfg)
-    point = resume.load(resume.folder(cfg.runs_root, group["group"]))
+    point = resume.Points(resume.folder(cfg.runs_root, group["group"])).load()
     assert point.step == 4
     assert not [t for t in threading.enumerate() if t.name.startswith("saev-reader")]
     train.run(cfg)
@@ -341,12 +341,12 @@ def test_a_resume_point_of_others_is_refused(cfg, monkeypatch):
     with pytest.raises(Killed):
         train.run(cfg)
     (item,) = train.plan(cfg)
-    url = resume.folder(cfg.runs_root, item["group"])
-    point = resume.load(url)
+    points = resume.Points(resume.folder(cfg.runs_root, item["group"]))
+    point = points.load()
     with pytest.raises(CheckpointError, match="is of runs none"):
         trainer.Trainer(
             train.stage.Group.from_item(item).members,
-            url,
+            points,
             team.alone(cfg),
             point._replace(meta={**point.meta, "run_ids": ["none"]}),
         )
@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_names_run_step_and_remedy(cfg):
         ConfigError, match=rf"Run {run_id}: the loss is not finite at step \d+ of 8\. Lower --lr"
     ):
         train.run(cfg)
-    assert resume.load(resume.folder(cfg.runs_root, item["group"])) is None
+    assert resume.Points(resume.folder(cfg.runs_root, item["group"])).load() is None
 
 
 def test_a_root_that_cannot_be_written_is_said_before_training(cfg, tmp_path, monkeypatch):
@@ -389,3 +389,118 @@ def test_no_validation_examples(cfg, tmp_path, truth):
     data = LoaderConfig(shards=url, layer=3, val_fraction=0.01)
     with pytest.raises(ConfigError, match="val"):
         train.run(update(cfg, train_data=data))
+
+
+def test_data_without_validation_is_said_before_the_first_step(cfg, tmp_path, truth, monkeypatch):
+    url = synthetic.write_shards(str(tmp_path), truth, n_examples=3, content_tokens=4)
+    monkeypatch.setattr(SaeBank, "__init__", None)
+    data = LoaderConfig(shards=url, layer=3, val_fraction=0.001)
+    with pytest.raises(ConfigError, match=r"--train-data.val-fraction is 0\.001, .* 3 images"):
+        train.run(update(cfg, train_data=data))
+
+
+@pytest.mark.parametrize("n_examples", [1, 2])
+def test_a_folder_of_one_or_two_images(cfg, tmp_path, truth, n_examples, caplog):
+    url = synthetic.write_shards(str(tmp_path), truth, n_examples=n_examples, content_tokens=4)
+    sweep = tmp_path / "s.toml"
+    sweep.write_text("sae.top_k = [2, 3]\n")
+    data = LoaderConfig(shards=url, layer=3)
+    urls = train.run(update(cfg, train_data=data, sweep=str(sweep), batch_size=4, n_train=16))
+    assert caplog.text.count("too few to keep 10% of them for evaluation") == 1
+    for run in urls:
+        assert metrics_of(run) == {}
+        config = TrainConfig.from_url(storage.join(run, "config.json"))
+        assert (config.train_data.split, config.n_val) == ("all", 0)
+
+
+# --- Generations ---
+
+
+def test_both_points_damaged(cfg, tmp_path, monkeypatch):
+    """The curves until then are kept, training begins anew, and run.json says so."""
+    cfg = update(cfg, checkpoint_every=2)
+    (whole,) = train.run(cfg)
+    cut = update(cfg, runs_root=str(tmp_path / "cut"))
+    interrupt_at(monkeypatch, [5, 3])
+    with pytest.raises(Killed):
+        train.run(cut)
+    folder = next((tmp_path / "cut/resume").iterdir())
+    for place in folder.glob("*.safetensors"):
+        place.write_bytes(place.read_bytes()[:100])
+    with pytest.raises(Killed):  # in the second generation, after its first point
+        train.run(cut)
+    assert [p.name for p in (folder / "generation-2").glob("*.json")] == ["step-000000000002.json"]
+    kept = list((folder / "set-aside-1").rglob("metrics.jsonl"))
+    assert [len(k.read_text().splitlines()) for k in kept] == [2]
+    (url,) = train.run(cut)
+    ours, theirs = files_of(url), files_of(whole)
+    record, other = (json.loads(f.pop("run.json")) for f in (ours, theirs))
+    ours.pop("config.json"), theirs.pop("config.json")
+    assert ours == theirs
+    assert (record["generation"], other["generation"]) == (2, 1)
+    assert "set_aside" not in other
+    (aside,) = record["set_aside"]
+    assert [p["point"][-1] for p in aside["points"]] == ["4", "2"]
+    assert not (tmp_path / "cut/resume").exists()
+
+
+WRITES = ("open_write", "write_bytes", "delete")
+
+
+def kill_after(monkeypatch, n: int) -> list[int]:
+    """Training ends as the n-th object is to be written or deleted."""
+    left = [n]
+
+    def dying(original):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(storage, name, dying(getattr(storage, name)))
+    monkeypatch.setattr(storage, "write_json", dying(storage.write_json))
+    return left
+
+
+def test_a_kill_between_any_two_writes(cfg, tmp_path, monkeypatch):
+    """Of two members, with resume points at every step; each time it ends with the same bytes."""
+    sweep = tmp_path / "s.toml"
+    sweep.write_text("sae.top_k = [2, 3]\n")
+    cfg = update(cfg, sweep=str(sweep), n_train=3 * 64, batch_size=64, log_every=1, n_val=0)
+    cfg = update(cfg, checkpoint_every=1)
+    whole = {Path(u).name: files_of(u) for u in train.run(cfg)}
+    n, killed = 0, True
+    while killed:
+        root = tmp_path / str(n)
+        with monkeypatch.context() as patch:
+            kill_after(patch, n)
+            try:
+                train.run(update(cfg, runs_root=str(root)))
+                killed = False
+            except Killed:
+                pass
+        urls = train.run(update(cfg, runs_root=str(root)))
+        found = {Path(u).name: files_of(u) for u in urls}
+        for files in (*found.values(), *whole.values()):
+            files.pop("config.json", None)
+        assert found == whole, n
+        assert not (root / "resume").exists(), n
+        for url in urls:
+            assert len((Path(url) / "timings.jsonl").read_text().splitlines()) == 3
+        n += 1
+    assert n > 30
+
+
+def test_what_is_left_after_the_last_run_json_goes(cfg, tmp_path, monkeypatch):
+    (item,) = train.plan(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "clear", lambda url: exec("raise Killed", {"Killed": Killed}))
+        with pytest.raises(Killed):
+            train.run(cfg)
+    assert (Path(cfg.runs_root) / "resume" / item["group"]).exists()
+    train.finish(cfg)  # as the pipeline does
+    assert not (Path(cfg.runs_root) / "resume").exists()
