@@ -221,11 +221,10 @@ def test_a_new_generation_begins_if_all_points_are_damaged(tmp_path, caplog):
 
 @pytest.fixture
 def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_proxy.Proxy]:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("SAEV_PATIENCE_S", "0.2")
     with s3_proxy.before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         s3fs.S3FileSystem.clear_instance_cache()
-        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
         yield proxy
     s3fs.S3FileSystem.clear_instance_cache()
 
