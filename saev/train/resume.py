@@ -16,9 +16,9 @@ theirs are in the run folders. The folder is deleted when the group's runs are p
 import json
 import logging
 import re
-import time
 import typing as tp
 from collections.abc import Callable, Iterator
+from time import monotonic, sleep
 
 import safetensors
 import safetensors.torch
@@ -94,21 +94,21 @@ def patiently(read: Callable[[], _T], url: str, patience: Patience | None = None
         StorageError: what ``read`` raised last.
     """
     total_s, pause_s = patience or PATIENCE
-    start = time.monotonic()
+    start = monotonic()
     while True:
         try:
             return read()
         except CorruptDataError:
             raise
         except StorageError as err:
-            left = total_s - (time.monotonic() - start)
+            left = total_s - (monotonic() - start)
             if left <= 0:
                 raise StorageError(
                     f"{err} It was tried for {total_s / 60:g} minutes. Nothing is lost: the same "
                     "command continues from the last resume point once it can be read."
                 ) from err
             logger.warning("Waiting for %s, up to %.1f minutes more: %s", url, left / 60, err)
-        time.sleep(min(pause_s, max(left, 0.0)))
+        sleep(min(pause_s, max(left, 0.0)))
 
 
 class Points:
