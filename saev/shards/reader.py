@@ -20,7 +20,6 @@ from saev import storage
 from saev.config.base import Tokens
 from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.shards import protocol
-from saev.shards.checksums import concatenate
 from saev.shards.protocol import Layout, Metadata, ShardInfo
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -278,7 +277,7 @@ class Shards:
         first = int(self.shard_starts[shard]) * layout.n_layers + index * layout.n_examples
         expected = self._checksums[first + start : first + stop].tolist()
         # One call for all of them: between calls, threads hand the interpreter's lock around.
-        if storage.crc32c(raw) == concatenate(expected, layout.row_bytes):
+        if storage.crc32c(raw) == storage.concatenate(expected, layout.row_bytes):
             return
         for i, want in enumerate(expected):
             found = storage.crc32c(raw[i * layout.row_bytes : (i + 1) * layout.row_bytes])

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from saev import storage
 from saev.errors import ConfigError, ModelError
-from saev.shards.checksums import concatenate
 from saev.shards.protocol import Layout, Metadata
 from saev.shards.reader import TORCH_DTYPES
 
@@ -62,7 +61,9 @@ class Written:
 
 def file_checksum(layout: Layout, checksums: UInt32[np.ndarray, "n_layers n_examples"]) -> str:
     """Checksum of the shard file whose examples have these."""
-    return storage.format_checksum(concatenate(map(int, checksums.ravel()), layout.row_bytes))
+    return storage.format_checksum(
+        storage.concatenate(map(int, checksums.ravel()), layout.row_bytes)
+    )
 
 
 class ShardWriter:

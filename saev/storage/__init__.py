@@ -10,6 +10,8 @@ from saev.errors import CorruptDataError, StorageError
 from saev.storage.cache import NodeCache
 from saev.storage.cache import from_environment as node_cache
 from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum
+from saev.storage.combining import concatenate
+from saev.storage.confirming import confirmed
 from saev.storage.creating import create
 from saev.storage.deleting import (
     check_writable,
@@ -33,8 +35,10 @@ from saev.storage.looking import (
     size,
     walk,
 )
+from saev.storage.manifest import CheckedReader, Folder, Listed, read_listed, read_sealed, seal
+from saev.storage.parsing import parse_json, parse_tensors, parse_toml, parsed
 from saev.storage.ranges import RangeReader
-from saev.storage.reading import open_read, read_bytes, read_json, read_text
+from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
 from saev.storage.urls import TMP_PREFIX, join, local_path, name, normalize, parent
 from saev.storage.writing import (
     PositionalWriter,
@@ -47,9 +51,12 @@ from saev.storage.writing import (
 
 __all__ = [
     "TMP_PREFIX",
+    "CheckedReader",
     "ChecksumWriter",
     "CorruptDataError",
     "Entry",
+    "Folder",
+    "Listed",
     "NodeCache",
     "Object",
     "PositionalWriter",
@@ -59,6 +66,8 @@ __all__ = [
     "check_writable",
     "checksum",
     "clean_temporary",
+    "concatenate",
+    "confirmed",
     "content_hash",
     "crc32c",
     "create",
@@ -81,11 +90,19 @@ __all__ = [
     "open_write",
     "open_write_at",
     "parent",
+    "parse_json",
+    "parse_tensors",
+    "parse_toml",
+    "parsed",
     "read_bytes",
     "read_json",
+    "read_listed",
+    "read_parsed",
+    "read_sealed",
     "read_text",
     "remove_empty",
     "remove_temporary",
+    "seal",
     "size",
     "walk",
     "write_bytes",

@@ -155,10 +155,10 @@ class NodeCache:
 
     def drop(self, name: str, why: str) -> None:
         """Remove a segment that is damaged."""
-        log.warning("Dropped %s from the cache: %s", self.folder / name[:2] / name, why)
         with self._lock, contextlib.suppress(OSError):
             self._open.pop(name, None)
             (self.folder / name[:2] / name).unlink()
+            log.warning("Dropped %s from the cache: %s", self.folder / name[:2] / name, why)
 
     # --- Room ------------------------------------------------------------------------------
 
@@ -324,6 +324,12 @@ class _CachedObject:
     def readinto(self, offset: int, view: memoryview) -> None:
         for start, stop in self._missing(offset, view):
             self._fetch(start, stop, offset, view)
+
+    def reread(self, offset: int, view: memoryview) -> None:
+        # What came from the store with a flipped bit was kept with a checksum that fits the flip.
+        for number in range(offset // SEGMENT, -(-(offset + view.nbytes) // SEGMENT)):
+            self._cache.drop(self._name(number), "its bytes are not those that were recorded")
+        self._source.reread(offset, view)
 
     def _missing(self, offset: int, view: memoryview) -> list[tuple[int, int]]:
         """Fill what the cache has; returns the ranges of the object that it has not, in order."""

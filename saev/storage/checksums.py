@@ -6,8 +6,11 @@ import typing as tp
 
 import crc32c as _crc32c
 
+from saev.storage.combining import combine, concatenate
 from saev.storage.ranges import RangeReader
 
+BLOCK = 1 << 20
+"""Bytes that have a checksum of their own in lists of files."""
 _CHUNK = 8 << 20
 
 
@@ -22,11 +25,12 @@ def format_checksum(value: int) -> str:
 
 
 class ChecksumWriter(io.RawIOBase):
-    """Passes writes on to ``handle`` and keeps their running CRC-32C and length."""
+    """Passes writes on to ``handle``, counts them, and keeps the CRC-32C of every MiB."""
 
     def __init__(self, handle: tp.BinaryIO):
         self._handle = handle
-        self.crc = 0
+        self._full: list[int] = []
+        self._crc = 0
         self.n_bytes = 0
 
     def writable(self) -> bool:
@@ -35,23 +39,45 @@ class ChecksumWriter(io.RawIOBase):
     def write(self, data: tp.Any) -> int:
         view = memoryview(data).cast("B")
         self._handle.write(view)
-        self.crc = crc32c(view, self.crc)
-        self.n_bytes += view.nbytes
+        start = 0
+        while start < view.nbytes:
+            part = view[start : start + BLOCK - self.n_bytes % BLOCK]
+            self._crc = crc32c(part, self._crc)
+            self.n_bytes += part.nbytes
+            start += part.nbytes
+            if self.n_bytes % BLOCK == 0:
+                self._full.append(self._crc)
+                self._crc = 0
         return view.nbytes
 
     @property
     def checksum(self) -> str:
         """Checksum of everything written so far, as it stands in JSON."""
-        return format_checksum(self.crc)
+        full = concatenate(self._full, BLOCK)
+        return format_checksum(combine(full, self._crc, self.n_bytes % BLOCK))
+
+    @property
+    def blocks(self) -> str:
+        """Checksums of every MiB, the last may be shorter, eight hex digits each; "" if there is
+        no more than one."""
+        if self.n_bytes <= BLOCK:
+            return ""
+        rest = [self._crc] if self.n_bytes % BLOCK else []
+        return "".join(f"{crc:08x}" for crc in [*self._full, *rest])
 
 
-def checksum(url: str | os.PathLike) -> str:
-    """Checksum of a stored object, read in chunks."""
+def checksum(url: str | os.PathLike, *, fresh: bool = False) -> str:
+    """Checksum of a stored object, read in chunks.
+
+    Args:
+        url: the object.
+        fresh: read it past every cache.
+    """
     crc = 0
     buffer = memoryview(bytearray(_CHUNK))
     with RangeReader(url) as reader:
         for start in range(0, reader.size, _CHUNK):
             part = buffer[: min(_CHUNK, reader.size - start)]
-            reader.readinto(start, part)
+            (reader.reread if fresh else reader.readinto)(start, part)
             crc = crc32c(part, crc)
     return format_checksum(crc)

@@ -59,19 +59,32 @@ class RangeReader:
         Raises:
             CorruptDataError: the object ends before the buffer is full, or was replaced.
         """
+        self._fill(offset, buffer, self._source.readinto)
+
+    def reread(self, offset: int, buffer: tp.Any) -> None:
+        """:meth:`readinto` past every cache, whose content is dropped: for bytes that are wrong."""
+        self._fill(offset, buffer, self._source.reread)
+
+    def _fill(
+        self, offset: int, buffer: tp.Any, read: tp.Callable[[int, memoryview], None]
+    ) -> None:
         view = memoryview(buffer).cast("B")
-        end = offset + view.nbytes
+        self._check_inside(offset, view.nbytes)
+        if not view.nbytes:
+            return
+        with explained(self.url, "read"):
+            read(offset, view)
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        end = offset + length
         if end > self.size:
             raise CorruptDataError(
                 f"{self.url} is truncated: bytes {offset}-{end} were asked for, it has {self.size}."
             )
-        if not view.nbytes:
-            return
-        with explained(self.url, "read"):
-            self._source.readinto(offset, view)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``."""
+        self._check_inside(offset, length)
         buffer = bytearray(length)
         self.readinto(offset, buffer)
         return bytes(buffer)

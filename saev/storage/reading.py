@@ -1,19 +1,33 @@
 """Whole objects and streams."""
 
 import contextlib
-import json
 import os
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from saev.errors import CorruptDataError
+from saev.errors import SaevError
+from saev.storage.confirming import confirmed
 from saev.storage.faults import explained, retry_reads
+from saev.storage.parsing import parse_json, parse_text
+from saev.storage.ranges import RangeReader
 from saev.storage.urls import filesystem, local_path, normalize
 
+T = tp.TypeVar("T")
 
-def read_bytes(url: str | os.PathLike) -> bytes:
-    """A whole object."""
+
+def read_bytes(url: str | os.PathLike, *, fresh: bool = False) -> bytes:
+    """A whole object.
+
+    Args:
+        url: the object.
+        fresh: read it past every cache.
+    """
     text = normalize(url)
+    if fresh:
+        with RangeReader(text) as reader:
+            buffer = bytearray(reader.size)
+            reader.reread(0, buffer)
+            return bytes(buffer)
     path = local_path(text)
     with explained(text, "read"):
         if path is not None:
@@ -22,22 +36,35 @@ def read_bytes(url: str | os.PathLike) -> bytes:
         return retry_reads(fs.cat_file)(key)
 
 
+def read_parsed(url: str | os.PathLike, parse: Callable[[bytes], T]) -> T:
+    """A whole object, parsed; what does not parse is read again before that is said.
+
+    Args:
+        url: the object.
+        parse: raises a SaevError on what it does not know.
+    """
+    text = normalize(url)
+    found: list[T] = []
+
+    def wrong(data: bytes) -> SaevError | None:
+        try:
+            found.append(parse(data))
+        except SaevError as err:
+            return err
+        return None
+
+    confirmed(text, lambda fresh: read_bytes(text, fresh=fresh), wrong)
+    return found[-1]
+
+
 def read_text(url: str | os.PathLike) -> str:
     """A whole object as UTF-8. Raises CorruptDataError if it is not text."""
-    try:
-        return read_bytes(url).decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise CorruptDataError(f"{normalize(url)} is not UTF-8 text ({err}).") from err
+    return read_parsed(url, lambda data: parse_text(data, url))
 
 
 def read_json(url: str | os.PathLike) -> tp.Any:
-    """A whole object as JSON. Raises CorruptDataError if it does not parse."""
-    try:
-        return json.loads(read_text(url))
-    except json.JSONDecodeError as err:
-        raise CorruptDataError(
-            f"{normalize(url)} is not valid JSON ({err}); it may be truncated."
-        ) from err
+    """A whole object as JSON (:func:`saev.storage.parse_json`). Raises CorruptDataError."""
+    return read_parsed(url, lambda data: parse_json(data, url))
 
 
 @contextlib.contextmanager

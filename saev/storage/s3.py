@@ -113,13 +113,17 @@ class S3Object(FsspecObject):
         self._signature: tuple[float, dict[str, str]] = (0.0, {})
 
     def readinto(self, offset: int, view: memoryview) -> None:
-        if not self._get(offset, view):
+        if not self._get(offset, view, {}):
             super().readinto(offset, view)
 
+    def reread(self, offset: int, view: memoryview) -> None:
+        if not self._get(offset, view, {"Cache-Control": "no-cache"}):  # for proxies on the way
+            super().reread(offset, view)
+
     @retry_reads
-    def _get(self, offset: int, view: memoryview) -> bool:
+    def _get(self, offset: int, view: memoryview, headers: dict[str, str]) -> bool:
         """Fill ``view``; False if the store sends us elsewhere, which s3fs knows to follow."""
-        wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}"}
+        wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}", **headers}
         try:
             with self._bucket.answer(self._target, self._headers() | wanted) as answer:
                 whole = answer.status == 200 and not offset and view.nbytes == self.size

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+from fsspec.implementations.cached import CachingFileSystem
 
 from saev.errors import CorruptDataError
 from saev.storage.faults import retry_reads
@@ -27,6 +28,9 @@ class Source(tp.Protocol):
 
     def readinto(self, offset: int, view: memoryview) -> None:
         """Fill ``view``, which is not empty and ends inside the object."""
+
+    def reread(self, offset: int, view: memoryview) -> None:
+        """The same past every cache, dropping what these hold of it."""
 
     def close(self) -> None:
         """Release what it holds. May be called twice."""
@@ -58,6 +62,18 @@ class LocalFile:
         step = _DIRECT_BYTES - _ALIGNMENT
         for start in range(0, view.nbytes, step):
             self._direct(offset + start, view[start : start + step])
+
+    def reread(self, offset: int, view: memoryview) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # macOS has no such call
+            os.posix_fadvise(tp.cast(int, self._fd), offset, view.nbytes, os.POSIX_FADV_DONTNEED)
+        if self._direct_fd is not None:
+            self.readinto(offset, view)
+            return
+        other = LocalFile(self._path, direct=True)
+        try:
+            other.readinto(offset, view)
+        finally:
+            other.close()
 
     def _buffered(self, offset: int, view: memoryview) -> None:
         assert self._fd is not None
@@ -120,15 +136,32 @@ class FsspecObject:
         self.etag = etag
 
     def readinto(self, offset: int, view: memoryview) -> None:
-        data = retry_reads(self._fs.cat_file)(self._key, start=offset, end=offset + view.nbytes)
+        self._read(self._fs, self._key, offset, view)
+
+    def reread(self, offset: int, view: memoryview) -> None:
+        self._read(*past_caches(self._fs, self._key), offset, view)
+
+    @staticmethod
+    @retry_reads
+    def _read(fs: fsspec.AbstractFileSystem, key: str, offset: int, view: memoryview) -> None:
+        data = fs.cat_file(key, start=offset, end=offset + view.nbytes)
         if len(data) != view.nbytes:
-            raise CorruptDataError(
-                f"{self.url}: {view.nbytes} bytes at {offset} were asked for, got {len(data)}."
+            raise ConnectionError(
+                f"{view.nbytes} bytes at {offset} were asked for, got {len(data)}"
             )
         view[:] = data
 
     def close(self) -> None:
         """There is nothing to release: connections belong to the file system."""
+
+
+def past_caches(fs: fsspec.AbstractFileSystem, key: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind fsspec's caches (simplecache::…), which then forget the object."""
+    while isinstance(fs, CachingFileSystem):
+        with contextlib.suppress(Exception):  # it was not in the cache, or this kind cannot forget
+            fs.pop_from_cache(key)
+        fs = fs.fs
+    return fs, key
 
 
 def entity_tag(row: dict[str, tp.Any]) -> str:

@@ -1,0 +1,401 @@
+"""What a published folder holds: the object that is published last lists all others.
+
+That object is JSON with two keys beside its own:
+
+    "files"     {name: {"n_bytes": …, "checksum": "crc32c:…", "blocks": "…"}}
+    "checksum"  of the whole object's canonical JSON without this key
+
+`blocks` has eight hex digits per MiB, the CRC-32C of each, and only objects above one MiB have it:
+so a reader of a few bytes checks what it reads without reading everything. The list is a function
+of the objects' bytes alone. What earlier versions published has neither key, and is read with one
+warning; with one of the two it is damaged.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import typing as tp
+from collections.abc import Mapping
+
+import numpy as np
+
+from saev.errors import CorruptDataError, StorageError
+from saev.storage.checksums import BLOCK, ChecksumWriter, crc32c, format_checksum
+from saev.storage.confirming import Bytes, confirmed
+from saev.storage.hashes import canonical_json
+from saev.storage.looking import exists
+from saev.storage.parsing import parse_json
+from saev.storage.ranges import RangeReader
+from saev.storage.reading import read_bytes, read_json
+from saev.storage.urls import join, normalize
+
+log = logging.getLogger(__name__)
+
+FILES, CHECKSUM = "files", "checksum"
+_SUM = re.compile(r"crc32c:[0-9a-f]{8}")
+_HEX = re.compile(r"[0-9a-f]*")
+_RUN = 16 << 20
+"""Bytes that are read at a time."""
+
+_warned: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One object of a list."""
+
+    n_bytes: int
+    """Size."""
+    checksum: str
+    """CRC-32C of all of it."""
+    blocks: str = ""
+    """CRC-32C of each MiB, eight hex digits each; empty if there is no more than one."""
+
+    @classmethod
+    def of(cls, data: Bytes) -> "Listed":
+        """That of some bytes."""
+        writer = ChecksumWriter(tp.cast(tp.BinaryIO, _Nowhere()))
+        writer.write(data)
+        return cls.written(writer)
+
+    @classmethod
+    def written(cls, writer: ChecksumWriter) -> "Listed":
+        """That of what went through a writer."""
+        return cls(writer.n_bytes, writer.checksum, writer.blocks)
+
+    def to_dict(self) -> dict[str, tp.Any]:
+        """As plain JSON."""
+        blocks = {"blocks": self.blocks} if self.blocks else {}
+        return {"n_bytes": self.n_bytes, "checksum": self.checksum, **blocks}
+
+    @classmethod
+    def from_dict(cls, raw: tp.Any, source: str) -> "Listed":
+        """Inverse of :meth:`to_dict`. Raises CorruptDataError."""
+        if not isinstance(raw, dict) or raw.keys() - {"n_bytes", "checksum", "blocks"}:
+            raise CorruptDataError(f"{source} is not n_bytes, checksum and blocks of an object.")
+        n, total, blocks = raw.get("n_bytes"), raw.get("checksum"), raw.get("blocks", "")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise CorruptDataError(f"{source} has n_bytes {n!r:.60}, expected a number of bytes.")
+        if not isinstance(total, str) or not _SUM.fullmatch(total):
+            raise CorruptDataError(f"{source} has checksum {total!r:.60}, expected crc32c:….")
+        n_digits = 8 * -(-n // BLOCK) if n > BLOCK else 0
+        if not isinstance(blocks, str) or len(blocks) != n_digits or not _HEX.fullmatch(blocks):
+            raise CorruptDataError(f"{source} has not {n_digits} hex digits for its blocks.")
+        return cls(n, total, blocks)
+
+    def error(self, url: str, data: Bytes, remedy: str) -> CorruptDataError | None:
+        """What is wrong with the whole of an object; None if nothing is."""
+        if len(data) != self.n_bytes:
+            return CorruptDataError(
+                f"{url} is damaged: it has {len(data)} bytes, expected {self.n_bytes}. {remedy}"
+            )
+        found = format_checksum(crc32c(data))
+        if found != self.checksum:
+            return CorruptDataError(
+                f"{url} is damaged: it has checksum {found}, expected {self.checksum}. {remedy}"
+            )
+        return None
+
+
+class _Nowhere(io.RawIOBase):
+    def write(self, data: tp.Any) -> int:
+        return len(data)
+
+
+Files = Mapping[str, Listed]
+
+
+# --- Sealed objects ------------------------------------------------------------------------
+
+
+def seal(record: Mapping[str, tp.Any], files: Files | None = None) -> dict[str, tp.Any]:
+    """``record`` with the list of its files, and a checksum of all of it."""
+    listed = {name: row.to_dict() for name, row in sorted((files or {}).items())}
+    whole = {**record, FILES: listed}
+    return {**whole, CHECKSUM: _content_checksum(json.loads(json.dumps(whole)))}
+
+
+def unseal(raw: tp.Any, source: str, remedy: str = "") -> tuple[dict[str, tp.Any], Files | None]:
+    """Inverse of :func:`seal`; the list is None if an earlier version wrote the object.
+
+    Raises:
+        CorruptDataError: it is not an object, its checksum differs, or its list is not one.
+    """
+    if not isinstance(raw, dict):
+        raise CorruptDataError(
+            f"{source} holds a {type(raw).__name__}, expected an object. {remedy}"
+        )
+    if FILES not in raw and CHECKSUM not in raw:
+        return raw, None
+    missing = [key for key in (FILES, CHECKSUM) if key not in raw]
+    if missing:
+        raise CorruptDataError(f"{source} is damaged: it has no {missing[0]!r}. {remedy}")
+    record = {key: value for key, value in raw.items() if key != CHECKSUM}
+    found = _content_checksum(record)
+    if raw[CHECKSUM] != found:
+        raise CorruptDataError(
+            f"{source} is damaged: its content has checksum {found}, it says "
+            f"{raw[CHECKSUM]!r:.60}. {remedy}"
+        )
+    rows = record.pop(FILES)
+    if not isinstance(rows, dict):
+        raise CorruptDataError(f"{source} has a list of files that is none. {remedy}")
+    files = {
+        check_name(name, source): Listed.from_dict(row, f"{source}: {name:.80}")
+        for name, row in rows.items()
+    }
+    return record, files
+
+
+def _content_checksum(record: tp.Any) -> str:
+    return format_checksum(crc32c(canonical_json(record).encode()))
+
+
+def check_name(name: str, source: str) -> str:
+    """``name``, if it is that of an object inside a folder. Raises CorruptDataError."""
+    components = name.split("/")
+    if any(c in ("", ".", "..") for c in components) or re.search(r"[\x00-\x1f\\]|::", name):
+        raise CorruptDataError(f"{source} names {name!r:.80}, expected a name inside its folder.")
+    return name
+
+
+class Sealed(tp.NamedTuple):
+    """An object that was read."""
+
+    record: dict[str, tp.Any]
+    """Its own keys."""
+    files: Files | None
+    """What it lists; None if an earlier version wrote it."""
+    checksum: str
+    """CRC-32C of its bytes."""
+
+
+def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
+    """Read an object that :func:`seal` made, or an earlier version without.
+
+    Raises:
+        CorruptDataError: it is damaged.
+        StorageError: it is missing or cannot be read.
+    """
+    place = normalize(url)
+    found: list[Sealed] = []
+
+    def wrong(data: bytes) -> CorruptDataError | None:
+        try:
+            record, files = unseal(parse_json(data, place), place, remedy)
+        except CorruptDataError as err:
+            return err
+        found.append(Sealed(record, files, format_checksum(crc32c(data))))
+        return None
+
+    confirmed(place, lambda fresh: read_bytes(place, fresh=fresh), wrong)
+    return found[-1]
+
+
+# --- Folders -------------------------------------------------------------------------------
+
+
+class Folder:
+    """A published folder, whose objects are compared with the list as they are read.
+
+    Args:
+        url: the folder.
+        closing: name of the object that was published last.
+        sealed: what it says.
+        remedy: a sentence for errors about damage.
+    """
+
+    def __init__(self, url: str, closing: str, sealed: Sealed, remedy: str = ""):
+        self.url = url
+        self.closing = closing
+        self.record = sealed.record
+        """The closing object's own keys."""
+        self.files = sealed.files
+        """What it lists; None if an earlier version published the folder."""
+        self.checksum = sealed.checksum
+        """Of the closing object's bytes."""
+        self._remedy = remedy
+        if self.files is None and closing not in _warned:
+            _warned.add(closing)
+            log.warning(
+                "%s was published by an earlier version, whose %s does not list checksums of all "
+                "files: they are checked as far as that version recorded any. (This is said once; "
+                "other folders may be like it.)",
+                *(url, closing),
+            )
+
+    @classmethod
+    def open(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
+        """Read the closing object.
+
+        Raises:
+            CorruptDataError: it is damaged.
+            StorageError: it is missing or cannot be read.
+        """
+        place = normalize(url)
+        return cls(place, closing, read_sealed(join(place, closing), remedy=remedy), remedy)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has an object: what is listed must be there."""
+        if self.files is not None:
+            return name in self.files
+        return exists(join(self.url, name))
+
+    def listed(self, name: str) -> Listed | None:
+        """What is known of an object; None if an earlier version published the folder.
+
+        Raises:
+            CorruptDataError: the list does not have it.
+        """
+        if self.files is None:
+            return None
+        if name not in self.files:
+            raise CorruptDataError(
+                f"{join(self.url, name)} is not in the list of {self.closing}, so it does not "
+                f"belong to the folder. {self._remedy}"
+            )
+        return self.files[name]
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole object.
+
+        Raises:
+            CorruptDataError: it is missing or damaged.
+        """
+        place, listed = join(self.url, name), self.listed(name)
+        if listed is None:
+            return read_bytes(place)
+        try:
+            return read_listed(place, listed, self._remedy)
+        except StorageError as err:
+            raise self._missing(place) if not exists(place) else err from err.__cause__
+
+    def read_json(self, name: str) -> tp.Any:
+        """A whole object as JSON."""
+        if self.files is None:
+            return read_json(join(self.url, name))
+        return parse_json(self.read_bytes(name), join(self.url, name))
+
+    def reader(self, name: str) -> "RangeReader | CheckedReader":
+        """Ranges of an object, checked by the MiB."""
+        place, listed = join(self.url, name), self.listed(name)
+        if listed is None:
+            return RangeReader(place)
+        try:
+            return CheckedReader(place, listed, self._remedy)
+        except StorageError as err:
+            raise self._missing(place) if not exists(place) else err from err.__cause__
+
+    def _missing(self, place: str) -> CorruptDataError:
+        return CorruptDataError(f"{place} is missing; {self.closing} lists it. {self._remedy}")
+
+
+def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> bytes:
+    """A whole object that was listed. Raises CorruptDataError if it is another one."""
+    place = normalize(url)
+    return confirmed(
+        place,
+        lambda fresh: read_bytes(place, fresh=fresh),
+        lambda data: listed.error(place, data, remedy),
+    )
+
+
+class CheckedReader:
+    """:class:`RangeReader` of a listed object; whatever is read of it is right.
+
+    Args:
+        url: the object.
+        listed: what the list says of it.
+        remedy: a sentence for errors about damage.
+
+    Raises:
+        CorruptDataError: it has another size.
+    """
+
+    def __init__(self, url: str, listed: Listed, remedy: str = ""):
+        self.url = normalize(url)
+        self._reader = RangeReader(self.url)
+        self._remedy = remedy
+        self.size = self._reader.size
+        if self.size != listed.n_bytes:
+            raise CorruptDataError(
+                f"{self.url} is damaged: it has {self.size} bytes, expected {listed.n_bytes}. "
+                f"{remedy}"
+            )
+        hexes = listed.blocks or (listed.checksum.removeprefix("crc32c:") if self.size else "")
+        self._sums = np.frombuffer(bytes.fromhex(hexes), dtype=">u4").astype(np.uint32)
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    def readinto(self, offset: int, buffer: tp.Any) -> None:
+        """See :meth:`RangeReader.readinto`. Reads whole blocks, and more than was asked for."""
+        view = memoryview(buffer).cast("B")
+        self._check_inside(offset, view.nbytes)
+        done = 0
+        while done < view.nbytes:
+            block, skip = divmod(offset + done, BLOCK)
+            left = view.nbytes - done
+            if skip == 0 and (left >= BLOCK or offset + view.nbytes == self.size):
+                n = left if offset + view.nbytes == self.size else left // BLOCK * BLOCK
+                n = min(n, _RUN)
+                self._fill(block, view[done : done + n])
+            else:
+                data = self._block(block)
+                n = min(left, len(data) - skip)
+                view[done : done + n] = data[skip : skip + n]
+            done += n
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        self._check_inside(offset, length)
+        buffer = bytearray(length)
+        self.readinto(offset, buffer)
+        return bytes(buffer)
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        if offset < 0 or offset + length > self.size:
+            raise CorruptDataError(
+                f"{self.url}: bytes {offset}-{offset + length} were asked for, it has "
+                f"{self.size}. {self._remedy}"
+            )
+
+    def _block(self, number: int) -> bytes:
+        last = self._last  # one tuple, so threads see a block with its own number
+        if last[0] != number:
+            buffer = bytearray(min(BLOCK, self.size - number * BLOCK))
+            self._fill(number, memoryview(buffer))
+            last = self._last = (number, bytes(buffer))
+        return last[1]
+
+    def _fill(self, first: int, view: memoryview) -> None:
+        """Whole blocks from number ``first`` on."""
+
+        def read(fresh: bool) -> memoryview:
+            (self._reader.reread if fresh else self._reader.readinto)(first * BLOCK, view)
+            return view
+
+        confirmed(self.url, read, lambda data: self._error(first, data))
+
+    def _error(self, first: int, view: memoryview) -> CorruptDataError | None:
+        for i in range(-(-view.nbytes // BLOCK)):
+            found, want = crc32c(view[i * BLOCK : (i + 1) * BLOCK]), int(self._sums[first + i])
+            if found != want:
+                start = (first + i) * BLOCK
+                return CorruptDataError(
+                    f"{self.url} is damaged: bytes {start} to {min(start + BLOCK, self.size)} have "
+                    f"checksum {format_checksum(found)}, expected {format_checksum(want)}. "
+                    f"{self._remedy}"
+                )
+        return None
+
+    def close(self) -> None:
+        """Release the descriptor. May be called twice."""
+        self._reader.close()
+
+    def __enter__(self) -> "CheckedReader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,173 @@
+"""What stored bytes mean, or one sentence that says why they mean nothing.
+
+Libraries answer bad bytes with errors of any kind. :func:`parsed` is the one place that turns them
+into ours, so it stands around nothing but a library's parser, on bytes that are in memory already
+or that come from a reader whose own errors are of :mod:`saev.errors`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import tomllib
+import typing as tp
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from saev.errors import CorruptDataError, SaevError
+from saev.storage.urls import normalize
+
+MAX_JSON_BYTES = 256 << 20
+"""Objects take many times the memory of their text. The list of a million shards has 150 MB."""
+
+_INT64 = 1 << 63
+
+
+@contextlib.contextmanager
+def parsed(
+    url: str | os.PathLike,
+    what: str,
+    *,
+    remedy: str = "It may be truncated or damaged.",
+    error: type[SaevError] = CorruptDataError,
+) -> Iterator[None]:
+    """Turn whatever a parser raises on bad bytes into ``error``.
+
+    Args:
+        url: where the bytes are from.
+        what: what they should be, with its article: "a safetensors file".
+        remedy: a sentence about what to do.
+        error: what is raised.
+    """
+    try:
+        yield
+    except SaevError:
+        raise
+    except BaseException as err:
+        # A panic of Rust's (safetensors) is no Exception, though it is one here.
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
+        raise error(f"{normalize(url)} is not {what} ({_reason(err)}). {remedy}") from err
+
+
+def _reason(err: BaseException) -> str:
+    """The first line of what an error says, which may be empty or megabytes."""
+    if isinstance(err, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(err, MemoryError):
+        return "it asks for more memory than there is"
+    text = " ".join(str(err).strip().split("\n")[0].split())
+    kind = "" if isinstance(err, ValueError) and text else f"{type(err).__name__}: "
+    return f"{kind}{text[:200]}" if text else type(err).__name__
+
+
+def parse_text(data: bytes, url: str | os.PathLike) -> str:
+    """Text. Raises CorruptDataError if it is not UTF-8."""
+    with parsed(url, "UTF-8 text", remedy="Save it as UTF-8."):
+        return data.decode("utf-8")
+
+
+def parse_json(data: bytes, url: str | os.PathLike) -> tp.Any:
+    """JSON as everything reads it: no NaN or infinity, no key twice, no integer above 64 bits.
+
+    Raises:
+        CorruptDataError: it is not that, or is larger than :data:`MAX_JSON_BYTES`.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise CorruptDataError(
+            f"{normalize(url)} has {len(data)} bytes, expected at most {MAX_JSON_BYTES} of JSON."
+        )
+    text = parse_text(data, url)
+    with parsed(url, "valid JSON", remedy="It may be truncated."):
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_float=_float,
+            parse_int=_int,
+        )
+        if "\\u" in text:  # half of a surrogate pair cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+
+
+def parse_toml(data: bytes, url: str | os.PathLike, error: type[SaevError]) -> dict[str, tp.Any]:
+    """TOML, with the line and column of a mistake."""
+    with parsed(url, "valid TOML", remedy="Correct it.", error=error):
+        return tomllib.loads(parse_text(data, url))
+
+
+def _object(pairs: list[tuple[str, tp.Any]]) -> dict[str, tp.Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.60} stands there twice")
+    return found
+
+
+def _no_constant(text: str) -> tp.NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
+
+
+def _int(text: str) -> int:
+    value = int(text) if len(text) < 21 else _INT64
+    if not -_INT64 <= value < _INT64:
+        raise ValueError(f"{text[:40]} has more than 64 bits")
+    return value
+
+
+Shape = tuple[int, ...]
+
+
+def parse_tensors(
+    data: bytes,
+    url: str | os.PathLike,
+    expected: Mapping[str, tuple[str, Shape]] | None = None,
+    *,
+    remedy: str = "It may be truncated or damaged.",
+) -> dict[str, np.ndarray]:
+    """Arrays of a safetensors object.
+
+    Args:
+        data: the object; its header is compared with its size before anything is made of it.
+        url: where it is from.
+        expected: dtype and shape of every array; an axis of -1 may have any length. Without it any
+            arrays are taken.
+        remedy: what to do about a damaged one.
+
+    Raises:
+        CorruptDataError: it is no such object, or has other arrays.
+    """
+    import safetensors.numpy
+
+    with parsed(url, "a safetensors file", remedy=remedy):
+        tensors = safetensors.numpy.load(bytes(data))
+    for name, (dtype, shape) in (expected or {}).items():
+        found = tensors.get(name)
+        if found is None:
+            raise CorruptDataError(
+                f"{normalize(url)} has arrays {_names(tensors)}, expected {name!r}. {remedy}"
+            )
+        fits = found.ndim == len(shape) and all(
+            want in (-1, have) for have, want in zip(found.shape, shape, strict=True)
+        )
+        if found.dtype != np.dtype(dtype) or not fits:
+            raise CorruptDataError(
+                f"{normalize(url)}: {name} is {found.dtype} {list(found.shape)}, expected "
+                f"{np.dtype(dtype)} {list(shape)}. {remedy}"
+            )
+    return tensors
+
+
+def _names(tensors: Mapping[str, object]) -> str:
+    shown = sorted(tensors)[:8]
+    return ", ".join(f"{name:.40}" for name in shown) + (", …" if len(tensors) > 8 else "")
