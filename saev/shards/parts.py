@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import safetensors.numpy
 from jaxtyping import UInt8
 
@@ -31,19 +30,6 @@ from saev.shards.writer import Moments, Written, file_checksum
 _READ_AHEAD = 16
 _CRC = struct.Struct("<I")
 _ROW_GROUP = 65_536
-
-EXAMPLES_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("target", pa.int64(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-    ]
-)
-"""Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
-`width` are those of the original image in pixels, upright."""
 
 
 class ExampleRow(tp.NamedTuple):
@@ -106,7 +92,8 @@ class Part:
                 f"{source} is damaged: {len(data)} bytes whose checksum does not fit. "
                 "Delete it and run the same `saev shards` command again."
             )
-        try:
+        remedy = "Delete it and run the same `saev shards` command again."
+        with storage.parsed(source, "a record of this version of saev", remedy=remedy):
             tensors = safetensors.numpy.load(body)
             rows = json.loads(tensors["rows"].tobytes())
             moments = {
@@ -122,11 +109,6 @@ class Part:
             written = Written(
                 len(examples), tensors["checksums"], moments["content"], moments["special"]
             )
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as err:
-            raise CorruptDataError(
-                f"{source} is not a record of this version of saev ({err}). Delete it and run the "
-                "same `saev shards` command again."
-            ) from err
         return cls(written, examples, skipped, tensors.get("labels"), rows.get("weights"))
 
 
@@ -161,7 +143,7 @@ def read_part(url: str, shard: int, metadata: Metadata, weights: str | None = No
             f"{shard_name(shard)} of {url} is not recorded yet. Run the same `saev shards` command "
             "without --part; it does what is missing."
         )
-    part = Part.from_bytes(storage.read_bytes(place), place)
+    part = storage.read_parsed(place, lambda data: Part.from_bytes(data, place))
     _check(part, metadata, shard, place)
     if None not in (weights, part.weights) and weights != part.weights:
         raise ModelError(
@@ -204,6 +186,8 @@ def _check(part: Part, metadata: Metadata, shard: int, place: str) -> None:
 def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = None) -> None:
     """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
 
+    files.json, which comes before it, lists them all.
+
     Memory grows with the number of examples (a table row and some checksums each), not with labels
     or activations.
 
@@ -225,11 +209,11 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
     checksums: list[bytes] = []
     tables: list[pa.Table] = []
     skipped: list[Skipped] = []
+    labels: storage.ChecksumWriter | None = None
     with contextlib.ExitStack() as stack:
-        labels: tp.BinaryIO | None = None
         if metadata.pixel_agg is not None:
             place = storage.join(url, protocol.LABELS)
-            labels = stack.enter_context(storage.open_write(place))
+            labels = storage.ChecksumWriter(stack.enter_context(storage.open_write(place)))
         for shard, part in enumerate(_read_parts(url, metadata, n_shards, weights)):
             layout = Layout.of(metadata, part.written.n_examples)
             infos.append(
@@ -251,13 +235,35 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
                 f"None of the {len(skipped)} images could be decoded; the first: "
                 f"{skipped[0].reason if skipped else 'there is none'}"
             )
-    storage.write_bytes(storage.join(url, protocol.CHECKSUMS), b"".join(checksums))
-    storage.write_bytes(storage.join(url, protocol.EXAMPLES), _parquet(tables))
-    storage.write_bytes(storage.join(url, protocol.STATS), _stats(content, special))
+    objects = {
+        protocol.CHECKSUMS: b"".join(checksums),
+        protocol.EXAMPLES: _parquet(tables),
+        protocol.STATS: _stats(content, special),
+    }
     if skipped:
         entries = [{"index": i, "url": image, "reason": reason} for i, image, reason in skipped]
-        storage.write_json(storage.join(url, protocol.SKIPPED), entries)
-    storage.write_json(storage.join(url, protocol.SHARDS), [info.to_dict() for info in infos])
+        objects[protocol.SKIPPED] = storage.json_bytes(entries)
+    for name, data in objects.items():
+        storage.write_bytes(storage.join(url, name), data)
+    objects[protocol.SHARDS] = storage.json_bytes([info.to_dict() for info in infos])
+    objects[protocol.METADATA] = _metadata_bytes(url, metadata)
+    files = {name: storage.Listed.of(data) for name, data in objects.items()}
+    if labels is not None:
+        files[protocol.LABELS] = storage.Listed.written(labels)
+    storage.write_json(storage.join(url, protocol.FILES), storage.seal({}, files))
+    storage.write_bytes(storage.join(url, protocol.SHARDS), objects[protocol.SHARDS])
+
+
+def _metadata_bytes(url: str, metadata: Metadata) -> bytes:
+    """metadata.json as it is stored, which must be that of this recording."""
+    place = storage.join(url, protocol.METADATA)
+    found = Metadata.from_dict(storage.read_json(place), source=place)
+    if found.hash != metadata.hash:
+        raise CorruptDataError(
+            f"{place} describes recording {found.hash}, expected {metadata.hash}: it was changed. "
+            "Delete it and run the same `saev shards` command again."
+        )
+    return storage.read_bytes(place)
 
 
 def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None) -> Iterator[Part]:
@@ -274,9 +280,9 @@ def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None
 def _table(rows: Sequence[ExampleRow]) -> pa.Table:
     columns = [
         pa.array([row[i] for row in rows], type=field.type)
-        for i, field in enumerate(EXAMPLES_SCHEMA)
+        for i, field in enumerate(protocol.EXAMPLES_SCHEMA)
     ]
-    return pa.Table.from_arrays(columns, schema=EXAMPLES_SCHEMA)
+    return pa.Table.from_arrays(columns, schema=protocol.EXAMPLES_SCHEMA)
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:

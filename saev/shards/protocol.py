@@ -9,6 +9,7 @@ import math
 import typing as tp
 
 import numpy as np
+import pyarrow as pa
 import pydantic
 
 from saev import storage
@@ -17,6 +18,9 @@ from saev.errors import CorruptDataError
 
 METADATA = "metadata.json"
 SHARDS = "shards.json"
+FILES = "files.json"
+"""Size and checksums of all objects but the activations, which shards.json lists; published just
+before shards.json."""
 LABELS = "labels.bin"
 EXAMPLES = "examples.parquet"
 STATS = "stats.safetensors"
@@ -25,12 +29,31 @@ SKIPPED = "skipped.json"
 PARTS = "parts"
 """Folder of the records that work items leave for `finish`; gone once the result is published."""
 
+REMEDY = (
+    "Restore it from a copy, or delete the folder and run the same `saev shards` command again."
+)
+"""What to do about damage."""
+
 HASH_DIGITS = 16
 ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 RANDOM = "/random"
 """How the name of a network with untrained weights ends."""
+
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("target", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+    ]
+)
+"""Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
+`width` are those of the original image in pixels, upright."""
 
 
 class Metadata(Config):
@@ -148,14 +171,20 @@ class Metadata(Config):
         return side, side
 
     @classmethod
-    def read(cls, url: str) -> "Metadata":
+    def read(cls, url: str, folder: storage.Folder | None = None) -> "Metadata":
         """Metadata of a shards folder of either protocol.
 
+        Args:
+            url: the folder.
+            folder: the same with its list of files, if that was read already.
+
         Raises:
-            CorruptDataError: the folder's name is a hash that the metadata does not have.
+            CorruptDataError: it is damaged, or the folder's name is a hash that it does not have.
         """
         place = storage.join(url, METADATA)
-        raw = storage.read_json(place)
+        if folder is None and storage.exists(storage.join(url, FILES)):
+            folder = storage.Folder.open(url, FILES, REMEDY)
+        raw = storage.read_json(place) if folder is None else folder.read_json(METADATA)
         found = raw.get("protocol") if isinstance(raw, dict) else None
         if found not in ("3.0", "2.1"):
             raise CorruptDataError(f"{place}: protocol is {found!r}, expected '3.0' or '2.1'.")

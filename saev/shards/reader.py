@@ -11,9 +11,7 @@ import typing as tp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import torch
-from safetensors.numpy import load as load_safetensors
 from torch import Tensor
 
 from saev import storage
@@ -30,12 +28,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 DIRECT_IO = "SAEV_DIRECT_IO"
 """Environment variable: 1 reads activations on local disks past the page cache."""
+_VERIFY_BYTES = 8 << 20
+_MAX_EXAMPLES = 1 << 48
 _MAX_OPEN_FILES = 64
 """Per folder. A folder may have more shards than a process may have open files (often 1024)."""
-
-_REMEDY = (
-    "Restore it from a copy, or delete the folder and run the same `saev shards` command again."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +63,13 @@ class Shards:
         metadata: Metadata,
         infos: tuple[ShardInfo, ...],
         found: tp.Mapping[str, storage.Entry] | None = None,
+        folder: storage.Folder | None = None,
     ):
         self.url = url
         self.metadata = metadata
         self.infos = infos
         self._found = found or {}
+        self._folder = folder or storage.Folder.unlisted(url, protocol.FILES, protocol.REMEDY)
         self.layouts = tuple(Layout.of(metadata, info.n_examples) for info in infos)
         counts = [info.n_examples for info in infos]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -101,10 +99,15 @@ class Shards:
                 f"{url} is incomplete: {protocol.SHARDS} is missing, so recording did not finish. "
                 "Run the same `saev shards` command again; it continues where it stopped."
             )
-        metadata = Metadata.read(url)
-        infos = _read_infos(storage.join(url, protocol.SHARDS))
-        shards = cls(url, metadata, infos, found)
-        shards._check_sizes({name: entry.size for name, entry in found.items()})
+        kind = storage.Folder.open if protocol.FILES in found else storage.Folder.unlisted
+        folder = kind(url, protocol.FILES, protocol.REMEDY)
+        metadata = Metadata.read(url, folder)
+        if metadata.protocol == "3.0":
+            folder.warn_if_unlisted()
+        place = storage.join(url, protocol.SHARDS)
+        infos = _parse_infos(folder.read_json(protocol.SHARDS), place)
+        shards = cls(url, metadata, infos, found, folder)
+        shards._check_files()
         return shards
 
     # --- What is in it ---------------------------------------------------------------------
@@ -232,14 +235,22 @@ class Shards:
         if not raw.nbytes:
             return
         reader = self._reader(shard)
-        if layout.contiguous:
-            reader.readinto(layout.offset(index, start), raw)
-        else:
-            for i in range(stop - start):
-                row = raw[i * layout.row_bytes : (i + 1) * layout.row_bytes]
-                reader.readinto(layout.offset(index, start + i), row)
+
+        def fill(fresh: bool) -> memoryview:
+            read = reader.reread if fresh else reader.readinto
+            if layout.contiguous:
+                read(layout.offset(index, start), raw)
+            else:
+                for i in range(stop - start):
+                    row = raw[i * layout.row_bytes : (i + 1) * layout.row_bytes]
+                    read(layout.offset(index, start + i), row)
+            return raw
+
         if verify and self._checksums is not None:
-            self._verify(shard, index, start, stop, raw)
+            place = reader.url
+            storage.confirmed(place, fill, lambda data: self._error(shard, index, start, data))
+        else:
+            fill(False)
 
     def read_vector(
         self, shard: int, layer: int | None, example: int, token: int, out: Tensor
@@ -271,51 +282,56 @@ class Shards:
             )
         self._reader(shard).readinto(layout.offset(index, example, token), raw_bytes(out))
 
-    def _verify(self, shard: int, index: int, start: int, stop: int, raw: memoryview) -> None:
+    def _error(
+        self, shard: int, index: int, start: int, raw: memoryview
+    ) -> CorruptDataError | None:
+        """What is wrong with consecutive examples from ``start`` on; None if nothing is."""
         assert self._checksums is not None
         layout = self.layouts[shard]
-        first = int(self.shard_starts[shard]) * layout.n_layers + index * layout.n_examples
-        expected = self._checksums[first + start : first + stop].tolist()
+        n = raw.nbytes // layout.row_bytes
+        first = int(self.shard_starts[shard]) * layout.n_layers + index * layout.n_examples + start
+        expected = self._checksums[first : first + n].tolist()
         # One call for all of them: between calls, threads hand the interpreter's lock around.
         if storage.crc32c(raw) == storage.concatenate(expected, layout.row_bytes):
-            return
+            return None
         for i, want in enumerate(expected):
             found = storage.crc32c(raw[i * layout.row_bytes : (i + 1) * layout.row_bytes])
             if found != want:
-                raise CorruptDataError(
+                return CorruptDataError(
                     f"{storage.join(self.url, self.infos[shard].name)} is damaged: "
                     f"layer {self.layers[index]}, example {start + i} of the shard has checksum "
                     f"{storage.format_checksum(found)}, expected "
-                    f"{storage.format_checksum(want)}. {_REMEDY}"
+                    f"{storage.format_checksum(want)}. {protocol.REMEDY}"
                 )
+        return None
 
     @functools.cached_property
     def _checksums(self) -> np.ndarray | None:
         """uint32, per shard [layer, example], shards one after another."""
         if self.metadata.protocol != "3.0":
             return None
-        place = storage.join(self.url, protocol.CHECKSUMS)
-        data = storage.read_bytes(place)
+        data = self._folder.read_bytes(protocol.CHECKSUMS)
         expected = 4 * self.n_examples * len(self.layers)
         if len(data) != expected:
-            raise CorruptDataError(f"{place} has {len(data)} bytes, expected {expected}. {_REMEDY}")
+            raise CorruptDataError(
+                f"{storage.join(self.url, protocol.CHECKSUMS)} has {len(data)} bytes, expected "
+                f"{expected}. {protocol.REMEDY}"
+            )
         return np.frombuffer(data, dtype="<u4")
 
     def verify(self) -> None:
-        """Read every file whole and compare it with its checksum in shards.json.
+        """Read every file whole and compare it with its checksum.
 
         Raises:
             CorruptDataError: names the first file that differs.
         """
+        for name in self._folder.files or ():
+            with self._folder.reader(name) as reader:
+                for start in range(0, reader.size, _VERIFY_BYTES):
+                    reader.read(start, min(_VERIFY_BYTES, reader.size - start))
         for info in self.infos:
-            if info.checksum is None:
-                continue
-            place = storage.join(self.url, info.name)
-            found = storage.checksum(place)
-            if found != info.checksum:
-                raise CorruptDataError(
-                    f"{place} is damaged: checksum {found}, expected {info.checksum}. {_REMEDY}"
-                )
+            if info.checksum is not None:
+                storage.verify(storage.join(self.url, info.name), info.checksum, protocol.REMEDY)
 
     def _reader(self, shard: int) -> storage.RangeReader:
         with self._lock:
@@ -356,20 +372,40 @@ class Shards:
     @property
     def has_labels(self) -> bool:
         """Whether content tokens have labels."""
+        if self.metadata.protocol == "3.0":
+            return self.metadata.pixel_agg is not None
         return storage.exists(storage.join(self.url, protocol.LABELS))
 
     def labels(self) -> np.ndarray | None:
         """Labels of content tokens, uint8 [n_examples, content_tokens], or None."""
         if not self.has_labels:
             return None
-        place = storage.join(self.url, protocol.LABELS)
-        values = np.frombuffer(storage.read_bytes(place), dtype=np.uint8)
+        values = np.empty((self.n_examples, self.content_tokens), dtype=np.uint8)
+        with self._open_labels() as reader:
+            reader.readinto(0, values)
+        return values
+
+    def example_labels(self, example: int) -> np.ndarray | None:
+        """Labels of one example's content tokens, uint8 [content_tokens], or None.
+
+        Reads these alone, not the whole file, which may have those of millions.
+        """
+        if not self.has_labels:
+            return None
+        self.locate(example)
+        n = self.content_tokens
+        with self._open_labels() as reader:
+            return np.frombuffer(reader.read(example * n, n), dtype=np.uint8)
+
+    def _open_labels(self) -> storage.RangeReader | storage.CheckedReader:
+        reader = self._folder.reader(protocol.LABELS)
         expected = self.n_examples * self.content_tokens
-        if values.size != expected:
+        if reader.size != expected:
+            reader.close()
             raise CorruptDataError(
-                f"{place} has {values.size} bytes, expected {expected}. {_REMEDY}"
+                f"{reader.url} has {reader.size} bytes, expected {expected}. {protocol.REMEDY}"
             )
-        return values.reshape(self.n_examples, self.content_tokens)
+        return reader
 
     def stats(self, layer: int | None, tokens: Tokens = "content") -> LayerStats | None:
         """Recorded moments of one layer, or None if the writer recorded none (protocol 2.1)."""
@@ -391,52 +427,100 @@ class Shards:
 
     @functools.cached_property
     def _stats_tensors(self) -> dict[str, np.ndarray]:
+        n = len(self.layers)
+        shapes = {"mean": (n, self.d_model), "mean_sq_norm": (n,), "count": (1,)}
+        expected = {
+            f"{kind}.{name}": ("int64" if name == "count" else "float64", shape)
+            for kind in ("content", "special")
+            for name, shape in shapes.items()
+        }
+        data = self._folder.read_bytes(protocol.STATS)
         place = storage.join(self.url, protocol.STATS)
-        try:
-            return load_safetensors(storage.read_bytes(place))
-        except safetensors.SafetensorError as err:
-            raise CorruptDataError(f"{place} is damaged: {err}. {_REMEDY}") from err
+        return storage.parse_tensors(data, place, expected, remedy=protocol.REMEDY)
 
     def examples(self) -> pa.Table:
         """Where each example came from: index (in the dataset), url, label, target, height, width.
 
         Row i is example i of the loaders. Protocol 2.1 has no such table; it gives indices alone.
         """
-        place = storage.join(self.url, protocol.EXAMPLES)
         if self.metadata.protocol != "3.0":
             return pa.table({"index": np.arange(self.n_examples)})
-        try:
-            table = pq.read_table(io.BytesIO(storage.read_bytes(place)))
-        except pa.ArrowException as err:
-            raise CorruptDataError(f"{place} is damaged: {err}. {_REMEDY}") from err
-        if table.num_rows != self.n_examples:
+        place = storage.join(self.url, protocol.EXAMPLES)
+        data = self._folder.read_bytes(protocol.EXAMPLES)
+        with storage.parsed(place, "a Parquet file", remedy=protocol.REMEDY):
+            file = pq.ParquetFile(io.BytesIO(data))
+            found, columns = file.metadata.num_rows, dict(_columns(file.schema_arrow))
+        if found != self.n_examples:
             raise CorruptDataError(
-                f"{place} has {table.num_rows} rows, expected {self.n_examples}. {_REMEDY}"
+                f"{place} has {found} rows, expected {self.n_examples}. {protocol.REMEDY}"
             )
+        for name, kind in _columns(protocol.EXAMPLES_SCHEMA):
+            if columns.get(name) != kind:
+                raise CorruptDataError(
+                    f"{place}: column {name} is {columns.get(name, 'missing')}, expected {kind}. "
+                    f"{protocol.REMEDY}"
+                )
+        with storage.parsed(place, "a Parquet file", remedy=protocol.REMEDY):
+            table = file.read()
+            table.validate(full=True)
         return table
 
     # --- Checks ----------------------------------------------------------------------------
 
-    def _check_sizes(self, sizes: tp.Mapping[str, int]) -> None:
+    def _check_files(self) -> None:
+        """Compare the listing with what should be there, without reading anything."""
+        sizes = {name: entry.size for name, entry in self._found.items()}
+        for name, listed in (self._folder.files or {}).items():
+            if sizes.get(name) != listed.n_bytes:
+                found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+                raise CorruptDataError(
+                    f"{storage.join(self.url, name)} {found}; {protocol.FILES} lists it with "
+                    f"{listed.n_bytes}. {protocol.REMEDY}"
+                )
+        if self.metadata.protocol == "3.0":
+            self._check_companions(sizes)
         for info, layout in zip(self.infos, self.layouts, strict=True):
-            place = storage.join(self.url, info.name)
-            if info.name not in sizes:
-                if not info.n_examples:
-                    continue
-                raise CorruptDataError(f"{place} is missing; shards.json lists it. {_REMEDY}")
-            found = sizes[info.name]
+            if not layout.row_bytes and info.n_examples:
+                raise CorruptDataError(
+                    f"{self.url} says that its examples have no vectors. {protocol.REMEDY}"
+                )
             if info.n_bytes is not None and info.n_bytes != layout.n_bytes:
                 raise CorruptDataError(
                     f"{protocol.SHARDS} of {self.url} says that {info.name} has {info.n_bytes} "
-                    f"bytes; {info.n_examples} examples make {layout.n_bytes}. {_REMEDY}"
+                    f"bytes; {info.n_examples} examples make {layout.n_bytes}. {protocol.REMEDY}"
                 )
-            # Protocol 2.1 pads its last file with zeros up to the full shard size.
-            padded = self.metadata.protocol == "2.1" and found >= layout.n_bytes
-            if found != layout.n_bytes and not padded:
-                kind = "truncated" if found < layout.n_bytes else "too long"
+            found_bytes = sizes.get(info.name, -1)
+            if found_bytes != layout.n_bytes:
+                self._wrong_size(info, layout, found_bytes)
+
+    def _check_companions(self, sizes: tp.Mapping[str, int]) -> None:
+        names = [protocol.CHECKSUMS, protocol.STATS, protocol.EXAMPLES]
+        for name in names if self.metadata.pixel_agg is None else [*names, protocol.LABELS]:
+            if name not in sizes:
                 raise CorruptDataError(
-                    f"{place} is {kind}: it has {found} bytes, expected {layout.n_bytes}. {_REMEDY}"
+                    f"{storage.join(self.url, name)} is missing; every recording like this has "
+                    f"one. {protocol.REMEDY}"
                 )
+
+    def _wrong_size(self, info: ShardInfo, layout: Layout, found: int) -> None:
+        place = storage.join(self.url, info.name)
+        if found < 0:
+            if info.n_examples:
+                raise CorruptDataError(
+                    f"{place} is missing; shards.json lists it. {protocol.REMEDY}"
+                )
+            return
+        # Protocol 2.1 pads its last file with zeros up to the full shard size.
+        if self.metadata.protocol == "2.1" and found >= layout.n_bytes:
+            return
+        kind = "truncated" if found < layout.n_bytes else "too long"
+        raise CorruptDataError(
+            f"{place} is {kind}: it has {found} bytes, expected {layout.n_bytes}. {protocol.REMEDY}"
+        )
+
+
+def _columns(schema: pa.Schema) -> list[tuple[str, str]]:
+    return [(field.name, str(field.type)) for field in schema]
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -444,8 +528,14 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def _read_infos(place: str) -> tuple[ShardInfo, ...]:
-    raw = storage.read_json(place)
+def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
     if not isinstance(raw, list):
         raise CorruptDataError(f"{place} holds a {type(raw).__name__}, expected a list of shards.")
-    return tuple(ShardInfo.from_dict(row, source=f"{place} row {i}") for i, row in enumerate(raw))
+    infos = tuple(ShardInfo.from_dict(row, source=f"{place} row {i}") for i, row in enumerate(raw))
+    for info in infos:
+        storage.check_name(info.name, place)
+    if len({info.name for info in infos}) < len(infos):
+        raise CorruptDataError(f"{place} names a file twice. {protocol.REMEDY}")
+    if sum(info.n_examples for info in infos) > _MAX_EXAMPLES:
+        raise CorruptDataError(f"{place} counts too many examples. {protocol.REMEDY}")
+    return infos

@@ -9,7 +9,7 @@ functions; every other scheme goes through fsspec, but for ranges of S3 objects.
 from saev.errors import CorruptDataError, StorageError
 from saev.storage.cache import NodeCache
 from saev.storage.cache import from_environment as node_cache
-from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum
+from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum, verify
 from saev.storage.combining import concatenate
 from saev.storage.confirming import confirmed
 from saev.storage.creating import create
@@ -35,13 +35,22 @@ from saev.storage.looking import (
     size,
     walk,
 )
-from saev.storage.manifest import CheckedReader, Folder, Listed, read_listed, read_sealed, seal
+from saev.storage.manifest import (
+    CheckedReader,
+    Folder,
+    Listed,
+    check_name,
+    read_listed,
+    read_sealed,
+    seal,
+)
 from saev.storage.parsing import parse_json, parse_tensors, parse_toml, parsed
 from saev.storage.ranges import RangeReader
 from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
 from saev.storage.urls import TMP_PREFIX, join, local_path, name, normalize, parent
 from saev.storage.writing import (
     PositionalWriter,
+    json_bytes,
     open_write,
     open_write_at,
     write_bytes,
@@ -63,6 +72,7 @@ __all__ = [
     "RangeReader",
     "StorageError",
     "canonical_json",
+    "check_name",
     "check_writable",
     "checksum",
     "clean_temporary",
@@ -80,6 +90,7 @@ __all__ = [
     "is_dir",
     "is_passing",
     "join",
+    "json_bytes",
     "list_dir",
     "listing",
     "local_path",
@@ -104,6 +115,7 @@ __all__ = [
     "remove_temporary",
     "seal",
     "size",
+    "verify",
     "walk",
     "write_bytes",
     "write_json",

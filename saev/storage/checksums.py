@@ -6,8 +6,11 @@ import typing as tp
 
 import crc32c as _crc32c
 
+from saev.errors import CorruptDataError
 from saev.storage.combining import combine, concatenate
+from saev.storage.confirming import confirmed
 from saev.storage.ranges import RangeReader
+from saev.storage.urls import normalize
 
 BLOCK = 1 << 20
 """Bytes that have a checksum of their own in lists of files."""
@@ -81,3 +84,26 @@ def checksum(url: str | os.PathLike, *, fresh: bool = False) -> str:
             (reader.reread if fresh else reader.readinto)(start, part)
             crc = crc32c(part, crc)
     return format_checksum(crc)
+
+
+def verify(url: str | os.PathLike, expected: str, remedy: str = "") -> None:
+    """Read an object whole and compare it with its checksum.
+
+    Raises:
+        CorruptDataError: it differs.
+    """
+    place = normalize(url)
+
+    def wrong(found: bytes) -> CorruptDataError | None:
+        if found.decode() == expected:
+            return None
+        return CorruptDataError(
+            f"{place} is damaged: it has checksum {found.decode()}, expected {expected}. {remedy}"
+        )
+
+    confirmed(
+        place,
+        lambda fresh: checksum(place, fresh=fresh).encode(),
+        wrong,
+        lambda a, b: f"its checksum was {bytes(a).decode()}, then {bytes(b).decode()}",
+    )

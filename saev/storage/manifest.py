@@ -218,25 +218,35 @@ class Folder:
         self.checksum = sealed.checksum
         """Of the closing object's bytes."""
         self._remedy = remedy
-        if self.files is None and closing not in _warned:
-            _warned.add(closing)
+
+    def warn_if_unlisted(self) -> None:
+        """Say once that an earlier version published this folder, or one like it."""
+        if self.files is None and self.closing not in _warned:
+            _warned.add(self.closing)
             log.warning(
                 "%s was published by an earlier version, whose %s does not list checksums of all "
                 "files: they are checked as far as that version recorded any. (This is said once; "
                 "other folders may be like it.)",
-                *(url, closing),
+                *(self.url, self.closing),
             )
 
     @classmethod
     def open(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
-        """Read the closing object.
+        """Read the closing object; warns once if an earlier version wrote it.
 
         Raises:
             CorruptDataError: it is damaged.
             StorageError: it is missing or cannot be read.
         """
         place = normalize(url)
-        return cls(place, closing, read_sealed(join(place, closing), remedy=remedy), remedy)
+        folder = cls(place, closing, read_sealed(join(place, closing), remedy=remedy), remedy)
+        folder.warn_if_unlisted()
+        return folder
+
+    @classmethod
+    def unlisted(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
+        """A folder without a list, whose objects are read as they are."""
+        return cls(normalize(url), closing, Sealed({}, None, ""), remedy)
 
     def has(self, name: str) -> bool:
         """Whether the folder has an object: what is listed must be there."""

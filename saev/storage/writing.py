@@ -199,8 +199,12 @@ def write_text(url: str | os.PathLike, text: str) -> None:
     write_bytes(url, text.encode("utf-8"))
 
 
+def json_bytes(obj: tp.Any) -> bytes:
+    """Indented JSON with sorted keys: equal objects give equal bytes."""
+    text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
+
+
 def write_json(url: str | os.PathLike, obj: tp.Any) -> None:
-    """Publish ``obj`` as indented JSON with sorted keys, so that equal objects give equal bytes."""
-    write_text(
-        url, json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """Publish ``obj`` as :func:`json_bytes`."""
+    write_bytes(url, json_bytes(obj))

@@ -74,7 +74,6 @@ class Source:
             self._dataset = open_dataset(self._config)
         self._table = shards.examples()
         self._spec = image_spec(shards)
-        self._has_labels = shards.has_labels
         self._check_same_dataset()
         self.class_names = read_class_names(self._config)
         self.view = functools.lru_cache(maxsize=_CACHED_VIEWS)(self._view)
@@ -112,13 +111,8 @@ class Source:
         )
 
     def _token_labels(self, example: int) -> np.ndarray | None:
-        if not self._has_labels:
-            return None
-        n = self._shards.content_tokens
-        # One row, not the whole file: it may have millions.
-        with storage.RangeReader(storage.join(self._shards.url, protocol.LABELS)) as reader:
-            row = np.frombuffer(reader.read(example * n, n), dtype=np.uint8)
-        return row.reshape(self._shards.metadata.grid_shape)
+        labels = self._shards.example_labels(example)
+        return None if labels is None else labels.reshape(self._shards.metadata.grid_shape)
 
     # --- Are these the images that were recorded? --------------------------------------------
 

@@ -231,6 +231,7 @@ def as_0_1_0(url: str, **places: tp.Any) -> str:
     target = Path(url).parent / name
     Path(url).rename(target)
     storage.write_json(str(target / "metadata.json"), plain)
+    (target / "files.json").unlink(missing_ok=True)
     for shard in range(metadata.n_shards):
         if storage.exists(parts.part_url(str(target), shard)):
             part = parts.read_part(str(target), shard, metadata)
