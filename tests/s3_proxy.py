@@ -26,7 +26,7 @@ class Request(tp.NamedTuple):
         return self.headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
 
 
-Fault = tp.Literal["", "reset", "cut", "503", "403"]
+Fault = tp.Literal["", "reset", "cut", "503", "403", "flip"]
 
 
 class Proxy:
@@ -36,7 +36,10 @@ class Proxy:
         self.url = url
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Fault] = lambda request: ""
-        """Says what becomes of a request: a broken connection, half an answer, or an error."""
+        """Says what becomes of a request: a broken connection, half an answer, an error, or an
+        answer in whose body one bit is flipped."""
+        self.flipped_bit: Callable[[int], int] = lambda n_bits: n_bits // 2
+        """Which one, of so many."""
         self.lock = threading.Lock()
 
     def gets(self, name: str = "") -> list[Request]:
@@ -47,6 +50,13 @@ class Proxy:
                 for r in self.requests
                 if r.method == "GET" and urllib.parse.urlsplit(r.path).path.endswith(name)
             ]
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    """``data`` with one bit the other way."""
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 @contextlib.contextmanager
@@ -95,6 +105,8 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             # HEAD has no body, and says how long it would be.
             self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
             self.end_headers()
+            if fault == "flip" and data:
+                data = flip(data, proxy.flipped_bit(8 * len(data)))
             if fault == "cut":
                 self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True

@@ -477,8 +477,12 @@ class Shards:
                     f"{storage.join(self.url, name)} {found}; {protocol.FILES} lists it with "
                     f"{listed.n_bytes}. {protocol.REMEDY}"
                 )
-        if self.metadata.protocol == "3.0":
-            self._check_companions(sizes)
+        recorded = self.metadata.protocol == "3.0" and self.has_labels
+        if recorded and protocol.LABELS not in sizes:
+            raise CorruptDataError(
+                f"{storage.join(self.url, protocol.LABELS)} is missing, but {protocol.METADATA} "
+                f"says that masks were recorded. {protocol.REMEDY}"
+            )
         for info, layout in zip(self.infos, self.layouts, strict=True):
             if not layout.row_bytes and info.n_examples:
                 raise CorruptDataError(
@@ -492,15 +496,6 @@ class Shards:
             found_bytes = sizes.get(info.name, -1)
             if found_bytes != layout.n_bytes:
                 self._wrong_size(info, layout, found_bytes)
-
-    def _check_companions(self, sizes: tp.Mapping[str, int]) -> None:
-        names = [protocol.CHECKSUMS, protocol.STATS, protocol.EXAMPLES]
-        for name in names if self.metadata.pixel_agg is None else [*names, protocol.LABELS]:
-            if name not in sizes:
-                raise CorruptDataError(
-                    f"{storage.join(self.url, name)} is missing; every recording like this has "
-                    f"one. {protocol.REMEDY}"
-                )
 
     def _wrong_size(self, info: ShardInfo, layout: Layout, found: int) -> None:
         place = storage.join(self.url, info.name)

@@ -63,6 +63,7 @@ def write_shards(
         n_examples=n_examples,
         max_tokens_per_shard=max(1, examples_per_shard * tokens * len(layers)),
         data={} if protocol == "3.0" else "not a pickle to open",
+        pixel_agg="majority" if labels else None,
         dtype=dtype,
     )
     generator = torch.Generator().manual_seed(seed)
