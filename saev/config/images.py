@@ -11,6 +11,9 @@ _T = tp.TypeVar("_T")
 Kind = tp.Annotated[_T, tyro.conf.Suppress]
 """A discriminator: chosen by the subcommand's name on the command line, written in JSON."""
 
+MAX_PIXELS = 178_956_970
+"""Where PIL stops believing that a file is honest: 2**30 / 6 pixels."""
+
 PixelAgg = tp.Literal["majority", "prefer-fg"]
 
 
@@ -21,6 +24,8 @@ class ImgFolder(Config):
     order is that of their paths below the root.
     """
 
+    added: tp.ClassVar[frozenset[str]] = frozenset({"max_pixels", "heic"})
+
     kind: Kind[tp.Literal["img-folder"]] = "img-folder"
     root: str
     """URL of the folder, or a glob pattern of folders or images (quote it). Classes are named by
@@ -28,6 +33,13 @@ class ImgFolder(Config):
     version: str = ""
     """Any text that is part of the data's identity, besides names and sizes. Give a new one when
     files were replaced by others of the same names and sizes."""
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
+    """Most pixels of an image; a larger one counts as unreadable, because a small file may claim to
+    be enormous. The threads that decode hold as many together, or 16 million each if that is
+    more."""
+    heic: bool = False
+    """Whether .heic, .heif and .hif are images (`pip install 'saev[heic]'`). If not they are left
+    out, whatever is installed."""
 
 
 class ImgSegFolder(Config):
@@ -37,6 +49,10 @@ class ImgSegFolder(Config):
     several label columns the one called `label`, else the first) or from ADE20K's
     ROOT/sceneCategories.txt (lines `STEM LABEL`).
     """
+
+    added: tp.ClassVar[frozenset[str]] = frozenset(
+        {"max_pixels", "heic", "mask_map", "mask_orientation"}
+    )
 
     kind: Kind[tp.Literal["img-seg-folder"]] = "img-seg-folder"
     root: str
@@ -50,10 +66,24 @@ class ImgSegFolder(Config):
     """The mask value of background, for `prefer-fg`."""
     version: str = ""
     """As for img-folder."""
+    mask_map: str = ""
+    """Which colour or value of a mask is which label: a CSV file (see docs/guide.md), or an image
+    whose palette has the colours. A URL, or a path below `root`. Needed for colour masks and for
+    values above 255."""
+    mask_orientation: tp.Literal["displayed", "stored"] | None = None
+    """Where a photograph has an EXIF orientation and its mask has none: whether the mask lies as
+    the picture is displayed, or as its pixels are stored. By default as displayed, with a
+    warning."""
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
+    """As for img-folder."""
+    heic: bool = False
+    """As for img-folder."""
 
 
 class Imagenet(Config):
     """ImageNet-1k, or another image classification dataset, through Hugging Face `datasets`."""
+
+    added: tp.ClassVar[frozenset[str]] = frozenset({"max_pixels", "heic"})
 
     kind: Kind[tp.Literal["imagenet"]] = "imagenet"
     name: str = "ILSVRC/imagenet-1k"
@@ -61,10 +91,16 @@ class Imagenet(Config):
     folder that `Dataset.save_to_disk` wrote."""
     split: str = "train"
     """Split name."""
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
+    """As for img-folder."""
+    heic: bool = False
+    """As for img-folder."""
 
 
 class Cifar10(Config):
     """CIFAR-10 through Hugging Face `datasets`."""
+
+    added: tp.ClassVar[frozenset[str]] = frozenset({"max_pixels", "heic"})
 
     kind: Kind[tp.Literal["cifar10"]] = "cifar10"
     name: str = "uoft-cs/cifar10"
@@ -72,6 +108,10 @@ class Cifar10(Config):
     folder that `Dataset.save_to_disk` wrote."""
     split: str = "train"
     """Split name."""
+    max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
+    """As for img-folder."""
+    heic: bool = False
+    """As for img-folder."""
 
 
 class FakeImg(Config):

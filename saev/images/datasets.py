@@ -3,12 +3,14 @@
 import abc
 import hashlib
 import typing as tp
+import unicodedata
 from collections.abc import Iterable
 
 from PIL import Image
 
 from saev import storage
 from saev.config.images import (
+    MAX_PIXELS,
     Cifar10,
     FakeImg,
     FakeImgSeg,
@@ -41,6 +43,8 @@ class ImageDataset(abc.ABC):
     """How pixel labels become token labels."""
     bg_label: int = 0
     """The pixel label of background."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of an image; larger ones are not decoded."""
 
     classes: tuple[str, ...] = ()
     """Class names; `ExampleInfo.target` is an index into them."""
@@ -72,6 +76,7 @@ class ImageDataset(abc.ABC):
 
         Raises:
             ImageError: it cannot be decoded, or is not a mask.
+            ConfigError: its values need a map of labels.
             StorageError: it cannot be read.
         """
         del index
@@ -91,6 +96,10 @@ class ImageDataset(abc.ABC):
                 f"its image (upright) {image.width} x {image.height}; they must agree."
             )
         return image, mask
+
+    def notes(self) -> list[str]:
+        """What to say once about the examples that were loaded so far; a sentence each."""
+        return []
 
 
 def open_dataset(cfg: ImageData) -> ImageDataset:
@@ -125,10 +134,27 @@ def open_dataset(cfg: ImageData) -> ImageDataset:
             tp.assert_never(cfg)
 
 
+def one_name(text: str) -> str:
+    """A name in the one spelling (Unicode's NFC) in which names are compared.
+
+    The file systems of macOS spell an accented letter as two characters, most else as one.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
 def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Sorted class names, and the target of each label ("" has none: -1)."""
-    classes = tuple(sorted(set(labels) - {""}))
-    return classes, {label: i for i, label in enumerate(classes)} | {"": -1}
+    """Sorted class names, and the target of each label ("" has none: -1).
+
+    Spellings of one name (:func:`one_name`) are one class. It is called as its labels are; if they
+    differ, by the composed spelling or the first.
+    """
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(set(labels) - {""}):
+        spellings.setdefault(one_name(label), []).append(label)
+    named = {name if name in found else found[0]: found for name, found in spellings.items()}
+    classes = tuple(sorted(named))
+    targets = {label: i for i, name in enumerate(classes) for label in named[name]}
+    return classes, targets | {"": -1}
 
 
 def digest_of(header: tp.Any, rows: Iterable[tp.Any]) -> str:

@@ -1,4 +1,4 @@
-"""Bytes to pixels: any image file becomes upright 8-bit RGB, any mask its 8-bit label values.
+"""Bytes to pixels: any image file becomes upright 8-bit RGB. Masks: :mod:`saev.images.masks`.
 
 Files come from the wild, so every defect ends in an ImageError that names the file. Only formats
 that PIL decodes by itself are tried: none that starts another program (EPS) or opens further files.
@@ -7,15 +7,19 @@ as in the data pipelines that the models were trained with.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
+import struct
 import typing as tp
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
-from saev.errors import ImageError
+from saev.config.images import MAX_PIXELS
+from saev.errors import ConfigError, ImageError
+from saev.images import budget
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
@@ -23,23 +27,63 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 """Names that end so, in any case, are images."""
 
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".pbm")
-"""Names that end so are masks: formats that keep label values exactly. GIF is not among them,
-because its writers renumber palettes."""
-
-MAX_PIXELS = 178_956_970
-"""Most pixels of an image: where PIL, too, stops believing in an honest file (2**30 / 6)."""
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+"""Names of images that are read if the dataset's config says `heic`, through pillow-heif."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM")
+_BYTES_PER_PIXEL = 8  # four channels of 16 bits
 _ORIENTATION = 0x0112  # EXIF tag
 _T = Image.Transpose
 _UPRIGHT = {
     2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
     6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
 }  # fmt: skip
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Which files are decoded."""
+
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of an image."""
+    heic: bool = False
+    """Whether HEIC is."""
+
+    def __post_init__(self) -> None:
+        """Prepare PIL, whose own settings are for the whole process.
+
+        Raises:
+            ConfigError: HEIC is asked for, and pillow-heif is not installed.
+        """
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = -(-self.max_pixels // 2)  # it refuses twice as many
+        if self.heic:
+            try:
+                import pillow_heif
+            except ImportError as err:
+                raise ConfigError(
+                    "data.heic needs pillow-heif, which is not installed. "
+                    "Install it: pip install 'saev[heic]'."
+                ) from err
+            pillow_heif.register_heif_opener()
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a file: more than any format needs for so many pixels."""
+        return _BYTES_PER_PIXEL * self.max_pixels + (64 << 20)
+
+
+class Upright(tp.NamedTuple):
+    """A decoded image."""
+
+    image: Image.Image
+    """Its pixels as the eye sees them."""
+    orientation: int
+    """How the file has them: its EXIF orientation, 1 if it has none."""
+
+
+def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.Image:
     """An image as the eye sees it.
 
     EXIF orientation is applied, transparent pixels are laid over white, 16-bit grey values are
@@ -48,6 +92,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Args:
         data: the whole file.
         name: what errors call it.
+        limits: which files are decoded.
 
     Returns:
         PIL image of mode RGB.
@@ -55,89 +100,115 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         ImageError: it is empty, damaged, too large or not an image.
     """
-    with _explained(name):
-        image = _to_rgb(_open(data))
+    return decode_upright(data, name, limits).image
+
+
+def decode_upright(data: bytes, name: str, limits: Limits | None = None) -> Upright:
+    """As :func:`decode_image`, with the orientation that the file has."""
+    with explained(name, _IMAGE_REMEDY):
+        image, orientation = open_upright(data, limits or Limits())
+        image = _to_rgb(image)
         image.info = {}  # EXIF, palette and profile describe the file, no longer these pixels
-        return image
+        return Upright(image, orientation)
 
 
-def decode_mask(data: bytes, name: str) -> Image.Image:
-    """A segmentation mask: its stored values, untouched by palettes or scaling.
-
-    A 1-bit mask has the values 0 and 1. EXIF orientation is applied.
-
-    Args:
-        data: the whole file.
-        name: what errors call it.
-
-    Returns:
-        PIL image of mode L whose pixels are labels.
-
-    Raises:
-        ImageError: as for images; or it is a colour image, or has a value over 255.
-    """
-    with _explained(name):
-        mask = _open(data)
-        if mask.mode in ("L", "P", "1"):
-            values = np.array(mask)
-        elif mask.mode == "I" or mask.mode.startswith("I;16"):
-            values = np.array(mask)
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high > 255:
-                raise ImageError(
-                    f"it has the value {low if low < 0 else high}, labels are 0 to 255"
-                )
-        else:
-            raise ImageError(
-                f"its mode is {mask.mode}, a mask has one channel whose values are labels"
-            )
-        return Image.fromarray(values.astype(np.uint8))
-
-
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one sentence about the file."""
-    try:
-        yield
-    except MemoryError:  # the machine's defect, not the file's: it must not be skipped over
-        raise
-    except Image.UnidentifiedImageError as err:
-        raise _error(name, "it is not an image of a format that is read") from err
-    except Exception as err:  # PIL's plugins raise about everything on damaged data
-        reason = str(err) or type(err).__name__
-        raise _error(name, reason.rstrip(".")) from err
-
-
-def _error(name: str, reason: str) -> ImageError:
-    return ImageError(
-        f"Cannot decode {name}: {reason}. Repair or remove the file, or leave such files out "
-        "with --skip-unreadable."
-    )
-
-
-def _open(data: bytes) -> Image.Image:
-    """Decoded and upright, in its own mode."""
-    if not data:
-        raise ImageError("the file is empty (0 bytes)")
-    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"it has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded"
-        )
-    image.load()
-    transpose = _UPRIGHT.get(_orientation(image))
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Pixels that are stored with an EXIF orientation, as they are displayed."""
+    transpose = _UPRIGHT.get(orientation)
     return image if transpose is None else image.transpose(transpose)
 
 
+def orientation_of(data: bytes, limits: Limits | None = None) -> int:
+    """EXIF orientation of an image file; 1 if there is none, or it cannot be read."""
+    try:
+        return open_upright(data, limits or Limits()).orientation
+    except Exception:  # what is wrong is said where the image is decoded
+        return 1
+
+
+def n_pixels_of(data: bytes, limits: Limits) -> int:
+    """Pixels that an image file claims to have, without decoding it; 0 if it is none."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats(limits.heic))
+    except Exception:  # what is wrong is said where the image is decoded
+        return 0
+    return image.width * image.height
+
+
+_IMAGE_REMEDY = "Repair or remove the file, or leave such files out with --skip-unreadable."
+
+
+@contextlib.contextmanager
+def explained(name: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one sentence about the file."""
+    try:
+        yield
+    except (MemoryError, ConfigError):  # not the file's defect: it must not be skipped over
+        raise
+    except Image.UnidentifiedImageError as err:
+        reason = "it is not an image of a format that is read"
+        raise ImageError(f"Cannot decode {name}: {reason}. {remedy}") from err
+    except Exception as err:  # PIL's plugins raise about everything on damaged data
+        reason = (str(err) or type(err).__name__).rstrip(".")
+        raise ImageError(f"Cannot decode {name}: {reason}. {remedy}") from err
+
+
+def open_upright(data: bytes, limits: Limits) -> Upright:
+    """Decoded and upright, in the file's own mode. Raises about everything on damaged data."""
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    try:
+        return _open(data, limits)
+    except ValueError:
+        # PIL refuses texts and colour profiles that are long. No pixel depends on them.
+        plain = _without_texts(data)
+        if plain is None:
+            raise
+        return _open(plain, limits)
+
+
+def _open(data: bytes, limits: Limits) -> Upright:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_formats(limits.heic))
+    n_pixels = image.width * image.height
+    if n_pixels > limits.max_pixels:
+        raise ImageError(
+            f"it has {image.width} x {image.height} pixels, at most {limits.max_pixels} are "
+            f"decoded; --data.max-pixels {n_pixels} lets it through"
+        )
+    budget.admit(image.width, image.height)
+    before = image.info.get("original_orientation") or _orientation(image)
+    image.load()
+    after = _orientation(image)  # TIFF and HEIC turned themselves, and have none left
+    orientation = after if after in _UPRIGHT else before if before in _UPRIGHT else 1
+    return Upright(turned(image, after), orientation)
+
+
+def _without_texts(data: bytes) -> bytes | None:
+    """A PNG without its texts and colour profile, but for EXIF; None if it is none or has none."""
+    if not data.startswith(_PNG):
+        return None
+    kept, start = [_PNG], len(_PNG)
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        is_text = kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+        if not is_text or data.startswith(b"Raw profile type ", start + 8):
+            kept.append(data[start:end])
+        start = end
+    plain = b"".join(kept)
+    return plain if len(plain) < len(data) else None
+
+
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def _formats(heic: bool) -> tuple[str, ...]:
     """Those of the formats that this build of PIL has: it stumbles over any other name."""
     Image.init()
-    return tuple(format for format in _FORMATS if format in Image.OPEN)
+    wanted = (*_FORMATS, "HEIF") if heic else _FORMATS
+    return tuple(format for format in wanted if format in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> tp.Any:
-    """EXIF orientation, 1 if there is none. To be asked after loading: TIFF turns itself then."""
+    """EXIF orientation, 1 if there is none. A PNG may have it behind the pixels."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # broken EXIF beside good pixels is common, and no decoder minds it

@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import re
+import threading
 import typing as tp
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,9 +13,20 @@ from PIL import Image
 
 from saev import storage
 from saev.config.images import ImgFolder, ImgSegFolder
-from saev.errors import ConfigError, StorageError
-from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes
-from saev.images.decode import IMAGE_SUFFIXES, MASK_SUFFIXES, decode_image, decode_mask
+from saev.errors import ConfigError, ImageError, StorageError
+from saev.images import left_out
+from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes, one_name
+from saev.images.decode import (
+    HEIC_SUFFIXES,
+    IMAGE_SUFFIXES,
+    Limits,
+    decode_image,
+    decode_upright,
+    n_pixels_of,
+    orientation_of,
+    turned,
+)
+from saev.images.masks import MASK_SUFFIXES, MaskMap, decode_upright_mask, read_mask_map
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +47,20 @@ class File(tp.NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The key without its suffix."""
-        return self.key.rpartition(".")[0]
+        """The key without its suffix, in the one spelling in which names are compared."""
+        return one_name(self.key.rpartition(".")[0])
 
 
 class Folder(ImageDataset):
     """Images below a folder or a glob pattern; the sub-folders are the classes."""
 
     def __init__(self, cfg: ImgFolder):
+        self._limits, self.max_pixels = Limits(cfg.max_pixels, cfg.heic), cfg.max_pixels
+        suffixes = _suffixes(cfg)
         if _is_pattern(cfg.root):
-            self._files = _list_pattern(cfg.root)
+            self._files = _list_pattern(cfg.root, suffixes)
         else:
-            self._files = list_files(cfg.root, IMAGE_SUFFIXES, what="data.root")
+            self._files = list_files(cfg.root, suffixes, what="data.root")
         self.classes, self._targets = index_classes(file.label for file in self._files)
 
     def __len__(self) -> int:
@@ -55,18 +69,22 @@ class Folder(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over path below the root, label and size of every image, in order."""
-        rows = ([file.key, file.label, file.size] for file in self._files)
+        rows = ([file.key, self._label(file), file.size] for file in self._files)
         return digest_of("img-folder", rows)
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""
         file = self._files[index]
-        return ExampleInfo(file.url, file.label, self._targets[file.label])
+        return ExampleInfo(file.url, self._label(file), self._targets[file.label])
 
     def load(self, index: int) -> Image.Image:
         """The image: upright, RGB."""
-        url = self._files[index].url
-        return decode_image(storage.read_bytes(url), url)
+        file = self._files[index]
+        return decode_image(_read(file, self._limits), file.url, self._limits)
+
+    def _label(self, file: File) -> str:
+        """Name of a file's class, whose folders may spell it differently."""
+        return self.classes[self._targets[file.label]] if file.label else ""
 
 
 class SegFolder(ImageDataset):
@@ -76,13 +94,19 @@ class SegFolder(ImageDataset):
 
     def __init__(self, cfg: ImgSegFolder):
         self.pixel_agg, self.bg_label = cfg.pixel_agg, cfg.bg_label
+        self._limits, self.max_pixels = Limits(cfg.max_pixels, cfg.heic), cfg.max_pixels
         folders = [_split_folder(cfg, part) for part in ("images", "annotations")]
-        self._files = list_files(folders[0], IMAGE_SUFFIXES, what="the images of data.root")
-        masks = list_files(folders[1], MASK_SUFFIXES, what="the masks of data.root")
+        self._files = list_files(folders[0], _suffixes(cfg), what="the images of data.root")
+        masks = list_files(folders[1], MASK_SUFFIXES, what="the masks of data.root", files="masks")
         self._masks = _pair(self._files, masks, folders[1])
+        self._mask_map = _mask_map(cfg)
+        self._turning = Turning(cfg.mask_orientation)
         by_stem = _read_labels(cfg.root)
-        self._labels = _labels_of(self._files, by_stem, cfg.root)
         self.classes, self._targets = index_classes([*by_stem.values()])
+        self._labels = [
+            self.classes[self._targets[label]] if label else ""
+            for label in _labels_of(self._files, by_stem, cfg.root)
+        ]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -94,7 +118,10 @@ class SegFolder(ImageDataset):
             [image.key, image.size, mask.key, mask.size, label, self._targets[label]]
             for image, mask, label in zip(self._files, self._masks, self._labels, strict=True)
         )
-        return digest_of("img-seg-folder", rows)
+        header: tp.Any = "img-seg-folder"
+        if self._mask_map is not None:
+            header = [header, self._mask_map.rows]
+        return digest_of(header, rows)
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""
@@ -103,38 +130,165 @@ class SegFolder(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         """The image: upright, RGB."""
-        url = self._files[index].url
-        return decode_image(storage.read_bytes(url), url)
+        file = self._files[index]
+        return decode_image(_read(file, self._limits), file.url, self._limits)
 
     def load_mask(self, index: int) -> Image.Image:
-        """The pixel labels: mode L."""
+        """The pixel labels: mode L, upright as the image is."""
+        orientation = 1
+        if self._turning.wanted == "stored":
+            orientation = orientation_of(_read(self._files[index], self._limits), self._limits)
+        return self._upright_mask(index, _read(self._masks[index], self._limits), orientation)
+
+    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Image and mask, checked to be of one size."""
+        file = self._files[index]
+        image, orientation = decode_upright(_read(file, self._limits), file.url, self._limits)
+        data = _read(self._masks[index], self._limits)
+        # Before it is decoded, because memory was asked for as much as the image needs.
+        n_claimed = n_pixels_of(data, self._limits)
+        if n_claimed > image.width * image.height:
+            raise self._disagree(index, image, f"{n_claimed} pixels", orientation)
+        mask = self._upright_mask(index, data, orientation)
+        if mask.size != image.size:
+            found = f"{mask.width} x {mask.height} pixels"
+            raise self._disagree(index, image, found, orientation)
+        return image, mask
+
+    def _disagree(self, index: int, image: Image.Image, found: str, orientation: int) -> ImageError:
+        return ImageError(
+            f"The mask {self._masks[index].url} has {found}, its image (upright) {image.width} x "
+            f"{image.height}; they must agree.{self._turning.remedy(orientation)}"
+        )
+
+    def notes(self) -> list[str]:
+        """How many masks may lie otherwise than their images."""
+        return self._turning.notes()
+
+    def _upright_mask(self, index: int, data: bytes, orientation: int) -> Image.Image:
+        """A mask, turned as its image is where it has to be."""
         url = self._masks[index].url
-        return decode_mask(storage.read_bytes(url), url)
+        mask, own = decode_upright_mask(data, url, self._limits, mask_map=self._mask_map)
+        if own != 1 or orientation == 1:  # it says itself how it lies, or there is no doubt
+            return mask
+        return self._turning.turn(mask, orientation, self._files[index].url)
+
+
+class Turning:
+    """What to do with masks of images that have an EXIF orientation.
+
+    Args:
+        wanted: how such masks lie, None if nobody said so.
+    """
+
+    def __init__(self, wanted: tp.Literal["displayed", "stored"] | None):
+        self.wanted = wanted
+        self._urls: set[str] = set()
+        self._lock = threading.Lock()
+
+    def turn(self, mask: Image.Image, orientation: int, url: str) -> Image.Image:
+        """A mask that has no orientation of its own, as its image is displayed."""
+        if self.wanted == "stored":
+            return turned(mask, orientation)
+        if self.wanted is None:
+            with self._lock:
+                is_first = not self._urls
+                self._urls.add(url)
+            if is_first:
+                logger.warning(
+                    "%s has an EXIF orientation (%d) and its mask has none. Masks are taken to lie "
+                    "as pictures are displayed; say so with --data.mask-orientation displayed, or, "
+                    "if they were drawn over the pixels as they are stored, stored.",
+                    url, orientation,
+                )  # fmt: skip
+        return mask
+
+    def remedy(self, orientation: int) -> str:
+        """What may mend a mask of another size."""
+        if orientation == 1 or self.wanted == "stored":
+            return ""
+        return (
+            f" The image has an EXIF orientation ({orientation}): if its mask was drawn over the "
+            "pixels as they are stored, say --data.mask-orientation stored."
+        )
+
+    def notes(self) -> list[str]:
+        """The number of masks in doubt so far."""
+        n = len(self._urls)
+        if not n:
+            return []
+        return [f"{n} masks belong to images with an EXIF orientation; see the warning above."]
+
+
+def _mask_map(cfg: ImgSegFolder) -> MaskMap | None:
+    if not cfg.mask_map:
+        return None
+    is_below = not storage.is_url(cfg.mask_map) and not cfg.mask_map.startswith(("/", "~"))
+    url = storage.join(cfg.root, cfg.mask_map) if is_below else storage.normalize(cfg.mask_map)
+    if not storage.exists(url):
+        raise StorageError(
+            f"data.mask_map is {url}, which does not exist. Give a URL, or a path below data.root."
+        )
+    return read_mask_map(url)
+
+
+def _read(file: File, limits: Limits) -> bytes:
+    """A whole file, unless it is far larger than an image of so many pixels can be."""
+    if file.size > limits.max_bytes:
+        raise ImageError(
+            f"Cannot decode {file.url}: it has {file.size} bytes, at most {limits.max_bytes} are "
+            "read. Raise --data.max-pixels, or leave such files out with --skip-unreadable."
+        )
+    return storage.read_bytes(file.url)
 
 
 # --- Listing -------------------------------------------------------------------------------
 
 
-def list_files(root: str, suffixes: Sequence[str], *, what: str) -> list[File]:
+def _suffixes(cfg: ImgFolder | ImgSegFolder) -> tuple[str, ...]:
+    """What the names of images end in."""
+    return (*IMAGE_SUFFIXES, *HEIC_SUFFIXES) if cfg.heic else IMAGE_SUFFIXES
+
+
+def list_files(
+    root: str, suffixes: Sequence[str], *, what: str, files: str = "images"
+) -> list[File]:
     """Files below a folder whose names end in one of ``suffixes``, in the order of their keys.
 
     Hidden files and folders (a name that starts with a dot) are left out. Components of a path
-    are compared one by one, so the files of a folder stay together on every kind of storage.
+    are compared one by one, so the files of a folder stay together on every kind of storage. One
+    line says what is left out.
 
     Args:
         root: URL of the folder.
         suffixes: lower case; a name's case does not matter.
         what: what errors call the folder.
+        files: what messages call the files.
 
     Raises:
         StorageError: the folder is missing, unreadable, a file, or holds no such file.
     """
     _check_folder(root, what)
     base = storage.normalize(root)
-    files = _select(storage.walk(base), base, suffixes)
-    if not files:
-        raise StorageError(_nothing_found(base, suffixes))
-    return _in_order(files)
+    entries = storage.walk(base)
+    found = _select(entries, base, suffixes)
+    left = _left_out(entries, found, base)
+    if not found:
+        raise StorageError(_nothing_found(base, suffixes, left, files))
+    left_out.say(base, len(found), files, left)
+    return _in_order(found)
+
+
+def _left_out(
+    entries: Iterable[storage.Entry], found: Sequence[File], base: str
+) -> left_out.LeftOut:
+    chosen = {file.url for file in found}
+    left = ((_key(e.url, base), e.name) for e in entries if e.url not in chosen)
+    return left_out.count(left, sum(not file.size for file in found))
+
+
+def _key(url: str, base: str) -> str:
+    return url.removeprefix(base).lstrip("/")
 
 
 def _check_folder(root: str, what: str) -> None:
@@ -145,10 +299,13 @@ def _check_folder(root: str, what: str) -> None:
         raise StorageError(f"{what} is {url}, a file; expected a folder that holds images.")
 
 
-def _nothing_found(url: str, suffixes: Sequence[str]) -> str:
+def _nothing_found(
+    url: str, suffixes: Sequence[str], left: left_out.LeftOut, files: str = "images"
+) -> str:
+    holds = f"it holds {left}" if str(left) else "it is empty"
     return (
-        f"No images in {url}: looked at any depth for names that end in {', '.join(suffixes)} "
-        "and do not start with a dot."
+        f"No {files} in {url}: {holds}. Looked at any depth for names that end in "
+        f"{', '.join(suffixes)} and do not start with a dot."
     )
 
 
@@ -158,7 +315,7 @@ def _select(entries: Iterable[storage.Entry], base: str, suffixes: Sequence[str]
     for entry in entries:
         if not entry.name.lower().endswith(tuple(suffixes)):
             continue
-        key = entry.url.removeprefix(base).lstrip("/")
+        key = _key(entry.url, base)
         if any(component.startswith(".") for component in key.split("/")):
             continue
         try:
@@ -180,27 +337,32 @@ def _is_pattern(root: str) -> bool:
     return re.search(r"[*?\[]", root) is not None and not storage.exists(root)
 
 
-def _list_pattern(pattern: str) -> list[File]:
+def _list_pattern(pattern: str, suffixes: Sequence[str]) -> list[File]:
     """Images that match a pattern, and those below the folders that match it."""
     text = storage.normalize(pattern)
     components = text.split("/")
     magic = next(i for i, part in enumerate(components) if re.search(r"[*?\[]", part))
     base = "/".join(components[:magic])
     found: dict[str, File] = {}
+    seen: dict[str, storage.Entry] = {}
     matches = storage.glob_entries(text)
     for match in matches:
         if not match.is_dir or _is_hidden(match.url, base):
             continue
-        for file in _select(storage.walk(match.url), match.url, IMAGE_SUFFIXES):
+        entries = storage.walk(match.url)
+        seen.update((entry.url, entry) for entry in entries)
+        for file in _select(entries, match.url, suffixes):
             # The label is the path below the matched folder, the key that below the fixed part.
-            key = file.url.removeprefix(base).lstrip("/")
-            found.setdefault(file.url, file._replace(key=key))
-    for file in _select((m for m in matches if not m.is_dir), base, IMAGE_SUFFIXES):
+            found.setdefault(file.url, file._replace(key=_key(file.url, base)))
+    seen.update((match.url, match) for match in matches if not match.is_dir)
+    for file in _select((m for m in matches if not m.is_dir), base, suffixes):
         found.setdefault(file.url, file)
     if not matches:
         raise StorageError(f"data.root is the pattern {text}, which matches nothing. Check it.")
+    left = _left_out(seen.values(), [*found.values()], base)
     if not found:
-        raise StorageError(_nothing_found(text, IMAGE_SUFFIXES))
+        raise StorageError(_nothing_found(text, suffixes, left))
+    left_out.say(text, len(found), "images", left)
     return _in_order(found.values())
 
 
@@ -222,6 +384,9 @@ def _split_folder(cfg: ImgSegFolder, part: str) -> str:
     url = storage.join(folder, cfg.split)
     if not storage.is_dir(url):
         splits = [entry.name for entry in storage.list_dir(folder) if entry.is_dir]
+        for split in splits:
+            if one_name(split) == one_name(cfg.split):
+                return storage.join(folder, split)
         raise StorageError(
             f"There is no split '{cfg.split}' in {folder}; it has {', '.join(splits) or 'none'}. "
             "Set data.split."
@@ -301,7 +466,8 @@ def _parse_scene_categories(text: str, url: str) -> list[tuple[str, str]]:
 def _collect(pairs: Iterable[tuple[str, str]], url: str) -> dict[str, str]:
     labels: dict[str, str] = {}
     for stem, label in pairs:
-        if labels.setdefault(stem, label) != label:
+        stem = one_name(stem)
+        if one_name(labels.setdefault(stem, label)) != one_name(label):
             raise ConfigError(
                 f"{url} gives {stem} two labels, '{labels[stem]}' and '{label}'. Keep one."
             )

@@ -14,7 +14,7 @@ from saev import storage
 from saev.config.images import Cifar10, Imagenet
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes
-from saev.images.decode import decode_image
+from saev.images.decode import Limits, decode_image
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 _DIGEST_ROWS = 65_536  # read at once
@@ -26,6 +26,7 @@ class HubDataset(ImageDataset):
 
     def __init__(self, cfg: Imagenet | Cifar10):
         self._cfg = cfg
+        self._limits, self.max_pixels = Limits(cfg.max_pixels, cfg.heic), cfg.max_pixels
         rows = _load(cfg)
         image_column = _image_column(rows, cfg)
         label_column = _label_column(rows)
@@ -63,7 +64,7 @@ class HubDataset(ImageDataset):
         data = cell["bytes"]
         if data is None:
             data, name = storage.read_bytes(cell["path"]), cell["path"]
-        return decode_image(data, name)
+        return decode_image(data, name, self._limits)
 
     def _identity(self) -> tp.Iterator[list[tp.Any]]:
         import pyarrow.compute as pc
@@ -174,4 +175,5 @@ def _read_labels(
     if all(isinstance(v, int) for v in values if v is not None):  # in the order of the numbers
         names = tuple(str(v) for v in sorted({v for v in values if v is not None}))
         return labels, names, {name: i for i, name in enumerate(names)} | {"": -1}
-    return labels, *index_classes(labels)
+    classes, targets = index_classes(labels)
+    return [classes[targets[label]] if label else "" for label in labels], classes, targets

@@ -1,7 +1,8 @@
 """Decoding ahead: examples read, decoded and transformed by threads, delivered in order.
 
 Threads are enough, because PIL and numpy release the interpreter's lock while they decode,
-resize and normalise. The order and every value are the same for any number of threads.
+resize and normalise. The order and every value are the same for any number of threads. Together
+they hold a bounded number of pixels (:mod:`saev.images.budget`).
 """
 
 import collections
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from saev import cores
 from saev.errors import ConfigError, ImageError
+from saev.images.budget import PIXELS_PER_WORKER, PixelBudget
 from saev.images.datasets import ImageDataset
 from saev.images.transforms import ImageSpec, token_labels
 
@@ -110,12 +112,18 @@ def _iterate(
     skip_unreadable: bool,
 ) -> Generator[Decoded | Unreadable, None, None]:
     closing = threading.Event()
+    pixels = PixelBudget(max(dataset.max_pixels, PIXELS_PER_WORKER * n_workers))
+
+    def cost(width: int, height: int) -> int:
+        resized_height, resized_width = spec.resized(height, width)
+        return width * height * (1 if grid is None else 2) + resized_height * resized_width
 
     def work(index: int) -> Decoded | Unreadable | None:
         if closing.is_set():
             return None
         try:
-            return load_example(dataset, index, spec, grid)
+            with pixels.example(cost):
+                return load_example(dataset, index, spec, grid)
         except ImageError as err:
             if not skip_unreadable:
                 raise

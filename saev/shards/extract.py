@@ -98,6 +98,8 @@ def _record(
     with progress.task("shards", total=total, unit="img", done=done) as task:
         for item in missing:
             recording.work(item, lambda n, n_bytes: task.advance(n, n_bytes=n_bytes))
+    for note in recording.dataset.notes():
+        logger.warning(note)
 
 
 def _parse_part(text: str) -> tuple[int, int] | None:

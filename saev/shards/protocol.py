@@ -202,10 +202,10 @@ class Metadata(Config):
 
 
 def without_place(data: tp.Any) -> tp.Any:
-    """A dataset's config as JSON, without where the dataset lies."""
+    """A dataset's config as JSON, without where the dataset and its map of labels lie."""
     if not isinstance(data, dict):
         return data
-    places = [key for key in ("root", "name") if key == "root" or is_place(data.get(key))]
+    places = ["root", "mask_map", *(["name"] if is_place(data.get("name")) else [])]
     return {key: value for key, value in data.items() if key not in places}
 
 

@@ -47,7 +47,7 @@ from saev.storage.manifest import (
 from saev.storage.parsing import parse_json, parse_tensors, parse_toml, parsed
 from saev.storage.ranges import RangeReader
 from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
-from saev.storage.urls import TMP_PREFIX, join, local_path, name, normalize, parent
+from saev.storage.urls import TMP_PREFIX, is_url, join, local_path, name, normalize, parent
 from saev.storage.writing import (
     PositionalWriter,
     json_bytes,
@@ -89,6 +89,7 @@ __all__ = [
     "glob_entries",
     "is_dir",
     "is_passing",
+    "is_url",
     "join",
     "json_bytes",
     "list_dir",

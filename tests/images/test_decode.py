@@ -2,16 +2,21 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import PHOTOGRAPHS, encode, grey, noise, photograph
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
+from saev.config import ImgFolder
+from saev.config.images import MAX_PIXELS
 from saev.errors import ImageError
-from saev.images import decode
-from saev.images.decode import decode_image, decode_mask
+from saev.images import open_dataset
+from saev.images.decode import Limits, decode_image
 
 
 def rgb(data: bytes) -> np.ndarray:
@@ -210,75 +215,114 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_decompression_bomb_is_refused_before_it_is_decoded():
-    for decoder in (decode_image, decode_mask):
-        with pytest.raises(ImageError, match=r"Cannot decode bomb\.png: .*pixels"):
-            decoder(png_header(60_000, 60_000), "bomb.png")
+    with pytest.raises(ImageError, match=r"Cannot decode bomb\.png: .*pixels"):
+        decode_image(png_header(60_000, 60_000), "bomb.png")
 
 
 def test_our_own_limit_holds_where_pils_is_lifted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(ImageError, match=f"60000 x 60000 pixels, at most {decode.MAX_PIXELS}"):
+    with pytest.raises(ImageError, match=f"60000 x 60000 pixels, at most {MAX_PIXELS}"):
         decode_image(png_header(60_000, 60_000), "bomb.png")
 
 
-# --- Masks ---------------------------------------------------------------------------------
+# --- Files that are larger than they need be --------------------------------------------------
 
 
-def mask(data: bytes) -> np.ndarray:
-    image = decode_mask(data, "m")
-    assert image.mode == "L"
-    return np.asarray(image)
+def long_texts(profile: bool = False) -> bytes:
+    """A PNG with 3 MB of compressed text, as image generators and editors write."""
+    info = PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    options = {"icc_profile": b"z" * 3_000_000} if profile else {}
+    return encode(noise(), pnginfo=info, **options)
 
 
-VALUES = [[0, 1, 2], [254, 255, 7]]
+@pytest.mark.parametrize("profile", [False, True])
+def test_texts_and_profiles_of_any_length_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch, profile: bool
+):
+    data = long_texts(profile)
+    found = rgb(data)
+    np.testing.assert_array_equal(found, np.asarray(noise()).astype(int))
+    # PIL itself refuses such files, and with a larger limit reads the same.
+    with pytest.raises(ValueError, match="MAX_TEXT"):
+        Image.open(io.BytesIO(data)).load()
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 26)
+    with Image.open(io.BytesIO(data)) as expected:
+        np.testing.assert_array_equal(found, np.asarray(expected).astype(int))
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP", "PPM"])
-def test_grey_masks_keep_their_values(format: str):
-    assert mask(encode(grey(VALUES), format)).tolist() == VALUES
+def test_texts_behind_the_pixels_are_passed_over():
+    """PIL meets them at another moment: when it has unpacked the pixels."""
+    data = encode(noise())
+    end = len(data) - 12
+    text = b"zTXt" + b"Comment\0\0" + zlib.compress(b"x" * 3_000_000)
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    np.testing.assert_array_equal(
+        rgb(data[:end] + chunk + data[end:]), np.asarray(noise()).astype(int)
+    )
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF", "BMP"])
-def test_palette_masks_keep_their_indices(format: str):
-    values = np.array([[3, 0, 2], [1, 1, 3]], np.uint8)
-    picture = Image.fromarray(values).convert("P")
-    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9] + [0] * 756)
-    np.testing.assert_array_equal(mask(encode(picture, format)), values)
-
-
-def test_palette_masks_with_few_bits_and_transparency_keep_their_indices():
-    values = np.array([[1, 0, 3]], np.uint8)
-    picture = Image.fromarray(values).convert("P")
-    picture.putpalette([0, 0, 0, 9, 9, 9, 8, 8, 8, 7, 7, 7])
-    data = encode(picture, bits=2, transparency=0)
-    np.testing.assert_array_equal(mask(data), values)
-
-
-def test_one_bit_masks_are_0_and_1():
-    assert mask(encode(Image.fromarray(np.array([[True, False]])))).tolist() == [[1, 0]]
-
-
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_masks(format: str):
-    assert mask(encode(grey(VALUES, np.uint16), format)).tolist() == VALUES
-    with pytest.raises(ImageError, match="Cannot decode m: it has the value 300, labels are 0 to"):
-        decode_mask(encode(grey([[3, 300]], np.uint16), format), "m")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "CMYK"])
-def test_colour_masks_are_errors(mode: str):
-    data = encode(noise().convert(mode), "TIFF")
-    with pytest.raises(ImageError, match=f"Cannot decode m: its mode is {mode}, a mask has one"):
-        decode_mask(data, "m")
-
-
-def test_empty_mask_file():
-    with pytest.raises(ImageError, match="Cannot decode m: the file is empty"):
-        decode_mask(b"", "m")
-
-
-def test_mask_orientation_is_applied():
+def test_exif_among_long_texts_still_turns_the_image():
+    """ImageMagick keeps EXIF in a text."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(grey([[1, 2], [3, 4], [5, 6]]), exif=exif)
-    assert mask(data).tolist() == [[5, 3, 1], [6, 4, 2]]
+    raw = exif.tobytes()
+    profile = f"\nexif\n{len(raw):8d}\n{raw.hex()}\n"
+    info = PngInfo()
+    info.add_text("Raw profile type exif", profile, zip=True)
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    found = rgb(encode(noise(8, 12), pnginfo=info))
+    expected = noise(8, 12).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(found, np.asarray(expected).astype(int))
+
+
+def test_long_texts_need_no_memory():
+    """A bomb in a text is never unpacked: 100 MB in 100 kB."""
+    data = encode(noise())
+    packer = zlib.compressobj()
+    body = b"".join(packer.compress(bytes(1 << 20)) for _ in range(100)) + packer.flush()
+    text = b"zTXt" + b"Comment\0\0" + body
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    tracemalloc.start()
+    try:
+        rgb(data[:33] + chunk + data[33:])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_damaged_png_with_long_texts_is_an_image_error():
+    data = long_texts()
+    with pytest.raises(ImageError, match=r"^Cannot decode x: "):
+        decode_image(data[: len(data) - 80], "x")
+
+
+# --- The limit of pixels ------------------------------------------------------------------------
+
+
+def test_the_limit_of_pixels_is_the_configs(tmp_path: Path):
+    encoded = encode(Image.new("1", (400, 300)))
+    (tmp_path / "a.png").write_bytes(encoded)
+    assert decode_image(encoded, "x", Limits(max_pixels=120_000)).size == (400, 300)
+    assert open_dataset(ImgFolder(root=str(tmp_path), max_pixels=120_000)).load(0).height == 300
+    dataset = open_dataset(ImgFolder(root=str(tmp_path), max_pixels=119_999))
+    with pytest.raises(ImageError, match=r"400 x 300 pixels, at most 119999 .*max-pixels 120000"):
+        dataset.load(0)
+
+
+def test_a_raised_limit_lets_through_what_pil_refuses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # instead of an image of 180 megapixels
+    encoded = encode(Image.new("1", (400, 300)))
+    with pytest.raises(ImageError, match="exceeds limit of 100000 pixels"):
+        decode_image(encoded, "x", Limits(max_pixels=100_000))
+    assert decode_image(encoded, "x", Limits(max_pixels=120_000)).size == (400, 300)
+
+
+def test_a_file_far_larger_than_its_pixels_can_be_is_not_read(tmp_path: Path):
+    with (tmp_path / "a.tif").open("wb") as file:
+        file.truncate(200 << 20)
+    dataset = open_dataset(ImgFolder(root=str(tmp_path), max_pixels=1_000_000))
+    with pytest.raises(ImageError, match=r"a\.tif: it has 209715200 bytes, at most 75108864 are"):
+        dataset.load(0)

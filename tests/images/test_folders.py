@@ -384,5 +384,5 @@ def test_missing_parts_of_a_segmentation_root(tmp_path: Path):
     for i in range(3):
         (tmp_path / f"annotations/val/{i}.png").unlink()
         write(str(tmp_path / f"annotations/val/{i}.jpg"), noise())
-    with pytest.raises(StorageError, match=r"No images in .*annotations/val"):
+    with pytest.raises(StorageError, match=r"No masks in .*/val: it holds 3 other files"):
         open_dataset(ImgSegFolder(root=root, split="val"))
