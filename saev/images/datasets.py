@@ -2,6 +2,7 @@
 
 import abc
 import hashlib
+import itertools
 import typing as tp
 import unicodedata
 from collections.abc import Iterable
@@ -160,7 +161,7 @@ def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int
 def digest_of(header: tp.Any, rows: Iterable[tp.Any]) -> str:
     """SHA-256 (hex) over the canonical JSON of a header and of rows, one a line."""
     sha = hashlib.sha256()
-    for item in (header, *rows):
+    for item in itertools.chain([header], rows):
         sha.update(storage.canonical_json(item).encode())
         sha.update(b"\n")
     return sha.hexdigest()

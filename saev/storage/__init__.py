@@ -32,6 +32,7 @@ from saev.storage.looking import (
     is_dir,
     list_dir,
     listing,
+    scan,
     size,
     walk,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "read_text",
     "remove_empty",
     "remove_temporary",
+    "scan",
     "seal",
     "size",
     "verify",

@@ -1,12 +1,15 @@
 """What is there: existence, sizes and listings, never from a cache."""
 
 import datetime
+import errno
 import os
+import stat
 import typing as tp
 from collections.abc import Iterator
 from pathlib import Path
 
 from saev.errors import StorageError
+from saev.storage import s3, s3_listing
 from saev.storage.faults import explained, retry_reads
 from saev.storage.sources import entity_tag
 from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, name, normalize, with_scheme
@@ -117,21 +120,26 @@ def find(url: str | os.PathLike) -> list[str]:
     return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
 
 
-def walk(url: str | os.PathLike) -> list[Entry]:
-    """All files below a folder with their sizes, sorted by URL; symbolic links are followed.
+def scan(url: str | os.PathLike) -> Iterator[tuple[str, int]]:
+    """URL and size of every file below a folder, as they are found: also millions of them.
 
-    Unlike :func:`find` it fails where it cannot look: a folder that is missing, is a file, or may
-    not be read (also one further down) is a StorageError, so nothing is left out unnoticed.
+    Symbolic links are followed. Unlike :func:`find` it fails where it cannot look: a folder that is
+    missing, is a file, or may not be read (also one further down) is a StorageError, so nothing is
+    left out unnoticed.
     """
     text = normalize(url)
     path = local_path(text)
     if path is not None:
-        entries = [Entry(f, name(f), status.st_size, False) for f, status in _walk_local(path)]
+        for file, status in _walk_local(path):
+            yield file, status.st_size
     else:
-        entries = [
-            Entry(file, name(file), int(row["size"]), False) for file, row in _walk_remote(text)
-        ]
-    return sorted(entries, key=lambda e: e.url)
+        for file, row in _walk_remote(text):
+            yield file, int(row["size"])
+
+
+def walk(url: str | os.PathLike) -> list[Entry]:
+    """All files below a folder with their sizes, sorted by URL. Fails where :func:`scan` does."""
+    return sorted(Entry(file, name(file), size_, False) for file, size_ in scan(url))
 
 
 def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
@@ -183,17 +191,30 @@ def _modified(row: dict[str, tp.Any], url: str) -> float:
 def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
     """URLs of the files below a folder that is not local, each with its row of the listing."""
     fs, key = filesystem(url)
+    is_folder = False
     with explained(url, "list"):
         fs.invalidate_cache(key)
-        rows = retry_reads(fs.find)(key, detail=True)
-        # An object may have the folder's own name: it is not below it, and hides nothing.
-        inside = {found: row for found, row in rows.items() if found.rstrip("/") != key}
-        is_marked = any(is_marker(found) for found in rows)
-        if not inside and not is_marked and retry_reads(fs.info)(key)["type"] != "directory":
+        for found, row in _rows(fs, key):
+            # An object may have the folder's own name: it is not below it, and hides nothing.
+            is_below = found.rstrip("/") != key
+            is_folder = is_folder or is_below or is_marker(found)
+            if is_below and not is_marker(found):
+                yield with_scheme(fs, found), row
+        if not is_folder and retry_reads(fs.info)(key)["type"] != "directory":
             raise NotADirectoryError(url)
-    for found, row in inside.items():
-        if not is_marker(found):
-            yield with_scheme(fs, found), row
+
+
+def _rows(fs: tp.Any, folder: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
+    """Keys below a folder as fsspec writes them, and what the listing says of each."""
+    bucket = s3.bucket_of(fs, folder)
+    if bucket is not None:
+        name_, prefix, _ = fs.split_path(folder)
+        rows = s3_listing.objects(bucket, f"{prefix.rstrip('/')}/" if prefix else "")
+        if rows is not None:
+            for row in rows:
+                yield f"{name_}/{row['Key']}", row
+            return
+    yield from retry_reads(fs.find)(folder, detail=True).items()
 
 
 def is_marker(key: str) -> bool:
@@ -212,23 +233,26 @@ def _walk_local(
             if identity in above:
                 return
             with os.scandir(folder) as rows:
-                children = sorted(rows, key=lambda row: row.name)
+                names = sorted(row.name for row in rows)
         except FileNotFoundError:
             if above:  # removed by someone since its parent was listed
                 return
             raise
-    for child in children:
-        if child.name.startswith(TMP_PREFIX) and not temporary:
+    for child in names:  # whose status is not kept: there may be a million
+        if child.startswith(TMP_PREFIX) and not temporary:
             continue
-        if child.is_dir():
-            yield from _walk_local(Path(child.path), above | {identity}, temporary=temporary)
-        elif child.is_file():  # not a broken link, a socket or a device
-            with explained(child.path, "look at"):
-                try:
-                    status = child.stat()
-                except FileNotFoundError:
-                    continue
-            yield child.path, status
+        place = folder / child
+        with explained(str(place), "look at"):
+            try:
+                status = place.stat()
+            except OSError as err:
+                if err.errno not in (errno.ENOENT, errno.ELOOP):  # removed, or a link to nothing
+                    raise
+                continue
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk_local(place, above | {identity}, temporary=temporary)
+        elif stat.S_ISREG(status.st_mode):  # not a socket or a device
+            yield str(place), status
 
 
 def glob_entries(pattern: str) -> list[Entry]:

@@ -55,6 +55,11 @@ class Bucket:
         """What follows the host in an object's URL."""
         return f"{self._base.path}/{urllib.parse.quote(key, safe='/~')}"
 
+    def target_of_listing(self, query: dict[str, str]) -> str:
+        """What follows the host in the URL of a request about the bucket."""
+        words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="-_.~")
+        return f"{self._base.path or '/'}?{words}"
+
     def sign(self, target: str) -> dict[str, str]:
         """Headers of a GET."""
         if not self._signed:
