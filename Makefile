@@ -5,6 +5,7 @@ DEMO   ?= demo-out
 override VENV := .venv
 override BIN  := $(VENV)/bin
 override LOCK := requirements/dev.lock
+override INTEROP := .venv-interop
 
 # What stands behind a variable of the command line is text: neither make nor the shell may take a part
 # of it for code (DATASET='$(shell …)', DATASET='a"; …'). Here make's own expansion is switched off. Recipes
@@ -16,7 +17,7 @@ export PYTHON DEMO
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup test interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -35,6 +36,17 @@ $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
 
 test: setup ## Set up, then run all tests but those of tests/e2e
 	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 -m "not e2e"
+
+interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop
+
+# Torch and what is large with it come from .venv, by a path in a .pth file.
+override SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+$(INTEROP)/.installed: requirements/interop.lock $(VENV)/.installed
+	$(BIN)/python -m venv --clear --without-pip $(INTEROP)
+	$(BIN)/uv pip sync --quiet --python $(INTEROP)/bin/python --require-hashes requirements/interop.lock
+	$(BIN)/python -c '$(SITE)' >"$$($(INTEROP)/bin/python -c '$(SITE)')/saev.pth"
+	$(INTEROP)/bin/python tests/interop/peers.py --versions
+	@touch $@
 
 e2e: setup ## Run the tests that need Docker or servers; those that cannot run say why
 	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest tests/e2e
@@ -57,6 +69,9 @@ lock: ## Write the locks anew from pyproject.toml
 	  --constraints requirements/pins.in --extra s3 --extra hf --extra kfp --extra demo --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
+	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --overrides requirements/of-venv.in \
+	  $(foreach name,torch torchvision,--no-emit-package $(name)) requirements/interop.in \
+	  --output-file requirements/interop.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
 	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock
@@ -135,4 +150,4 @@ e2e-servers: setup ## Build the servers that end-to-end tests start (needs go)
 	$(BIN)/python tests/e2e/compiled.py
 
 clean: ## Remove what make made
-	rm -rf $(VENV) "$$DEMO" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) "$$DEMO" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

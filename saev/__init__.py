@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load_sae", "register_family"]
 
 
-def load_sae(url: str, device: str = "cpu", *, subtract_b_dec: bool = False) -> "SparseAutoencoder":
-    """Load a trained SAE from a run, a checkpoint folder, SAELens, a published ``sae.pt``, the hub.
+def load_sae(url: str, device: str = "cpu", **options: Any) -> "SparseAutoencoder":
+    """Load a trained SAE from a run, a checkpoint folder, files of other projects, or the hub.
 
     See :func:`saev.nn.load_sae`, which this forwards to.
     """
     from saev import nn
 
-    return nn.load_sae(url, device=device, subtract_b_dec=subtract_b_dec)
+    return nn.load_sae(url, device=device, **options)
 
 
 def register_family(*args: Any, **kwargs: Any) -> Any:

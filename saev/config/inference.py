@@ -1,5 +1,7 @@
 """The config of `saev inference`."""
 
+import typing as tp
+
 import pydantic
 
 from saev.config.base import Config
@@ -8,6 +10,8 @@ from saev.config.loaders import DataConfig
 
 class InferenceConfig(Config):
     """Run one SAE over all activations: metrics, statistics, sparse codes, top examples."""
+
+    added: tp.ClassVar = frozenset({"centre", "scale", "top_k"})
 
     run: str
     """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
@@ -28,6 +32,12 @@ class InferenceConfig(Config):
     """Most tokens per step; fewer where the latents of a step would take much memory."""
     subtract_b_dec: bool = False
     """The SAE is a published sae.pt from before August 2025, whose encoder saw x - b_dec."""
+    centre: str = ""
+    """For SAEs of other projects that saw (x - centre) · scale: URL of that vector (.npy)."""
+    scale: float | None = pydantic.Field(default=None, gt=0.0)
+    """The factor of that."""
+    top_k: int | None = pydantic.Field(default=None, ge=1)
+    """Latents kept per token, for state dicts that do not record it (overcomplete's TopKSAE)."""
     part: str = ""
     """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
     device: str = "auto"

@@ -62,7 +62,14 @@ class Job:
         shards, data = open_shards(cfg, trained)
         has_concepts = cfg.concepts and data.tokens != "special" and shards.has_labels
         source = TokenSource(shards, data, labels=has_concepts)
-        sae = load_sae(run, device=choose_device(cfg.device), subtract_b_dec=cfg.subtract_b_dec)
+        sae = load_sae(
+            run,
+            choose_device(cfg.device),
+            subtract_b_dec=cfg.subtract_b_dec,
+            centre=cfg.centre or None,
+            scale=cfg.scale,
+            top_k=cfg.top_k,
+        )
         if sae.d_model != shards.d_model:
             raise ConfigError(
                 f"The SAE at {run} reads activations of width {sae.d_model}, those in {shards.url} "

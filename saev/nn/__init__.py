@@ -6,8 +6,8 @@
 from saev.nn.bank import SaeBank, StepMetrics
 from saev.nn.checkpoints import load_sae
 from saev.nn.folding import fold_normalization
+from saev.nn.foreign.saelens import load_saelens, to_saelens
 from saev.nn.sae import EncoderOutput, SaeOutput, SparseAutoencoder, TopLatents
-from saev.nn.saelens import load_saelens, to_saelens
 
 __all__ = [
     "EncoderOutput",

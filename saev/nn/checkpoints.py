@@ -11,14 +11,18 @@ config.json records the checksum of the weights, so a damaged or mixed-up pair i
 import logging
 import typing as tp
 
+import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
 
 import saev
 from saev import storage
 from saev.config.sae import SaeConfig
-from saev.errors import CheckpointError, CorruptDataError, StorageError
-from saev.nn import published, saelens
+from saev.errors import CheckpointError, ConfigError, CorruptDataError, StorageError
+from saev.nn import foreign
+from saev.nn.foreign import files
+from saev.nn.foreign.imported import Options
 from saev.nn.sae import SparseAutoencoder
 
 logger = logging.getLogger(__name__)
@@ -56,67 +60,98 @@ def save_sae(sae: SparseAutoencoder, url: str, metadata: dict[str, tp.Any] | Non
 
 
 def load_sae(
-    url: str, device: str | torch.device = "cpu", *, subtract_b_dec: bool = False
+    url: str,
+    device: str | torch.device = "cpu",
+    *,
+    subtract_b_dec: bool = False,
+    centre: "Tensor | np.ndarray | str | None" = None,
+    scale: float | None = None,
+    top_k: int | None = None,
 ) -> SparseAutoencoder:
-    """Load an SAE.
+    """Load an SAE. docs/python-api.md lists whose files can be read, and how they differ.
 
     Args:
-        url: a run folder, a checkpoint folder, a SAELens folder, a file ``sae.pt`` of the published
-            saev (or a folder that holds one), or ``hf-hub:ORG/REPO[/SUBDIR]``.
+        url: a run folder, a checkpoint folder, a folder or file of another project (the published
+            saev, SAELens, sparsify, dictionary_learning, Gemma Scope, overcomplete), or
+            ``hf-hub:ORG/REPO[/PATH]`` of either.
         device: where its weights go.
         subtract_b_dec: for ``sae.pt`` files from before August 2025, whose encoder saw x - b_dec:
             fold b_enc ← b_enc - b_dec·W_enc.
+        centre: for SAEs of others that saw (x - centre)·scale: [d_model], or the URL of such a
+            vector (an ``.npy`` file, or a tensor of torch.save). Folded, so that the SAE takes
+            activations as they were recorded; its latents stay as they were.
+        scale: the factor. osunlp's DINOv2 SAE divides by 2.018…, so its scale is 1/2.018….
+        top_k: for state dicts of overcomplete, which do not record it.
 
     Raises:
         CheckpointError: the files are damaged, of an unknown format, or do not fit each other.
+        ConfigError: centre, scale or top_k do not fit.
         StorageError: there is nothing to read.
     """
+    options = Options(subtract_b_dec, _vector(centre), scale, _positive(top_k))
+    name = url
     if url.startswith(HUB_PREFIX):
         url = _download(url)
     url = storage.normalize(url)
-    kind, location = _locate(url)
-    if subtract_b_dec and kind != "published":
-        raise CheckpointError(
-            f"subtract_b_dec is for sae.pt files of the published saev, but {location} is not one. "
-            "Leave it out."
-        )
-    if kind == "published":
-        sae = published.load_published(location, subtract_b_dec=subtract_b_dec)
-    elif kind == "saelens":
-        sae = saelens.load_saelens(location)
-    else:
-        sae = _load_native(location)
-    return sae.to(device)
-
-
-def _locate(url: str) -> tuple[tp.Literal["native", "saelens", "published"], str]:
-    """Which format stands at `url`, and exactly where."""
     if not storage.exists(url):
-        raise StorageError(f"Cannot load an SAE from {url}: it does not exist. Check the path.")
-    if not storage.is_dir(url):
-        if url.endswith(".pt"):
-            return "published", url
+        raise StorageError(f"Cannot load an SAE from {name}: it does not exist. Check the path.")
+    found = _locate(url)
+    if isinstance(found, foreign.Found):
+        return found.read(options).to_sae(options).to(device)
+    if options.given():
         raise CheckpointError(
-            f"{url} is a file, expected a run folder, a checkpoint folder or a sae.pt."
+            f"{' and '.join(options.given())} are for SAEs of other projects, but {found} is of "
+            "saev, and has them folded in. Leave them out."
         )
+    return _load_native(found).to(device)
+
+
+def _vector(centre: "Tensor | np.ndarray | str | None") -> Tensor | None:
+    if centre is None or isinstance(centre, Tensor):
+        return centre
+    if isinstance(centre, str):
+        return files.read_vector(storage.normalize(centre))
+    return torch.as_tensor(centre)
+
+
+def _positive(top_k: int | None) -> int | None:
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k is {top_k}, expected a positive integer.")
+    return top_k
+
+
+def _locate(url: str) -> str | foreign.Found:
+    """Where exactly an SAE stands at `url`, and whose it is: a string is a folder of ours."""
+    if not storage.is_dir(url):
+        found = foreign.find_in_file(url)
+        if found is None:
+            raise CheckpointError(
+                f"{url} is a file, expected a folder of a run or checkpoint, or a sae.pt (a JSON "
+                "header, then a state dict), a state dict of torch.save, or a params.npz. If it is "
+                "meant to be one of these it is damaged; copy it again."
+            )
+        return found
     for folder in (storage.join(url, "checkpoint"), url):
         if not storage.is_dir(folder):
             continue
-        names = {entry.name for entry in storage.list_dir(folder)}
+        names = frozenset(entry.name for entry in storage.list_dir(folder))
         if WEIGHTS in names and CONFIG in names:
-            return "native", folder
-        if saelens.CONFIG in names:
-            return "saelens", folder
-        if published.FILE in names:
-            return "published", storage.join(folder, published.FILE)
+            return folder
+        found = foreign.find_in_folder(folder, names)
+        if found is not None:
+            return found
         if WEIGHTS in names:
             raise CheckpointError(
                 f"{folder} has {WEIGHTS} but no {CONFIG}: it was never finished. Train again; "
                 "finished steps are kept."
             )
+    seems = foreign.describe(url, frozenset(entry.name for entry in storage.list_dir(url)))
+    expected = ", ".join(
+        f"{' and '.join(reader.files)} ({reader.project})" for reader in foreign.READERS
+    )
     raise CheckpointError(
-        f"{url} holds no SAE: expected {WEIGHTS} and {CONFIG} (here or in checkpoint/), "
-        f"{saelens.CONFIG} (SAELens) or {published.FILE}. If it is a run, it is not finished."
+        f"{url} holds no SAE: expected {WEIGHTS} and {CONFIG} (here or in checkpoint/), or "
+        f"{expected}. {seems or 'If it is a run, it is not finished.'}"
     )
 
 
@@ -150,16 +185,22 @@ def _load_native(url: str) -> SparseAutoencoder:
             "belongs to another config.json. Copy the folder again."
         )
     return SparseAutoencoder.from_tensors(
-        cfg, saelens.parse_safetensors(data, weights_url), source=weights_url
+        cfg, files.parse_safetensors(data, weights_url), source=weights_url
     )
 
 
 def _download(name: str) -> str:
-    """Local folder of ``hf-hub:ORG/REPO[/SUBDIR]``, downloaded through the hub's own cache."""
+    """Local path of ``hf-hub:ORG/REPO[/PATH]``, downloaded through the hub's own cache.
+
+    PATH is a folder or a file; configs beside a file come with it.
+    """
     parts = name.removeprefix(HUB_PREFIX).strip("/").split("/")
     if len(parts) < 2 or not all(parts):
-        raise CheckpointError(f"{name} is not of the form {HUB_PREFIX}ORG/REPO[/SUBDIR].")
-    repo, subdir = "/".join(parts[:2]), "/".join(parts[2:])
+        raise CheckpointError(f"{name} is not of the form {HUB_PREFIX}ORG/REPO[/PATH].")
+    repo, path = "/".join(parts[:2]), "/".join(parts[2:])
+    patterns = [path, f"{path}/**"] if path else None
+    if patterns and "." in parts[-1]:
+        patterns.append("/".join([*parts[2:-1], "*.json"]))
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -169,12 +210,10 @@ def _download(name: str) -> str:
         ) from err
     logger.info("downloading %s from the hub", name)
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo, allow_patterns=[f"{subdir}/**"] if subdir else None
-        )
+        folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as err:
         reason = str(err).strip().split("\n")[0]
         raise CheckpointError(
             f"Cannot download {name}: {reason}. Check the name, your access and the network."
         ) from err
-    return storage.join(folder, subdir)
+    return storage.join(folder, path)

@@ -19,6 +19,9 @@ from torch import Tensor
 from saev.errors import ConfigError
 from saev.nn.sae import SparseAutoencoder
 
+Weights = dict[str, Tensor]
+"""W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, and threshold if there is one."""
+
 
 def project(vector: Float[Tensor, " d_model"], w_enc: Float[Tensor, "d_model d_sae"]) -> Tensor:
     """vector·W_enc, with bits that do not depend on the number of threads, as MKL's would."""
@@ -51,3 +54,45 @@ def fold_normalization(
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"] / scale
     return SparseAutoencoder.from_tensors(sae.cfg, tensors).to(sae.b_dec.device)
+
+
+def fold_shift(weights: Weights, shift: Float[Tensor, " d_model"]) -> Weights:
+    """Weights on x of an SAE whose encoder saw x - shift: b_enc' = b_enc - shift·W_enc."""
+    shifted = project(shift.double(), weights["W_enc"].double())
+    return weights | {"b_enc": weights["b_enc"].double() - shifted}
+
+
+def fold_decoder_norm(weights: Weights) -> Weights:
+    """Weights with unit decoder rows of an SAE whose latents were chosen by f·‖W_dec row‖.
+
+    W_enc' = W_enc·n, b_enc' = b_enc·n, θ' = θ·n, W_dec' = W_dec/n: the same reconstruction.
+    """
+    norm = weights["W_dec"].double().norm(dim=1).clamp(min=1e-8)
+    folded = {name: weights[name].double() * norm for name in ("W_enc", "b_enc")}
+    if "threshold" in weights:
+        folded["threshold"] = weights["threshold"].double() * norm
+    return weights | folded | {"W_dec": weights["W_dec"].double() / norm[:, None]}
+
+
+def fold_input(weights: Weights, centre: Tensor | None, scale: float) -> Weights:
+    """Weights on x of an SAE on (x - centre)·scale, with the very latents of that SAE.
+
+    :func:`fold_normalization` moves the factor into the latents, to keep decoder rows at unit norm.
+    Here W_enc' = W_enc·s, b_enc' = b_enc - s·μ·W_enc, W_dec' = W_dec/s and b_dec' = b_dec/s + μ.
+
+    Raises:
+        ConfigError: `scale` is not positive and finite, or `centre` has another width.
+    """
+    d_model = len(weights["b_dec"])
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"scale is {scale}, expected a positive number.")
+    if centre is not None and centre.shape != (d_model,):
+        raise ConfigError(
+            f"centre has shape {list(centre.shape)}, expected [{d_model}] as the SAE has."
+        )
+    mu = torch.zeros(d_model) if centre is None else centre
+    scaled = weights | {"W_enc": weights["W_enc"].double() * scale}
+    return fold_shift(scaled, mu) | {
+        "W_dec": weights["W_dec"].double() / scale,
+        "b_dec": weights["b_dec"].double() / scale + mu.double(),
+    }

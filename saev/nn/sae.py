@@ -68,16 +68,17 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(self, cfg: SaeConfig):
         super().__init__()
-        if cfg.d_model is None or cfg.d_sae is None:
-            raise ConfigError("An SAE needs d_model and d_sae; use SaeConfig.resolved(d_model).")
+        shapes = _shapes(cfg)
+        assert cfg.d_model is not None
+        assert cfg.d_sae is not None
         self.cfg = cfg
         self.d_model: int = cfg.d_model
         self.d_sae: int = cfg.d_sae
-        self.W_enc = nn.Parameter(torch.zeros(self.d_model, self.d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_model))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_model))
-        shape = {"batch-top-k": (), "jump-relu": (self.d_sae,)}.get(cfg.activation.kind)
+        self.W_enc = nn.Parameter(torch.zeros(shapes["W_enc"]))
+        self.b_enc = nn.Parameter(torch.zeros(shapes["b_enc"]))
+        self.W_dec = nn.Parameter(torch.zeros(shapes["W_dec"]))
+        self.b_dec = nn.Parameter(torch.zeros(shapes["b_dec"]))
+        shape = shapes.get("threshold")
         self.register_buffer("threshold", None if shape is None else torch.zeros(shape))
 
     @classmethod
@@ -89,21 +90,27 @@ class SparseAutoencoder(nn.Module):
         Raises:
             CheckpointError: a tensor is missing, unknown, or has another shape than `cfg` says.
         """
-        sae = cls(cfg)
-        own = sae.state_dict()
-        if set(own) != set(tensors):
+        expected = _shapes(cfg)
+        if set(expected) != set(tensors):
             raise CheckpointError(
-                f"{source} has tensors {sorted(tensors)}, expected {sorted(own)} "
+                f"{source} has tensors {sorted(tensors)}, expected {sorted(expected)} "
                 f"for activation {cfg.activation.kind}."
             )
-        for name in own:
-            tensor = tensors[name]
-            if tensor.shape != own[name].shape:
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
                 raise CheckpointError(
-                    f"{source}: {name} has shape {list(tensor.shape)}, expected "
-                    f"{list(own[name].shape)} for d_model {sae.d_model} and d_sae {sae.d_sae}."
+                    f"{source}: {name} has shape {list(tensors[name].shape)}, expected "
+                    f"{list(shape)} for d_model {cfg.d_model} and d_sae {cfg.d_sae}."
                 )
-            own[name].copy_(tensor)
+        top_k = getattr(cfg.activation, "top_k", 1)
+        if top_k > len(tensors["b_enc"]):
+            raise CheckpointError(
+                f"{source} keeps {top_k} latents per token, but has only {cfg.d_sae}. It is "
+                "damaged, or its config is of another SAE."
+            )
+        sae = cls(cfg)
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(tensors[name])
         return sae.eval().requires_grad_(False)
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> EncoderOutput:
@@ -163,3 +170,21 @@ class SparseAutoencoder(nn.Module):
                 f"The SAE was trained on activations of width {self.d_model}, these have "
                 f"{x.shape[-1]}. Use shards of the same model."
             )
+
+
+def _shapes(cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an SAE, of which nothing is allocated yet."""
+    if cfg.d_model is None or cfg.d_sae is None:
+        raise ConfigError("An SAE needs d_model and d_sae; use SaeConfig.resolved(d_model).")
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (cfg.d_model, cfg.d_sae),
+        "b_enc": (cfg.d_sae,),
+        "W_dec": (cfg.d_sae, cfg.d_model),
+        "b_dec": (cfg.d_model,),
+    }
+    match cfg.activation:
+        case BatchTopK():
+            shapes["threshold"] = ()
+        case JumpRelu():
+            shapes["threshold"] = (cfg.d_sae,)
+    return shapes

@@ -1,0 +1,287 @@
+"""Files of other projects: nothing in them runs, and no size they claim is believed.
+
+Sizes are compared with those of the file before anything is allocated.
+"""
+
+import contextlib
+import io
+import json
+import math
+import pickletools
+import re
+import typing as tp
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from saev import storage
+from saev.errors import CheckpointError, SaevError
+
+MAX_CONFIG_BYTES = 1 << 20
+"""Configs have some kilobytes."""
+
+_MAX_COMPRESSION = 32
+"""Weights hardly compress. An npz file that would become larger than this is hostile."""
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_STATE_DICT_NAMES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+)
+"""What the pickle of a state dict refers to, and nothing else."""
+
+
+@contextlib.contextmanager
+def parsed(source: str, what: str) -> Iterator[None]:
+    """Whatever a parser raises on bad bytes becomes a CheckpointError."""
+    try:
+        yield
+    except SaevError:
+        raise
+    except Exception as err:
+        reason = str(err).strip().split("\n")[0][:200] or type(err).__name__
+        raise CheckpointError(
+            f"{source} is not {what} ({reason}). It may be truncated; copy it again."
+        ) from err
+
+
+def parse_config(data: bytes, source: str) -> dict[str, tp.Any]:
+    """A JSON object."""
+    if len(data) > MAX_CONFIG_BYTES:
+        raise CheckpointError(
+            f"{source} has {len(data)} bytes, expected a config of at most {MAX_CONFIG_BYTES}."
+        )
+    with parsed(source, "valid JSON"):
+        found = json.loads(data)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source} is not a config: expected a JSON object.")
+    return found
+
+
+def read_config(url: str) -> dict[str, tp.Any]:
+    """A JSON object. Raises CheckpointError if it is not one."""
+    return parse_config(storage.read_bytes(url), url)
+
+
+def integer(config: dict[str, tp.Any], key: str, source: str) -> int:
+    """A positive integer of a config."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{source} has {key} = {value!r:.60}, expected a positive integer.")
+    return value
+
+
+def flag(config: dict[str, tp.Any], key: str, default: bool, source: str) -> bool:
+    """A yes or no of a config."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source} has {key} = {value!r:.60}, expected true or false.")
+    return value
+
+
+def section(config: dict[str, tp.Any], key: str, source: str) -> dict[str, tp.Any]:
+    """An object inside a config; empty if it is not there."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source} has {key} = {value!r:.60}, expected an object.")
+    return value
+
+
+def refuse_flags(
+    config: dict[str, tp.Any], *, source: str, project: str, known: Iterable[str]
+) -> None:
+    """Flags that are true and that nobody here understands stand in the way.
+
+    Args:
+        config: a config.
+        source: where it is from.
+        project: whose it is.
+        known: flags that are dealt with, and those that only training or provenance need.
+    """
+    unknown = sorted(key for key, value in config.items() if value is True and key not in known)
+    if unknown:
+        raise CheckpointError(
+            f"{source} has {', '.join(f'{key} = true' for key in unknown)}, which an SAE of saev "
+            f"cannot express here. It cannot be imported; use {project} to read it."
+        )
+
+
+def take(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, str],
+    source: str,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Exactly these tensors: none may be missing, and none is dropped without a word.
+
+    Args:
+        tensors: what a file holds.
+        wanted: name → shape in letters, of which equal ones are equal sizes: "DS", "S", "".
+        source: the file.
+        sizes: sizes that a config gives to letters.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, of another shape, or no floats.
+    """
+    missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    if missing:
+        raise CheckpointError(f"{source} lacks {names(missing)}; it has {names(tensors)}.")
+    if unknown:
+        raise CheckpointError(
+            f"{source} has {names(unknown)} beside {names(wanted)}. What they do is not known, so "
+            "it cannot be imported."
+        )
+    sizes = dict(sizes or {})
+    for name, letters in wanted.items():
+        tensor = tensors[name]
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(f"{source}: {name} is of {tensor.dtype}, expected a float.")
+        found = tuple(tensor.shape)
+        if len(found) == len(letters):
+            for letter, size in zip(letters, found, strict=True):
+                sizes.setdefault(letter, size)
+        expected = [sizes.get(letter, letter) for letter in letters]
+        if list(found) != expected:
+            shown = ", ".join(map(str, expected))
+            raise CheckpointError(f"{source}: {name} has shape {list(found)}, expected [{shown}].")
+        if tensor.isnan().any():
+            raise CheckpointError(f"{source}: {name} has values that are not a number (NaN).")
+    return {name: tensors[name] for name in wanted}
+
+
+def names(tensors: Iterable[str], most: int = 12) -> str:
+    """Names in a message."""
+    every = [f"{name:.60}" for name in sorted(tensors)]
+    return ", ".join(every[:most]) + (", …" if len(every) > most else "") if every else "no tensors"
+
+
+def parse_safetensors(data: bytes, source: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors object, whose parser compares its header with its size."""
+    with parsed(source, "a safetensors file"):
+        return safetensors.torch.load(data)
+
+
+def parse_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
+    """Tensors of a ``torch.save`` of a state dict.
+
+    Raises:
+        CheckpointError: it is not one, it refers to code, or it is larger than its file.
+    """
+    found = _load_torch(data, source)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source} is not a state dict: it holds one {type(found).__name__}.")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"{source} is not a state dict: its entry {name!r:.60} is a "
+                f"{type(tensor).__name__}, expected a tensor."
+            )
+        _check_size(tensor, len(data), f"{source}: {name}")
+    return found
+
+
+def _load_torch(data: bytes, source: str) -> tp.Any:
+    with parsed(source, "a state dict of torch.save"):
+        if not data.startswith(b"PK"):
+            raise CheckpointError(
+                f"{source} is not a state dict of torch.save: it is not a zip archive. It may be "
+                "damaged, or of a torch before 1.6; then load and save it with a newer one."
+            )
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            claimed = sum(member.file_size for member in members)
+            is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not is_stored or claimed > len(data):
+                raise CheckpointError(
+                    f"{source} has {len(data)} bytes, but claims to hold {claimed}. It is damaged "
+                    "or hostile."
+                )
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    _check_pickle(archive.read(member), source)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _check_size(tensor: Tensor, n_bytes: int, source: str) -> None:
+    """A view with strides of zero is as large as it likes."""
+    if tensor.numel() * tensor.element_size() > n_bytes:
+        raise CheckpointError(
+            f"{source} has shape {list(tensor.shape)}, but the file has only {n_bytes} bytes. It "
+            "is damaged or hostile."
+        )
+
+
+def _check_pickle(code: bytes, source: str) -> None:
+    """Refuse what torch.load would refuse later, and what it would allocate for a claim."""
+    for opcode, argument, _ in pickletools.genops(code):
+        if opcode.name == "GLOBAL" and _STATE_DICT_NAMES.fullmatch(str(argument)):
+            continue
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+            what = str(argument).replace(" ", ".") if argument else "a name made at run time"
+            raise CheckpointError(
+                f"{source} refers to {what:.100}, so it is more than a state dict of tensors, and "
+                "reading it would run code. Save its state_dict() and read that."
+            )
+
+
+def parse_npz(data: bytes, source: str) -> dict[str, Tensor]:
+    """Arrays of a ``numpy.savez`` file. Nothing is unpickled.
+
+    Raises:
+        CheckpointError: it is not one, an array is not of numbers, or a header does not fit.
+    """
+    tensors = {}
+    with parsed(source, "an npz file"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            if member.file_size > len(data) * _MAX_COMPRESSION:
+                raise CheckpointError(
+                    f"{source} has {len(data)} bytes, but {member.filename} claims "
+                    f"{member.file_size}. Weights do not compress like that."
+                )
+            name = member.filename.removesuffix(".npy")
+            tensors[name] = _parse_npy(archive.read(member), f"{source}: {name}")
+    return tensors
+
+
+def _parse_npy(data: bytes, source: str) -> Tensor:
+    stream = io.BytesIO(data)
+    with parsed(source, "an npy array"):
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read is None:
+            raise CheckpointError(f"{source} has npy version {version}, expected 1.0 or 2.0.")
+        shape, is_fortran, dtype = read(stream)
+        if dtype.kind not in "fiu":
+            raise CheckpointError(f"{source} has dtype {dtype}, expected numbers. Not unpickled.")
+        left, expected = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
+        if left != expected or any(size < 0 for size in shape):
+            raise CheckpointError(
+                f"{source} has shape {list(shape)} of {dtype}, which needs {expected} bytes, but "
+                f"{left} are there. It is damaged."
+            )
+        flat = np.frombuffer(data, dtype, offset=stream.tell())
+        array = flat.reshape(shape, order="F" if is_fortran else "C")
+        return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))
+
+
+def read_vector(url: str) -> Tensor:
+    """One vector: an ``.npy`` file, or a tensor as torch.save writes it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    data = storage.read_bytes(url)
+    vector = _parse_npy(data, url) if data.startswith(b"\x93NUMPY") else _load_torch(data, url)
+    if not isinstance(vector, Tensor) or vector.ndim != 1:
+        raise CheckpointError(f"{url} does not hold one vector (an .npy file, or a torch.save).")
+    _check_size(vector, len(data), url)
+    return vector

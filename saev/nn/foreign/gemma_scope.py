@@ -1,0 +1,26 @@
+"""``params.npz`` as in Gemma Scope (Lieberum et al. 2024, arXiv:2408.05147): JumpReLU SAEs.
+
+    W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, threshold [d_sae]
+
+Gemma Scope's transcoders have the same arrays: a file does not tell them apart from SAEs.
+"""
+
+from saev import storage
+from saev.config.sae import JumpRelu
+from saev.nn.foreign import files
+from saev.nn.foreign.imported import Imported, Options, Reader
+
+FILE = "params.npz"
+_ARRAYS = {"W_enc": "DS", "b_enc": "S", "W_dec": "SD", "b_dec": "D", "threshold": "S"}
+
+
+def read(url: str, options: Options) -> Imported:
+    """Read such a file. Raises CheckpointError."""
+    arrays = files.parse_npz(storage.read_bytes(url), url)
+    renamed = {f"W_{name[2:]}" if name.startswith("w_") else name: t for name, t in arrays.items()}
+    weights = files.take(renamed, _ARRAYS, url)
+    # relu(z)·[z > θ] is z·[z > max(0, θ)].
+    return Imported(JumpRelu(), weights | {"threshold": weights["threshold"].clamp(min=0)}, url)
+
+
+READER = Reader("Gemma Scope", (FILE,), read)
