@@ -41,10 +41,12 @@ interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, f
 
 # Torch and what is large with it come from .venv, by a path in a .pth file.
 override SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-$(INTEROP)/.installed: requirements/interop.lock $(VENV)/.installed
+$(INTEROP)/.installed: requirements/interop.lock requirements/interop-5.lock $(VENV)/.installed
 	$(BIN)/python -m venv --clear --without-pip $(INTEROP)
 	$(BIN)/uv pip sync --quiet --python $(INTEROP)/bin/python --require-hashes requirements/interop.lock
 	$(BIN)/python -c '$(SITE)' >"$$($(INTEROP)/bin/python -c '$(SITE)')/saev.pth"
+	$(BIN)/uv pip install --quiet --python $(INTEROP)/bin/python --no-deps --require-hashes \
+	  --target $(INTEROP)/sae-lens-5 -r requirements/interop-5.lock
 	$(INTEROP)/bin/python tests/interop/peers.py --versions
 	@touch $@
 
@@ -72,6 +74,7 @@ lock: ## Write the locks anew from pyproject.toml
 	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --overrides requirements/of-venv.in \
 	  $(foreach name,torch torchvision,--no-emit-package $(name)) requirements/interop.in \
 	  --output-file requirements/interop.lock
+	echo 'sae-lens>=5,<6' | $(BIN)/uv pip compile $(COMPILE) --no-deps - --output-file requirements/interop-5.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
 	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock

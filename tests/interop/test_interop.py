@@ -7,6 +7,7 @@ random weights and what the packages make of them. Here they are read and compar
 import dataclasses
 import fcntl
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,13 +21,18 @@ from saev.errors import CheckpointError
 from saev.nn import SparseAutoencoder, to_saelens
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
 PYTHON = ROOT / ".venv-interop" / "bin" / "python"
+FIVE = ROOT / ".venv-interop" / "sae-lens-5"
 D, S = 16, 48
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / ".venv-interop" / ".installed").exists(),
-    reason="the other projects' packages are not installed: run `make interop`",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ROOT / ".venv-interop" / ".installed").exists(),
+        reason="the other projects' packages are not installed: run `make interop`",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Peers:
 @pytest.fixture(scope="session")
 def peers(tmp_path_factory: pytest.TempPathFactory) -> Peers:
     """Importing the packages takes most of the time, so all workers of pytest share one run."""
-    root = tmp_path_factory.getbasetemp().parent / f"peers-{ROOT.stat().st_ino}"
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "peers"
     root.mkdir(exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,17 +74,26 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Peers:
 def run_peers(root: Path) -> None:
     x = np.random.default_rng(0).standard_normal((64, D)) * 1.5
     np.save(root / "x.npy", x.astype(np.float32))
-    command = [PYTHON, Path(__file__).with_name("peers.py"), root]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        if any(line == "made\n" for line in lines):
-            write_exports(Peers(root))
-        _, errors = process.communicate("go\n", timeout=200)
-        assert process.returncode == 0, errors[-3000:]
+    errors = root / "errors.txt"
+    with errors.open("w") as stderr:
+        old = subprocess.Popen(
+            [PYTHON, HERE / "saelens_five.py", root],
+            env={**os.environ, "PYTHONPATH": str(FIVE)},
+            stderr=stderr,
+        )
+        peers = subprocess.Popen(
+            [PYTHON, HERE / "peers.py", root],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        with old, peers:
+            assert peers.stdout is not None
+            if any(line == "made\n" for line in iter(peers.stdout.readline, "")):
+                write_exports(Peers(root))
+            peers.communicate("go\n")
+    assert (old.returncode, peers.returncode) == (0, 0), errors.read_text()[-3000:]
 
 
 def native(activation) -> SparseAutoencoder:
@@ -208,6 +224,16 @@ def test_configs_of_earlier_versions_are_read_as_saelens_reads_them(peers: Peers
     for name in names:
         sae = load_sae(str(peers.root / "saes" / "saelens" / name))
         assert_equal(sae, peers, "saelens", name)
+
+
+FIVE_CASES = ["gated", "jumprelu", "jumprelu-finetuned", "standard", "standard-finetuned"]
+FIVE_CASES += ["topk", "topk-finetuned"]
+
+
+@pytest.mark.parametrize("name", FIVE_CASES)
+def test_folders_of_version_five_are_what_that_made_of_them(name: str, peers: Peers) -> None:
+    sae = load_sae(str(peers.root / "saes" / "saelens-five" / name))
+    assert_equal(sae, peers, "saelens-five", name)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "constant_norm_rescale", "covariance_whitening"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nn.small_saes import ACTIVATIONS, IDS, D, S, equal_saes, inputs, make_sae
+from nn.test_published import HEADERS, write_published
 
 import saev
 from saev import storage
@@ -158,6 +159,11 @@ def edit(saved, change):
     [
         (lambda r: r["sae"].update(d_model=7), r"W_enc has shape \[6, 14\], expected \[7, 14\]"),
         (lambda r: r["sae"].update(d_sae=15), r"expected \[6, 15\]"),
+        (lambda r: r["sae"].update(d_sae=6 * 10**9), r"expected \[6, 6000000000\]"),
+        (
+            lambda r: r["sae"]["activation"].update(top_k=15),
+            "keeps 15 latents per token",
+        ),
         (lambda r: r["sae"].update(activation={"kind": "jump-relu"}), "tensors.*threshold"),
         (lambda r: r.update(version=99), "version 99"),
         (lambda r: r.update(format="x"), "not an SAE config"),
@@ -184,8 +190,8 @@ def test_places_without_an_sae_are_errors_that_say_what_was_expected(saved):
         load_sae(str(saved / "empty"))
     with pytest.raises(CheckpointError, match="is a file, expected"):
         load_sae(str(saved / "config.json"))
-    with pytest.raises(CheckpointError, match="subtract_b_dec"):
-        load_sae(str(saved), subtract_b_dec=True)
+    with pytest.raises(CheckpointError, match="subtract_b_dec and scale are for SAEs of other pro"):
+        load_sae(str(saved), subtract_b_dec=True, scale=2.0)
     (saved / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load_sae(str(saved))
@@ -220,3 +226,54 @@ def test_a_folder_of_a_hub_repository_is_loaded_from_the_hubs_cache(tmp_path, mo
         load_sae("hf-hub:org/other")
     with pytest.raises(StorageError, match="does not exist"):
         load_sae("hf-hub:org/saes/layer12")
+
+
+def hub_cache(tmp_path, monkeypatch):
+    """A snapshot of org/saes in a cache of the hub, which is offline."""
+    import huggingface_hub.constants as constants
+
+    repo, commit = tmp_path / "models--org--saes", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = repo / "snapshots" / commit / "layer_23" / "run"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_file_of_a_hub_repository_is_loaded(tmp_path, monkeypatch):
+    folder = hub_cache(tmp_path, monkeypatch)
+    tensors = write_published(folder / "sae.pt", HEADERS["5-topk"][0], threshold=None)
+    for name in ("layer_23/run/sae.pt", "layer_23/run"):
+        assert torch.equal(load_sae(f"hf-hub:org/saes/{name}").W_enc, tensors["W_enc"])
+    with pytest.raises(StorageError, match=r"hf-hub:org/saes/layer_23/sae\.pt: it does not exist"):
+        load_sae("hf-hub:org/saes/layer_23/sae.pt")
+
+
+@pytest.mark.parametrize(
+    ("path", "fetched", "left"),
+    [
+        ("a/b/sae.pt", {"a/b/sae.pt"}, {"a/sae.pt", "a/b/other.bin", "c/x.json"}),
+        ("a/b/ae.pt", {"a/b/ae.pt", "a/b/config.json"}, {"a/b/ae.pt.old"}),
+        ("a/b", {"a/b/cfg.json", "a/b/c/sae.safetensors"}, {"a/bc/cfg.json", "cfg.json"}),
+        ("", {"cfg.json", "a/b"}, set()),
+    ],
+)
+def test_what_is_fetched_of_a_hub_repository(path, fetched, left, monkeypatch):
+    """Which files, by the hub's own filter. There is no hub to ask here."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def snapshot_download(repo, allow_patterns=None):
+        asked.update(repo=repo, patterns=allow_patterns)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="no network"):
+        load_sae(f"hf-hub:org/saes/{path}".rstrip("/"))
+    found = filter_repo_objects(sorted(fetched | left), allow_patterns=asked["patterns"])
+    assert asked["repo"] == "org/saes"
+    assert set(found) == fetched
