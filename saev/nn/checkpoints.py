@@ -21,7 +21,7 @@ from saev import storage
 from saev.config.sae import SaeConfig
 from saev.errors import CheckpointError, ConfigError, CorruptDataError, StorageError
 from saev.nn import foreign
-from saev.nn.foreign import files
+from saev.nn.foreign.files import parse_safetensors, read_vector
 from saev.nn.foreign.imported import Options
 from saev.nn.sae import SparseAutoencoder
 
@@ -110,7 +110,7 @@ def _vector(centre: "Tensor | np.ndarray | str | None") -> Tensor | None:
     if centre is None or isinstance(centre, Tensor):
         return centre
     if isinstance(centre, str):
-        return files.read_vector(storage.normalize(centre))
+        return read_vector(storage.normalize(centre))
     return torch.as_tensor(centre)
 
 
@@ -185,7 +185,7 @@ def _load_native(url: str) -> SparseAutoencoder:
             "belongs to another config.json. Copy the folder again."
         )
     return SparseAutoencoder.from_tensors(
-        cfg, files.parse_safetensors(data, weights_url), source=weights_url
+        cfg, parse_safetensors(data, weights_url), source=weights_url
     )
 
 

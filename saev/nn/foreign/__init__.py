@@ -69,7 +69,7 @@ def find_in_file(url: str) -> Found | None:
         return Found(gemma_scope.READER, url)
     if head != b"P":  # of PK, a zip archive
         return None
-    tensors = files.parse_state_dict(storage.read_bytes(url), url)
+    tensors = files.read_state_dict(url)
     for module in (dictionary_learning, overcomplete):
         if module.fits(tensors):
             return Found(module.READER, url)

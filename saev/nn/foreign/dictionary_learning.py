@@ -59,7 +59,7 @@ def fits(tensors: dict[str, Tensor]) -> bool:
 
 def read(url: str, options: Options) -> Imported:
     """Read ``ae.pt``. Raises CheckpointError."""
-    return convert(files.parse_state_dict(storage.read_bytes(url), url), url)
+    return convert(files.read_state_dict(url), url)
 
 
 def convert(tensors: dict[str, Tensor], url: str) -> Imported:

@@ -5,13 +5,12 @@ Sizes are compared with those of the file before anything is allocated.
 
 import contextlib
 import io
-import json
 import math
 import pickletools
 import re
 import typing as tp
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saev import storage
-from saev.errors import CheckpointError, SaevError
+from saev.errors import CheckpointError, CorruptDataError
 
 MAX_CONFIG_BYTES = 1 << 20
 """Configs have some kilobytes."""
@@ -35,18 +34,10 @@ _STATE_DICT_NAMES = re.compile(
 """What the pickle of a state dict refers to, and nothing else."""
 
 
-@contextlib.contextmanager
-def parsed(source: str, what: str) -> Iterator[None]:
+def parsed(source: str, what: str) -> contextlib.AbstractContextManager[None]:
     """Whatever a parser raises on bad bytes becomes a CheckpointError."""
-    try:
-        yield
-    except SaevError:
-        raise
-    except Exception as err:
-        reason = str(err).strip().split("\n")[0][:200] or type(err).__name__
-        raise CheckpointError(
-            f"{source} is not {what} ({reason}). It may be truncated; copy it again."
-        ) from err
+    remedy = "It may be truncated; copy it again."
+    return storage.parsed(source, what, remedy=remedy, error=CheckpointError)
 
 
 def parse_config(data: bytes, source: str) -> dict[str, tp.Any]:
@@ -55,8 +46,10 @@ def parse_config(data: bytes, source: str) -> dict[str, tp.Any]:
         raise CheckpointError(
             f"{source} has {len(data)} bytes, expected a config of at most {MAX_CONFIG_BYTES}."
         )
-    with parsed(source, "valid JSON"):
-        found = json.loads(data)
+    try:
+        found = storage.parse_json(data, source)
+    except CorruptDataError as err:
+        raise CheckpointError(str(err)) from err
     if not isinstance(found, dict):
         raise CheckpointError(f"{source} is not a config: expected a JSON object.")
     return found
@@ -64,7 +57,22 @@ def parse_config(data: bytes, source: str) -> dict[str, tp.Any]:
 
 def read_config(url: str) -> dict[str, tp.Any]:
     """A JSON object. Raises CheckpointError if it is not one."""
-    return parse_config(storage.read_bytes(url), url)
+    return storage.read_parsed(url, lambda data: parse_config(data, url))
+
+
+def read_safetensors(url: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors object. Raises CheckpointError if it is not one."""
+    return storage.read_parsed(url, lambda data: parse_safetensors(data, url))
+
+
+def read_state_dict(url: str) -> dict[str, Tensor]:
+    """Tensors of a ``torch.save`` of a state dict. Raises CheckpointError if it is not one."""
+    return storage.read_parsed(url, lambda data: parse_state_dict(data, url))
+
+
+def read_npz(url: str) -> dict[str, Tensor]:
+    """Arrays of a ``numpy.savez`` file. Raises CheckpointError if it is not one."""
+    return storage.read_parsed(url, lambda data: parse_npz(data, url))
 
 
 def integer(config: dict[str, tp.Any], key: str, source: str) -> int:
@@ -279,7 +287,10 @@ def read_vector(url: str) -> Tensor:
     Raises:
         CheckpointError: it is neither.
     """
-    data = storage.read_bytes(url)
+    return storage.read_parsed(url, lambda data: _parse_vector(data, url))
+
+
+def _parse_vector(data: bytes, url: str) -> Tensor:
     vector = _parse_npy(data, url) if data.startswith(b"\x93NUMPY") else _load_torch(data, url)
     if not isinstance(vector, Tensor) or vector.ndim != 1:
         raise CheckpointError(f"{url} does not hold one vector (an .npy file, or a torch.save).")

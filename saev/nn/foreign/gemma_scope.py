@@ -5,7 +5,6 @@
 Gemma Scope's transcoders have the same arrays: a file does not tell them apart from SAEs.
 """
 
-from saev import storage
 from saev.config.sae import JumpRelu
 from saev.nn.foreign import files
 from saev.nn.foreign.imported import Imported, Options, Reader
@@ -16,7 +15,7 @@ _ARRAYS = {"W_enc": "DS", "b_enc": "S", "W_dec": "SD", "b_dec": "D", "threshold"
 
 def read(url: str, options: Options) -> Imported:
     """Read such a file. Raises CheckpointError."""
-    arrays = files.parse_npz(storage.read_bytes(url), url)
+    arrays = files.read_npz(url)
     renamed = {f"W_{name[2:]}" if name.startswith("w_") else name: t for name, t in arrays.items()}
     weights = files.take(renamed, _ARRAYS, url)
     # relu(z)·[z > θ] is z·[z > max(0, θ)].

@@ -14,7 +14,6 @@ same tensors, and BatchTopKSAE's threshold is not among them.
 import torch
 from torch import Tensor
 
-from saev import storage
 from saev.config.sae import Activation, JumpRelu, TopK
 from saev.errors import CheckpointError
 from saev.nn.folding import Weights
@@ -39,7 +38,7 @@ def fits(tensors: dict[str, Tensor]) -> bool:
 
 def read(url: str, options: Options) -> Imported:
     """Read a state dict. Raises CheckpointError."""
-    return convert(files.parse_state_dict(storage.read_bytes(url), url), url, options)
+    return convert(files.read_state_dict(url), url, options)
 
 
 def convert(tensors: dict[str, Tensor], url: str, options: Options) -> Imported:

@@ -13,6 +13,8 @@ Only the activation is read from the header; shapes come from the tensors and mu
 import logging
 import typing as tp
 
+from torch import Tensor
+
 from saev import storage
 from saev.config.sae import Activation, BatchTopK, Relu, TopK
 from saev.errors import CheckpointError
@@ -38,8 +40,7 @@ def read(url: str, options: Options) -> Imported:
     Raises:
         CheckpointError: not such a file, damaged, or of an unknown schema or activation.
     """
-    header, body = _split(storage.read_bytes(url), url)
-    tensors = files.parse_state_dict(body, url)
+    header, tensors = storage.read_parsed(url, lambda data: _parse(data, url))
     threshold = tensors.pop(_THRESHOLD, None)
     weights = files.take(tensors, _TENSORS, url, _sizes(header, url))
     activation = _activation(header, threshold is not None, url)
@@ -54,7 +55,8 @@ def read(url: str, options: Options) -> Imported:
     return Imported(activation, weights, url, may_need_scale=header.get("schema") in (None, 1))
 
 
-def _split(data: bytes, url: str) -> tuple[dict[str, tp.Any], bytes]:
+def _parse(data: bytes, url: str) -> tuple[dict[str, tp.Any], dict[str, Tensor]]:
+    """Header and tensors."""
     end = data.find(b"\n", 0, files.MAX_CONFIG_BYTES)
     if end < 0 or not data.startswith(b"{"):
         raise CheckpointError(
@@ -66,7 +68,7 @@ def _split(data: bytes, url: str) -> tuple[dict[str, tp.Any], bytes]:
         raise CheckpointError(
             f"{url} has schema {schema!r:.60}, this saev reads 1 to 5 and files without one."
         )
-    return header, data[end + 1 :]
+    return header, files.parse_state_dict(data[end + 1 :], url)
 
 
 def _cfg(header: dict[str, tp.Any], url: str) -> dict[str, tp.Any]:

@@ -99,7 +99,7 @@ def read(url: str, options: Options) -> Imported:
         raise CheckpointError(_refusal(architecture, source))
     needs_scale = _check_features(config, architecture, source, is_old=is_old)
 
-    tensors = files.parse_safetensors(storage.read_bytes(weights_url), weights_url)
+    tensors = files.read_safetensors(weights_url)
     finetuned = _take_finetuning(config, tensors, sizes, weights_url)
     if "log_threshold" in tensors and architecture == "jumprelu":  # training, until 2025
         tensors["threshold"] = tensors.pop("log_threshold").double().exp()
@@ -318,7 +318,7 @@ def load_sparsity(url: str) -> Float[Tensor, " d_sae"] | None:
     location = storage.join(url, SPARSITY)
     if not storage.exists(location):
         return None
-    tensors = files.parse_safetensors(storage.read_bytes(location), location)
+    tensors = files.read_safetensors(location)
     if "sparsity" not in tensors:
         raise CheckpointError(f"{location} has {files.names(tensors)}, expected 'sparsity'.")
     return tensors["sparsity"]

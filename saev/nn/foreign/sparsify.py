@@ -43,7 +43,7 @@ def read(url: str, options: Options) -> Imported:
         d_sae = files.integer(config, "num_latents", source)
     else:
         d_sae = d_in * files.integer(config, "expansion_factor", source)
-    tensors = files.parse_safetensors(storage.read_bytes(weights_url), weights_url)
+    tensors = files.read_safetensors(weights_url)
     found = files.take(tensors, _TENSORS, weights_url, {"D": d_in, "S": d_sae})
     weights = {
         "W_enc": found["encoder.weight"].T,
