@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from saev import run
-from saev.config import FakeImgSeg
-from saev.config.run import RunConfig
+from saev import run, storage
+from saev.config import FakeImgSeg, LoaderConfig, TrainConfig
+from saev.config.run import RunConfig, RunFile
+from saev.config.stages import resolve
 from saev.errors import ConfigError
 
 FILE = """
@@ -89,6 +90,39 @@ def test_a_mistake_in_the_file_stops_before_anything_starts(
         run.run(RunConfig(config=str(config), root=str(root)))
     assert str(config) in str(error.value)
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('[train.train_data]\nshards = "x"', r"\[train\.train_data\]: shards is set by `saev run`"),
+        ('[inference.data]\nshards = "x"', r"\[inference\.data\]: shards is set by `saev run`"),
+    ],
+)
+def test_shards_are_not_overwritten_in_silence(
+    config: Path, tmp_path: Path, table: str, message: str
+) -> None:
+    config.write_text(FILE.replace("[train.train_data]", table))
+    with pytest.raises(ConfigError, match=message):
+        run.run(RunConfig(config=str(config), root=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_are_named_count(tmp_path: Path) -> None:
+    raw = {
+        "data": {"kind": "fake-img"},
+        "train": {"train_data": {"layer": 3}, "val_data": {"layer": 7}},
+        "inference": {"data": {"layer": 5}},
+    }
+    trained = TrainConfig(train_data=LoaderConfig(layer=3, tokens="all"))
+    storage.write_json(str(tmp_path / "run/config.json"), trained.to_dict())
+    for own, measured in ((raw["inference"], 5), ({}, 3)):
+        file = RunFile.from_dict({**raw, "inference": own})
+        stages = resolve(file, str(tmp_path), None, "the file")
+        training = stages.training("s3://b/shards")
+        assert (training.train_data.layer, training.val_data.layer) == (3, 7)
+        data = stages.measuring(str(tmp_path / "run"), "s3://b/shards").data
+        assert (data.shards, data.layer, data.tokens) == ("s3://b/shards", measured, "all")
 
 
 def test_no_images(config: Path) -> None:

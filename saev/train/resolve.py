@@ -44,20 +44,21 @@ def groups(
         StorageError: a shards folder or the runs' root cannot be read.
     """
     places = Places()
-    by_data: dict[str, dict[str, earlier.Wanted]] = {}
+    wanted: dict[str, earlier.Wanted] = {}
     for one in asked(cfg, explicit, table):
         config = resolve_one(one.config, places)
         if one.position is not None:
             config = config.model_copy(update={"seed": derived_seed(config)})
         member = Member(run_id(config, places), config)
-        same = by_data.setdefault(_data_key(config), {})
-        if member.run_id in same:
-            # Equal after all defaults, as d_sae = 1536 and exp_factor = 4 are.
+        if member.run_id in wanted:  # equal after all defaults: d_sae = 1536 and exp_factor = 4
             logger.warning("Run %s is asked for twice; it is trained once.", member.run_id)
-        wanted = same.setdefault(member.run_id, earlier.Wanted(member, []))
-        wanted.older.extend(_older(one, member, places))
-    _warn_of_idle_axes([one.member for same in by_data.values() for one in same.values()])
-    return earlier.choose([list(same.values()) for same in by_data.values()], cfg.max_parallel)
+        found = wanted.setdefault(member.run_id, earlier.Wanted(member, []))
+        found.older.extend(_older(one, member, places))
+    _warn_of_idle_axes([one.member for one in wanted.values()])
+    by_data: dict[str, list[earlier.Wanted]] = {}
+    for found in wanted.values():
+        by_data.setdefault(_data_key(found.member.config), []).append(found)
+    return earlier.choose(list(by_data.values()), cfg.max_parallel)
 
 
 def _older(one: Asked, member: Member, places: Places) -> tp.Iterator[Member]:

@@ -352,14 +352,18 @@ def _load_one(url: str) -> ResumePoint:
 
 def _read_pointer(url: str) -> dict[str, tp.Any]:
     pointer = _checked(storage.read_json(url), url)
-    try:
-        if not isinstance(pointer["step"], int) or not isinstance(pointer["meta"], dict):
-            raise TypeError("a value of another type")
-        for info in pointer.get("objects", {"": pointer}).values():
-            if not isinstance(info["n_bytes"], int) or not isinstance(info["checksum"], str):
-                raise TypeError("a size or checksum")
-    except (KeyError, TypeError, AttributeError) as err:
-        raise CorruptDataError(f"{url} is not a resume point: {err} is missing.") from err
+    meta, listed = pointer.get("meta"), pointer.get("objects", {"": pointer})
+    sound = (
+        isinstance(meta, dict)
+        and {"run_ids", "loader", "rules" if "objects" in pointer else "n_rows"} <= meta.keys()
+        and isinstance(meta["run_ids"], list)
+        and isinstance(pointer.get("step"), int)
+        and storage.name(url) == f"{_stem(pointer['step'])}.json"
+        and isinstance(listed, dict)
+        and all(isinstance(i, dict) and {"n_bytes", "checksum"} <= i.keys() for i in listed.values())
+    )
+    if not sound:
+        raise CorruptDataError(f"{url} is damaged: it is not the pointer of a resume point.")
     return pointer
 
 
