@@ -19,7 +19,7 @@ from saev.loaders import ShuffledLoader, windows
 from saev.nn import SaeBank, bank
 from saev.shards import Shards
 from saev.size import estimate, formats, inputs, models
-from saev.train import resolve, resume
+from saev.train import resolve, resume, sides
 from saev.vit import registry
 
 FILE = """
@@ -172,7 +172,7 @@ def test_state_of_a_bank(activation: tp.Any, optim: tp.Any, tmp_path: Path) -> N
     shape = (n, d_model, d_sae, activation.kind)
 
     state = formats.bank_state(*shape, optim)
-    resume.save(str(tmp_path), resume.ResumePoint(1, saes.state_dict(), {}))
+    resume.Points(str(tmp_path)).save(resume.ResumePoint(1, saes.state_dict(), {}))
     assert size_of(tmp_path, "*.safetensors") == formats.safetensors(state, ordered=True)
     gradients = sum(g.nbytes for g in saes.grads.values())
     assert gradients == formats.tensor_bytes(formats.bank_parameters(*shape))
@@ -208,7 +208,7 @@ def test_constants_are_those_of_the_stages() -> None:
 
     assert estimate.INDEX_BYTES == windows.INDEX_BYTES_PER_TOKEN
     assert resume.N_KEPT == estimate.N_RESUME_POINTS
-    assert resolve.VAL_FRACTION == estimate.VAL_FRACTION
+    assert sides.VAL_FRACTION == estimate.VAL_FRACTION
     assert stage._ITEM_TOKENS == estimate._ITEM_TOKENS
     assert bank._GPU_CHUNK == estimate._CHUNK
     assert torch.Generator().get_state().nbytes == formats.RNG_BYTES

@@ -242,7 +242,11 @@ def test_a_grid_is_the_product_in_order(tmp_path_factory, lrs, ks, n_grids):
         ("", "sae.activation:batch-top-k objective:vanilla --objective.sparsity-coeff 2e-3"),
         ("lr = [1e-3, 2e-3]", "objective:vanilla --objective.sparsity-coeff 2e-3"),
         ("sae.sparsity_coeff = [1e-3]", "sae.activation:top-k"),
-        ("sae.sparsity_coeff = 1e-3\nsae.activation.kind = ['top-k', 'relu']", ""),
+        (
+            "[[grid]]\nsae.sparsity_coeff = 1e-3\nsae.activation.kind = 'top-k'\n"
+            "[[grid]]\nsae.activation.kind = 'relu'",
+            "",
+        ),
         ("sae.sparsity_coeff = 1e-3\nsae.activation.kind = 'batch-top-k'", ""),
     ],
 )
@@ -262,6 +266,15 @@ keys = cli.explicit_keys
         ("sae.sparsity_coeff = [1e-3]", "sae.activation:relu"),
         ("lr = [1e-3]", "sae.activation:relu objective:vanilla --objective.sparsity-coeff 1e-3"),
         ("sae.activation.kind = ['top-k', 'relu']", ""),
+        (
+            "sae.activation.kind = ['top-k', 'relu']",
+            "objective:vanilla --objective.sparsity-coeff 2e-3",
+        ),
+        (
+            "sae.sparsity_coeff = 1e-3\n"
+            "[[grid]]\nsae.top_k = 2\n[[grid]]\nsae.activation.kind = 'relu'",
+            "",
+        ),
         ("lr = [1e-3]", "objective:vanilla --objective.sparsity-coeff 0"),
     ],
 )

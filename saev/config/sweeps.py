@@ -95,16 +95,16 @@ def asked(
     elif cfg.sweep:
         source, table = storage.normalize(cfg.sweep), read_toml(cfg.sweep)
     else:
-        _check_penalty(cfg, {}, explicit, "The command")
+        _check_penalties([(cfg, Combination({}, 0, frozenset()))], explicit, "The command")
         return (Asked(cfg, None),)
     points = list(expand(table, source, explicit))
     base = cfg.to_dict() | {"sweep": ""}
+    applied = [(_apply(base, one.point, explicit, source), one) for one in points]
+    _check_penalties(applied, explicit, source)
     members: dict[str, tuple[TrainConfig, bool]] = {}
-    for point in points:
-        member = _apply(base, point, explicit, source)
-        _check_penalty(member, point, explicit, source)
+    for member, one in applied:
         key = storage.canonical_json(member.to_dict())
-        members.setdefault(key, (member, "seed" in point))
+        members.setdefault(key, (member, "seed" in one.point))
     if len(members) < len(points):
         n_repeated = len(points) - len(members)
         logger.warning("%s: %d of %d combinations are repeated.", source, n_repeated, len(points))
@@ -123,34 +123,52 @@ def resolve(
     return tuple(one.config for one in asked(cfg, explicit, table))
 
 
+class Combination(tp.NamedTuple):
+    """One point of a sweep."""
+
+    point: Point
+    grid: int
+    """Number of its grid."""
+    own: frozenset[str]
+    """The grid's own keys; the others hold for all grids."""
+
+
 _PENALTY, _KIND = "objective.sparsity_coeff", "sae.activation.kind"
 
 
-def _check_penalty(
-    member: TrainConfig, point: Point, explicit: tp.Collection[str], source: str
+def _check_penalties(
+    members: tp.Sequence[tuple[TrainConfig, Combination]],
+    explicit: tp.Collection[str],
+    source: str,
 ) -> None:
-    """Refuse a penalty that was given to an activation without one.
+    """Refuse a penalty that was given to activations without one, and to no others.
 
-    A sweep of penalties alone is the guide's, for which ReLU is the default; it gets a warning.
+    What holds for several grids, or for several kinds of activation, is used by some of them. And a
+    sweep of penalties that names no activation is the guide's, for which ReLU is the default: it
+    gets a warning.
     """
-    activation = member.sae.activation
-    if not isinstance(activation, TopK | BatchTopK) or not member.objective.sparsity_coeff:
-        return
-    default = type(member.objective).model_fields["sparsity_coeff"].default
-    swept = _PENALTY in point and _PENALTY not in explicit
-    chosen = _KIND in point or _KIND in explicit or not isinstance(activation, TopK)
-    given = _PENALTY in explicit or member.objective.sparsity_coeff != default
-    if chosen if swept else given:
-        raise ConfigError(
-            f"{source}: {_PENALTY} is {member.objective.sparsity_coeff:g}, but {activation.kind} "
-            "has no sparsity penalty: it keeps top_k latents. Leave the penalty out, or choose "
-            "sae.activation:relu or jump-relu (in a sweep, a [[grid]] of their own)."
-        )
+
+    def scope(one: Combination) -> int | None:
+        return one.grid if _PENALTY in one.own and _PENALTY not in explicit else None
+
+    used = {scope(one) for m, one in members if not isinstance(m.sae.activation, TopK | BatchTopK)}
+    for member, one in members:
+        activation, penalty = member.sae.activation, member.objective.sparsity_coeff
+        default = type(member.objective).model_fields["sparsity_coeff"].default
+        swept = _PENALTY in one.point and _PENALTY not in explicit
+        chosen = _KIND in one.point or _KIND in explicit or not isinstance(activation, TopK)
+        given = _PENALTY in explicit or penalty != default
+        if penalty and scope(one) not in used and (chosen if swept else given):
+            raise ConfigError(
+                f"{source}: {_PENALTY} is {penalty:g}, but {activation.kind} has no sparsity "
+                "penalty: it keeps top_k latents. Leave the penalty out, or choose "
+                "sae.activation:relu or jump-relu."
+            )
 
 
 def expand(
     table: Mapping[str, tp.Any], source: str, explicit: tp.Collection[str] = ()
-) -> Iterator[Point]:
+) -> Iterator[Combination]:
     """Every combination of a sweep, without what the command line already decided."""
     raw = dict(table)
     grids = raw.pop("grid", [{}])
@@ -158,12 +176,14 @@ def expand(
         raise ConfigError(f"{source}: 'grid' is one table; write [[grid]] for each grid.")
     shared = _axes(raw, source)
     pinned: set[str] = set()
-    for grid in grids:
-        axes = shared | _axes(grid, source)
+    for number, grid in enumerate(grids):
+        own = _axes(grid, source)
+        axes = shared | own
         pinned |= {key for key in axes if key in explicit}
         axes = {key: values for key, values in axes.items() if key not in explicit}
         for values in itertools.product(*axes.values()):
-            yield dict(itertools.chain.from_iterable(v.items() for v in values))
+            point = dict(itertools.chain.from_iterable(v.items() for v in values))
+            yield Combination(point, number, frozenset(own))
     if pinned:
         logger.info("%s: the command line decides %s.", source, ", ".join(sorted(pinned)))
 

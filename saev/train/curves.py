@@ -18,7 +18,7 @@ import typing as tp
 
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError
-from saev.train.resume import CurveRows, Row
+from saev.train.point import CurveRows, Row
 
 logger = logging.getLogger(__name__)
 

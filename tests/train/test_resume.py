@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from saev import storage
 from saev.errors import StorageError
 from saev.train import curves, resume
-from saev.train.resume import CurveRows, Patience, Points, ResumePoint
+from saev.train.point import CurveRows, ResumePoint
+from saev.train.resume import Patience, Points
 
 
 def rows(n: int) -> CurveRows:
@@ -136,7 +137,7 @@ DAMAGE: dict[str, Callable[[Path, Path, Path], object]] = {
     "no object": lambda curve, pointer, tensors: pointer.write_text("[1]"),
     "another step": lambda curve, pointer, tensors: replace(pointer, '"step": 20', '"step": 28'),
     "another run": lambda curve, pointer, tensors: replace(pointer, '"two"', '"twp"'),
-    "another key": lambda curve, pointer, tensors: replace(pointer, '"objects"', '"objectz"'),
+    "another key": lambda curve, pointer, tensors: replace(pointer, '"files"', '"filez"'),
 }
 
 
