@@ -52,7 +52,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_images_in_picture_book_out(config: Path, tmp_path: Path) -> None:
-    root = tmp_path / "out"
+    root = tmp_path / "o::ut [1] é %20#?"  # a name is only a name
     cfg = RunConfig(config=str(config), root=str(root))
     page = Path(run.run(cfg))
     html = page.read_text()
