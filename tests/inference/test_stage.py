@@ -27,6 +27,7 @@ from saev.inference import job as job_module
 from saev.inference import part as part_module
 from saev.inference.codes import CodesWriter
 from saev.inference.results import Results
+from saev.nn import SparseAutoencoder, to_saelens
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,25 @@ def test_an_sae_outside_a_run_needs_out(world, tmp_path) -> None:
         inference.run(InferenceConfig(run=checkpoint, out=str(tmp_path)))
     cfg = InferenceConfig(run=checkpoint, data=data, out=str(tmp_path))
     assert Results.open(inference.run(cfg)).metrics["n_tokens"] == 270
+
+
+def test_an_sae_of_scaled_activations_is_measured_on_plain_ones(world, tmp_path) -> None:
+    """An SAE on (x - centre)·scale, told so, gives the figures of that SAE on x."""
+    mean, scale = np.linspace(-2, 2, world.sae.d_model, dtype=np.float32), 0.5
+    t = dict(world.sae.state_dict())
+    scaled = t | {
+        "W_enc": t["W_enc"] / scale,
+        "b_enc": t["b_enc"] + torch.from_numpy(mean) @ t["W_enc"],
+        "W_dec": t["W_dec"] * scale,
+        "b_dec": (t["b_dec"] - torch.from_numpy(mean)) * scale,
+    }
+    to_saelens(SparseAutoencoder.from_tensors(world.sae.cfg, scaled), str(tmp_path / "scaled"))
+    np.save(tmp_path / "mean.npy", mean)
+    cfg = config(world, tmp_path / "out", centre=str(tmp_path / "mean.npy"), scale=scale)
+    found = Results.open(inference.run(cfg.model_copy(update={"run": str(tmp_path / "scaled")})))
+    plain = Results.open(inference.run(config(world, tmp_path / "plain")))
+    for name in ("normalized_mse", "l0"):
+        assert found.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4)
 
 
 def test_no_sae(world, tmp_path) -> None:

@@ -1,6 +1,8 @@
 """SAEs of other projects: what is folded, and what is refused. tests/interop has the real ones."""
 
+import contextlib
 import json
+import random
 import zipfile
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from nn.small_saes import D, S, inputs, make_sae
+from nn.test_published import write_published
 
 from saev.config import BatchTopK, JumpRelu, Relu, TopK
 from saev.errors import CheckpointError
@@ -455,3 +458,47 @@ def test_a_folder_without_an_sae_says_whose_it_seems_to_be(names, message, tmp_p
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=f"holds no SAE: expected .*{message}"):
         load_sae(str(tmp_path))
+
+
+def write_any(kind: str, path) -> str:
+    """A sound SAE of that kind, and what to load."""
+    if kind == "saelens":
+        write_saelens(path, SIX | {"architecture": "topk", "k": 3})
+    elif kind == "sparsify":
+        write_sparsify(path)
+    elif kind == "gemma-scope":
+        np.savez(path / "params.npz", **ARRAYS)
+    elif kind == "dictionary_learning":
+        torch.save(TOPK, path / "ae.pt")
+        (path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "BatchTopKSAE"}}))
+    else:
+        write_published(path / "sae.pt", {"schema": 5, "cfg": {"d_model": D, "d_sae": S}}, n=S)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "kind", ["saelens", "sparsify", "gemma-scope", "dictionary_learning", "published"]
+)
+def test_whatever_is_damaged_ends_in_one_sentence(kind, tmp_path, caplog):
+    """Bits, bytes and lengths, more of them where headers are. No format of others has a checksum,
+    so a damage may also give other values."""
+    caplog.set_level("ERROR")
+    url = write_any(kind, tmp_path)
+    load_sae(url)
+    rng = random.Random(kind)
+    for path in sorted(tmp_path.iterdir()):
+        sound = path.read_bytes()
+        for _ in range(60):
+            data = bytearray(sound)
+            at = rng.randrange(min(len(data), rng.choice((100, 1000, len(data)))))
+            match rng.randrange(3):
+                case 0:
+                    data[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    data[at : at + rng.randrange(9)] = rng.randbytes(rng.randrange(9))
+                case 2:
+                    del data[at:]
+            path.write_bytes(data)
+            with contextlib.suppress(CheckpointError):  # anything else is a traceback
+                load_sae(url)
+        path.write_bytes(sound)
