@@ -88,7 +88,9 @@ def load_sae(
         ConfigError: centre, scale or top_k do not fit.
         StorageError: there is nothing to read.
     """
-    options = Options(subtract_b_dec, _vector(centre), scale, _positive(top_k))
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ConfigError(f"top_k is {top_k!r}, expected a positive integer.")
+    options = Options(subtract_b_dec, _vector(centre), scale, top_k)
     name = url
     if url.startswith(HUB_PREFIX):
         url = _download(url)
@@ -112,12 +114,6 @@ def _vector(centre: "Tensor | np.ndarray | str | None") -> Tensor | None:
     if isinstance(centre, str):
         return read_vector(storage.normalize(centre))
     return torch.as_tensor(centre)
-
-
-def _positive(top_k: int | None) -> int | None:
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k is {top_k}, expected a positive integer.")
-    return top_k
 
 
 def _locate(url: str) -> str | foreign.Found:
@@ -145,7 +141,7 @@ def _locate(url: str) -> str | foreign.Found:
                 f"{folder} has {WEIGHTS} but no {CONFIG}: it was never finished. Train again; "
                 "finished steps are kept."
             )
-    seems = foreign.describe(url, frozenset(entry.name for entry in storage.list_dir(url)))
+    seems = foreign.describe(url)
     expected = ", ".join(
         f"{' and '.join(reader.files)} ({reader.project})" for reader in foreign.READERS
     )

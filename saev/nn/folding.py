@@ -84,12 +84,14 @@ def fold_input(weights: Weights, centre: Tensor | None, scale: float) -> Weights
         ConfigError: `scale` is not positive and finite, or `centre` has another width.
     """
     d_model = len(weights["b_dec"])
-    if not 0 < scale < float("inf"):
-        raise ConfigError(f"scale is {scale}, expected a positive number.")
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ConfigError(f"scale is {scale!r}, expected a positive number.")
     if centre is not None and centre.shape != (d_model,):
         raise ConfigError(
             f"centre has shape {list(centre.shape)}, expected [{d_model}] as the SAE has."
         )
+    if centre is not None and not centre.double().isfinite().all():
+        raise ConfigError("centre has values that are not finite numbers.")
     mu = torch.zeros(d_model) if centre is None else centre
     scaled = weights | {"W_enc": weights["W_enc"].double() * scale}
     return fold_shift(scaled, mu) | {

@@ -346,7 +346,7 @@ def test_archives_that_are_damaged_or_hostile(tmp_path):
         with pytest.raises(CheckpointError, match="is not an npz file"):
             load_sae(str(path))
     np.savez_compressed(path, **ARRAYS | {"W_enc": np.zeros((1000, 10_000), np.float32)})
-    with pytest.raises(CheckpointError, match=r"W_enc\.npy claims 40000128"):
+    with pytest.raises(CheckpointError, match=r"its arrays claim 4000\d+\. Weights do not"):
         load_sae(str(path))
 
 

@@ -291,6 +291,13 @@ def test_files_whose_input_may_have_been_scaled_warn(name, warns, tmp_path, capl
         ({"scale": float("nan")}, ConfigError, "scale is nan"),
         ({"top_k": 3}, CheckpointError, "top_k is for SAEs of overcomplete, but .* published saev"),
         ({"top_k": 0}, ConfigError, "top_k is 0"),
+        ({"top_k": 2.5}, ConfigError, "top_k is 2.5"),
+        ({"scale": "2"}, ConfigError, "scale is '2'"),
+        (
+            {"centre": torch.full((D,), torch.nan)},
+            ConfigError,
+            "centre has values that are not fin",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, error, message, tmp_path):

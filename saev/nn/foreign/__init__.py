@@ -74,9 +74,8 @@ def find_in_file(url: str) -> Found | None:
         if module.fits(tensors):
             return Found(module.READER, url)
     raise CheckpointError(
-        f"{url} is a state dict of {_seems(tensors)}, with {files.names(tensors)}. It can be of "
-        f"{overcomplete.READER.project} or {dictionary_learning.READER.project}. It cannot be "
-        "imported."
+        f"{url} is a state dict of {_seems(tensors)}, with {files.names(tensors)}. Only those of "
+        f"{overcomplete.READER.project} and {dictionary_learning.READER.project} can be imported."
     )
 
 
@@ -109,12 +108,19 @@ _SEEMS = (
 )
 
 
-def describe(url: str, names: frozenset[str]) -> str:
+_MAX_FOLDERS = 20
+"""Most folders in a folder that are looked into."""
+
+
+def describe(url: str) -> str:
     """What a folder without an SAE seems to be, as a sentence; "" if that is unclear."""
+    entries = storage.list_dir(url)
+    names = {entry.name for entry in entries}
     for marks, what in _SEEMS:
-        if set(marks) <= names:
+        if names.issuperset(marks):
             return f"It seems to hold {what}."
-    inner = [name for name in sorted(names) if _holds_sae(storage.join(url, name))]
+    folders = sorted(entry.name for entry in entries if entry.is_dir)[:_MAX_FOLDERS]
+    inner = [name for name in folders if _holds_sae(storage.join(url, name))]
     if inner:
         return f"Folders in it hold SAEs: give one of {files.names(inner)}."
     states = [name for name in names if name.endswith((".pt", ".pth", ".npz"))]
@@ -124,7 +130,5 @@ def describe(url: str, names: frozenset[str]) -> str:
 
 
 def _holds_sae(url: str) -> bool:
-    if not storage.is_dir(url):
-        return False
     names = frozenset(entry.name for entry in storage.list_dir(url))
     return find_in_folder(url, names) is not None or {"sae.safetensors", "config.json"} <= names

@@ -246,12 +246,14 @@ def parse_npz(data: bytes, source: str) -> dict[str, Tensor]:
     """
     tensors = {}
     with parsed(source, "an npz file"), zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for member in archive.infolist():
-            if member.file_size > len(data) * _MAX_COMPRESSION:
-                raise CheckpointError(
-                    f"{source} has {len(data)} bytes, but {member.filename} claims "
-                    f"{member.file_size}. Weights do not compress like that."
-                )
+        members = archive.infolist()
+        claimed = sum(member.file_size for member in members)
+        if claimed > len(data) * _MAX_COMPRESSION:
+            raise CheckpointError(
+                f"{source} has {len(data)} bytes, but its arrays claim {claimed}. Weights do not "
+                "compress like that."
+            )
+        for member in members:
             name = member.filename.removesuffix(".npy")
             tensors[name] = _parse_npy(archive.read(member), f"{source}: {name}")
     return tensors
