@@ -255,7 +255,7 @@ class Estimate:
                 "resume_bytes", "resume points of a group",
                 N_RESUME_POINTS * self.resume_bytes(largest), "bytes", "exact",
                 f"{N_RESUME_POINTS} × (weights, both moments of Adam, counters of its SAEs), "
-                "while it trains",
+                "while it trains; without its curves",
             ),
             Row(
                 "window_bytes", "memory for shuffling", window, "bytes", "at most",
