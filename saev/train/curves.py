@@ -33,12 +33,16 @@ class Curves:
     Args:
         url: the run folder. What it holds of curves is replaced by ``rows``.
         rows: what a resumed run goes on from.
+        keep: write nothing: the run is published.
     """
 
-    def __init__(self, url: str, rows: CurveRows | None = None):
+    def __init__(self, url: str, rows: CurveRows | None = None, *, keep: bool = False):
         self.url = url
+        self._keep = keep
         self.rows, self._timings = map(list, rows or CurveRows([], []))
         self._n_flushed = 0
+        if keep:
+            return
         events = storage.list_dir(storage.join(url, TENSORBOARD), missing_ok=True)
         for entry in events:
             if _is_ours(entry.name):
@@ -63,7 +67,7 @@ class Curves:
 
     def flush(self) -> None:
         """Publish all rows."""
-        if self._n_flushed == len(self.rows) > 0:
+        if self._keep or self._n_flushed == len(self.rows) > 0:
             return
         events = _events(self.rows[self._n_flushed :], self._timings[self._n_flushed :])
         if self.rows:

@@ -49,13 +49,9 @@ def _choose(wanted: tp.Sequence[Wanted], root: "_Root", max_parallel: int) -> li
     plain = _grouped(members, max_parallel)
     known = {group.group_id for group in plain}
     places = {m.run_id: (i, m) for i, one in enumerate(wanted) for m in (one.member, *one.older)}
-    free = {
-        i
-        for group in plain
-        if group.group_id not in root.groups
-        for i, member in enumerate(members)
-        if member in group.members
-    }
+    kept = [group for group in plain if group.group_id in root.groups]
+    going = {member.run_id for group in kept for member in group.members}
+    free = {i for i, member in enumerate(members) if member.run_id not in going}
     order: list[tuple[int, Group]] = []
     for name in sorted(root.groups - known) if free else ():
         flight = root.in_flight(name)
@@ -68,10 +64,9 @@ def _choose(wanted: tp.Sequence[Wanted], root: "_Root", max_parallel: int) -> li
             order.append((min(indices), Group(name, tuple(member for _, member in own))))
     if not order:
         return plain
-    kept = [group for group in plain if group.group_id in root.groups]
-    order += [(members.index(group.members[0]), group) for group in kept]
+    number = {member.run_id: i for i, member in enumerate(members)}
     rest = _grouped([members[i] for i in sorted(free)], max_parallel)
-    order += [(members.index(group.members[0]), group) for group in rest]
+    order += [(number[group.members[0].run_id], group) for group in (*kept, *rest)]
     return [group for _, group in sorted(order, key=lambda pair: pair[0])]
 
 

@@ -72,6 +72,8 @@ class Trainer:
         self.step = 0
         """Steps done."""
         self._points = points
+        self._done: set[int] = set()
+        """Members that are published already."""
         self._ranks, self.device = team
         self._open = contextlib.ExitStack()
         try:
@@ -125,6 +127,9 @@ class Trainer:
             self._restore(point)
         for part in self.banks:
             part.bank.begin_together()
+        if self._ranks.first and point is not None:
+            # A group that was killed while it published goes on with all that it trained.
+            self._done = {i for i, m in enumerate(self.members) if m.published}
         self.curves = self._start_curves(point) if self._ranks.first else []
         self._wandb = self._start_wandb()
 
@@ -272,13 +277,16 @@ class Trainer:
             curve.flush()
 
     def _start_curves(self, point: resume.ResumePoint | None) -> list[Curves]:
-        """One for each member, as they were at the resume point."""
-        if point is None:
-            return [Curves(m.url) for m in self.members]
-        if point.curves is None:  # of version 0.1.0
-            n_rows = int(point.meta["n_rows"])
-            return [Curves(m.url, of_run_folder(m.url, n_rows)) for m in self.members]
-        return [Curves(m.url, point.curves.get(m.run_id)) for m in self.members]
+        """One for each member, as they were at the resume point. What is published stays."""
+        curves = []
+        for index, member in enumerate(self.members):
+            rows = None
+            if point is not None and point.curves is not None:
+                rows = point.curves.get(member.run_id)
+            elif point is not None:  # of version 0.1.0
+                rows = of_run_folder(member.url, int(point.meta["n_rows"]))
+            curves.append(Curves(member.url, rows, keep=index in self._done))
+        return curves
 
     def _start_wandb(self) -> list[WandbRun]:
         project = self.config.wandb_project
@@ -341,6 +349,10 @@ class Trainer:
         for index, (member, sae, metrics) in enumerate(
             zip(self.members, saes, measured, strict=True)
         ):
+            if index in self._done:
+                if self._wandb:
+                    self._wandb[index].finish(metrics)
+                continue
             for folder in ("", CHECKPOINT, TENSORBOARD):  # of writers that were killed
                 storage.clean_temporary(storage.join(member.url, folder))
             sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
