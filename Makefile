@@ -27,7 +27,7 @@ setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
 # uv, itself from PyPI, installs the hashed lock in seconds and without resolving anything.
 $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
-	@"$$PYTHON" -c 'import os, sys; v = sys.version_info[:2]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {os.environ["PYTHON"]} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	@"$$PYTHON" -c 'import os, sys; v, name = sys.version_info[:2], os.environ["PYTHON"]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {name} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
 	"$$PYTHON" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK) requirements/uv.lock
