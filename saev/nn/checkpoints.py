@@ -90,7 +90,7 @@ def load_sae(
     """
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise ConfigError(f"top_k is {top_k!r}, expected a positive integer.")
-    options = Options(subtract_b_dec, _vector(centre), scale, top_k)
+    options = Options(bool(subtract_b_dec), _vector(centre), scale, top_k)
     name = url
     if url.startswith(HUB_PREFIX):
         url = _download(url)

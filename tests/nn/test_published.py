@@ -202,6 +202,18 @@ def test_published_files_that_are_truncated(tmp_path):
                 load_sae(str(url))
 
 
+def test_a_flipped_bit_of_a_published_file_is_found(tmp_path):
+    tensors = write_published(tmp_path / "sae.pt", HEADERS["5-topk"][0], threshold=None)
+    data = bytearray((tmp_path / "sae.pt").read_bytes())
+    at = data.index(tensors["W_dec"].numpy().tobytes())
+    for offset in (0, 5, 4 * S * D - 1):
+        damaged = bytearray(data)
+        damaged[at + offset] ^= 1
+        (tmp_path / "sae.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"archive/data/\d has another checksum"):
+            load_sae(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -210,6 +210,12 @@ def _load_torch(data: bytes, source: str) -> tp.Any:
                     f"{source} has {len(data)} bytes, but claims to hold {claimed}. It is damaged "
                     "or hostile."
                 )
+            damaged = archive.testzip()  # torch.load does not compare checksums
+            if damaged:
+                raise CheckpointError(
+                    f"{source}: {damaged} has another checksum than was recorded, so it is "
+                    "damaged. Copy it again."
+                )
             for member in members:
                 if member.filename.endswith(".pkl"):
                     _check_pickle(archive.read(member), source)
