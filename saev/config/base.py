@@ -14,6 +14,16 @@ Tokens = tp.Literal["content", "special", "all"]
 """Which tokens of an example: its content tokens, its special tokens (the class token), or both."""
 
 
+def _check_file_name(name: str) -> str:
+    if not storage.is_file_name(name):
+        raise ValueError("expected the name of a file beside this one")
+    return name
+
+
+FileName = tp.Annotated[str, pydantic.AfterValidator(_check_file_name)]
+"""A file that a stored record names: one of its own folder."""
+
+
 class Config(pydantic.BaseModel):
     """Immutable, and an unknown key is an error.
 

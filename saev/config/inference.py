@@ -11,7 +11,7 @@ from saev.config.loaders import DataConfig
 class InferenceConfig(Config):
     """Run one SAE over all activations: metrics, statistics, sparse codes, top examples."""
 
-    added: tp.ClassVar = frozenset({"centre", "scale", "top_k"})
+    added: tp.ClassVar = frozenset({"allow_other_model", "centre", "scale", "top_k"})
 
     run: str
     """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
@@ -38,6 +38,9 @@ class InferenceConfig(Config):
     """The factor of that."""
     top_k: int | None = pydantic.Field(default=None, ge=1)
     """Latents kept per token, for state dicts that do not record it (overcomplete's TopKSAE)."""
+    allow_other_model: bool = False
+    """Measure the SAE on activations of another model, preprocessing or image size than it was
+    trained on all the same. The result then says so."""
     part: str = ""
     """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
     device: str = "auto"

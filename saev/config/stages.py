@@ -50,15 +50,13 @@ class Stages(tp.NamedTuple):
     def showing(self, run: str, shards: str, measured: str) -> VisualsConfig:
         """The config of the picture book of a run.
 
-        Equal images in two places have one shards folder, which names the first of the places:
-        the pictures are drawn from these ones.
+        The pictures are drawn from the images of the config, which the user names: shards name the
+        place of the first ones that were equal, and not every place is opened on a file's word.
         """
-        keys = {**self.visuals, "run": run, "shards": shards, "inference": measured}
-        recorded = storage.read_json(storage.join(shards, "metadata.json")).get("data")
-        root = getattr(self.shards.data, "root", None)
-        if root and isinstance(recorded, dict) and recorded.get("root") != storage.normalize(root):
-            keys.setdefault("data", self.shards.data.to_dict())
-        return VisualsConfig.from_dict(keys)
+        keys = {"data": self.shards.data.to_dict(), **self.visuals}
+        return VisualsConfig.from_dict(
+            {**keys, "run": run, "shards": shards, "inference": measured}
+        )
 
 
 def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> Stages:

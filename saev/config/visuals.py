@@ -1,5 +1,7 @@
 """The config of `saev visuals`."""
 
+import typing as tp
+
 import pydantic
 
 from saev.config.base import Config
@@ -8,6 +10,8 @@ from saev.config.images import ImageData
 
 class VisualsConfig(Config):
     """Pictures of what latents respond to, and a page to leaf through them."""
+
+    added: tp.ClassVar = frozenset({"allow_other_model"})
 
     run: str
     """URL of the run folder."""
@@ -31,6 +35,9 @@ class VisualsConfig(Config):
     """Longer side of the pictures in pixels."""
     seed: int = 0
     """What the choice of further latents is drawn from."""
+    allow_other_model: bool = False
+    """Show the SAE on activations of another model, preprocessing or image size than it was trained
+    on all the same. The page then says so."""
     data: ImageData | None = None
     """The images, if they have moved since they were recorded or the shards do not say where they
     are (protocol 2.1); by default the dataset that the shards name."""

@@ -63,6 +63,18 @@ class ImageDataset(abc.ABC):
     def example(self, index: int) -> ExampleInfo:
         """Name and class of an example."""
 
+    def key(self, index: int) -> str:
+        """Name of an example wherever the dataset lies; its URL ends in it."""
+        return self.example(index).url
+
+    def row(self, index: int) -> tp.Any:
+        """What `digest` is over, of one example: plain JSON."""
+        return [self.key(index), self.example(index).label]
+
+    def row_digest(self, index: int) -> int:
+        """CRC-32C of :meth:`row`, to find which example is another one if the digest differs."""
+        return storage.crc32c(storage.canonical_json(self.row(index)).encode())
+
     @abc.abstractmethod
     def load(self, index: int) -> Image.Image:
         """The image: upright, mode RGB.

@@ -31,10 +31,18 @@ class Fake(ImageDataset):
         """SHA-256 (hex) of the config, which determines every pixel."""
         return digest_of(self._cfg.identity(), [])
 
+    def key(self, index: int) -> str:
+        """Kind and number."""
+        return f"{self._cfg.kind}/{index}"
+
+    def row(self, index: int) -> list[int]:
+        """Its number: the config says the rest."""
+        return [index]
+
     def example(self, index: int) -> ExampleInfo:
         """Name and class of an example."""
         target = index % self._cfg.n_classes
-        return ExampleInfo(f"{self._cfg.kind}/{index}", self.classes[target], target)
+        return ExampleInfo(self.key(index), self.classes[target], target)
 
     def load(self, index: int) -> Image.Image:
         """The image, RGB."""

@@ -69,8 +69,16 @@ class Folder(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over path below the root, label and size of every image, in order."""
-        rows = ([file.key, self._label(file), file.size] for file in self._files)
-        return digest_of("img-folder", rows)
+        return digest_of("img-folder", map(self.row, range(len(self))))
+
+    def key(self, index: int) -> str:
+        """Path below the root."""
+        return self._files[index].key
+
+    def row(self, index: int) -> list[tp.Any]:
+        """Path below the root, label and size."""
+        file = self._files[index]
+        return [file.key, self._label(file), file.size]
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""
@@ -114,14 +122,19 @@ class SegFolder(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over path and size of every image and mask, and its label, in order."""
-        rows = (
-            [image.key, image.size, mask.key, mask.size, label, self._targets[label]]
-            for image, mask, label in zip(self._files, self._masks, self._labels, strict=True)
-        )
         header: tp.Any = "img-seg-folder"
         if self._mask_map is not None:
             header = [header, self._mask_map.rows]
-        return digest_of(header, rows)
+        return digest_of(header, map(self.row, range(len(self))))
+
+    def key(self, index: int) -> str:
+        """Path below ROOT/images/SPLIT."""
+        return self._files[index].key
+
+    def row(self, index: int) -> list[tp.Any]:
+        """Path and size of image and mask, and the image's label."""
+        image, mask, label = self._files[index], self._masks[index], self._labels[index]
+        return [image.key, image.size, mask.key, mask.size, label, self._targets[label]]
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""

@@ -5,6 +5,7 @@ palettes and damage are handled as for files.
 """
 
 import functools
+import itertools
 import posixpath
 import typing as tp
 
@@ -47,12 +48,22 @@ class HubDataset(ImageDataset):
         The library's own fingerprint is not used: it covers the dates of local files, and two pods
         with a copy each would not agree that they have the same data.
         """
-        return digest_of("hf", self._identity())
+        parts = range(0, len(self), _DIGEST_ROWS)
+        rows = (self._rows(start, min(start + _DIGEST_ROWS, len(self))) for start in parts)
+        return digest_of("hf", itertools.chain.from_iterable(rows))
+
+    def key(self, index: int) -> str:
+        """Split and row number."""
+        return f"{self._cfg.split}/{index}"
+
+    def row(self, index: int) -> list[tp.Any]:
+        """File name, size and label."""
+        return next(self._rows(index, index + 1))
 
     def example(self, index: int) -> ExampleInfo:
         """Dataset, split and row number; class."""
         label = self._labels[index] if self._labels else ""
-        name = f"{self._cfg.name}#{self._cfg.split}/{index}"
+        name = f"{self._cfg.name}#{self.key(index)}"
         return ExampleInfo(name, label, self._target_of[label])
 
     def load(self, index: int) -> Image.Image:
@@ -63,22 +74,40 @@ class HubDataset(ImageDataset):
             raise ImageError(f"{name} has no image (the cell is null).")
         data = cell["bytes"]
         if data is None:
-            data, name = storage.read_bytes(cell["path"]), cell["path"]
+            name = cell["path"]
+            data = storage.read_bytes(self._place(name))
         return decode_image(data, name, self._limits)
 
-    def _identity(self) -> tp.Iterator[list[tp.Any]]:
+    def _rows(self, start: int, stop: int) -> tp.Iterator[list[tp.Any]]:
         import pyarrow.compute as pc
 
-        table = self._images.with_format("arrow")
-        for start in range(0, len(self), _DIGEST_ROWS):
-            column = table[start : start + _DIGEST_ROWS][self._image_column]
-            # The length of a binary is a difference of two offsets: the images are not read.
-            sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
-            paths = pc.struct_field(column, "path").to_pylist()
-            for row, (size, path) in enumerate(zip(sizes, paths, strict=True), start):
-                if size is None and path is not None:
-                    size = storage.size(path)
-                yield [posixpath.basename(path or ""), size, self.example(row).label]
+        column = self._images.with_format("arrow")[start:stop][self._image_column]
+        # The length of a binary is a difference of two offsets: the images are not read.
+        sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+        paths = pc.struct_field(column, "path").to_pylist()
+        for row, (size, path) in enumerate(zip(sizes, paths, strict=True), start):
+            if size is None and path is not None:
+                size = storage.size(self._place(path))
+            yield [posixpath.basename(path or ""), size, self.example(row).label]
+
+    def _place(self, path: str) -> str:
+        """Where the file of a row is: below the dataset's folder, or in the library's cache.
+
+        Raises:
+            ImageError: the row names another place.
+        """
+        from datasets import config
+        from huggingface_hub import constants
+
+        caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+        folders = [self._cfg.name, *map(str, caches)]
+        if not any(storage.is_below(path, folder) for folder in folders):
+            raise ImageError(
+                f"A row of {self._cfg.name} names the image {path}, which lies neither in the "
+                "dataset's folder nor in the cache of Hugging Face datasets. Rows may come from "
+                "elsewhere, so no other place is read: put the images into the dataset."
+            )
+        return path
 
 
 def _load(cfg: Imagenet | Cifar10) -> tp.Any:

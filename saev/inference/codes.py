@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse
 
 from saev import storage
-from saev.config.base import Config
+from saev.config.base import Config, FileName
 from saev.errors import CorruptDataError
 
 NO_LABEL = -1
@@ -123,7 +123,7 @@ class PieceInfo(Config):
 class CodesInfo(Config):
     """A file of pieces."""
 
-    name: str
+    name: FileName
     """Object name, beside the record that holds this."""
     n_latents: int
     """Columns."""

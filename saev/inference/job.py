@@ -1,8 +1,8 @@
 """What one inference run is about: SAE, tokens, and the folder that their hash names."""
 
+import contextlib
 import dataclasses
 import hashlib
-import logging
 import typing as tp
 
 import numpy as np
@@ -10,17 +10,17 @@ import numpy as np
 from saev import storage
 from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
+from saev.config.source import ActivationSource, check
 from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError
-from saev.inference import files
+from saev.inference import files, provenance
 from saev.inference.encode import count_fires
+from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
 from saev.nn.checkpoints import HUB_PREFIX, load_sae
 from saev.nn.sae import SparseAutoencoder
 from saev.shards import Shards
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Part of the hash; raised when the same inputs would give other bytes."""
@@ -42,6 +42,10 @@ class Job:
     shards: Shards
     sae: SparseAutoencoder
     source: TokenSource
+    trained_on: ActivationSource | None
+    """What the SAE was trained on; None if it does not say."""
+    other_model: tuple[str, ...]
+    """In what the activations differ from those, where that was allowed."""
     has_concepts: bool
     """Whether tokens have labels to align latents with."""
     url: str
@@ -75,7 +79,15 @@ class Job:
                 f"The SAE at {run} reads activations of width {sae.d_model}, those in {shards.url} "
                 f"have width {shards.d_model}. Use shards of the model that it was trained on."
             )
-        key = _key(cfg, data, shards, sae)
+        trained_on = provenance.trained_on(run, sae.metadata)
+        other_model: tuple[str, ...] = ()
+        if trained_on is not None:
+            used = shards.metadata.source(source.layer, data.tokens)
+            other_model = check(
+                trained_on, used, sae=f"The SAE at {run}", shards=shards.url,
+                allow=cfg.allow_other_model,
+            )  # fmt: skip
+        key = _key(cfg, data, shards, sae, is_other=bool(other_model))
         if cfg.out:
             url = storage.normalize(cfg.out)
         elif trained is not None:
@@ -85,7 +97,7 @@ class Job:
                 f"{run} is not a run folder (no config.json and checkpoint/), so the results have "
                 "no place of their own. Say where they go with --out URL."
             )
-        return cls(cfg, data, shards, sae, source, has_concepts, url, key)
+        return cls(cfg, data, shards, sae, source, trained_on, other_model, has_concepts, url, key)
 
     def place(self, name: str) -> str:
         """URL of one of the results."""
@@ -125,7 +137,7 @@ class Job:
 
     def _describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
         resolved = self.cfg.model_copy(update={"data": self.data}).to_dict()
-        for name in ("out", "part", "device"):  # they change no result
+        for name in ("out", "part", "device", "allow_other_model"):  # they change no result
             del resolved[name]
         return {
             "key": self.key,
@@ -169,13 +181,6 @@ def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:
     return tuple(sorted(map(int, firing[ranks])))
 
 
-def read_run(run: str) -> TrainConfig | None:
-    """How the SAE was trained; None if ``run`` is not a run folder."""
-    config = storage.join(run, "config.json") if not run.startswith(HUB_PREFIX) else ""
-    is_run = config and storage.is_dir(storage.join(run, "checkpoint")) and storage.exists(config)
-    return TrainConfig.from_url(config) if is_run else None
-
-
 def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shards, DataConfig]:
     """The shards, and `cfg.data` with what was left out filled in from the run.
 
@@ -184,27 +189,30 @@ def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shar
     """
     data = cfg.data
     theirs = trained.train_data if trained else DataConfig()
-    url = data.shards or theirs.shards
-    if not url:
-        raise ConfigError("No activations: say which with --data.shards URL.")
+    remedy = "Say which activations with --data.shards URL."
+    if data.shards:
+        url = data.shards
+    elif theirs.shards:
+        run = storage.join(cfg.run, "config.json")
+        url = storage.recorded_folder(theirs.shards, run, remedy)
+    else:
+        raise ConfigError(f"No activations. {remedy}")
     shards = Shards.open(url)
     layer = data.layer if data.layer is not None else theirs.layer
     if layer == "all":
         raise ConfigError("Inference reads one layer; --data.layer all is for loaders only.")
     layer = shards.layers[shards.layer_index(layer)]
-    if theirs.layer is not None and layer != theirs.layer:
-        logger.warning(
-            "The SAE was trained on layer %s; it is measured on layer %d.", theirs.layer, layer
-        )
-    if trained and data.tokens != theirs.tokens:
-        logger.warning(
-            "The SAE was trained on %s tokens; it is measured on %s tokens.",
-            theirs.tokens, data.tokens,
-        )  # fmt: skip
     return shards, data.model_copy(update={"shards": shards.url, "layer": layer})
 
 
-def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAutoencoder) -> str:
+def _key(
+    cfg: InferenceConfig,
+    data: DataConfig,
+    shards: Shards,
+    sae: SparseAutoencoder,
+    *,
+    is_other: bool,
+) -> str:
     inputs = {
         "format": FORMAT,
         "sae": sae_checksum(sae),
@@ -212,8 +220,40 @@ def _key(cfg: InferenceConfig, data: DataConfig, shards: Shards, sae: SparseAuto
         "n_examples": shards.n_examples,
         "data": {k: v for k, v in data.identity().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
+        # Version 0.1.0 measured without a word on activations of another model.
+        **({"other_model": True} if is_other else {}),
     }
     return storage.content_hash(inputs, _HASH_DIGITS)
+
+
+def current_keys(
+    run: str, shards_url: str, recorded: tp.Mapping[str, tp.Mapping[str, tp.Any]]
+) -> tuple[set[str], list[str]]:
+    """What this version of saev would name the results of a run on a shards folder.
+
+    Args:
+        run: URL of the run folder.
+        shards_url: URL of the shards folder.
+        recorded: config.json of results that are there, by any name.
+
+    Returns:
+        Keys of `saev inference` without further flags, with and without --allow-other-model; and
+        the names of those results that it would take for its own.
+    """
+    trained, sae = read_run(run), load_sae(run)
+
+    def keys(config: tp.Mapping[str, tp.Any]) -> set[str]:
+        cfg = InferenceConfig.from_dict({**config, "run": run})
+        data = cfg.data.model_copy(update={"shards": shards_url})
+        shards, data = open_shards(cfg.model_copy(update={"data": data}), trained)
+        return {_key(cfg, data, shards, sae, is_other=is_other) for is_other in (False, True)}
+
+    current = []
+    for name, raw in recorded.items():
+        with contextlib.suppress(ConfigError):  # a config of another version
+            if raw["key"] in keys(raw["config"]):
+                current.append(name)
+    return keys({}), current
 
 
 def sae_checksum(sae: SparseAutoencoder) -> str:

@@ -129,4 +129,7 @@ def _identity(job: Job) -> dict[str, tp.Any]:
         "content_tokens": job.shards.content_tokens,
         "shards_hash": job.shards.metadata.hash,
         "tokens": job.data.tokens,
+        "source": job.shards.metadata.source(job.source.layer, job.data.tokens).to_dict(),
+        "trained_on": job.trained_on and job.trained_on.to_dict(),
+        **({"other_model": list(job.other_model)} if job.other_model else {}),
     }

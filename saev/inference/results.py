@@ -1,5 +1,6 @@
 """Reading an inference folder. Needs numpy and safetensors, scipy for sparse codes, no torch."""
 
+import contextlib
 import typing as tp
 
 import numpy as np
@@ -7,8 +8,15 @@ import safetensors
 import safetensors.numpy
 
 from saev import storage
-from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
-from saev.inference import files
+from saev.config.source import ActivationSource
+from saev.errors import (
+    ConfigError,
+    CorruptDataError,
+    IncompleteError,
+    SaevError,
+    StorageError,
+)
+from saev.inference import files, provenance
 
 if tp.TYPE_CHECKING:
     import scipy.sparse  # at run time where it is used: steps that read figures do without it
@@ -66,8 +74,16 @@ class Results:
         return cls(url, metrics)
 
     @classmethod
-    def find(cls, run: str, shards_hash: str) -> "Results":
+    def find(cls, run: str, shards_hash: str, shards_url: str = "") -> "Results":
         """The results of a run on a shards folder (`Metadata.hash`).
+
+        Of several, those that `saev inference` makes of this run today, without further flags; if
+        there are none, the only ones that this version of saev would take for its own.
+
+        Args:
+            run: URL of the run folder.
+            shards_hash: which shards.
+            shards_url: where they are now; by default where the results say.
 
         Raises:
             ConfigError: there are none, or several (then name one with --inference).
@@ -82,6 +98,8 @@ class Results:
                 "with this run and these shards first."
             )
         if len(found) > 1:
+            found = _current(run, found, shards_url) or found
+        if len(found) > 1:
             urls = ", ".join(results.url for results in found)
             raise ConfigError(
                 f"{run} has several inference results on shards {shards_hash}: {urls}. Say which "
@@ -91,6 +109,20 @@ class Results:
 
     def _is_of(self, shards_hash: str) -> bool:
         return self.metrics.get("shards_hash") == shards_hash
+
+    def trained_on(self, run: str) -> ActivationSource | None:
+        """What the SAE was trained on, as inference recorded it, or else as the run says now."""
+        if "trained_on" in self.metrics:
+            raw = self.metrics["trained_on"]
+            place = storage.join(self.url, files.METRICS)
+            return None if raw is None else ActivationSource.from_dict(raw, source=place)
+        return provenance.trained_on(run)
+
+    @property
+    def other_model(self) -> list[str]:
+        """In what the activations differ from those of training, if that was allowed."""
+        found = self.metrics.get("other_model", [])
+        return [str(difference) for difference in found] if isinstance(found, list) else []
 
     @property
     def d_sae(self) -> int:
@@ -192,3 +224,32 @@ class Results:
 
         with storage.open_read(place) as handle:
             return scipy.sparse.load_npz(handle)
+
+
+def _current(run: str, found: tp.Sequence[Results], shards_url: str) -> list[Results]:
+    """Those of several results that this version of saev makes, the usual ones before others."""
+    from saev.inference.job import current_keys  # needs torch, and reads the SAE
+
+    recorded: dict[str, dict[str, tp.Any]] = {}
+    for results in found:
+        place = storage.join(results.url, files.CONFIG)
+        raw = storage.read_json(place) if storage.exists(place) else None
+        if isinstance(raw, dict) and isinstance(raw.get("config"), dict) and "key" in raw:
+            recorded[results.url] = raw
+            shards_url = shards_url or _named_shards(raw["config"], place)
+    if not shards_url:
+        return []
+    usual, current = current_keys(run, shards_url, recorded)
+    of = {url: [r for r in found if r.url == url] for url in current}
+    first = [r for url in current if recorded[url]["key"] in usual for r in of[url]]
+    return first or [r for url in current for r in of[url]]
+
+
+def _named_shards(config: dict[str, tp.Any], place: str) -> str:
+    """URL of the shards that results name; "" if they are not there any more."""
+    data = config.get("data")
+    url = data.get("shards") if isinstance(data, dict) else None
+    with contextlib.suppress(SaevError):
+        url = storage.recorded_folder(url, place, "")
+        return url if storage.exists(url) else ""
+    return ""

@@ -7,7 +7,8 @@ from saev import storage
 from saev.config.inference import InferenceConfig
 from saev.errors import ConfigError
 from saev.inference import files, part, publish
-from saev.inference.job import Job, open_shards, read_run
+from saev.inference.job import Job, open_shards
+from saev.inference.provenance import read_run
 from saev.nn.checkpoints import HUB_PREFIX
 from saev.progress import Progress
 

@@ -180,9 +180,12 @@ def _load_native(url: str) -> SparseAutoencoder:
             f"{weights_url} has checksum {found}, expected {weights['checksum']}: it is damaged or "
             "belongs to another config.json. Copy the folder again."
         )
-    return SparseAutoencoder.from_tensors(
+    sae = SparseAutoencoder.from_tensors(
         cfg, parse_safetensors(data, weights_url), source=weights_url
     )
+    metadata = record.get("metadata")
+    sae.metadata = metadata if isinstance(metadata, dict) else {}
+    return sae
 
 
 def _download(name: str) -> str:

@@ -62,6 +62,7 @@ class SparseAutoencoder(nn.Module):
         W_dec: [d_sae, d_model].
         b_dec: [d_model].
         threshold: θ ≥ 0, a scalar for BatchTopK, [d_sae] for JumpReLU, else None.
+        metadata: what its checkpoint says of its training; empty if it was imported.
     """
 
     threshold: Tensor | None
@@ -74,6 +75,7 @@ class SparseAutoencoder(nn.Module):
         self.cfg = cfg
         self.d_model: int = cfg.d_model
         self.d_sae: int = cfg.d_sae
+        self.metadata: dict[str, tp.Any] = {}
         self.W_enc = nn.Parameter(torch.zeros(shapes["W_enc"]))
         self.b_enc = nn.Parameter(torch.zeros(shapes["b_enc"]))
         self.W_dec = nn.Parameter(torch.zeros(shapes["W_dec"]))

@@ -327,8 +327,9 @@ class Recording:
 
     def _row(self, example: Decoded) -> ExampleRow:
         info = self.dataset.example(example.index)
+        digest = self.dataset.row_digest(example.index)
         return ExampleRow(
-            example.index, info.url, info.label, info.target, example.height, example.width
+            example.index, info.url, info.label, info.target, example.height, example.width, digest
         )
 
     def finish(self) -> str:

@@ -41,6 +41,7 @@ class ExampleRow(tp.NamedTuple):
     target: int
     height: int
     width: int
+    digest: int | None = None
 
 
 class Skipped(tp.NamedTuple):

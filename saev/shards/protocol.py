@@ -13,7 +13,8 @@ import pyarrow as pa
 import pydantic
 
 from saev import storage
-from saev.config.base import Config, Dtype
+from saev.config.base import Config, Dtype, FileName, Tokens
+from saev.config.source import ActivationSource
 from saev.errors import CorruptDataError
 
 METADATA = "metadata.json"
@@ -50,10 +51,12 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("target", pa.int64(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
+        pa.field("digest", pa.uint32()),
     ]
 )
 """Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
-`width` are those of the original image in pixels, upright."""
+`width` are those of the original image in pixels, upright; `digest` is the CRC-32C of what the
+dataset's digest is over (name, sizes, label). Version 0.1.0 did not write it."""
 
 
 class Metadata(Config):
@@ -133,6 +136,24 @@ class Metadata(Config):
     def hash(self) -> str:
         """Name of the folder: a prefix of the SHA-256 of the canonical JSON of the identity."""
         return storage.content_hash(self.identity(), HASH_DIGITS)
+
+    def source(self, layer: int | None = None, tokens: Tokens | None = None) -> ActivationSource:
+        """What the activations of a layer are, as runs and results record it."""
+        return ActivationSource(
+            family=self.family,
+            ckpt=self.ckpt,
+            ckpt_checksum=self.ckpt_checksum,
+            network=self.network,
+            weights=self.weights,
+            image_size=self.image_size,
+            image_spec=self.image_spec,
+            layer=layer,
+            tokens=tokens,
+            dtype=self.dtype,
+            amp=self.amp if self.protocol == "3.0" else None,
+            versions=self.versions,
+            shards=self.hash,
+        )
 
     @property
     def is_random(self) -> bool:
@@ -231,7 +252,7 @@ def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
 class ShardInfo(Config):
     """One row of shards.json."""
 
-    name: str
+    name: FileName
     """File name."""
     n_examples: int = pydantic.Field(ge=0)
     """Examples in the file."""

@@ -439,7 +439,8 @@ class Shards:
         return storage.parse_tensors(data, place, expected, remedy=protocol.REMEDY)
 
     def examples(self) -> pa.Table:
-        """Where each example came from: index (in the dataset), url, label, target, height, width.
+        """Where each example came from: index (in the dataset), url, label, target, height, width
+        and (unless version 0.1.0 wrote it) digest.
 
         Row i is example i of the loaders. Protocol 2.1 has no such table; it gives indices alone.
         """
@@ -455,7 +456,7 @@ class Shards:
                 f"{place} has {found} rows, expected {self.n_examples}. {protocol.REMEDY}"
             )
         for name, kind in _columns(protocol.EXAMPLES_SCHEMA):
-            if columns.get(name) != kind:
+            if columns.get(name) != kind and (name, name in columns) != ("digest", False):
                 raise CorruptDataError(
                     f"{place}: column {name} is {columns.get(name, 'missing')}, expected {kind}. "
                     f"{protocol.REMEDY}"

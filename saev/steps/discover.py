@@ -51,6 +51,12 @@ class Dataset(tp.NamedTuple):
                 f"--dataset is {raw!r}; expected an object of `saev step discover` with the texts "
                 f"{', '.join(cls._fields)}."
             )
+        for field in ("name", "fingerprint", "key"):  # of which names of files are made
+            if not storage.is_file_name(raw[field]):
+                raise ConfigError(
+                    f"--dataset has the {field} {raw[field]!r}; expected a name without slashes, "
+                    "as `saev step discover` gives it."
+                )
         return cls(**{field: raw[field] for field in cls._fields})
 
 

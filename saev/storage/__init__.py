@@ -48,6 +48,7 @@ from saev.storage.manifest import (
 from saev.storage.parsing import parse_json, parse_tensors, parse_toml, parsed
 from saev.storage.ranges import RangeReader
 from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
+from saev.storage.stored import check_closed, inside, is_below, is_file_name, recorded_folder
 from saev.storage.urls import TMP_PREFIX, is_url, join, local_path, name, normalize, parent
 from saev.storage.writing import (
     PositionalWriter,
@@ -73,6 +74,7 @@ __all__ = [
     "RangeReader",
     "StorageError",
     "canonical_json",
+    "check_closed",
     "check_name",
     "check_writable",
     "checksum",
@@ -88,7 +90,10 @@ __all__ = [
     "format_checksum",
     "glob",
     "glob_entries",
+    "inside",
+    "is_below",
     "is_dir",
+    "is_file_name",
     "is_passing",
     "is_url",
     "join",
@@ -113,6 +118,7 @@ __all__ = [
     "read_parsed",
     "read_sealed",
     "read_text",
+    "recorded_folder",
     "remove_empty",
     "remove_temporary",
     "scan",

@@ -30,6 +30,7 @@ from saev.storage.looking import exists
 from saev.storage.parsing import parse_json
 from saev.storage.ranges import RangeReader
 from saev.storage.reading import read_bytes, read_json
+from saev.storage.stored import is_file_name
 from saev.storage.urls import join, normalize
 
 log = logging.getLogger(__name__)
@@ -156,8 +157,7 @@ def _content_checksum(record: tp.Any) -> str:
 
 def check_name(name: str, source: str) -> str:
     """``name``, if it is that of an object inside a folder. Raises CorruptDataError."""
-    components = name.split("/")
-    if any(c in ("", ".", "..") for c in components) or re.search(r"[\x00-\x1f\\]|::", name):
+    if not all(map(is_file_name, name.split("/"))) or "::" in name:
         raise CorruptDataError(f"{source} names {name!r:.80}, expected a name inside its folder.")
     return name
 

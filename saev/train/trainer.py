@@ -16,6 +16,7 @@ import torch
 import saev
 from saev import storage
 from saev.config import TrainConfig
+from saev.config.source import ActivationSource
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
@@ -365,6 +366,7 @@ class Trainer:
                 **self._points.history(),
                 "n_steps": self.n_steps,
                 "n_tokens": self.n_steps * self.batch_size,
+                "source": self._source(member).to_dict(),
                 "metrics": metrics,
             }
             storage.write_json(storage.join(member.url, RUN), record)
@@ -382,16 +384,16 @@ class Trainer:
 
     def _provenance(self, member: Member) -> dict[str, tp.Any]:
         """What a user of the weights alone wants to know about their training."""
-        metadata, data = self._shards.metadata, member.config.train_data
         return {
             "run_id": member.run_id,
-            "family": metadata.family,
-            "ckpt": metadata.ckpt,
-            "layer": data.layer,
-            "tokens": data.tokens,
-            "shards": metadata.hash,
             "n_tokens": self.n_steps * self.batch_size,
+            **self._source(member).to_dict(),
         }
+
+    def _source(self, member: Member) -> ActivationSource:
+        data = member.config.train_data
+        layer = self._shards.layers[self._shards.layer_index(tp.cast(int, data.layer))]
+        return self._shards.metadata.source(layer, data.tokens)
 
 
 @contextlib.contextmanager

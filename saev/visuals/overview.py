@@ -29,6 +29,8 @@ class Row:
     """The resolved training config."""
     metrics: dict[str, tp.Any]
     """What inference measured."""
+    other_model: tp.Sequence[str] = ()
+    """In what the activations differ from those of training, if that was allowed."""
     on_front: bool = False
     """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
 
@@ -100,11 +102,14 @@ def _rows_of(run: str) -> list[Row]:
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
             page = storage.join(entry.url, "report", INDEX)
             report = page if storage.exists(page) else ""
-            rows.append(Row(run, report, config, Results.open(entry.url).metrics))
+            results = Results.open(entry.url)
+            rows.append(Row(run, report, config, results.metrics, results.other_model))
     return rows
 
 
 def _dataset(root: str, shards: str) -> str:
+    if not storage.is_file_name(shards):  # a result names it
+        return ""
     place = storage.join(root, "shards", shards, "metadata.json")
     return str(storage.read_json(place).get("dataset", "")) if storage.exists(place) else ""
 

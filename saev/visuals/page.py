@@ -68,6 +68,10 @@ class Report:
     explicit: frozenset[int]
     """Latents that were asked for by number."""
     frequency: Float[np.ndarray, " d_sae"]
+    other_model: tp.Sequence[str] = ()
+    """In what the activations differ from those that the SAE was trained on; a warning."""
+    activations: str = ""
+    """What they are, in words, shown below everything."""
     note: str = ""
     """Shown above the latents, for example why there are few."""
 

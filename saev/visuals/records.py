@@ -1,11 +1,18 @@
 """What the pictures of one latent say about themselves: latents/NNNNNN/latent.json."""
 
+import typing as tp
+
 import pydantic
 
 from saev.config.base import Config
 
 LATENTS = "latents"
 RECORD = "latent.json"
+
+PictureName = tp.Annotated[
+    str, pydantic.Field(pattern=r"^[0-9]{2,9}-(plain|highlight|segmentation)\.webp$")
+]
+"""A file beside the record: of no other kind, and in no other folder."""
 
 
 class ClassShare(Config):
@@ -40,11 +47,11 @@ class ExamplePictures(Config):
     """Patches of the image."""
     firing_label: str = ""
     """Class of the patch with the highest value; empty without token labels."""
-    plain: str
+    plain: PictureName
     """File name of the picture as the model saw it."""
-    highlight: str
+    highlight: PictureName
     """File name of the picture with the firing patches highlighted."""
-    segmentation: str | None = None
+    segmentation: PictureName | None = None
     """File name of the picture with its classes; None if there are none."""
     classes: tuple[ClassShare, ...] = ()
     """Classes in the picture, the largest first, as shares of its pixels."""

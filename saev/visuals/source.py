@@ -15,11 +15,12 @@ import pydantic
 from PIL import Image
 
 from saev import storage
-from saev.config import ImageData, ImgSegFolder
-from saev.errors import ConfigError, CorruptDataError, ImageError, SaevError
+from saev.config import Cifar10, ImageData, Imagenet, ImgFolder, ImgSegFolder
+from saev.errors import ConfigError, CorruptDataError, SaevError
 from saev.images.datasets import ImageDataset, open_dataset
 from saev.images.transforms import ImageSpec
 from saev.shards import Shards, protocol
+from saev.visuals import same_images
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,12 @@ class Source:
 
     Args:
         shards: the activations.
-        data: where the images are now; None believes the shards' metadata.
+        data: where the images are now; None takes the place that the shards' metadata names.
 
     Raises:
-        ConfigError: the metadata does not say where the images are, or other images are there.
+        ConfigError: the metadata names no place that is opened on its word (see
+            :mod:`saev.storage.stored`), or another kind or number of images is there.
+        ImageError: other images are there; the first is named.
         StorageError: the images are gone.
     """
 
@@ -72,9 +75,9 @@ class Source:
         self._config = data if data is not None else recorded_data(shards)
         with _remedied():
             self._dataset = open_dataset(self._config)
+            same_images.check(shards, self._config, self._dataset)
         self._table = shards.examples()
         self._spec = image_spec(shards)
-        self._check_same_dataset()
         self.class_names = read_class_names(self._config)
         self.view = functools.lru_cache(maxsize=_CACHED_VIEWS)(self._view)
 
@@ -94,13 +97,13 @@ class Source:
             ImageError: the image cannot be decoded, or is another one than the recorded one.
             StorageError: the image is gone.
         """
-        recorded = {name: self._table[name][example].as_py() for name in self._table.column_names}
-        index = int(recorded["index"])
+        row = {name: self._table[name][example].as_py() for name in self._table.column_names}
+        index = int(row["index"])
         info = self._dataset.example(index)
         with _remedied():
-            self._check_same_name(example, recorded.get("url"), info.url)
             image = self._dataset.load(index)
-            self._check_same_size(recorded, image, info.url)
+            if "height" in row:  # files of equal names and sizes in bytes may be others
+                same_images.check_pixels(image, row["height"], row["width"], info.url)
             mask = self._dataset.load_mask(index)
         labels = self._token_labels(example)
         pixels = labels
@@ -113,41 +116,6 @@ class Source:
     def _token_labels(self, example: int) -> np.ndarray | None:
         labels = self._shards.example_labels(example)
         return None if labels is None else labels.reshape(self._shards.metadata.grid_shape)
-
-    # --- Are these the images that were recorded? --------------------------------------------
-
-    def _check_same_dataset(self) -> None:
-        expected, found = self._shards.metadata.n_examples, len(self._dataset)
-        if found == expected:
-            return
-        missing = self._first_missing()
-        named = f" The first that is missing is {missing}." if missing else ""
-        raise ConfigError(
-            f"The dataset now has {found} images, {expected} were recorded in "
-            f"{self._shards.url}.{named} {REMEDY}"
-        )
-
-    def _first_missing(self) -> str | None:
-        if "url" not in self._table.column_names:
-            return None
-        present = {storage.name(self._dataset.example(i).url) for i in range(len(self._dataset))}
-        urls = self._table["url"].to_pylist()
-        return next((url for url in urls if url and storage.name(url) not in present), None)
-
-    def _check_same_name(self, example: int, recorded: str | None, found: str) -> None:
-        if recorded and storage.name(recorded) != storage.name(found):
-            raise ImageError(
-                f"Example {example} was recorded from {recorded}; in its place the dataset now has "
-                f"{found}."
-            )
-
-    def _check_same_size(self, recorded: dict[str, tp.Any], image: Image.Image, url: str) -> None:
-        height, width = recorded.get("height"), recorded.get("width")
-        if height and width and (width, height) != image.size:
-            raise ImageError(
-                f"{url} has {image.width} x {image.height} pixels, it had {width} x {height} when "
-                "it was recorded: it is another image now."
-            )
 
 
 @contextlib.contextmanager
@@ -163,8 +131,10 @@ def recorded_data(shards: Shards) -> ImageData:
     """The dataset's config as the shards' metadata has it.
 
     Raises:
-        ConfigError: it has none that can be read, as in protocol 2.1, where it is a pickle.
+        ConfigError: it has none that can be read, as in protocol 2.1, where it is a pickle; or it
+            names a place that is not opened on its word.
     """
+    place = storage.join(shards.url, protocol.METADATA)
     raw = shards.metadata.data
     if isinstance(raw, str):
         with contextlib.suppress(json.JSONDecodeError):
@@ -185,7 +155,41 @@ def recorded_data(shards: Shards) -> ImageData:
             f"({err.errors()[0]['msg']}). Say where they are, for example data:img-folder "
             "--data.root URL."
         ) from err
+    return _trusted(config, place)
+
+
+def _trusted(config: ImageData, place: str) -> ImageData:
+    """A dataset's config that a file names, if what it leads to may be opened."""
+    if isinstance(config, ImgFolder | ImgSegFolder):
+        remedy = f"If it is yours: data:{config.kind} --data.root {config.root}"
+        root = storage.recorded_folder(config.root, place, remedy)
+        storage.check_closed(root, place, remedy)
+        if isinstance(config, ImgSegFolder):
+            _check_parts(config, place, remedy)
+        return config.model_copy(update={"root": root})
+    if not isinstance(config, Imagenet | Cifar10):
+        return config
+    remedy = f"If it is yours: data:{config.kind} --data.name {config.name}"
+    if protocol.is_place(config.name) or storage.is_dir(config.name):
+        name = storage.recorded_folder(config.name, place, remedy)
+        storage.check_closed(name, place, remedy)
+        return config.model_copy(update={"name": name})
+    if config.name != type(config).model_fields["name"].default:
+        raise ConfigError(
+            f"{place} names the dataset {config.name} on the Hugging Face hub, which is downloaded "
+            f"only if you name it yourself. {remedy}"
+        )
     return config
+
+
+def _check_parts(config: ImgSegFolder, place: str, remedy: str) -> None:
+    """What a segmentation dataset's config names beside its root."""
+    for what, path in (("split", config.split), ("mask_map", config.mask_map)):
+        if what == "mask_map" and (storage.is_url(path) or path.startswith(("/", "~"))):
+            folder = storage.recorded_folder(storage.parent(path), place, remedy)
+            storage.inside(folder, storage.name(path))
+        elif path and not all(map(storage.is_file_name, path.split("/"))):
+            raise ConfigError(f"{place} names the {what} {path!r}, expected a path below the root.")
 
 
 def image_spec(shards: Shards) -> ImageSpec:

@@ -11,7 +11,8 @@ import numpy as np
 
 from saev import cores, storage
 from saev.config import VisualsConfig
-from saev.errors import ConfigError, IncompleteError
+from saev.config.source import ActivationSource, check
+from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.inference import files
 from saev.inference.results import Results, TopExamples
 from saev.progress import Progress, Task
@@ -30,8 +31,9 @@ from saev.visuals.source import Source, View
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Goes up when the pictures change, so that old ones are drawn again."""
+FORMAT = 2
+"""Goes up when the pictures change, so that old ones are drawn again. Version 1 did not compare the
+images' names and labels with what was recorded."""
 INDEX = "index.html"
 DONE = "visuals.json"
 """Written last; its presence means that the report is complete."""
@@ -134,13 +136,15 @@ class _Stage:
         self.shards = Shards.open(cfg.shards)
         self.results = self._open_results()
         self.inference_url = self.results.url
+        self.other_model = self._check_model()
         self.out = storage.normalize(cfg.out or storage.join(self.inference_url, "report"))
         self.index_url = storage.join(self.out, INDEX)
 
     def _open_results(self) -> Results:
         shards_hash = self.shards.metadata.hash
         if not self.cfg.inference:
-            return Results.find(storage.normalize(self.cfg.run), shards_hash)
+            run = storage.normalize(self.cfg.run)
+            return Results.find(run, shards_hash, self.shards.url)
         results = Results.open(self.cfg.inference)
         found = results.metrics.get("shards_hash")
         if found != shards_hash:
@@ -149,6 +153,22 @@ class _Stage:
                 f"{shards_hash}. Give the shards that inference ran on."
             )
         return results
+
+    def _check_model(self) -> tuple[str, ...]:
+        """In what the activations differ from those of training, where that was allowed."""
+        trained_on = self.results.trained_on(self.cfg.run)
+        if trained_on is None:
+            return ()
+        return check(
+            trained_on, self.activations, sae=f"The SAE at {storage.normalize(self.cfg.run)}",
+            shards=self.shards.url, allow=self.cfg.allow_other_model,
+        )  # fmt: skip
+
+    @property
+    def activations(self) -> ActivationSource:
+        """What was measured on."""
+        metrics = self.results.metrics
+        return self.shards.metadata.source(metrics.get("layer"), metrics.get("tokens"))
 
     @functools.cached_property
     def choice(self) -> Choice:
@@ -168,16 +188,25 @@ class _Stage:
                 "shards": self.shards.metadata.hash,
                 "n_top": self.cfg.n_top,
                 "image_size": self.cfg.image_size,
-                "data": self.cfg.identity()["data"],
+                "data": self._other_data,
             }
         )
+
+    @property
+    def _other_data(self) -> tp.Any:
+        """The dataset's config in the key: None if it is the recorded one, wherever it lies."""
+        given = self.cfg.identity()["data"]
+        if given is None or self.shards.metadata.data_digest is None:
+            return given
+        plain, recorded = map(_without_place, (given, self.shards.metadata.data))
+        return None if plain == recorded else plain
 
     @functools.cached_property
     def report_key(self) -> str:
         """Hash of everything that the page depends on."""
         folder = importlib.resources.files("saev.visuals").joinpath("templates")
         templates = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
-        cfg = self.cfg.identity()
+        cfg = {**self.cfg.identity(), "data": None}  # the pictures' key has what matters of it
         return _hash({"pictures": self.key, "templates": templates, "config": cfg})
 
     @property
@@ -238,7 +267,16 @@ class _Stage:
         raw = storage.read_json(url)
         if not isinstance(raw, dict) or raw.get("key") != self.key:
             return None
-        return LatentRecord.from_dict(raw, source=url)
+        try:
+            record = LatentRecord.from_dict(raw, source=url)
+        except ConfigError as err:
+            raise CorruptDataError(f"{err}. Delete it and run the same command again.") from err
+        if record.latent != latent:
+            raise CorruptDataError(
+                f"{url} is of latent {record.latent}, expected {latent}. Delete it and run the "
+                "same command again."
+            )
+        return record
 
     def _record_url(self, latent: int) -> str:
         return storage.join(self.out, folder_name(latent), RECORD)
@@ -362,6 +400,8 @@ class _Stage:
             records=records,
             explicit=self.choice.explicit,
             frequency=self.results.frequency,
+            other_model=self.other_model,
+            activations=f"Activations: {self.activations.described}",
             note=note,
         )
 
@@ -371,7 +411,10 @@ class _Stage:
         shown: list[LatentRecord] = []
         n_bytes = 0
         for record in records:
-            found = {path: self._inline(path) for path in _pictures(record)}
+            found = {
+                f"{folder_name(record.latent)}/{name}": self._inline(record.latent, name)
+                for name in _pictures(record)
+            }
             n_bytes += sum(map(len, found.values()))
             if shown and n_bytes > max_bytes:
                 break
@@ -385,9 +428,15 @@ class _Stage:
             )
         return page.build(self._report(shown, note), pictures.__getitem__)
 
-    def _inline(self, path: str) -> str:
-        data = base64.b64encode(storage.read_bytes(storage.join(self.out, path))).decode()
-        return f"data:image/webp;base64,{data}"
+    def _inline(self, latent: int, name: str) -> str:
+        url = storage.inside(storage.join(self.out, folder_name(latent)), name)
+        data = storage.read_bytes(url)
+        if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+            raise CorruptDataError(
+                f"{url} is not a WebP picture. Delete {RECORD} beside it and run the same command "
+                "again."
+            )
+        return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
 
     def _subtitle(self) -> str:
         metadata = self.shards.metadata
@@ -411,10 +460,15 @@ class _Stage:
 
 
 def _pictures(record: LatentRecord) -> list[str]:
-    """Paths of a latent's pictures in the report's folder."""
-    folder = folder_name(record.latent)
-    names = [n for e in record.examples for n in (e.plain, e.highlight, e.segmentation) if n]
-    return [f"{folder}/{name}" for name in names]
+    """File names of a latent's pictures."""
+    return [n for e in record.examples for n in (e.plain, e.highlight, e.segmentation) if n]
+
+
+def _without_place(data: tp.Any) -> tp.Any:
+    if not isinstance(data, dict):
+        return data
+    places = ("root", "name", "version", "mask_map")  # the images' digest covers what is there
+    return {k: v for k, v in data.items() if k not in places}
 
 
 def _hash(obj: tp.Any) -> str:

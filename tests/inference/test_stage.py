@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,7 +298,7 @@ def test_another_layer_is_warned_about(world, tmp_path, caplog) -> None:
     cfg = config(world, tmp_path)
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"layer": 3})})
     inference.run(cfg)
-    assert "trained on layer 7; it is measured on layer 3" in caplog.text
+    assert caplog.text.count("was trained on layer 7; it is used on layer 3") == 1
 
 
 @pytest.mark.parametrize(
@@ -456,6 +457,28 @@ def test_find(tmp_path) -> None:
     first = inference.run(config(world))
     inference.run(config(world, n_top=1, part="1/2"))  # unfinished ones do not count
     assert Results.find(world.run, name).url == first
-    inference.run(config(world, n_top=1))
+    other = inference.run(config(world, n_top=1))
+    assert Results.find(world.run, name).url == first  # as without further flags
+    storage.delete(first, recursive=True)
+    assert Results.find(world.run, name).url == other
+    inference.run(config(world, n_top=2))
     with pytest.raises(ConfigError, match=r"several inference results.*--inference"):
         Results.find(world.run, name)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_top": 3}], ids=["usual", "chosen"])
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_find_prefers_what_this_version_makes(tmp_path, monkeypatch, kwargs, is_moved) -> None:
+    world = make_world(tmp_path)
+    with monkeypatch.context() as older:
+        older.setattr(job_module, "FORMAT", job_module.FORMAT - 1)
+        old = inference.run(config(world, **kwargs))
+    new = inference.run(config(world, **kwargs))
+    assert old != new
+    shards = world.shards
+    if is_moved:
+        shards = str(tmp_path / storage.name(shards))
+        Path(world.shards).rename(shards)
+    assert Results.find(world.run, storage.name(shards), shards).url == new
+    storage.delete(new, recursive=True)
+    assert Results.find(world.run, storage.name(shards), shards).url == old

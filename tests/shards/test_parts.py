@@ -18,6 +18,7 @@ rng = np.random.default_rng(0)
 rows = st.builds(
     ExampleRow, st.integers(0, 2**40), st.text(max_size=9), st.text(max_size=5),
     st.integers(-1, 2**40), st.integers(1, 2**31 - 1), st.integers(1, 2**31 - 1),
+    st.none() | st.integers(0, 2**32 - 1),
 )  # fmt: skip
 
 

@@ -76,6 +76,12 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def write_png(path: Path, seed: int, size: tuple[int, int] = (80, 64)) -> None:
+    """Noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    storage.write_bytes(str(path), png(pixels))
+
+
 def write_photos(root: str, n: int = 8) -> None:
     """Images of 80 x 64 pixels: noise on the left, a gradient on the right; masks say which."""
     rng = np.random.default_rng(0)

@@ -4,16 +4,24 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from saev import inference, storage, visuals
-from saev.config import DataConfig, FakeImg, Imagenet, ImgFolder, ImgSegFolder, InferenceConfig
-from saev.errors import ConfigError
-from saev.shards import Shards
+from saev.config import (
+    DataConfig,
+    FakeImg,
+    ImageData,
+    Imagenet,
+    ImgFolder,
+    ImgSegFolder,
+    InferenceConfig,
+    ShardsConfig,
+)
+from saev.errors import ConfigError, ImageError
+from saev.shards import Shards, extract
 from saev.visuals.source import Source, read_class_names, recorded_data
-from visuals.chain import Chain, write_photos
+from visuals.chain import Chain, write_photos, write_png
 
 
 def published(root: Path, d_model: int, n: int = 8) -> str:
@@ -39,16 +47,20 @@ def test_published_shards_need_to_be_told_where_the_images_are(
     shards = published(tmp_path / "abcd1234", d_model=32)
     measured = inference.run(
         InferenceConfig(
-            run=chain.run, data=DataConfig(shards=shards), out=str(tmp_path / "i"), device="cpu"
+            run=chain.run, data=DataConfig(shards=shards), out=str(tmp_path / "i"), device="cpu",
+            allow_other_model=True,
         )
+    )  # fmt: skip
+    cfg = chain.config(
+        shards=shards, inference=measured, latents=(1,), n_latents=0, allow_other_model=True
     )
-    cfg = chain.config(shards=shards, inference=measured, latents=(1,), n_latents=0)
     with pytest.raises(ConfigError, match=r"pickle, which is never opened.*data:img-folder"):
         visuals.run(cfg)
 
     folder = ImgFolder(root=str(Path(chain.photos) / "images"))  # without masks
     index = visuals.run(cfg.model_copy(update={"data": folder}))
-    assert "does not say how its images were cropped" in caplog.text
+    assert caplog.text.count("does not say how its images were cropped") == 1
+    assert caplog.text.count("does not say which images it was recorded from") == 1
     record = storage.read_json(
         storage.join(storage.parent(index), "latents", "000001", "latent.json")
     )
@@ -71,25 +83,37 @@ def test_descriptions_that_cannot_be_read(chain: Chain, data: object) -> None:
         recorded_data(shards)
 
 
-def test_source_takes_skipped_images_into_account(chain: Chain) -> None:
+def recorded(tmp_path: Path, data: ImageData, **changes: object) -> Shards:
+    """Shards of a dataset, with the family that the chain uses."""
+    cfg = ShardsConfig(
+        shards_root=str(tmp_path / "shards"), family="visuals-test", ckpt="tiny", layers=(1,),
+        batch_size=8, device="cpu", data=data,
+    )  # fmt: skip
+    return Shards.open(extract.run(cfg.model_copy(update=changes)))
+
+
+def test_source_takes_skipped_images_into_account(tmp_path: Path) -> None:
     """Rows of the table count recorded images; `index` counts those of the dataset."""
-    shards = Shards.open(chain.shards)
-    full = shards.examples()
-    shards.examples = lambda: full.slice(3)  # type: ignore[method-assign] - the first three left out
-    view = Source(shards).view(0)
-    assert view.index == 3
-    assert view.name == "a&b 3.png"
+    for i in range(5):
+        write_png(tmp_path / "images" / f"{i}.png", i)
+    (tmp_path / "images/1.png").write_bytes(b"not a picture")
+    root = ImgFolder(root=str(tmp_path / "images"))
+    view = Source(recorded(tmp_path, root, skip_unreadable=True)).view(1)
+    assert view.index == 2
+    assert view.name == "2.png"
 
 
-def test_generated_images(chain: Chain) -> None:
-    shards = Shards.open(chain.shards)
-    shards.examples = lambda: pa.table({"index": np.arange(8)})  # type: ignore[method-assign]
-    view = Source(shards, FakeImg(n_examples=8)).view(5)
-    assert view.label == "class2"
-    assert view.image.size == (64, 64)
+def test_generated_images(tmp_path: Path) -> None:
+    shards = recorded(tmp_path, FakeImg(n_examples=8))
+    for source in (Source(shards), Source(shards, FakeImg(n_examples=8))):
+        view = source.view(5)
+        assert view.label == "class2"
+        assert view.image.size == (64, 64)
+    with pytest.raises(ImageError, match="other ones than were recorded"):
+        Source(shards, FakeImg(n_examples=8, seed=1))
 
 
-def test_rows_of_a_hub_dataset(chain: Chain, tmp_path: Path) -> None:
+def test_rows_of_a_hub_dataset(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {
         "image": [Image.new("RGB", (80, 64), (30 * i, 0, 0)) for i in range(8)],
@@ -98,17 +122,24 @@ def test_rows_of_a_hub_dataset(chain: Chain, tmp_path: Path) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     )
-    name = str(tmp_path / "moved")
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(name)
-    shards = Shards.open(chain.shards)
-    urls = [f"org/was-on-the-hub#train/{i}" for i in range(8)]
-    table = shards.examples()
-    shards.examples = lambda: table.set_column(1, "url", [urls])  # type: ignore[method-assign]
-    assert table.column_names[1] == "url"
-    view = Source(shards, Imagenet(name=name)).view(5)
+
+    def save(name: str, rows: dict[str, list]) -> str:
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / name))
+        return str(tmp_path / name)
+
+    shards = recorded(tmp_path, Imagenet(name=save("here", rows)))
+    (tmp_path / "here").rename(tmp_path / "moved")
+    view = Source(shards, Imagenet(name=str(tmp_path / "moved"))).view(5)
     assert view.label == "dog"
     assert view.image.size == (64, 64)
     assert view.image.getpixel((3, 3)) == (150, 0, 0)
+
+    other = save("labels", {**rows, "label": [0, 1, 0, 0, 0, 1, 0, 1]})
+    with pytest.raises(ImageError, match=r"Image 3, .*#train/3, .*label 'dog'; it now has 'cat'"):
+        Source(shards, Imagenet(name=other))
+    large = [*rows["image"][:6], Image.effect_noise((80, 64), 90).convert("RGB"), rows["image"][7]]
+    with pytest.raises(ImageError, match=r"#train/6 is not the image that was recorded.*size in"):
+        Source(shards, Imagenet(name=save("pixels", {**rows, "image": large})))
 
 
 def test_class_names(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_shards_of_another_run(chain: Chain, tmp_path: Path) -> None:
     other = tmp_path / "shards"
     shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
     metadata = json.loads((other / "metadata.json").read_text())
-    (other / "metadata.json").write_text(json.dumps({**metadata, "dataset": "another"}))
+    (other / "metadata.json").write_text(json.dumps({**metadata, "amp": True}))
     with pytest.raises(ConfigError, match="no inference results on shards"):
         visuals.run(chain.config(shards=str(other)))
     with pytest.raises(ConfigError, match="Give the shards that inference ran on"):
@@ -312,14 +312,14 @@ def test_replaced_image_is_named(chain: Chain, moved: Path, tmp_path: Path) -> N
     for part, mode in (("images", "RGB"), ("annotations", "L")):
         for i in range(8):
             Image.new(mode, (10, 12)).save(moved / part / f"training/a&b {i}.png")
-    with pytest.raises(ImageError, match=r"10 x 12 pixels, it had 80 x 64.*another image"):
+    with pytest.raises(ImageError, match=r"a&b 0\.png is not the image .* size in bytes"):
         visuals.run(with_photos(chain, moved, tmp_path / "out"))
 
 
 def test_damaged_image_is_named(chain: Chain, moved: Path, tmp_path: Path) -> None:
     for i in range(8):
         (moved / f"images/training/a&b {i}.png").write_bytes(b"not a picture")
-    with pytest.raises(ImageError, match=r"a&b \d\.png"):
+    with pytest.raises(ImageError, match=r"a&b 0\.png is not the image"):
         visuals.run(with_photos(chain, moved, tmp_path / "out"))
 
 
@@ -330,3 +330,37 @@ def test_drawn_report_needs_no_images(chain: Chain, moved: Path, tmp_path: Path)
     (tmp_path / "out" / "index.html").unlink()
     visuals.run(cfg)
     assert (tmp_path / "out" / "index.html").exists()
+
+
+# --- The model -----------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_or_said_on_the_page(chain: Chain, tmp_path: Path) -> None:
+    other = tmp_path / "shards"
+    shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
+    metadata = json.loads((other / "metadata.json").read_text())
+    hostile = {"weights": "sha256:<img src=x>", "versions": {"torch": "<b>2</b>"}}
+    (other / "metadata.json").write_text(json.dumps({**metadata, **hostile}))
+    data = DataConfig(shards=str(other))
+    measured = inference.run(
+        InferenceConfig(
+            run=chain.run, data=data, out=str(tmp_path / "inference"), device="cpu",
+            allow_other_model=True,
+        )
+    )  # fmt: skip
+    keys = {"shards": str(other), "inference": measured, "out": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match=r"model visuals-test tiny .*--allow-other-model"):
+        visuals.run(chain.config(**keys))
+    page = storage.read_text(visuals.run(chain.config(**keys, allow_other_model=True)))
+    text = Reader(page).text
+    assert "Another model. The SAE was not trained on such activations: model visuals-test" in text
+    assert "<img src=x" not in page
+    assert "<b>2</b>" not in page
+    assert "recorded with torch <b>2</b>" in text
+
+
+def test_the_page_says_what_the_activations_are(chain: Chain, page: Reader) -> None:
+    assert "Another model" not in page.text
+    weights = Shards.open(chain.shards).metadata.weights
+    assert weights is not None
+    assert f"visuals-test tiny (weights {weights[:23]}…), images of 64 x 64 pixels" in page.text

@@ -1,0 +1,77 @@
+"""What activations an SAE was trained on, as far as its folder says. Torch-free."""
+
+import contextlib
+import logging
+import typing as tp
+
+from saev import storage
+from saev.config.source import ActivationSource, warn_once
+from saev.config.train import TrainConfig
+from saev.errors import SaevError
+from saev.shards.protocol import Metadata
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = ("checkpoint", "config.json")
+
+
+def read_run(run: str) -> TrainConfig | None:
+    """How the SAE was trained; None if ``run`` is not a run folder."""
+    config = storage.join(run, "config.json") if not run.startswith("hf-hub:") else ""
+    is_run = config and storage.is_dir(storage.join(run, "checkpoint")) and storage.exists(config)
+    return TrainConfig.from_url(config) if is_run else None
+
+
+def trained_on(
+    run: str, metadata: tp.Mapping[str, tp.Any] | None = None
+) -> ActivationSource | None:
+    """The source that a run or a checkpoint records; None if nothing is known, as of imported SAEs.
+
+    A run of version 0.1.0 recorded less: what is missing is taken from the shards folder that it
+    names, if that is still there.
+
+    Args:
+        run: URL of a run folder, or what else messages call the SAE.
+        metadata: what the checkpoint says; by default that of the run's is read.
+    """
+    trained = read_run(run)
+    if metadata is None:
+        metadata = _read_metadata(run) if trained else {}
+    found = ActivationSource.from_dict(dict(metadata), source=f"the checkpoint of {run}")
+    if trained is None and found.family is None:
+        warn_once(
+            logger,
+            f"{run} does not say which activations it was trained on: whether it fits the model, "
+            "layer and preprocessing of these is not checked.",
+        )
+        return None
+    if "image_spec" in metadata or trained is None:  # recorded by this version, or all there is
+        return found
+    data = trained.train_data
+    layer = data.layer if isinstance(data.layer, int) else None
+    found = found.filled(ActivationSource(layer=layer, tokens=data.tokens))
+    earlier = _shards_of(run, data.shards, found)
+    how = f"taken from {data.shards}" if earlier else "not known, since its shards are gone"
+    warn_once(
+        logger,
+        f"{run} was trained by version 0.1.0 of saev, which did not record the weights and the "
+        f"preprocessing of the model: what is missing is {how}.",
+    )
+    return found.filled(earlier) if earlier else found
+
+
+def _read_metadata(run: str) -> dict[str, tp.Any]:
+    place = storage.join(run, *CHECKPOINT)
+    raw = storage.read_json(place) if storage.exists(place) else None
+    found = raw.get("metadata") if isinstance(raw, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _shards_of(run: str, url: str, found: ActivationSource) -> ActivationSource | None:
+    """The source of the run's own shards, if they are there and still the same."""
+    with contextlib.suppress(SaevError):
+        place = storage.recorded_folder(url, storage.join(run, "config.json"), "")
+        earlier = Metadata.read(place).source()
+        if found.shards in (None, earlier.shards):
+            return earlier
+    return None

@@ -1,0 +1,166 @@
+"""Places that a stored file names: the one room that decides which of them are opened.
+
+A folder may have been copied from elsewhere, so what its files name was chosen by whoever wrote
+them. A file name leads to a file of the folder itself. A URL is followed if it is a plain local
+folder, or lies in the same bucket as the file that names it; everything else is opened only if the
+user names it.
+"""
+
+import functools
+import itertools
+import os
+import re
+import typing as tp
+from pathlib import Path
+
+from saev.errors import ConfigError, CorruptDataError
+from saev.storage.urls import is_chained, is_url, join, local_path, normalize
+
+_KERNEL = ("/proc", "/sys", "/dev")
+"""Folders whose files are no files: reading them may block, never end, or change something."""
+_MEMORY = "/dev/shm"
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def is_file_name(name: tp.Any) -> bool:
+    """Whether a stored text is the name of a file in its folder, and cannot lead out of it."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(c in "/\\" or ord(c) < 32 for c in name)
+    )
+
+
+def inside(folder: str | os.PathLike, *names: str) -> str:
+    """URL of what a stored file names below its folder.
+
+    Raises:
+        CorruptDataError: a name is not one, or a symbolic link leads out of the folder.
+    """
+    base = normalize(folder)
+    for name in names:
+        if not is_file_name(name):
+            raise CorruptDataError(
+                f"A file in {base} names {name!r}, expected the name of a file beside it. It was "
+                "edited or damaged; make it again."
+            )
+    url = join(base, *names)
+    path = local_path(url)
+    if path is not None and not _is_within(path, Path(base)):
+        raise CorruptDataError(
+            f"{url} is a link to {os.path.realpath(path)}, outside of its folder. Put the file "
+            "itself there, or make it again."
+        )
+    return url
+
+
+def is_below(url: str, folder: str | os.PathLike) -> bool:
+    """Whether a place that a stored file names is below a folder, as far as its text says."""
+    if ".." in url.split("/"):
+        return False
+    base = normalize(folder)
+    forms = {base, *_resolved(base)}
+    return any(normalize(url).startswith(form.rstrip("/") + "/") for form in forms)
+
+
+@functools.lru_cache(maxsize=64)
+def _resolved(folder: str) -> tuple[str, ...]:
+    path = local_path(folder)
+    return () if path is None else (os.path.realpath(path),)
+
+
+def recorded_folder(url: tp.Any, record: str | os.PathLike, remedy: str) -> str:
+    """The URL of a folder (or a glob pattern of folders) that a stored file names.
+
+    Args:
+        url: what the file names.
+        record: the file.
+        remedy: how the user names such a folder himself, as in "--data.shards".
+
+    Returns:
+        It, if it may be opened: a plain local folder, of which :func:`check_closed` has still to
+        look at the inside, or one in the bucket that ``record`` is in.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    place = normalize(record)
+    if not isinstance(url, str) or not url or any(ord(c) < 32 for c in url):
+        raise ConfigError(f"{place} names {url!r} where a folder's URL is expected. {remedy}")
+    reason = _why_not(url, place)
+    if reason:
+        raise ConfigError(
+            f"{place} names {url}, {reason}. A file that came from elsewhere may name any place, "
+            f"so this one is opened only if you name it yourself. {remedy}"
+        )
+    return normalize(url)
+
+
+def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: str) -> None:
+    """That no symbolic link leads out of a local folder which a stored file names.
+
+    Raises:
+        ConfigError: one does; it is named.
+    """
+    path = local_path(folder)
+    if path is None:
+        return
+    root = os.path.realpath(_fixed(path))
+    pending = [root]
+    while pending:
+        try:
+            rows = os.scandir(pending.pop())
+        except OSError:  # whoever lists the folder says what is wrong with it
+            continue
+        with rows:
+            for row in rows:
+                if row.is_symlink():
+                    if not _is_within(Path(row.path), Path(root)):
+                        raise ConfigError(
+                            f"{normalize(record)} names {normalize(folder)}, in which {row.path} "
+                            f"is a link to {os.path.realpath(row.path)}, outside of it. Links out "
+                            "of a folder are followed only if you name the folder yourself. "
+                            f"{remedy}"
+                        )
+                elif row.is_dir(follow_symlinks=False):
+                    pending.append(row.path)
+
+
+def _why_not(url: str, record: str) -> str:
+    """Why a URL is not opened on a file's word; "" if it is."""
+    if is_chained(url):
+        return "which opens one place through another"
+    path = local_path(url)
+    if path is None:
+        return "" if _bucket(url) == _bucket(record) else "which is not in the same bucket"
+    text = url.removeprefix("file://")
+    if not text.startswith(("/", "~")):
+        return "which is relative to a folder that is not known"
+    fixed = _fixed(path)
+    for form in (fixed, Path(os.path.realpath(fixed))):
+        is_kernel = any(form.is_relative_to(k) for k in _KERNEL)
+        if form == Path("/") or (is_kernel and not form.is_relative_to(_MEMORY)):
+            return "which is no plain folder of files"
+    return ""
+
+
+def _fixed(path: Path) -> Path:
+    """The folder that a glob pattern searches; other paths as they are."""
+    if not _MAGIC.search(str(path)) or path.exists():
+        return path
+    parts = itertools.takewhile(lambda part: not _MAGIC.search(part), path.parts)
+    return Path(*parts)
+
+
+def _bucket(url: str) -> str:
+    """Scheme and host or bucket of a URL; "" of a local one."""
+    text = normalize(url)
+    if not is_url(text):
+        return ""
+    scheme, _, rest = text.partition("://")
+    # What is in this process's memory is no further away than the file that names it.
+    return scheme if scheme == "memory" else f"{scheme}://{rest.partition('/')[0]}"
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -1,0 +1,171 @@
+"""What shards and reports name is opened only where it must lie; all else only on a user's word."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saev import storage, visuals
+from saev.errors import ConfigError, CorruptDataError, SaevError
+from saev.shards import Shards
+from saev.visuals.records import folder_name
+from saev.visuals.source import Source
+from visuals.chain import Chain
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """A URL of this machine, and what was asked of it."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", asked
+        found.shutdown()
+
+
+def naming(chain: Chain, tmp_path: Path, data: dict[str, object]) -> Shards:
+    """Shards whose metadata was written by somebody else."""
+    folder = tmp_path / "shards"
+    shutil.copytree(chain.shards, folder)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({**metadata, "data": data}))
+    return Shards.open(str(folder))
+
+
+HOSTILE = [
+    {"kind": "img-folder", "root": "URL/photos"},
+    {"kind": "img-seg-folder", "root": "URL/photos"},
+    {"kind": "img-folder", "root": "zip://::URL/photos.zip"},
+    {"kind": "img-folder", "root": "simplecache::URL/photos"},
+    {"kind": "img-folder", "root": "URL/*/photos"},
+    {"kind": "imagenet", "name": "URL/saved"},
+    {"kind": "cifar10", "name": "somebody/cifar10"},
+    {"kind": "imagenet", "name": "/proc/self"},
+    {"kind": "img-folder", "root": "s3://somebodys-bucket/photos"},
+    {"kind": "img-folder", "root": "/"},
+    {"kind": "img-folder", "root": "/proc/self/cwd"},
+    {"kind": "img-folder", "root": "photos"},
+    {"kind": "img-seg-folder", "root": "/data", "split": "../../../etc"},
+    {"kind": "img-seg-folder", "root": "/data", "mask_map": "../../../etc/passwd"},
+    {"kind": "img-seg-folder", "root": "/data", "mask_map": "URL/map.csv"},
+    {"kind": "img-seg-folder", "root": "/data", "mask_map": "/proc/self/environ"},
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=lambda d: "-".join(d.values()))
+def test_places_that_are_not_opened(
+    chain: Chain, tmp_path: Path, server: tuple[str, list[str]], data: dict[str, str]
+) -> None:
+    url, asked = server
+    raw: dict[str, object] = {k: v.replace("URL", url) for k, v in data.items()}
+    with pytest.raises(ConfigError, match=r"metadata\.json names"):
+        Source(naming(chain, tmp_path, raw))
+    assert asked == []
+
+
+def test_a_user_may_name_them(chain: Chain, tmp_path: Path, server: tuple[str, list[str]]) -> None:
+    url, asked = server
+    data = {"kind": "img-seg-folder", "root": f"{url}/photos"}
+    shards = naming(chain, tmp_path, data)
+    with pytest.raises(ConfigError, match=rf"data:img-seg-folder --data\.root {url}/photos"):
+        Source(shards)
+    with pytest.raises(SaevError):
+        Source(shards, chain.config(data=data).data)
+    assert asked
+
+
+def test_links_out_of_the_images(chain: Chain, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(chain.photos, photos)
+    (photos / "classes.csv").unlink()
+    (photos / "classes.csv").symlink_to(Path(chain.photos) / "classes.csv")
+    data = json.loads((Path(chain.shards) / "metadata.json").read_text())["data"]
+    shards = naming(chain, tmp_path, {**data, "root": str(photos)})
+    with pytest.raises(ConfigError, match=r"photos/classes\.csv is a link to .*only if you name"):
+        Source(shards)
+    named = Source(shards, chain.config(data={**data, "root": str(photos)}).data)
+    assert named.class_name(2) == "ramp"
+
+
+# --- Reports -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(chain: Chain, tmp_path: Path) -> Path:
+    """A finished report of one latent."""
+    visuals.run(chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report")))
+    return tmp_path / "report" / folder_name(1)
+
+
+def edited(folder: Path, **changes: object) -> None:
+    record = json.loads((folder / "latent.json").read_text())
+    record["examples"][0] |= changes
+    (folder / "latent.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../../../../../../../etc/hostname", "/etc/hostname", "latent.json", "http://h/x.webp",
+     "00-plain.svg", "00-plain.webp\n", "../000001/00-plain.webp", "", None],
+)  # fmt: skip
+def test_a_record_names_its_own_pictures_only(
+    chain: Chain, report: Path, tmp_path: Path, name: str | None
+) -> None:
+    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
+    assert "data:image/webp;base64," in visuals.book(cfg)
+    edited(report, plain=name)
+    for call in (visuals.book, visuals.finish):
+        with pytest.raises(CorruptDataError, match=r"latent\.json.*plain.*Delete it and run"):
+            call(cfg)
+
+
+def test_a_picture_is_one(chain: Chain, report: Path, tmp_path: Path) -> None:
+    """Nothing else is put into a page, whatever its name; and no link leads elsewhere."""
+    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
+    picture = report / "00-plain.webp"
+    picture.write_bytes(b"root:x:0:0")
+    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is not a WebP picture"):
+        visuals.book(cfg)
+    picture.unlink()
+    (tmp_path / "secret.webp").write_bytes((report / "01-plain.webp").read_bytes())
+    picture.symlink_to(tmp_path / "secret.webp")
+    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is a link to .*secret\.webp"):
+        visuals.book(cfg)
+
+
+def test_a_record_of_another_latent(chain: Chain, report: Path, tmp_path: Path) -> None:
+    place = report / "latent.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "latent": 2}))
+    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
+    with pytest.raises(CorruptDataError, match="is of latent 2, expected 1"):
+        visuals.book(cfg)
+
+
+def test_the_name_of_shards_in_a_result(chain: Chain, tmp_path: Path) -> None:
+    """The page of a root looks up their dataset by it."""
+    from saev.visuals import overview
+
+    root = tmp_path / "root"
+    shutil.copytree(chain.run, root / "runs/r0")
+    storage.write_json(str(root / "runs/r0/run.json"), {})
+    (tmp_path / "metadata.json").write_text('{"dataset": "what is outside"}')
+    (place,) = (root / "runs/r0/inference").glob("*/metrics.json")
+    metrics = json.loads(place.read_text())
+    place.write_text(json.dumps({**metrics, "shards_hash": "../.."}))
+    (section,) = overview.collect(str(root))
+    assert section.dataset == ""
