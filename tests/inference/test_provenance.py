@@ -73,6 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def as_recorded(shards: str, to: Path, changes: dict[str, object]) -> str:
     """A copy of a shards folder with another description."""
     shutil.copytree(shards, to)  # its name is no hash that is checked
+    (to / "files.json").unlink(missing_ok=True)
     place = to / "metadata.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **changes}))
     return str(to)

@@ -262,6 +262,7 @@ def test_latent_that_does_not_exist(chain: Chain) -> None:
 def test_shards_of_another_run(chain: Chain, tmp_path: Path) -> None:
     other = tmp_path / "shards"
     shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
+    (other / "files.json").unlink()
     metadata = json.loads((other / "metadata.json").read_text())
     (other / "metadata.json").write_text(json.dumps({**metadata, "amp": True}))
     with pytest.raises(ConfigError, match="no inference results on shards"):
@@ -338,6 +339,7 @@ def test_drawn_report_needs_no_images(chain: Chain, moved: Path, tmp_path: Path)
 def test_another_model_is_refused_or_said_on_the_page(chain: Chain, tmp_path: Path) -> None:
     other = tmp_path / "shards"
     shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
+    (other / "files.json").unlink()
     metadata = json.loads((other / "metadata.json").read_text())
     hostile = {"weights": "sha256:<img src=x>", "versions": {"torch": "<b>2</b>"}}
     (other / "metadata.json").write_text(json.dumps({**metadata, **hostile}))

@@ -42,6 +42,7 @@ def naming(chain: Chain, tmp_path: Path, data: dict[str, object]) -> Shards:
     """Shards whose metadata was written by somebody else."""
     folder = tmp_path / "shards"
     shutil.copytree(chain.shards, folder)
+    (folder / "files.json").unlink()
     metadata = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps({**metadata, "data": data}))
     return Shards.open(str(folder))
