@@ -185,6 +185,7 @@ def test_a_key_in_a_url_is_hidden_and_refused(url: str, shown: str) -> None:
     assert str(SaevError(f"a {url} b")) == f"a {shown} b"
     with pytest.raises(ConfigError) as refused:
         ImgFolder.from_dict({"root": url})
+    assert "root: " in str(refused.value)
     assert shown in str(refused.value)
     assert url not in str(refused.value)
     assert "environment" in str(refused.value)

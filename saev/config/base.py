@@ -57,9 +57,9 @@ class Config(pydantic.BaseModel):
     def _refuse_keys(cls, raw: tp.Any, info: pydantic.ValidationInfo) -> tp.Any:
         """No URL with a key in it gets into a config, which is shown, stored and hashed."""
         if isinstance(raw, dict) and not (info.context or {}).get("stored"):
-            for value in _texts(raw):
+            for key, value in _texts(raw):
                 if secrets.holds_key(value):
-                    raise ValueError(secrets.refusal(value))
+                    raise ValueError(f"{key}: {secrets.refusal(value)}")
         return raw
 
     def to_dict(self) -> dict[str, tp.Any]:
@@ -112,16 +112,16 @@ def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
     return plain
 
 
-def _texts(value: tp.Any) -> Iterator[str]:
-    """All texts inside plain JSON types."""
+def _texts(value: tp.Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts inside plain JSON types, each with its dotted key."""
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{key}.{i}")
 
 
 def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:
