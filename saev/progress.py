@@ -34,7 +34,11 @@ class Task:
         )
 
     def advance(self, n: int, *, n_bytes: int = 0, note: str = "") -> None:
-        """Report ``n`` more units (and bytes moved for them); ``note`` is shown behind the bar."""
+        """Report ``n`` more units (and bytes moved for them); ``note`` is shown behind the bar.
+
+        This is a safe point.
+        """
+        self._progress.safe_point()
         self.done += n
         self._n_bytes += n_bytes
         if self._bar is not None and self._progress._bars is not None:
@@ -67,7 +71,11 @@ def _short(rate: float) -> str:
 class Progress:
     """A display of bars on stderr; a log line every half minute where stderr is no terminal."""
 
+    safe_point: tp.Callable[[], None]
+    """Raises if the work has to stop. Called where it can, and before anything is published."""
+
     def __init__(self, *, quiet: bool = False):
+        self.safe_point = lambda: None
         console = rich.console.Console(stderr=True)
         self.quiet = quiet
         self._bars: rich.progress.Progress | None = None

@@ -1,10 +1,12 @@
 """Stands between a client and an S3 server: records requests, and fails as it is told."""
 
 import contextlib
+import functools
 import http.client
 import http.server
 import ssl
 import threading
+import types
 import typing as tp
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -26,7 +28,47 @@ class Request(tp.NamedTuple):
         return self.headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
 
 
-Fault = tp.Literal["", "reset", "cut", "503", "403", "flip"]
+class Reply(tp.NamedTuple):
+    """An answer of the proxy itself. HEAD gets it without the body, as from a store."""
+
+    status: int
+    body: bytes = b""
+    headers: tp.Mapping[str, str] = types.MappingProxyType({})
+
+
+def error(status: int, code: str, message: str = "", **fields: str) -> Reply:
+    """What S3 answers: the XML of
+    https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html."""
+    more = "".join(f"<{key}>{value}</{key}>" for key, value in fields.items())
+    text = (
+        f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code>'
+        f"<Message>{message}</Message>{more}<RequestId>4442587FB7D0A2F9</RequestId></Error>"
+    )
+    return Reply(status, text.encode(), {"Content-Type": "application/xml"})
+
+
+Fault = str | Reply
+"""What becomes of a request:
+
+- "": it is passed on.
+- "reset": the connection breaks before it is passed on.
+- "lost": it is passed on, and the connection breaks instead of an answer.
+- "cut": half of the answer comes.
+- "twice": it is passed on twice; the second answer comes.
+- "late": the connection breaks, and it is passed on at Proxy.release().
+- "flip": one bit of the answer's body is another.
+- "hang": nothing comes, until the client gives up.
+- a number like "503": that status, without a body.
+- a Reply: that.
+"""
+
+
+class Sent(tp.NamedTuple):
+    """What the server answered."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 class Proxy:
@@ -36,11 +78,18 @@ class Proxy:
         self.url = url
         self.requests: list[Request] = []
         self.fault: Callable[[Request], Fault] = lambda request: ""
-        """Says what becomes of a request: a broken connection, half an answer, an error, or an
-        answer in whose body one bit is flipped."""
+        """Says what becomes of a request."""
         self.flipped_bit: Callable[[int], int] = lambda n_bits: n_bits // 2
-        """Which one, of so many."""
+        """Which bit "flip" changes, of so many."""
         self.lock = threading.Lock()
+        self.held: list[tuple[Request, Callable[[], int]]] = []
+        """Requests that came to "late"; each call passes one on and returns the status."""
+
+    def release(self, which: Callable[[Request], bool] = lambda request: True) -> list[int]:
+        """Pass on what is held, in the order in which it came."""
+        with self.lock:
+            held, self.held = self.held, []
+        return [send() for request, send in held if which(request)]
 
     def gets(self, name: str = "") -> list[Request]:
         """GETs of an object whose key ends so."""
@@ -64,6 +113,14 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """A proxy before a server, on a port of its own; it speaks TLS if it is given a context."""
     target = urllib.parse.urlsplit(endpoint).netloc
 
+    def send(method: str, path: str, body: bytes, headers: dict[str, str]) -> Sent:
+        connection = http.client.HTTPConnection(target, timeout=60)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        return Sent(answer.status, dict(answer.headers.items()), data)
+
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -84,34 +141,50 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             with proxy.lock:
                 proxy.requests.append(request)
                 fault = proxy.fault(request)
-            if fault == "reset":
+            if isinstance(fault, str) and fault.isdigit():
+                fault = Reply(int(fault))
+            if isinstance(fault, Reply):
+                self.reply(fault.status, fault.headers, fault.body, len(fault.body))
+                return
+            if fault == "hang":
+                with contextlib.suppress(OSError):
+                    self.connection.recv(1)  # its end, as the request was read
+            if fault in ("reset", "hang"):
                 self.close_connection = True
                 return
-            if fault.isdigit():
-                self.send_response(int(fault))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+            headers = dict(self.headers.items())
+            if fault == "late":
+                with proxy.lock:
+                    later = functools.partial(send, self.command, self.path, body, headers)
+                    proxy.held.append((request, lambda: later().status))
+                self.close_connection = True
                 return
-            connection = http.client.HTTPConnection(target, timeout=60)
-            connection.request(self.command, self.path, body, dict(self.headers.items()))
-            answer = connection.getresponse()
-            data = answer.read()
-            connection.close()
-            self.send_response(answer.status)
-            length = answer.headers.get("Content-Length", "0")
-            for key, value in answer.headers.items():
-                if key.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(key, value)
-            # HEAD has no body, and says how long it would be.
-            self.send_header("Content-Length", length if self.command == "HEAD" else str(len(data)))
-            self.end_headers()
+            for _ in range(2 if fault == "twice" else 1):
+                status, found, data = send(self.command, self.path, body, headers)
+            if fault == "lost":
+                self.close_connection = True
+                return
             if fault == "flip" and data:
                 data = flip(data, proxy.flipped_bit(8 * len(data)))
+            length = int(found.get("Content-Length") or 0)
+            cut = len(data) // 2 if fault == "cut" else len(data)
+            # HEAD has no body, and says how long it would be.
+            n_bytes = length if self.command == "HEAD" else len(data)
+            self.reply(status, found, data[:cut], n_bytes)
             if fault == "cut":
-                self.wfile.write(data[: len(data) // 2])
                 self.close_connection = True
-            else:
-                self.wfile.write(data)
+
+        def reply(
+            self, status: int, headers: tp.Mapping[str, str], body: bytes, n_bytes: int
+        ) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                if key.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(key, value)
+            self.send_header("Content-Length", str(n_bytes))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
 

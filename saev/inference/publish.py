@@ -57,7 +57,7 @@ def remove_parts(job: Job) -> None:
     """Remove what only an unfinished run needs."""
     place = storage.join(job.url, files.PARTS)
     if storage.exists(place):
-        storage.delete(place, recursive=True)
+        storage.clean_up(place, recursive=True)
 
 
 def _read_records(job: Job) -> list[PartRecord]:

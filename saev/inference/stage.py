@@ -1,16 +1,19 @@
 """plan, work, finish, run of the inference stage."""
 
+import logging
 import re
 import typing as tp
 
 from saev import storage
 from saev.config.inference import InferenceConfig
-from saev.errors import ConfigError
+from saev.errors import ConfigError, StorageError
 from saev.inference import files, part, publish
 from saev.inference.job import Job, open_shards
 from saev.inference.provenance import read_run
 from saev.nn.checkpoints import HUB_PREFIX
 from saev.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _ITEM_TOKENS = 4_000_000
 """Tokens that are worth a work item (a pod has to load the SAE for it)."""
@@ -107,12 +110,25 @@ def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -
     done = total - sum(map(job.source.shard_tokens, todo))
     with progress.task("inference", total=total, unit="tok", done=done) as task:
         for shard in todo:
-            part.compute(job, shard, dist_latents, task)
+            try:
+                part.compute(job, shard, dist_latents, task)
+            except StorageError as err:
+                # Another worker may have published, and removed the folder of the parts.
+                if not _is_published(job):
+                    raise
+                logger.warning("Another worker has published it meanwhile. Here: %s", err)
+                return
 
 
 def _finish(job: Job) -> str:
     if _is_published(job):
         publish.remove_parts(job)  # an earlier run may have been killed just before this
     else:
-        publish.publish(job)
+        try:
+            publish.publish(job)
+        except StorageError as err:
+            # Another worker may have published it, and removed what this one needed.
+            if not _is_published(job):
+                raise
+            logger.warning("Another worker has published it meanwhile. Here: %s", err)
     return job.url

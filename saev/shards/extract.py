@@ -20,7 +20,7 @@ import torch
 from saev import storage, vit
 from saev.config import ShardsConfig
 from saev.device import choose_device
-from saev.errors import ConfigError, CorruptDataError, IncompleteError
+from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
 from saev.progress import Progress
 from saev.shards import earlier, parts, protocol
@@ -118,6 +118,10 @@ def _parse_part(text: str) -> tuple[int, int] | None:
 def _recording(cfg: ShardsConfig) -> "Recording":
     """So that one process loads model and dataset once for all its items."""
     return Recording(cfg)
+
+
+class _DoneMeanwhileError(Exception):
+    """Another worker was faster: nothing is written."""
 
 
 class Recording:
@@ -261,8 +265,17 @@ class Recording:
             raise ConfigError(f"There is no shard {shard}: there are {self.metadata.n_shards}.")
         if self.published or self.is_done(shard):
             return
-        self.prepare()
-        parts.write_part(self.url, shard, self._write_shard(shard, advance))
+        try:
+            self.prepare()
+            parts.write_part(self.url, shard, self._write_shard(shard, advance))
+        except (StorageError, _DoneMeanwhileError) as err:
+            # Another worker may have recorded or published it, and removed what this one needed.
+            if not (self.published or self.is_done(shard)):
+                raise
+            logger.warning(
+                "%s of %s was recorded by another worker meanwhile%s",
+                *(shard_name(shard), self.url, f". Here: {err}" if str(err) else "."),
+            )
 
     def _write_shard(self, shard: int, advance: Callable[[int, int], None] | None) -> Part:
         meta = self.metadata
@@ -283,6 +296,8 @@ class Recording:
                 if advance is not None:
                     advance(len(examples) + len(skipped) - n_reported, acts.nbytes)
                     n_reported = len(examples) + len(skipped)
+            if self.published or self.is_done(shard):  # its bytes may differ from ours, on a GPU
+                raise _DoneMeanwhileError
         return Part(
             writer.written,
             examples,
@@ -334,12 +349,17 @@ class Recording:
 
     def finish(self) -> str:
         """Publish, if that is still to be done, and remove what only unfinished folders need."""
-        if self.published:
-            Shards.open(self.url)
-            logger.info("%s is complete.", self.url)
-        else:
-            parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
-        storage.delete(storage.join(self.url, protocol.PARTS), recursive=True)
+        if not self.published:
+            try:
+                parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
+            except StorageError as err:
+                # Another worker may have published it, and removed what this one needed.
+                if not self.published:
+                    raise
+                logger.warning("Another worker has published it meanwhile. Here: %s", err)
+        Shards.open(self.url)
+        logger.info("%s is complete.", self.url)
+        storage.clean_up(storage.join(self.url, protocol.PARTS), recursive=True)
         storage.clean_temporary(self.url)
         return self.url
 

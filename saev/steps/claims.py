@@ -1,8 +1,10 @@
 """Who processes what: a claim on storage that one owner at a time can hold.
 
 A claim is a numbered object. The one with the highest number counts; it is held until it is
-released or expires. Taking one over means to create the next number, which of any number of
-contenders one can do. Clocks of different machines may differ by much less than a claim lasts.
+released or expires. Taking one over, renewing it and releasing it all mean to create the next
+number, which of any number of contenders one can do, and no number is ever written twice. So a
+heartbeat that was late changes nothing. Clocks of different machines may differ by much less than a
+claim lasts.
 """
 
 import contextlib
@@ -19,6 +21,9 @@ from saev.errors import ConfigError, CorruptDataError, StorageError
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 600.0
+_KEPT = 10
+"""Newest claims that stay; older ones are deleted."""
+_LOOKS = 10
 
 
 class Claim(tp.NamedTuple):
@@ -31,6 +36,8 @@ class Claim(tp.NamedTuple):
     hours: float
     """For how long it is renewed."""
     released: bool
+    tries: int
+    """How often it was taken until now, by whomever."""
 
     @property
     def is_held(self) -> bool:
@@ -48,10 +55,24 @@ def current(folder: str) -> Claim | None:
     Raises:
         CorruptDataError: it cannot be read.
     """
-    if not storage.exists(folder):
-        return None
-    names = [e.name for e in storage.list_dir(folder) if not e.is_dir and e.name.endswith(".json")]
-    return _read(storage.join(folder, max(names))) if names else None
+    for _ in range(_LOOKS):
+        names = _names(folder)
+        if not names:
+            return None
+        try:
+            return _read(storage.join(folder, names[-1]))
+        except CorruptDataError:
+            raise
+        except StorageError:  # a newer one came, and this one was deleted
+            if storage.exists(storage.join(folder, names[-1])):
+                raise
+    raise StorageError(f"The claims in {folder} change faster than they can be read.")
+
+
+def _names(folder: str) -> list[str]:
+    """Names of claims, the one that counts last."""
+    entries = storage.list_dir(folder, missing_ok=True)
+    return sorted(e.name for e in entries if not e.is_dir and e.name.endswith(".json"))
 
 
 def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim | None:
@@ -69,78 +90,118 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
     found = current(folder)
     if found is not None and found.is_held:
         if found.owner == owner:
-            return renew(found)
+            return renew(found) or current(folder)
         if not force:
             return None
         logger.warning("The claim of %s is taken over.", found.describe())
-    number = 1 if found is None else found.number + 1
-    claim = _new(storage.join(folder, f"{number:06d}.json"), number, owner, hours)
-    return claim if storage.create(claim.url, _encode(claim, nonce=uuid.uuid4().hex)) else None
+    first = Claim("", 0, owner, _now(), hours, released=True, tries=0)
+    before = found or first
+    return _create_next(folder, before, owner=owner, hours=hours, tries=before.tries + 1)
 
 
-def renew(claim: Claim) -> Claim:
-    """The same claim, from now on."""
-    expires = _now() + datetime.timedelta(hours=claim.hours)
-    renewed = claim._replace(expires=expires, released=False)
-    storage.write_bytes(claim.url, _encode(renewed))
-    return renewed
+def renew(claim: Claim) -> Claim | None:
+    """The same claim, from now on; None if it is not the one that counts any more."""
+    return _create_next(storage.parent(claim.url), claim, owner=claim.owner, hours=claim.hours)
 
 
 def release(folder: str, owner: str) -> bool:
     """Give a claim back; returns whether the owner held it."""
-    found = current(folder)
-    if found is None or found.owner != owner or found.released:
-        return False
-    storage.write_bytes(found.url, _encode(found._replace(released=True)))
-    return True
+    for _ in range(_LOOKS):  # a heartbeat may come in between
+        found = current(folder)
+        if found is None or found.owner != owner or found.released:
+            return False
+        if _create_next(folder, found, released=True) is not None:
+            return True
+    raise StorageError(f"The claim in {folder} could not be released: it is renewed all the time.")
+
+
+def _create_next(folder: str, before: Claim, **changes: tp.Any) -> Claim | None:
+    """The next number; None if somebody else was faster."""
+    number = before.number + 1
+    claim = before._replace(
+        url=storage.join(folder, f"{number:06d}.json"),
+        number=number,
+        **{"released": False, **changes},
+    )
+    claim = claim._replace(expires=_now() + datetime.timedelta(hours=claim.hours))
+    if not storage.create(claim.url, _encode(claim, nonce=uuid.uuid4().hex)):
+        return None
+    for name in _names(folder):
+        if int(name.removesuffix(".json")) <= number - _KEPT:
+            storage.clean_up(storage.join(folder, name))
+    return claim
+
+
+class Holding:
+    """A claim that is renewed in the background; see :func:`held`."""
+
+    def __init__(self) -> None:
+        self._lost: ConfigError | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError if the claim is lost, so that nothing more is written."""
+        if self._lost is not None:
+            raise self._lost
 
 
 @contextlib.contextmanager
-def held(folder: str, owner: str) -> Iterator[None]:
+def held(folder: str, owner: str) -> Iterator[Holding]:
     """Renew a claim now and then while the block runs.
 
     One that was released is taken back, as long as nobody else took it: a run that ended may be
-    retried.
+    retried. A heartbeat takes nothing back.
+
+    Yields:
+        What says whether the claim is lost.
 
     Raises:
         ConfigError: another owner has it by now, because this one was not heard of for too long.
     """
-    claim = renew(_own(folder, owner))
-    stop = threading.Event()
+    claim = _take_back(folder, owner)
+    stop, holding = threading.Event(), Holding()
 
     def beat() -> None:
         while not stop.wait(min(HEARTBEAT_SECONDS, claim.hours * 3600 / 4)):
             try:
-                renew(_own(folder, owner))
-            except (StorageError, ConfigError) as err:  # the next beat may succeed
+                found = current(folder)
+                if found is None or found.owner != owner or found.released:
+                    holding._lost = _not_ours(folder, owner, found)
+                    logger.error("%s This work stops at its next safe point.", holding._lost)
+                    return
+                renew(found)  # if another process of this owner was faster, it renewed it too
+            except StorageError as err:  # the next beat may succeed
                 logger.warning("The claim could not be renewed: %s", err)
 
     thread = threading.Thread(target=beat, name="claim", daemon=True)
     thread.start()
     try:
-        yield
+        yield holding
     finally:
         stop.set()
         thread.join()
 
 
-def _own(folder: str, owner: str) -> Claim:
-    found = current(folder)
-    if found is None or found.owner != owner:
-        holder = "nobody" if found is None else found.describe()
-        raise ConfigError(
-            f"Run {owner} no longer has the claim in {folder}; {holder} has it. Its work is on "
-            "storage: submit the dataset again to go on from there."
-        )
-    return found
+def _take_back(folder: str, owner: str) -> Claim:
+    for _ in range(_LOOKS):
+        found = current(folder)
+        if found is None or found.owner != owner:
+            raise _not_ours(folder, owner, found)
+        renewed = renew(found)
+        if renewed is not None:
+            return renewed
+    raise StorageError(f"The claim in {folder} could not be renewed: others do so all the time.")
+
+
+def _not_ours(folder: str, owner: str, found: Claim | None) -> ConfigError:
+    holder = "nobody" if found is None or found.released else found.describe()
+    return ConfigError(
+        f"Run {owner} no longer has the claim in {folder}; {holder} has it. Its work is on "
+        "storage: submit the dataset again to go on from there."
+    )
 
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-def _new(url: str, number: int, owner: str, hours: float) -> Claim:
-    return Claim(url, number, owner, _now() + datetime.timedelta(hours=hours), hours, False)
 
 
 def _encode(claim: Claim, **more: str) -> bytes:
@@ -149,6 +210,7 @@ def _encode(claim: Claim, **more: str) -> bytes:
         "expires": claim.expires.isoformat(timespec="seconds"),
         "hours": claim.hours,
         "released": claim.released,
+        "tries": claim.tries,
         **more,
     }
     return storage.canonical_json(raw).encode()
@@ -164,6 +226,7 @@ def _read(url: str) -> Claim:
             datetime.datetime.fromisoformat(raw["expires"]),
             float(raw["hours"]),
             bool(raw["released"]),
+            int(raw.get("tries", storage.name(url).removesuffix(".json"))),
         )
     except (KeyError, TypeError, ValueError) as err:
         raise CorruptDataError(f"{url} is no claim ({err}). Delete it.") from err

@@ -154,7 +154,7 @@ def _candidates(
             "%s is new: %d files, %.1f MB.", folder.name, len(folder.objects), n_bytes / 1e6
         )
         claim = claims.current(claims_of(root, dataset))
-        found.append((claim.number if claim else 0, dataset))
+        found.append((claim.tries if claim else 0, dataset))
     return [dataset for _, dataset in sorted(found)]
 
 

@@ -44,7 +44,8 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
     with contextlib.ExitStack() as stack:
         if cfg.owner:
             place = discover.claims_of(cfg.root, dataset)
-            stack.enter_context(claims.held(place, cfg.owner))
+            holding = stack.enter_context(claims.held(place, cfg.owner))
+            progress.safe_point = holding.check
         return work(cfg, dataset, progress)
 
 

@@ -16,6 +16,7 @@ from saev.storage.creating import create
 from saev.storage.deleting import (
     check_writable,
     clean_temporary,
+    clean_up,
     delete,
     remove_empty,
     remove_temporary,
@@ -79,6 +80,7 @@ __all__ = [
     "check_writable",
     "checksum",
     "clean_temporary",
+    "clean_up",
     "concatenate",
     "confirmed",
     "content_hash",

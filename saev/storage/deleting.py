@@ -2,17 +2,23 @@
 
 import contextlib
 import fcntl
+import logging
 import os
+import typing as tp
 import uuid
 from pathlib import Path
 
 from fsspec.core import has_magic
 from fsspec.implementations.local import LocalFileSystem
 
-from saev.storage.faults import explained
+from saev.errors import StorageError
+from saev.storage.answers import Answer, RefusedError
+from saev.storage.faults import explained, retry_reads
 from saev.storage.looking import exists
-from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, normalize
+from saev.storage.urls import TMP_PREFIX, filesystem, is_s3, join, local_path, normalize
 from saev.storage.writing import write_bytes
+
+log = logging.getLogger(__name__)
 
 
 def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
@@ -20,13 +26,15 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
     text = normalize(url)
     fs, key = filesystem(text)
     with explained(text, "delete"), contextlib.suppress(FileNotFoundError):
-        if not recursive:
-            fs.rm_file(key)
+        if is_s3(fs):
+            _delete_s3(fs, key, recursive=recursive)
+        elif not recursive:
+            retry_reads(fs.rm_file)(key)
         elif isinstance(fs, LocalFileSystem) or not has_magic(key):
-            fs.rm(key, recursive=True)
+            retry_reads(fs.rm)(key, recursive=True)
         else:  # fsspec would take the name for a pattern, and remove what matches it
-            for found in [*fs.find(key), key]:
-                fs.rm_file(found)
+            for found in [*retry_reads(fs.find)(key), key]:
+                retry_reads(fs.rm_file)(found)
         fs.invalidate_cache(key)
 
 
@@ -36,6 +44,45 @@ def remove_empty(url: str | os.PathLike) -> None:
     if path is not None:
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+def clean_up(url: str | os.PathLike, *, recursive: bool = False) -> None:
+    """Remove what a published result no longer needs. If that fails it stays, with a warning."""
+    try:
+        delete(url, recursive=recursive)
+    except StorageError as err:
+        log.warning("%s Nothing depends on it; what is left there can be deleted.", err)
+
+
+def _delete_s3(fs: tp.Any, key: str, *, recursive: bool) -> None:
+    """s3fs does not look at which keys an answer to DeleteObjects names as not deleted."""
+    bucket, name, _ = fs.split_path(key)
+    call = retry_reads(fs.call_s3)
+    if name:
+        call("delete_object", Bucket=bucket, Key=name)
+    token: dict[str, str] = {}
+    while recursive:
+        prefix = f"{name.rstrip('/')}/" if name else ""
+        page = call("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+        keys = [row["Key"] for row in page.get("Contents", [])]
+        if keys:
+            _delete_batch(fs, bucket, keys)
+        if not page.get("IsTruncated"):
+            break
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+@retry_reads
+def _delete_batch(fs: tp.Any, bucket: str, keys: list[str]) -> None:
+    """Delete up to 1000 keys."""
+    objects = [{"Key": key} for key in keys]
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    for row in answer.get("Errors", []):
+        status = 403 if row.get("Code") == "AccessDenied" else 500
+        fields = {"Key": row.get("Key", "")}
+        raise RefusedError(
+            Answer(status, row.get("Code", ""), row.get("Message", ""), "DeleteObjects", fields)
+        )
 
 
 def clean_temporary(url: str | os.PathLike) -> None:
@@ -78,4 +125,4 @@ def check_writable(url: str | os.PathLike) -> None:
     """Fail now, with one clear error, if nothing can be written below ``url``."""
     probe = join(url, f"{TMP_PREFIX}probe-{uuid.uuid4().hex[:12]}")
     write_bytes(probe, b"")
-    delete(probe)
+    clean_up(probe)

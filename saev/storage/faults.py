@@ -26,8 +26,14 @@ _QUIET_S = 4.0
 """Troubles that pass faster are not told."""
 _TELL_EVERY_S = 30.0
 
+_BROKEN_TLS = (
+    None, "UNEXPECTED_EOF_WHILE_READING", "BAD_RECORD_MAC", "SSLV3_ALERT_BAD_RECORD_MAC",
+    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC",
+)  # fmt: skip
+
 P = tp.ParamSpec("P")
 T = tp.TypeVar("T")
+ErrorT = tp.TypeVar("ErrorT", bound=BaseException)
 
 _EXPECTED: tuple[type[BaseException], ...] = (
     OSError,
@@ -61,14 +67,15 @@ def _sentence(err: BaseException, url: str, doing: str) -> str:
     answer = answer_of(err)
     if answer is not None:
         return answers.sentence(answer, url, doing)
-    for cause in _causes(err):
-        if isinstance(cause, ssl.SSLError):
-            return _of_tls(cause, url)
-    for cause in _causes(err):
-        text = _of_connection(cause, url)
-        if text:
-            return text
-    return _of_system(err)
+    tls, no_host = _innermost(err, ssl.SSLError), _innermost(err, socket.gaierror)
+    if tls is not None:
+        return _of_tls(tls, url)
+    if no_host is not None:
+        return (
+            f"the host{answers.endpoint(url)} is not known ({no_host.strerror}). Check the name of "
+            "the endpoint (AWS_ENDPOINT_URL) and the network."
+        )
+    return _of_connection(err, url) or _of_system(err)
 
 
 def _of_system(err: BaseException) -> str:
@@ -114,11 +121,6 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
 
 def _of_connection(err: BaseException, url: str) -> str:
     """What is wrong before a store can answer; empty if it is something else."""
-    if isinstance(err, socket.gaierror):
-        return (
-            f"the host{answers.endpoint(url)} is not known ({err.strerror}). Check the name of the "
-            "endpoint (AWS_ENDPOINT_URL) and the network."
-        )
     if _BOTO is None:
         return ""
     if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
@@ -149,23 +151,36 @@ def answer_of(err: BaseException) -> answers.Answer | None:
     return None
 
 
-def _causes(err: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was made from, outermost first."""
+def _causes(err: BaseException, *, during: bool = False) -> Iterator[BaseException]:
+    """An error and what it was made from, outermost first; maybe also what it was raised during."""
     seen: list[BaseException] = []
-    queue = [err]
+    queue: list[tp.Any] = [err]
     while queue:
         found = queue.pop(0)
         if not isinstance(found, BaseException) or found in seen:
             continue
         seen.append(found)
         yield found
-        queue += [found.__cause__, getattr(found, "kwargs", {}).get("error")]
+        queue += [found.__cause__ or (found.__context__ if during else None)]
+        queue += [getattr(found, "kwargs", {}).get("error")]
         queue += [getattr(found, "certificate_error", None), getattr(found, "os_error", None)]
 
 
+def _innermost(err: BaseException, kind: type[ErrorT]) -> ErrorT | None:
+    """aiohttp's errors are also of the kind of what they were made from, without its details."""
+    found = [cause for cause in _causes(err, during=True) if isinstance(cause, kind)]
+    return found[-1] if found else None
+
+
 @contextlib.contextmanager
-def explained(url: str, doing: str) -> Iterator[None]:
-    """Errors of the block in one sentence; says the same while it tries again."""
+def explained(url: str, doing: str, *, of_others: bool = False) -> Iterator[None]:
+    """Errors of the block in one sentence; says the same while it tries again.
+
+    Args:
+        url: what the sentence is about.
+        doing: verb.
+        of_others: the block also holds code that is not ours, whose ValueErrors keep their names.
+    """
     before = _operation.get(("", ""))
     _operation.set((url, doing))
     try:
@@ -173,6 +188,8 @@ def explained(url: str, doing: str) -> Iterator[None]:
     except StorageError:
         raise
     except _EXPECTED as err:
+        if of_others and isinstance(err, ValueError) and not isinstance(err, OSError):
+            raise
         raise explain(err, url, doing) from err
     finally:
         _operation.set(before)
@@ -191,12 +208,9 @@ def is_passing(err: BaseException) -> bool:
     answer = answer_of(err)
     if answer is not None:
         return answer.passes
-    for cause in _causes(err):
-        if isinstance(cause, ssl.SSLError):  # a broken connection, but nothing of a certificate
-            return not isinstance(cause, ssl.SSLCertVerificationError) and cause.reason in (
-                None, "UNEXPECTED_EOF_WHILE_READING", "BAD_RECORD_MAC",
-                "DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "SSLV3_ALERT_BAD_RECORD_MAC",
-            )  # fmt: skip
+    tls = _innermost(err, ssl.SSLError)
+    if tls is not None:  # a broken connection passes, and nothing of a certificate
+        return not isinstance(tls, ssl.SSLCertVerificationError) and tls.reason in _BROKEN_TLS
     if isinstance(err, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
         return False
     if isinstance(err, ConnectionError | TimeoutError):
@@ -215,6 +229,7 @@ def is_passing(err: BaseException) -> bool:
     return isinstance(
         err,
         _BOTO.HTTPClientError
+        | _BOTO.ConnectionError
         | _BOTO.IncompleteReadError
         | _BOTO.ResponseStreamingError
         | _ParserError

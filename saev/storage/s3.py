@@ -27,6 +27,7 @@ from saev.errors import CorruptDataError, StorageError
 from saev.storage import answers
 from saev.storage.faults import retry_reads
 from saev.storage.sources import FsspecObject, entity_tag
+from saev.storage.urls import is_s3
 
 _TIMEOUT_S = 12.0
 """For a connection, and for the next bytes on it."""
@@ -192,8 +193,7 @@ def _fill(answer: http.client.HTTPResponse, view: memoryview) -> None:
 
 def bucket_of(fs: fsspec.AbstractFileSystem, key: str) -> Bucket | None:
     """How an object's bucket is read here; None where fsspec has to read."""
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    if "s3" not in protocols:
+    if not is_s3(fs):
         return None
     name, _, version = tp.cast(tp.Any, fs).split_path(key)
     if version is not None:

@@ -108,6 +108,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, key
 
 
+def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether s3fs is behind it."""
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "s3" in protocols
+
+
 def _retry_once(fs: tp.Any) -> None:
     """Leave waiting to :mod:`saev.storage.faults`, the one place that tells the user meanwhile.
 
@@ -116,8 +122,7 @@ def _retry_once(fs: tp.Any) -> None:
     """
     while isinstance(fs, CachingFileSystem):
         fs = fs.fs
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    if "s3" in protocols and fs.retries != 1:
+    if is_s3(fs) and fs.retries != 1:
         fs.retries = 1
         ours = {"retries": {"total_max_attempts": 2, "mode": "standard"}, "read_timeout": 12}
         fs.config_kwargs = ours | fs.config_kwargs

@@ -14,7 +14,8 @@ from pathlib import Path
 from fsspec.implementations.memory import MemoryFileSystem
 
 from saev.storage.faults import explained, retry_reads
-from saev.storage.urls import TMP_PREFIX, filesystem, local_path, normalize
+from saev.storage.uploads import Upload
+from saev.storage.urls import TMP_PREFIX, filesystem, is_s3, local_path, normalize
 
 _CHUNK = 8 << 20
 
@@ -28,7 +29,7 @@ def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
     """
     text = normalize(url)
     path = local_path(text)
-    with explained(text, "write"):
+    with explained(text, "write", of_others=True):
         if path is not None:
             with _open_write_local(path) as handle:
                 yield handle
@@ -44,6 +45,15 @@ def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
         buffer = io.BytesIO()
         yield buffer
         fs.pipe_file(key, buffer.getvalue())
+        return
+    if is_s3(fs):
+        upload = Upload(fs, key, url)
+        try:
+            yield tp.cast(tp.BinaryIO, upload)
+            upload.publish()
+        except BaseException:
+            upload.drop()
+            raise
         return
     remote = fs.open(key, "wb", autocommit=False)
     try:
@@ -190,8 +200,12 @@ def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) ->
             handle.write(data)
         return
     fs, key = filesystem(text)
-    with explained(text, "write"):  # one PUT (or a multipart upload that fsspec completes)
-        retry_reads(fs.pipe_file)(key, bytes(data))
+    with explained(text, "write"):
+        if is_s3(fs):
+            with _open_write_remote(text) as remote:
+                remote.write(data)
+        else:
+            retry_reads(fs.pipe_file)(key, bytes(data))
 
 
 def write_text(url: str | os.PathLike, text: str) -> None:

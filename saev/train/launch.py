@@ -48,7 +48,7 @@ def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
             job = {"size": size, "port": store.port, "quiet": progress.quiet, "item": item}
             for one in ranks:
                 one.give({**job, "rank": one.number})
-            _watch(ranks, interruption)
+            _watch(ranks, interruption, progress)
         finally:
             for one in ranks:
                 one.kill()
@@ -112,11 +112,12 @@ class _Rank:
         return {str(k): str(v) for k, v in found.items()}
 
 
-def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
+def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption, progress: Progress) -> None:
     """Wait until all have ended, or one has failed and the rest has had its time."""
     passed_on = False
     deadline = float("inf")
     while any(one.status is None for one in ranks) and time.monotonic() < deadline:
+        progress.safe_point()
         if interruption.requested and not passed_on:
             passed_on = True
             for one in ranks:

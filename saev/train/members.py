@@ -39,6 +39,14 @@ class Member(tp.NamedTuple):
         """Whether it is trained and complete."""
         return storage.exists(storage.join(self.url, RUN))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is published, by a run.json that can be read and is of this run."""
+        if not self.published:
+            return False
+        record = storage.read_json(storage.join(self.url, RUN))
+        return isinstance(record, dict) and record.get("run_id") == self.run_id
+
 
 class Group(tp.NamedTuple):
     """SAEs that are trained on the same batches: one work item."""

@@ -96,6 +96,8 @@ class Points:
         self.set_aside: list[dict[str, tp.Any]] = []
         """What became of the generations before, as plain JSON."""
         self._patience = patience
+        self._known: set[str] | None = None
+        """Points that were there when training began, and our own."""
 
     @property
     def _place(self) -> str:
@@ -122,14 +124,23 @@ class Points:
         point, damaged = patiently(read, self.url, self._patience)
         if point is None and damaged:
             self._begin_anew(damaged, run_urls)
+        entries = storage.list_dir(self._place, missing_ok=True)
+        self._known = {points.stem_of(e.name) for e in entries if points.is_pointer(e.name)}
         return point
 
     def save(self, point: ResumePoint) -> None:
-        """Publish a point, and delete all but this one and the one before it."""
+        """Publish a point, and delete all but this one and the one before it.
+
+        Raises:
+            StorageError: another worker trains the same group; nothing was written.
+        """
         stem = points.stem(point.step)
         storage.clean_temporary(self._place)
         # What is deleted was there before anything is written.
         before = [e for e in storage.list_dir(self._place, missing_ok=True) if not e.is_dir]
+        self._check_alone(before)
+        if self._known is not None:
+            self._known.add(stem)
         for entry in before:
             if entry.name == f"{stem}.json":  # it must not come to stand for new tensors
                 storage.delete(entry.url)
@@ -138,6 +149,16 @@ class Points:
             _delete_older(before, stem)
         except StorageError as err:  # the next point deletes them
             logger.warning("Older resume points stay for now: %s", err)
+
+    def _check_alone(self, entries: tp.Sequence[storage.Entry]) -> None:
+        stems = {points.stem_of(e.name) for e in entries if points.is_pointer(e.name)}
+        others = stems - self._known if self._known is not None else set()
+        if others:
+            raise StorageError(
+                f"Another worker trains the same SAEs: since this one began, {max(others)} of it "
+                f"has come to {self._place}. This one stops, and leaves that point as it is. When "
+                "no worker is left, the same command continues from there."
+            )
 
     def history(self) -> dict[str, tp.Any]:
         """What run.json says of the generations."""
@@ -198,7 +219,7 @@ def _delete_older(before: tp.Sequence[storage.Entry], newest: str) -> None:
 
 def clear(url: str) -> None:
     """Delete the resume points of a finished group, and the folder of all groups if it is empty."""
-    storage.delete(url, recursive=True)
+    storage.clean_up(url, recursive=True)
     storage.remove_empty(storage.parent(url))
 
 

@@ -5,7 +5,7 @@ import typing as tp
 
 from saev import storage, torchrun
 from saev.config import TrainConfig
-from saev.errors import IncompleteError, StorageError
+from saev.errors import CheckpointError, IncompleteError, RankError, StorageError
 from saev.progress import Progress
 from saev.train import curves, launch, resume
 from saev.train.members import RUN, Group, Member
@@ -58,6 +58,17 @@ def work(
     del cfg  # an item has the resolved configs of its members
     progress = progress or Progress(quiet=True)
     group = Group.from_item(item)
+    try:
+        _train(group, item, progress)
+    except (StorageError, CheckpointError, RankError) as err:
+        # Another worker may have finished the same item, and removed what this one needed.
+        if not all(m.is_complete for m in group.members):
+            raise
+        logger.warning("Another worker has published this group meanwhile. Here: %s", err)
+    return [m.url for m in group.members]
+
+
+def _train(group: Group, item: tp.Mapping[str, tp.Any], progress: Progress) -> None:
     config, place = group.members[0].config, torchrun.place()
     if place is not None:
         train_group(group, join(place, config), progress)
@@ -68,7 +79,6 @@ def work(
             launch.train(item, n, progress)
     else:
         train_group(group, alone(config), progress)
-    return [m.url for m in group.members]
 
 
 def train_group(group: Group, team: Team, progress: Progress) -> None:

@@ -184,6 +184,7 @@ class Trainer:
                 if self.step % self.config.log_every == 0 or last:
                     note = self._log(batch, metrics, n_timed / max(now - timed, 1e-9))
                     timed, n_timed = now, 0
+                progress.safe_point()
                 if last or stop or self._due(now - saved):
                     self.save()
                     saved = flushed = time.monotonic()
@@ -353,6 +354,10 @@ class Trainer:
             if index in self._done:
                 if self._wandb:
                     self._wandb[index].finish(metrics)
+                continue
+            progress.safe_point()
+            if member.published:
+                logger.warning("%s was published by another worker meanwhile.", member.url)
                 continue
             for folder in ("", CHECKPOINT, TENSORBOARD):  # of writers that were killed
                 storage.clean_temporary(storage.join(member.url, folder))

@@ -9,6 +9,7 @@ import pytest
 
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError
+from saev.progress import Progress, Task
 from saev.steps import claims
 
 from .places import Place
@@ -24,7 +25,7 @@ def test_one_owner_at_a_time(place: Place) -> None:
     assert claims.release(folder, "a") is True
     second = claims.take(folder, "b", 1.0)
     assert second is not None
-    assert second.number == 2
+    assert second.tries == 2
     assert claims.take(folder, "a", 1.0) is None
 
 
@@ -34,7 +35,7 @@ def test_a_step_that_is_retried_keeps_its_claim(place: Place) -> None:
     again = claims.take(folder, "a", 1.0)
     assert first is not None
     assert again is not None
-    assert again.url == first.url
+    assert (again.owner, again.tries) == ("a", 1)
 
 
 def test_an_expired_claim_is_taken_over_and_its_owner_told(place: Place) -> None:
@@ -71,6 +72,77 @@ def test_force_takes_from_a_holder(place: Place) -> None:
     found = claims.current(folder)
     assert found is not None
     assert found.owner == "b"
+
+
+def test_no_number_is_written_twice(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = storage.join(place.root, "claims")
+    seen: dict[str, bytes] = {}
+
+    def look() -> None:
+        for entry in storage.list_dir(folder):
+            data = storage.read_bytes(entry.url)
+            assert seen.setdefault(entry.name, data) == data
+
+    claim = claims.take(folder, "a", 1.0)
+    look()
+    for _ in range(15):
+        claim = claims.renew(claim)
+        look()
+    claims.release(folder, "a")
+    look()
+    assert claims.take(folder, "b", 1.0).tries == 2
+    look()
+    assert len(storage.list_dir(folder)) <= 10
+
+
+def test_a_late_heartbeat_does_not_take_a_claim_back(place: Place) -> None:
+    """It has looked, then the run ends or another takes over, then it writes."""
+    folder = storage.join(place.root, "claims")
+    seen = claims.take(folder, "a", 1.0)
+    claims.release(folder, "a")
+    assert claims.renew(seen) is None
+    assert claims.current(folder).released
+    claims.take(folder, "b", 1.0)
+    assert claims.renew(seen) is None
+    assert claims.current(folder).owner == "b"
+
+
+def work_on(task: Task) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        task.advance(1)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("loses", ["taken", "released"])
+def test_who_lost_a_claim_stops_at_the_next_safe_point(
+    place: Place, monkeypatch: pytest.MonkeyPatch, loses: str
+) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.05)
+    folder = storage.join(place.root, "claims")
+    claims.take(folder, "a", 1.0)
+    progress = Progress(quiet=True)
+    with claims.held(folder, "a") as holding, progress.task("x", total=None, unit="u") as task:
+        progress.safe_point = holding.check
+        task.advance(1)
+        if loses == "taken":
+            while claims.take(folder, "b", 1.0, force=True) is None:
+                pass
+        else:
+            claims.release(folder, "a")
+        with pytest.raises(ConfigError, match="Run a no longer has the claim"):
+            work_on(task)
+    found = claims.current(folder)
+    assert found.owner == ("b" if loses == "taken" else "a")
+    assert found.released == (loses == "released")
+
+
+def test_claims_of_version_0_1_0(place: Place) -> None:
+    folder = storage.join(place.root, "claims")
+    raw = {"owner": "old", "hours": 1.0, "released": True, "expires": "2026-01-01T00:00:00+00:00"}
+    storage.write_json(storage.join(folder, "000003.json"), raw)
+    taken = claims.take(folder, "a", 1.0)
+    assert (taken.number, taken.tries) == (4, 4)
 
 
 @pytest.mark.parametrize("state", ["free", "expired", "released"])

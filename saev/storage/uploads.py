@@ -1,0 +1,173 @@
+"""Objects of S3, written so that success means: these bytes stand there under this name.
+
+Small objects are one PUT. Larger ones are an upload in parts, which becomes an object when it is
+completed. Every attempt is an upload of its own, every part has one content, and a completion is
+sent only when all parts are there. So whatever a network does with a request (its answer is lost,
+it comes late, twice or in another order), a completion publishes all bytes of its attempt or
+nothing. Its answer may be lost, so what counts is what stands there afterwards.
+"""
+
+import base64
+import contextlib
+import hashlib
+import io
+import typing as tp
+
+from saev.errors import StorageError
+from saev.storage.checksums import crc32c
+from saev.storage.faults import answer_of, is_passing, retry_reads
+
+PART_BYTES = 32 << 20
+_PARTS_OF_A_SIZE = 2000
+"""After as many parts, parts are twice as large: 10,000 are the most, and 5 TiB must fit."""
+
+
+class Upload(io.RawIOBase):
+    """A new object, written from front to back.
+
+    Args:
+        fs: an s3fs file system.
+        key: bucket and key.
+        url: for messages.
+    """
+
+    def __init__(self, fs: tp.Any, key: str, url: str):
+        self._fs, self._key, self._url = fs, key, url
+        bucket, name, _ = fs.split_path(key)
+        self._place = {"Bucket": bucket, "Key": name}
+        self._buffer = bytearray()
+        self._size = 0
+        self._crc = 0
+        self._upload_id = ""
+        self._parts: list[dict[str, tp.Any]] = []
+        self._digests = b""
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def write(self, data: tp.Any) -> int:
+        """Take bytes; whole parts are sent."""
+        view = memoryview(data).cast("B")
+        self._crc = crc32c(view, self._crc)
+        self._size += view.nbytes
+        start = 0
+        while start < view.nbytes:
+            n = self._part_bytes()
+            end = start + n - len(self._buffer)
+            self._buffer += view[start:end]
+            start = end
+            if len(self._buffer) == n:
+                self._send_part()
+        return view.nbytes
+
+    def publish(self) -> None:
+        """Make it an object.
+
+        Raises:
+            StorageError: something else stands there now, or nothing.
+        """
+        if not self._parts:
+            self._call("put_object", Body=bytes(self._buffer), ContentMD5=_md5(self._buffer))
+        else:
+            if self._buffer:
+                self._send_part()
+            trouble = self._complete()
+            if trouble:
+                raise self._lost(trouble)
+        self._fs.invalidate_cache(self._key)
+
+    def drop(self) -> None:
+        """Leave nothing behind, as far as the store can be reached."""
+        self._buffer = bytearray()
+        if self._upload_id:
+            with contextlib.suppress(Exception):
+                self._fs.call_s3("abort_multipart_upload", **self._place, UploadId=self._upload_id)
+
+    def _part_bytes(self) -> int:
+        if self._fs.fixed_upload_size:
+            return PART_BYTES
+        return int(PART_BYTES << (len(self._parts) // _PARTS_OF_A_SIZE))
+
+    def _send_part(self) -> None:
+        if not self._upload_id:
+            self._upload_id = self._call("create_multipart_upload")["UploadId"]
+        number = len(self._parts) + 1
+        # The store refuses a part whose bytes changed on the way.
+        sent = self._call(
+            "upload_part",
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=bytes(self._buffer),
+            ContentMD5=_md5(self._buffer),
+        )
+        self._digests += hashlib.md5(self._buffer, usedforsecurity=False).digest()
+        self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+        self._buffer = bytearray()
+
+    @retry_reads
+    def _complete(self) -> str:
+        """Complete the upload, again while the answer is lost; returns what is wrong with it."""
+        try:
+            answer = self._fs.call_s3(
+                "complete_multipart_upload",
+                **self._place,
+                UploadId=self._upload_id,
+                MultipartUpload={"Parts": self._parts},
+            )
+        except Exception as err:
+            refusal = answer_of(err)
+            is_gone = refusal is not None and refusal.code == "NoSuchUpload"
+            if not is_gone and not is_passing(err):
+                raise
+            # Maybe it was done, and the answer was lost.
+            if self._stands(""):
+                return ""
+            if is_gone:
+                return "the store does not know the upload any more"
+            raise
+        if self._stands(answer.get("ETag", "")):
+            return ""
+        return "the store said that it was, and it holds something else"
+
+    def _stands(self, etag: str) -> bool:
+        """Whether the object holds what was written.
+
+        Its entity tag tells, which for most stores is made of the MD5 of all parts, or is that of
+        the answer to the completion. Where it is another one, the object is read.
+        """
+        try:
+            found = self._call("head_object")
+        except FileNotFoundError:
+            return False
+        if found["ContentLength"] != self._size:
+            return False
+        md5 = hashlib.md5(self._digests, usedforsecurity=False).hexdigest()
+        tags = {f"{md5}-{len(self._parts)}", etag.strip('"')} - {""}
+        if found.get("ETag", "").strip('"') in tags:
+            return True
+        crc = 0
+        for start in range(0, self._size, PART_BYTES):
+            end = min(start + PART_BYTES, self._size)
+            crc = crc32c(retry_reads(self._fs.cat_file)(self._key, start=start, end=end), crc)
+        return crc == self._crc
+
+    def _lost(self, why: str) -> StorageError:
+        error = StorageError(
+            f"Cannot write {self._url}: it was not published as it was written ({why}). Another "
+            "process may write the same object, or a rule of the bucket ends uploads. Run the same "
+            "command again; finished work is kept."
+        )
+        error.passing = True
+        return error
+
+    def _call(self, method: str, **kwargs: tp.Any) -> tp.Any:
+        return retry_reads(self._fs.call_s3)(method, **self._place, **kwargs)
+
+
+def _md5(data: tp.Any) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
