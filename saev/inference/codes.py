@@ -13,6 +13,7 @@ import typing as tp
 from collections.abc import Iterator
 
 import numpy as np
+import pydantic
 import scipy.sparse
 
 from saev import storage
@@ -112,11 +113,11 @@ class Columns(tp.NamedTuple):
 class PieceInfo(Config):
     """Where a piece lies in its file."""
 
-    offset: int
+    offset: int = pydantic.Field(ge=0)
     """First byte."""
-    n_rows: int
+    n_rows: int = pydantic.Field(ge=0)
     """Tokens."""
-    nnz: int
+    nnz: int = pydantic.Field(ge=0)
     """Entries."""
 
 
@@ -125,14 +126,21 @@ class CodesInfo(Config):
 
     name: FileName
     """Object name, beside the record that holds this."""
-    n_latents: int
+    n_latents: int = pydantic.Field(ge=0)
     """Columns."""
-    n_bytes: int
+    n_bytes: int = pydantic.Field(ge=0)
     """Size."""
     checksum: str
     """CRC-32C of the file."""
+    blocks: str = ""
+    """CRC-32C of each MiB of it, eight hex digits each, if there is more than one."""
     pieces: tuple[PieceInfo, ...]
     """In dataset order."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether parts of the file can be checked; an earlier version had one checksum for all."""
+        return bool(self.blocks) or self.n_bytes <= storage.BLOCK
 
     @property
     def n_rows(self) -> int:
@@ -198,6 +206,7 @@ class CodesWriter:
             n_latents=self._n_latents,
             n_bytes=self._writer.n_bytes,
             checksum=self._writer.checksum,
+            blocks=self._writer.blocks,
             pieces=tuple(self._pieces),
         )
 
@@ -205,7 +214,12 @@ class CodesWriter:
 class Piece:
     """One piece of a stored file; arrays are read when they are asked for."""
 
-    def __init__(self, reader: storage.RangeReader, info: PieceInfo, n_latents: int):
+    def __init__(
+        self,
+        reader: storage.RangeReader | storage.CheckedReader,
+        info: PieceInfo,
+        n_latents: int,
+    ):
         self.info = info
         self._reader = reader
         self._fields = _fields(info, n_latents)
@@ -215,6 +229,11 @@ class Piece:
         """Elements ``start:stop`` of an array of the piece."""
         field = self._fields[name]
         stop = field.count if stop is None else stop
+        if not 0 <= start <= stop <= field.count:
+            raise CorruptDataError(
+                f"{self._reader.url}: entries {start}:{stop} of {name} were asked for, it has "
+                f"{field.count}. Delete the folder and run the same command again."
+            )
         out = np.empty(stop - start, dtype=field.dtype)
         if out.size:
             self._reader.readinto(field.offset + start * field.dtype.itemsize, out)
@@ -259,7 +278,7 @@ class StoredCodes:
 
     def __iter__(self) -> Iterator[Piece]:
         for info in self.infos:
-            with storage.RangeReader(storage.join(self._place, info.name)) as reader:
+            with self._open(info) as reader:
                 for piece in info.pieces:
                     yield Piece(reader, piece, info.n_latents)
 
@@ -267,7 +286,7 @@ class StoredCodes:
         """``read`` of every piece, in order; a few at a time, to hide the storage's latency."""
 
         def task(info: CodesInfo, piece: PieceInfo) -> T:
-            with storage.RangeReader(storage.join(self._place, info.name)) as reader:
+            with self._open(info) as reader:
                 return read(Piece(reader, piece, info.n_latents))
 
         pieces = ((info, piece) for info in self.infos for piece in info.pieces)
@@ -277,27 +296,33 @@ class StoredCodes:
                     future.result() for future in [pool.submit(task, *pair) for pair in window]
                 ]
 
+    def _open(self, info: CodesInfo) -> storage.RangeReader | storage.CheckedReader:
+        place = storage.join(self._place, storage.check_name(info.name, self._place))
+        if not info.has_blocks:
+            return storage.RangeReader(place)
+        remedy = _remedy(info)
+        listed = {"n_bytes": info.n_bytes, "checksum": info.checksum}
+        if info.blocks:
+            listed["blocks"] = info.blocks
+        return storage.CheckedReader(place, storage.Listed.from_dict(listed, place), remedy)
+
     def verify(self) -> None:
-        """Compare every file with its record.
+        """Compare every file with its record, unless that is done while it is read.
 
         Raises:
             CorruptDataError: names the first file that differs.
         """
         for info in self.infos:
-            verify(storage.join(self._place, info.name), info.n_bytes, info.checksum)
+            place = storage.join(self._place, storage.check_name(info.name, self._place))
+            size = storage.size(place)
+            if size != info.n_bytes:
+                raise CorruptDataError(
+                    f"{place} is damaged: it has {size} bytes, expected {info.n_bytes}. "
+                    f"{_remedy(info)}"
+                )
+            if not info.has_blocks:  # of an earlier version
+                storage.verify(place, info.checksum, _remedy(info))
 
 
-def verify(place: str, n_bytes: int, checksum: str) -> None:
-    """Compare an object with its record.
-
-    Raises:
-        CorruptDataError: size or checksum differ.
-    """
-    size = storage.size(place)
-    found = storage.checksum(place) if size == n_bytes else f"{size} bytes"
-    expected = checksum if size == n_bytes else f"{n_bytes} bytes"
-    if found != expected:
-        raise CorruptDataError(
-            f"{place} is damaged: it has {found}, expected {expected}. Delete its record "
-            f"({storage.name(place).split('.')[0]}.json) and run the same command again."
-        )
+def _remedy(info: CodesInfo) -> str:
+    return f"Delete its record ({info.name.split('.')[0]}.json) and run the same command again."

@@ -11,3 +11,8 @@ TOKEN_ACTS = "token_acts.npz"
 CONCEPTS = "concepts.json"
 PARTS = "parts"
 """Folder of what work items leave for `finish`; gone once the result is published."""
+
+REMEDY = (
+    "Restore it from a copy, or delete the folder and run the same `saev inference` command again."
+)
+"""What to do about damage."""

@@ -13,7 +13,7 @@ from saev.config.loaders import DataConfig
 from saev.config.source import ActivationSource, check
 from saev.config.train import TrainConfig
 from saev.device import choose_device
-from saev.errors import ConfigError
+from saev.errors import ConfigError, CorruptDataError
 from saev.inference import files, provenance
 from saev.inference.encode import count_fires
 from saev.inference.provenance import read_run
@@ -125,15 +125,22 @@ class Job:
         """
         place = self.place(files.CONFIG)
         if not storage.exists(place):
-            storage.write_json(place, self._describe(self._choose_dists()))
-        found = storage.read_json(place)
-        if not isinstance(found, dict) or found.get("key") != self.key:
-            other = found.get("key") if isinstance(found, dict) else None
+            storage.write_json(place, storage.seal(self._describe(self._choose_dists())))
+        found = storage.read_sealed(place, remedy=files.REMEDY).record
+        if found.get("key") != self.key:
             raise ConfigError(
-                f"{self.url} holds the results of other inputs (key {other}, expected {self.key}). "
-                "Choose another --out, or delete that folder."
+                f"{self.url} holds the results of other inputs (key {found.get('key')}, expected "
+                f"{self.key}). Choose another --out, or delete that folder."
             )
-        return tuple(int(latent) for latent in found["dist_latents"])
+        latents = found.get("dist_latents")
+        if not isinstance(latents, list) or not all(
+            type(n) is int and 0 <= n < self.sae.d_sae for n in latents
+        ):
+            raise CorruptDataError(
+                f"{place} has dist_latents {latents!r:.60}, expected latents of the SAE. "
+                f"{files.REMEDY}"
+            )
+        return tuple(latents)
 
     def _describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
         resolved = self.cfg.model_copy(update={"data": self.data}).to_dict()

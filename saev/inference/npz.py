@@ -7,6 +7,7 @@ on every kind of storage, in every year.
 """
 
 import io
+import types
 import typing as tp
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -91,8 +92,18 @@ class NpzWriter:
         if n_written != int(np.prod(shape, dtype=np.int64)):
             raise ValueError(f"{name}: {n_written} elements were written, the shape is {shape}.")
 
-    def close(self) -> None:
-        """Write the ZIP directory."""
+    def __enter__(self) -> tp.Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        """Write the ZIP directory, unless there was an error."""
+        if error is not None:
+            self._zip.fp = None  # or it would try to write when it is garbage-collected
         self._zip.close()
 
 
@@ -103,7 +114,7 @@ def index_dtype(nnz: int) -> np.dtype:
 
 def write_codes(
     url: str, codes: StoredCodes, extra: tp.Mapping[str, np.ndarray] | None = None
-) -> None:
+) -> storage.Listed:
     """Publish stored codes as a CSR matrix [tokens, latents].
 
     Beside scipy's arrays it holds `example_idx` int64 [tokens] and `token_idx` int32 [tokens], the
@@ -113,20 +124,24 @@ def write_codes(
         url: where to.
         codes: the pieces, in dataset order.
         extra: further small arrays.
+
+    Returns:
+        Size and checksums of the file.
     """
     nnz, n_rows = codes.nnz, codes.n_rows
     with storage.open_write(url) as handle:
-        npz = NpzWriter(handle)
-        npz.write("data", (nnz,), _with_first("<f4", (rows[2] for rows in _by_row(codes))))
-        npz.write("indices", (nnz,), _with_first("<i4", (rows[1] for rows in _by_row(codes))))
-        npz.write("indptr", (n_rows + 1,), _indptr(codes, index_dtype(nnz)))
-        npz.write("format", (), [np.array("csr").astype("S3")])
-        npz.write("shape", (2,), [np.array([n_rows, codes.n_latents], dtype="<i8")])
-        for name, dtype in (("example_idx", "<i8"), ("token_idx", "<i4")):
-            npz.write(name, (n_rows,), _with_first(dtype, (p.array(name) for p in codes)))
-        for name, array in (extra or {}).items():
-            npz.write(name, array.shape, [array])
-        npz.close()
+        writer = storage.ChecksumWriter(handle)
+        with NpzWriter(tp.cast(tp.BinaryIO, writer)) as npz:
+            npz.write("data", (nnz,), _with_first("<f4", (rows[2] for rows in _by_row(codes))))
+            npz.write("indices", (nnz,), _with_first("<i4", (rows[1] for rows in _by_row(codes))))
+            npz.write("indptr", (n_rows + 1,), _indptr(codes, index_dtype(nnz)))
+            npz.write("format", (), [np.array("csr").astype("S3")])
+            npz.write("shape", (2,), [np.array([n_rows, codes.n_latents], dtype="<i8")])
+            for name, dtype in (("example_idx", "<i8"), ("token_idx", "<i4")):
+                npz.write(name, (n_rows,), _with_first(dtype, (p.array(name) for p in codes)))
+            for name, array in (extra or {}).items():
+                npz.write(name, array.shape, [array])
+    return storage.Listed.written(writer)
 
 
 def _with_first(dtype: str, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -6,7 +6,6 @@ import typing as tp
 
 import numpy as np
 import pydantic
-import safetensors
 import safetensors.numpy
 import torch
 
@@ -90,8 +89,8 @@ class PartStats:
     @classmethod
     def from_bytes(cls, data: bytes, n_top: int, source: str) -> "PartStats":
         """Inverse of :meth:`to_bytes`. Raises CorruptDataError."""
-        try:
-            tensors = safetensors.numpy.load(data)
+        tensors = storage.parse_tensors(data, source, remedy="Delete the folder.")
+        with storage.parsed(source, "the statistics of a shard", remedy="Delete the folder."):
             fields = {k: tensors[f"top.{k}"] for k in Entries._fields}
             prefix = "metrics."
             sums = {
@@ -102,8 +101,6 @@ class PartStats:
             metrics = ReconstructionMetrics.from_tensors(sums)
             self = cls(metrics.d_model, metrics.d_sae, n_top)
             self.value_sums, self.max_values = tensors["value_sums"], tensors["max_values"]
-        except (safetensors.SafetensorError, KeyError) as err:
-            raise CorruptDataError(f"{source} is damaged: {err}. Delete the folder.") from err
         self.metrics = metrics
         self.top.merge(Entries(**fields))
         return self
@@ -125,23 +122,20 @@ def find_record(job: Job, shard: int) -> PartRecord | None:
     place = _place(job, shard, "json")
     if not storage.exists(place):
         return None
+    remedy = "Delete it and run the same command again."
+    raw = storage.read_sealed(place, remedy=remedy).record
     try:
-        record = PartRecord.from_dict(storage.read_json(place), source=place)
+        record = PartRecord.from_dict(raw, source=place)
     except ConfigError as err:
-        raise CorruptDataError(f"{err} Delete it and run the same command again.") from err
+        raise CorruptDataError(f"{err} {remedy}") from err
     return record if record.key == job.key else None
 
 
 def read_stats(job: Job, record: PartRecord) -> PartStats:
     """A shard's statistics. Raises CorruptDataError."""
     place = _place(job, record.shard, "safetensors")
-    data = storage.read_bytes(place)
-    found = storage.format_checksum(storage.crc32c(data))
-    if found != record.stats_checksum:
-        raise CorruptDataError(
-            f"{place} is damaged: checksum {found}, expected {record.stats_checksum}. Delete "
-            f"{_place(job, record.shard, 'json')} and run the same command again."
-        )
+    remedy = f"Delete {_place(job, record.shard, 'json')} and run the same command again."
+    data = storage.read_verified(place, record.stats_checksum, remedy)
     return PartStats.from_bytes(data, job.cfg.n_top, place)
 
 
@@ -196,7 +190,7 @@ def compute(job: Job, shard: int, dist_latents: tuple[int, ...], task: Task) -> 
         codes=codes.info() if codes else None,
         dists=dists.info() if dists else None,
     )
-    storage.write_json(_place(job, shard, "json"), record.to_dict())
+    storage.write_json(_place(job, shard, "json"), storage.seal(record.to_dict()))
 
 
 def _open_codes(

@@ -33,23 +33,30 @@ def publish(job: Job) -> None:
     for record in records:
         stats.merge(part.read_stats(job, record))
     metrics: dict[str, tp.Any] = stats.metrics.to_dict()
-    _write_latents(job, stats)
-    _write_top(job, stats.top.result())
+    listed = {files.CONFIG: _listed_config(job)}
+    objects = {**_latents(stats), files.TOP_EXAMPLES: _top(job, stats.top.result())}
 
     place = storage.join(job.url, files.PARTS)
     dists = StoredCodes(place, _infos(records, "dists"))
     if dists.infos:
         dists.verify()
         latents = np.array(records[0].dist_latents, dtype="<i8")
-        npz.write_codes(job.place(files.DISTRIBUTIONS), dists, {"latents": latents})
+        target = job.place(files.DISTRIBUTIONS)
+        listed[files.DISTRIBUTIONS] = npz.write_codes(target, dists, {"latents": latents})
     codes = StoredCodes(place, _infos(records, "codes"))
     if codes.infos:
         codes.verify()
     if job.has_concepts:
-        metrics |= _write_concepts(job, codes, stats.metrics.fired.numpy())
+        classes = _concepts(codes, stats.metrics.fired.numpy())
+        if classes:
+            metrics |= concepts.summarize(classes)
+            objects[files.CONCEPTS] = storage.json_bytes([row.to_dict() for row in classes])
+    for name, data in objects.items():
+        storage.write_bytes(job.place(name), data)
+        listed[name] = storage.Listed.of(data)
     if job.cfg.save:
-        npz.write_codes(job.place(files.TOKEN_ACTS), codes)
-    storage.write_json(job.place(files.METRICS), metrics | _identity(job))
+        listed[files.TOKEN_ACTS] = npz.write_codes(job.place(files.TOKEN_ACTS), codes)
+    storage.write_json(job.place(files.METRICS), storage.seal(metrics | _identity(job), listed))
     remove_parts(job)
 
 
@@ -85,39 +92,47 @@ def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> lis
     return [info for info in infos if info is not None]
 
 
-def _write_latents(job: Job, stats: PartStats) -> None:
+def _listed_config(job: Job) -> storage.Listed:
+    """What is listed of config.json, which was written before everything else."""
+    job.claim()  # raises if it is damaged
+    return storage.Listed.of(storage.read_bytes(job.place(files.CONFIG)))
+
+
+def _latents(stats: PartStats) -> dict[str, bytes]:
     frequency = stats.metrics.frequency().numpy()
     counts = stats.metrics.fired.numpy()
     sparsity = np.log10(frequency + LOG_FLOOR).astype(np.float32)
-    tensors = {"sparsity": sparsity, "frequency": frequency, "counts": counts}
-    storage.write_bytes(job.place(files.SPARSITY), safetensors.numpy.save(tensors))
-    tensors = {
+    means = {
         "mean_values": stats.value_sums / np.maximum(counts, 1),
         "max_values": np.where(counts > 0, stats.max_values, np.float32(0)),
     }
-    storage.write_bytes(job.place(files.MEAN_VALUES), safetensors.numpy.save(tensors))
-
-
-def _write_top(job: Job, top: Entries) -> None:
-    counts = np.bincount(top.latent, minlength=job.sae.d_sae)
-    tensors = {
-        "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "example_idx": top.example_idx,
-        "value": top.value,
-        "token_indptr": np.concatenate([[0], np.cumsum(top.length)]).astype(np.int64),
-        "token_idx": top.token_idx,
-        "token_value": top.token_value,
+    return {
+        files.SPARSITY: safetensors.numpy.save(
+            {"sparsity": sparsity, "frequency": frequency, "counts": counts}
+        ),
+        files.MEAN_VALUES: safetensors.numpy.save(means),
     }
-    storage.write_bytes(job.place(files.TOP_EXAMPLES), safetensors.numpy.save(tensors))
 
 
-def _write_concepts(job: Job, codes: StoredCodes, counts: np.ndarray) -> dict[str, tp.Any]:
+def _top(job: Job, top: Entries) -> bytes:
+    counts = np.bincount(top.latent, minlength=job.sae.d_sae)
+    return safetensors.numpy.save(
+        {
+            "indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            "example_idx": top.example_idx,
+            "value": top.value,
+            "token_indptr": np.concatenate([[0], np.cumsum(top.length)]).astype(np.int64),
+            "token_idx": top.token_idx,
+            "token_value": top.token_value,
+        }
+    )
+
+
+def _concepts(codes: StoredCodes, counts: np.ndarray) -> list[concepts.ClassAlignment]:
     classes = concepts.align(codes, counts)
     if not classes:
         logger.warning("No content token is left to align latents with classes.")
-        return {}
-    storage.write_json(job.place(files.CONCEPTS), [row.to_dict() for row in classes])
-    return concepts.summarize(classes)
+    return classes
 
 
 def _identity(job: Job) -> dict[str, tp.Any]:

@@ -1,11 +1,10 @@
 """Reading an inference folder. Needs numpy and safetensors, scipy for sparse codes, no torch."""
 
 import contextlib
+import functools
 import typing as tp
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from saev import storage
 from saev.config.source import ActivationSource
@@ -17,6 +16,7 @@ from saev.errors import (
     StorageError,
 )
 from saev.inference import files, provenance
+from saev.inference.members import Members
 
 if tp.TYPE_CHECKING:
     import scipy.sparse  # at run time where it is used: steps that read figures do without it
@@ -45,9 +45,11 @@ class Distribution(tp.NamedTuple):
 class Results:
     """A complete inference folder. Use :meth:`open`; everything is read when it is asked for."""
 
-    def __init__(self, url: str, metrics: dict[str, tp.Any]):
-        self.url = url
-        self.metrics = metrics
+    def __init__(self, folder: storage.Folder):
+        self.url = folder.url
+        self.folder = folder
+        """With the list of its files."""
+        self.metrics = folder.record
         """Scalar figures, see docs/metrics.md."""
         self._loaded: dict[str, dict[str, np.ndarray]] = {}
 
@@ -68,10 +70,9 @@ class Results:
                 f"{url} is incomplete: {files.METRICS} is missing. Run the same `saev inference` "
                 "command again; it continues where it stopped."
             )
-        metrics = storage.read_json(place)
-        if not isinstance(metrics, dict) or "d_sae" not in metrics:
-            raise CorruptDataError(f"{place} holds no metrics of `saev inference`.")
-        return cls(url, metrics)
+        folder = storage.Folder.open(url, files.METRICS, files.REMEDY)
+        _check_metrics(folder.record, place)
+        return cls(folder)
 
     @classmethod
     def find(cls, run: str, shards_hash: str, shards_url: str = "") -> "Results":
@@ -162,7 +163,7 @@ class Results:
         """
         if not 0 <= latent < self.d_sae:
             raise ConfigError(f"There is no latent {latent}: the SAE has {self.d_sae}.")
-        t = self._tensors(files.TOP_EXAMPLES)
+        t = self._top_examples
         first, last = t["indptr"][latent : latent + 2]
         n = int(last - first)
         bounds = t["token_indptr"][first : last + 1]
@@ -177,8 +178,20 @@ class Results:
     @property
     def concepts(self) -> list[dict[str, tp.Any]]:
         """Per class its best latent and figures; empty where tokens have no labels."""
+        if not self._has(files.CONCEPTS, "n_classes" in self.metrics):
+            return []
+        from saev.inference.concepts import ClassAlignment
+
+        rows = self.folder.read_json(files.CONCEPTS)
         place = storage.join(self.url, files.CONCEPTS)
-        return storage.read_json(place) if storage.exists(place) else []
+        if not isinstance(rows, list):
+            raise CorruptDataError(f"{place} holds no list of classes. {files.REMEDY}")
+        found = [ClassAlignment.from_dict(row, source=place) for row in rows]
+        if any(not 0 <= row.latent < self.d_sae for row in found):
+            raise CorruptDataError(
+                f"{place} names a latent that the SAE does not have. {files.REMEDY}"
+            )
+        return [row.to_dict() for row in found]
 
     def codes(self) -> "scipy.sparse.csr_matrix":
         """All sparse codes, [tokens, d_sae], rows in dataset order.
@@ -186,44 +199,136 @@ class Results:
         Raises:
             StorageError: they were not saved (--no-save).
         """
-        place = storage.join(self.url, files.TOKEN_ACTS)
-        if not storage.exists(place):
-            raise StorageError(f"{place} does not exist: inference ran with --no-save.")
-        return self._load_npz(place)
+        self._need_codes()
+        with self.folder.reader(files.TOKEN_ACTS) as reader:
+            return self._matrix(Members(reader, files.REMEDY), self.d_sae)
+
+    @property
+    def codes_bytes(self) -> int:
+        """Size of the saved codes; 0 if none were saved."""
+        if not self._has_codes():
+            return 0
+        listed = self.folder.listed(files.TOKEN_ACTS)
+        return (
+            storage.size(storage.join(self.url, files.TOKEN_ACTS))
+            if listed is None
+            else listed.n_bytes
+        )
 
     def code_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Which token each row of `codes` is: example_idx int64 and token_idx int32, [tokens]."""
-        with storage.open_read(storage.join(self.url, files.TOKEN_ACTS)) as handle:
-            arrays = np.load(handle, allow_pickle=False)
-            return arrays["example_idx"], arrays["token_idx"]
+        self._need_codes()
+        n = int(self.metrics["n_tokens"])
+        with self.folder.reader(files.TOKEN_ACTS) as reader:
+            members = Members(reader, files.REMEDY)
+            example_idx = members.array("example_idx", ["<i8"], (n,))
+            return example_idx, members.array("token_idx", ["<i4"], (n,))
 
     def distributions(self) -> Distribution:
         """All values of `n_dists` latents; none if there are no distributions."""
         import scipy.sparse
 
-        place = storage.join(self.url, files.DISTRIBUTIONS)
-        if not storage.exists(place):
+        if not self._has(files.DISTRIBUTIONS, self._recorded("dist_latents", [])):
             shape = (int(self.metrics["n_tokens"]), 0)
             return Distribution(np.empty(0, np.int64), scipy.sparse.csr_matrix(shape))
-        with storage.open_read(place) as handle:
-            latents = np.load(handle, allow_pickle=False)["latents"]
-        return Distribution(latents, self._load_npz(place))
+        with self.folder.reader(files.DISTRIBUTIONS) as reader:
+            members = Members(reader, files.REMEDY)
+            latents = members.array("latents", ["<i8"], (-1,))
+            if len(latents) and not 0 <= latents.min() <= latents.max() < self.d_sae:
+                raise CorruptDataError(
+                    f"{members.url} names a latent that the SAE does not have. {files.REMEDY}"
+                )
+            return Distribution(latents, self._matrix(members, len(latents)))
+
+    def _has(self, name: str, expected: object) -> bool:
+        """Whether an object belongs to the results; if so, it is there.
+
+        Args:
+            name: of the object.
+            expected: what says so in results of an earlier version, which have no list.
+        """
+        place = storage.join(self.url, name)
+        is_there = self.folder.has(name)
+        if not is_there and self.folder.files is None and expected:
+            raise CorruptDataError(
+                f"{place} is missing, though these results say that it was written. {files.REMEDY}"
+            )
+        return is_there
+
+    def _recorded(self, key: str, default: tp.Any) -> tp.Any:
+        """What config.json says; ``default`` if an earlier version did not write any."""
+        if not self.folder.has(files.CONFIG):
+            return default
+        place = storage.join(self.url, files.CONFIG)
+        if self.folder.files is None:
+            return storage.read_sealed(place, remedy=files.REMEDY).record.get(key, default)
+        return self.folder.read_json(files.CONFIG).get(key, default)
+
+    def _has_codes(self) -> bool:
+        config = self._recorded("config", {})
+        return self._has(files.TOKEN_ACTS, isinstance(config, dict) and config.get("save", False))
+
+    def _need_codes(self) -> None:
+        if not self._has_codes():
+            raise StorageError(
+                f"{storage.join(self.url, files.TOKEN_ACTS)} does not exist: inference ran with "
+                "--no-save."
+            )
+
+    @functools.cached_property
+    def _top_examples(self) -> dict[str, np.ndarray]:
+        """Arrays of top_examples.safetensors, whose indices stay inside of each other."""
+        t = self._tensors(files.TOP_EXAMPLES)
+        n_entries, n_tokens = len(t["example_idx"]), len(t["token_idx"])
+        tokens, examples = t["token_idx"], t["example_idx"]
+        if not (
+            len(t["value"]) == n_entries
+            and len(t["token_indptr"]) == n_entries + 1
+            and len(t["token_value"]) == n_tokens
+            and _is_indptr(t["indptr"], n_entries)
+            and _is_indptr(t["token_indptr"], n_tokens)
+            and _within(tokens, -1, self.content_tokens)
+            and _within(examples, 0, _MAX_COUNT)
+        ):
+            raise CorruptDataError(
+                f"{storage.join(self.url, files.TOP_EXAMPLES)} has indices that lead nowhere. "
+                f"{files.REMEDY}"
+            )
+        return t
 
     def _tensors(self, name: str) -> dict[str, np.ndarray]:
         if name not in self._loaded:
-            place = storage.join(self.url, name)
-            try:
-                self._loaded[name] = safetensors.numpy.load(storage.read_bytes(place))
-            except safetensors.SafetensorError as err:
-                raise CorruptDataError(f"{place} is damaged: {err}. Run inference again.") from err
+            expected = {
+                key: (dtype, (self.d_sae + n,) if n is not None else (-1,))
+                for key, (dtype, n) in _ARRAYS[name].items()
+            }
+            self._loaded[name] = storage.parse_tensors(
+                self.folder.read_bytes(name),
+                storage.join(self.url, name),
+                expected,
+                remedy=files.REMEDY,
+            )
         return self._loaded[name]
 
-    @staticmethod
-    def _load_npz(place: str) -> "scipy.sparse.csr_matrix":
+    def _matrix(self, members: Members, n_columns: int) -> "scipy.sparse.csr_matrix":
         import scipy.sparse
 
-        with storage.open_read(place) as handle:
-            return scipy.sparse.load_npz(handle)
+        n_rows = int(self.metrics["n_tokens"])
+        shape = members.array("shape", ["<i8"], (2,))
+        if shape.tolist() != [n_rows, n_columns]:
+            raise CorruptDataError(
+                f"{members.url} is a matrix of {shape.tolist()}, expected {[n_rows, n_columns]}. "
+                f"{files.REMEDY}"
+            )
+        indptr = members.array("indptr", ["<i4", "<i8"], (n_rows + 1,))
+        indices = members.array("indices", ["<i4"], (-1,))
+        data = members.array("data", ["<f4"], (len(indices),))
+        with storage.parsed(members.url, "a sparse matrix", remedy=files.REMEDY):
+            if not _is_indptr(indptr, len(indices)):
+                raise ValueError("its indptr is none")
+            matrix = scipy.sparse.csr_matrix((data, indices, indptr), shape=(n_rows, n_columns))
+            matrix.check_format(full_check=True)
+        return matrix
 
 
 def _current(run: str, found: tp.Sequence[Results], shards_url: str) -> list[Results]:
@@ -253,3 +358,56 @@ def _named_shards(config: dict[str, tp.Any], place: str) -> str:
         url = storage.recorded_folder(url, place, "")
         return url if storage.exists(url) else ""
     return ""
+
+
+_ARRAYS: dict[str, dict[str, tuple[str, int | None]]] = {
+    files.SPARSITY: {"sparsity": ("f4", 0), "frequency": ("f8", 0), "counts": ("i8", 0)},
+    files.MEAN_VALUES: {"mean_values": ("f8", 0), "max_values": ("f4", 0)},
+    files.TOP_EXAMPLES: {
+        "indptr": ("i8", 1), "example_idx": ("i8", None), "value": ("f4", None),
+        "token_indptr": ("i8", None), "token_idx": ("i4", None), "token_value": ("f4", None),
+    },
+}  # fmt: skip
+"""dtype of each array, and how much longer than d_sae it is; None: of any length."""
+
+_COUNTS = ("d_model", "d_sae", "content_tokens", "n_tokens", "n_examples", "n_latents", "layer",
+           "n_dead", "n_almost_dead", "n_dense", "n_classes")  # fmt: skip
+_NEEDED = ("d_sae", "content_tokens", "n_tokens", "shards_hash")
+_MAX_CONTENT_TOKENS = 1 << 20
+_MAX_COUNT = 1 << 48
+
+
+def _check_metrics(metrics: tp.Mapping[str, tp.Any], place: str) -> None:
+    """That figures are numbers, and that those which sizes are made of are not absurd."""
+    for key in _NEEDED:
+        if key not in metrics:
+            raise CorruptDataError(f"{place} holds no metrics of `saev inference`: no {key}.")
+    for key, value in metrics.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key in _COUNTS:
+            most = _MAX_CONTENT_TOKENS if key == "content_tokens" else _MAX_COUNT
+            fits = isinstance(value, int) and is_number and 0 <= value <= most
+        elif key in ("shards_hash", "tokens"):
+            fits = isinstance(value, str)
+        elif key in _FIGURES:
+            fits = is_number or value is None
+        else:
+            continue
+        if not fits:
+            raise CorruptDataError(
+                f"{place}: {key} is {value!r:.60}, expected "
+                f"{'a text' if key in ('shards_hash', 'tokens') else 'a number'}. {files.REMEDY}"
+            )
+
+
+_FIGURES = ("normalized_mse", "explained_variance", "mse_per_token", "mse_per_dim", "l0", "l1",
+            "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r")  # fmt: skip
+
+
+def _is_indptr(indptr: np.ndarray, n: int) -> bool:
+    """Whether it rises from 0 to ``n``."""
+    return bool(indptr[0] == 0 and indptr[-1] == n and (np.diff(indptr) >= 0).all())
+
+
+def _within(values: np.ndarray, low: int, stop: int) -> bool:
+    return not len(values) or bool(low <= values.min() and values.max() < stop)

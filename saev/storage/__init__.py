@@ -9,7 +9,7 @@ functions; every other scheme goes through fsspec, but for ranges of S3 objects.
 from saev.errors import CorruptDataError, StorageError
 from saev.storage.cache import NodeCache
 from saev.storage.cache import from_environment as node_cache
-from saev.storage.checksums import ChecksumWriter, checksum, crc32c, format_checksum, verify
+from saev.storage.checksums import BLOCK, ChecksumWriter, checksum, crc32c, format_checksum, verify
 from saev.storage.combining import concatenate
 from saev.storage.confirming import confirmed
 from saev.storage.creating import create
@@ -44,6 +44,7 @@ from saev.storage.manifest import (
     check_name,
     read_listed,
     read_sealed,
+    read_verified,
     seal,
 )
 from saev.storage.parsing import parse_json, parse_tensors, parse_toml, parsed
@@ -62,6 +63,7 @@ from saev.storage.writing import (
 )
 
 __all__ = [
+    "BLOCK",
     "TMP_PREFIX",
     "CheckedReader",
     "ChecksumWriter",
@@ -120,6 +122,7 @@ __all__ = [
     "read_parsed",
     "read_sealed",
     "read_text",
+    "read_verified",
     "recorded_folder",
     "remove_empty",
     "remove_temporary",

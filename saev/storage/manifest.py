@@ -313,6 +313,21 @@ def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> byt
     )
 
 
+def read_verified(url: str | os.PathLike, checksum: str, remedy: str = "") -> bytes:
+    """A whole object whose checksum is known. Raises CorruptDataError if it has another."""
+    place = normalize(url)
+
+    def wrong(data: bytes) -> CorruptDataError | None:
+        found = format_checksum(crc32c(data))
+        if found == checksum:
+            return None
+        return CorruptDataError(
+            f"{place} is damaged: it has checksum {found}, expected {checksum}. {remedy}"
+        )
+
+    return confirmed(place, lambda fresh: read_bytes(place, fresh=fresh), wrong)
+
+
 class CheckedReader:
     """:class:`RangeReader` of a listed object; whatever is read of it is right.
 

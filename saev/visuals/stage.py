@@ -13,7 +13,6 @@ from saev import cores, storage
 from saev.config import VisualsConfig
 from saev.config.source import ActivationSource, check
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
-from saev.inference import files
 from saev.inference.results import Results, TopExamples
 from saev.progress import Progress, Task
 from saev.shards import Shards
@@ -184,7 +183,7 @@ class _Stage:
         return _hash(
             {
                 "format": FORMAT,
-                "inference": storage.checksum(storage.join(self.inference_url, files.METRICS)),
+                "inference": self.results.folder.checksum,
                 "shards": self.shards.metadata.hash,
                 "n_top": self.cfg.n_top,
                 "image_size": self.cfg.image_size,
@@ -355,8 +354,7 @@ class _Stage:
     def _all_values(self) -> dict[int, np.ndarray]:
         """All values of the chosen latents, as far as inference kept them in a size to load."""
         latents = np.array(self.choice.latents, dtype=np.int64)
-        codes_url = storage.join(self.inference_url, files.TOKEN_ACTS)
-        if storage.exists(codes_url) and storage.size(codes_url) <= _MAX_CODES_BYTES:
+        if 0 < self.results.codes_bytes <= _MAX_CODES_BYTES:
             columns = self.results.codes()[:, latents].tocsc()
         else:
             kept = self.results.distributions()

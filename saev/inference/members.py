@@ -1,0 +1,148 @@
+"""Reading the arrays of an `.npz` range by range; what its headers claim is compared with it first.
+
+`numpy.load` believes the headers of a zip file. Here a member is an array only if it is stored as
+it is, lies inside the file, and has just the bytes that its own header says.
+"""
+
+import io
+import math
+import struct
+import typing as tp
+import zipfile
+import zlib
+
+import numpy as np
+
+from saev import storage
+from saev.errors import CorruptDataError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Signature, length of the name, length of the extra field."""
+_MAX_HEADER = 1 << 16
+"""Bytes before an array's values; ours have 128."""
+_STEP = 16 << 20
+
+Reader = storage.RangeReader | storage.CheckedReader
+
+
+class Members:
+    """The arrays of an `.npz`.
+
+    Args:
+        reader: of the file.
+        remedy: what to do about damage.
+
+    Raises:
+        CorruptDataError: it is no zip file.
+    """
+
+    def __init__(self, reader: Reader, remedy: str):
+        self._reader, self._remedy = reader, remedy
+        self.url = reader.url
+        with self._parsed():
+            # io.RawIOBase has all that ZipFile calls.
+            self._zip = zipfile.ZipFile(tp.cast(tp.BinaryIO, _File(reader)))
+
+    def array(self, name: str, kinds: tp.Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+        """One array.
+
+        Args:
+            name: of the array.
+            kinds: dtypes that it may have.
+            shape: that it must have; -1 is any length.
+
+        Raises:
+            CorruptDataError: there is none, or it is another one.
+        """
+        with self._parsed():
+            info = self._zip.getinfo(f"{name}.npy")
+            start = self._start(info)
+            dtype, found, first = self._header(start, info.file_size)
+        fits = len(found) == len(shape) and all(
+            want in (-1, have) for have, want in zip(found, shape, strict=True)
+        )
+        if dtype.str not in kinds or not fits:
+            raise CorruptDataError(
+                f"{self.url}: {name} is {dtype.str} {list(found)}, expected {' or '.join(kinds)} "
+                f"{list(shape)}. {self._remedy}"
+            )
+        values = np.empty(found, dtype=dtype)
+        self._fill(start + first, values)
+        self._check(info, start, first, values)
+        return values
+
+    def _parsed(self) -> tp.ContextManager[None]:
+        return storage.parsed(self.url, "a zip file of arrays (.npz)", remedy=self._remedy)
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where the bytes of a member begin."""
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"{info.filename} is compressed")
+        offset = info.header_offset
+        data = self._reader.read(offset, _LOCAL_HEADER.size)
+        signature, n_name, n_extra = _LOCAL_HEADER.unpack(data)
+        start = offset + _LOCAL_HEADER.size + n_name + n_extra
+        if signature != b"PK\x03\x04" or start + info.file_size > self._reader.size:
+            raise ValueError(f"{info.filename} does not lie where its directory says")
+        return int(start)
+
+    def _header(self, start: int, n_bytes: int) -> tuple[np.dtype, tuple[int, ...], int]:
+        """dtype and shape of an array, and how many bytes come before its values."""
+        head = io.BytesIO(self._reader.read(start, min(n_bytes, _MAX_HEADER)))
+        version = np.lib.format.read_magic(head)
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+        else:
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(head)
+        if dtype.hasobject or (is_fortran and len(shape) > 1) or any(n < 0 for n in shape):
+            raise ValueError(f"an array is {dtype} {shape}")
+        if math.prod(shape) * dtype.itemsize != n_bytes - head.tell():
+            raise ValueError(f"an array of {dtype} {list(shape)} has {n_bytes - head.tell()} bytes")
+        return dtype, shape, head.tell()
+
+    def _fill(self, start: int, values: np.ndarray) -> None:
+        view = memoryview(values.reshape(-1).view(np.uint8).data if values.size else b"")
+        for at in range(0, view.nbytes, _STEP):
+            self._reader.readinto(start + at, view[at : at + _STEP])
+
+    def _check(self, info: zipfile.ZipInfo, start: int, first: int, values: np.ndarray) -> None:
+        """Compare with the zip's own checksum, where no list of files has a better one."""
+        if isinstance(self._reader, storage.CheckedReader):
+            return
+        crc = zlib.crc32(self._reader.read(start, first))
+        crc = zlib.crc32(np.ascontiguousarray(values).tobytes() if values.size else b"", crc)
+        if crc != info.CRC:
+            raise CorruptDataError(
+                f"{self.url} is damaged: {info.filename} has CRC {crc:08x}, expected "
+                f"{info.CRC:08x}. {self._remedy}"
+            )
+
+
+class _File(io.RawIOBase):
+    """What zipfile reads a directory from; it never gives more than there is."""
+
+    def __init__(self, reader: Reader):
+        self._reader, self._at = reader, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._reader.size}[whence]
+        if base + offset < 0:
+            raise ValueError("a place before the file")
+        self._at = base + offset
+        return self._at
+
+    def read(self, n: int | None = -1) -> bytes:
+        left = max(0, self._reader.size - self._at)
+        n = left if n is None or n < 0 else min(n, left)
+        data = self._reader.read(self._at, n)
+        self._at += n
+        return data
