@@ -37,7 +37,7 @@ class Stages(tp.NamedTuple):
     def measuring(self, run: str, shards: str) -> InferenceConfig:
         """The config of inference with the SAE of a run: by default on the layer and the tokens
         that it was trained on."""
-        trained = TrainConfig.from_url(storage.join(run, "config.json")).train_data
+        trained = TrainConfig.of_run(run).train_data
         data = {
             "layer": trained.layer,
             "tokens": trained.tokens,

@@ -4,6 +4,7 @@ import typing as tp
 
 import pydantic
 
+from saev import storage
 from saev.config.base import Config
 from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.sae import Objective, SaeConfig, Vanilla
@@ -71,6 +72,20 @@ class TrainConfig(Config):
     """Steps between rows of metrics.jsonl."""
     wandb_project: str = ""
     """Weights & Biases project; empty does not log there."""
+
+    @classmethod
+    def of_run(cls, url: str) -> tp.Self:
+        """The resolved config of a run folder, compared with what run.json lists if it is there.
+
+        Raises:
+            CorruptDataError: it is damaged.
+            StorageError: there is none.
+        """
+        is_complete = storage.exists(storage.join(url, "run.json"))
+        kind = storage.Folder.open if is_complete else storage.Folder.unlisted
+        folder = kind(url, "run.json", "Restore the run folder from a copy, or train it again.")
+        place = storage.join(url, "config.json")
+        return cls.from_dict(folder.read_json("config.json"), source=place)
 
 
 N_STEPS = 1000

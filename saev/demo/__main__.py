@@ -107,8 +107,8 @@ def measure(root: str) -> list[Measured]:
     for entry in storage.list_dir(storage.join(root, "runs")):
         if not storage.exists(storage.join(entry.url, "run.json")):
             continue
-        cfg = TrainConfig.from_url(storage.join(entry.url, "config.json"))
-        metrics = storage.read_json(storage.join(entry.url, "run.json"))["metrics"]
+        cfg = TrainConfig.of_run(entry.url)
+        metrics = storage.read_sealed(storage.join(entry.url, "run.json")).record["metrics"]
         d_sae, k = cfg.sae.d_sae or 0, max(1, round(metrics["l0"]))
         beside = baselines.Baselines(
             k,

@@ -19,7 +19,7 @@ def read_run(run: str) -> TrainConfig | None:
     """How the SAE was trained; None if ``run`` is not a run folder."""
     config = storage.join(run, "config.json") if not run.startswith("hf-hub:") else ""
     is_run = config and storage.is_dir(storage.join(run, "checkpoint")) and storage.exists(config)
-    return TrainConfig.from_url(config) if is_run else None
+    return TrainConfig.of_run(run) if is_run else None
 
 
 def trained_on(

@@ -3,9 +3,10 @@
 A checkpoint is a folder of two objects, the second published last:
 
     sae.safetensors   W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, threshold?
-    config.json       {"format": "saev-sae", "version": 1, "sae": …, "weights": {size, checksum}}
+    config.json       {"format": "saev-sae", "version": 1, "sae": …, "files": …, "checksum": …}
 
-config.json records the checksum of the weights, so a damaged or mixed-up pair is an error.
+config.json lists the weights and has a checksum of its own (:mod:`saev.storage.manifest`), so a
+damaged or mixed-up pair is an error. `weights` is what version 0.1.0 had instead, and still reads.
 """
 
 import logging
@@ -34,7 +35,12 @@ WEIGHTS = "sae.safetensors"
 HUB_PREFIX = "hf-hub:"
 
 
-def save_sae(sae: SparseAutoencoder, url: str, metadata: dict[str, tp.Any] | None = None) -> None:
+_REMEDY = "Copy the folder again, or train the SAE again."
+
+
+def save_sae(
+    sae: SparseAutoencoder, url: str, metadata: dict[str, tp.Any] | None = None
+) -> dict[str, storage.Listed]:
     """Write a checkpoint folder. See :meth:`SparseAutoencoder.save`."""
     tensors = {
         name: t.detach().to("cpu", torch.float32).contiguous()
@@ -42,21 +48,18 @@ def save_sae(sae: SparseAutoencoder, url: str, metadata: dict[str, tp.Any] | Non
     }
     data = safetensors.torch.save(tensors)
     storage.write_bytes(storage.join(url, WEIGHTS), data)
-    storage.write_json(
-        storage.join(url, CONFIG),
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "saev": saev.__version__,
-            "sae": sae.cfg.to_dict(),
-            "weights": {
-                "name": WEIGHTS,
-                "n_bytes": len(data),
-                "checksum": storage.format_checksum(storage.crc32c(data)),
-            },
-            "metadata": metadata or {},
-        },
-    )
+    weights = storage.Listed.of(data)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "saev": saev.__version__,
+        "sae": sae.cfg.to_dict(),
+        "weights": {"name": WEIGHTS, "n_bytes": weights.n_bytes, "checksum": weights.checksum},
+        "metadata": metadata or {},
+    }
+    config = storage.json_bytes(storage.seal(record, {WEIGHTS: weights}))
+    storage.write_bytes(storage.join(url, CONFIG), config)
+    return {WEIGHTS: weights, CONFIG: storage.Listed.of(config)}
 
 
 def load_sae(
@@ -154,38 +157,38 @@ def _locate(url: str) -> str | foreign.Found:
 def _load_native(url: str) -> SparseAutoencoder:
     config_url, weights_url = storage.join(url, CONFIG), storage.join(url, WEIGHTS)
     try:
-        record = storage.read_json(config_url)
+        record, files, _ = storage.read_sealed(config_url, remedy=_REMEDY)
     except CorruptDataError as err:
         raise CheckpointError(str(err)) from err
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if record.get("format") != FORMAT:
         raise CheckpointError(f'{config_url} is not an SAE config: expected "format": "{FORMAT}".')
     if record.get("version") != VERSION:
         raise CheckpointError(
             f"{config_url} has format version {record.get('version')}, this saev reads {VERSION}. "
             "Install the saev that wrote it."
         )
-    weights = record.get("weights")
-    if not isinstance(weights, dict) or {"n_bytes", "checksum"} - set(weights):
-        raise CheckpointError(f"{config_url} does not record the size and checksum of {WEIGHTS}.")
     cfg = SaeConfig.from_dict(record.get("sae"), source=config_url)
-    data = storage.read_bytes(weights_url)
-    if len(data) != weights["n_bytes"]:
-        raise CheckpointError(
-            f"{weights_url} has {len(data)} bytes, expected {weights['n_bytes']}: it is truncated "
-            "or belongs to another config.json. Copy the folder again."
-        )
-    found = storage.format_checksum(storage.crc32c(data))
-    if found != weights["checksum"]:
-        raise CheckpointError(
-            f"{weights_url} has checksum {found}, expected {weights['checksum']}: it is damaged or "
-            "belongs to another config.json. Copy the folder again."
-        )
+    listed = (files or {}).get(WEIGHTS)
+    try:
+        if listed is None:
+            listed = _of_0_1_0(record.get("weights"), config_url)
+        data = storage.read_listed(weights_url, listed, _REMEDY)
+    except CorruptDataError as err:
+        raise CheckpointError(f"{err} Or it belongs to another {CONFIG}.") from err
     sae = SparseAutoencoder.from_tensors(
         cfg, parse_safetensors(data, weights_url), source=weights_url
     )
     metadata = record.get("metadata")
     sae.metadata = metadata if isinstance(metadata, dict) else {}
     return sae
+
+
+def _of_0_1_0(weights: tp.Any, url: str) -> storage.Listed:
+    """What version 0.1.0 recorded of the weights, which had no checksums of parts."""
+    keys = ("n_bytes", "checksum")
+    if not isinstance(weights, dict) or set(keys) - set(weights):
+        raise CorruptDataError(f"{url} does not record the size and checksum of {WEIGHTS}.")
+    return storage.Listed.whole(weights["n_bytes"], weights["checksum"], f"{url}: weights")
 
 
 def _download(name: str) -> str:

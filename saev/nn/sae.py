@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saev import storage
 from saev.config.sae import BatchTopK, JumpRelu, Relu, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn import activations
@@ -155,16 +156,21 @@ class SparseAutoencoder(nn.Module):
         acts = self.encode(x).acts
         return SaeOutput(self.decode(acts), acts)
 
-    def save(self, url: str, metadata: dict[str, tp.Any] | None = None) -> None:
+    def save(
+        self, url: str, metadata: dict[str, tp.Any] | None = None
+    ) -> dict[str, storage.Listed]:
         """Write ``sae.safetensors`` and ``config.json`` (last) into the folder `url`.
 
         Args:
             url: folder.
             metadata: JSON-able provenance, kept in config.json under "metadata".
+
+        Returns:
+            Size and checksum of both objects, by name.
         """
         from saev.nn import checkpoints
 
-        checkpoints.save_sae(self, url, metadata)
+        return checkpoints.save_sae(self, url, metadata)
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.d_model:

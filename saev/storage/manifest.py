@@ -67,6 +67,15 @@ class Listed:
         """That of what went through a writer."""
         return cls(writer.n_bytes, writer.checksum, writer.blocks)
 
+    @classmethod
+    def whole(cls, n_bytes: tp.Any, checksum: tp.Any, source: str) -> "Listed":
+        """That of an object of which no parts can be checked. Raises CorruptDataError."""
+        if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
+            raise CorruptDataError(f"{source}: n_bytes is {n_bytes!r:.60}, expected a size.")
+        if not isinstance(checksum, str) or not _SUM.fullmatch(checksum):
+            raise CorruptDataError(f"{source}: checksum is {checksum!r:.60}, expected crc32c:….")
+        return cls(n_bytes, checksum)
+
     def to_dict(self) -> dict[str, tp.Any]:
         """As plain JSON."""
         blocks = {"blocks": self.blocks} if self.blocks else {}
@@ -77,15 +86,12 @@ class Listed:
         """Inverse of :meth:`to_dict`. Raises CorruptDataError."""
         if not isinstance(raw, dict) or raw.keys() - {"n_bytes", "checksum", "blocks"}:
             raise CorruptDataError(f"{source} is not n_bytes, checksum and blocks of an object.")
-        n, total, blocks = raw.get("n_bytes"), raw.get("checksum"), raw.get("blocks", "")
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise CorruptDataError(f"{source} has n_bytes {n!r:.60}, expected a number of bytes.")
-        if not isinstance(total, str) or not _SUM.fullmatch(total):
-            raise CorruptDataError(f"{source} has checksum {total!r:.60}, expected crc32c:….")
+        found = cls.whole(raw.get("n_bytes"), raw.get("checksum"), source)
+        blocks, n = raw.get("blocks", ""), found.n_bytes
         n_digits = 8 * -(-n // BLOCK) if n > BLOCK else 0
         if not isinstance(blocks, str) or len(blocks) != n_digits or not _HEX.fullmatch(blocks):
             raise CorruptDataError(f"{source} has not {n_digits} hex digits for its blocks.")
-        return cls(n, total, blocks)
+        return dataclasses.replace(found, blocks=blocks)
 
     def error(self, url: str, data: Bytes, remedy: str) -> CorruptDataError | None:
         """What is wrong with the whole of an object; None if nothing is."""

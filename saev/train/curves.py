@@ -65,6 +65,11 @@ class Curves:
         self._timings.append({"step": row["step"], "wall_time": time.time(), **timing})
         return stored
 
+    @property
+    def listed(self) -> dict[str, storage.Listed]:
+        """What is listed of the curves: not those with times in them, which differ each time."""
+        return {METRICS: storage.Listed.of(_lines(self.rows).encode())}
+
     def flush(self) -> None:
         """Publish all rows."""
         if self._keep or self._n_flushed == len(self.rows) > 0:

@@ -361,8 +361,11 @@ class Trainer:
                 continue
             for folder in ("", CHECKPOINT, TENSORBOARD):  # of writers that were killed
                 storage.clean_temporary(storage.join(member.url, folder))
-            sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
-            storage.write_json(storage.join(member.url, CONFIG), member.config.to_dict())
+            saved = sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
+            config = storage.json_bytes(member.config.to_dict())
+            storage.write_bytes(storage.join(member.url, CONFIG), config)
+            listed = {CONFIG: storage.Listed.of(config), **self.curves[index].listed}
+            listed |= {f"{CHECKPOINT}/{name}": row for name, row in saved.items()}
             record = {
                 "run_id": member.run_id,
                 "tag": member.config.tag,
@@ -374,7 +377,7 @@ class Trainer:
                 "source": self._source(member).to_dict(),
                 "metrics": metrics,
             }
-            storage.write_json(storage.join(member.url, RUN), record)
+            storage.write_json(storage.join(member.url, RUN), storage.seal(record, listed))
             if self._wandb:
                 self._wandb[index].finish(metrics)
 

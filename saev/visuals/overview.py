@@ -96,7 +96,7 @@ def _rows_of(run: str) -> list[Row]:
     folder = storage.join(run, "inference")
     if not storage.exists(storage.join(run, "run.json")) or not storage.exists(folder):
         return []
-    config = TrainConfig.from_url(storage.join(run, "config.json"))
+    config = TrainConfig.of_run(run)
     rows = []
     for entry in storage.list_dir(folder):
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):

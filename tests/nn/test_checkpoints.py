@@ -1,9 +1,11 @@
 """Saving, loading, folding, and the hub. All files are written by the tests."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
+import s3_proxy
 import torch
 from nn.small_saes import ACTIVATIONS, IDS, D, S, equal_saes, inputs, make_sae
 from nn.test_published import HEADERS, write_published
@@ -136,7 +138,7 @@ def flip(path, at):
 @pytest.mark.parametrize("at", [0, 9, 200, -1])
 def test_a_flipped_bit_is_an_error(saved, at):
     flip(saved / "sae.safetensors", at)
-    with pytest.raises(CheckpointError, match=r"sae\.safetensors has checksum .* expected"):
+    with pytest.raises(CheckpointError, match=r"is damaged: it has checksum .* expected"):
         load_sae(str(saved))
 
 
@@ -144,12 +146,14 @@ def test_a_flipped_bit_is_an_error(saved, at):
 def test_truncated_weights_are_an_error(saved, size):
     weights = saved / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"bytes, expected .*truncated"):
+    with pytest.raises(CheckpointError, match=r"is damaged: it has \d+ bytes, expected"):
         load_sae(str(saved))
 
 
 def edit(saved, change):
+    """Change a config.json of version 0.1.0, which had no checksum of its own."""
     record = json.loads((saved / "config.json").read_text())
+    del record["files"], record["checksum"]
     change(record)
     (saved / "config.json").write_text(json.dumps(record))
 
@@ -174,6 +178,24 @@ def test_a_config_that_does_not_fit_the_weights_is_an_error(saved, change, messa
     edit(saved, change)
     with pytest.raises(CheckpointError, match=message):
         load_sae(str(saved))
+
+
+def test_a_config_of_version_0_1_0_is_read(saved):
+    before = load_sae(str(saved))
+    edit(saved, lambda r: None)
+    assert equal_saes(before, load_sae(str(saved)))
+
+
+def test_every_bit_of_the_config_counts(saved):
+    """Or it changes nothing, as one in white space."""
+    before, place = load_sae(str(saved)), saved / "config.json"
+    data = place.read_bytes()
+    for bit in range(0, 8 * len(data), 5):
+        place.write_bytes(s3_proxy.flip(data, bit))
+        with contextlib.suppress(CheckpointError):
+            found = load_sae(str(saved))
+            assert found.cfg == before.cfg
+            assert equal_saes(before, found)
 
 
 def test_an_unknown_key_in_the_config_is_named(saved):

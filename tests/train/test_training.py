@@ -43,13 +43,21 @@ def rows_of(url: str) -> list[dict]:
 
 
 def files_of(url: str | Path) -> dict[str, bytes]:
-    """Everything in a run folder but what holds wall times."""
+    """Everything in a run folder but what holds wall times.
+
+    run.json lists config.json, which names runs_root and the like; that is left out.
+    """
     root = Path(url)
-    return {
+    found = {
         str(p.relative_to(root)): p.read_bytes()
         for p in sorted(root.rglob("*"))
         if p.is_file() and p.parent.name != "tb" and p.name != "timings.jsonl"
     }
+    if "run.json" in found:
+        record = json.loads(found["run.json"])
+        del record["checksum"], record["files"]["config.json"]
+        found["run.json"] = json.dumps(record).encode()
+    return found
 
 
 # --- What is learned ---
