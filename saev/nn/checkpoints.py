@@ -157,9 +157,10 @@ def _locate(url: str) -> str | foreign.Found:
 def _load_native(url: str) -> SparseAutoencoder:
     config_url, weights_url = storage.join(url, CONFIG), storage.join(url, WEIGHTS)
     try:
-        record, files, _ = storage.read_sealed(config_url, remedy=_REMEDY)
+        sealed = storage.read_sealed(config_url, remedy=_REMEDY)
     except CorruptDataError as err:
         raise CheckpointError(str(err)) from err
+    record = sealed.record
     if record.get("format") != FORMAT:
         raise CheckpointError(f'{config_url} is not an SAE config: expected "format": "{FORMAT}".')
     if record.get("version") != VERSION:
@@ -168,7 +169,7 @@ def _load_native(url: str) -> SparseAutoencoder:
             "Install the saev that wrote it."
         )
     cfg = SaeConfig.from_dict(record.get("sae"), source=config_url)
-    listed = (files or {}).get(WEIGHTS)
+    listed = (sealed.files or {}).get(WEIGHTS)
     try:
         if listed is None:
             listed = _of_0_1_0(record.get("weights"), config_url)
