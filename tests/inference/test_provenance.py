@@ -135,7 +135,7 @@ def test_a_result_of_version_0_1_0_is_not_taken_for_one_that_says_so(
     shards = as_recorded(world.shards, tmp_path / "other", {"weights": "sha256:cccc"})
     allowed = inference.run(config(world.run, shards, allow_other_model=True))
     key = storage.name(allowed)
-    checkpoint = storage.read_json(f"{world.run}/checkpoint/config.json")
+    checkpoint = storage.read_sealed(f"{world.run}/checkpoint/config.json").record
     silent = {k: v for k, v in checkpoint["metadata"].items() if k not in ("weights", "network")}
     old = tmp_path / "old"
     shutil.copytree(world.run, old)
@@ -194,7 +194,7 @@ def old_run(world: World, tmp_path: Path) -> str:
     run = tmp_path / "old"
     shutil.copytree(world.run, run)
     place = run / "checkpoint/config.json"
-    record = json.loads(place.read_text())
+    record = storage.read_sealed(place).record  # it had no checksum of its own
     keys = ("run_id", "family", "ckpt", "layer", "tokens", "shards")
     record["metadata"] = {k: record["metadata"][k] for k in keys} | {"n_tokens": 10}
     place.write_text(json.dumps(record))

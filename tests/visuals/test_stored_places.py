@@ -166,7 +166,7 @@ def test_the_name_of_shards_in_a_result(chain: Chain, tmp_path: Path) -> None:
     storage.write_json(str(root / "runs/r0/run.json"), {})
     (tmp_path / "metadata.json").write_text('{"dataset": "what is outside"}')
     (place,) = (root / "runs/r0/inference").glob("*/metrics.json")
-    metrics = json.loads(place.read_text())
-    place.write_text(json.dumps({**metrics, "shards_hash": "../.."}))
+    metrics = storage.read_sealed(place).record
+    place.write_text(json.dumps(storage.seal({**metrics, "shards_hash": "../.."})))
     (section,) = overview.collect(str(root))
     assert section.dataset == ""
