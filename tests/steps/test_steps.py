@@ -134,3 +134,32 @@ def test_discover_writes_for_kfp_and_prints_for_people(
     assert capsys.readouterr().out.split() == [storage.join(place.incoming, "a")]
     (dataset,) = json.loads(to.read_text())
     assert json.loads(dataset)["name"] == "a"
+
+
+def test_a_training_item_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It means the same SAEs, however groups are formed when its pod starts at last."""
+    root, to = str(tmp_path / "out"), tmp_path / "kfp"
+    file = json.loads(FAKE)
+    file["data"]["n_examples"] = 12
+    file["train"] = {"n_train": 200, "device": "cpu", "sae": {"d_sae": 64}}
+    config = json.dumps(file | {"sweep": {"sae.activation.top_k": [2, 3, 4]}})
+    words = ["--root", root, "--config", config, "--dataset", DATASET]
+    cli.main(["step", "plan-shards", *words, "--to-shards", str(to), "--to-items", str(to) + "2"])
+    shards = to.read_text()
+    for item in json.loads(Path(str(to) + "2").read_text()):
+        cli.main(["step", "extract", *words, "--shards", shards, "--item", item])
+    cli.main(["step", "publish", *words, "--shards", shards])
+    words += ["--shards", shards]
+    cli.main(["step", "plan-training", *words, "--to-items", str(to)])
+    (text,) = json.loads(to.read_text())
+    item = json.loads(text)
+    other = {"group": "000000000000", "runs": item["runs"][1:]}
+    cli.main(["step", "train", *words, "--item", json.dumps(other)])
+    done = {e.name for e in storage.list_dir(f"{root}/runs") if e.is_dir}
+    assert done == set(item["runs"][1:])
+    old = {"group": item["group"], "name": "of version 0.1.0"}
+    cli.main(["step", "train", *words, "--item", json.dumps(old)])
+    assert {e.name for e in storage.list_dir(f"{root}/runs")} == set(item["runs"])
+    wrong = {"group": item["group"], "runs": ["0" * 12]}
+    capsys.readouterr()
+    assert "There is no group" in fails(capsys, "train", *words, "--item", json.dumps(wrong))
