@@ -55,7 +55,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 UNSWEPT = frozenset(
     (
         *("runs_root", "tag", "sweep", "device", "max_parallel", "log_every", "wandb_project"),
-        *("checkpoint_every", "checkpoint_minutes", "n_ranks"),
+        *("checkpoint_every", "checkpoint_minutes", "n_ranks", "allow_other_model"),
+        "allow_other_model",
     )
 )
 """Keys that leave the trained weights alone, so a list of them would train equal SAEs twice."""

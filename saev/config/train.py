@@ -13,6 +13,8 @@ from saev.config.sae import Objective, SaeConfig, Vanilla
 class TrainConfig(Config):
     """Train sparse autoencoders on recorded activations; with a sweep, many on the same batches."""
 
+    added: tp.ClassVar[frozenset[str]] = frozenset({"allow_other_model"})
+
     runs_root: str = "./runs"
     """URL of the folder in which each SAE's run folder is made."""
     tag: str = ""
@@ -23,6 +25,9 @@ class TrainConfig(Config):
     """Activations to train on."""
     val_data: ValDataConfig = ValDataConfig()
     """Activations to evaluate on; by default the validation split of the training activations."""
+    allow_other_model: bool = False
+    """Evaluate on activations of another model, preprocessing or image size than those trained on
+    all the same. run.json then says so."""
     n_train: int = pydantic.Field(default=100_000_000, ge=1)
     """Tokens to train on; several epochs if there are fewer."""
     n_val: int = pydantic.Field(default=10_000_000, ge=0)

@@ -14,7 +14,7 @@ from saev.config.train import default_batch_size
 from saev.errors import ConfigError
 from saev.train import earlier
 from saev.train.members import Group, Member, digest
-from saev.train.sides import Places, decide
+from saev.train.sides import Places, check_model, decide, other_model
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def resolve_one(
     n_steps = math.ceil(cfg.n_train / min(batch_size, places.n_tokens(train)))
     if before:  # as if there were enough tokens for such a batch
         n_steps = math.ceil(cfg.n_train / batch_size)
-    return cfg.model_copy(
+    found = cfg.model_copy(
         update={
             "runs_root": storage.normalize(cfg.runs_root),
             "sweep": "",
@@ -137,6 +137,9 @@ def resolve_one(
             "dead_after": cfg.dead_after or default_dead_after(cfg.n_train),
         }
     )
+    if not before:
+        check_model(found, places)
+    return found
 
 
 # --- More defaults, chosen by the experiment in docs/training.md -------------------------------
@@ -196,7 +199,9 @@ def run_id(config: TrainConfig, places: Places | None = None) -> str:
         if side in raw:
             shards = places[raw[side]["shards"]]
             raw[side]["shards"] = [shards.metadata.hash, shards.n_examples]
-    return digest({"numerics": NUMERICS, "config": raw})
+    # Version 0.1.0 evaluated without a word on activations of another model.
+    other = {"other_model": True} if other_model(config, places) else {}
+    return digest({"numerics": NUMERICS, "config": raw, **other})
 
 
 def _hashed(config: TrainConfig) -> dict[str, tp.Any]:

@@ -5,6 +5,7 @@ import typing as tp
 
 from saev import storage
 from saev.config import DataConfig, LoaderConfig, TrainConfig, ValDataConfig
+from saev.config.source import ActivationSource, check, compare
 from saev.errors import ConfigError
 from saev.loaders.selection import Selection
 from saev.shards import Shards
@@ -174,3 +175,35 @@ def _check_not_empty(
             f"{what} on. {other}, or give --n-val 0 without it to train on all and evaluate on "
             "none."
         )
+
+
+# --- Are both of one model? ----------------------------------------------------------------------
+
+
+def sources(config: TrainConfig, places: Places) -> tuple[ActivationSource, ActivationSource]:
+    """What the activations of both sides of a resolved config are."""
+    train, val = (
+        places[data.shards].metadata.source(tp.cast(int, data.layer), data.tokens)
+        for data in (config.train_data, config.val_data.decided())
+    )
+    return train, val
+
+
+def check_model(config: TrainConfig, places: Places) -> None:
+    """Refuse to evaluate on what training says nothing about; see :func:`saev.config.source.check`.
+
+    Raises:
+        ConfigError: both sides differ in model, preprocessing or image size, and that is not
+            allowed.
+    """
+    if config.n_val:
+        train, val = sources(config, places)
+        check(
+            train, val, sae=f"An SAE of --train-data.shards {config.train_data.shards}",
+            shards=f"--val-data.shards {config.val_data.shards}", allow=config.allow_other_model,
+        )  # fmt: skip
+
+
+def other_model(config: TrainConfig, places: Places) -> list[str]:
+    """In what the model of the evaluation differs from that of training."""
+    return compare(*sources(config, places)).refused if config.n_val else []

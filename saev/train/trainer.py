@@ -24,7 +24,7 @@ from saev.nn import SparseAutoencoder, StepMetrics
 from saev.nn.ranks import Agreement
 from saev.progress import Progress
 from saev.shards import Shards
-from saev.train import evaluate, resume
+from saev.train import evaluate, resume, sides
 from saev.train.banks import build_banks, decided
 from saev.train.curves import TENSORBOARD, Curves, WandbRun, of_run_folder
 from saev.train.members import RUN, Member
@@ -348,6 +348,7 @@ class Trainer:
         if not self._ranks.first:
             return
         self._flush()
+        places = sides.Places()
         for index, (member, sae, metrics) in enumerate(
             zip(self.members, saes, measured, strict=True)
         ):
@@ -374,7 +375,7 @@ class Trainer:
                 **self._points.history(),
                 "n_steps": self.n_steps,
                 "n_tokens": self.n_steps * self.batch_size,
-                "source": self._source(member).to_dict(),
+                **self._sources(member, places),
                 "metrics": metrics,
             }
             storage.write_json(storage.join(member.url, RUN), storage.seal(record, listed))
@@ -400,8 +401,16 @@ class Trainer:
 
     def _source(self, member: Member) -> ActivationSource:
         data = member.config.train_data
-        layer = self._shards.layers[self._shards.layer_index(tp.cast(int, data.layer))]
-        return self._shards.metadata.source(layer, data.tokens)
+        return self._shards.metadata.source(tp.cast(int, data.layer), data.tokens)
+
+    def _sources(self, member: Member, places: sides.Places) -> dict[str, tp.Any]:
+        """What the activations of both sides are, for run.json."""
+        found = {"source": self._source(member).to_dict()}
+        if not member.config.n_val:
+            return found
+        val = sides.sources(member.config, places)[1]
+        other = sides.other_model(member.config, places)
+        return {**found, "val_source": val.to_dict(), **({"other_model": other} if other else {})}
 
 
 @contextlib.contextmanager

@@ -68,10 +68,10 @@ def write_acts(
     _, n_examples, tokens, d_model = acts.shape
     content_tokens = tokens - 1
     metadata = Metadata(
-        protocol=protocol, family="synthetic", ckpt=f"seed-{name}", layers=layers,
+        protocol=protocol, family="synthetic", ckpt="dictionary", layers=layers,
         content_tokens_per_example=content_tokens, cls_token=True, d_model=d_model,
-        n_examples=n_examples, max_tokens_per_shard=per_shard * tokens * len(layers), data={},
-        pixel_agg=None if labels is None else "majority",
+        n_examples=n_examples, max_tokens_per_shard=per_shard * tokens * len(layers),
+        data={"seed": name}, pixel_agg=None if labels is None else "majority",
     )  # fmt: skip
     url = storage.join(root, metadata.hash if protocol == "3.0" else metadata.hash[:8])
     raw = metadata.to_dict()
