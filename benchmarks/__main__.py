@@ -23,6 +23,7 @@ SCRIPTS = {
     "training": "Training",
     "inference": "Inference",
     "extraction": "Recording activations",
+    "planning": "Planning and opening",
     "gpu": "On a GPU",
 }
 """In the order of the page, with their headings."""

@@ -14,6 +14,7 @@ FLAGS = {
     "training": [],
     "inference": ["--root={}"],
     "extraction": ["--root={}"],
+    "planning": ["--root={}"],
     "gpu": ["--root={}", "--device=cpu"],
 }
 

@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import typing as tp
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from PIL import Image
 
@@ -26,29 +26,13 @@ from saev.images.decode import (
     orientation_of,
     turned,
 )
+from saev.images.listed import File, Files, in_order
 from saev.images.masks import MASK_SUFFIXES, MaskMap, decode_upright_mask, read_mask_map
 
 logger = logging.getLogger(__name__)
 
 LABELS_CSV = "labels.csv"
 SCENE_CATEGORIES = "sceneCategories.txt"
-
-
-class File(tp.NamedTuple):
-    """An image file that was listed."""
-
-    url: str
-    key: str
-    """Path below the root: what it is called wherever the dataset lies."""
-    label: str
-    """Path of its folder below the root, "" directly under it."""
-    size: int
-    """Bytes."""
-
-    @property
-    def stem(self) -> str:
-        """The key without its suffix, in the one spelling in which names are compared."""
-        return one_name(self.key.rpartition(".")[0])
 
 
 class Folder(ImageDataset):
@@ -263,14 +247,11 @@ def _suffixes(cfg: ImgFolder | ImgSegFolder) -> tuple[str, ...]:
     return (*IMAGE_SUFFIXES, *HEIC_SUFFIXES) if cfg.heic else IMAGE_SUFFIXES
 
 
-def list_files(
-    root: str, suffixes: Sequence[str], *, what: str, files: str = "images"
-) -> list[File]:
+def list_files(root: str, suffixes: Sequence[str], *, what: str, files: str = "images") -> Files:
     """Files below a folder whose names end in one of ``suffixes``, in the order of their keys.
 
-    Hidden files and folders (a name that starts with a dot) are left out. Components of a path
-    are compared one by one, so the files of a folder stay together on every kind of storage. One
-    line says what is left out.
+    Hidden files and folders (a name that starts with a dot) are left out. One line says what is
+    left out.
 
     Args:
         root: URL of the folder.
@@ -283,21 +264,21 @@ def list_files(
     """
     _check_folder(root, what)
     base = storage.normalize(root)
-    entries = storage.walk(base)
-    found = _select(entries, base, suffixes)
-    left = _left_out(entries, found, base)
+    left: set[str] = set()
+    found = in_order(_select(storage.scan(base), base, suffixes, left))
+    _say_left_out(base, base, found, left, suffixes, files)
+    return found
+
+
+def _say_left_out(
+    url: str, base: str, found: Files, left: set[str], suffixes: Sequence[str], files: str
+) -> None:
+    """One line about what is left out. Raises StorageError if nothing is left."""
+    keys = (_key(other, base) for other in left)
+    counted = left_out.count(((key, storage.name(key)) for key in keys), found.n_empty)
     if not found:
-        raise StorageError(_nothing_found(base, suffixes, left, files))
-    left_out.say(base, len(found), files, left)
-    return _in_order(found)
-
-
-def _left_out(
-    entries: Iterable[storage.Entry], found: Sequence[File], base: str
-) -> left_out.LeftOut:
-    chosen = {file.url for file in found}
-    left = ((_key(e.url, base), e.name) for e in entries if e.url not in chosen)
-    return left_out.count(left, sum(not file.size for file in found))
+        raise StorageError(_nothing_found(url, suffixes, counted, files))
+    left_out.say(url, len(found), files, counted)
 
 
 def _key(url: str, base: str) -> str:
@@ -322,14 +303,15 @@ def _nothing_found(
     )
 
 
-def _select(entries: Iterable[storage.Entry], base: str, suffixes: Sequence[str]) -> list[File]:
-    """The entries that are wanted, with keys relative to ``base``."""
-    files = []
-    for entry in entries:
-        if not entry.name.lower().endswith(tuple(suffixes)):
-            continue
-        key = _key(entry.url, base)
-        if any(component.startswith(".") for component in key.split("/")):
+def _select(
+    listed: Iterable[tuple[str, int]], base: str, suffixes: Sequence[str], left: set[str]
+) -> Iterator[File]:
+    """The files that are wanted, with keys relative to ``base``; the others go to ``left``."""
+    endings = tuple(suffixes)
+    for url, size in listed:
+        key = _key(url, base)
+        if not url.lower().endswith(endings) or key.startswith(".") or "/." in key:
+            left.add(url)
             continue
         try:
             key.encode()
@@ -337,12 +319,7 @@ def _select(entries: Iterable[storage.Entry], base: str, suffixes: Sequence[str]
             raise StorageError(
                 f"The name {key!r} in {base} is not UTF-8: no table can hold it. Rename the file."
             ) from err
-        files.append(File(entry.url, key, key.rpartition("/")[0], entry.size))
-    return files
-
-
-def _in_order(files: Iterable[File]) -> list[File]:
-    return sorted(files, key=lambda file: file.key.split("/"))
+        yield File(url, key, key.rpartition("/")[0], size)
 
 
 def _is_pattern(root: str) -> bool:
@@ -350,33 +327,32 @@ def _is_pattern(root: str) -> bool:
     return re.search(r"[*?\[]", root) is not None and not storage.exists(root)
 
 
-def _list_pattern(pattern: str, suffixes: Sequence[str]) -> list[File]:
+def _list_pattern(pattern: str, suffixes: Sequence[str]) -> Files:
     """Images that match a pattern, and those below the folders that match it."""
     text = storage.normalize(pattern)
     components = text.split("/")
     magic = next(i for i, part in enumerate(components) if re.search(r"[*?\[]", part))
     base = "/".join(components[:magic])
-    found: dict[str, File] = {}
-    seen: dict[str, storage.Entry] = {}
     matches = storage.glob_entries(text)
-    for match in matches:
-        if not match.is_dir or _is_hidden(match.url, base):
-            continue
-        entries = storage.walk(match.url)
-        seen.update((entry.url, entry) for entry in entries)
-        for file in _select(entries, match.url, suffixes):
-            # The label is the path below the matched folder, the key that below the fixed part.
-            found.setdefault(file.url, file._replace(key=_key(file.url, base)))
-    seen.update((match.url, match) for match in matches if not match.is_dir)
-    for file in _select((m for m in matches if not m.is_dir), base, suffixes):
-        found.setdefault(file.url, file)
     if not matches:
         raise StorageError(f"data.root is the pattern {text}, which matches nothing. Check it.")
-    left = _left_out(seen.values(), [*found.values()], base)
-    if not found:
-        raise StorageError(_nothing_found(text, suffixes, left))
-    left_out.say(text, len(found), "images", left)
-    return _in_order(found.values())
+    left: set[str] = set()
+    found = in_order(_matched(matches, base, suffixes, left))
+    left.difference_update(file.url for file in found)  # what one match leaves out, another holds
+    _say_left_out(text, base, found, left, suffixes, "images")
+    return found
+
+
+def _matched(
+    matches: Sequence[storage.Entry], base: str, suffixes: Sequence[str], left: set[str]
+) -> Iterator[File]:
+    """Images below the folders that match, and those that match themselves."""
+    for match in matches:
+        if match.is_dir and not _is_hidden(match.url, base):
+            for file in _select(storage.scan(match.url), match.url, suffixes, left):
+                # The label is the path below the matched folder, the key that below the fixed part.
+                yield file._replace(key=_key(file.url, base))
+    yield from _select(((m.url, m.size) for m in matches if not m.is_dir), base, suffixes, left)
 
 
 def _is_hidden(url: str, base: str) -> bool:

@@ -249,8 +249,10 @@ def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
     return {key: value for key, value in known.items() if key in Metadata.model_fields}
 
 
-class ShardInfo(Config):
-    """One row of shards.json."""
+class ShardInfo(pydantic.BaseModel):
+    """One row of shards.json. Not a config: there may be a hundred thousand."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     name: FileName
     """File name."""
@@ -260,6 +262,10 @@ class ShardInfo(Config):
     """Size of the file (protocol 3.0)."""
     checksum: str | None = None
     """CRC-32C of the file (protocol 3.0)."""
+
+    def to_dict(self) -> dict[str, tp.Any]:
+        """As plain JSON types."""
+        return self.model_dump(mode="json")
 
 
 def shard_name(shard: int) -> str:

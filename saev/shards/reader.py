@@ -11,11 +11,12 @@ import typing as tp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 import torch
 from torch import Tensor
 
 from saev import storage
-from saev.config.base import Tokens
+from saev.config.base import Tokens, describe_validation_error
 from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.shards import protocol
 from saev.shards.protocol import Layout, Metadata, ShardInfo
@@ -25,6 +26,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+_INFOS = pydantic.TypeAdapter(list[ShardInfo])
 
 DIRECT_IO = "SAEV_DIRECT_IO"
 """Environment variable: 1 reads activations on local disks past the page cache."""
@@ -70,8 +73,9 @@ class Shards:
         self.infos = infos
         self._found = found or {}
         self._folder = folder or storage.Folder.unlisted(url, protocol.FILES, protocol.REMEDY)
-        self.layouts = tuple(Layout.of(metadata, info.n_examples) for info in infos)
         counts = [info.n_examples for info in infos]
+        layout_of = {n: Layout.of(metadata, n) for n in set(counts)}
+        self.layouts = tuple(layout_of[n] for n in counts)
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._readers: collections.OrderedDict[int, storage.RangeReader] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -489,13 +493,14 @@ class Shards:
                 raise CorruptDataError(
                     f"{self.url} says that its examples have no vectors. {protocol.REMEDY}"
                 )
-            if info.n_bytes is not None and info.n_bytes != layout.n_bytes:
+            n_bytes = layout.n_bytes
+            if info.n_bytes is not None and info.n_bytes != n_bytes:
                 raise CorruptDataError(
                     f"{protocol.SHARDS} of {self.url} says that {info.name} has {info.n_bytes} "
-                    f"bytes; {info.n_examples} examples make {layout.n_bytes}. {protocol.REMEDY}"
+                    f"bytes; {info.n_examples} examples make {n_bytes}. {protocol.REMEDY}"
                 )
             found_bytes = sizes.get(info.name, -1)
-            if found_bytes != layout.n_bytes:
+            if found_bytes != n_bytes:
                 self._wrong_size(info, layout, found_bytes)
 
     def _wrong_size(self, info: ShardInfo, layout: Layout, found: int) -> None:
@@ -527,7 +532,10 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
     if not isinstance(raw, list):
         raise CorruptDataError(f"{place} holds a {type(raw).__name__}, expected a list of shards.")
-    infos = tuple(ShardInfo.from_dict(row, source=f"{place} row {i}") for i, row in enumerate(raw))
+    try:
+        infos = tuple(_INFOS.validate_python(raw))
+    except pydantic.ValidationError as err:
+        raise CorruptDataError(_first_wrong(raw, place)) from err
     for info in infos:
         storage.check_name(info.name, place)
     if len({info.name for info in infos}) < len(infos):
@@ -535,3 +543,13 @@ def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
     if sum(info.n_examples for info in infos) > _MAX_EXAMPLES:
         raise CorruptDataError(f"{place} counts too many examples. {protocol.REMEDY}")
     return infos
+
+
+def _first_wrong(rows: list[tp.Any], place: str) -> str:
+    """What is wrong with the first row that is not one, of very many perhaps."""
+    for i, row in enumerate(rows):
+        try:
+            ShardInfo.model_validate(row)
+        except pydantic.ValidationError as err:
+            return f"{describe_validation_error(err, f'{place} row {i}')}. {protocol.REMEDY}"
+    return f"{place} is no list of shards. {protocol.REMEDY}"

@@ -19,16 +19,15 @@ from saev.storage.urls import is_chained, is_url, join, local_path, normalize
 _KERNEL = ("/proc", "/sys", "/dev")
 """Folders whose files are no files: reading them may block, never end, or change something."""
 _MEMORY = "/dev/shm"
+_FILE_NAME = re.compile(r"[^/\\\x00-\x1f]+")
 _MAGIC = re.compile(r"[*?\[]")
 
 
 def is_file_name(name: tp.Any) -> bool:
     """Whether a stored text is the name of a file in its folder, and cannot lead out of it."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and not any(c in "/\\" or ord(c) < 32 for c in name)
-    )
+    if not isinstance(name, str) or name in (".", ".."):
+        return False
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 def inside(folder: str | os.PathLike, *names: str) -> str:

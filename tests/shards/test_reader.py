@@ -190,6 +190,14 @@ def test_shards_json_that_disagrees(copy: Path) -> None:
     (copy / "shards.json").write_text(json.dumps(rows))
     with pytest.raises(CorruptDataError, match=r"acts000000\.bin has \d+ bytes; 4 examples make"):
         Shards.open(str(copy))
+    for wrong in ({"n_examples": -1}, {"name": "../x"}, {"size": 1}, {"n_bytes": "many"}):
+        changed = [rows[0], {**rows[1], **wrong}, rows[2]]
+        (copy / "shards.json").write_text(json.dumps(changed))
+        with pytest.raises(
+            CorruptDataError, match=rf"shards\.json row 1: {next(iter(wrong))}: "
+        ) as err:
+            Shards.open(str(copy))
+        assert "\n" not in str(err.value)
     (copy / "shards.json").write_text("{}")
     with pytest.raises(CorruptDataError, match="holds a dict, expected a list"):
         Shards.open(str(copy))
