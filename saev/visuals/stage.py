@@ -37,6 +37,8 @@ INDEX = "index.html"
 DONE = "visuals.json"
 """Written last; its presence means that the report is complete."""
 
+_REMEDY = f"Delete the {RECORD} of its latent and run the same command again."
+
 GROUP = 8
 """Latents per work item: latents share images, and opening the dataset has a price."""
 VALUE_BINS = 32
@@ -214,8 +216,14 @@ class _Stage:
         done = storage.join(self.out, DONE)
         if not (storage.exists(done) and storage.exists(self.index_url)):
             return False
-        found = storage.read_json(done)
-        return isinstance(found, dict) and found.get("key") == self.report_key
+        try:
+            folder = storage.Folder.open(self.out, DONE)
+            if folder.files is not None:
+                folder.read_bytes(INDEX)
+        except CorruptDataError as err:
+            logger.warning("%s The page is written again.", err)
+            return False
+        return folder.record.get("key") == self.report_key
 
     # --- Work ------------------------------------------------------------------------------
 
@@ -238,11 +246,12 @@ class _Stage:
         frequency = float(self.results.frequency[latent])
         max_value = float(self.results.max_values[latent])
         examples: list[ExamplePictures] = []
+        listed: dict[str, storage.Listed] = {}
         values = None
         if frequency > 0:
             top = self.results.top(latent)
             examples = [
-                self._draw_example(latent, rank, top, max_value)
+                self._draw_example(latent, rank, top, max_value, listed)
                 for rank in range(min(self.cfg.n_top, len(top.example_idx)))
             ]
             values = self._values(latent, top)
@@ -256,15 +265,15 @@ class _Stage:
             values=values,
             examples=tuple(examples),
         )
-        storage.write_json(self._record_url(latent), record.to_dict())
+        storage.write_json(self._record_url(latent), storage.seal(record.to_dict(), listed))
 
     def read_record(self, latent: int) -> LatentRecord | None:
         """The record of a latent that is drawn and up to date."""
         url = self._record_url(latent)
         if not storage.exists(url):
             return None
-        raw = storage.read_json(url)
-        if not isinstance(raw, dict) or raw.get("key") != self.key:
+        raw = storage.read_sealed(url, remedy=_REMEDY).record
+        if raw.get("key") != self.key:
             return None
         try:
             record = LatentRecord.from_dict(raw, source=url)
@@ -281,8 +290,14 @@ class _Stage:
         return storage.join(self.out, folder_name(latent), RECORD)
 
     def _draw_example(
-        self, latent: int, rank: int, top: TopExamples, max_value: float
+        self,
+        latent: int,
+        rank: int,
+        top: TopExamples,
+        max_value: float,
+        listed: dict[str, storage.Listed],
     ) -> ExamplePictures:
+        """Write the pictures of one image, which are added to ``listed``."""
         example = int(top.example_idx[rank])
         view = self.source.view(example)
         acts = np.asarray(top.token_acts[rank]).reshape(self.shards.metadata.grid_shape)
@@ -294,7 +309,9 @@ class _Stage:
         for kind, image in pictures.items():
             names[kind] = f"{rank:02d}-{kind}.webp"
             url = storage.join(self.out, folder_name(latent), names[kind])
-            storage.write_bytes(url, render.encode(image))
+            data = render.encode(image)
+            storage.write_bytes(url, data)
+            listed[names[kind]] = storage.Listed.of(data)
         return ExamplePictures(
             rank=rank,
             example=example,
@@ -369,13 +386,18 @@ class _Stage:
 
     def finish(self) -> str:
         report = self._report(self._records(), self._note())
-        storage.write_text(self.index_url, page.build(report))
+        text = page.build(report).encode()
+        storage.write_bytes(self.index_url, text)
+        listed = {INDEX: storage.Listed.of(text)}
+        for latent in self.choice.latents:
+            data = storage.read_bytes(self._record_url(latent))
+            listed[f"{folder_name(latent)}/{RECORD}"] = storage.Listed.of(data)
         done = {
             "key": self.report_key,
             "config": self.cfg.to_dict(),
             "latents": list(self.choice.latents),
         }
-        storage.write_json(storage.join(self.out, DONE), done)
+        storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
         return self.index_url
 
     def _records(self) -> list[LatentRecord]:
@@ -427,8 +449,9 @@ class _Stage:
         return page.build(self._report(shown, note), pictures.__getitem__)
 
     def _inline(self, latent: int, name: str) -> str:
-        url = storage.inside(storage.join(self.out, folder_name(latent)), name)
-        data = storage.read_bytes(url)
+        place = storage.join(self.out, folder_name(latent))
+        url = storage.inside(place, name)
+        data = storage.Folder.open(place, RECORD, _REMEDY).read_bytes(name)
         if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
             raise CorruptDataError(
                 f"{url} is not a WebP picture. Delete {RECORD} beside it and run the same command "

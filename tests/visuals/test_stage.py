@@ -59,7 +59,8 @@ def page(report: str) -> Reader:
 
 
 def record(report: str, latent: int) -> LatentRecord:
-    return LatentRecord.from_url(storage.join(report, folder_name(latent), "latent.json"))
+    place = storage.join(report, folder_name(latent), "latent.json")
+    return LatentRecord.from_dict(storage.read_sealed(place).record)
 
 
 # --- What is written -------------------------------------------------------------------------

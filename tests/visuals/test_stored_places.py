@@ -114,9 +114,9 @@ def report(chain: Chain, tmp_path: Path) -> Path:
 
 
 def edited(folder: Path, **changes: object) -> None:
-    record = json.loads((folder / "latent.json").read_text())
-    record["examples"][0] |= changes
-    (folder / "latent.json").write_text(json.dumps(record))
+    sealed = storage.read_sealed(folder / "latent.json")
+    sealed.record["examples"][0] |= changes
+    storage.write_json(folder / "latent.json", storage.seal(sealed.record, sealed.files))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,11 @@ def test_a_picture_is_one(chain: Chain, report: Path, tmp_path: Path) -> None:
     cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
     picture = report / "00-plain.webp"
     picture.write_bytes(b"root:x:0:0")
+    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is damaged: it has 10 bytes"):
+        visuals.book(cfg)
+    storage.write_json(  # as version 0.1.0 left it
+        report / "latent.json", storage.read_sealed(report / "latent.json").record
+    )
     with pytest.raises(CorruptDataError, match=r"00-plain\.webp is not a WebP picture"):
         visuals.book(cfg)
     picture.unlink()
@@ -151,7 +156,8 @@ def test_a_picture_is_one(chain: Chain, report: Path, tmp_path: Path) -> None:
 
 def test_a_record_of_another_latent(chain: Chain, report: Path, tmp_path: Path) -> None:
     place = report / "latent.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "latent": 2}))
+    changed = {**storage.read_sealed(place).record, "latent": 2}
+    storage.write_json(place, storage.seal(changed))
     cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
     with pytest.raises(CorruptDataError, match="is of latent 2, expected 1"):
         visuals.book(cfg)
