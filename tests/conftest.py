@@ -8,6 +8,8 @@ import pytest
 import s3_server
 from forker import Forker
 
+from saev.config.source import warn_once
+
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What lands must not depend on luck; elsewhere, property tests look at something new each time.
@@ -30,3 +32,8 @@ def forker() -> Iterator[Forker]:
     """Starts `saev` commands quickly, as real processes."""
     with Forker() as forker:
         yield forker
+
+
+def pytest_runtest_setup() -> None:
+    """Tests share a process, in which some warnings are said once."""
+    warn_once.cache_clear()

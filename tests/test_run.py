@@ -1,8 +1,11 @@
 """`saev run`: all four stages from one file."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from saev import run, storage
 from saev.config import FakeImgSeg, LoaderConfig, TrainConfig
@@ -130,3 +133,33 @@ def test_no_images(config: Path) -> None:
     config.write_text(text)
     with pytest.raises(ConfigError, match="No images"):
         run.resolve(RunConfig(config=str(config)))
+
+
+def test_warnings_are_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Stages come upon the same things: the sweep, the images, what the SAE was trained on."""
+    root = tmp_path / "masks"
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        for folder, image in (("images", pixels), ("annotations", pixels[..., 0] % 3)):
+            place = root / folder / "training"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i}.png")
+    Image.fromarray(pixels[..., 0] % 3).save(root / "annotations/training/more.png")
+    (root / "labels.csv").write_text("stem,label\n0,cat\n1,dog\n")
+    file = {
+        "data": {"kind": "img-seg-folder", "root": str(root)},
+        "shards": {"family": "timm", "ckpt": "test_vit/random", "image_size": 64, "layers": [-1],
+                   "device": "cpu"},
+        "train": {"n_train": 640, "batch_size": 1000, "n_val": 0, "device": "cpu",
+                  "sae": {"d_sae": 32}},
+        "sweep": {"lr": [1e-3, 1e-3, 2e-3]},
+        "inference": {"n_top": 2, "device": "cpu", "data": {"tokens": "all"}},
+        "visuals": {"n_latents": 1, "n_top": 1, "log_freq_range": [-6, 0]},
+    }  # fmt: skip
+    place = tmp_path / "config.json"
+    place.write_text(json.dumps(file))
+    run.run(RunConfig(config=str(place), root=str(tmp_path / "root")))
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == len(set(said)), said
+    for text in ("combinations are repeated", "masks in", "have no label", "used on all tokens"):
+        assert [text in message for message in said].count(True) in (1, 2), (text, said)

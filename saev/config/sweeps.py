@@ -32,6 +32,7 @@ from saev.config.base import Config, describe_validation_error
 from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.run import read_toml
 from saev.config.sae import BatchTopK, TopK
+from saev.config.source import warn_once
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
 
@@ -108,7 +109,7 @@ def asked(
         members.setdefault(key, (member, "seed" in one.point))
     if len(members) < len(points):
         n_repeated = len(points) - len(members)
-        logger.warning("%s: %d of %d combinations are repeated.", source, n_repeated, len(points))
+        warn_once(logger, f"{source}: {n_repeated} of {len(points)} combinations are repeated.")
     return tuple(
         Asked(member, None if swept_seed else index)
         for index, (member, swept_seed) in enumerate(members.values())

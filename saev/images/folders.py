@@ -13,6 +13,7 @@ from PIL import Image
 
 from saev import storage
 from saev.config.images import ImgFolder, ImgSegFolder
+from saev.config.source import warn_once
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images import left_out
 from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes, one_name
@@ -407,7 +408,7 @@ def _pair(images: Sequence[File], masks: Sequence[File], folder: str) -> list[Fi
             f"expected {expected} with one of {', '.join(MASK_SUFFIXES)} (lossless formats)."
         )
     if len(masks) > len(images):
-        logger.warning("%d masks in %s have no image.", len(masks) - len(images), folder)
+        warn_once(logger, f"{len(masks) - len(images)} masks in {folder} have no image.")
     return [mask_of[image.stem] for image in images]
 
 
@@ -475,5 +476,5 @@ def _labels_of(files: Sequence[File], by_stem: Mapping[str, str], root: str) -> 
             f"names without suffix, as in '{files[0].stem}', found '{next(iter(by_stem))}'."
         )
     if n_missing:
-        logger.warning("%d of %d images have no label in %s.", n_missing, len(files), root)
+        warn_once(logger, f"{n_missing} of {len(files)} images have no label in {root}.")
     return [label or "" for label in labels]

@@ -16,7 +16,7 @@ import torch
 import saev
 from saev import storage
 from saev.config import TrainConfig
-from saev.config.source import ActivationSource
+from saev.config.source import ActivationSource, warn_once
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
@@ -91,9 +91,10 @@ class Trainer:
         batch_size = decided(self.config.batch_size)
         self.batch_size = min(batch_size, selection.n_tokens)
         if self.batch_size < batch_size:
-            logger.warning(
-                "%s has %d tokens to train on, fewer than batch_size %d: batches are that small.",
-                *(data.shards, self.batch_size, batch_size),
+            warn_once(
+                logger,
+                f"{data.shards} has {self.batch_size} tokens to train on, fewer than batch_size "
+                f"{batch_size}: batches are that small.",
             )
         if self._ranks.size > 1 and self.batch_size < _FEW_ROWS * self._ranks.size:
             logger.warning(

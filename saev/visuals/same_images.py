@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from saev.config import ImageData
+from saev.config.source import warn_once
 from saev.errors import ConfigError, ImageError, SaevError
 from saev.images.datasets import ImageDataset
 from saev.shards import Shards
@@ -61,11 +62,11 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
             "saev did not record which it had."
         )
     if not rows:
-        logger.warning(
-            "%s does not say which images it was recorded from, but for their number (%d): whether "
-            "these are the ones is not checked.",
-            shards.url, metadata.n_examples,
-        )  # fmt: skip
+        warn_once(
+            logger,
+            f"{shards.url} does not say which images it was recorded from, but for their number "
+            f"({metadata.n_examples}): whether these are the ones is not checked.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from saev import storage
 from saev.config import Cifar10, ImageData, Imagenet, ImgFolder, ImgSegFolder
+from saev.config.source import warn_once
 from saev.errors import ConfigError, CorruptDataError, SaevError
 from saev.images.datasets import ImageDataset, open_dataset
 from saev.images.transforms import ImageSpec
@@ -210,10 +211,10 @@ def image_spec(shards: Shards) -> ImageSpec:
                 f"{storage.join(shards.url, protocol.METADATA)}: image_spec is not one ({err})."
             ) from err
     size = metadata.image_size or (_SIDE_UNKNOWN, _SIDE_UNKNOWN)
-    logger.warning(
-        "%s does not say how its images were cropped; pictures show the centre square, and "
-        "highlights may be a little off.",
-        shards.url,
+    warn_once(
+        logger,
+        f"{shards.url} does not say how its images were cropped; pictures show the centre square, "
+        "and highlights may be a little off.",
     )
     return ImageSpec(image_size=size, resize=min(size) if size[0] == size[1] else size)
 
