@@ -94,9 +94,9 @@ def test_kinds_are_swept_and_keep_what_was_chosen(sweep):
 
 
 def test_the_command_line_wins_even_with_the_default_value(sweep):
-    text = "grad_clip = [0.5, 2.0]\nlr = [1e-3, 1e-4]"
-    members = sweep(text, "--grad-clip 1.0")
-    assert [(m.grad_clip, m.lr) for m in members] == [(1.0, 1e-3), (1.0, 1e-4)]
+    text = "dead_after = [5, 20]\nlr = [1e-3, 1e-4]"
+    members = sweep(text, "--dead-after 7")
+    assert [(m.dead_after, m.lr) for m in members] == [(7, 1e-3), (7, 1e-4)]
     assert [m.scale_mean for m in sweep("scale_mean = [true, false]", "--scale-mean")] == [True]
     assert [m.scale_norm for m in sweep("data.scale_norm = true", "--no-scale-norm")] == [False]
     members = sweep("objective.sparsity_coeff = [1e-4, 2e-4]", "objective:matryoshka")

@@ -42,11 +42,21 @@ class JumpRelu(Config):
     """f = z·[z > θ] with an L0 penalty, θ learned through a straight-through estimator
     (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
+    added = frozenset(("init_l0", "kernel_width", "threshold_lr"))
+    removed: tp.ClassVar = {"init_threshold": "", "bandwidth": ""}
+
     kind: Kind[tp.Literal["jump-relu"]] = "jump-relu"
-    init_threshold: float = pydantic.Field(default=0.01, gt=0.0)
-    """Initial θ."""
-    bandwidth: float = pydantic.Field(default=0.05, gt=0.0)
-    """Width ε of the rectangle kernel of the gradient estimator."""
+    init_l0: int | None = pydantic.Field(default=None, ge=1)
+    """θ starts at the quantile of the pre-activations that leaves so many latents active per token;
+    by default objective.target_l0, or 64."""
+    kernel_width: float = pydantic.Field(default=0.5, gt=0.0, le=2.0)
+    """Width ε of the rectangle kernel of the gradient estimator, as a multiple of θ."""
+    threshold_lr: float | None = pydantic.Field(default=None, gt=0.0)
+    """Peak learning rate of ln θ; by default 5·lr with Adam and lr with Muon."""
+
+    def identity(self) -> dict[str, tp.Any]:
+        """With the keys of version 0.1.0, which name its runs and results."""
+        return {**super().identity(), "init_threshold": 0.01, "bandwidth": 0.05}
 
 
 Activation = tp.Annotated[TopK | BatchTopK | Relu | JumpRelu, pydantic.Field(discriminator="kind")]
@@ -94,17 +104,45 @@ class SaeConfig(Config):
         return self.model_copy(update={"d_model": d_model, "d_sae": d_sae})
 
 
+SPARSITY_COEFF = 1e-3
+"""λ if neither it nor a target is given."""
+
+
 class Vanilla(Config):
     """Mean squared error of the full reconstruction, plus sparsity and AuxK terms."""
 
+    added = frozenset(("target_l0",))
+
     kind: Kind[tp.Literal["vanilla"]] = "vanilla"
-    sparsity_coeff: float = pydantic.Field(default=1e-3, ge=0.0)
-    """Weight of the L1 (ReLU) or L0 (JumpReLU) penalty; unused by TopK and BatchTopK."""
+    sparsity_coeff: float | None = pydantic.Field(default=None, ge=0.0)
+    """Weight λ of the L1 (ReLU) or L0 (JumpReLU) penalty; by default 1e-3. TopK and BatchTopK have
+    no penalty."""
+    target_l0: float | None = pydantic.Field(default=None, gt=0.0)
+    """Mean number of active latents per token that training aims at, by choosing λ itself (ReLU and
+    JumpReLU). Not together with sparsity_coeff."""
     aux_coeff: float = pydantic.Field(default=1 / 32, ge=0.0)
     """Weight α of the AuxK loss that revives dead latents; 0 leaves it out."""
     k_aux: int | None = pydantic.Field(default=None, ge=1)
-    """Dead latents per token in the AuxK loss; by default the smaller of 512 and d_model/2
-    rounded down to a power of two."""
+    """Dead latents per token in the AuxK loss; by default half of top_k or target_l0; without one,
+    the smaller of 512 and d_model/2 rounded down to a power of two."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_two(self) -> tp.Self:
+        if self.target_l0 is not None and self.sparsity_coeff is not None:
+            raise ValueError(
+                f"target_l0 is {self.target_l0:g} and sparsity_coeff is {self.sparsity_coeff:g}, "
+                "but a target chooses the coefficient itself. Give one of them."
+            )
+        return self
+
+    @property
+    def coefficient(self) -> float:
+        """λ where it is not chosen by a target."""
+        return SPARSITY_COEFF if self.sparsity_coeff is None else self.sparsity_coeff
+
+    def identity(self) -> dict[str, tp.Any]:
+        """With the default λ as a number, as version 0.1.0 had it."""
+        return {**super().identity(), "sparsity_coeff": self.coefficient}
 
 
 class Matryoshka(Vanilla):

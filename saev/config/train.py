@@ -14,6 +14,7 @@ class TrainConfig(Config):
     """Train sparse autoencoders on recorded activations; with a sweep, many on the same batches."""
 
     added: tp.ClassVar[frozenset[str]] = frozenset({"allow_other_model"})
+    removed: tp.ClassVar = {"grad_clip": ""}
 
     runs_root: str = "./runs"
     """URL of the folder in which each SAE's run folder is made."""
@@ -46,8 +47,6 @@ class TrainConfig(Config):
     """Steps of linear warm-up; by default a share of the run. Cosine decay follows."""
     n_sparsity_warmup: int | None = pydantic.Field(default=None, ge=0)
     """Steps over which the sparsity penalty rises to its full weight; by default a share."""
-    grad_clip: float = pydantic.Field(default=1.0, ge=0.0)
-    """Largest gradient norm of one SAE; 0 does not clip."""
     scale_mean: bool = True
     """Subtract the layer's recorded mean (folded into the saved weights)."""
     scale_norm: bool = True
@@ -66,7 +65,8 @@ class TrainConfig(Config):
     """Processes that train together, each on its share of every batch; by default one per GPU. The
     result does not depend on it, but for how sums are rounded."""
     bf16: bool = True
-    """Train in bfloat16 autocast on a GPU; the weights stay float32."""
+    """On a GPU, multiply with encoders (and dense decoders) in bfloat16. Weights and all else stay
+    float32; the CPU never uses bfloat16."""
     max_parallel: int = pydantic.Field(default=0, ge=0)
     """Most SAEs trained on one pass over the data; 0 means all that can share it."""
     checkpoint_every: int = pydantic.Field(default=0, ge=0)
@@ -77,6 +77,10 @@ class TrainConfig(Config):
     """Steps between rows of metrics.jsonl."""
     wandb_project: str = ""
     """Weights & Biases project; empty does not log there."""
+
+    def identity(self) -> dict[str, tp.Any]:
+        """With the keys of version 0.1.0, which name its runs."""
+        return {**super().identity(), "grad_clip": 1.0}
 
     @classmethod
     def of_run(cls, url: str) -> tp.Self:

@@ -47,29 +47,33 @@ def threshold(
 
 
 def rectangle(
-    z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, " d_sae"], bandwidth: float
+    z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, " d_sae"], width: float
 ) -> Bool[Tensor, "*batch d_sae"]:
-    """Kernel K((z - θ)/ε) = [|z - θ| < ε/2] of the straight-through estimator."""
-    return (z - theta).abs() < bandwidth / 2
+    """Kernel K((z - θ)/ε) = [|z - θ| < ε/2] of the straight-through estimator, with ε = width·θ.
+
+    The paper has one ε for all latents and inputs of norm 1. A share of θ does not depend on how
+    large activations are.
+    """
+    return (z - theta).abs() < theta * (width / 2)
 
 
 class JumpRelu(torch.autograd.Function):
     """f = z·H(z - θ) (Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 8), with pseudo-derivatives
 
-    ∂f/∂z = H(z - θ)    and    ∂f/∂θ = -(θ/ε)·K((z - θ)/ε)    (eq. 11).
+    ∂f/∂z = H(z - θ)    and    ∂f/∂θ = -(θ/ε)·K((z - θ)/ε)    (eq. 11; here ε = width·θ).
     """
 
     @staticmethod
-    def forward(ctx: tp.Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: tp.Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
+        ctx.width = width
         return threshold(z, theta)
 
     @staticmethod
     def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         z, theta = ctx.saved_tensors
-        near = rectangle(z, theta, ctx.bandwidth)
-        grad_theta = -(theta / ctx.bandwidth) * (grad * near).flatten(0, -2).sum(0)
+        near = rectangle(z, theta, ctx.width)
+        grad_theta = -(1 / ctx.width) * (grad * near).flatten(0, -2).sum(0)
         return grad * (z > theta), grad_theta, None
 
 
@@ -80,23 +84,23 @@ class Step(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: tp.Any, z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: tp.Any, z: Tensor, theta: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
+        ctx.width = width
         return (z > theta).to(z.dtype)
 
     @staticmethod
     def backward(ctx: tp.Any, grad: Tensor) -> tuple[None, Tensor, None]:
         z, theta = ctx.saved_tensors
-        near = rectangle(z, theta, ctx.bandwidth)
-        return None, -(1 / ctx.bandwidth) * (grad * near).flatten(0, -2).sum(0), None
+        near = rectangle(z, theta, ctx.width)
+        return None, -(1 / (ctx.width * theta)) * (grad * near).flatten(0, -2).sum(0), None
 
 
-def jump_relu(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+def jump_relu(z: Tensor, theta: Tensor, width: float) -> Tensor:
     """Differentiable JumpReLU; see :class:`JumpRelu`."""
-    return tp.cast(Tensor, JumpRelu.apply(z, theta, bandwidth))
+    return tp.cast(Tensor, JumpRelu.apply(z, theta, width))
 
 
-def step(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
+def step(z: Tensor, theta: Tensor, width: float) -> Tensor:
     """Differentiable Heaviside step; see :class:`Step`."""
-    return tp.cast(Tensor, Step.apply(z, theta, bandwidth))
+    return tp.cast(Tensor, Step.apply(z, theta, width))

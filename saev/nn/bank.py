@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saev.config.sae import Matryoshka, Objective, SaeConfig, TopK
-from saev.device import upload
+from saev.config.sae import JumpRelu, Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn.folding import fold_normalization
 from saev.nn.gradients import Weights, squared_norm, total, variation
@@ -29,10 +28,13 @@ from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
 from saev.nn.optim import Adam, Muon, Optimizer
 from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sae import SparseAutoencoder
+from saev.nn.sparsity import Coefficient, SparsityControl, stacked
 
 _CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
 """Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""
 _MIN_ROWS = 64
+DEAD_FALL = 2.0
+"""How fast ln θ of dead latents falls, as a multiple of its learning rate."""
 _GPU_LOOK = 32
 """Steps from one look at which latents may be dead to the next, on a GPU."""
 
@@ -43,7 +45,8 @@ class StepMetrics(tp.NamedTuple):
     mse: Float[Tensor, " n"]
     """Squared error per token and dimension, the mean over prefixes."""
     sparsity: Float[Tensor, " n"]
-    """Sparsity term of the loss, with its coefficient."""
+    """Sparsity term of the loss, with its coefficient. With a target it is λ·L1 or λ·L0, whose
+    gradient with a constant λ is what is followed; λ·L0 is negative below the target."""
     aux: Float[Tensor, " n"]
     """AuxK term of the loss, with its coefficient."""
     l0: Float[Tensor, " n"]
@@ -57,7 +60,9 @@ class StepMetrics(tp.NamedTuple):
     n_dead: Int[Tensor, " n"]
     """Latents that have not fired for `dead_after` tokens."""
     grad_norm: Float[Tensor, " n"]
-    """Norm of the member's gradient before clipping."""
+    """Norm of the member's gradient."""
+    coeff: Float[Tensor, " n"]
+    """λ, with its warm-up or as a target chose it."""
 
     @property
     def loss(self) -> Float[Tensor, " n"]:
@@ -75,7 +80,6 @@ class SaeBank:
         seeds: seed of each member's initialisation and prefixes.
         d_model: width of the activations.
         optim: optimiser.
-        grad_clip: largest gradient norm of a member; 0 does not clip.
         dead_after: tokens without firing after which a latent is dead.
         device: where parameters live.
         bf16: multiply with encoders (and dense decoders) in bfloat16; weights stay as they are.
@@ -97,7 +101,6 @@ class SaeBank:
         seeds: tp.Sequence[int],
         d_model: int,
         optim: tp.Literal["adam", "muon"] = "adam",
-        grad_clip: float = 1.0,
         dead_after: int = 10_000_000,
         device: str | torch.device = "cpu",
         bf16: bool = False,
@@ -111,7 +114,6 @@ class SaeBank:
         self.lrs = [float(lr) for lr in lrs]
         self.d_model = d_model
         self.d_sae = _check_members(self.cfgs, self.objectives, self.lrs, seeds)
-        self.grad_clip = grad_clip
         self.dead_after = dead_after
         self.device = torch.device(device)
         self.bf16 = bf16 and self.device.type == "cuda"
@@ -121,8 +123,10 @@ class SaeBank:
 
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         first = [
-            initial_weights(cfg, data, generator)
-            for cfg, generator in zip(self.cfgs, self._generators, strict=True)
+            initial_weights(cfg, data, generator, objective.target_l0)
+            for cfg, generator, objective in zip(
+                self.cfgs, self._generators, self.objectives, strict=True
+            )
         ]
         names = [n for n in Weights._fields if n != "log_threshold" or self.kind == "jump-relu"]
         self.params = {
@@ -131,8 +135,13 @@ class SaeBank:
         }
         self.grads = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.optimizer: Optimizer = (Adam if optim == "adam" else Muon)(self.params)
+        self._rates = [
+            {"": lr, "log_threshold": _threshold_lr(cfg, lr, optim)}
+            for cfg, lr in zip(self.cfgs, self.lrs, strict=True)
+        ]
         n = len(self.cfgs)
         self.threshold = torch.zeros(n, dtype=dtype, device=self.device)
+        self.sparsity = SparsityControl(self.kind, self.objectives, self.threshold)
         self.since_fired = torch.zeros(n, self.d_sae, dtype=torch.int64, device=self.device)
         self._steps_between_looks = _GPU_LOOK if self.device.type == "cuda" else 1
         self._looked_until = -1
@@ -161,14 +170,14 @@ class SaeBank:
             x: normalised activations; of several ranks, the share of this one, which may be empty.
             lr_factor: what the schedule multiplies the peak learning rates by; one for all members
                 or one for each.
-            sparsity_factor: likewise for the sparsity coefficients.
+            sparsity_factor: likewise for the sparsity coefficients that are given.
             n_tokens: tokens of the batch over all ranks; without it, those of x.
 
         Raises:
             ConfigError: x has another width, or a sequence has another length than the bank.
         """
         metrics = self.compute_gradients(x, sparsity_factor, n_tokens)
-        self.apply_gradients(metrics.grad_norm, lr_factor)
+        self.apply_gradients(lr_factor)
         return metrics
 
     @torch.no_grad()
@@ -186,10 +195,11 @@ class SaeBank:
             )
         x = x.to(self.device, self.threshold.dtype).contiguous()
         factors = self._per_member(sparsity_factor, "sparsity_factor")
-        coeffs = [o.sparsity_coeff * f for o, f in zip(self.objectives, factors, strict=True)]
         for grad in self.grads.values():
             grad.zero_()
         variance = variation(x, self.ranks, n_tokens)
+        per_dim = variance / (n_tokens * self.d_model)
+        coeffs = self.sparsity.coefficients(factors, per_dim)
         dead = self._dead(n_tokens)
 
         results = []
@@ -199,7 +209,7 @@ class SaeBank:
             members = range(first, min(first + n_group, len(self)))
             group = self._group(members, x.shape[0], n_tokens, coeffs)
             dead_g = None if dead is None else dead.of(slice(members[0], members[-1] + 1))
-            results.append(group_gradients(group, x, dead_g, variance / (n_tokens * self.d_model)))
+            results.append(group_gradients(group, x, dead_g, per_dim))
         sums = GroupSums(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         self.ranks.add_(*self.grads.values(), *sums)
 
@@ -207,10 +217,12 @@ class SaeBank:
         self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
         self._remove_parallel()
         l0, l1 = sums.l0 / n_tokens, sums.l1 / n_tokens
+        self.sparsity.observe(l0)
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
         return StepMetrics(
             mse=sums.mse / (n_tokens * self.d_model),
-            sparsity=penalty * upload(coeffs, x),
+            sparsity=penalty * stacked(coeffs, x),
+            coeff=stacked(coeffs, x),
             aux=sums.aux,
             l0=l0,
             l1=l1,
@@ -220,23 +232,37 @@ class SaeBank:
         )
 
     @torch.no_grad()
-    def apply_gradients(
-        self, grad_norm: Float[Tensor, " n"], lr_factor: float | tp.Sequence[float] = 1.0
-    ) -> None:
-        """The second half of :meth:`step`: clip, update, normalise decoders."""
+    def apply_gradients(self, lr_factor: float | tp.Sequence[float] = 1.0) -> None:
+        """The second half of :meth:`step`: update, normalise decoders, lower dead thresholds."""
         factors = self._per_member(lr_factor, "lr_factor")
-        if self.grad_clip > 0:
-            clip = (self.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
-            for grad in self.grads.values():
-                grad.mul_(_align(clip, grad))
         self.t += 1
-        lrs = [lr * factor for lr, factor in zip(self.lrs, factors, strict=True)]
-        self.optimizer.step(self.grads, lrs, self.t)
+        rates = [
+            {name: rate * factor for name, rate in own.items()}
+            for own, factor in zip(self._rates, factors, strict=True)
+        ]
+        self.optimizer.step(self.grads, rates, self.t)
+        self._lower_dead_thresholds(rates)
         w_dec = self.params["W_dec"]
         for n, cfg in enumerate(self.cfgs):
             if cfg.normalize_w_dec:
                 norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
                 w_dec[n].div_(norm.clamp(min=1e-12))
+
+    def _lower_dead_thresholds(self, rates: tp.Sequence[tp.Mapping[str, float]]) -> None:
+        """ln θ of dead latents falls until they fire again, or are at a third of what is usual.
+
+        No pre-activation comes near their θ, so that nothing else would ever move it, however
+        AuxK changes their weights.
+        """
+        if "log_threshold" not in self.params:
+            return
+        dead = self.since_fired >= self.dead_after
+        for n, own in enumerate(rates):
+            log_theta, live = self.params["log_threshold"][n], ~dead[n]
+            usual = total(log_theta * live) / live.sum()  # NaN if all are dead: then nothing falls
+            floor = torch.minimum(log_theta, (usual - 1).nan_to_num(torch.inf))
+            fallen = torch.maximum(log_theta - DEAD_FALL * own["log_threshold"], floor)
+            log_theta.copy_(torch.where(live, log_theta, fallen))
 
     def _dead(self, n_tokens: int) -> DeadLatents | None:
         """Which latents are dead, and among which ones they are.
@@ -253,7 +279,9 @@ class SaeBank:
             self._candidates = [row.nonzero().squeeze(1) for row in soon]
         return DeadLatents(self.since_fired >= self.dead_after, self._candidates)
 
-    def _group(self, members: range, n_rows: int, n_tokens: int, coeffs: list[float]) -> Group:
+    def _group(
+        self, members: range, n_rows: int, n_tokens: int, coeffs: list[Coefficient]
+    ) -> Group:
         prefixes = draw_prefixes(
             [self.objectives[n] for n in members],
             [self._generators[n] for n in members],
@@ -361,6 +389,7 @@ class SaeBank:
             **self.optimizer.state,
             "threshold": self.threshold,
             "since_fired": self.since_fired,
+            **self.sparsity.state,
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -395,8 +424,10 @@ class SaeBank:
         self._set_counters(state["rng"], state["counters"])
 
 
-def _align(values: Float[Tensor, " n"], like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+def _threshold_lr(cfg: SaeConfig, lr: float, optim: str) -> float:
+    """Peak learning rate of ln θ."""
+    chosen = cfg.activation.threshold_lr if isinstance(cfg.activation, JumpRelu) else None
+    return chosen or lr * {"adam": 5.0, "muon": 1.0}[optim]  # Muon's rates are five times Adam's
 
 
 def _check_members(

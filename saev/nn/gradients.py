@@ -188,8 +188,8 @@ def dense_chunk(
     x: Float[Tensor, "c d"],
     prefixes: Prefixes,
     n_tokens: int,
-    sparsity_coeff: float,
-    bandwidth: float,
+    sparsity_coeff: float | Tensor,
+    kernel_width: float,
     bf16: bool,
 ) -> tuple[Totals, Float[Tensor, "1 c d"]]:
     """Add the gradient of one ReLU or JumpReLU member (a group of one) on some rows.
@@ -201,7 +201,7 @@ def dense_chunk(
         prefixes: of the member.
         n_tokens: B.
         sparsity_coeff: λ.
-        bandwidth: ε of JumpReLU's kernel.
+        kernel_width: ε/θ of JumpReLU's kernel.
         bf16: multiply matrices in bfloat16.
     """
 
@@ -231,10 +231,10 @@ def dense_chunk(
         grad_f += penalty
     else:
         assert grads.log_threshold is not None
-        # ∂/∂θ of mse and of λ·L0/B, then through θ = exp(ln θ).
-        near = rectangle(z, theta, bandwidth).to(f.dtype)
-        grad_theta = -(theta * (grad_f * near).sum(0) + penalty * near.sum(0)) / bandwidth
-        grads.log_threshold[0].add_(grad_theta * theta)
+        # ∂/∂ln θ = θ·∂/∂θ of mse and of λ·L0/B; the θ of ε = width·θ cancels.
+        near = rectangle(z, theta, kernel_width).to(f.dtype)
+        grad = theta * (grad_f * near).sum(0) + penalty * near.sum(0)
+        grads.log_threshold[0].add_(grad / -kernel_width)
     grad_z = grad_f.mul_(active)
     grads.W_enc[0].add_(mm(grad_z.T, x))
     grads.b_enc[0].add_(grad_z.sum(0))

@@ -21,8 +21,8 @@ class Group(tp.NamedTuple):
     """All of one kind."""
     objectives: tp.Sequence[Objective]
     """One per member."""
-    coeffs: tp.Sequence[float]
-    """Sparsity coefficients of this step."""
+    coeffs: tp.Sequence[float | Tensor]
+    """Sparsity coefficients of this step; tensors where a target chooses them."""
     weights: Weights
     """Parameters."""
     grads: Weights
@@ -136,9 +136,9 @@ def group_gradients(
 
 def _dense_chunk(group: Group, x_c: Tensor, n_tokens: int) -> tuple[gradients.Totals, Tensor]:
     (activation,), (coeff,) = group.activations, group.coeffs
-    bandwidth = activation.bandwidth if isinstance(activation, JumpRelu) else 1.0
+    width = activation.kernel_width if isinstance(activation, JumpRelu) else 1.0
     return gradients.dense_chunk(
-        group.weights, group.grads, x_c, group.prefixes, n_tokens, coeff, bandwidth, group.bf16
+        group.weights, group.grads, x_c, group.prefixes, n_tokens, coeff, width, group.bf16
     )
 
 

@@ -3,6 +3,8 @@
 Data-point initialisation: every decoder row is a blend of a centred training activation and noise,
 both at unit norm, normalised; the encoder is its transpose, scaled. Where there is a sample, the
 decoder bias is its mean m, and b_enc = -m·W_enc, so that the encoder sees centred activations too.
+JumpReLU's θ is a quantile of the sample's pre-activations, so that it starts sparse. A ReLU SAE
+that aims at an L0 starts with it, too: the quantile is subtracted from b_enc.
 """
 
 import math
@@ -12,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saev.config.sae import BatchTopK, JumpRelu, SaeConfig, TopK
+from saev.config.sae import BatchTopK, JumpRelu, Relu, SaeConfig, TopK
 from saev.errors import ConfigError
 from saev.nn import activations
 
 _SCALE_SAMPLE = 1024
-"""Rows that the encoder's initial scale is fitted on."""
+"""Rows that the encoder's initial scale and θ are fitted on."""
+INIT_L0 = 64
+"""Active latents per token that JumpReLU starts with if nothing says how many."""
 
 
 class InitialWeights(tp.NamedTuple):
@@ -36,7 +40,10 @@ class InitialWeights(tp.NamedTuple):
 
 
 def initial_weights(
-    cfg: SaeConfig, data: Float[Tensor, "n d_model"] | None, generator: torch.Generator
+    cfg: SaeConfig,
+    data: Float[Tensor, "n d_model"] | None,
+    generator: torch.Generator,
+    target_l0: float | None = None,
 ) -> InitialWeights:
     """Initial weights, float32 on the CPU.
 
@@ -44,6 +51,7 @@ def initial_weights(
         cfg: with `d_model` and `d_sae` filled in.
         data: training activations as the SAE will see them (normalised); None starts from noise.
         generator: the member's own random numbers.
+        target_l0: of the objective, at which JumpReLU starts.
 
     Raises:
         ConfigError: `data` is empty or of another width.
@@ -70,29 +78,61 @@ def initial_weights(
         centred = centred[order[:_SCALE_SAMPLE]]
     scale = cfg.enc_scale
     if scale is None:
-        scale = 1.0 if centred is None else least_error_scale(cfg, centred, w_dec)
+        scale = 1.0 if centred is None else least_error_scale(cfg, centred, w_dec, target_l0)
     w_enc = w_dec * scale
-    theta = cfg.activation.init_threshold if isinstance(cfg.activation, JumpRelu) else 1.0
+    theta, l0 = 1.0, initial_l0(cfg, target_l0)
+    if l0:
+        if centred is None:
+            centred = torch.randn(_SCALE_SAMPLE, d_model, generator=generator)
+        theta = initial_threshold(centred @ w_enc.T, l0)
+    lowered = theta if isinstance(cfg.activation, Relu) and l0 else 0.0
     return InitialWeights(
         W_enc=w_enc,
-        b_enc=-torch.linalg.vecdot(w_enc, b_dec),  # w_enc @ b_dec would depend on threads
+        b_enc=-torch.linalg.vecdot(w_enc, b_dec) - lowered,  # a product would depend on threads
         W_dec=w_dec,
         b_dec=b_dec,
         log_threshold=torch.full((d_sae,), math.log(theta)),
     )
 
 
+def initial_l0(cfg: SaeConfig, target_l0: float | None) -> int:
+    """Active latents per token to start with, a quarter of all at most; 0: as they come."""
+    assert cfg.d_sae is not None
+    wanted = target_l0 or 0
+    if isinstance(cfg.activation, JumpRelu):
+        if cfg.activation.init_l0 is not None:
+            return min(cfg.activation.init_l0, cfg.d_sae)
+        wanted = wanted or INIT_L0
+    return max(1, min(round(wanted), cfg.d_sae // 4)) if wanted else 0
+
+
+def initial_threshold(z: Float[Tensor, "n d_sae"], l0: int) -> float:
+    """The θ that leaves `l0` of a token's pre-activations active, on average."""
+    n = min(l0 * z.shape[0], z.numel())
+    smallest = float(z.flatten().topk(n, sorted=False).values.min())
+    # ln θ has to be a number, whatever the sample is.
+    largest = float(z.max())
+    return max(smallest, 1e-3 * largest) if largest > 0 else 1.0
+
+
 def least_error_scale(
-    cfg: SaeConfig, x: Float[Tensor, "n d_model"], w_dec: Float[Tensor, "d_sae d_model"]
+    cfg: SaeConfig,
+    x: Float[Tensor, "n d_model"],
+    w_dec: Float[Tensor, "d_sae d_model"],
+    target_l0: float | None = None,
 ) -> float:
     """The c that minimises ‖x - act(c·x·W_decᵀ)·W_dec‖²: c = ⟨x, x̂⟩ / ⟨x̂, x̂⟩ at c = 1, because
-    act is positively homogeneous (JumpReLU's small initial threshold is left out of account)."""
-    z = x @ w_dec.T
+    act is positively homogeneous (with a θ that is a quantile, too)."""
+    z, l0 = x @ w_dec.T, initial_l0(cfg, target_l0)
     match cfg.activation:
         case TopK(top_k=k):
             f = activations.top_k(z, k)
         case BatchTopK(top_k=k):
             f = activations.batch_top_k(z, k)
+        case JumpRelu():
+            f = activations.batch_top_k(z, l0)
+        case Relu() if l0:
+            f = activations.relu(z - initial_threshold(z, l0))
         case _:
             f = activations.relu(z)
     x_hat = (f @ w_dec).double()

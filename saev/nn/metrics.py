@@ -15,6 +15,9 @@ from torch import Tensor
 
 from saev.errors import ConfigError
 
+Metrics = dict[str, float | int | None]
+"""Figures by name; None for one that is not a number."""
+
 ALMOST_DEAD = 1e-7
 """A latent that fires on a smaller share of tokens than this is dead or almost dead."""
 DENSE = 1e-2
@@ -124,10 +127,11 @@ class ReconstructionMetrics:
         """Share of tokens on which each latent fires, float64 [d_sae]."""
         return self.fired.double() / max(self.n_tokens, 1)
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> Metrics:
         """The metrics by name.
 
-        normalized_mse, explained_variance (1 − normalized_mse), mse_per_token (E/N), mse_per_dim
+        normalized_mse and explained_variance (1 − normalized_mse), both None if all tokens are the
+        same vector, whose variance is 0; mse_per_token (E/N), mse_per_dim
         (E/(N·d_model)), l0 and l1 (means over tokens), n_dead (never fires), n_almost_dead
         (p < 1e-7, the dead ones too), n_dense (p > 1e-2), n_latents, n_tokens.
 
@@ -139,13 +143,11 @@ class ReconstructionMetrics:
             raise ConfigError("There are no tokens to measure on.")
         error = float(self.sq_error)
         spread = float(self.sq_norm) - float(self.total.square().sum()) / n
-        # Constant activations have no variance; any error at all is then infinitely large, and JSON
-        # has no infinity.
-        nmse = error / spread if spread > 1e-12 * float(self.sq_norm) else float(error > 0)
+        nmse = error / spread if spread > 1e-12 * float(self.sq_norm) else None
         p = self.frequency()
         return {
             "normalized_mse": nmse,
-            "explained_variance": 1.0 - nmse,
+            "explained_variance": None if nmse is None else 1.0 - nmse,
             "mse_per_token": error / n,
             "mse_per_dim": error / (n * self.d_model),
             "l0": int(self.fired.sum()) / n,

@@ -22,8 +22,12 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
 
+Rates = tp.Sequence[tp.Mapping[str, float]]
+"""Of each member: learning rates by parameter, "" for those that are not named."""
+
+
 class Adam:
-    """Adam (Kingma & Ba 2015) with one learning rate per member, fused over its parameters.
+    """Adam (Kingma & Ba 2015) with learning rates per member, fused over its parameters.
 
     Args:
         params: stacked parameters, each [n_members, …]; updated in place.
@@ -37,34 +41,41 @@ class Adam:
             for moment in ("m", "v")
         }
 
-    def step(self, grads: tp.Mapping[str, Tensor], lrs: tp.Sequence[float], t: int) -> None:
+    def step(self, grads: tp.Mapping[str, Tensor], rates: Rates, t: int) -> None:
         """Update all members.
 
         Args:
             grads: as the parameters.
-            lrs: learning rate of each member.
+            rates: learning rates of each member.
             t: number of this step, from 1.
         """
-        names = list(self._params)
-        for n, lr in enumerate(lrs):
-            device = self._params[names[0]].device
-            done = [torch.full((), float(t - 1), device=device) for _ in names]
-            adam(
-                [self._params[name][n] for name in names],
-                [grads[name][n] for name in names],
-                [self.state[f"adam.{name}.m"][n] for name in names],
-                [self.state[f"adam.{name}.v"][n] for name in names],
-                [],
-                done,
-                fused=True,
-                amsgrad=False,
-                beta1=BETA1,
-                beta2=BETA2,
-                lr=lr,
-                weight_decay=0.0,
-                eps=EPS,
-                maximize=False,
-            )
+        for n, own in enumerate(rates):
+            others = [name for name in self._params if name not in own]
+            self._update(n, others, grads, own[""], t)
+            for name in own.keys() & self._params.keys():
+                self._update(n, [name], grads, own[name], t)
+
+    def _update(
+        self, n: int, names: list[str], grads: tp.Mapping[str, Tensor], lr: float, t: int
+    ) -> None:
+        device = self._params[names[0]].device
+        done = [torch.full((), float(t - 1), device=device) for _ in names]
+        adam(
+            [self._params[name][n] for name in names],
+            [grads[name][n] for name in names],
+            [self.state[f"adam.{name}.m"][n] for name in names],
+            [self.state[f"adam.{name}.v"][n] for name in names],
+            [],
+            done,
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=lr,
+            weight_decay=0.0,
+            eps=EPS,
+            maximize=False,
+        )
 
 
 class Muon:
@@ -83,15 +94,15 @@ class Muon:
         }
         self.state = {**self._adam.state, **self._momentum}
 
-    def step(self, grads: tp.Mapping[str, Tensor], lrs: tp.Sequence[float], t: int) -> None:
+    def step(self, grads: tp.Mapping[str, Tensor], rates: Rates, t: int) -> None:
         """Update all members. See :meth:`Adam.step`."""
-        self._adam.step(grads, lrs, t)
+        self._adam.step(grads, rates, t)
         for name, param in self._matrices.items():
             momentum = self._momentum[f"muon.{name}.m"].lerp_(grads[name], 1 - MUON_MOMENTUM)
             size = 0.2 * math.sqrt(max(param.shape[1:]))
-            for n, lr in enumerate(lrs):
+            for n, own in enumerate(rates):
                 nesterov = grads[name][n].lerp(momentum[n], MUON_MOMENTUM)
-                param[n].sub_(orthogonalize(nesterov), alpha=lr * size)
+                param[n].sub_(orthogonalize(nesterov), alpha=own[""] * size)
 
 
 Optimizer = Adam | Muon

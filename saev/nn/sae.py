@@ -10,6 +10,8 @@ the weights (:mod:`saev.nn.folding`).
 
 import typing as tp
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -116,10 +118,17 @@ class SparseAutoencoder(nn.Module):
             tensor.copy_(tensors[name])
         return sae.eval().requires_grad_(False)
 
-    def encode(self, x: Float[Tensor, "*batch d_model"]) -> EncoderOutput:
-        """Latents and pre-activations of recorded activations x, of any floating type."""
-        self._check_width(x)
-        pre_acts = x.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
+    def encode(self, x: "Float[Tensor, '*batch d_model'] | npt.NDArray[tp.Any]") -> EncoderOutput:
+        """Latents and pre-activations of recorded activations x.
+
+        Args:
+            x: a tensor of any floating type on the SAE's device, or a NumPy array.
+
+        Raises:
+            ConfigError: x is something else, of another width, or holds integers.
+        """
+        given = self._checked(x)
+        pre_acts = given.to(self.W_enc.dtype) @ self.W_enc + self.b_enc
         return EncoderOutput(self.activate(pre_acts), pre_acts)
 
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
@@ -151,8 +160,8 @@ class SparseAutoencoder(nn.Module):
             raise ConfigError(f"prefix is {prefix}, expected 0 to d_sae = {self.d_sae}.")
         return acts[..., :prefix] @ self.W_dec[:prefix] + self.b_dec
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> SaeOutput:
-        """Reconstruction and latents of recorded activations x."""
+    def forward(self, x: "Float[Tensor, '*batch d_model'] | npt.NDArray[tp.Any]") -> SaeOutput:
+        """Reconstruction and latents of recorded activations x; see :meth:`encode`."""
         acts = self.encode(x).acts
         return SaeOutput(self.decode(acts), acts)
 
@@ -172,12 +181,23 @@ class SparseAutoencoder(nn.Module):
 
         return checkpoints.save_sae(self, url, metadata)
 
-    def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d_model:
+    def _checked(self, x: tp.Any) -> Tensor:
+        """x as a tensor of the right width."""
+        if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
+            x = torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("="))).to(
+                self.W_enc.device
+            )
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ConfigError(
+                f"An SAE encodes a torch tensor or a NumPy array of floating numbers, found {kind}."
+            )
+        if not x.ndim or x.shape[-1] != self.d_model:
             raise ConfigError(
                 f"The SAE was trained on activations of width {self.d_model}, these have "
-                f"{x.shape[-1]}. Use shards of the same model."
+                f"shape {list(x.shape)}. Use shards of the same model."
             )
+        return x
 
 
 def _shapes(cfg: SaeConfig) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import typing as tp
 
 from saev import storage
@@ -280,8 +281,8 @@ def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[
         )
     url = overview.write(cfg.root)
     outputs.write_page(cfg.to_page, overview.render(sections))
-    best = min(rows, key=lambda row: row.metrics["normalized_mse"]).metrics
-    figures = {"n_saes": len(rows), "best_normalized_mse": best["normalized_mse"]}
+    best = min(overview.nmse_of(row.metrics) for row in rows)
+    figures = {"n_saes": len(rows)} | ({"best_normalized_mse": best} if math.isfinite(best) else {})
     outputs.write_metrics(cfg.executor_input, figures)
     details = {"shards": cfg.shards, "runs": runs, "page": url}
     if cfg.owner:

@@ -87,7 +87,6 @@ def build_banks(
             [c.seed for c in configs],
             d_model=shards.d_model,
             optim=first.optim,
-            grad_clip=first.grad_clip,
             dead_after=decided(first.dead_after),
             device=device,
             bf16=first.bf16,
@@ -103,7 +102,7 @@ def _shape(c: TrainConfig) -> tuple[tp.Any, ...]:
     """Equal for SAEs that can be in one bank, and should be: plain SAEs are not held up by the
     prefixes of Matryoshka ones."""
     kinds = (c.sae.activation.kind, c.objective.kind, c.optim)
-    return (c.sae.d_sae, *kinds, c.grad_clip, c.dead_after, c.scale_mean, c.scale_norm)
+    return (c.sae.d_sae, *kinds, c.dead_after, c.scale_mean, c.scale_norm)
 
 
 def _sample(shards: Shards, config: TrainConfig) -> Tensor:

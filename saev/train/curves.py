@@ -184,7 +184,7 @@ class WandbRun:
         values = {k: v for k, v in row.items() if k != "step" and v is not None}
         self._run.log(values, step=int(row["step"] or 0))
 
-    def finish(self, summary: tp.Mapping[str, float | int]) -> None:
+    def finish(self, summary: tp.Mapping[str, float | int | None]) -> None:
         """Close the run with its evaluation."""
         self._run.summary.update({f"eval/{k}": v for k, v in summary.items()})
         self._run.finish()

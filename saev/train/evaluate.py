@@ -1,18 +1,28 @@
-"""Measuring trained SAEs on held-out activations, in the form in which they are used."""
+"""Measuring trained SAEs on held-out activations, in the form in which they are used.
 
+SAEs that aim at an L0 are calibrated first (:mod:`saev.nn.calibration`), on the tokens of every
+second held-out example, and reported on the others. Beside that stand the same figures of tokens
+that they were trained on.
+"""
+
+import contextlib
+import logging
 import typing as tp
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from saev.config import TrainConfig
+from saev.config import BatchTopK, LoaderConfig, TrainConfig
 from saev.loaders import ShuffledLoader
 from saev.loaders.selection import Selection
 from saev.nn import SparseAutoencoder
-from saev.nn.metrics import ReconstructionMetrics
+from saev.nn.calibration import Calibration, set_level
+from saev.nn.metrics import Metrics, ReconstructionMetrics
 from saev.progress import Progress
 from saev.shards import Shards
 
-Metrics = dict[str, float | int]
+logger = logging.getLogger(__name__)
 
 _LATENT_BYTES = 256 << 20
 """Most bytes of latents of one SAE at a time."""
@@ -20,39 +30,162 @@ _BATCH_TOKENS = 16_384
 _VAL_SEED = 0
 
 
+class Evaluation(tp.TypedDict):
+    """What run.json says of an SAE beside its name; without held-out tokens, no figures."""
+
+    metrics: Metrics
+    """Of held-out tokens; of those that it was not calibrated on, if it was."""
+    train_metrics: tp.NotRequired[Metrics]
+    """Of as many tokens of the training side."""
+    calibration: tp.NotRequired[Metrics]
+    """Target, level, and of the tokens that it was found on: number and L0 before."""
+
+
+class _Rows(tp.NamedTuple):
+    """A batch to measure on."""
+
+    acts: Tensor
+    """As recorded, [batch, d_model]."""
+    calibrating: Tensor
+    """Which of them are for calibration, bool [batch]."""
+
+
+class _Tokens:
+    """A fixed choice of the tokens of one side.
+
+    Args:
+        data: which side.
+        n_most: the most tokens.
+        device: of the batches.
+        progress: what is told.
+    """
+
+    def __init__(self, data: LoaderConfig, n_most: int, device: torch.device, progress: Progress):
+        self._data, self._device, self._progress = data, device, progress
+        self._open = contextlib.ExitStack()
+        self._shards = self._open.enter_context(Shards.open(data.shards))
+        selection = Selection(self._shards, data)
+        self.n_tokens = min(n_most, selection.n_tokens)
+        self._calibrating = torch.zeros(self._shards.n_examples, dtype=torch.bool)
+        self._calibrating[torch.from_numpy(selection.examples[::2])] = True
+
+    def __enter__(self) -> tp.Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def batches(self, title: str) -> Iterator[_Rows]:
+        """All of them, always in the same batches."""
+        with (
+            ShuffledLoader(
+                self._shards,
+                self._data,
+                min(_BATCH_TOKENS, self.n_tokens),
+                seed=_VAL_SEED,
+                epochs=1,
+                device=self._device,
+            ) as loader,
+            self._progress.task(title, total=self.n_tokens, unit="tok") as bar,
+        ):
+            left = self.n_tokens
+            for batch in loader:
+                rows = self._calibrating[batch.example_idx[:left]].to(self._device)
+                yield _Rows(batch.act[:left], rows)
+                left -= len(rows)
+                bar.advance(len(rows))
+                if not left:
+                    break
+
+
+def aim(config: TrainConfig) -> float | None:
+    """The L0 that an SAE is to have, if its activation alone does not see to it."""
+    activation = config.sae.activation
+    return activation.top_k if isinstance(activation, BatchTopK) else config.objective.target_l0
+
+
 @torch.no_grad()
 def evaluate(
     saes: tp.Sequence[SparseAutoencoder],
-    config: TrainConfig,
+    configs: tp.Sequence[TrainConfig],
     device: torch.device,
     progress: Progress,
-) -> list[Metrics]:
-    """Metrics of each SAE on at most ``config.n_val`` tokens of the validation side.
+) -> list[Evaluation]:
+    """Calibrate and measure each SAE on at most ``n_val`` tokens of the validation side.
 
     If that side has more tokens, a random choice of them is taken, always the same one. Every SAE
-    sees the same batches, and its numbers do not depend on the others. Without n_val, empty dicts.
+    sees the same batches, and its numbers do not depend on the others.
+
+    Args:
+        saes: those that aim at an L0 are changed.
+        configs: of the SAEs; they share their data.
+        device: where the SAEs are.
+        progress: what is told.
     """
-    if not config.n_val or not saes:
-        return [{} for _ in saes]
-    found = [ReconstructionMetrics(sae.d_model, sae.d_sae, device) for sae in saes]
-    data = config.val_data.decided()
-    with Shards.open(data.shards) as shards:
-        n_tokens = min(config.n_val, Selection(shards, data).n_tokens)
-        size = min(_BATCH_TOKENS, n_tokens)
-        with (
-            ShuffledLoader(shards, data, size, seed=_VAL_SEED, epochs=1, device=device) as loader,
-            progress.task("evaluate", total=n_tokens, unit="tok") as bar,
-        ):
-            left = n_tokens
-            for batch in loader:
-                acts_bd = batch.act[:left]
-                for sae, metrics in zip(saes, found, strict=True):
-                    rows = max(1, _LATENT_BYTES // (4 * sae.d_sae))
-                    for part in acts_bd.split(rows):
-                        x_hat, f = sae(part)
-                        metrics.update(part, x_hat, f)
-                left -= len(acts_bd)
-                bar.advance(len(acts_bd))
-                if not left:
-                    break
+    found: list[Evaluation] = [{"metrics": {}} for _ in saes]
+    if not saes or not configs[0].n_val:
+        return found
+    with _Tokens(configs[0].val_data.decided(), configs[0].n_val, device, progress) as held_out:
+        aims = {n: l0 for n, config in enumerate(configs) if (l0 := aim(config)) is not None}
+        calibrated = _calibrate(saes, aims, held_out) if aims else {}
+        metrics = _measure(saes, held_out, "evaluate", calibrated)
+    with _Tokens(configs[0].train_data, held_out.n_tokens, device, progress) as trained_on:
+        train_metrics = _measure(saes, trained_on, "evaluate on the training side")
+    for n, one in enumerate(found):
+        one["metrics"], one["train_metrics"] = metrics[n], train_metrics[n]
+        if n in calibrated:
+            one["calibration"] = calibrated[n]
+    return found
+
+
+def _calibrate(
+    saes: tp.Sequence[SparseAutoencoder], aims: tp.Mapping[int, float], held_out: _Tokens
+) -> dict[int, Metrics]:
+    """Set the levels of SAEs, by their index; returns what run.json says of it."""
+    counts = {n: Calibration(saes[n], l0) for n, l0 in aims.items()}
+    n_others = 0
+    for acts_bd, calibrating in held_out.batches("calibrate"):
+        n_others += int((~calibrating).sum())
+        for n, calibration in counts.items():
+            for part in _parts(acts_bd[calibrating], saes[n]):
+                calibration.update(part)
+    n_tokens = next(iter(counts.values())).n_tokens
+    if not n_tokens or not n_others:
+        logger.warning(
+            "Thresholds are not calibrated: of the held-out tokens (--n-val), %d are of examples "
+            "to calibrate on and %d of others to report on; both need some.",
+            *(n_tokens, n_others),
+        )
+        return {}
+    for n, calibration in counts.items():
+        set_level(saes[n], calibration.level())
+    return {
+        n: {
+            "target_l0": calibration.l0,
+            "level": calibration.level(),
+            "n_tokens": calibration.n_tokens,
+            "l0_before": calibration.l0_before,
+        }
+        for n, calibration in counts.items()
+    }
+
+
+def _measure(
+    saes: tp.Sequence[SparseAutoencoder],
+    tokens: _Tokens,
+    title: str,
+    calibrated: tp.Collection[int] = (),
+) -> list[Metrics]:
+    """Metrics of each SAE; those that were calibrated are measured on the other half."""
+    found = [ReconstructionMetrics(sae.d_model, sae.d_sae, sae.b_enc.device) for sae in saes]
+    for acts_bd, calibrating in tokens.batches(title):
+        for n, (sae, metrics) in enumerate(zip(saes, found, strict=True)):
+            for part in _parts(acts_bd[~calibrating] if n in calibrated else acts_bd, sae):
+                metrics.update(part, *sae(part))
     return [metrics.to_dict() for metrics in found]
+
+
+def _parts(acts_bd: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, ...]:
+    """Rows whose latents fit into memory; none if there are no rows."""
+    rows = max(1, _LATENT_BYTES // (4 * sae.d_sae))
+    return acts_bd.split(rows) if len(acts_bd) else ()

@@ -8,7 +8,7 @@ import math
 import typing as tp
 
 from saev import storage
-from saev.config import BatchTopK, Objective, TopK, TrainConfig, ValDataConfig
+from saev.config import Activation, BatchTopK, Objective, TopK, TrainConfig, ValDataConfig
 from saev.config.sweeps import UNSWEPT, Asked, asked
 from saev.config.train import default_batch_size
 from saev.errors import ConfigError
@@ -18,9 +18,9 @@ from saev.train.sides import Places, check_model, decide, other_model
 
 logger = logging.getLogger(__name__)
 
-NUMERICS = 1
-"""Counts changes of the training algorithm: part of every run id, so that a run trained by an
-older version is not taken for one that a newer version would train."""
+NUMERICS = {"top-k": 1, "relu": 1, "batch-top-k": 2, "jump-relu": 2}
+"""Counts changes of the training algorithm, by kind of activation: part of every run id, so that a
+run trained by an older version is not taken for one that a newer version would train."""
 
 _UNHASHED_DATA = ("n_threads", "verify")
 """How data is read, not what is read."""
@@ -117,6 +117,8 @@ def resolve_one(
         raise ConfigError(
             f"--sae.activation.top-k is {activation.top_k}, but the SAE has only {d_sae} latents."
         )
+    if cfg.objective.target_l0 is not None:
+        _check_target(cfg.objective.target_l0, activation, d_sae)
     batch_size = cfg.batch_size or default_batch_size(cfg.n_train)
     n_steps = math.ceil(cfg.n_train / min(batch_size, places.n_tokens(train)))
     if before:  # as if there were enough tokens for such a batch
@@ -132,8 +134,8 @@ def resolve_one(
             "sae": cfg.sae.model_copy(update={"d_model": d_model, "d_sae": d_sae}),
             "objective": default_objective(cfg),
             "lr": cfg.lr or default_lr(d_sae, cfg.optim),
-            "n_lr_warmup": _or(cfg.n_lr_warmup, round(LR_WARMUP * n_steps)),
-            "n_sparsity_warmup": _or(cfg.n_sparsity_warmup, round(SPARSITY_WARMUP * n_steps)),
+            "n_lr_warmup": _warmup(cfg, "n_lr_warmup", n_steps, places, before),
+            "n_sparsity_warmup": _warmup(cfg, "n_sparsity_warmup", n_steps, places, before),
             "dead_after": cfg.dead_after or default_dead_after(cfg.n_train),
         }
     )
@@ -167,20 +169,61 @@ def default_dead_after(n_train: int) -> int:
 
 
 def default_objective(cfg: TrainConfig) -> Objective:
-    """With ``k_aux`` half of k for TopK and BatchTopK.
+    """With λ as a number where there is a penalty and no target, and with ``k_aux`` half of k (or
+    of the target) where there is one.
 
     AuxK latents then compete for a token as they would if they were alive. Gao et al. take half of
     d_model, and there are always more dead latents than that; here there are fewer, so all of them
     would share each residual, as a small dense autoencoder that never wakes up.
     """
-    top_k = getattr(cfg.sae.activation, "top_k", 0)
-    if cfg.objective.k_aux is not None or not top_k:
-        return cfg.objective
-    return cfg.objective.model_copy(update={"k_aux": max(1, top_k // 2)})
+    objective, top_k = cfg.objective, getattr(cfg.sae.activation, "top_k", 0)
+    found: dict[str, tp.Any] = {}
+    if not top_k and objective.target_l0 is None:
+        found["sparsity_coeff"] = objective.coefficient
+    k = top_k or objective.target_l0
+    if objective.k_aux is None and k:
+        found["k_aux"] = max(1, int(k // 2))
+    return objective.model_copy(update=found)
 
 
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+def _check_target(target: float, activation: Activation, d_sae: int) -> None:
+    if isinstance(activation, TopK | BatchTopK):
+        raise ConfigError(
+            f"--objective.target-l0 is {target:g}, but {activation.kind} keeps top_k latents: set "
+            "--sae.activation.top-k, or choose sae.activation:relu or jump-relu."
+        )
+    if target > d_sae / 2:
+        raise ConfigError(
+            f"--objective.target-l0 is {target:g}, but the SAE has only {d_sae} latents, of which "
+            "at most half can be active. Lower it or raise --sae.d-sae."
+        )
+
+
+LONGEST_WARMUP = 0.5
+"""Share of the run that is left of a warm-up that is longer than the run."""
+
+
+def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bool) -> int:
+    """Steps of a warm-up: as wanted or, by default, a share of the run.
+
+    One that is longer than the run would leave the rate, or the penalty, below what was asked for
+    in every step.
+    """
+    wanted: int | None = getattr(cfg, key)
+    if wanted is None:
+        return round(
+            {"n_lr_warmup": LR_WARMUP, "n_sparsity_warmup": SPARSITY_WARMUP}[key] * n_steps
+        )
+    if wanted <= n_steps:
+        return wanted
+    cut = max(1, math.floor(LONGEST_WARMUP * n_steps))
+    if not before:
+        flag = "--" + key.replace("_", "-")
+        places.say(
+            f"{flag} is {wanted}, but the run has only {n_steps} steps: the warm-up is cut to "
+            f"{cut}, half of them."
+        )
+    return cut
 
 
 # --- Names --------------------------------------------------------------------------------------
@@ -201,7 +244,8 @@ def run_id(config: TrainConfig, places: Places | None = None) -> str:
             raw[side]["shards"] = [shards.metadata.hash, shards.n_examples]
     # Version 0.1.0 evaluated without a word on activations of another model.
     other = {"other_model": True} if other_model(config, places) else {}
-    return digest({"numerics": NUMERICS, "config": raw, **other})
+    numerics = NUMERICS[config.sae.activation.kind]
+    return digest({"numerics": numerics, "config": raw, **other})
 
 
 def _hashed(config: TrainConfig) -> dict[str, tp.Any]:
@@ -227,7 +271,7 @@ def _data_key(config: TrainConfig) -> str:
 def _warn_of_idle_axes(members: tp.Sequence[Member]) -> None:
     """A sweep of a penalty that the activation does not use trains repetitions."""
     sparse = [m for m in members if isinstance(m.config.sae.activation, TopK | BatchTopK)]
-    coefficients = {m.config.objective.sparsity_coeff for m in sparse}
+    coefficients = {m.config.objective.coefficient for m in sparse}
     if len(coefficients) > 1:
         logger.warning(
             "objective.sparsity_coeff is swept, but %s has no sparsity penalty: those SAEs differ "

@@ -21,6 +21,7 @@ from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
 from saev.nn import SparseAutoencoder, StepMetrics
+from saev.nn.calibration import set_level
 from saev.nn.ranks import Agreement
 from saev.progress import Progress
 from saev.shards import Shards
@@ -217,10 +218,9 @@ class Trainer:
                 c = member.config
                 raise ConfigError(
                     f"Run {member.run_id}: the loss is not finite at step {step} of "
-                    f"{self.n_steps}. Lower --lr (it is {c.lr:g}), raise --n-lr-warmup (it is "
-                    f"{c.n_lr_warmup}) or give --grad-clip 1 (it is {c.grad_clip:g}). The SAE: "
-                    f"{c.sae.activation.kind}, {c.objective.kind}, d_sae {c.sae.d_sae}, "
-                    f"seed {c.seed}."
+                    f"{self.n_steps}. Lower --lr (it is {c.lr:g}) or raise --n-lr-warmup (it is "
+                    f"{c.n_lr_warmup}). The SAE: {c.sae.activation.kind}, {c.objective.kind}, "
+                    f"d_sae {c.sae.d_sae}, seed {c.seed}."
                 )
 
     # --- Curves ----------------------------------------------------------------------------
@@ -243,6 +243,8 @@ class Trainer:
             for index, config, row in zip(part.indices, part.configs, values, strict=True):
                 got = dict(zip(named, row, strict=True))
                 factor = lr_scale(self.step - 1, self.n_steps, config.n_lr_warmup or 0)
+                aims = config.objective.target_l0 is not None
+                coefficient = {"train/sparsity_coeff": got["coeff"]} if aims else {}
                 stored = self.curves[index].add(
                     {
                         **done,
@@ -257,6 +259,7 @@ class Trainer:
                         "train/n_dead": int(got["n_dead"]),
                         "train/grad_norm": got["grad_norm"],
                         "train/lr": (config.lr or 0.0) * factor,
+                        **coefficient,
                         **mixing,
                     },
                     timing,
@@ -350,12 +353,13 @@ class Trainer:
             return
         self._flush()
         places = sides.Places()
-        for index, (member, sae, metrics) in enumerate(
+        _say_what_was_found(self.members, measured)
+        for index, (member, sae, found) in enumerate(
             zip(self.members, saes, measured, strict=True)
         ):
             if index in self._done:
                 if self._wandb:
-                    self._wandb[index].finish(metrics)
+                    self._wandb[index].finish(found["metrics"])
                 continue
             progress.safe_point()
             if member.published:
@@ -377,20 +381,25 @@ class Trainer:
                 "n_steps": self.n_steps,
                 "n_tokens": self.n_steps * self.batch_size,
                 **self._sources(member, places),
-                "metrics": metrics,
+                **found,
             }
             storage.write_json(storage.join(member.url, RUN), storage.seal(record, listed))
             if self._wandb:
-                self._wandb[index].finish(metrics)
+                self._wandb[index].finish(found["metrics"])
 
     def _measure(
         self, saes: tp.Sequence[SparseAutoencoder], progress: Progress
-    ) -> list[evaluate.Metrics]:
-        """Metrics of each SAE; every rank measures some of them, each on all tokens."""
+    ) -> list[evaluate.Evaluation]:
+        """Calibrate and measure; every rank does some of the SAEs, each on all tokens."""
         rank, size = self._ranks.rank, self._ranks.size
-        mine = evaluate.evaluate(saes[rank::size], self.config, self.device, progress)
+        configs = [m.config for m in self.members[rank::size]]
+        mine = evaluate.evaluate(saes[rank::size], configs, self.device, progress)
         of_rank = self._ranks.collect(mine)
-        return [of_rank[i % size][i // size] for i in range(len(saes))]
+        measured = [of_rank[i % size][i // size] for i in range(len(saes))]
+        for i, (sae, found) in enumerate(zip(saes, measured, strict=True)):
+            if i % size != rank and "calibration" in found:
+                set_level(sae, found["calibration"]["level"])
+        return measured
 
     def _provenance(self, member: Member) -> dict[str, tp.Any]:
         """What a user of the weights alone wants to know about their training."""
@@ -412,6 +421,25 @@ class Trainer:
         val = sides.sources(member.config, places)[1]
         other = sides.other_model(member.config, places)
         return {**found, "val_source": val.to_dict(), **({"other_model": other} if other else {})}
+
+
+def _say_what_was_found(
+    members: tp.Sequence[Member], measured: tp.Sequence[evaluate.Evaluation]
+) -> None:
+    """L0 beside what was asked for, and what is missing where nothing is held out."""
+    aims = [evaluate.aim(member.config) for member in members]
+    for member, found, aim in zip(members, measured, aims, strict=True):
+        if aim is not None and found["metrics"]:
+            logger.info(
+                "%s: L0 %.1f on held-out tokens, %.1f on training tokens; asked for were %g.",
+                *(member.run_id, found["metrics"]["l0"], found["train_metrics"]["l0"], aim),
+            )
+    if any(aim is not None and not m["metrics"] for aim, m in zip(aims, measured, strict=True)):
+        logger.warning(
+            "Nothing is held out, so thresholds stay as training left them: on other images, L0 "
+            "is likely to be higher than asked for. Training keeps a share of the examples for "
+            "that unless --n-val is 0."
+        )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It is made from what is on storage, so whoever writes it last writes all of it.
 
 import concurrent.futures
 import dataclasses
+import math
 import typing as tp
 
 from saev import storage
@@ -117,9 +118,8 @@ def _dataset(root: str, shards: str) -> str:
 def _ordered(rows: tp.Sequence[Row]) -> tp.Iterator[Row]:
     """By L0, with the Pareto front marked: each of its members has a lower NMSE than all before."""
     lowest = float("inf")
-    key = ("l0", "normalized_mse")
-    for row in sorted(rows, key=lambda r: (*(r.metrics[k] for k in key), r.run)):
-        nmse = row.metrics["normalized_mse"]
+    for row in sorted(rows, key=lambda r: (r.metrics["l0"], nmse_of(r.metrics), r.run)):
+        nmse = nmse_of(row.metrics)
         yield dataclasses.replace(row, on_front=nmse < lowest)
         lowest = min(lowest, nmse)
 
@@ -154,15 +154,22 @@ class _Plot(tp.NamedTuple):
 
 def _plot(rows: tp.Sequence[Row]) -> _Plot:
     x_max = max(row.metrics["l0"] for row in rows) or 1.0
-    y_max = max(row.metrics["normalized_mse"] for row in rows) or 1.0
+    known = [v for row in rows if math.isfinite(v := nmse_of(row.metrics))]
+    y_max = max(known, default=0.0) or 1.0
     points = [
         _Point(
             100 * row.metrics["l0"] / x_max,
-            100 - 100 * row.metrics["normalized_mse"] / y_max,
+            100 - 100 * nmse_of(row.metrics) / y_max,
             i,
             row.on_front,
         )
         for i, row in enumerate(rows, start=1)
+        if math.isfinite(nmse_of(row.metrics))
     ]
-    best = min(row.metrics["normalized_mse"] for row in rows)
-    return _Plot(points, x_max, y_max, best)
+    return _Plot(points, x_max, y_max, min(known, default=math.nan))
+
+
+def nmse_of(metrics: tp.Mapping[str, tp.Any]) -> float:
+    """NMSE, infinite where it is not a number (see docs/metrics): such an SAE is never the best."""
+    value = metrics["normalized_mse"]
+    return math.inf if value is None else float(value)

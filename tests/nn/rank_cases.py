@@ -40,7 +40,7 @@ class Case(tp.NamedTuple):
 
 ACTIVATIONS = {
     "top-k": TopK(top_k=5), "batch-top-k": BatchTopK(top_k=5), "relu": Relu(),
-    "jump-relu": JumpRelu(bandwidth=0.5),
+    "jump-relu": JumpRelu(),
 }  # fmt: skip
 CASES = [
     *(Case(a, o) for a in ACTIVATIONS for o in ("vanilla", "matryoshka")),
@@ -70,10 +70,12 @@ def bank_of(case: Case, ranks: Ranks = ALONE, seed: int = 0) -> SaeBank:
         for i in range(2)
     ]
     objective = Vanilla() if case.objective == "vanilla" else Matryoshka(n_prefixes=4)
+    aiming = case.activation in ("relu", "jump-relu")
+    penalties = [{"sparsity_coeff": 1e-3}, {"target_l0": 5.0} if aiming else {}]
     bank = SaeBank(
         [SaeConfig(d_sae=S, activation=a, reinit_blend=0.8) for a in activations],
-        [objective.model_copy(update={"sparsity_coeff": c, "k_aux": 4}) for c in (1e-3, 2e-3)],
-        [1e-3, 2e-3], [seed, seed + 1], D, optim=case.optim, dead_after=300, grad_clip=0.1,
+        [objective.model_copy(update={**penalty, "k_aux": 4}) for penalty in penalties],
+        [1e-3, 2e-3], [seed, seed + 1], D, optim=case.optim, dead_after=300,
         dtype=case.dtype, ranks=ranks, data=torch.cat([x for x, _ in batches(1)]),
     )  # fmt: skip
     bank.params["b_enc"][:, :10] -= 20

@@ -29,6 +29,7 @@ class Measured(tp.NamedTuple):
     nmse: float
     n_dead: float
     grad_norm: float
+    coeff: float
 
 
 class Reference:
@@ -36,7 +37,7 @@ class Reference:
 
     Attributes:
         params: W_enc [d_sae, d_model] and the others, float64.
-        grads: of the last step, before clipping.
+        grads: of the last step.
         margin: how far the last step was from a choice that rounding could change: the least
             distance of a pre-activation from being (un)selected.
     """
@@ -45,13 +46,14 @@ class Reference:
         self.cfg: SaeConfig = bank.cfgs[n]
         self.objective: Objective = bank.objectives[n]
         self.lr: float = bank.lrs[n]
-        self.grad_clip: float = bank.grad_clip
         self.dead_after: int = bank.dead_after
         state = bank.state_dict()
         self.params = {name: state[name][n].double() for name in PARAMS if name in state}
         self.moments = {k: v[n].double() for k, v in state.items() if k[:5] in ("adam.", "muon.")}
         self.threshold = float(state["threshold"][n])
         self.since_fired = state["since_fired"][n].clone()
+        names = {"error": "sparsity.error", "sum": "sparsity.sum"}
+        self.control = {k: float(state[v][n]) for k, v in names.items() if v in state}
         self.t = int(state["counters"][0])
         self.grads: dict[str, torch.Tensor] = {}
         self.margin = math.inf
@@ -79,13 +81,15 @@ class Reference:
         prefixes = self.draw_prefixes()
         x_hats = [f[:, :length] @ w_dec[:length] + b_dec for length in prefixes]
         mse = sum((x - x_hat).square().mean() for x_hat in x_hats) / len(prefixes)
-        sparsity = self.objective.sparsity_coeff * sparsity_factor * penalty / n_tokens
+        coeff = self._coefficient(sparsity_factor, (x - x.mean(0)).square().mean().item())
+        sparsity = coeff * penalty / n_tokens
         aux = self._aux(x, z, x_hats[-1])
         (mse + sparsity + aux).backward()
         self.grads = {name: p.grad for name, p in self.params.items()}
         self.params = {name: p.detach() for name, p in self.params.items()}
 
         fires = f.detach() > 0
+        self._observe(fires.sum().item() / n_tokens)
         self.since_fired = torch.where(fires.any(0), 0, self.since_fired + n_tokens)
         if self.cfg.remove_parallel_grads:
             w, g = self.params["W_dec"], self.grads["W_dec"]
@@ -101,15 +105,17 @@ class Reference:
             nmse=(error / spread).item(),
             n_dead=(self.since_fired >= self.dead_after).sum().item(),
             grad_norm=math.sqrt(sum(g.square().sum().item() for g in self.grads.values())),
+            coeff=coeff,
         )
 
     def update(self, lr_factor: float = 1.0) -> None:
-        norm = math.sqrt(sum(g.square().sum().item() for g in self.grads.values()))
-        clip = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip > 0 else 1.0
         self.t += 1
         for name, p in self.params.items():
             rule = self._muon if f"muon.{name}.m" in self.moments else self._adam
-            p -= self.lr * lr_factor * rule(name, clip * self.grads[name])
+            lr = self._threshold_lr() if name == "log_threshold" else self.lr
+            p -= lr * lr_factor * rule(name, self.grads[name])
+            if name == "log_threshold":
+                self._lower(p, 2 * lr * lr_factor)
         if self.cfg.normalize_w_dec:
             self.params["W_dec"] /= self.params["W_dec"].norm(dim=1, keepdim=True).clamp(min=1e-12)
 
@@ -124,6 +130,39 @@ class Reference:
         chances = torch.tensor(chances, dtype=torch.float64)
         drawn = (chances / chances.sum()).multinomial(n - 1, generator=self._generator) + 1
         return [*sorted(drawn.tolist()), d_sae]
+
+    def _lower(self, log_theta: torch.Tensor, fall: float) -> None:
+        """ln θ of dead latents falls, to 1 below the mean of the live ones at most."""
+        dead = self.since_fired >= self.dead_after
+        for i in range(len(log_theta)) if not dead.all() else ():
+            lowest = log_theta[~dead].mean() - 1
+            if dead[i] and log_theta[i] > lowest:
+                log_theta[i] = max(log_theta[i] - fall, lowest)
+
+    def _threshold_lr(self) -> float:
+        muon = any(name.startswith("muon.") for name in self.moments)
+        return self.cfg.activation.threshold_lr or self.lr * (1 if muon else 5)
+
+    # --- Sparsity --------------------------------------------------------------------------
+
+    def _coefficient(self, factor: float, variance: float) -> float:
+        """λ: as given, or for a target from the errors of the steps before."""
+        target = self.objective.target_l0
+        if target is None:
+            given = self.objective.sparsity_coeff
+            return (1e-3 if given is None else given) * factor
+        error, integral = self.control["error"], self.control["sum"]
+        if self.cfg.activation.kind == "jump-relu":
+            return 2 * variance / target * (math.exp(error) - 1 + integral)
+        return math.sqrt(variance) * 1e-3 * math.exp(integral + error / 2)
+
+    def _observe(self, l0: float) -> None:
+        target, control = self.objective.target_l0, self.control
+        if target is None:
+            return
+        now = min(1.0, max(-1.0, math.log(max(l0, 1e-3) / target)))
+        control["sum"] += 0.02 * now
+        control["error"] = 0.9 * control["error"] + 0.1 * now
 
     # --- Loss ------------------------------------------------------------------------------
 
@@ -147,7 +186,8 @@ class Reference:
                     self.threshold = m * old + (1 - m) * smallest if old else smallest
                 return z * (z > cut), none
             case "jump-relu":
-                theta, width = self.params["log_threshold"].exp(), activation.bandwidth
+                theta = self.params["log_threshold"].exp()
+                width = activation.kernel_width * theta.detach()
                 self._note(z - theta)
                 self._note((z - theta).abs() - width / 2)
                 return RectangleJumpRelu.apply(z, theta, width), RectangleStep.apply(

@@ -13,6 +13,7 @@ from saev.errors import ConfigError
 from saev.nn import activations, objectives, sparse
 from saev.nn.encode import largest
 from saev.nn.init import initial_weights, least_error_scale
+from saev.nn.sae import SparseAutoencoder
 
 
 def test_top_k_keeps_the_largest_and_rectifies_after_selection():
@@ -215,13 +216,31 @@ def test_data_point_initialisation_blends_centred_activations():
 
 
 def test_initialisation_without_data_or_with_few_points():
-    cfg = SaeConfig(d_model=8, d_sae=20, activation=JumpRelu(init_threshold=0.3))
+    cfg = SaeConfig(d_model=8, d_sae=20, activation=JumpRelu(init_l0=2))
     plain = initial_weights(cfg, None, torch.Generator().manual_seed(1))
     assert torch.equal(plain.W_enc, plain.W_dec)
     assert not plain.b_dec.any()
     assert not plain.b_enc.any()
-    assert plain.log_threshold.exp().tolist() == pytest.approx([0.3] * 20)
+    assert plain.log_threshold.unique().shape == (1,)
     few = initial_weights(cfg, torch.randn(3, 8), torch.Generator().manual_seed(1))
     assert torch.unique(few.W_dec, dim=0).shape[0] == 20
     with pytest.raises(ConfigError, match=r"\[0, 8\]"):
         initial_weights(cfg, torch.zeros(0, 8), torch.Generator())
+
+
+def test_an_sae_encodes_numpy_arrays_too_and_says_what_else_it_takes():
+    cfg = SaeConfig(d_model=8, d_sae=20, activation=Relu())
+    w = initial_weights(cfg, None, torch.Generator().manual_seed(1))
+    tensors = {"W_enc": w.W_enc.T, "b_enc": w.b_enc, "W_dec": w.W_dec, "b_dec": w.b_dec}
+    sae = SparseAutoencoder.from_tensors(cfg, tensors)
+    x = np.random.default_rng(0).standard_normal((3, 5, 8))
+    want = sae.encode(torch.from_numpy(x)).acts
+    assert want.any()
+    for array in (x, x[:, ::-1][:, ::-1], x.astype(">f8")):
+        assert torch.equal(sae.encode(array).acts, want)
+        assert torch.equal(sae(array).x_hat, sae(torch.from_numpy(x)).x_hat)
+    for wrong, found in ((x.astype(np.int64), "int64"), (x.tolist(), "list"), (None, "NoneType")):
+        with pytest.raises(ConfigError, match=f"a torch tensor or a NumPy array.*found {found}"):
+            sae.encode(wrong)
+    with pytest.raises(ConfigError, match=r"width 8, these have shape \[3, 5, 7\]"):
+        sae.encode(x[..., 1:])

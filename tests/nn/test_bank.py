@@ -14,7 +14,7 @@ from saev.nn import SaeBank
 from saev.nn.optim import orthogonalize
 
 D, S = 23, 71  # so that members differ in their alignment in memory
-ACTIVATIONS = [TopK(top_k=5), BatchTopK(top_k=5), Relu(), JumpRelu(bandwidth=0.5)]
+ACTIVATIONS = [TopK(top_k=5), BatchTopK(top_k=5), Relu(), JumpRelu()]
 
 
 def stream(n_steps, size=130, seed=0):
@@ -38,8 +38,9 @@ def members(act, n, objective=None):
         more = {
             "top_k": 4 + i,
             "threshold_momentum": 0.9 - 0.2 * i,
-            "bandwidth": 0.5 + 0.1 * i,
-            "init_threshold": 0.01 * (i + 1),
+            "kernel_width": 0.5 + 0.1 * i,
+            "init_l0": 5 + i,
+            "threshold_lr": 1e-2 if i == 1 else None,
         }
         more = {name: value for name, value in more.items() if hasattr(act, name)}
         cfgs.append(
@@ -52,6 +53,8 @@ def members(act, n, objective=None):
         )
         kind = Matryoshka(n_prefixes=3 + i, pareto_alpha=0.5 * i) if i % 2 else Vanilla()
         more = {"sparsity_coeff": 1e-3 * (i + 1), "aux_coeff": 0.1 * (i + 1), "k_aux": 6 + 4 * i}
+        if i == 1 and act.kind in ("relu", "jump-relu"):
+            more |= {"sparsity_coeff": None, "target_l0": 6.0}
         objectives.append((objective or kind).model_copy(update=more))
     lrs = [1e-3 * (i + 1) for i in range(n)]
     return cfgs, objectives, lrs, list(range(n))
@@ -59,7 +62,7 @@ def members(act, n, objective=None):
 
 def bank_of(cfgs, objectives, lrs, seeds, **kwargs):
     data = torch.cat(list(stream(2, seed=9)))
-    options = {"data": data, "dead_after": 400, "grad_clip": 0.1} | kwargs
+    options = {"data": data, "dead_after": 400} | kwargs
     return SaeBank(cfgs, objectives, lrs, seeds, D, **options)
 
 
@@ -138,13 +141,13 @@ from saev.config import *
 from saev.nn import SaeBank
 torch.manual_seed(0)
 mix = torch.randn(40, 67)
-for act in (TopK(top_k=6), BatchTopK(top_k=6), Relu(), JumpRelu(bandwidth=0.5)):
+for act in (TopK(top_k=6), BatchTopK(top_k=6), Relu(), JumpRelu()):
     for optim in ("adam", "muon"):
         cfg = SaeConfig(d_sae=331, activation=act)
         objectives = [Vanilla(), Matryoshka(n_prefixes=4)]
         data = torch.randn(500, 40) @ mix
         bank = SaeBank([cfg] * 2, objectives, [1e-3, 2e-3], [0, 1], 67, optim=optim,
-                       dead_after=1100, grad_clip=0.01, data=data)
+                       dead_after=1100, data=data)
         bank.params["b_enc"][:, :20] -= 20
         metrics = [bank.step(torch.randn(1009, 40) @ mix) for _ in range(3)]
         digest = hashlib.sha256()
@@ -171,7 +174,7 @@ def test_the_number_of_threads_does_not_change_a_bit():
 def test_training_reduces_the_error_and_keeps_rows_at_unit_norm(act, optim):
     cfg = sae_config(act)
     lr = {"adam": 3e-3, "muon": 1e-2}[optim]
-    bank = bank_of([cfg], [Vanilla(sparsity_coeff=1e-4)], [lr], [0], optim=optim, grad_clip=1.0)
+    bank = bank_of([cfg], [Vanilla(sparsity_coeff=1e-4)], [lr], [0], optim=optim)
     metrics = [bank.step(x) for x in stream(150)]
     assert metrics[-1].nmse.item() < 0.5 * metrics[0].nmse.item()
     assert torch.allclose(bank.params["W_dec"].norm(dim=-1), torch.ones(1, S), atol=1e-6)

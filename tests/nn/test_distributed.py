@@ -58,7 +58,6 @@ def test_ranks_train_what_one_process_trains(ended, case):
     _, folder = ended
     single, together = alone(case), state(folder, case, 0)
     assert (single["metric.aux"][-1] > 0).all(), "no latent died: AuxK was not tried"
-    assert (single["metric.grad_norm"][1:] > 0.1).any(), "nothing was clipped"
     assert set(single) == set(together)
     wide = case.dtype == torch.float64
     for name, want in single.items():

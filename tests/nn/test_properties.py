@@ -1,6 +1,7 @@
 """Training on shapes, sizes and inputs that nobody would choose: what must hold whatever comes."""
 
 import itertools
+import math
 import typing as tp
 
 import pytest
@@ -30,7 +31,6 @@ class Problem(tp.NamedTuple):
     cfgs: list[SaeConfig]
     objectives: list[Objective]
     optim: str
-    grad_clip: float
     dead: float
     """Share of latents that are dead."""
     bias: float
@@ -51,7 +51,6 @@ class Problem(tp.NamedTuple):
             [self.seed + i for i in members],
             self.d_model,
             optim=self.optim,
-            grad_clip=self.grad_clip,
             dead_after=100,
             dtype=dtype,
         )
@@ -90,7 +89,7 @@ def problems(draw, max_members=3):
             "top-k": TopK(top_k=k),
             "batch-top-k": BatchTopK(top_k=k, threshold_momentum=k / 100),
             "relu": Relu(),
-            "jump-relu": JumpRelu(init_threshold=0.2, bandwidth=0.5),
+            "jump-relu": JumpRelu(init_l0=k),
         }[kind]
         cfgs.append(
             SaeConfig(
@@ -113,7 +112,6 @@ def problems(draw, max_members=3):
         cfgs,
         objectives,
         optim=draw(st.sampled_from(["adam", "muon"])),
-        grad_clip=draw(st.sampled_from([0.0, 0.1])),
         dead=draw(st.sampled_from([0.0, 0.3, 1.0])),
         bias=draw(st.sampled_from([0.0, 0.0, 10.0, -10.0])),
         chunk=draw(st.integers(1, 12)),
@@ -216,13 +214,15 @@ def test_nmse_and_the_term_for_dead_latents_do_not_depend_on_the_unit(kind, expo
         "top-k": TopK(top_k=2),
         "batch-top-k": BatchTopK(top_k=2),
         "relu": Relu(),
-        "jump-relu": JumpRelu(init_threshold=0.1 * scale, bandwidth=0.2 * scale),
+        "jump-relu": JumpRelu(init_l0=3),
     }[kind]
     cfg = SaeConfig(d_sae=12, activation=activation)
-    problem = Problem(kind, 6, [cfg], [Vanilla(k_aux=3)], "adam", 0.0, 0.5, 0.0, 4, 1, 3)
+    problem = Problem(kind, 6, [cfg], [Vanilla(k_aux=3)], "adam", 0.5, 0.0, 4, 1, 3)
     bank = problem.bank(torch.float32)
     bank.params["b_dec"].mul_(scale)
     bank.params["b_enc"].mul_(scale)
+    if kind == "jump-relu":
+        bank.params["log_threshold"].add_(math.log(scale))
     reference = Reference(bank, 0)
     x = problem.batch(9, torch.float32) * scale
     want = reference.gradients(x)
@@ -239,7 +239,7 @@ def test_nothing_but_zeros_is_nothing_to_learn(kind):
     """Nothing is left over that dead latents could learn: 0/0 in their term of the loss."""
     activation = {
         "top-k": TopK(top_k=2), "batch-top-k": BatchTopK(top_k=2), "relu": Relu(),
-        "jump-relu": JumpRelu(init_threshold=0.1),
+        "jump-relu": JumpRelu(),
     }[kind]  # fmt: skip
     cfg = SaeConfig(d_sae=12, activation=activation)
     bank = SaeBank([cfg], [Vanilla(k_aux=3)], [0.1], [0], 6, dead_after=5)

@@ -134,8 +134,10 @@ def test_metrics_of_nothing_or_of_other_widths():
         ReconstructionMetrics(4, 8).merge(ReconstructionMetrics(4, 9))
 
 
-def test_constant_activations_have_finite_metrics():
+def test_constant_activations_have_no_normalised_error():
     metrics = ReconstructionMetrics(2, 2)
     metrics.update(torch.ones(5, 2), torch.ones(5, 2), torch.zeros(5, 2))
-    assert metrics.to_dict()["normalized_mse"] == 0.0
+    found = metrics.to_dict()
+    assert found["normalized_mse"] is found["explained_variance"] is None
+    assert found["mse_per_token"] == found["l0"] == 0
     assert struct.pack("d", metrics.to_dict()["l1"]) == struct.pack("d", 0.0)

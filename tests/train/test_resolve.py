@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from saev import cli, storage
-from saev.config import DataConfig, LoaderConfig, Relu, SaeConfig, TopK, TrainConfig, ValDataConfig
+from saev.config import (
+    DataConfig,
+    LoaderConfig,
+    Relu,
+    SaeConfig,
+    TopK,
+    TrainConfig,
+    ValDataConfig,
+    Vanilla,
+)
 from saev.errors import ConfigError
 from saev.shards.protocol import in_validation
 from saev.train import resolve, resume
@@ -67,6 +76,48 @@ def test_defaults_that_depend_on_others(cfg):
         for n in (1000, 500_000, 1_000_000, 10**8)
     ]
     assert found == [256, 256, 512, 16_384]
+
+
+@pytest.mark.parametrize("key", ["n_lr_warmup", "n_sparsity_warmup"])
+def test_a_warmup_that_is_longer_than_the_run_is_cut_and_said_once(cfg, key, caplog):
+    """10 steps with a warm-up of 1000 never had more than 1% of the rate that was asked for."""
+    short = update(cfg, n_train=500, batch_size=50, **{key: 1000})
+    (group,) = resolve.groups(short, table={"sae": {"d_sae": [32, 64]}})
+    assert [getattr(m.config, key) for m in group.members] == [5, 5]
+    flag = "--" + key.replace("_", "-")
+    said = f"{flag} is 1000, but the run has only 10 steps: the warm-up is cut to 5"
+    assert caplog.text.count(said) == caplog.text.count(flag) == 1
+    assert getattr(resolve.resolve_one(update(short, **{key: 10})), key) == 10
+
+
+def test_a_target_decides_the_coefficient(cfg):
+    relu = update(cfg, sae=SaeConfig(d_sae=64, activation=Relu()))
+    found = resolve.resolve_one(relu).objective
+    assert (found.sparsity_coeff, found.target_l0) == (1e-3, None)
+    aiming = update(relu, objective=Vanilla(target_l0=8))
+    found = resolve.resolve_one(aiming).objective
+    assert (found.sparsity_coeff, found.target_l0, found.k_aux) == (None, 8, 4)
+    with pytest.raises(ConfigError, match=r"target-l0 is 8, but top-k keeps top_k latents"):
+        resolve.resolve_one(update(cfg, objective=Vanilla(target_l0=8)))
+    with pytest.raises(ConfigError, match=r"target-l0 is 40, but the SAE has only 64 latents"):
+        resolve.resolve_one(update(relu, objective=Vanilla(target_l0=40)))
+    table = {"objective": {"target_l0": [4, 8], "sparsity_coeff": 0.01}}
+    with pytest.raises(ConfigError, match=r"target_l0 is 4 and sparsity_coeff is 0\.01.*Give one"):
+        resolve.groups(relu, table=table)
+
+
+def test_keys_of_version_0_1_0_still_parse_and_change_no_name(cfg):
+    """grad_clip, and of JumpReLU init_threshold and bandwidth, are in every stored config."""
+    raw = cfg.to_dict()
+    raw["grad_clip"] = 0.5
+    raw["sae"]["activation"] = {"kind": "jump-relu", "init_threshold": 0.1, "bandwidth": 0.2}
+    found = TrainConfig.from_dict(raw)
+    assert found.identity()["grad_clip"] == 1.0
+    activation = found.identity()["sae"]["activation"]
+    assert activation == {"kind": "jump-relu", "init_threshold": 0.01, "bandwidth": 0.05}
+    assert found.identity()["objective"] == {
+        "kind": "vanilla", "sparsity_coeff": 1e-3, "aux_coeff": 1 / 32, "k_aux": None
+    }  # fmt: skip
 
 
 def test_wider_saes_learn_more_slowly():

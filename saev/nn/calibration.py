@@ -1,0 +1,104 @@
+"""One number per SAE that brings its L0 on unseen tokens to what was asked for.
+
+An SAE trained on few images fires more often on others: BatchTopK with k = 32 had 40.5 active
+latents there. So the level above which a latent counts is set once more after training, on tokens
+that are neither trained on nor reported on:
+
+    BatchTopK   θ           becomes the level of z
+    JumpReLU    θ·level     the level of z/θ, the same for all latents
+    ReLU        b_enc - level    the level of z
+
+It is the level that so many of all (token, latent) pairs reach as the L0 says. BatchTopK's authors
+estimate θ like that, from training batches (Bussmann et al. 2024, arXiv:2412.06410).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saev.errors import ConfigError
+from saev.nn.sae import SparseAutoencoder
+
+_BINS = 1 << 14
+_FIRST_TOKENS = 4096
+"""Tokens that decide between which levels it is looked for."""
+_MARGIN = 4.0
+"""The range of levels goes from this many times the L0 to this part of it."""
+
+
+class Calibration:
+    """Counts of levels of one SAE over any number of batches. The counts are exact, so the level
+    does not depend on how tokens are cut into batches after the first.
+
+    Args:
+        sae: with activation relu, jump-relu or batch-top-k.
+        l0: wanted mean number of active latents per token.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, l0: float):
+        self.l0 = l0
+        self.n_tokens = 0
+        self._sae = sae
+        self._low, self._width = 0.0, 0.0
+        self._counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=sae.b_enc.device)
+        self._n_active = torch.zeros((), dtype=torch.int64, device=sae.b_enc.device)
+
+    @torch.no_grad()
+    def update(self, x: Float[Tensor, "batch d_model"]) -> None:
+        """Add tokens, as recorded."""
+        acts, z = self._sae.encode(x)
+        self._n_active += (acts != 0).sum()
+        levels = self._levels(z)
+        if not self.n_tokens:
+            self._choose_range(levels[:_FIRST_TOKENS])
+        self.n_tokens += len(x)
+        above = levels[levels > self._low]
+        places = ((above - self._low) / self._width).clamp(max=_BINS).long()
+        self._counts += torch.bincount(places, minlength=_BINS + 1)
+
+    @property
+    def l0_before(self) -> float:
+        """Mean number of active latents of these tokens, as the SAE is."""
+        return int(self._n_active) / max(self.n_tokens, 1)
+
+    def level(self) -> float:
+        """The level that `l0` latents per token reach.
+
+        Raises:
+            ConfigError: there were no tokens.
+        """
+        if not self.n_tokens:
+            raise ConfigError("There are no tokens to calibrate on.")
+        reaching = self._counts.flip(0).cumsum(0).flip(0)  # at least the lower edge of each bin
+        best = int((reaching - round(self.l0 * self.n_tokens)).abs().argmin())
+        return self._low + best * self._width
+
+    def _levels(self, z: Tensor) -> Tensor:
+        if self._sae.cfg.activation.kind == "jump-relu":
+            assert self._sae.threshold is not None
+            return z / self._sae.threshold
+        return z
+
+    def _choose_range(self, levels: Tensor) -> None:
+        wanted = self.l0 * len(levels)
+        counts = [min(max(1, round(wanted * m)), levels.numel()) for m in (_MARGIN, 1 / _MARGIN)]
+        top = levels.flatten().topk(counts[0], sorted=True).values
+        low, high = float(top[-1]), float(top[counts[1] - 1])
+        self._low = low
+        self._width = max((high - low) / _BINS, 1e-6 * abs(high), 1e-12)
+
+
+@torch.no_grad()
+def set_level(sae: SparseAutoencoder, level: float) -> None:
+    """Change an SAE so that its latents are active above this level."""
+    match sae.cfg.activation.kind:
+        case "batch-top-k":
+            assert sae.threshold is not None
+            sae.threshold.fill_(max(level, 0.0))
+        case "jump-relu":
+            assert sae.threshold is not None
+            sae.threshold.mul_(max(level, 0.0))
+        case "relu":
+            sae.b_enc.sub_(level)
+        case kind:
+            raise ConfigError(f"{kind} has no level: it keeps the top_k largest of each token.")
