@@ -195,7 +195,7 @@ class SparseAutoencoder(nn.Module):
         if not x.ndim or x.shape[-1] != self.d_model:
             raise ConfigError(
                 f"The SAE was trained on activations of width {self.d_model}, these have "
-                f"shape {list(x.shape)}. Use shards of the same model."
+                f"{x.shape[-1] if x.ndim else 'no axis'}. Use shards of the same model."
             )
         return x
 

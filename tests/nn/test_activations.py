@@ -242,5 +242,5 @@ def test_an_sae_encodes_numpy_arrays_too_and_says_what_else_it_takes():
     for wrong, found in ((x.astype(np.int64), "int64"), (x.tolist(), "list"), (None, "NoneType")):
         with pytest.raises(ConfigError, match=f"a torch tensor or a NumPy array.*found {found}"):
             sae.encode(wrong)
-    with pytest.raises(ConfigError, match=r"width 8, these have shape \[3, 5, 7\]"):
+    with pytest.raises(ConfigError, match=r"width 8, these have 7"):
         sae.encode(x[..., 1:])
