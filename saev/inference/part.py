@@ -19,6 +19,7 @@ from saev.inference.job import Job
 from saev.inference.topk import Entries, TopExamples
 from saev.nn.metrics import ReconstructionMetrics
 from saev.progress import Task
+from saev.shards import finite
 
 _PIECE_ENTRIES = 1 << 21
 """Entries that are gathered before they are turned into columns, added up and written."""
@@ -210,6 +211,10 @@ def _pieces(job: Job, shard: int, stats: PartStats, task: Task) -> tp.Iterator[l
     held = 0
     for chunk in job.source.chunks(job.source.shard_examples(shard), job.examples_per_step):
         x = chunk.x.to(job.sae.W_enc.device)
+        row = finite.bad_row(x)
+        if row is not None:
+            example = int(chunk.tokens.example_idx[row])
+            raise finite.error(job.shards, example, job.source.layer)
         step = encode(job.sae, x)
         stats.metrics.update_reconstruction(x, step.x_hat)
         steps.append((step._replace(x_hat=step.x_hat[:0]), chunk.tokens))

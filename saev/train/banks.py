@@ -9,7 +9,7 @@ from saev.config import TrainConfig
 from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank, SparseAutoencoder, StepMetrics
 from saev.nn.ranks import ALONE, Ranks
-from saev.shards import Shards
+from saev.shards import Shards, finite
 from saev.train.members import Member
 from saev.train.normalize import Normalization, layer_stats
 from saev.train.schedule import lr_scale, sparsity_scale
@@ -111,7 +111,9 @@ def _sample(shards: Shards, config: TrainConfig) -> Tensor:
     data = data.model_copy(update={"buffer_mb": min(data.buffer_mb, INIT_BUFFER_MB)})
     n_rows = max(INIT_TOKENS, config.sae.d_sae or 0)
     with ShuffledLoader(shards, data, n_rows, seed=config.data_seed, epochs=1) as loader:
-        return next(iter(loader)).act.clone()
+        batch = next(iter(loader))
+        finite.check(batch.act, batch.example_idx, shards, int(batch.layer[0]))
+        return batch.act.clone()
 
 
 T = tp.TypeVar("T")

@@ -20,7 +20,7 @@ from saev.nn import SparseAutoencoder
 from saev.nn.calibration import Calibration, set_level
 from saev.nn.metrics import Metrics, ReconstructionMetrics
 from saev.progress import Progress
-from saev.shards import Shards
+from saev.shards import Shards, finite
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class _Tokens:
         ):
             left = self.n_tokens
             for batch in loader:
+                finite.check(batch.act[:left], batch.example_idx, self._shards, int(batch.layer[0]))
                 rows = self._calibrating[batch.example_idx[:left]].to(self._device)
                 yield _Rows(batch.act[:left], rows)
                 left -= len(rows)

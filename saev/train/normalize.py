@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from saev.config import DataConfig
-from saev.errors import ConfigError
-from saev.shards import Shards
+from saev.errors import ConfigError, CorruptDataError
+from saev.shards import Shards, finite
 from saev.shards.reader import LayerStats
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,11 @@ def layer_stats(shards: Shards, data: DataConfig) -> LayerStats:
     layer = shards.layers[shards.layer_index(None if data.layer == "all" else data.layer)]
     recorded = shards.stats(layer, data.tokens)
     if recorded is not None:
+        if not (np.isfinite(recorded.mean).all() and math.isfinite(recorded.mean_sq_norm)):
+            raise finite.find(shards, layer) or CorruptDataError(
+                f"The statistics of layer {layer} in {shards.url} hold NaN or infinity, but its "
+                "activations do not. Record it again."
+            )
         return recorded
     n_cls = int(shards.metadata.cls_token)
     rows = {"content": slice(n_cls, None), "special": slice(0, n_cls), "all": slice(None)}
@@ -77,8 +82,11 @@ def layer_stats(shards: Shards, data: DataConfig) -> LayerStats:
     logger.info("%s has no statistics; measuring them on %d examples.", shards.url, n_sampled)
     total, sq_total, count = np.zeros(shards.d_model), 0.0, 0
     for i in range(n_sampled):
-        shard, start = shards.locate(i * shards.n_examples // n_sampled)
-        x = shards.read(shard, layer, start, start + 1)[0, keep].double().numpy()
+        index = i * shards.n_examples // n_sampled
+        shard, start = shards.locate(index)
+        read = shards.read(shard, layer, start, start + 1)[0, keep]
+        finite.check(read, torch.full((len(read),), index), shards, layer)
+        x = read.double().numpy()
         total += x.sum(0)
         sq_total += float(np.square(x).sum())
         count += len(x)

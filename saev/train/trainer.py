@@ -24,7 +24,7 @@ from saev.nn import SparseAutoencoder, StepMetrics
 from saev.nn.calibration import set_level
 from saev.nn.ranks import Agreement
 from saev.progress import Progress
-from saev.shards import Shards
+from saev.shards import Shards, finite
 from saev.train import evaluate, resume, sides
 from saev.train.banks import build_banks, decided
 from saev.train.curves import TENSORBOARD, Curves, WandbRun, of_run_folder
@@ -125,6 +125,7 @@ class Trainer:
             ranks=self._ranks,
         )
         self._indices = [torch.tensor(part.indices, device=self.device) for part in self.banks]
+        self._bad_example = torch.tensor(-1, device=self.device)
         self._bad_step = torch.full((len(self.members),), -1, device=self.device)
         if point is not None:
             self._restore(point)
@@ -178,7 +179,7 @@ class Trainer:
                     part.step(batch.act, self.step, self.n_steps, self.batch_size)
                     for part in self.banks
                 ]
-                self._watch(metrics)
+                self._watch(metrics, batch)
                 self.step += 1
                 last, now = self.step >= self.n_steps, time.monotonic()
                 n_timed += self.batch_size
@@ -205,15 +206,26 @@ class Trainer:
         every, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
         return bool((every and self.step % every == 0) or (minutes and seconds >= 60 * minutes))
 
-    def _watch(self, metrics: tp.Sequence[StepMetrics]) -> None:
-        """Note the first step at which a loss is not finite, without waiting for the device."""
+    def _watch(self, metrics: tp.Sequence[StepMetrics], batch: Batch) -> None:
+        """Note the first step at which a loss is not finite, and the first example that is not,
+        without waiting for the device."""
+        if len(batch.act):
+            bad_rows = batch.act.isfinite().all(1).logical_not_()
+            first = batch.example_idx.to(self.device)[bad_rows.int().argmax()]
+            new = bad_rows.any() & (self._bad_example < 0)
+            self._bad_example = torch.where(new, first, self._bad_example)
         for index, m in zip(self._indices, metrics, strict=True):
             old = self._bad_step[index]
             bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
             self._bad_step[index] = torch.where(bad, self.step + 1, old)
 
     def _check_finite(self) -> None:
-        for member, step in zip(self.members, self._bad_step.tolist(), strict=True):
+        bad_steps = self._bad_step.tolist()
+        if max(bad_steps) >= 0:  # on all ranks, as they share their sums
+            found = [n for n in self._ranks.collect(int(self._bad_example)) if n >= 0]
+            if found:
+                raise finite.error(self._shards, found[0], int(self.config.train_data.layer or 0))
+        for member, step in zip(self.members, bad_steps, strict=True):
             if step >= 0:
                 c = member.config
                 raise ConfigError(

@@ -1,0 +1,59 @@
+"""NaN and infinity in shards, called that, with the place where they stand.
+
+They come from a model that overflowed and was recorded by other software, or from a damaged folder
+without checksums. `saev shards` refuses to record them.
+"""
+
+import torch
+from torch import Tensor
+
+from saev.errors import CorruptDataError
+from saev.shards.reader import Shards
+
+
+def bad_row(acts: Tensor) -> int | None:
+    """The first row of [n, d_model] that holds NaN or infinity. Waits for a GPU."""
+    if bool(acts.isfinite().all()):
+        return None
+    return int(acts.isfinite().all(1).logical_not().int().argmax())
+
+
+def check(acts: Tensor, examples: Tensor, shards: Shards, layer: int) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        acts: [n, d_model].
+        examples: of each row, int64 [n].
+        shards: where they are from.
+        layer: block number.
+
+    Raises:
+        CorruptDataError: names shard, example and layer.
+    """
+    row = bad_row(acts)
+    if row is not None:
+        raise error(shards, int(examples[row]), layer)
+
+
+def error(shards: Shards, example: int, layer: int) -> CorruptDataError:
+    """What is wrong, for an example that holds such a value."""
+    shard, position = shards.locate(example)
+    x = shards.read(shard, layer, position, position + 1).float()
+    kind = "NaN" if bool(x.isnan().any()) else "infinity"
+    return CorruptDataError(
+        f"{shards.url}/{shards.infos[shard].name} holds {kind} in the activations of example "
+        f"{example}, layer {layer}; expected finite numbers. Nothing can be computed from them: "
+        "record the images again (float16 overflows at 65,504; bfloat16 and float32 do not), or "
+        "leave that example out."
+    )
+
+
+def find(shards: Shards, layer: int) -> CorruptDataError | None:
+    """The first such value of a layer, by reading all of it up to there."""
+    for i, info in enumerate(shards.infos):
+        for start in range(0, info.n_examples, 64):
+            x = shards.read(i, layer, start, min(start + 64, info.n_examples))
+            bad = torch.nonzero(x.isfinite().flatten(1).all(1).logical_not())
+            if len(bad):
+                return error(shards, int(shards.shard_starts[i]) + start + int(bad[0]), layer)
+    return None
