@@ -25,13 +25,15 @@ SCRIPTS = {
     "extraction": "Recording activations",
     "planning": "Planning and opening",
     "gpu": "On a GPU",
+    "sparsity": "L0 on images not trained on",
 }
 """In the order of the page, with their headings."""
 
 
 def available() -> list[str]:
     """Scripts that can run here."""
-    return [name for name in SCRIPTS if name != "gpu" or torch.cuda.is_available()]
+    on_gpus = ("gpu", "sparsity")
+    return [name for name in SCRIPTS if name not in on_gpus or torch.cuda.is_available()]
 
 
 def run(name: str, out: Path, small: bool) -> bool:

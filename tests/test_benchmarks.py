@@ -16,6 +16,7 @@ FLAGS = {
     "extraction": ["--root={}"],
     "planning": ["--root={}"],
     "gpu": ["--root={}", "--device=cpu"],
+    "sparsity": ["--root={}", "--device=cpu"],
 }
 
 
@@ -38,6 +39,21 @@ def test_a_trial_gives_every_row(name, tmp_path) -> None:
         assert all(map(math.isfinite, row["values"])), row
         assert row["what"] in ran.stdout
     assert not list(tmp_path.glob("saev-bench-*"))
+
+
+@pytest.mark.slow
+def test_l0_on_unseen_images_is_what_was_asked_for(tmp_path) -> None:
+    """300,000 tokens, three seeds: JumpReLU had an L0 of 678 whatever its penalty was, BatchTopK
+    with k = 32 one of 40.5."""
+    found = tmp_path / "found.json"
+    flags = "--n-train 300_000 --d-model 32 --d-sae 192 --n-images 600 --targets 12".split()
+    script = BENCHMARKS / "sparsity.py"
+    ran = run(script, "--device=cpu", f"--root={tmp_path}", "--json", found, *flags)
+    assert ran.returncode == 0, ran.stderr
+    misses = [row for row in json.loads(found.read_text())["rows"] if "largest miss" in row["what"]]
+    assert len(misses) == 3
+    for row in misses:
+        assert row["values"][0] < 10, ran.stdout
 
 
 def test_the_page_holds_the_tables(tmp_path) -> None:
