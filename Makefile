@@ -17,7 +17,7 @@ export PYTHON DEMO
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup test torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -58,6 +58,9 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
 	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $(if $(SMALL),--small)
+
+torture: setup ## Kill, break and damage, counted (docs/reliability.md): [TORTURE="--kills 100"]
+	@set -f; $(BIN)/python tests/torture $$TORTURE
 
 lint: setup ## Check style
 	$(BIN)/ruff check .

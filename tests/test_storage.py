@@ -568,7 +568,7 @@ storage.write_bytes(sys.argv[1] + "/small.bin", b"fits")
 """
 
 
-def _in_namespace(tmp_path: Path, options: str, script: str) -> subprocess.CompletedProcess:
+def in_namespace(tmp_path: Path, options: str, script: str) -> subprocess.CompletedProcess:
     """Run Python with a file system of its own mounted at tmp_path/disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -591,7 +591,7 @@ can_mount = pytest.mark.skipif(
 
 @can_mount
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    done = _in_namespace(tmp_path, "size=1m", FULL_DISK)
+    done = in_namespace(tmp_path, "size=1m", FULL_DISK)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3
@@ -608,7 +608,7 @@ def test_a_file_system_that_is_really_read_only(tmp_path: Path) -> None:
         "try: storage.check_writable(sys.argv[1])\n"
         "except storage.StorageError as err: print(err)"
     )
-    done = _in_namespace(tmp_path, "ro", script)
+    done = in_namespace(tmp_path, "ro", script)
     assert "the file system is read-only. Choose another root." in done.stdout, done.stderr
 
 

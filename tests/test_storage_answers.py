@@ -208,7 +208,10 @@ def test_what_is_wrong_before_a_store_answers(
                 r"does not speak TLS \(\w+\)\. Use http:// in AWS_ENDPOINT_URL",
             ),
             "no host": ("http://no-such-host.invalid", "is not known .*AWS_ENDPOINT_URL"),
-            "no server": ("http://127.0.0.1:9", "refused|there is no answer"),
+            "no server": (
+                "http://127.0.0.1:9",
+                "there is no answer at http://127.0.0.1:9 .*whether the store runs",
+            ),
         }[kind]
         monkeypatch.setenv("AWS_ENDPOINT_URL", place)
         s3fs.S3FileSystem.clear_instance_cache()

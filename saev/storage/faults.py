@@ -121,6 +121,11 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
 
 def _of_connection(err: BaseException, url: str) -> str:
     """What is wrong before a store can answer; empty if it is something else."""
+    if url.startswith(("s3://", "s3a://")) and _is_of_network(err):
+        return (
+            f"there is no answer{answers.endpoint(url)} ({str(err) or type(err).__name__}). Check "
+            "the endpoint (AWS_ENDPOINT_URL), the network, and whether the store runs."
+        )
     if _BOTO is None:
         return ""
     if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
@@ -139,6 +144,13 @@ def _of_connection(err: BaseException, url: str) -> str:
             "(AWS_ENDPOINT_URL), the network, and whether the store runs."
         )
     return ""
+
+
+def _is_of_network(err: BaseException) -> bool:
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED)
+    return isinstance(err, ConnectionError | TimeoutError) or (
+        isinstance(err, OSError) and err.errno in unreachable
+    )
 
 
 def answer_of(err: BaseException) -> answers.Answer | None:
@@ -213,7 +225,7 @@ def is_passing(err: BaseException) -> bool:
         return not isinstance(tls, ssl.SSLCertVerificationError) and tls.reason in _BROKEN_TLS
     if isinstance(err, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
         return False
-    if isinstance(err, ConnectionError | TimeoutError):
+    if _is_of_network(err):
         return True
     if isinstance(err, OSError):
         return err.errno in (

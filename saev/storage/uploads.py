@@ -52,6 +52,8 @@ class Upload(io.RawIOBase):
 
     def write(self, data: tp.Any) -> int:
         """Take bytes; whole parts are sent."""
+        if self.closed:
+            raise ValueError(f"{self._url} is written to after its end")
         view = memoryview(data).cast("B")
         self._crc = crc32c(view, self._crc)
         self._size += view.nbytes
@@ -80,10 +82,12 @@ class Upload(io.RawIOBase):
             if trouble:
                 raise self._lost(trouble)
         self._fs.invalidate_cache(self._key)
+        self.close()
 
     def drop(self) -> None:
         """Leave nothing behind, as far as the store can be reached."""
         self._buffer = bytearray()
+        self.close()
         if self._upload_id:
             with contextlib.suppress(Exception):
                 self._fs.call_s3("abort_multipart_upload", **self._place, UploadId=self._upload_id)

@@ -2,12 +2,14 @@
 
 import io
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_storage import can_mount, in_namespace
 
 from saev import storage
 from saev.errors import CorruptDataError
@@ -135,3 +137,26 @@ def test_npz_writer_refuses_a_wrong_shape(tmp_path) -> None:
         npz.NpzWriter(handle) as writer,
     ):
         writer.write("x", (4,), [np.zeros(3)])
+
+
+FULL_DISK = """
+import sys
+import numpy as np
+from saev import storage
+from saev.errors import StorageError
+from saev.inference.npz import NpzWriter
+try:
+    with storage.open_write(sys.argv[1] + "/x.npz") as handle:
+        with NpzWriter(handle) as writer:
+            writer.write("data", (4 << 18,), [np.zeros(1 << 18, "<f4")] * 4)
+except StorageError as err:
+    print(err)
+"""
+
+
+@can_mount
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    done = in_namespace(tmp_path, "size=1m", FULL_DISK)
+    (line,) = done.stdout.splitlines()
+    assert "x.npz: no space left on the device." in line
+    assert done.stderr == ""

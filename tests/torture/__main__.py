@@ -30,8 +30,6 @@ from forker import Forker  # noqa: E402
 
 from torture import stages as torture  # noqa: E402
 
-STAGES = ("shards", "train", "inference", "run")
-
 
 @contextlib.contextmanager
 def server() -> Iterator[tuple[str, str]]:
@@ -59,8 +57,8 @@ def run(args: argparse.Namespace) -> list[torture.Count]:
         counts.append(found)
         print(f"{time.strftime('%H:%M:%S')} {found}", file=sys.stderr, flush=True)
 
-    wanted = [name for name in (*STAGES, "objects") if not args.only or name in args.only]
-    wanted_stages = [stage for stage in STAGES if stage in wanted]
+    wanted = [name for name in (*torture.STAGES, "objects") if not args.only or name in args.only]
+    wanted_stages = [stage for stage in torture.STAGES if stage in wanted]
     with tempfile.TemporaryDirectory() as name, server() as (bucket, kind), Forker() as forker:
         print(f"S3 server: {kind}.", file=sys.stderr, flush=True)
         if "objects" in wanted:
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> list[torture.Count]:
                 break
             folder = Path(name) / f"configs-{where}"
             folder.mkdir()
-            stages = torture.Stages(forker, root, folder)
+            stages = torture.Stages(forker, root, folder, wanted_stages)
             for stage in wanted_stages:
                 if where == "S3":
                     broken = torture.break_requests(
@@ -99,7 +97,9 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.3, help="of requests that are broken")
     parser.add_argument("--objects", type=int, default=60, help="that 24 threads write twice")
     parser.add_argument("--seed", type=int, default=0, help="of moments and faults")
-    parser.add_argument("--only", nargs="*", choices=[*STAGES, "objects", "bits"], default=[])
+    parser.add_argument(
+        "--only", nargs="*", choices=[*torture.STAGES, "objects", "bits"], default=[]
+    )
     parser.add_argument("--skip", nargs="*", choices=["bits"], default=[])
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
