@@ -141,6 +141,8 @@ def log_to(progress: Progress, rank: int = 0) -> None:
         rank: of this process among those that train together; all but the first are silent, for
             they would say the same.
     """
+    # It tells of broken connections, with tracebacks; saev.storage tells whoever waits for these.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper() if rank == 0 else "ERROR"
     if progress.console.is_terminal:
         handler: logging.Handler = rich.logging.RichHandler(
