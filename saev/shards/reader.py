@@ -536,8 +536,6 @@ def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
         infos = tuple(_INFOS.validate_python(raw))
     except pydantic.ValidationError as err:
         raise CorruptDataError(_first_wrong(raw, place)) from err
-    for info in infos:
-        storage.check_name(info.name, place)
     if len({info.name for info in infos}) < len(infos):
         raise CorruptDataError(f"{place} names a file twice. {protocol.REMEDY}")
     if sum(info.n_examples for info in infos) > _MAX_EXAMPLES:

@@ -1,6 +1,11 @@
 """The loaders over a real S3 server: the same bytes in the same order, and errors that name it."""
 
+import itertools
+import os
+
 import pytest
+import s3_proxy
+import s3fs
 import torch
 
 from saev import cores, storage
@@ -85,4 +90,27 @@ def test_a_damaged_object_is_named(url):
         pytest.raises(CorruptDataError, match=r"acts000001\.bin is damag"),
     ):
         list(ShuffledLoader(shards, LoaderConfig(), 10, epochs=1))
+    assert not readers()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_flipped_bits_on_the_way_end_no_epoch(cached, url, tmp_path, monkeypatch, caplog):
+    """Every third answer with activations has one; what is read again is right."""
+    local = write_shards(str(tmp_path / "f"), n_examples=40)
+    write_shards(url, n_examples=40)
+    turn, bit = itertools.count(), itertools.count()
+    if cached:
+        monkeypatch.setenv("SAEV_CACHE_DIR", str(tmp_path / "cache"))
+    cfg = LoaderConfig(buffer_mb=0.02)
+    with s3_proxy.before(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        proxy.fault = lambda r: "flip" if ".bin" in r.path and next(turn) % 3 == 1 else ""
+        proxy.flipped_bit = lambda n_bits: 977 * next(bit) % n_bits
+        with Shards.open(url) as there, local.open() as here:
+            loaders = (ShuffledLoader(x, cfg, 50, epochs=2) for x in (there, here))
+            for x, y in zip(*loaders, strict=True):
+                assert torch.equal(x.act, y.act)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert "was read wrongly once" in caplog.text
     assert not readers()
