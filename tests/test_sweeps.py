@@ -292,3 +292,18 @@ def test_tuples_that_may_be_none_are_swept_by_lists_of_lists(sweep):
     assert [m.val_data.ignore_labels for m in members] == [(), (0, 255)]
     (member,) = sweep("val_data.ignore_labels = [0, 255]")
     assert member.val_data.ignore_labels == (0, 255)
+
+
+def test_keys_of_earlier_versions_are_left_out_with_a_word(sweep, caplog):
+    text = """
+    grad_clip = [0.5, 1.0]
+    sae.activation = {kind = "jump-relu", init_threshold = 0.1, bandwidth = [0.05, 0.1]}
+    lr = [1e-3, 1e-4]
+    """
+    members = sweep(text)
+    assert [(m.sae.activation.kind, m.lr) for m in members] == [
+        ("jump-relu", 1e-3),
+        ("jump-relu", 1e-4),
+    ]
+    for key in ("grad_clip", "sae.activation.init_threshold", "sae.activation.bandwidth"):
+        assert f"{key} does nothing any more" in caplog.text

@@ -194,6 +194,9 @@ def _axes(table: Mapping[str, tp.Any], source: str) -> dict[str, list[Point]]:
     """The axes of one grid: dotted key → its choices, each of which sets one or more leaves."""
     axes: dict[str, list[Point]] = {}
     for name, value in _flatten(table, ()):
+        if name in _removed():
+            logger.warning("%s: %s does nothing any more (see CHANGELOG); remove it.", source, name)
+            continue
         targets = ALIASES.get(name, (name,))
         for target in targets:
             if target not in leaves():
@@ -287,6 +290,21 @@ def leaves() -> dict[str, tuple[tuple[tp.Any, tuple[tp.Any, ...]], ...]]:
 
     walk(TrainConfig, ())
     return {key: tuple(kinds) for key, kinds in found.items()}
+
+
+@functools.cache
+def _removed() -> frozenset[str]:
+    """Dotted keys of earlier versions that have no place any more."""
+    found: set[str] = set()
+
+    def walk(model: type[Config], path: tuple[str, ...]) -> None:
+        found.update(".".join((*path, old)) for old, new in model.removed.items() if not new)
+        for name, field in model.model_fields.items():
+            for inner in _models(field.annotation):
+                walk(inner, (*path, name))
+
+    walk(TrainConfig, ())
+    return frozenset(found - leaves().keys())
 
 
 def _models(annotation: tp.Any) -> list[type[Config]]:
