@@ -108,6 +108,14 @@ def flip(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+def status_of(send: Callable[[], Sent]) -> int:
+    """The status of an answer; 599 if the server breaks the connection instead."""
+    try:
+        return send().status
+    except (OSError, http.client.HTTPException):
+        return 599
+
+
 @contextlib.contextmanager
 def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """A proxy before a server, on a port of its own; it speaks TLS if it is given a context."""
@@ -156,7 +164,7 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             if fault == "late":
                 with proxy.lock:
                     later = functools.partial(send, self.command, self.path, body, headers)
-                    proxy.held.append((request, lambda: later().status))
+                    proxy.held.append((request, functools.partial(status_of, later)))
                 self.close_connection = True
                 return
             for _ in range(2 if fault == "twice" else 1):
