@@ -91,7 +91,7 @@ class _Tokens:
             left = self.n_tokens
             for batch in loader:
                 finite.check(batch.act[:left], batch.example_idx, self._shards, int(batch.layer[0]))
-                rows = self._calibrating[batch.example_idx[:left]].to(self._device)
+                rows = self._calibrating[batch.example_idx[:left].cpu()].to(self._device)
                 yield _Rows(batch.act[:left], rows)
                 left -= len(rows)
                 bar.advance(len(rows))
