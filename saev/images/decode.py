@@ -15,7 +15,7 @@ import typing as tp
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from saev.config.images import MAX_PIXELS
 from saev.errors import ConfigError, ImageError
@@ -176,7 +176,7 @@ def _open(data: bytes, limits: Limits) -> Upright:
             f"decoded; --data.max-pixels {n_pixels} lets it through"
         )
     budget.admit(image.width, image.height)
-    before = image.info.get("original_orientation") or _orientation(image)
+    before = _orientation_before(image)
     image.load()
     after = _orientation(image)  # TIFF and HEIC turned themselves, and have none left
     orientation = after if after in _UPRIGHT else before if before in _UPRIGHT else 1
@@ -205,6 +205,17 @@ def _formats(heic: bool) -> tuple[str, ...]:
     Image.init()
     wanted = (*_FORMATS, "HEIF") if heic else _FORMATS
     return tuple(format for format in wanted if format in Image.OPEN)
+
+
+def _orientation_before(image: Image.Image) -> tp.Any:
+    """EXIF orientation of those that PIL turns as it decodes them, 1 for others.
+
+    It must not begin to decode, as looking for the EXIF of a PNG does: what fails then would not
+    fail a second time, and half a picture would pass for a whole one.
+    """
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.tag_v2.get(_ORIENTATION, 1)
+    return image.info.get("original_orientation", 1)  # HEIC
 
 
 def _orientation(image: Image.Image) -> tp.Any:

@@ -171,6 +171,25 @@ def test_truncated(format: str, share: float):
         decode_image(data[: int(len(data) * share)], "s3://b/cat.x")
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF"])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_pil_refuses_is_refused(format: str, seed: int):
+    """Half a picture never passes for a whole one: here a stretch of the file is zeros."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(encode(photograph().resize((200, 100)), format))
+    start = int(rng.integers(40, len(data)))
+    data[start : start + int(rng.integers(20, len(data)))] = bytes(1)
+    data = data.ljust(start + 400, b"\0")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception:
+        with pytest.raises(ImageError, match=r"^Cannot decode x: "):
+            decode_image(bytes(data), "x")
+    else:
+        assert decode_image(bytes(data), "x").size == image.size
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_damage_is_an_image_error_or_a_picture(seed: int):
     """Whatever happens to a file, nothing but ImageError ever comes out."""

@@ -61,9 +61,9 @@ def make_world(
     stored = torch.from_numpy(acts).to(getattr(torch, dtype))
 
     metadata = Metadata(
-        family="synthetic", ckpt=f"seed-{seed}", layers=LAYERS, cls_token=True, d_model=d_model,
+        family="synthetic", ckpt="dictionary", layers=LAYERS, cls_token=True, d_model=d_model,
         content_tokens_per_example=content_tokens, n_examples=n_examples, dtype=dtype,
-        max_tokens_per_shard=per_shard * tokens * len(LAYERS), data={},
+        max_tokens_per_shard=per_shard * tokens * len(LAYERS), data={"seed": seed},
         pixel_agg="majority" if labelled else None,
     )  # fmt: skip
     url = storage.join(str(root), "shards", metadata.hash)

@@ -389,7 +389,7 @@ def test_a_loss_that_is_not_finite_names_run_step_and_remedy(cfg):
 def test_a_root_that_cannot_be_written_is_said_before_training(cfg, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(SaeBank, "__init__", None)
-    with pytest.raises(Exception, match="a file stands where a folder is needed"):
+    with pytest.raises(Exception, match="it is a file, expected a folder"):
         train.run(update(cfg, runs_root=str(tmp_path / "file/runs")))
 
 
