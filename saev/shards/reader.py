@@ -106,11 +106,6 @@ class Shards:
         kind = storage.Folder.open if protocol.FILES in found else storage.Folder.unlisted
         folder = kind(url, protocol.FILES, protocol.REMEDY)
         metadata = Metadata.read(url, folder)
-        if protocol.FILES not in found and metadata.network is not None:
-            raise CorruptDataError(
-                f"{storage.join(url, protocol.FILES)} is missing: every version of saev that notes "
-                f"the network in {protocol.METADATA} publishes it. {protocol.REMEDY}"
-            )
         if metadata.protocol == "3.0":
             folder.warn_if_unlisted()
         place = storage.join(url, protocol.SHARDS)
