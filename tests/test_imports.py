@@ -118,6 +118,15 @@ def test_importing_is_cheap(module: str) -> None:
     assert out.strip() == "[]"
 
 
+@pytest.mark.parametrize("module", ["saev.cli", "saev.steps.run", "saev.gc", "saev.size"])
+def test_the_small_image_has_what_it_needs(module: str) -> None:
+    """It has the packages of requirements/cpu.in, and discovers, reports and cleans up."""
+    absent = ["torch", "pyarrow", "scipy", "timm", "open_clip", "torchvision", "tensorboard"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_storage_opens_files() -> None:
     for path in FILES:
         if room("saev." + ".".join(path.relative_to(ROOT).with_suffix("").parts)) == "storage":

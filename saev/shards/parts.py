@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from saev import storage
 from saev.errors import CorruptDataError, ImageError, IncompleteError, ModelError
 from saev.shards import protocol
+from saev.shards.columns import EXAMPLES_SCHEMA
 from saev.shards.protocol import Layout, Metadata, ShardInfo, shard_name
 from saev.shards.writer import Moments, Written, file_checksum
 
@@ -281,9 +282,9 @@ def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None
 def _table(rows: Sequence[ExampleRow]) -> pa.Table:
     columns = [
         pa.array([row[i] for row in rows], type=field.type)
-        for i, field in enumerate(protocol.EXAMPLES_SCHEMA)
+        for i, field in enumerate(EXAMPLES_SCHEMA)
     ]
-    return pa.Table.from_arrays(columns, schema=protocol.EXAMPLES_SCHEMA)
+    return pa.Table.from_arrays(columns, schema=EXAMPLES_SCHEMA)
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:

@@ -9,7 +9,6 @@ import math
 import typing as tp
 
 import numpy as np
-import pyarrow as pa
 import pydantic
 
 from saev import storage
@@ -41,22 +40,6 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 RANDOM = "/random"
 """How the name of a network with untrained weights ends."""
-
-
-EXAMPLES_SCHEMA = pa.schema(
-    [
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("url", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("target", pa.int64(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("digest", pa.uint32()),
-    ]
-)
-"""Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
-`width` are those of the original image in pixels, upright; `digest` is the CRC-32C of what the
-dataset's digest is over (name, sizes, label). Version 0.1.0 did not write it."""
 
 
 class Metadata(Config):

@@ -19,6 +19,7 @@ from saev import storage
 from saev.config.base import Tokens, describe_validation_error
 from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
 from saev.shards import protocol
+from saev.shards.columns import EXAMPLES_SCHEMA
 from saev.shards.protocol import Layout, Metadata, ShardInfo
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -459,7 +460,7 @@ class Shards:
             raise CorruptDataError(
                 f"{place} has {found} rows, expected {self.n_examples}. {protocol.REMEDY}"
             )
-        for name, kind in _columns(protocol.EXAMPLES_SCHEMA):
+        for name, kind in _columns(EXAMPLES_SCHEMA):
             if columns.get(name) != kind and (name, name in columns) != ("digest", False):
                 raise CorruptDataError(
                     f"{place}: column {name} is {columns.get(name, 'missing')}, expected {kind}. "

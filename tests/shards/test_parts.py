@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saev.errors import CorruptDataError
+from saev.shards.columns import EXAMPLES_SCHEMA
 from saev.shards.parts import ExampleRow, Part, Skipped, _parquet, _table
-from saev.shards.protocol import EXAMPLES_SCHEMA
 from saev.shards.writer import Moments, Written
 
 rng = np.random.default_rng(0)
