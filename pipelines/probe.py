@@ -30,19 +30,21 @@ def run(kube: Kube, namespace: str, dataset: str) -> collections.abc.Iterator[Fi
     """Start the pod, wait for it, and tell what it found."""
     body = manifest(kube, dataset)
     name = body.metadata.name
-    try:
-        with kube.explained(f"start a pod in namespace {namespace}"):
-            kube.core.create_namespaced_pod(namespace, body)
-    except ClusterError as err:
-        yield fail("pod", str(err), "A quota, or the Pod Security Standard, may refuse it.")
-        return
-    try:
+    left, refused = None, False
+    try:  # a signal may come when the pod is there and the answer is not
+        try:
+            with kube.explained(f"start a pod in namespace {namespace}"):
+                kube.core.create_namespaced_pod(namespace, body)
+        except ClusterError as err:
+            refused = 400 <= err.status < 500
+            yield fail("pod", str(err), "A quota, or the Pod Security Standard, may refuse it.")
+            return
         pod = _wait(kube, namespace, name)
         yield from _judge(kube, pod)
     except ClusterError as err:
         yield warn("pod", str(err), "")
     finally:
-        left = _delete(kube, namespace, name)
+        left = None if refused else _delete(kube, namespace, name)
     if left:
         yield left
 
