@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import logging
 import threading
+import time
 import typing as tp
 import uuid
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def current(folder: str) -> Claim | None:
     Raises:
         CorruptDataError: it cannot be read.
     """
-    for _ in range(_LOOKS):
+    for look in range(_LOOKS):
         names = _names(folder)
         if not names:
             return None
@@ -63,9 +64,11 @@ def current(folder: str) -> Claim | None:
             return _read(storage.join(folder, names[-1]))
         except CorruptDataError:
             raise
-        except StorageError:  # a newer one came, and this one was deleted
-            if storage.exists(storage.join(folder, names[-1])):
+        except StorageError as err:
+            # A newer one came, and this one was deleted; or it is being written just now.
+            if not isinstance(err.__cause__, FileNotFoundError):
                 raise
+            time.sleep(0.02 * look)
     raise StorageError(f"The claims in {folder} change faster than they can be read.")
 
 

@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import threading
+import time
 import typing as tp
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from saev.errors import StorageError
 from saev.storage.faults import explained, retry_reads
-from saev.storage.looking import exists
 from saev.storage.reading import read_bytes
 from saev.storage.urls import filesystem, local_path, normalize
 from saev.storage.writing import create_temporary, sync_folder
 
+_LOOKS = 5
 _MEMORY_LOCK = threading.Lock()
 
 
@@ -39,12 +40,15 @@ def create(url: str | os.PathLike, data: bytes) -> bool:
         made = _create_remote(text, data) if path is None else _create_local(path, data)
     if made:
         return True
-    try:
-        return read_bytes(text) == data
-    except StorageError:
-        if exists(text):
-            raise
-        return False  # it was another's, and is gone since
+    for look in range(_LOOKS):
+        try:
+            return read_bytes(text) == data
+        except StorageError as err:
+            # Of two writers a store refuses one before the object of the other can be read.
+            if not isinstance(err.__cause__, FileNotFoundError):
+                raise
+            time.sleep(0.02 * look)
+    return False  # it was another's, and is gone since
 
 
 def _create_local(path: Path, data: bytes) -> bool:

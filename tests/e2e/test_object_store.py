@@ -3,6 +3,7 @@
 import inspect
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import s3fs
@@ -28,6 +29,8 @@ from test_storage_s3 import (  # noqa: F401 - tests and their fixtures
     url,
 )
 
+from saev.steps import claims
+
 globals().update(
     {
         name: test
@@ -52,3 +55,20 @@ def s3(compiled_s3: S3Server) -> Iterator[str]:  # noqa: F811
 def root(s3: str) -> str:
     """An empty folder in the bucket."""
     return f"{s3}/{uuid.uuid4().hex}"
+
+
+def test_steps_that_renew_one_claim_at_the_same_moment(s3: str) -> None:
+    """The server refuses the slower ones before the object of the fastest can be read."""
+
+    def step(folder: str) -> None:
+        with claims.held(folder, "run"):
+            pass
+
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(30):
+            folder = f"{s3}/claims/{uuid.uuid4().hex}"
+            assert claims.take(folder, "run", 1.0)
+            list(pool.map(step, [folder] * 6))
+            held = claims.current(folder)
+            assert held is not None
+            assert (held.owner, held.number) == ("run", 7)
