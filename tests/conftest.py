@@ -8,7 +8,7 @@ import pytest
 import s3_server
 from forker import Forker
 
-from saev.config.source import warn_once
+from saev import once
 
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,4 +36,4 @@ def forker() -> Iterator[Forker]:
 
 def pytest_runtest_setup() -> None:
     """Tests share a process, in which some warnings are said once."""
-    warn_once.cache_clear()
+    once.forget()

@@ -122,9 +122,8 @@ def test_what_is_listed_and_missing_is_an_error(folder: storage.Folder) -> None:
 
 
 def test_what_an_earlier_version_wrote_is_read_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(manifest, "_warned", set())
     (tmp_path / "done.json").write_text('{"n": 3}')
     (tmp_path / "x").write_bytes(b"abc")
     for _ in range(2):

@@ -1,6 +1,5 @@
 """What activations are, as it travels with SAEs and results, and the comparison of two of them."""
 
-import functools
 import logging
 import typing as tp
 
@@ -8,6 +7,7 @@ import pydantic
 
 from saev.config.base import Config, Dtype, Tokens
 from saev.errors import ConfigError
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,6 @@ class Differences(tp.NamedTuple):
     """Those that a person may want, as ends of a sentence."""
 
 
-@functools.lru_cache(maxsize=1024)
-def warn_once(logger: logging.Logger, message: str) -> None:
-    """Warn of something that several stages of one process come upon."""
-    logger.warning("%s", message)
-
-
 def compare(trained: ActivationSource, used: ActivationSource) -> Differences:
     """What differs between the activations of training and others. Unknown is not different.
 
@@ -133,7 +127,7 @@ def check(
     """
     refused, warned = compare(trained, used)
     for difference in warned:
-        warn_once(logger, f"{sae} was {difference}.")
+        say_once(logger, f"{sae} was {difference}.")
     if refused and not allow:
         raise ConfigError(
             f"{sae} was trained on other activations than those in {shards}: "
@@ -142,7 +136,7 @@ def check(
             "result then says so."
         )
     if refused:
-        warn_once(
+        say_once(
             logger,
             f"{sae} is used on activations of another model, in {shards}, as --allow-other-model "
             f"says: {'; '.join(refused)}.",

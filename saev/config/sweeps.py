@@ -32,9 +32,9 @@ from saev.config.base import Config, describe_validation_error
 from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.run import read_toml
 from saev.config.sae import BatchTopK, TopK
-from saev.config.source import warn_once
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ UNSWEPT = frozenset(
     (
         *("runs_root", "tag", "sweep", "device", "max_parallel", "log_every", "wandb_project"),
         *("checkpoint_every", "checkpoint_minutes", "n_ranks", "allow_other_model"),
-        "allow_other_model",
     )
 )
 """Keys that leave the trained weights alone, so a list of them would train equal SAEs twice."""
@@ -109,7 +108,7 @@ def asked(
         members.setdefault(key, (member, "seed" in one.point))
     if len(members) < len(points):
         n_repeated = len(points) - len(members)
-        warn_once(logger, f"{source}: {n_repeated} of {len(points)} combinations are repeated.")
+        say_once(logger, f"{source}: {n_repeated} of {len(points)} combinations are repeated.")
     return tuple(
         Asked(member, None if swept_seed else index)
         for index, (member, swept_seed) in enumerate(members.values())

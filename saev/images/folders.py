@@ -13,7 +13,6 @@ from PIL import Image
 
 from saev import storage
 from saev.config.images import ImgFolder, ImgSegFolder
-from saev.config.source import warn_once
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images import left_out
 from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes, one_name
@@ -29,6 +28,7 @@ from saev.images.decode import (
 )
 from saev.images.listed import File, Files, in_order
 from saev.images.masks import MASK_SUFFIXES, MaskMap, decode_upright_mask, read_mask_map
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -408,7 +408,7 @@ def _pair(images: Sequence[File], masks: Sequence[File], folder: str) -> list[Fi
             f"expected {expected} with one of {', '.join(MASK_SUFFIXES)} (lossless formats)."
         )
     if len(masks) > len(images):
-        warn_once(logger, f"{len(masks) - len(images)} masks in {folder} have no image.")
+        say_once(logger, f"{len(masks) - len(images)} masks in {folder} have no image.")
     return [mask_of[image.stem] for image in images]
 
 
@@ -476,5 +476,5 @@ def _labels_of(files: Sequence[File], by_stem: Mapping[str, str], root: str) -> 
             f"names without suffix, as in '{files[0].stem}', found '{next(iter(by_stem))}'."
         )
     if n_missing:
-        warn_once(logger, f"{n_missing} of {len(files)} images have no label in {root}.")
+        say_once(logger, f"{n_missing} of {len(files)} images have no label in {root}.")
     return [label or "" for label in labels]

@@ -1,13 +1,13 @@
 """What a folder holds and is not read, counted in one line: nothing is left out unnoticed."""
 
 import collections
-import functools
 import logging
 import typing as tp
 from collections.abc import Iterable
 
 from saev import storage
 from saev.images.decode import HEIC_SUFFIXES
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,4 @@ def say(url: str, n_images: int, what: str, left: LeftOut) -> None:
         parts.append(f"{left.empty} of the {what} are empty files (0 bytes)")
     if len(parts) > 1:
         level = logging.WARNING if left.may_be_images else logging.INFO
-        _say_once(level, f"{storage.normalize(url)}: {'; '.join(parts)}.")
-
-
-@functools.lru_cache(maxsize=256)
-def _say_once(level: int, text: str) -> None:
-    logger.log(level, text)
+        say_once(logger, f"{storage.normalize(url)}: {'; '.join(parts)}.", level=level)

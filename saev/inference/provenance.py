@@ -5,9 +5,10 @@ import logging
 import typing as tp
 
 from saev import storage
-from saev.config.source import ActivationSource, warn_once
+from saev.config.source import ActivationSource
 from saev.config.train import TrainConfig
 from saev.errors import SaevError
+from saev.once import say_once
 from saev.shards.protocol import Metadata
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def trained_on(
         metadata = _read_metadata(run) if trained else {}
     found = ActivationSource.from_dict(dict(metadata), source=f"the checkpoint of {run}")
     if trained is None and found.family is None:
-        warn_once(
+        say_once(
             logger,
             f"{run} does not say which activations it was trained on: whether it fits the model, "
             "layer and preprocessing of these is not checked.",
@@ -52,7 +53,7 @@ def trained_on(
     found = found.filled(ActivationSource(layer=layer, tokens=data.tokens))
     earlier = _shards_of(run, data.shards, found)
     how = f"taken from {data.shards}" if earlier else "not known, since its shards are gone"
-    warn_once(
+    say_once(
         logger,
         f"{run} was trained by version 0.1.0 of saev, which did not record the weights and the "
         f"preprocessing of the model: what is missing is {how}.",

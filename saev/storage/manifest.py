@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from saev.errors import CorruptDataError, StorageError
+from saev.once import say_once
 from saev.storage.checksums import BLOCK, ChecksumWriter, crc32c, format_checksum
 from saev.storage.confirming import Bytes, confirmed
 from saev.storage.hashes import canonical_json
@@ -40,8 +41,6 @@ _SUM = re.compile(r"crc32c:[0-9a-f]{8}")
 _HEX = re.compile(r"[0-9a-f]*")
 _RUN = 16 << 20
 """Bytes that are read at a time."""
-
-_warned: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,13 +226,13 @@ class Folder:
 
     def warn_if_unlisted(self) -> None:
         """Say once that an earlier version published this folder, or one like it."""
-        if self.files is None and self.closing not in _warned:
-            _warned.add(self.closing)
-            log.warning(
-                "%s was published by an earlier version, whose %s does not list checksums of all "
-                "files: they are checked as far as that version recorded any. (This is said once; "
-                "other folders may be like it.)",
-                *(self.url, self.closing),
+        if self.files is None:
+            say_once(
+                log,
+                f"{self.url} was published by an earlier version, whose {self.closing} does not "
+                "list checksums of all files: they are checked as far as that version recorded "
+                "any. (This is said once; other folders may be like it.)",
+                key=self.closing,
             )
 
     @classmethod

@@ -12,6 +12,7 @@ from saev.config import Activation, BatchTopK, Objective, TopK, TrainConfig, Val
 from saev.config.sweeps import UNSWEPT, Asked, asked
 from saev.config.train import default_batch_size
 from saev.errors import ConfigError
+from saev.once import say_once
 from saev.train import earlier
 from saev.train.members import Group, Member, digest
 from saev.train.sides import Places, check_model, decide, other_model
@@ -219,9 +220,10 @@ def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bo
     cut = max(1, math.floor(LONGEST_WARMUP * n_steps))
     if not before:
         flag = "--" + key.replace("_", "-")
-        places.say(
+        say_once(
+            logger,
             f"{flag} is {wanted}, but the run has only {n_steps} steps: the warm-up is cut to "
-            f"{cut}, half of them."
+            f"{cut}, half of them.",
         )
     return cut
 

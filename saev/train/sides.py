@@ -8,6 +8,7 @@ from saev.config import DataConfig, LoaderConfig, TrainConfig, ValDataConfig
 from saev.config.source import ActivationSource, check, compare
 from saev.errors import ConfigError
 from saev.loaders.selection import Selection
+from saev.once import say_once
 from saev.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,11 @@ _MOST_LABELS = 1 << 28
 
 
 class Places:
-    """Shards folders, opened once, and what was said about them."""
+    """Shards folders, opened once."""
 
     def __init__(self) -> None:
         self._opened: dict[str, Shards] = {}
         self._counts: dict[str, int] = {}
-        self._said: set[str] = set()
 
     def __getitem__(self, url: str) -> Shards:
         if url not in self._opened:
@@ -41,12 +41,6 @@ class Places:
             whole = (0, shards.n_examples)  # with a range, a selection may be empty
             self._counts[key] = Selection(shards, data, example_range=whole).n_tokens
         return self._counts[key]
-
-    def say(self, message: str) -> None:
-        """Warn once, however many SAEs of a sweep it is true of."""
-        if message not in self._said:
-            self._said.add(message)
-            logger.warning("%s", message)
 
 
 class Sides(tp.NamedTuple):
@@ -91,10 +85,11 @@ def decide(cfg: TrainConfig, places: Places, *, before: bool = False) -> Sides:
             val.model_copy(update={"split": "val", **fraction}),
         )
         if not asked and n_val and not all(places.n_tokens(part) for part in parts):
-            places.say(
+            say_once(
+                logger,
                 f"{train.shards} has {places[train.shards].n_examples} images, too few to keep "
                 f"{VAL_FRACTION:.0%} of them for evaluation: SAEs are trained on all of them and "
-                "evaluated on none. Name other shards with --val-data.shards to evaluate on."
+                "evaluated on none. Name other shards with --val-data.shards to evaluate on.",
             )
             n_val = 0
         elif n_val or asked:

@@ -16,13 +16,14 @@ import torch
 import saev
 from saev import storage
 from saev.config import TrainConfig
-from saev.config.source import ActivationSource, warn_once
+from saev.config.source import ActivationSource
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
 from saev.nn import SparseAutoencoder, StepMetrics
 from saev.nn.calibration import set_level
 from saev.nn.ranks import Agreement
+from saev.once import say_once
 from saev.progress import Progress
 from saev.shards import Shards, finite
 from saev.train import evaluate, resume, sides
@@ -92,7 +93,7 @@ class Trainer:
         batch_size = decided(self.config.batch_size)
         self.batch_size = min(batch_size, selection.n_tokens)
         if self.batch_size < batch_size:
-            warn_once(
+            say_once(
                 logger,
                 f"{data.shards} has {self.batch_size} tokens to train on, fewer than batch_size "
                 f"{batch_size}: batches are that small.",

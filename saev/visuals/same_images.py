@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from saev.config import ImageData
-from saev.config.source import warn_once
 from saev.errors import ConfigError, ImageError, SaevError
 from saev.images.datasets import ImageDataset
+from saev.once import say_once
 from saev.shards import Shards
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
             "saev did not record which it had."
         )
     if not rows:
-        warn_once(
+        say_once(
             logger,
             f"{shards.url} does not say which images it was recorded from, but for their number "
             f"({metadata.n_examples}): whether these are the ones is not checked.",

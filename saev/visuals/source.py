@@ -16,10 +16,10 @@ from PIL import Image
 
 from saev import storage
 from saev.config import Cifar10, ImageData, Imagenet, ImgFolder, ImgSegFolder
-from saev.config.source import warn_once
 from saev.errors import ConfigError, CorruptDataError, SaevError
 from saev.images.datasets import ImageDataset, open_dataset
 from saev.images.transforms import ImageSpec
+from saev.once import say_once
 from saev.shards import Shards, protocol
 from saev.visuals import same_images
 
@@ -211,7 +211,7 @@ def image_spec(shards: Shards) -> ImageSpec:
                 f"{storage.join(shards.url, protocol.METADATA)}: image_spec is not one ({err})."
             ) from err
     size = metadata.image_size or (_SIDE_UNKNOWN, _SIDE_UNKNOWN)
-    warn_once(
+    say_once(
         logger,
         f"{shards.url} does not say how its images were cropped; pictures show the centre square, "
         "and highlights may be a little off.",

@@ -5,10 +5,11 @@ rules hold for every family: what the name says; what the file's own tensors sho
 tags of the architecture agree on; else the library's default, with a warning that names the way.
 """
 
-import functools
 import logging
 import typing as tp
 from collections.abc import Collection, Mapping, Sequence
+
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,11 @@ def quick_gelu(tags: Mapping[str, bool], default: bool) -> tuple[bool, Open | No
 
 def warn_unlike(named: str, url: str) -> None:
     """Say that a name asks for another activation function than the file shows."""
-    _warn_once(
+    say_once(
+        logger,
         f"{url} holds weights of OpenAI's CLIP, which were trained with QuickGELU, as the tensors "
         f"in it show; {named} asks for GELU, which is taken. If that is wrong, name the tag: "
-        f"ARCH/{OPENAI}@URL."
+        f"ARCH/{OPENAI}@URL.",
     )
 
 
@@ -78,9 +80,10 @@ def warn(arch: str, url: str, way: str, found: Sequence[Open]) -> None:
     """Say what was taken where the tags disagree, and how to choose."""
     if found:
         parts = "; ".join(map(_describe, found))
-        _warn_once(
+        say_once(
+            logger,
             f"{url} does not say which of the pretrained tags of {arch} it belongs to, and they "
-            f"disagree: {parts}. If that is wrong, name the tag: {way}."
+            f"disagree: {parts}. If that is wrong, name the tag: {way}.",
         )
 
 
@@ -92,8 +95,3 @@ def _describe(item: Open) -> str:
 def _list(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from described import described
 from inference.world import LAYER, World, make_world
 
 import saev
@@ -61,22 +62,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A run that records its source."""
     root = tmp_path_factory.mktemp("world")
     made = make_world(root, n_examples=8, labelled=False)
-    shards = as_recorded(made.shards, root / "known", KNOWN)
+    shards = described(made.shards, root / "known", **KNOWN)
     source = Shards.open(shards).metadata.source(LAYER, "content")
     config = storage.read_json(f"{made.run}/config.json")
     config["train_data"]["shards"] = shards
     storage.write_json(f"{made.run}/config.json", config)
     made.sae.save(f"{made.run}/checkpoint", {"run_id": "r0", **source.to_dict()})
     return World(shards, made.run, made.acts, None)
-
-
-def as_recorded(shards: str, to: Path, changes: dict[str, object]) -> str:
-    """A copy of a shards folder with another description."""
-    shutil.copytree(shards, to)  # its name is no hash that is checked
-    (to / "files.json").unlink(missing_ok=True)
-    place = to / "metadata.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), **changes}))
-    return str(to)
 
 
 def config(run: str, shards: str = "", **kwargs: object) -> InferenceConfig:
@@ -92,7 +84,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_another_model_is_refused(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict, message: str
 ) -> None:
-    shards = as_recorded(world.shards, tmp_path / "other", changes)
+    shards = described(world.shards, tmp_path / "other", **changes)
     cfg = config(world.run, shards, out=str(tmp_path / "out"))
     for call in (inference.run, inference.find, inference.finish):
         with pytest.raises(ConfigError, match=message.replace("SHARDS", shards)):
@@ -114,7 +106,7 @@ def test_another_model_is_refused(
 def test_the_same_model_is_not(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict
 ) -> None:
-    shards = as_recorded(world.shards, tmp_path / "same", changes)
+    shards = described(world.shards, tmp_path / "same", **changes)
     cfg = config(world.run, shards, out=str(tmp_path / "out"))
     metrics = Results.open(inference.run(cfg)).metrics
     assert "other_model" not in metrics
@@ -132,7 +124,7 @@ def test_a_result_of_version_0_1_0_is_not_taken_for_one_that_says_so(
     world: World, tmp_path: Path
 ) -> None:
     """It measured on activations of another model without a word, under the key of that pair."""
-    shards = as_recorded(world.shards, tmp_path / "other", {"weights": "sha256:cccc"})
+    shards = described(world.shards, tmp_path / "other", weights="sha256:cccc")
     allowed = inference.run(config(world.run, shards, allow_other_model=True))
     key = storage.name(allowed)
     checkpoint = storage.read_sealed(f"{world.run}/checkpoint/config.json").record
@@ -211,7 +203,7 @@ def test_an_old_run_takes_what_it_lacks_from_its_shards(
     (said,) = warnings(caplog)
     assert said.startswith(f"{run} was trained by version 0.1.0 of saev, which did not record")
     assert f"taken from {world.shards}" in said
-    other = as_recorded(world.shards, tmp_path / "o", {"image_size": [32, 32], "image_spec": None})
+    other = described(world.shards, tmp_path / "o", image_size=[32, 32], image_spec=None)
     with pytest.raises(ConfigError, match="image size 64 x 64 in training, 32 x 32 here"):
         inference.run(config(run, other))
 
@@ -224,7 +216,7 @@ def test_an_old_run_without_its_shards(
     place = Path(run, "config.json")
     named = {
         "gone": str(tmp_path / "nothing"),
-        "changed": as_recorded(world.shards, tmp_path / "changed", {"image_size": [9, 9]}),
+        "changed": described(world.shards, tmp_path / "changed", image_size=[9, 9]),
         "elsewhere": "s3://a-bucket-of-somebody/shards/0123456789abcdef",
     }[how]
     raw = json.loads(place.read_text())
@@ -235,7 +227,7 @@ def test_an_old_run_without_its_shards(
     assert (source.ckpt, source.layer, source.image_size) == ("ViT-B-16/openai", LAYER, None)
     (said,) = warnings(caplog)
     assert "not known, since its shards are gone" in said
-    other = as_recorded(world.shards, tmp_path / "other", {"ckpt": "ViT-B-32/openai"})
+    other = described(world.shards, tmp_path / "other", ckpt="ViT-B-32/openai")
     with pytest.raises(ConfigError, match="ViT-B-16/openai in training, clip ViT-B-32/openai"):
         inference.run(config(run, other))
 
@@ -255,7 +247,7 @@ def test_imported_saes_are_warned_of_once(
 def test_a_checkpoint_folder_is_compared_as_well(world: World, tmp_path: Path) -> None:
     checkpoint = f"{world.run}/checkpoint"
     assert saev.load_sae(checkpoint).metadata["ckpt"] == "ViT-B-16/openai"
-    other = as_recorded(world.shards, tmp_path / "other", {"weights": "sha256:dddd"})
+    other = described(world.shards, tmp_path / "other", weights="sha256:dddd")
     with pytest.raises(ConfigError, match="sha256:dddd"):
         inference.run(config(checkpoint, other, out=str(tmp_path / "out")))
 
@@ -290,7 +282,7 @@ def test_the_overview_says_so(world: World, tmp_path: Path) -> None:
     shutil.rmtree(f"{run}/inference", ignore_errors=True)
     cfg = TrainConfig.from_url(f"{run}/config.json")
     storage.write_json(f"{run}/config.json", cfg.to_dict())
-    other = as_recorded(world.shards, tmp_path / "other", {"weights": "sha256:<b>ee</b>"})
+    other = described(world.shards, tmp_path / "other", weights="sha256:<b>ee</b>")
     inference.run(config(run, world.shards))
     inference.run(config(run, other, allow_other_model=True))
     text = storage.read_text(overview.write(str(root)))

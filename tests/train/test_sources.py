@@ -1,10 +1,9 @@
 """A run says what activations it is of, and evaluates on those of its own model."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
+from described import described
 
 import saev
 from saev import storage, train
@@ -14,19 +13,10 @@ from saev.errors import ConfigError
 from saev.train import resolve
 
 
-def recorded(shards: str, to: Path, **changes: object) -> str:
-    """A copy of a shards folder with another description."""
-    shutil.copytree(shards, to)  # its name is no hash that is checked
-    (to / "files.json").unlink(missing_ok=True)
-    place = to / "metadata.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), **changes}))
-    return str(to)
-
-
 @pytest.fixture
 def known(cfg: TrainConfig, tmp_path: Path) -> TrainConfig:
     """Training on activations whose model is recorded."""
-    shards = recorded(
+    shards = described(
         cfg.train_data.shards, tmp_path / "known",
         network="vit", weights="sha256:aaaa", image_size=[64, 64], versions={"torch": "2.11.0"},
     )  # fmt: skip
@@ -62,7 +52,7 @@ def test_run_and_checkpoint_say_what_they_are_of(known: TrainConfig) -> None:
 def test_another_model_is_refused_for_evaluation(
     known: TrainConfig, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    other = recorded(known.train_data.shards, tmp_path / "other", **changes)
+    other = described(known.train_data.shards, tmp_path / "other", **changes)
     asked = evaluated_on(known, other)
     with pytest.raises(ConfigError, match=rf"--val-data\.shards .*{message}.*--allow-other-model"):
         train.plan(asked)
@@ -83,9 +73,10 @@ def test_the_flag_is_part_of_a_name_only_where_models_differ(
     name = resolve.run_id(resolve.resolve_one(known))
     allowed = known.model_copy(update={"allow_other_model": True})
     assert resolve.run_id(resolve.resolve_one(allowed)) == name
-    same = evaluated_on(known, recorded(known.train_data.shards, tmp_path / "same", amp=True))
+    same = evaluated_on(known, described(known.train_data.shards, tmp_path / "same", amp=True))
     other = evaluated_on(
-        allowed, recorded(known.train_data.shards, tmp_path / "other", weights="sha256:b", amp=True)
+        allowed,
+        described(known.train_data.shards, tmp_path / "other", weights="sha256:b", amp=True),
     )
     plain, found = (resolve.resolve_one(c) for c in (same, other))
     assert resolve.run_id(plain) != resolve.run_id(found)

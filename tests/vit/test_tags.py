@@ -10,7 +10,7 @@ import timm
 import torch
 
 from saev import vit
-from saev.vit import checkpoints, open_clip_models, tags, timm_models
+from saev.vit import checkpoints, open_clip_models, timm_models
 
 SCALARS = {
     "input_resolution": torch.tensor(224),
@@ -18,12 +18,6 @@ SCALARS = {
     "vocab_size": torch.tensor(49408),
 }
 """What OpenAI's archives hold beside the weights (openai/CLIP, clip/model.py, build_model)."""
-
-
-@pytest.fixture(autouse=True)
-def forget() -> None:
-    """Warnings are said once in a process; each test is to hear its own."""
-    tags._warn_once.cache_clear()
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
