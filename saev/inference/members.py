@@ -58,10 +58,7 @@ class Members:
             info = self._zip.getinfo(f"{name}.npy")
             start = self._start(info)
             dtype, found, first = self._header(start, info.file_size)
-        fits = len(found) == len(shape) and all(
-            want in (-1, have) for have, want in zip(found, shape, strict=True)
-        )
-        if dtype.str not in kinds or not fits:
+        if dtype.str not in kinds or not storage.fits(found, shape):
             raise CorruptDataError(
                 f"{self.url}: {name} is {dtype.str} {list(found)}, expected {' or '.join(kinds)} "
                 f"{list(shape)}. {self._remedy}"

@@ -27,6 +27,15 @@ def format_checksum(value: int) -> str:
     return f"crc32c:{value:08x}"
 
 
+def mismatch(url: str, found: str, expected: str, remedy: str = "") -> CorruptDataError | None:
+    """What is wrong with an object whose checksum is ``found``; None if nothing is."""
+    if found == expected:
+        return None
+    return CorruptDataError(
+        f"{url} is damaged: it has checksum {found}, expected {expected}. {remedy}"
+    )
+
+
 class ChecksumWriter(io.RawIOBase):
     """Passes writes on to ``handle``, counts them, and keeps the CRC-32C of every MiB."""
 
@@ -93,17 +102,9 @@ def verify(url: str | os.PathLike, expected: str, remedy: str = "") -> None:
         CorruptDataError: it differs.
     """
     place = normalize(url)
-
-    def wrong(found: bytes) -> CorruptDataError | None:
-        if found.decode() == expected:
-            return None
-        return CorruptDataError(
-            f"{place} is damaged: it has checksum {found.decode()}, expected {expected}. {remedy}"
-        )
-
     confirmed(
         place,
         lambda fresh: checksum(place, fresh=fresh).encode(),
-        wrong,
+        lambda found: mismatch(place, found.decode(), expected, remedy),
         lambda a, b: f"its checksum was {bytes(a).decode()}, then {bytes(b).decode()}",
     )

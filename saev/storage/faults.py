@@ -122,10 +122,7 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
 def _of_connection(err: BaseException, url: str) -> str:
     """What is wrong before a store can answer; empty if it is something else."""
     if url.startswith(("s3://", "s3a://")) and _is_of_network(err):
-        return (
-            f"there is no answer{answers.endpoint(url)} ({str(err) or type(err).__name__}). Check "
-            "the endpoint (AWS_ENDPOINT_URL), the network, and whether the store runs."
-        )
+        return _no_answer(url, str(err) or type(err).__name__)
     if _BOTO is None:
         return ""
     if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
@@ -139,11 +136,15 @@ def _of_connection(err: BaseException, url: str) -> str:
         _BOTO.EndpointConnectionError | _BOTO.ConnectTimeoutError | _BOTO.ConnectionClosedError
         | _BOTO.ReadTimeoutError,
     ):  # fmt: skip
-        return (
-            f"there is no answer{answers.endpoint(url)} ({type(err).__name__}). Check the endpoint "
-            "(AWS_ENDPOINT_URL), the network, and whether the store runs."
-        )
+        return _no_answer(url, type(err).__name__)
     return ""
+
+
+def _no_answer(url: str, reason: str) -> str:
+    return (
+        f"there is no answer{answers.endpoint(url)} ({reason}). Check the endpoint "
+        "(AWS_ENDPOINT_URL), the network, and whether the store runs."
+    )
 
 
 def _is_of_network(err: BaseException) -> bool:

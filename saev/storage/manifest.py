@@ -11,6 +11,7 @@ of the objects' bytes alone. What earlier versions published has neither key, an
 warning; with one of the two it is damaged.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -18,19 +19,19 @@ import logging
 import os
 import re
 import typing as tp
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from saev.errors import CorruptDataError, StorageError
 from saev.once import say_once
-from saev.storage.checksums import BLOCK, ChecksumWriter, crc32c, format_checksum
+from saev.storage.checksums import BLOCK, ChecksumWriter, crc32c, format_checksum, mismatch
 from saev.storage.confirming import Bytes, confirmed
 from saev.storage.hashes import canonical_json
 from saev.storage.looking import exists
 from saev.storage.parsing import parse_json
 from saev.storage.ranges import RangeReader
-from saev.storage.reading import read_bytes, read_json
+from saev.storage.reading import read_bytes, read_json, read_parsed
 from saev.storage.stored import is_file_name
 from saev.storage.urls import join, normalize
 
@@ -98,12 +99,7 @@ class Listed:
             return CorruptDataError(
                 f"{url} is damaged: it has {len(data)} bytes, expected {self.n_bytes}. {remedy}"
             )
-        found = format_checksum(crc32c(data))
-        if found != self.checksum:
-            return CorruptDataError(
-                f"{url} is damaged: it has checksum {found}, expected {self.checksum}. {remedy}"
-            )
-        return None
+        return mismatch(url, format_checksum(crc32c(data)), self.checksum, remedy)
 
 
 class _Nowhere(io.RawIOBase):
@@ -186,18 +182,12 @@ def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
         StorageError: it is missing or cannot be read.
     """
     place = normalize(url)
-    found: list[Sealed] = []
 
-    def wrong(data: bytes) -> CorruptDataError | None:
-        try:
-            record, files = unseal(parse_json(data, place), place, remedy)
-        except CorruptDataError as err:
-            return err
-        found.append(Sealed(record, files, format_checksum(crc32c(data))))
-        return None
+    def parse(data: bytes) -> Sealed:
+        record, files = unseal(parse_json(data, place), place, remedy)
+        return Sealed(record, files, format_checksum(crc32c(data)))
 
-    confirmed(place, lambda fresh: read_bytes(place, fresh=fresh), wrong)
-    return found[-1]
+    return read_parsed(place, parse)
 
 
 # --- Folders -------------------------------------------------------------------------------
@@ -283,10 +273,8 @@ class Folder:
         place, listed = join(self.url, name), self.listed(name)
         if listed is None:
             return read_bytes(place)
-        try:
+        with self._there(place):
             return read_listed(place, listed, self._remedy)
-        except StorageError as err:
-            raise self._missing(place) if not exists(place) else err from err.__cause__
 
     def read_json(self, name: str) -> tp.Any:
         """A whole object as JSON."""
@@ -299,13 +287,20 @@ class Folder:
         place, listed = join(self.url, name), self.listed(name)
         if listed is None:
             return RangeReader(place)
-        try:
+        with self._there(place):
             return CheckedReader(place, listed, self._remedy)
-        except StorageError as err:
-            raise self._missing(place) if not exists(place) else err from err.__cause__
 
-    def _missing(self, place: str) -> CorruptDataError:
-        return CorruptDataError(f"{place} is missing; {self.closing} lists it. {self._remedy}")
+    @contextlib.contextmanager
+    def _there(self, place: str) -> Iterator[None]:
+        """A listed object that is missing is damage, not a wrong path."""
+        try:
+            yield
+        except StorageError as err:
+            if exists(place):
+                raise
+            raise CorruptDataError(
+                f"{place} is missing; {self.closing} lists it. {self._remedy}"
+            ) from err
 
 
 def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> bytes:
@@ -321,16 +316,11 @@ def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> byt
 def read_verified(url: str | os.PathLike, checksum: str, remedy: str = "") -> bytes:
     """A whole object whose checksum is known. Raises CorruptDataError if it has another."""
     place = normalize(url)
-
-    def wrong(data: bytes) -> CorruptDataError | None:
-        found = format_checksum(crc32c(data))
-        if found == checksum:
-            return None
-        return CorruptDataError(
-            f"{place} is damaged: it has checksum {found}, expected {checksum}. {remedy}"
-        )
-
-    return confirmed(place, lambda fresh: read_bytes(place, fresh=fresh), wrong)
+    return confirmed(
+        place,
+        lambda fresh: read_bytes(place, fresh=fresh),
+        lambda data: mismatch(place, format_checksum(crc32c(data)), checksum, remedy),
+    )
 
 
 class CheckedReader:

@@ -128,6 +128,13 @@ def _int(text: str) -> int:
 Shape = tuple[int, ...]
 
 
+def fits(found: Shape, expected: Shape) -> bool:
+    """Whether an array has the expected shape, of which an axis of -1 may have any length."""
+    return len(found) == len(expected) and all(
+        want in (-1, have) for have, want in zip(found, expected, strict=True)
+    )
+
+
 def parse_tensors(
     data: bytes,
     url: str | os.PathLike,
@@ -157,10 +164,7 @@ def parse_tensors(
             raise CorruptDataError(
                 f"{normalize(url)} has arrays {_names(tensors)}, expected {name!r}. {remedy}"
             )
-        fits = found.ndim == len(shape) and all(
-            want in (-1, have) for have, want in zip(found.shape, shape, strict=True)
-        )
-        if found.dtype != np.dtype(dtype) or not fits:
+        if found.dtype != np.dtype(dtype) or not fits(found.shape, shape):
             raise CorruptDataError(
                 f"{normalize(url)}: {name} is {found.dtype} {list(found.shape)}, expected "
                 f"{np.dtype(dtype)} {list(shape)}. {remedy}"
