@@ -12,7 +12,7 @@ from pathlib import Path
 from fsspec.implementations.memory import MemoryFileSystem
 
 from saev.errors import StorageError
-from saev.storage.faults import explained, retry_reads
+from saev.storage.faults import explained, retry
 from saev.storage.reading import read_bytes
 from saev.storage.urls import filesystem, local_path, normalize
 from saev.storage.writing import create_temporary, sync_folder
@@ -99,7 +99,7 @@ def _create_remote(url: str, data: bytes) -> bool:
 def _conditional(put: tp.Callable[[], object], url: str) -> bool:
     """Whether a write was let through; False: the object was there already."""
     try:
-        retry_reads(put)()
+        retry(put)()
     except FileExistsError:
         return False
     except OSError as err:

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from saev.errors import StorageError
 from saev.storage.answers import Answer, RefusedError
-from saev.storage.faults import explained, retry_reads
+from saev.storage.faults import explained, retry
 from saev.storage.looking import exists
 from saev.storage.urls import TMP_PREFIX, filesystem, is_s3, join, local_path, normalize
 from saev.storage.writing import write_bytes
@@ -29,12 +29,12 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
         if is_s3(fs):
             _delete_s3(fs, key, recursive=recursive)
         elif not recursive:
-            retry_reads(fs.rm_file)(key)
+            retry(fs.rm_file)(key)
         elif isinstance(fs, LocalFileSystem) or not has_magic(key):
-            retry_reads(fs.rm)(key, recursive=True)
+            retry(fs.rm)(key, recursive=True)
         else:  # fsspec would take the name for a pattern, and remove what matches it
-            for found in [*retry_reads(fs.find)(key), key]:
-                retry_reads(fs.rm_file)(found)
+            for found in [*retry(fs.find)(key), key]:
+                retry(fs.rm_file)(found)
         fs.invalidate_cache(key)
 
 
@@ -57,7 +57,7 @@ def clean_up(url: str | os.PathLike, *, recursive: bool = False) -> None:
 def _delete_s3(fs: tp.Any, key: str, *, recursive: bool) -> None:
     """s3fs does not look at which keys an answer to DeleteObjects names as not deleted."""
     bucket, name, _ = fs.split_path(key)
-    call = retry_reads(fs.call_s3)
+    call = retry(fs.call_s3)
     if name:
         call("delete_object", Bucket=bucket, Key=name)
     token: dict[str, str] = {}
@@ -72,7 +72,7 @@ def _delete_s3(fs: tp.Any, key: str, *, recursive: bool) -> None:
         token = {"ContinuationToken": page["NextContinuationToken"]}
 
 
-@retry_reads
+@retry
 def _delete_batch(fs: tp.Any, bucket: str, keys: list[str]) -> None:
     """Delete up to 1000 keys."""
     objects = [{"Key": key} for key in keys]

@@ -264,7 +264,7 @@ def patience_s() -> float:
         return PATIENCE_S
 
 
-def retry_reads(call: Callable[P, T]) -> Callable[P, T]:
+def retry(call: Callable[P, T]) -> Callable[P, T]:
     """``call``, tried again while its errors are passing and patience lasts."""
 
     @functools.wraps(call)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from saev.errors import StorageError
 from saev.storage import s3, s3_listing
-from saev.storage.faults import explained, retry_reads
+from saev.storage.faults import explained, retry
 from saev.storage.sources import entity_tag
 from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, name, normalize, with_scheme
 
@@ -51,7 +51,7 @@ def exists(url: str | os.PathLike) -> bool:
             return path.exists()
         fs, key = filesystem(text)
         fs.invalidate_cache(key)
-        return bool(retry_reads(fs.exists)(key))
+        return bool(retry(fs.exists)(key))
 
 
 def is_dir(url: str | os.PathLike) -> bool:
@@ -63,7 +63,7 @@ def is_dir(url: str | os.PathLike) -> bool:
             return path.is_dir()
         fs, key = filesystem(text)
         fs.invalidate_cache(key)
-        return bool(retry_reads(fs.isdir)(key))
+        return bool(retry(fs.isdir)(key))
 
 
 def size(url: str | os.PathLike) -> int:
@@ -75,7 +75,7 @@ def size(url: str | os.PathLike) -> int:
             return path.stat().st_size
         fs, key = filesystem(text)
         fs.invalidate_cache(key)
-        return int(retry_reads(fs.size)(key))
+        return int(retry(fs.size)(key))
 
 
 def list_dir(url: str | os.PathLike, *, missing_ok: bool = False) -> list[Entry]:
@@ -118,7 +118,7 @@ def _list_remote(url: str) -> list[Entry]:
     fs, key = filesystem(url)
     fs.invalidate_cache(key)
     entries = []
-    for row in retry_reads(fs.ls)(key, detail=True):
+    for row in retry(fs.ls)(key, detail=True):
         child = _child(fs, url, key, row["name"])
         if child == url:
             if row["type"] == "file" and not is_marker(row["name"]):
@@ -143,7 +143,7 @@ def find(url: str | os.PathLike) -> list[str]:
     fs, key = filesystem(text)
     with explained(text, "list"):
         fs.invalidate_cache(key)
-        keys = retry_reads(fs.find)(key)
+        keys = retry(fs.find)(key)
     urls = (with_scheme(fs, k) for k in keys if not is_marker(k))
     return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
 
@@ -228,7 +228,7 @@ def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
             is_folder = is_folder or is_below or is_marker(found)
             if is_below and not is_marker(found):
                 yield _child(fs, url, key, found), row
-        if not is_folder and retry_reads(fs.info)(key)["type"] != "directory":
+        if not is_folder and retry(fs.info)(key)["type"] != "directory":
             raise NotADirectoryError(url)
 
 
@@ -242,7 +242,7 @@ def _rows(fs: tp.Any, folder: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
             for row in rows:
                 yield f"{name_}/{row['Key']}", row
             return
-    yield from retry_reads(fs.find)(folder, detail=True).items()
+    yield from retry(fs.find)(folder, detail=True).items()
 
 
 def is_marker(key: str) -> bool:
@@ -289,7 +289,7 @@ def glob_entries(pattern: str) -> list[Entry]:
     fs, key = filesystem(text)
     with explained(text, "list"):
         fs.invalidate_cache()
-        rows = retry_reads(fs.glob)(key, detail=True)
+        rows = retry(fs.glob)(key, detail=True)
     entries = []
     for found, row in rows.items():
         if is_marker(found):
@@ -306,4 +306,4 @@ def glob(pattern: str) -> list[str]:
     text = normalize(pattern)
     fs, key = filesystem(text)
     with explained(text, "list"):
-        return sorted(with_scheme(fs, k) for k in retry_reads(fs.glob)(key))
+        return sorted(with_scheme(fs, k) for k in retry(fs.glob)(key))

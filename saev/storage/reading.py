@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from saev.errors import SaevError
 from saev.storage.confirming import confirmed
-from saev.storage.faults import explained, retry_reads
+from saev.storage.faults import explained, retry
 from saev.storage.parsing import parse_json, parse_text
 from saev.storage.ranges import RangeReader
 from saev.storage.sources import cat_file
@@ -34,7 +34,7 @@ def read_bytes(url: str | os.PathLike, *, fresh: bool = False) -> bytes:
         if path is not None:
             return path.read_bytes()
         fs, key = filesystem(text)
-        return retry_reads(cat_file)(fs, key)
+        return retry(cat_file)(fs, key)
 
 
 def read_parsed(url: str | os.PathLike, parse: Callable[[bytes], T]) -> T:

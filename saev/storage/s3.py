@@ -25,7 +25,7 @@ import fsspec
 
 from saev.errors import CorruptDataError, StorageError
 from saev.storage import answers
-from saev.storage.faults import retry_reads
+from saev.storage.faults import retry
 from saev.storage.sources import FsspecObject, entity_tag
 from saev.storage.urls import is_s3
 
@@ -126,7 +126,7 @@ class S3Object(FsspecObject):
         if not self._get(offset, view, {"Cache-Control": "no-cache"}):  # for proxies on the way
             super().reread(offset, view)
 
-    @retry_reads
+    @retry
     def _get(self, offset: int, view: memoryview, headers: dict[str, str]) -> bool:
         """Fill ``view``; False if the store sends us elsewhere, which s3fs knows to follow."""
         wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}", **headers}

@@ -12,7 +12,7 @@ import xml.parsers.expat
 from collections.abc import Iterator
 
 from saev.storage import answers
-from saev.storage.faults import retry_reads
+from saev.storage.faults import retry
 from saev.storage.s3 import Bucket
 
 Row = dict[str, tp.Any]
@@ -45,7 +45,7 @@ def _rows(bucket: Bucket, prefix: str, page: Page | None) -> Iterator[Row]:
         page = _page(bucket, prefix, page.token) if page.token else None
 
 
-@retry_reads
+@retry
 def _page(bucket: Bucket, prefix: str, token: str) -> Page | None:
     """A page; None if the store sends us elsewhere, which s3fs knows to follow."""
     query = {**_QUERY, "prefix": prefix, **({"continuation-token": token} if token else {})}

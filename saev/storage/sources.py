@@ -13,7 +13,7 @@ import numpy as np
 from fsspec.implementations.cached import CachingFileSystem
 
 from saev.errors import CorruptDataError
-from saev.storage.faults import retry_reads
+from saev.storage.faults import retry
 
 _ALIGNMENT = 4096
 _DIRECT_BYTES = 4 << 20
@@ -128,7 +128,7 @@ class FsspecObject:
         self._fs, self._key = fs, key
         if size is None:
             fs.invalidate_cache(key)
-            info = retry_reads(fs.info)(key)
+            info = retry(fs.info)(key)
             if info["type"] == "directory":
                 raise IsADirectoryError(url)
             size, etag = int(info["size"]), entity_tag(info)
@@ -142,7 +142,7 @@ class FsspecObject:
         self._read(*past_caches(self._fs, self._key), offset, view)
 
     @staticmethod
-    @retry_reads
+    @retry
     def _read(fs: fsspec.AbstractFileSystem, key: str, offset: int, view: memoryview) -> None:
         data = cat_file(fs, key, start=offset, end=offset + view.nbytes)
         if len(data) != view.nbytes:

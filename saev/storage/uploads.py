@@ -15,7 +15,7 @@ import typing as tp
 
 from saev.errors import StorageError
 from saev.storage.checksums import crc32c
-from saev.storage.faults import answer_of, is_passing, retry_reads
+from saev.storage.faults import answer_of, is_passing, retry
 
 PART_BYTES = 32 << 20
 _PARTS_OF_A_SIZE = 2000
@@ -113,7 +113,7 @@ class Upload(io.RawIOBase):
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
         self._buffer = bytearray()
 
-    @retry_reads
+    @retry
     def _complete(self) -> str:
         """Complete the upload, again while the answer is lost; returns what is wrong with it."""
         try:
@@ -157,7 +157,7 @@ class Upload(io.RawIOBase):
         crc = 0
         for start in range(0, self._size, PART_BYTES):
             end = min(start + PART_BYTES, self._size)
-            crc = crc32c(retry_reads(self._fs.cat_file)(self._key, start=start, end=end), crc)
+            crc = crc32c(retry(self._fs.cat_file)(self._key, start=start, end=end), crc)
         return crc == self._crc
 
     def _lost(self, why: str) -> StorageError:
@@ -170,7 +170,7 @@ class Upload(io.RawIOBase):
         return error
 
     def _call(self, method: str, **kwargs: tp.Any) -> tp.Any:
-        return retry_reads(self._fs.call_s3)(method, **self._place, **kwargs)
+        return retry(self._fs.call_s3)(method, **self._place, **kwargs)
 
 
 def _md5(data: tp.Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from saev.storage.faults import explained, retry_reads
+from saev.storage.faults import explained, retry
 from saev.storage.uploads import Upload
 from saev.storage.urls import TMP_PREFIX, filesystem, is_s3, local_path, normalize
 
@@ -183,7 +183,7 @@ def open_write_at(url: str | os.PathLike) -> Iterator[PositionalWriter]:
             _upload(handle.fileno(), text)
 
 
-@retry_reads
+@retry
 def _upload(fd: int, url: str) -> None:
     """Stream a local file into an object; begins again after a transient failure."""
     size_ = os.fstat(fd).st_size
@@ -205,7 +205,7 @@ def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) ->
             with _open_write_remote(text) as remote:
                 remote.write(data)
         else:
-            retry_reads(fs.pipe_file)(key, bytes(data))
+            retry(fs.pipe_file)(key, bytes(data))
 
 
 def write_text(url: str | os.PathLike, text: str) -> None:
