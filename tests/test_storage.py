@@ -733,3 +733,24 @@ def test_checksum_of_a_stream(tmp_path: Path) -> None:
             assert writer.write(chunk) == len(chunk)
     assert writer.n_bytes == 7
     assert writer.checksum == storage.checksum(tmp_path / "x")
+
+
+def test_a_folder_is_listed_while_others_write_to_it(tmp_path: Path) -> None:
+    """Their temporary files come and go between the listing and the look at each file."""
+    storage.write_bytes(str(tmp_path / "stays"), b"x")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            storage.write_bytes(str(tmp_path / "other"), b"x")
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(write)
+        try:
+            for _ in range(2000):
+                names = [entry.name for entry in storage.list_dir(str(tmp_path))]
+                assert set(names) <= {"other", "stays"}
+                assert "stays" in names
+        finally:
+            stop.set()

@@ -103,15 +103,23 @@ def _list_local(folder: Path) -> list[Entry]:
         with os.scandir(folder) as rows:
             for row in rows:
                 try:
-                    status = row.stat()
-                except OSError:  # a link to nothing
-                    status = row.stat(follow_symlinks=False)
+                    status = _status(row)
+                except FileNotFoundError:  # it was removed since the folder was listed
+                    continue
                 is_folder = stat.S_ISDIR(status.st_mode)
                 n_bytes = 0 if is_folder else status.st_size
                 entries.append(Entry(row.path, row.name, n_bytes, is_folder))
     except NotADirectoryError as err:
         raise StorageError(f"Cannot list {folder}: it is a file, expected a folder.") from err
     return entries
+
+
+def _status(row: os.DirEntry[str]) -> os.stat_result:
+    """That of a file or, for a link to nothing, of the link itself."""
+    try:
+        return row.stat()
+    except OSError:
+        return row.stat(follow_symlinks=False)
 
 
 def _list_remote(url: str) -> list[Entry]:
