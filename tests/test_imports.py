@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "saev"
 LEVELS = {
     "secrets": -1, "errors": 0, "interrupts": 0, "once": 0,
     "storage": 1,
-    "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2,
+    "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2, "workers": 2,
     "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
     "shards.extract": 4, "train": 4, "inference": 4, "visuals": 4,
     "run": 5, "size": 5, "steps": 5, "gc": 6,

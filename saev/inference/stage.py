@@ -6,12 +6,13 @@ import typing as tp
 
 from saev import storage
 from saev.config.inference import InferenceConfig
-from saev.errors import ConfigError, StorageError
+from saev.errors import ConfigError
 from saev.inference import files, part, publish
 from saev.inference.job import Job, open_shards
 from saev.inference.provenance import read_run
 from saev.nn.checkpoints import HUB_PREFIX
 from saev.progress import Progress
+from saev.workers import unless_done
 
 logger = logging.getLogger(__name__)
 
@@ -108,27 +109,18 @@ def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -
     todo = [shard for shard in shards if part.find_record(job, shard) is None]
     total = sum(map(job.source.shard_tokens, shards))
     done = total - sum(map(job.source.shard_tokens, todo))
-    with progress.task("inference", total=total, unit="tok", done=done) as task:
+    with (
+        progress.task("inference", total=total, unit="tok", done=done) as task,
+        unless_done(logger, lambda: _is_published(job)),
+    ):
         for shard in todo:
-            try:
-                part.compute(job, shard, dist_latents, task)
-            except StorageError as err:
-                # Another worker may have published, and removed the folder of the parts.
-                if not _is_published(job):
-                    raise
-                logger.warning("Another worker has published it meanwhile. Here: %s", err)
-                return
+            part.compute(job, shard, dist_latents, task)
 
 
 def _finish(job: Job) -> str:
     if _is_published(job):
         publish.remove_parts(job)  # an earlier run may have been killed just before this
     else:
-        try:
+        with unless_done(logger, lambda: _is_published(job)):
             publish.publish(job)
-        except StorageError as err:
-            # Another worker may have published it, and removed what this one needed.
-            if not _is_published(job):
-                raise
-            logger.warning("Another worker has published it meanwhile. Here: %s", err)
     return job.url

@@ -12,7 +12,7 @@ import typing as tp
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError
 from saev.shards import protocol
-from saev.shards.protocol import HASH_DIGITS, Metadata
+from saev.shards.protocol import Metadata
 from saev.vit import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,10 @@ def _same(root: str, wanted: Metadata) -> list[tuple[str, Metadata]]:
     """Folders of version 0.1.0 below ``root`` with an equal recording."""
     if not storage.is_dir(root):
         return []
-    folders = [e.url for e in storage.list_dir(root) if e.is_dir and _is_hash(e.name)]
+    folders = [e.url for e in storage.list_dir(root) if e.is_dir and protocol.is_hash(e.name)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         found = zip(folders, pool.map(_read, folders), strict=True)
         return [(url, old) for url, old in found if old is not None and _equal(old, wanted)]
-
-
-def _is_hash(name: str) -> bool:
-    return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def _read(url: str) -> Metadata | None:

@@ -29,6 +29,7 @@ from saev.shards.parts import ExampleRow, Part, Skipped
 from saev.shards.protocol import Metadata, shard_name
 from saev.shards.reader import TORCH_DTYPES, Shards
 from saev.shards.writer import ShardWriter
+from saev.workers import unless_done
 
 logger = logging.getLogger(__name__)
 
@@ -265,17 +266,14 @@ class Recording:
             raise ConfigError(f"There is no shard {shard}: there are {self.metadata.n_shards}.")
         if self.published or self.is_done(shard):
             return
-        try:
+        with unless_done(
+            logger,
+            lambda: self.published or self.is_done(shard),
+            said=f"{shard_name(shard)} of {self.url} was recorded by another worker meanwhile",
+            errors=(StorageError, _DoneMeanwhileError),
+        ):
             self.prepare()
             parts.write_part(self.url, shard, self._write_shard(shard, advance))
-        except (StorageError, _DoneMeanwhileError) as err:
-            # Another worker may have recorded or published it, and removed what this one needed.
-            if not (self.published or self.is_done(shard)):
-                raise
-            logger.warning(
-                "%s of %s was recorded by another worker meanwhile%s",
-                *(shard_name(shard), self.url, f". Here: {err}" if str(err) else "."),
-            )
 
     def _write_shard(self, shard: int, advance: Callable[[int, int], None] | None) -> Part:
         meta = self.metadata
@@ -350,13 +348,8 @@ class Recording:
     def finish(self) -> str:
         """Publish, if that is still to be done, and remove what only unfinished folders need."""
         if not self.published:
-            try:
+            with unless_done(logger, lambda: self.published):
                 parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
-            except StorageError as err:
-                # Another worker may have published it, and removed what this one needed.
-                if not self.published:
-                    raise
-                logger.warning("Another worker has published it meanwhile. Here: %s", err)
         Shards.open(self.url)
         logger.info("%s is complete.", self.url)
         storage.clean_up(storage.join(self.url, protocol.PARTS), recursive=True)

@@ -88,13 +88,11 @@ class Part:
         Raises:
             CorruptDataError: it is truncated or damaged.
         """
-        body = data[: -_CRC.size]
+        body, remedy = data[: -_CRC.size], "Delete it and run the same `saev shards` command again."
         if len(data) < _CRC.size or _CRC.unpack(data[-_CRC.size :]) != (storage.crc32c(body),):
             raise CorruptDataError(
-                f"{source} is damaged: {len(data)} bytes whose checksum does not fit. "
-                "Delete it and run the same `saev shards` command again."
+                f"{source} is damaged: {len(data)} bytes whose checksum does not fit. {remedy}"
             )
-        remedy = "Delete it and run the same `saev shards` command again."
         with storage.parsed(source, "a record of this version of saev", remedy=remedy):
             tensors = safetensors.numpy.load(body)
             rows = json.loads(tensors["rows"].tobytes())
@@ -259,13 +257,17 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
 def _metadata_bytes(url: str, metadata: Metadata) -> bytes:
     """metadata.json as it is stored, which must be that of this recording."""
     place = storage.join(url, protocol.METADATA)
-    found = Metadata.from_dict(storage.read_json(place), source=place)
-    if found.hash != metadata.hash:
-        raise CorruptDataError(
-            f"{place} describes recording {found.hash}, expected {metadata.hash}: it was changed. "
-            "Delete it and run the same `saev shards` command again."
-        )
-    return storage.read_bytes(place)
+
+    def checked(data: bytes) -> bytes:
+        found = Metadata.from_dict(storage.parse_json(data, place), source=place)
+        if found.hash != metadata.hash:
+            raise CorruptDataError(
+                f"{place} describes recording {found.hash}, expected {metadata.hash}: it was "
+                "changed. Delete it and run the same `saev shards` command again."
+            )
+        return data
+
+    return storage.read_parsed(place, checked)
 
 
 def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None) -> Iterator[Part]:

@@ -196,13 +196,17 @@ class Metadata(Config):
             raw = _from_2_1(raw)
         metadata = cls.from_dict(raw, source=place, stored=True)
         name = storage.name(url)
-        is_hash = len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
-        if found == "3.0" and is_hash and name != metadata.hash:
+        if found == "3.0" and is_hash(name) and name != metadata.hash:
             raise CorruptDataError(
                 f"{place} does not belong to its folder: its hash is {metadata.hash}, "
                 f"the folder is named {name}. It was edited or damaged; record again."
             )
         return metadata
+
+
+def is_hash(name: str) -> bool:
+    """Whether a folder's name is one that :attr:`Metadata.hash` may have given it."""
+    return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def without_place(data: tp.Any) -> tp.Any:

@@ -11,7 +11,7 @@ import typing as tp
 
 from saev import storage
 from saev.train import resume
-from saev.train.members import RUN, Group, Member
+from saev.train.members import Group, Member
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class _Root:
 
     def is_complete(self, member: Member) -> bool:
         """Whether a run is published that was named by the same rules."""
-        if member.run_id not in self._names or not member.published:
+        if member.run_id not in self._names:
             return False
-        record = storage.read_json(storage.join(member.url, RUN))
-        return isinstance(record, dict) and record.get("rules", 1) == member.rules
+        record = member.record()
+        return bool(record) and record.get("rules", 1) == member.rules
 
     def in_flight(self, group: str) -> resume.Flight:
         """What a group's newest resume point says; of no runs if it is damaged."""

@@ -39,13 +39,17 @@ class Member(tp.NamedTuple):
         """Whether it is trained and complete."""
         return storage.exists(storage.join(self.url, RUN))
 
+    def record(self) -> dict[str, tp.Any]:
+        """What its run.json says; empty if the run is not published, or run.json is no object."""
+        if not self.published:
+            return {}
+        record = storage.read_json(storage.join(self.url, RUN))
+        return record if isinstance(record, dict) else {}
+
     @property
     def is_complete(self) -> bool:
         """Whether it is published, by a run.json that can be read and is of this run."""
-        if not self.published:
-            return False
-        record = storage.read_json(storage.join(self.url, RUN))
-        return isinstance(record, dict) and record.get("run_id") == self.run_id
+        return self.record().get("run_id") == self.run_id
 
 
 class Group(tp.NamedTuple):

@@ -167,10 +167,6 @@ class Points:
             told["set_aside"] = self.set_aside
         return told
 
-    def clear(self) -> None:
-        """Delete all points of a finished group, and the folder of all groups if it is empty."""
-        clear(self.url)
-
     def _find_generation(self) -> None:
         names = [e.name for e in storage.list_dir(self.url, missing_ok=True) if not e.is_dir]
         numbers = [int(found[1]) for found in map(_GENERATION.fullmatch, names) if found]

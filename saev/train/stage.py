@@ -12,6 +12,7 @@ from saev.train.members import RUN, Group, Member
 from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer
+from saev.workers import unless_done
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,13 @@ def work(
     del cfg  # an item has the resolved configs of its members
     progress = progress or Progress(quiet=True)
     group = Group.from_item(item)
-    try:
+    with unless_done(
+        logger,
+        lambda: all(m.is_complete for m in group.members),
+        said="Another worker has published this group meanwhile",
+        errors=(StorageError, CheckpointError, RankError),
+    ):
         _train(group, item, progress)
-    except (StorageError, CheckpointError, RankError) as err:
-        # Another worker may have finished the same item, and removed what this one needed.
-        if not all(m.is_complete for m in group.members):
-            raise
-        logger.warning("Another worker has published this group meanwhile. Here: %s", err)
     return [m.url for m in group.members]
 
 
@@ -108,10 +109,7 @@ def _resume_folder(group: Group) -> str:
 
 def _clear(group: Group) -> None:
     """Delete the resume points of a group that is published."""
-    try:
-        resume.clear(_resume_folder(group))
-    except StorageError as err:
-        logger.warning("Resume points of finished runs stay for now: %s", err)
+    resume.clear(_resume_folder(group))
 
 
 def _pending(

@@ -78,10 +78,10 @@ def test_the_last_two_are_kept(tmp_path, root, request):
     assert names(url) == of_steps(20, 100)
     assert_equal(Points(url).load(), point(100))
     assert points.history() == {"generation": 1}
-    points.clear()
+    resume.clear(points.url)
     assert not storage.exists(storage.join(base, "resume"))
     assert points.load() is None
-    points.clear()
+    resume.clear(points.url)
 
 
 def test_a_folder_with_other_groups_stays(tmp_path):
