@@ -219,10 +219,11 @@ class SaeBank:
         l0, l1 = sums.l0 / n_tokens, sums.l1 / n_tokens
         self.sparsity.observe(l0)
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
+        coeff = stacked(coeffs, x)
         return StepMetrics(
             mse=sums.mse / (n_tokens * self.d_model),
-            sparsity=penalty * stacked(coeffs, x),
-            coeff=stacked(coeffs, x),
+            sparsity=penalty * coeff,
+            coeff=coeff,
             aux=sums.aux,
             l0=l0,
             l1=l1,

@@ -98,3 +98,28 @@ def fold_input(weights: Weights, centre: Tensor | None, scale: float) -> Weights
         "W_dec": weights["W_dec"].double() / scale,
         "b_dec": weights["b_dec"].double() / scale + mu.double(),
     }
+
+
+def fold_rectifier(theta: Tensor) -> Tensor:
+    """θ of z·[z > θ] for an SAE with relu(z)·[z > θ]: max(0, θ), float64."""
+    return theta.double().clamp(min=0)
+
+
+def fold_gate(weights: Weights, b_gate: str, b_mag: str, r_mag: str) -> Weights:
+    """A gated SAE (Rajamanoharan et al. 2024, arXiv:2404.16014) as the JumpReLU SAE that it is.
+
+    Gate and magnitude share the encoder but for a factor eʳ. With z = x·W_enc·eʳ + b_mag the gate
+    x·W_enc + b_gate > 0 is z > b_mag - eʳ·b_gate, so f = z·[z > θ], θ = max(0, b_mag - eʳ·b_gate).
+
+    Args:
+        weights: with the three tensors named here in place of b_enc.
+        b_gate, b_mag, r_mag: their names.
+    """
+    gate, magnitude = weights[b_gate].double(), weights[b_mag].double()
+    factor = weights[r_mag].double().exp()
+    rest = {name: t for name, t in weights.items() if name not in (b_gate, b_mag, r_mag)}
+    return rest | {
+        "W_enc": weights["W_enc"].double() * factor,
+        "b_enc": magnitude,
+        "threshold": fold_rectifier(magnitude - factor * gate),
+    }

@@ -97,6 +97,8 @@ class SparsityControl:
 
 
 def stacked(coefficients: tp.Sequence[Coefficient], like: Tensor) -> Float[Tensor, " n"]:
-    """As one tensor."""
+    """As one tensor. Numbers alone are one copy to the device."""
+    if not any(isinstance(c, Tensor) for c in coefficients):
+        return upload([float(c) for c in coefficients], like)
     parts = [c if isinstance(c, Tensor) else upload(c, like) for c in coefficients]
     return torch.stack(parts)

@@ -18,10 +18,9 @@ from torch import Tensor
 from saev import storage
 from saev.config.sae import BatchTopK, JumpRelu, Relu, TopK
 from saev.errors import CheckpointError
-from saev.nn.folding import Weights, fold_decoder_norm, fold_shift
+from saev.nn.folding import Weights, fold_decoder_norm, fold_gate, fold_rectifier, fold_shift
 from saev.nn.foreign import files
 from saev.nn.foreign.imported import Imported, Options, Reader
-from saev.nn.foreign.saelens import ungate
 
 FILE = "ae.pt"
 CONFIG = "config.json"
@@ -79,14 +78,13 @@ def convert(tensors: dict[str, Tensor], url: str) -> Imported:
         case "AutoEncoderNew":
             return Imported(Relu(), weights, url)
         case "GatedAutoEncoder":
-            weights = ungate(weights, "gate_bias", "mag_bias", "r_mag")
+            weights = fold_gate(weights, "gate_bias", "mag_bias", "r_mag")
             return Imported(JumpRelu(), fold_shift(weights, weights["b_dec"]), url)
     k = _count(counts["k"], url) if "k" in counts else 0
     if name == "AutoEncoderTopK":  # its threshold is for another way to encode
         return Imported(TopK(top_k=k), fold_shift(weights, weights["b_dec"]), url)
-    # relu(z)·[relu(z) > θ] is z·[z > max(0, θ)]; θ is -1 before it is learned.
     assert threshold is not None
-    weights["threshold"] = threshold.clamp(min=0)
+    weights["threshold"] = fold_rectifier(threshold)  # θ is -1 before it is learned
     if name == "JumpReluAutoEncoder":
         return Imported(JumpRelu(), weights, url)
     return Imported(BatchTopK(top_k=k), fold_shift(weights, weights["b_dec"]), url)

@@ -6,6 +6,7 @@ Gemma Scope's transcoders have the same arrays: a file does not tell them apart 
 """
 
 from saev.config.sae import JumpRelu
+from saev.nn.folding import fold_rectifier
 from saev.nn.foreign import files
 from saev.nn.foreign.imported import Imported, Options, Reader
 
@@ -18,8 +19,7 @@ def read(url: str, options: Options) -> Imported:
     arrays = files.read_npz(url)
     renamed = {f"W_{name[2:]}" if name.startswith("w_") else name: t for name, t in arrays.items()}
     weights = files.take(renamed, _ARRAYS, url)
-    # relu(z)·[z > θ] is z·[z > max(0, θ)].
-    return Imported(JumpRelu(), weights | {"threshold": weights["threshold"].clamp(min=0)}, url)
+    return Imported(JumpRelu(), weights | {"threshold": fold_rectifier(weights["threshold"])}, url)
 
 
 READER = Reader("Gemma Scope", (FILE,), read)

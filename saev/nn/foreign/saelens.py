@@ -18,7 +18,7 @@ from torch import Tensor
 from saev import storage
 from saev.config.sae import Activation, BatchTopK, JumpRelu, Relu, TopK
 from saev.errors import CheckpointError
-from saev.nn.folding import Weights, fold_decoder_norm, fold_shift
+from saev.nn.folding import Weights, fold_decoder_norm, fold_gate, fold_rectifier, fold_shift
 from saev.nn.foreign import files
 from saev.nn.foreign.imported import Imported, Options, Reader
 from saev.nn.sae import SparseAutoencoder
@@ -122,42 +122,17 @@ def _activation(
         case "topk":
             return TopK(top_k=files.integer(config, "k", source)), weights
         case "jumprelu":
-            return JumpRelu(), weights | {"threshold": _positive(weights["threshold"])}
+            return JumpRelu(), weights | {"threshold": fold_rectifier(weights["threshold"])}
         case "gated":
-            return JumpRelu(), ungate(weights, "b_gate", "b_mag", "r_mag")
+            return JumpRelu(), fold_gate(weights, "b_gate", "b_mag", "r_mag")
         case "batchtopk" | "matryoshka_batchtopk":
             weights = dict(weights)
-            theta = _positive(weights.pop("topk_threshold")).reshape(())
+            theta = fold_rectifier(weights.pop("topk_threshold")).reshape(())
             k = config.get("k")  # a mean, so it may be a fraction; evaluation does not use it
             if not isinstance(k, int | float) or isinstance(k, bool) or not k > 0:
                 raise CheckpointError(f"{source} has k = {k!r:.60}, expected a positive number.")
             return BatchTopK(top_k=max(1, round(k))), weights | {"threshold": theta}
     return Relu(), weights
-
-
-def _positive(theta: Tensor) -> Tensor:
-    """relu(z)·[z > θ] is z·[z > max(0, θ)]."""
-    return theta.double().clamp(min=0)
-
-
-def ungate(weights: Weights, b_gate: str, b_mag: str, r_mag: str) -> Weights:
-    """A gated SAE (Rajamanoharan et al. 2024, arXiv:2404.16014) as the JumpReLU SAE that it is.
-
-    Gate and magnitude share the encoder but for a factor eʳ. With z = x·W_enc·eʳ + b_mag the gate
-    x·W_enc + b_gate > 0 is z > b_mag - eʳ·b_gate, so f = z·[z > θ], θ = max(0, b_mag - eʳ·b_gate).
-
-    Args:
-        weights: with the three tensors named here in place of b_enc.
-        b_gate, b_mag, r_mag: their names.
-    """
-    gate, magnitude = weights[b_gate].double(), weights[b_mag].double()
-    factor = weights[r_mag].double().exp()
-    rest = {name: t for name, t in weights.items() if name not in (b_gate, b_mag, r_mag)}
-    return rest | {
-        "W_enc": weights["W_enc"].double() * factor,
-        "b_enc": magnitude,
-        "threshold": _positive(magnitude - factor * gate),
-    }
 
 
 def _rescale(weights: Weights) -> Weights:
