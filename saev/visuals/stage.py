@@ -15,7 +15,7 @@ from saev.config.source import ActivationSource, check
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.inference.results import Results, TopExamples
 from saev.progress import Progress, Task
-from saev.shards import Shards
+from saev.shards import Shards, protocol
 from saev.visuals import page, render
 from saev.visuals.choose import Choice, choose
 from saev.visuals.records import (
@@ -431,10 +431,7 @@ class _Stage:
         shown: list[LatentRecord] = []
         n_bytes = 0
         for record in records:
-            found = {
-                f"{folder_name(record.latent)}/{name}": self._inline(record.latent, name)
-                for name in _pictures(record)
-            }
+            found = self._inlined(record)
             n_bytes += sum(map(len, found.values()))
             if shown and n_bytes > max_bytes:
                 break
@@ -448,16 +445,14 @@ class _Stage:
             )
         return page.build(self._report(shown, note), pictures.__getitem__)
 
-    def _inline(self, latent: int, name: str) -> str:
-        place = storage.join(self.out, folder_name(latent))
-        url = storage.inside(place, name)
-        data = storage.Folder.open(place, RECORD, _REMEDY).read_bytes(name)
-        if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-            raise CorruptDataError(
-                f"{url} is not a WebP picture. Delete {RECORD} beside it and run the same command "
-                "again."
-            )
-        return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+    def _inlined(self, record: LatentRecord) -> dict[str, str]:
+        """Pictures of a latent as data URIs, by their path in the report."""
+        names = _pictures(record)
+        if not names:
+            return {}
+        place = storage.join(self.out, folder_name(record.latent))
+        folder = storage.Folder.open(place, RECORD, _REMEDY)
+        return {f"{folder_name(record.latent)}/{name}": _inline(folder, name) for name in names}
 
     def _subtitle(self) -> str:
         metadata = self.shards.metadata
@@ -480,16 +475,29 @@ class _Stage:
         )
 
 
+def _inline(folder: storage.Folder, name: str) -> str:
+    """A picture as a data URI."""
+    url = storage.inside(folder.url, name)
+    data = folder.read_bytes(name)
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        raise CorruptDataError(
+            f"{url} is not a WebP picture. Delete {RECORD} beside it and run the same command "
+            "again."
+        )
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+
+
 def _pictures(record: LatentRecord) -> list[str]:
     """File names of a latent's pictures."""
     return [n for e in record.examples for n in (e.plain, e.highlight, e.segmentation) if n]
 
 
 def _without_place(data: tp.Any) -> tp.Any:
-    if not isinstance(data, dict):
-        return data
-    places = ("root", "name", "version", "mask_map")  # the images' digest covers what is there
-    return {k: v for k, v in data.items() if k not in places}
+    """A dataset's config without what the images' digest covers, or where they lie."""
+    plain = protocol.without_place(data)
+    if not isinstance(plain, dict):
+        return plain
+    return {k: v for k, v in plain.items() if k not in ("name", "version")}
 
 
 def _hash(obj: tp.Any) -> str:
