@@ -77,12 +77,11 @@ def _delete_batch(fs: tp.Any, bucket: str, keys: list[str]) -> None:
     """Delete up to 1000 keys."""
     objects = [{"Key": key} for key in keys]
     answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
-    for row in answer.get("Errors", []):
-        status = 403 if row.get("Code") == "AccessDenied" else 500
-        fields = {"Key": row.get("Key", "")}
-        raise RefusedError(
-            Answer(status, row.get("Code", ""), row.get("Message", ""), "DeleteObjects", fields)
-        )
+    refused = answer.get("Errors", [])
+    if refused:
+        code, message, key = (refused[0].get(name, "") for name in ("Code", "Message", "Key"))
+        status = 403 if code == "AccessDenied" else 500
+        raise RefusedError(Answer(status, code, message, "DeleteObjects", {"Key": key}))
 
 
 def clean_temporary(url: str | os.PathLike) -> None:
