@@ -26,7 +26,7 @@ def end_at_once(name: str) -> None:
 
     def end(signum: int, frame: object) -> tp.NoReturn:
         word = "Interrupted" if signum == signal.SIGINT else "Terminated"
-        os.write(2, f"{name}: {word}. The same command continues from here.\n".encode())
+        os.write(2, f"{name}: {word} before anything was done.\n".encode())
         os._exit(128 + signum)
 
     _handle(signal.SIGINT, end)
