@@ -12,10 +12,15 @@ def described(shards: str, to: Path, **changes: object) -> str:
     shutil.copytree(shards, to)  # its name is no hash that is checked
     place = to / "metadata.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **changes}))
-    files = {
-        path.name: storage.Listed.of(path.read_bytes())
-        for path in to.iterdir()
-        if path.is_file() and path.name != "files.json" and not path.name.startswith("acts")
-    }
-    storage.write_json(str(to / "files.json"), storage.seal({}, files))
+    list_files(str(to))
     return str(to)
+
+
+def list_files(url: str) -> None:
+    """Write files.json, as `saev shards` does before it publishes."""
+    files = {
+        entry.name: storage.Listed.of(storage.read_bytes(entry.url))
+        for entry in storage.list_dir(url)
+        if not entry.is_dir and entry.name != "files.json" and not entry.name.startswith("acts")
+    }
+    storage.write_json(storage.join(url, "files.json"), storage.seal({}, files))

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import torch
+from described import list_files
 
 from saev import storage
 from saev.shards import Metadata, Shards
@@ -98,6 +99,8 @@ def write_shards(
         storage.write_bytes(storage.join(url, CHECKSUMS), crcs.tobytes())
     storage.write_json(storage.join(url, METADATA), metadata.to_dict())
     storage.write_json(storage.join(url, SHARDS), infos)
+    if protocol == "3.0":
+        list_files(url)
     return Folder(url, acts, values, metadata)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from described import list_files
 from safetensors.numpy import save as save_safetensors
 
 from saev import storage
@@ -108,6 +109,8 @@ def write_acts(
         pq.write_table(table, buffer)
         storage.write_bytes(storage.join(url, "examples.parquet"), buffer.getvalue())
     storage.write_json(storage.join(url, "shards.json"), infos)
+    if protocol == "3.0":
+        list_files(url)
     return url
 
 
