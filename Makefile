@@ -7,9 +7,9 @@ override BIN  := $(VENV)/bin
 override LOCK := requirements/dev.lock
 override INTEROP := .venv-interop
 
-# What stands behind a variable of the command line is text: neither make nor the shell may take a part
-# of it for code (DATASET='$(shell …)', DATASET='a"; …'). Here make's own expansion is switched off. Recipes
-# read the environment ("$$DATASET"), so that the shell sees a name and not the text.
+# The value of a variable on the command line is text: neither make nor the shell may run a part of
+# it as code (DATASET='$(shell …)', DATASET='a"; …'). The next line switches off make's expansion.
+# Recipes read the environment ("$$DATASET"), so that the shell sees a name and not the text.
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 export PYTHON DEMO
 
@@ -39,7 +39,7 @@ test: setup ## Set up, then run all tests but those of tests/e2e
 
 interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop
 
-# Torch and what is large with it come from .venv, by a path in a .pth file.
+# Torch and other large packages come from .venv, through a path in a .pth file.
 override SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 $(INTEROP)/.installed: requirements/interop.lock requirements/interop-5.lock $(VENV)/.installed
 	$(BIN)/python -m venv --clear --without-pip $(INTEROP)
@@ -59,7 +59,7 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
 	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $(if $(SMALL),--small)
 
-torture: setup ## Kill, break and damage, counted (docs/reliability.md): [TORTURE="--kills 100"]
+torture: setup ## Kill runs, break requests, flip bits (docs/reliability.md): [TORTURE="--kills 100"]
 	@set -f; $(BIN)/python tests/torture $$TORTURE
 
 lint: setup ## Check style

@@ -4,11 +4,11 @@
     python benchmarks/planning.py --small          # a trial
 
 Planning lists the images, makes their digest and the work items; no image is read. The images are
-links to a few small files, in a thousand folders, once on the disk and once in a bucket: there a
-small server answers ListObjectsV2 for keys that it makes up. The model is timm's smallest, so that
-the numbers are those of the listing: the libraries alone take 0.8 GB. Each measurement is in a
-process of its own. `Shards.open` reads shards.json, the listing, and the metadata, of shards that
-are links to one file.
+links to a few small files, in a thousand folders, once on the disk and once in a bucket. For the
+bucket, a small server answers ListObjectsV2 with keys that it makes up. The model is timm's
+smallest, so that the numbers are those of the listing: the libraries alone take 0.8 GB. Each
+measurement is in a process of its own. `Shards.open` reads shards.json, the listing and the
+metadata of a folder whose shards are links to one file.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from saev.shards import Shards, extract, protocol
 from saev.shards.protocol import shard_name
 
 FOLDERS = 1000
-_LINKS = 30_000  # to one file; ext4 takes 65,000
+_LINKS = 30_000  # links to one file; ext4 allows 65,000
 BUCKET = "planning"
 
 
 def key(i: int) -> str:
-    """As ImageNet's are."""
+    """A key in the form of ImageNet's."""
     return f"n{i % FOLDERS:08d}/n{i % FOLDERS:08d}_{i:07d}.JPEG"
 
 
 def write_links(root: Path, n: int) -> None:
-    """So many images, which take no space but their names."""
+    """Write so many images, which are links and take no space but their names."""
     for folder in range(min(n, FOLDERS)):
         (root / "images" / f"n{folder:08d}").mkdir(parents=True)
     for i in range(n):
@@ -86,7 +86,7 @@ def serve(n: int) -> None:
 
 
 def page(keys: list[str], query: dict[str, str]) -> bytes:
-    """One answer; with a delimiter, whether there is anything at all."""
+    """One answer. With a delimiter it is the last: the client only asks if anything is there."""
     prefix, after = query.get("prefix", ""), query.get("continuation-token", "")
     first = bisect.bisect_right(keys, after) if after else bisect.bisect_left(keys, prefix)
     most = int(query.get("max-keys", 1000))

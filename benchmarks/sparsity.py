@@ -1,7 +1,7 @@
 """Whether SAEs have the L0 that was asked for, on images that they were not trained on.
 
     python benchmarks/sparsity.py                        # 10M tokens; minutes on a GPU
-    python benchmarks/sparsity.py --shards URL --n-train 300_000 --d-sae 1536    # of your own
+    python benchmarks/sparsity.py --shards URL --n-train 300_000 --d-sae 1536    # your own shards
     python benchmarks/sparsity.py --small --device cpu   # a trial anywhere
 
 For each activation and each target, three seeds, all trained on one pass as `saev train` does it.
@@ -9,9 +9,9 @@ Without --shards, a folder is made first: each image has a few directions of a d
 frequencies of directions fall as 1/rank, tokens have some of their image's directions with
 log-normal strengths, neighbours are alike, and there is noise. An eighth of the images is held out.
 
-Rows: the ratio of held-out L0 to its target (all within 10% is the aim), of each activation and
-target over the seeds; and beside it L0 on training tokens, L0 before calibration, NMSE, and the
-share of latents that never fire on held-out tokens.
+The rows of each activation and target, over the seeds: the largest miss of held-out L0 from its
+target, which is to be below 10%; L0 on held-out tokens, on training tokens, and before calibration;
+NMSE; and the share of latents that never fire on held-out tokens.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Found(tp.NamedTuple):
 
 
 def measure(args: argparse.Namespace, shards: str, root: str) -> dict[tuple[str, int], list[Found]]:
-    """Train all SAEs; what each seed gave, by activation and target."""
+    """Train all SAEs. Returns what each seed gave, by activation and target."""
     cfg = TrainConfig(
         runs_root=storage.join(root, "runs"),
         train_data=LoaderConfig(shards=shards, val_fraction=0.125),

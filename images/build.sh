@@ -44,7 +44,7 @@ build() { # flavour image base digest
     *) fail "the digest of $base is $4; expected sha256: and 64 hex digits." ;;
   esac
   case $base in *@*) ;; *)
-    echo "make image: $base is a tag, which may name another image tomorrow; docs/images.md pins it." >&2 ;;
+    echo "make image: $base is a tag, which may change; docs/images.md says how to pin it." >&2 ;;
   esac
   # shellcheck disable=SC2086  # BUILD_ARGS is a list of words
   "$docker" build --file images/Dockerfile --tag "$2" \
@@ -54,7 +54,7 @@ build() { # flavour image base digest
     --build-arg "REVISION=$revision" --build-arg "SOURCE=$source" ${BUILD_ARGS:-} .
 }
 
-# What is in an image is a file beside it, for who audits images without pulling them.
+# Copy the list of an image's packages to a file, for those who audit images without pulling them.
 materials() { # image
   folder=build/sbom
   mkdir -p $folder

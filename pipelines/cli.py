@@ -37,7 +37,7 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
         with interrupts.readers_may_leave():
             command = parse(argv or ["--help"])
             _log()
-            interrupts.unwind()  # so that a pod of the doctor's is deleted
+            interrupts.unwind()  # signals raise, so that the doctor's pod is deleted
             status = _run(command)
     except SaevError as err:
         sys.stderr.write(f"pipelines: error: {err}\n")
@@ -49,10 +49,10 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
 
 
 def spread(argv: collections.abc.Sequence[str]) -> list[str]:
-    """`--flags=TEXT`, which make passes on, as the words that a shell would make of the text.
+    """Replace `--flags=TEXT`, which make passes on, by the words that a shell would make of TEXT.
 
     Raises:
-        ConfigError: a quote in it is not closed.
+        ConfigError: a quote in TEXT is not closed.
     """
     words: list[str] = []
     for word in argv:
@@ -62,7 +62,9 @@ def spread(argv: collections.abc.Sequence[str]) -> list[str]:
         try:
             words += shlex.split(word.removeprefix(FLAGS))
         except ValueError as err:
-            raise ConfigError(f"FLAGS is {word.removeprefix(FLAGS)!r}: {err}.") from None
+            raise ConfigError(
+                f"FLAGS is {word.removeprefix(FLAGS)!r}: {err}. Correct the quotes."
+            ) from None
     return words
 
 

@@ -115,7 +115,7 @@ def _kfp(
 def _parameters(settings: Settings) -> tuple[dict[str, tp.Any] | None, Finding]:
     """What `cluster.toml` sets for every run; None if `make submit` would refuse it."""
     what = "parameters"
-    try:  # which parameters there are does not depend on the image
+    try:  # any image will do: the parameters do not depend on it
         pipeline = prepare.compiled("saev", settings.model_copy(update={"image": "any"}))
         values = prepare.usual_parameters(pipeline, settings)
     except SaevError as err:

@@ -17,10 +17,10 @@ def gpus(kube: Kube, parameters: dict[str, tp.Any] | None) -> collections.abc.It
 
     Args:
         kube: the cluster.
-        parameters: the checked ones of every run; None if they are wrong.
+        parameters: the checked parameters of every run; None if they are wrong.
     """
     if parameters is None:
-        yield skipped(_WHAT, "the parameters say what a run asks for")
+        yield skipped(_WHAT, "the parameters, which say what a run asks for, are wrong")
         return
     kind = str(parameters.get("gpu_type", "nvidia.com/gpu"))
     count = int(parameters.get("gpu_count", 1))

@@ -32,7 +32,7 @@ _LARGEST = 100_000
 def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
     """KEY=VALUE pairs, one or several in a text: ``n_parts=16 node_selector={"gpu": "a100"}``.
 
-    A value that begins as JSON does ends with that JSON, whatever spaces are in it; any other one
+    A value that begins as JSON does ends with that JSON, whatever spaces are in it. Any other value
     ends before the next ``KEY=``.
 
     Returns:
@@ -62,10 +62,13 @@ def _first_value(key: str, text: str) -> tuple[str, str]:
             end = json.JSONDecoder().raw_decode(text)[1]
         except ValueError as err:
             raise ConfigError(
-                f"Parameter {key} begins as JSON does and is none: {text!r} ({err})."
+                f"Parameter {key} begins as JSON does, but is none: {text!r} ({err}). Correct it."
             ) from None
         if text[end : end + 1].strip():
-            raise ConfigError(f"Parameter {key} has {text[end:]!r} behind its JSON.")
+            raise ConfigError(
+                f"Parameter {key} has {text[end:]!r} behind its JSON. Remove it, or put a space "
+                "before it."
+            )
         return text[:end], text[end:].strip()
     following = _NEXT.search(text)
     end = len(text) if following is None else following.start()

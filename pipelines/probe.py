@@ -31,7 +31,7 @@ def run(kube: Kube, namespace: str, dataset: str) -> collections.abc.Iterator[Fi
     body = manifest(kube, dataset)
     name = body.metadata.name
     left, refused = None, False
-    try:  # a signal may come when the pod is there and the answer is not
+    try:  # a signal may come after the pod is made, before the answer is there
         try:
             with kube.explained(f"start a pod in namespace {namespace}"):
                 kube.core.create_namespaced_pod(namespace, body)

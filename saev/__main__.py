@@ -4,7 +4,7 @@ from saev import interrupts
 
 
 def main() -> None:
-    """Entry point: signals are looked after before the rest is imported, which takes a second."""
+    """Entry point. Signals are handled first, because importing the rest takes a second."""
     interrupts.end_at_once("saev")
     from saev import cli
 

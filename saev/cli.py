@@ -74,7 +74,7 @@ def parse(argv: tp.Sequence[str]) -> tp.Any:
 
 
 def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
-    """With a value for a flag that is yes, no, or as in training: tyro wants one there."""
+    """Add a value to flags that may be yes, no, or as in training: tyro requires one for them."""
     words: list[str] = []
     for word, after in itertools.zip_longest(argv, argv[1:]):
         if word in ("--val-data.verify", "--val-data.no-verify") and after not in _TRUTH:
@@ -88,7 +88,7 @@ _TRUTH = ("True", "False", "None")
 
 
 def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:
-    """What a config stands for, with everything imported: a call gives the URLs of its results."""
+    """Import the code of a config's command. Returns a function that runs it and gives its URLs."""
     if isinstance(cfg, ShardsConfig):
         import saev.shards.extract as extract
 

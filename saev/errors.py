@@ -8,7 +8,7 @@ from saev.secrets import redact
 
 
 class SaevError(Exception):
-    """Base of all errors that a user can cause and mend. Keys inside URLs are hidden."""
+    """Base of all errors that a user can cause and mend. Secret keys inside URLs are hidden."""
 
     def __init__(self, *args: object):
         super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))

@@ -36,7 +36,7 @@ class Task:
     def advance(self, n: int, *, n_bytes: int = 0, note: str = "") -> None:
         """Report ``n`` more units (and bytes moved for them); ``note`` is shown behind the bar.
 
-        This is a safe point.
+        This is a safe point: it raises if the work has to stop.
         """
         self._progress.safe_point()
         self.done += n
@@ -72,7 +72,7 @@ class Progress:
     """A display of bars on stderr; a log line every half minute where stderr is no terminal."""
 
     safe_point: tp.Callable[[], None]
-    """Raises if the work has to stop. Called where it can, and before anything is published."""
+    """Called where work can stop, and before anything is published. Raises if it has to stop."""
 
     def __init__(self, *, quiet: bool = False):
         self.safe_point = lambda: None
@@ -141,7 +141,7 @@ def log_to(progress: Progress, rank: int = 0) -> None:
         rank: of this process among those that train together; all but the first are silent, for
             they would say the same.
     """
-    # It tells of broken connections, with tracebacks; saev.storage tells whoever waits for these.
+    # asyncio logs broken connections with tracebacks. saev.storage already reports them to users.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     level = os.environ.get("SAEV_LOG_LEVEL", "INFO").upper() if rank == 0 else "ERROR"
     if progress.console.is_terminal:

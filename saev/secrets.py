@@ -16,7 +16,7 @@ HIDDEN = "***"
 
 # A password may hold a slash, as keys of AWS do. `host:9000/path@2x.png` is a port, no password.
 _USER_AND_PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@:'\"]*:(?!:|\d+/)[^\s@'\"]+@")
-# A user's name alone is no key, but for services that take a token in its place.
+# A user's name alone is no key, except for services that take a token in its place.
 _TOKEN = re.compile(r"(?i)\b((?:https?|s3a?)://)[^\s/@:'\"]+@")
 _QUERY = re.compile(
     r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token|secret|passw(?:or)?d|pwd|api[-_]?key"

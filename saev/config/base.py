@@ -21,7 +21,7 @@ def _check_file_name(name: str) -> str:
 
 
 FileName = tp.Annotated[str, pydantic.AfterValidator(_check_file_name)]
-"""A file that a stored record names: one of its own folder."""
+"""The name that a stored record gives to a file of its own folder."""
 
 
 class Config(pydantic.BaseModel):
@@ -36,14 +36,16 @@ class Config(pydantic.BaseModel):
     )
 
     added: tp.ClassVar[frozenset[str]] = frozenset()
-    """Keys that came after version 0.1.0: :meth:`identity` leaves them out at their default."""
+    """Keys that were added after version 0.1.0. :meth:`identity` leaves out those that have their
+    default value."""
     removed: tp.ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions: the key that took the place, or "" for none. They still parse."""
+    """Keys that only earlier versions had, each with the key that replaced it ("" for none).
+    Configs that have them still parse."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _take_removed(cls, raw: tp.Any) -> tp.Any:
-        """Move the values of keys of earlier versions; what has no place any more is dropped."""
+        """Move the values of removed keys to the keys that replaced them, and drop the others."""
         if not isinstance(raw, dict) or not cls.removed.keys() & raw.keys():
             return raw
         kept = {key: value for key, value in raw.items() if key not in cls.removed}
@@ -55,7 +57,7 @@ class Config(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_keys(cls, raw: tp.Any, info: pydantic.ValidationInfo) -> tp.Any:
-        """No URL with a key in it gets into a config, which is shown, stored and hashed."""
+        """Refuse URLs that hold a secret key, because a config is shown, stored and hashed."""
         if isinstance(raw, dict) and not (info.context or {}).get("stored"):
             for key, value in _texts(raw):
                 if secrets.holds_key(value):
@@ -67,9 +69,9 @@ class Config(pydantic.BaseModel):
         return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, tp.Any]:
-        """:meth:`to_dict` for hashing: without keys that came later and are at their default.
+        """:meth:`to_dict` for hashing: without keys that were added later and have their default.
 
-        So what an earlier version named by a hash has the same name in this one.
+        So a name that an earlier version made from a hash stays the same in this version.
         """
         plain = self.to_dict()
         for name, field in type(self).model_fields.items():
@@ -85,10 +87,10 @@ class Config(pydantic.BaseModel):
         """Validate plain JSON types. Raises ConfigError that names the key.
 
         Args:
-            raw: the types.
-            source: what errors call them.
-            stored: whether an earlier version may have written them; then a URL with a key in it
-                is no error.
+            raw: plain JSON types.
+            source: what errors call the config.
+            stored: whether an earlier version may have written the config. Then a URL with a secret
+                key in it is no error.
         """
         try:
             return cls.model_validate(raw, context={"stored": stored})

@@ -12,7 +12,7 @@ Kind = tp.Annotated[_T, tyro.conf.Suppress]
 """A discriminator: chosen by the subcommand's name on the command line, written in JSON."""
 
 MAX_PIXELS = 178_956_970
-"""Where PIL stops believing that a file is honest: 2**30 / 6 pixels."""
+"""Most pixels that PIL decodes by default: 2**30 / 6. PIL takes a larger image for an attack."""
 
 PixelAgg = tp.Literal["majority", "prefer-fg"]
 
@@ -34,12 +34,12 @@ class ImgFolder(Config):
     """Any text that is part of the data's identity, besides names and sizes. Give a new one when
     files were replaced by others of the same names and sizes."""
     max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
-    """Most pixels of an image; a larger one counts as unreadable, because a small file may claim to
-    be enormous. The threads that decode hold as many together, or 16 million each if that is
-    more."""
+    """Most pixels of an image. A larger image counts as unreadable, because a small file may claim
+    to be enormous. All threads that decode together hold at most this number of pixels, or 16
+    million per thread if that is more."""
     heic: bool = False
-    """Whether .heic, .heif and .hif are images (`pip install 'saev[heic]'`). If not they are left
-    out, whatever is installed."""
+    """Whether .heic, .heif and .hif files are read (`pip install 'saev[heic]'`). If not, they are
+    left out, whether that package is installed or not."""
 
 
 class ImgSegFolder(Config):
@@ -71,9 +71,8 @@ class ImgSegFolder(Config):
     whose palette has the colours. A URL, or a path below `root`. Needed for colour masks and for
     values above 255."""
     mask_orientation: tp.Literal["displayed", "stored"] | None = None
-    """Where a photograph has an EXIF orientation and its mask has none: whether the mask lies as
-    the picture is displayed, or as its pixels are stored. By default as displayed, with a
-    warning."""
+    """How a mask without an EXIF orientation lies if its photograph has one: as the picture is
+    displayed, or as the picture's pixels are stored. By default as displayed, with a warning."""
     max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
     """As for img-folder."""
     heic: bool = False

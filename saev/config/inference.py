@@ -33,14 +33,14 @@ class InferenceConfig(Config):
     subtract_b_dec: bool = False
     """The SAE is a published sae.pt from before August 2025, whose encoder saw x - b_dec."""
     centre: str = ""
-    """For SAEs of other projects that saw (x - centre) · scale: URL of that vector (.npy)."""
+    """URL of the vector centre (.npy), for SAEs of other projects that saw (x - centre) · scale."""
     scale: float | None = pydantic.Field(default=None, gt=0.0)
-    """The factor of that."""
+    """The factor scale, for SAEs of other projects that saw (x - centre) · scale."""
     top_k: int | None = pydantic.Field(default=None, ge=1)
     """Latents kept per token, for state dicts that do not record it (overcomplete's TopKSAE)."""
     allow_other_model: bool = False
-    """Measure the SAE on activations of another model, preprocessing or image size than it was
-    trained on all the same. The result then says so."""
+    """Measure the SAE even if the activations are of another model, preprocessing or image size
+    than those that it was trained on. The result then says so."""
     part: str = ""
     """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
     device: str = "auto"

@@ -43,9 +43,9 @@ class LoaderConfig(DataConfig):
 
 
 class ValDataConfig(Config):
-    """Which activations an SAE is evaluated on: what is None is as it is in training.
+    """Which activations an SAE is evaluated on. A key that is None has the value of training.
 
-    It has the keys of :class:`LoaderConfig`. In the config of a run all of them are decided.
+    The keys are those of :class:`LoaderConfig`. In the config of a run, each of them has a value.
     """
 
     shards: str = ""
@@ -58,11 +58,11 @@ class ValDataConfig(Config):
     """Content tokens with these labels are left out; by default those that training leaves out."""
     split: tp.Literal["all", "train", "val"] | None = None
     """Which side of the example split of `val_fraction`; by default the validation side, or all
-    examples of another folder than that of training."""
+    examples if the folder is not that of training."""
     val_fraction: float | None = pydantic.Field(default=None, ge=0.0, lt=1.0)
     """Share of examples on the validation side; by default that of training."""
     buffer_mb: float | None = pydantic.Field(default=None, gt=0)
-    """As for training, and so are all that follow."""
+    """See --train-data.buffer-mb. This flag and the following ones default to training's."""
     block_kb: int | None = pydantic.Field(default=None, ge=0)
     """See --train-data.block-kb."""
     n_threads: int | None = pydantic.Field(default=None, ge=0)
@@ -73,17 +73,17 @@ class ValDataConfig(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _take_loader_config(cls, raw: tp.Any) -> tp.Any:
-        """A LoaderConfig counts for what was set when it was made."""
+        """Take from a LoaderConfig only the keys that were set when it was made."""
         return raw.model_dump(exclude_unset=True) if isinstance(raw, LoaderConfig) else raw
 
     def given(self) -> dict[str, tp.Any]:
-        """What is not left to training, by key."""
+        """The keys that have a value of their own, with their values."""
         return {key: value for key, value in self if value is not None}
 
     def decided(self) -> LoaderConfig:
-        """As a loader's config, with its defaults for what is None."""
+        """The same as a LoaderConfig. A key that is None gets the default of LoaderConfig."""
         return LoaderConfig(**self.given())
 
     def identity(self) -> dict[str, tp.Any]:
-        """That of the loader's config, as which a run's name has always counted it."""
+        """The identity of :meth:`decided`, because runs were always named by that config."""
         return self.decided().identity()

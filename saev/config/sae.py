@@ -55,7 +55,7 @@ class JumpRelu(Config):
     """Peak learning rate of ln θ; by default 5·lr with Adam and lr with Muon."""
 
     def identity(self) -> dict[str, tp.Any]:
-        """With the keys of version 0.1.0, which name its runs and results."""
+        """With two keys of version 0.1.0: hashes that count them name its runs and results."""
         return {**super().identity(), "init_threshold": 0.01, "bandwidth": 0.05}
 
 
@@ -105,7 +105,7 @@ class SaeConfig(Config):
 
 
 SPARSITY_COEFF = 1e-3
-"""λ if neither it nor a target is given."""
+"""The λ that is used if neither sparsity_coeff nor target_l0 is given."""
 
 
 class Vanilla(Config):
@@ -118,13 +118,13 @@ class Vanilla(Config):
     """Weight λ of the L1 (ReLU) or L0 (JumpReLU) penalty; by default 1e-3. TopK and BatchTopK have
     no penalty."""
     target_l0: float | None = pydantic.Field(default=None, gt=0.0)
-    """Mean number of active latents per token that training aims at, by choosing λ itself (ReLU and
-    JumpReLU). Not together with sparsity_coeff."""
+    """Mean number of active latents per token that training aims at (ReLU and JumpReLU). Training
+    then chooses λ itself, so sparsity_coeff must not be given."""
     aux_coeff: float = pydantic.Field(default=1 / 32, ge=0.0)
     """Weight α of the AuxK loss that revives dead latents; 0 leaves it out."""
     k_aux: int | None = pydantic.Field(default=None, ge=1)
-    """Dead latents per token in the AuxK loss; by default half of top_k or target_l0; without one,
-    the smaller of 512 and d_model/2 rounded down to a power of two."""
+    """Dead latents per token in the AuxK loss; by default half of top_k or target_l0. If there is
+    neither, the smaller of 512 and d_model/2 rounded down to a power of two."""
 
     @pydantic.model_validator(mode="after")
     def _one_of_two(self) -> tp.Self:

@@ -50,8 +50,9 @@ class Stages(tp.NamedTuple):
     def showing(self, run: str, shards: str, measured: str) -> VisualsConfig:
         """The config of the picture book of a run.
 
-        The pictures are drawn from the images of the config, which the user names: shards name the
-        place of the first ones that were equal, and not every place is opened on a file's word.
+        The pictures are drawn from the images that this config names, because the user named them.
+        The shards may name another place, where equal images were recorded first, and saev does not
+        open every place that a file names.
         """
         keys = {"data": self.shards.data.to_dict(), **self.visuals}
         return VisualsConfig.from_dict(

@@ -69,9 +69,9 @@ class Asked(tp.NamedTuple):
     """One SAE that is asked for."""
 
     config: TrainConfig
-    """As asked for; its seed is that of all, unless seeds are swept."""
+    """As asked for. All SAEs of a sweep have one seed here, unless seeds are swept."""
     position: int | None
-    """Its number in the sweep; None if its seed is named: there is no sweep, or one of seeds."""
+    """Its number in the sweep. None if its seed is given: there is no sweep, or it sweeps seeds."""
 
 
 def asked(
@@ -142,11 +142,11 @@ def _check_penalties(
     explicit: tp.Collection[str],
     source: str,
 ) -> None:
-    """Refuse a penalty that was given to activations without one, and to no others.
+    """Refuse a sparsity penalty if no SAE that it was given to has an activation with a penalty.
 
-    What holds for several grids, or for several kinds of activation, is used by some of them. And a
-    sweep of penalties that names no activation is the guide's, for which ReLU is the default: it
-    gets a warning.
+    A penalty that holds for several grids, or for several kinds of activation, is accepted if one
+    of these SAEs uses it. A sweep of penalties that names no activation is accepted, too, because
+    it is the guide's example, for which ReLU is the default. It gets a warning later.
     """
 
     def scope(one: Combination) -> int | None:

@@ -27,8 +27,8 @@ class TrainConfig(Config):
     val_data: ValDataConfig = ValDataConfig()
     """Activations to evaluate on; by default the validation split of the training activations."""
     allow_other_model: bool = False
-    """Evaluate on activations of another model, preprocessing or image size than those trained on
-    all the same. run.json then says so."""
+    """Evaluate even if the activations are of another model, preprocessing or image size than those
+    of training. run.json then says so."""
     n_train: int = pydantic.Field(default=100_000_000, ge=1)
     """Tokens to train on; several epochs if there are fewer."""
     n_val: int = pydantic.Field(default=10_000_000, ge=0)
@@ -55,8 +55,8 @@ class TrainConfig(Config):
     """Tokens without firing after which a latent counts as dead; by default the smaller of 10M
     and a share of the run."""
     seed: int = 0
-    """Seed of initialisation and prefixes. In a sweep that does not name seeds, each SAE has one of
-    its own, made from this one and from what the SAE is."""
+    """Seed of initialisation and prefixes. In a sweep that does not name seeds, each SAE has its
+    own seed, made from this one and from the SAE's config."""
     data_seed: int = 0
     """Seed of the order of the data, shared by all SAEs of a sweep."""
     device: str = "auto"
@@ -79,16 +79,16 @@ class TrainConfig(Config):
     """Weights & Biases project; empty does not log there."""
 
     def identity(self) -> dict[str, tp.Any]:
-        """With the keys of version 0.1.0, which name its runs."""
+        """With grad_clip of version 0.1.0: hashes that count this key name its runs."""
         return {**super().identity(), "grad_clip": 1.0}
 
     @classmethod
     def of_run(cls, url: str) -> tp.Self:
-        """The resolved config of a run folder, compared with what run.json lists if it is there.
+        """The resolved config of a run folder, compared with the list in run.json if that is there.
 
         Raises:
-            CorruptDataError: it is damaged.
-            StorageError: there is none.
+            CorruptDataError: config.json or run.json is damaged.
+            StorageError: there is no config.json.
         """
         is_complete = storage.exists(storage.join(url, "run.json"))
         kind = storage.Folder.open if is_complete else storage.Folder.unlisted

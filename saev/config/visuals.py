@@ -36,8 +36,8 @@ class VisualsConfig(Config):
     seed: int = 0
     """What the choice of further latents is drawn from."""
     allow_other_model: bool = False
-    """Show the SAE on activations of another model, preprocessing or image size than it was trained
-    on all the same. The page then says so."""
+    """Show the SAE even if the activations are of another model, preprocessing or image size than
+    those that it was trained on. The page then says so."""
     data: ImageData | None = None
     """The images, if they have moved since they were recorded or the shards do not say where they
     are (protocol 2.1); by default the dataset that the shards name."""

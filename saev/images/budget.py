@@ -1,7 +1,7 @@
-"""How many pixels are held at once, by all threads that decode.
+"""A limit on the pixels that all threads that decode hold at once.
 
-A decoder asks once it knows an image's size and before it unpacks a pixel; the answer comes when
-there is room. So memory does not grow with the number of large images that happen to be neighbours.
+A decoder asks for room when it knows an image's size, before it unpacks a pixel. It waits until
+there is room. So memory does not grow with the number of large images that follow each other.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ _ADMIT: contextvars.ContextVar[Callable[[int, int], None] | None] = contextvars.
 
 
 def admit(width: int, height: int) -> None:
-    """Wait until an image of so many pixels may be unpacked. Where there is no budget, go on."""
+    """Wait until an image of so many pixels may be unpacked. Without a budget, return at once."""
     ask = _ADMIT.get()
     if ask is not None:
         ask(width, height)
 
 
 class PixelBudget:
-    """Pixels that threads may hold together. An image larger than all of it goes alone.
+    """Pixels that threads may hold together. An image larger than the total is decoded alone.
 
     Args:
         total: number of pixels.
@@ -38,10 +38,10 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def example(self, cost: Callable[[int, int], int]) -> Iterator[None]:
-        """One example, whose pixels are given back at the end of the block.
+        """Hold the pixels of one example until the end of the block.
 
-        Only the first image in the block has to ask: its mask is of the same size, and must not
-        wait for others that wait for it.
+        Only the first image in the block waits for room. Its mask has the same size and does not
+        wait, because two threads could otherwise wait for each other.
 
         Args:
             cost: pixels that an example needs, by width and height of its image.

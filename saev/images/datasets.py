@@ -64,15 +64,15 @@ class ImageDataset(abc.ABC):
         """Name and class of an example."""
 
     def key(self, index: int) -> str:
-        """Name of an example wherever the dataset lies; its URL ends in it."""
+        """Name of an example, the same wherever the dataset lies. The example's URL ends in it."""
         return self.example(index).url
 
     def row(self, index: int) -> tp.Any:
-        """What `digest` is over, of one example: plain JSON."""
+        """What `digest` hashes of one example, as plain JSON types."""
         return [self.key(index), self.example(index).label]
 
     def row_digest(self, index: int) -> int:
-        """CRC-32C of :meth:`row`, to find which example is another one if the digest differs."""
+        """CRC-32C of :meth:`row`. It tells which example has changed if `digest` differs."""
         return storage.crc32c(storage.canonical_json(self.row(index)).encode())
 
     @abc.abstractmethod
@@ -111,7 +111,7 @@ class ImageDataset(abc.ABC):
         return image, mask
 
     def notes(self) -> list[str]:
-        """What to say once about the examples that were loaded so far; a sentence each."""
+        """Sentences about the examples that were loaded so far, to be logged once."""
         return []
 
 
@@ -150,7 +150,7 @@ def open_dataset(cfg: ImageData) -> ImageDataset:
 def one_name(text: str) -> str:
     """A name in the one spelling (Unicode's NFC) in which names are compared.
 
-    The file systems of macOS spell an accented letter as two characters, most else as one.
+    The file systems of macOS spell an accented letter as two characters, most others as one.
     """
     return unicodedata.normalize("NFC", text)
 
@@ -158,8 +158,8 @@ def one_name(text: str) -> str:
 def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Sorted class names, and the target of each label ("" has none: -1).
 
-    Spellings of one name (:func:`one_name`) are one class. It is called as its labels are; if they
-    differ, by the composed spelling or the first.
+    Spellings of one name (:func:`one_name`) are one class. If the spellings of its labels differ,
+    the class has the composed spelling if a label has it, or else the first in sorted order.
     """
     spellings: dict[str, list[str]] = {}
     for label in sorted(set(labels) - {""}):

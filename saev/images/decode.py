@@ -28,7 +28,7 @@ IMAGE_SUFFIXES = (
 """Names that end so, in any case, are images."""
 
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
-"""Names of images that are read if the dataset's config says `heic`, through pillow-heif."""
+"""Suffixes of images that are read, through pillow-heif, if the dataset's config has `heic`."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM")
 _BYTES_PER_PIXEL = 8  # four channels of 16 bits
@@ -48,7 +48,7 @@ class Limits:
     max_pixels: int = MAX_PIXELS
     """Most pixels of an image."""
     heic: bool = False
-    """Whether HEIC is."""
+    """Whether HEIC files are decoded."""
 
     def __post_init__(self) -> None:
         """Prepare PIL, whose own settings are for the whole process.
@@ -57,7 +57,7 @@ class Limits:
             ConfigError: HEIC is asked for, and pillow-heif is not installed.
         """
         if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-            Image.MAX_IMAGE_PIXELS = -(-self.max_pixels // 2)  # it refuses twice as many
+            Image.MAX_IMAGE_PIXELS = -(-self.max_pixels // 2)  # PIL refuses twice this number
         if self.heic:
             try:
                 import pillow_heif
@@ -80,7 +80,7 @@ class Upright(tp.NamedTuple):
     image: Image.Image
     """Its pixels as the eye sees them."""
     orientation: int
-    """How the file has them: its EXIF orientation, 1 if it has none."""
+    """EXIF orientation of the file; 1 if it has none."""
 
 
 def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.Image:
@@ -104,7 +104,7 @@ def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.
 
 
 def decode_upright(data: bytes, name: str, limits: Limits | None = None) -> Upright:
-    """As :func:`decode_image`, with the orientation that the file has."""
+    """As :func:`decode_image`, together with the EXIF orientation of the file."""
     with explained(name, _IMAGE_REMEDY):
         image, orientation = open_upright(data, limits or Limits())
         image = _to_rgb(image)
@@ -113,7 +113,7 @@ def decode_upright(data: bytes, name: str, limits: Limits | None = None) -> Upri
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """Pixels that are stored with an EXIF orientation, as they are displayed."""
+    """An image whose pixels are stored with an EXIF orientation, turned as it is displayed."""
     transpose = _UPRIGHT.get(orientation)
     return image if transpose is None else image.transpose(transpose)
 
@@ -127,7 +127,7 @@ def orientation_of(data: bytes, limits: Limits | None = None) -> int:
 
 
 def n_pixels_of(data: bytes, limits: Limits) -> int:
-    """Pixels that an image file claims to have, without decoding it; 0 if it is none."""
+    """Pixels that an image file claims to have, without decoding it; 0 if it is no image."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats(limits.heic))
     except Exception:  # what is wrong is said where the image is decoded
@@ -143,7 +143,7 @@ def explained(name: str, remedy: str) -> Iterator[None]:
     """Turn whatever a decoder raises into one sentence about the file."""
     try:
         yield
-    except (MemoryError, ConfigError):  # not the file's defect: it must not be skipped over
+    except (MemoryError, ConfigError):  # no defect of the file, so it must not be skipped
         raise
     except Image.UnidentifiedImageError as err:
         reason = "it is not an image of a format that is read"
@@ -154,7 +154,7 @@ def explained(name: str, remedy: str) -> Iterator[None]:
 
 
 def open_upright(data: bytes, limits: Limits) -> Upright:
-    """Decoded and upright, in the file's own mode. Raises about everything on damaged data."""
+    """A decoded, upright image in the file's own mode. Damaged data raise errors of any type."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     try:
@@ -178,13 +178,16 @@ def _open(data: bytes, limits: Limits) -> Upright:
     budget.admit(image.width, image.height)
     before = _orientation_before(image)
     image.load()
-    after = _orientation(image)  # TIFF and HEIC turned themselves, and have none left
+    after = _orientation(image)  # 1 for TIFF and HEIC, which PIL has turned
     orientation = after if after in _UPRIGHT else before if before in _UPRIGHT else 1
     return Upright(turned(image, after), orientation)
 
 
 def _without_texts(data: bytes) -> bytes | None:
-    """A PNG without its texts and colour profile, but for EXIF; None if it is none or has none."""
+    """A PNG without its colour profile and its texts, except those that hold EXIF.
+
+    None if the data are no PNG, or a PNG without any of them.
+    """
     if not data.startswith(_PNG):
         return None
     kept, start = [_PNG], len(_PNG)
@@ -208,10 +211,10 @@ def _formats(heic: bool) -> tuple[str, ...]:
 
 
 def _orientation_before(image: Image.Image) -> tp.Any:
-    """EXIF orientation of those that PIL turns as it decodes them, 1 for others.
+    """EXIF orientation of images of formats that PIL turns while it decodes them; 1 for others.
 
-    It must not begin to decode, as looking for the EXIF of a PNG does: what fails then would not
-    fail a second time, and half a picture would pass for a whole one.
+    This function must not start to decode, as a search for the EXIF of a PNG does: what fails then
+    would not fail a second time, and half a picture would pass for a whole one.
     """
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return image.tag_v2.get(_ORIENTATION, 1)

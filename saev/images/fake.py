@@ -36,7 +36,7 @@ class Fake(ImageDataset):
         return f"{self._cfg.kind}/{index}"
 
     def row(self, index: int) -> list[int]:
-        """Its number: the config says the rest."""
+        """The number of the example. The config decides everything else about it."""
         return [index]
 
     def example(self, index: int) -> ExampleInfo:

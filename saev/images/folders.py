@@ -76,7 +76,7 @@ class Folder(ImageDataset):
         return decode_image(_read(file, self._limits), file.url, self._limits)
 
     def _label(self, file: File) -> str:
-        """Name of a file's class, whose folders may spell it differently."""
+        """Name of a file's class. The file's folder may have another spelling of that name."""
         return self.classes[self._targets[file.label]] if file.label else ""
 
 
@@ -143,7 +143,7 @@ class SegFolder(ImageDataset):
         file = self._files[index]
         image, orientation = decode_upright(_read(file, self._limits), file.url, self._limits)
         data = _read(self._masks[index], self._limits)
-        # Before it is decoded, because memory was asked for as much as the image needs.
+        # Checked before the mask is decoded: the pixel budget counts it as large as the image.
         n_claimed = n_pixels_of(data, self._limits)
         if n_claimed > image.width * image.height:
             raise self._disagree(index, image, f"{n_claimed} pixels", orientation)
@@ -160,14 +160,14 @@ class SegFolder(ImageDataset):
         )
 
     def notes(self) -> list[str]:
-        """How many masks may lie otherwise than their images."""
+        """How many masks may be turned differently from their images."""
         return self._turning.notes()
 
     def _upright_mask(self, index: int, data: bytes, orientation: int) -> Image.Image:
-        """A mask, turned as its image is where it has to be."""
+        """A mask, turned as its image was turned if that is necessary."""
         url = self._masks[index].url
         mask, own = decode_upright_mask(data, url, self._limits, mask_map=self._mask_map)
-        if own != 1 or orientation == 1:  # it says itself how it lies, or there is no doubt
+        if own != 1 or orientation == 1:  # the mask says how it lies, or its image is not turned
             return mask
         return self._turning.turn(mask, orientation, self._files[index].url)
 
@@ -176,7 +176,7 @@ class Turning:
     """What to do with masks of images that have an EXIF orientation.
 
     Args:
-        wanted: how such masks lie, None if nobody said so.
+        wanted: how such masks lie; None if the config does not say.
     """
 
     def __init__(self, wanted: tp.Literal["displayed", "stored"] | None):
@@ -185,7 +185,7 @@ class Turning:
         self._lock = threading.Lock()
 
     def turn(self, mask: Image.Image, orientation: int, url: str) -> Image.Image:
-        """A mask that has no orientation of its own, as its image is displayed."""
+        """A mask without an orientation of its own, turned as its image is displayed."""
         if self.wanted == "stored":
             return turned(mask, orientation)
         if self.wanted is None:
@@ -194,15 +194,16 @@ class Turning:
                 self._urls.add(url)
             if is_first:
                 logger.warning(
-                    "%s has an EXIF orientation (%d) and its mask has none. Masks are taken to lie "
-                    "as pictures are displayed; say so with --data.mask-orientation displayed, or, "
-                    "if they were drawn over the pixels as they are stored, stored.",
+                    "%s has an EXIF orientation (%d) and its mask has none. Such masks are taken "
+                    "to lie as pictures are displayed. If they do, say --data.mask-orientation "
+                    "displayed; if they were drawn over the pixels as stored, say "
+                    "--data.mask-orientation stored.",
                     url, orientation,
                 )  # fmt: skip
         return mask
 
     def remedy(self, orientation: int) -> str:
-        """What may mend a mask of another size."""
+        """A remedy for a mask whose size is not that of its image, as a sentence; "" for none."""
         if orientation == 1 or self.wanted == "stored":
             return ""
         return (
@@ -211,7 +212,7 @@ class Turning:
         )
 
     def notes(self) -> list[str]:
-        """The number of masks in doubt so far."""
+        """A sentence with the number of doubtful masks so far, if there are any."""
         n = len(self._urls)
         if not n:
             return []
@@ -274,7 +275,7 @@ def list_files(root: str, suffixes: Sequence[str], *, what: str, files: str = "i
 def _say_left_out(
     url: str, base: str, found: Files, left: set[str], suffixes: Sequence[str], files: str
 ) -> None:
-    """One line about what is left out. Raises StorageError if nothing is left."""
+    """Log one line about files that are left out. Raises StorageError if ``found`` is empty."""
     keys = (_key(other, base) for other in left)
     counted = left_out.count(((key, storage.name(key)) for key in keys), found.n_empty)
     if not found:
@@ -300,7 +301,7 @@ def _nothing_found(
     holds = f"it holds {left}" if str(left) else "it is empty"
     return (
         f"No {files} in {url}: {holds}. Looked at any depth for names that end in "
-        f"{', '.join(suffixes)} and do not start with a dot."
+        f"{', '.join(suffixes)} and do not start with a dot. Check the path."
     )
 
 
@@ -339,7 +340,7 @@ def _list_pattern(pattern: str, suffixes: Sequence[str]) -> Files:
         raise StorageError(f"data.root is the pattern {text}, which matches nothing. Check it.")
     left: set[str] = set()
     found = in_order(_matched(matches, base, suffixes, left))
-    left.difference_update(file.url for file in found)  # what one match leaves out, another holds
+    left.difference_update(file.url for file in found)  # left out by one, found by another
     _say_left_out(text, base, found, left, suffixes, "images")
     return found
 
@@ -347,11 +348,11 @@ def _list_pattern(pattern: str, suffixes: Sequence[str]) -> Files:
 def _matched(
     matches: Sequence[storage.Entry], base: str, suffixes: Sequence[str], left: set[str]
 ) -> Iterator[File]:
-    """Images below the folders that match, and those that match themselves."""
+    """Images below the folders that match, and images that match the pattern themselves."""
     for match in matches:
         if match.is_dir and not _is_hidden(match.url, base):
             for file in _select(storage.scan(match.url), match.url, suffixes, left):
-                # The label is the path below the matched folder, the key that below the fixed part.
+                # The label is a path below the matched folder, the key one below the fixed part.
                 yield file._replace(key=_key(file.url, base))
     yield from _select(((m.url, m.size) for m in matches if not m.is_dir), base, suffixes, left)
 

@@ -1,4 +1,4 @@
-"""Image files that were listed: a million of them in some 60 MB."""
+"""Listed image files in little memory: a million of them need some 60 MB."""
 
 import array
 import typing as tp
@@ -25,10 +25,12 @@ class File(tp.NamedTuple):
 
 
 class Files(Sequence[File]):
-    """Files as they came. Keys lie in one piece of memory, as UTF-8; a file is made of its own.
+    """Files in the order in which they were given.
+
+    The keys lie in one piece of memory, as UTF-8. A :class:`File` is made when it is asked for.
 
     Args:
-        files: each label is the end of its key's folder.
+        files: the files. The label of each must be the end of the folder in its key.
     """
 
     def __init__(self, files: Iterable[File]):
@@ -83,10 +85,10 @@ class Files(Sequence[File]):
 
 
 def in_order(files: Iterable[File]) -> Files:
-    """Files in the order of their keys, each key once; of equal ones the first that comes.
+    """Files in the order of their keys. Of files with equal keys, only the first is kept.
 
-    Components of a path are compared one by one, so the files of a folder stay together on every
-    kind of storage.
+    Keys are compared component by component, so the files of a folder stay together on every kind
+    of storage.
     """
     found = Files(files)
     if found.is_sorted:
@@ -98,5 +100,5 @@ def in_order(files: Iterable[File]) -> Files:
 
 
 def _place(file: File) -> bytes:
-    """Bytes whose order is that of the key's components: no name has a zero byte."""
+    """Bytes that sort as the key's components do. Zero bytes separate them: no name has one."""
     return file.key.encode().replace(b"/", b"\0")

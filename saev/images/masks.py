@@ -1,7 +1,7 @@
 """Masks: a file's pixels become labels from 0 to 255.
 
-A grey or indexed image holds labels as they are. Colours, and values above 255, need a map: which
-colour or value is which label. Nothing is ever wrapped around or guessed.
+A grey or indexed image holds labels as they are. Colours, and values above 255, need a map that
+says which colour or value is which label. Nothing is ever wrapped around or guessed.
 """
 
 import csv
@@ -18,7 +18,7 @@ from saev.errors import ConfigError, ImageError
 from saev.images.decode import Limits, Upright, explained, open_upright
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".pgm", ".pbm")
-"""Names that end so are masks: formats that keep label values exactly. GIF is not among them,
+"""Suffixes of masks, for formats that keep label values exactly. GIF is not among them,
 because its writers renumber palettes."""
 
 N_LABELS = 256
@@ -85,8 +85,8 @@ def decode_mask(
 ) -> Image.Image:
     """The labels of a segmentation mask: its stored values, or what the map makes of them.
 
-    Of an indexed image the values are its indices, of a 1-bit one 0 and 1; transparency is ignored.
-    EXIF orientation is applied.
+    The values of an indexed image are its indices, those of a 1-bit image are 0 and 1. Transparency
+    is ignored. EXIF orientation is applied.
 
     Args:
         data: the whole file.
@@ -99,7 +99,7 @@ def decode_mask(
 
     Raises:
         ImageError: it is empty, damaged or too large, or cannot be a map of labels.
-        ConfigError: it needs a map, or another one.
+        ConfigError: the mask needs a map of labels, or the map that is given does not fit it.
     """
     return decode_upright_mask(data, name, limits, mask_map=mask_map).image
 
@@ -107,7 +107,7 @@ def decode_mask(
 def decode_upright_mask(
     data: bytes, name: str, limits: Limits | None = None, *, mask_map: MaskMap | None = None
 ) -> Upright:
-    """As :func:`decode_mask`, with the orientation that the file has."""
+    """As :func:`decode_mask`, together with the EXIF orientation of the file."""
     with explained(name, _REMEDY):
         mask, orientation = open_upright(data, limits or Limits())
         if mask_map is not None and mask_map.n_channels == 3:
@@ -187,7 +187,7 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
 
 def _look_up(mask_map: MaskMap, pixels: np.ndarray, name: str) -> np.ndarray:
     packed = _packed(pixels)
-    keys = np.unique(packed)  # a mask has few: the map is asked once for each
+    keys = np.unique(packed)  # few: the map is asked once for each
     found = keys[:, None]
     if mask_map.n_channels == 3:
         found = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], axis=1)
@@ -205,22 +205,25 @@ def read_mask_map(url: str) -> MaskMap:
     """A map from a CSV file, or from the palette of an image.
 
     Raises:
-        ConfigError: it is no such map.
-        StorageError: it cannot be read.
+        ConfigError: the file is no such map.
+        StorageError: the file cannot be read.
     """
     data = storage.read_bytes(url)
     if re.search(r"\.(csv|txt|tsv)$", url, re.IGNORECASE):
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as err:
-            raise ConfigError(f"{url} (data.mask_map) is not UTF-8 text ({err}).") from err
+            raise ConfigError(
+                f"{url} (data.mask_map) is not UTF-8 text ({err}). Save it as UTF-8."
+            ) from err
         return MaskMap(url, _parse_csv(text, url))
     try:
         image = Image.open(io.BytesIO(data))
         palette = image.getpalette("RGB") if image.mode == "P" else None
     except Exception as err:  # PIL raises about everything
         raise ConfigError(
-            f"{url} (data.mask_map) is neither a CSV file, called .csv, nor an image ({err})."
+            f"{url} (data.mask_map) is neither a CSV file, called .csv, nor an image ({err}). Take "
+            "an indexed PNG, or a CSV file with the columns red,green,blue,label or value,label."
         ) from err
     if palette is None:
         raise ConfigError(
@@ -252,10 +255,11 @@ def _parse_csv(text: str, url: str) -> tuple[tuple[tuple[_Span, ...], int], ...]
             raise ConfigError(f"{where}: the label is {label!r}, expected 0 to 255.")
         if parsed.setdefault(spans, int(label)) != int(label):
             raise ConfigError(
-                f"{where}: the same pixels had the label {parsed[spans]} before, now {label}."
+                f"{where}: the same pixels had the label {parsed[spans]} before, now {label}. Keep "
+                "one of these rows."
             )
     if not parsed:
-        raise ConfigError(f"{url} (data.mask_map) has no row.")
+        raise ConfigError(f"{url} (data.mask_map) has no row. Add one for each label.")
     return tuple(parsed.items())
 
 

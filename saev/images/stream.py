@@ -1,8 +1,8 @@
 """Decoding ahead: examples read, decoded and transformed by threads, delivered in order.
 
 Threads are enough, because PIL and numpy release the interpreter's lock while they decode,
-resize and normalise. The order and every value are the same for any number of threads. Together
-they hold a bounded number of pixels (:mod:`saev.images.budget`).
+resize and normalise. The order and every value are the same for any number of threads. All
+threads together hold a bounded number of pixels (:mod:`saev.images.budget`).
 """
 
 import collections

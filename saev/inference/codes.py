@@ -231,8 +231,8 @@ class Piece:
         stop = field.count if stop is None else stop
         if not 0 <= start <= stop <= field.count:
             raise CorruptDataError(
-                f"{self._reader.url}: entries {start}:{stop} of {name} were asked for, it has "
-                f"{field.count}. Delete the folder and run the same command again."
+                f"{self._reader.url}: entries {start}:{stop} of {name} were asked for, which "
+                f"has {field.count}. Delete the folder and run the same command again."
             )
         out = np.empty(stop - start, dtype=field.dtype)
         if out.size:
@@ -307,7 +307,8 @@ class StoredCodes:
         return storage.CheckedReader(place, storage.Listed.from_dict(listed, place), remedy)
 
     def verify(self) -> None:
-        """Compare every file with its record, unless that is done while it is read.
+        """Compare every file with its record. Of files with checksums of blocks only the size is
+        compared, because their bytes are compared whenever they are read.
 
         Raises:
             CorruptDataError: names the first file that differs.

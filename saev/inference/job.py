@@ -43,9 +43,9 @@ class Job:
     sae: SparseAutoencoder
     source: TokenSource
     trained_on: ActivationSource | None
-    """What the SAE was trained on; None if it does not say."""
+    """What the SAE was trained on; None if that was not recorded."""
     other_model: tuple[str, ...]
-    """In what the activations differ from those, where that was allowed."""
+    """How these activations differ from those of training, if such a difference was allowed."""
     has_concepts: bool
     """Whether tokens have labels to align latents with."""
     url: str
@@ -227,7 +227,8 @@ def _key(
         "n_examples": shards.n_examples,
         "data": {k: v for k, v in data.identity().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
-        # Version 0.1.0 measured without a word on activations of another model.
+        # Version 0.1.0 measured on activations of another model without a warning. Its results must
+        # not pass for ones that name the difference.
         **({"other_model": True} if is_other else {}),
     }
     return storage.content_hash(inputs, _HASH_DIGITS)
@@ -244,8 +245,8 @@ def current_keys(
         recorded: config.json of results that are there, by any name.
 
     Returns:
-        Keys of `saev inference` without further flags, with and without --allow-other-model; and
-        the names of those results that it would take for its own.
+        The keys that `saev inference` gives without further flags, and with --allow-other-model
+        alone; and the names of those recorded results that it would accept as its own.
     """
     trained, sae = read_run(run), load_sae(run)
 

@@ -1,7 +1,7 @@
-"""Reading the arrays of an `.npz` range by range; what its headers claim is compared with it first.
+"""Reading the arrays of an `.npz` in ranges, after a comparison of its headers with the file.
 
-`numpy.load` believes the headers of a zip file. Here a member is an array only if it is stored as
-it is, lies inside the file, and has just the bytes that its own header says.
+`numpy.load` believes the headers of a zip file. Here a member counts as an array only if it is not
+compressed, lies inside the file, and has exactly as many bytes as its own header says.
 """
 
 import io
@@ -19,7 +19,7 @@ from saev.errors import CorruptDataError
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Signature, length of the name, length of the extra field."""
 _MAX_HEADER = 1 << 16
-"""Bytes before an array's values; ours have 128."""
+"""Most bytes before an array's values. Files that saev wrote have 128."""
 _STEP = 16 << 20
 
 Reader = storage.RangeReader | storage.CheckedReader
@@ -33,14 +33,14 @@ class Members:
         remedy: what to do about damage.
 
     Raises:
-        CorruptDataError: it is no zip file.
+        CorruptDataError: the file is no zip file.
     """
 
     def __init__(self, reader: Reader, remedy: str):
         self._reader, self._remedy = reader, remedy
         self.url = reader.url
         with self._parsed():
-            # io.RawIOBase has all that ZipFile calls.
+            # The cast is safe: io.RawIOBase has all methods that ZipFile calls.
             self._zip = zipfile.ZipFile(tp.cast(tp.BinaryIO, _File(reader)))
 
     def array(self, name: str, kinds: tp.Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
@@ -52,7 +52,7 @@ class Members:
             shape: that it must have; -1 is any length.
 
         Raises:
-            CorruptDataError: there is none, or it is another one.
+            CorruptDataError: the array is missing or damaged, or has another dtype or shape.
         """
         with self._parsed():
             info = self._zip.getinfo(f"{name}.npy")
@@ -103,7 +103,7 @@ class Members:
             self._reader.readinto(start + at, view[at : at + _STEP])
 
     def _check(self, info: zipfile.ZipInfo, start: int, first: int, values: np.ndarray) -> None:
-        """Compare with the zip's own checksum, where no list of files has a better one."""
+        """Compare with the zip's own checksum, unless the reader compares with a list of files."""
         if isinstance(self._reader, storage.CheckedReader):
             return
         crc = zlib.crc32(self._reader.read(start, first))
@@ -116,7 +116,7 @@ class Members:
 
 
 class _File(io.RawIOBase):
-    """What zipfile reads a directory from; it never gives more than there is."""
+    """A reader as a file object for zipfile. It never returns bytes from behind the file's end."""
 
     def __init__(self, reader: Reader):
         self._reader, self._at = reader, 0

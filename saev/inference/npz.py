@@ -103,7 +103,7 @@ class NpzWriter:
     ) -> None:
         """Write the ZIP directory, unless there was an error."""
         if error is not None:
-            self._zip.fp = None  # or it would try to write when it is garbage-collected
+            self._zip.fp = None  # else ZipFile writes when it is garbage-collected
         self._zip.close()
 
 

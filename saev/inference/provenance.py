@@ -32,8 +32,8 @@ def trained_on(
     names, if that is still there.
 
     Args:
-        run: URL of a run folder, or what else messages call the SAE.
-        metadata: what the checkpoint says; by default that of the run's is read.
+        run: URL of a run folder, or another name of the SAE for messages.
+        metadata: of the checkpoint; by default the metadata of the run's checkpoint are read.
     """
     trained = read_run(run)
     if metadata is None:
@@ -46,7 +46,7 @@ def trained_on(
             "layer and preprocessing of these is not checked.",
         )
         return None
-    if "image_spec" in metadata or trained is None:  # recorded by this version, or all there is
+    if "image_spec" in metadata or trained is None:  # all is there, or no run has more
         return found
     data = trained.train_data
     layer = data.layer if isinstance(data.layer, int) else None

@@ -93,7 +93,7 @@ def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> lis
 
 
 def _listed_config(job: Job) -> storage.Listed:
-    """What is listed of config.json, which was written before everything else."""
+    """The entry for config.json, which was written before everything else, in the list of files."""
     job.claim()  # raises if it is damaged
     return storage.Listed.of(storage.read_bytes(job.place(files.CONFIG)))
 

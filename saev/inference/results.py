@@ -78,8 +78,9 @@ class Results:
     def find(cls, run: str, shards_hash: str, shards_url: str = "") -> "Results":
         """The results of a run on a shards folder (`Metadata.hash`).
 
-        Of several, those that `saev inference` makes of this run today, without further flags; if
-        there are none, the only ones that this version of saev would take for its own.
+        If there are several, this returns the one that `saev inference` would make of this run
+        today, without further flags. If that is missing, this returns the only one that this
+        version of saev would accept as its own.
 
         Args:
             run: URL of the run folder.
@@ -121,7 +122,7 @@ class Results:
 
     @property
     def other_model(self) -> list[str]:
-        """In what the activations differ from those of training, if that was allowed."""
+        """How the activations differ from those of training, if such a difference was allowed."""
         found = self.metrics.get("other_model", [])
         return [str(difference) for difference in found] if isinstance(found, list) else []
 
@@ -241,11 +242,15 @@ class Results:
             return Distribution(latents, self._matrix(members, len(latents)))
 
     def _has(self, name: str, expected: object) -> bool:
-        """Whether an object belongs to the results; if so, it is there.
+        """Whether an object belongs to the results.
 
         Args:
             name: of the object.
-            expected: what says so in results of an earlier version, which have no list.
+            expected: for results of an earlier version, which have no list of files: true if they
+                say elsewhere that the object was written.
+
+        Raises:
+            CorruptDataError: results of an earlier version say so, and the object is missing.
         """
         place = storage.join(self.url, name)
         is_there = self.folder.has(name)
@@ -256,7 +261,7 @@ class Results:
         return is_there
 
     def _recorded(self, key: str, default: tp.Any) -> tp.Any:
-        """What config.json says; ``default`` if an earlier version did not write any."""
+        """A value of config.json; ``default`` if an earlier version wrote no such file or key."""
         if not self.folder.has(files.CONFIG):
             return default
         place = storage.join(self.url, files.CONFIG)
@@ -272,12 +277,12 @@ class Results:
         if not self._has_codes():
             raise StorageError(
                 f"{storage.join(self.url, files.TOKEN_ACTS)} does not exist: inference ran with "
-                "--no-save."
+                "--no-save. Run it again without that flag."
             )
 
     @functools.cached_property
     def _top_examples(self) -> dict[str, np.ndarray]:
-        """Arrays of top_examples.safetensors, whose indices stay inside of each other."""
+        """Arrays of top_examples.safetensors, checked so that all indices lie inside the arrays."""
         t = self._tensors(files.TOP_EXAMPLES)
         n_entries, n_tokens = len(t["example_idx"]), len(t["token_idx"])
         tokens, examples = t["token_idx"], t["example_idx"]
@@ -291,7 +296,7 @@ class Results:
             and _within(examples, 0, _MAX_COUNT)
         ):
             raise CorruptDataError(
-                f"{storage.join(self.url, files.TOP_EXAMPLES)} has indices that lead nowhere. "
+                f"{storage.join(self.url, files.TOP_EXAMPLES)} has indices outside its arrays. "
                 f"{files.REMEDY}"
             )
         return t
@@ -325,14 +330,14 @@ class Results:
         data = members.array("data", ["<f4"], (len(indices),))
         with storage.parsed(members.url, "a sparse matrix", remedy=files.REMEDY):
             if not _is_indptr(indptr, len(indices)):
-                raise ValueError("its indptr is none")
+                raise ValueError("its indptr does not rise from 0 to its number of values")
             matrix = scipy.sparse.csr_matrix((data, indices, indptr), shape=(n_rows, n_columns))
             matrix.check_format(full_check=True)
         return matrix
 
 
 def _current(run: str, found: tp.Sequence[Results], shards_url: str) -> list[Results]:
-    """Those of several results that this version of saev makes, the usual ones before others."""
+    """Of several results, those that this version of saev makes, if possible the usual ones."""
     from saev.inference.job import current_keys  # needs torch, and reads the SAE
 
     recorded: dict[str, dict[str, tp.Any]] = {}
@@ -368,7 +373,7 @@ _ARRAYS: dict[str, dict[str, tuple[str, int | None]]] = {
         "token_indptr": ("i8", None), "token_idx": ("i4", None), "token_value": ("f4", None),
     },
 }  # fmt: skip
-"""dtype of each array, and how much longer than d_sae it is; None: of any length."""
+"""dtype of each array, and its length minus d_sae; None allows any length."""
 
 _COUNTS = ("d_model", "d_sae", "content_tokens", "n_tokens", "n_examples", "n_latents", "layer",
            "n_dead", "n_almost_dead", "n_dense", "n_classes")  # fmt: skip
@@ -378,10 +383,12 @@ _MAX_COUNT = 1 << 48
 
 
 def _check_metrics(metrics: tp.Mapping[str, tp.Any], place: str) -> None:
-    """That figures are numbers, and that those which sizes are made of are not absurd."""
+    """Check that figures are numbers, and that counts which decide sizes are not absurd."""
     for key in _NEEDED:
         if key not in metrics:
-            raise CorruptDataError(f"{place} holds no metrics of `saev inference`: no {key}.")
+            raise CorruptDataError(
+                f"{place} holds no metrics of `saev inference`: it has no {key}. {files.REMEDY}"
+            )
     for key, value in metrics.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key in _COUNTS:
@@ -405,7 +412,7 @@ _FIGURES = ("normalized_mse", "explained_variance", "mse_per_token", "mse_per_di
 
 
 def _is_indptr(indptr: np.ndarray, n: int) -> bool:
-    """Whether it rises from 0 to ``n``."""
+    """Whether ``indptr`` goes from 0 to ``n`` and never falls."""
     return bool(indptr[0] == 0 and indptr[-1] == n and (np.diff(indptr) >= 0).all())
 
 

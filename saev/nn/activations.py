@@ -51,8 +51,8 @@ def rectangle(
 ) -> Bool[Tensor, "*batch d_sae"]:
     """Kernel K((z - θ)/ε) = [|z - θ| < ε/2] of the straight-through estimator, with ε = width·θ.
 
-    The paper has one ε for all latents and inputs of norm 1. A share of θ does not depend on how
-    large activations are.
+    The paper has one ε for all latents, and inputs of norm 1. Here ε is a share of θ, so that the
+    kernel does not depend on how large activations are.
     """
     return (z - theta).abs() < theta * (width / 2)
 

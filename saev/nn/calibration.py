@@ -4,12 +4,14 @@ An SAE trained on few images fires more often on others: BatchTopK with k = 32 h
 latents there. So the level above which a latent counts is set once more after training, on tokens
 that are neither trained on nor reported on:
 
-    BatchTopK   θ           becomes the level of z
-    JumpReLU    θ·level     the level of z/θ, the same for all latents
-    ReLU        b_enc - level    the level of z
+    activation   change of the SAE         what the level is a value of
+    BatchTopK    θ' = level                z
+    JumpReLU     θ' = θ·level              z/θ; one level for all latents
+    ReLU         b_enc' = b_enc - level    z
 
-It is the level that so many of all (token, latent) pairs reach as the L0 says. BatchTopK's authors
-estimate θ like that, from training batches (Bussmann et al. 2024, arXiv:2412.06410).
+The level is chosen so that L0 · (number of tokens) of all (token, latent) pairs reach it. The
+authors of BatchTopK estimate θ in this way, from training batches (Bussmann et al. 2024,
+arXiv:2412.06410).
 """
 
 import torch
@@ -21,9 +23,9 @@ from saev.nn.sae import SparseAutoencoder
 
 _BINS = 1 << 14
 _FIRST_TOKENS = 4096
-"""Tokens that decide between which levels it is looked for."""
+"""Tokens that decide in which range of levels the level is looked for."""
 _MARGIN = 4.0
-"""The range of levels goes from this many times the L0 to this part of it."""
+"""This many times the L0 reach the low end of the range of levels, 1/this of it the high end."""
 
 
 class Calibration:
@@ -45,7 +47,7 @@ class Calibration:
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "batch d_model"]) -> None:
-        """Add tokens, as recorded."""
+        """Add a batch of activations, as recorded."""
         acts, z = self._sae.encode(x)
         self._n_active += (acts != 0).sum()
         levels = self._levels(z)
@@ -58,18 +60,18 @@ class Calibration:
 
     @property
     def l0_before(self) -> float:
-        """Mean number of active latents of these tokens, as the SAE is."""
+        """Mean number of active latents per token, before the SAE is changed."""
         return int(self._n_active) / max(self.n_tokens, 1)
 
     def level(self) -> float:
-        """The level that `l0` latents per token reach.
+        """The level that `l0` latents per token reach on average.
 
         Raises:
             ConfigError: there were no tokens.
         """
         if not self.n_tokens:
             raise ConfigError("There are no tokens to calibrate on.")
-        reaching = self._counts.flip(0).cumsum(0).flip(0)  # at least the lower edge of each bin
+        reaching = self._counts.flip(0).cumsum(0).flip(0)  # pairs from each bin on
         best = int((reaching - round(self.l0 * self.n_tokens)).abs().argmin())
         return self._low + best * self._width
 

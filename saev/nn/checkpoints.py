@@ -76,14 +76,15 @@ def load_sae(
     Args:
         url: a run folder, a checkpoint folder, a folder or file of another project (the published
             saev, SAELens, sparsify, dictionary_learning, Gemma Scope, overcomplete), or
-            ``hf-hub:ORG/REPO[/PATH]`` of either.
+            the same on the Hugging Face hub, as ``hf-hub:ORG/REPO[/PATH]``.
         device: where its weights go.
         subtract_b_dec: for ``sae.pt`` files from before August 2025, whose encoder saw x - b_dec:
             fold b_enc ← b_enc - b_dec·W_enc.
-        centre: for SAEs of others that saw (x - centre)·scale: [d_model], or the URL of such a
-            vector (an ``.npy`` file, or a tensor of torch.save). Folded, so that the SAE takes
-            activations as they were recorded; its latents stay as they were.
-        scale: the factor. osunlp's DINOv2 SAE divides by 2.018…, so its scale is 1/2.018….
+        centre: for SAEs of other projects that saw (x - centre)·scale: the vector [d_model], or its
+            URL (an ``.npy`` file, or a tensor of torch.save). It is folded into the weights, so
+            that the SAE takes activations as they were recorded. Its latents stay as they were.
+        scale: the factor in (x - centre)·scale. osunlp's DINOv2 SAE divides by 2.018…, so its scale
+            is 1/2.018….
         top_k: for state dicts of overcomplete, which do not record it.
 
     Raises:
@@ -105,8 +106,8 @@ def load_sae(
         return found.read(options).to_sae(options).to(device)
     if options.given():
         raise CheckpointError(
-            f"{' and '.join(options.given())} are for SAEs of other projects, but {found} is of "
-            "saev, and has them folded in. Leave them out."
+            f"{' and '.join(options.given())} are for SAEs of other projects, but {found} was "
+            "written by saev, which folds them into the weights. Leave them out."
         )
     return _load_native(found).to(device)
 
@@ -120,7 +121,7 @@ def _vector(centre: "Tensor | np.ndarray | str | None") -> Tensor | None:
 
 
 def _locate(url: str) -> str | foreign.Found:
-    """Where exactly an SAE stands at `url`, and whose it is: a string is a folder of ours."""
+    """The SAE at `url`: an SAE of another project, or the URL of a checkpoint folder of saev."""
     if not storage.is_dir(url):
         found = foreign.find_in_file(url)
         if found is None:
@@ -175,7 +176,7 @@ def _load_native(url: str) -> SparseAutoencoder:
             listed = _of_0_1_0(record.get("weights"), config_url)
         data = storage.read_listed(weights_url, listed, _REMEDY)
     except CorruptDataError as err:
-        raise CheckpointError(f"{err} Or it belongs to another {CONFIG}.") from err
+        raise CheckpointError(f"{err} Or the weights belong to another {CONFIG}.") from err
     sae = SparseAutoencoder.from_tensors(
         cfg, parse_safetensors(data, weights_url), source=weights_url
     )

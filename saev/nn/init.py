@@ -4,7 +4,7 @@ Data-point initialisation: every decoder row is a blend of a centred training ac
 both at unit norm, normalised; the encoder is its transpose, scaled. Where there is a sample, the
 decoder bias is its mean m, and b_enc = -m·W_enc, so that the encoder sees centred activations too.
 JumpReLU's θ is a quantile of the sample's pre-activations, so that it starts sparse. A ReLU SAE
-that aims at an L0 starts with it, too: the quantile is subtracted from b_enc.
+that aims at an L0 starts at that L0, too: the quantile is subtracted from b_enc.
 """
 
 import math
@@ -51,7 +51,7 @@ def initial_weights(
         cfg: with `d_model` and `d_sae` filled in.
         data: training activations as the SAE will see them (normalised); None starts from noise.
         generator: the member's own random numbers.
-        target_l0: of the objective, at which JumpReLU starts.
+        target_l0: the target of the objective, at which JumpReLU and ReLU start.
 
     Raises:
         ConfigError: `data` is empty or of another width.
@@ -96,7 +96,7 @@ def initial_weights(
 
 
 def initial_l0(cfg: SaeConfig, target_l0: float | None) -> int:
-    """Active latents per token to start with, a quarter of all at most; 0: as they come."""
+    """Active latents per token at the start, by default at most a quarter of all; 0 sets none."""
     assert cfg.d_sae is not None
     wanted = target_l0 or 0
     if isinstance(cfg.activation, JumpRelu):
@@ -110,7 +110,7 @@ def initial_threshold(z: Float[Tensor, "n d_sae"], l0: int) -> float:
     """The θ that leaves `l0` of a token's pre-activations active, on average."""
     n = min(l0 * z.shape[0], z.numel())
     smallest = float(z.flatten().topk(n, sorted=False).values.min())
-    # ln θ has to be a number, whatever the sample is.
+    # θ has to be positive for every sample, because ln θ is trained.
     largest = float(z.max())
     return max(smallest, 1e-3 * largest) if largest > 0 else 1.0
 
@@ -122,7 +122,7 @@ def least_error_scale(
     target_l0: float | None = None,
 ) -> float:
     """The c that minimises ‖x - act(c·x·W_decᵀ)·W_dec‖²: c = ⟨x, x̂⟩ / ⟨x̂, x̂⟩ at c = 1, because
-    act is positively homogeneous (with a θ that is a quantile, too)."""
+    act is positively homogeneous (a θ that is a quantile grows with c)."""
     z, l0 = x @ w_dec.T, initial_l0(cfg, target_l0)
     match cfg.activation:
         case TopK(top_k=k):

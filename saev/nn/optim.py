@@ -23,7 +23,7 @@ _NEWTON_SCHULZ_STEPS = 5
 
 
 Rates = tp.Sequence[tp.Mapping[str, float]]
-"""Of each member: learning rates by parameter, "" for those that are not named."""
+"""One mapping per member: parameter → learning rate. "" stands for all that are not named."""
 
 
 class Adam:
@@ -45,7 +45,7 @@ class Adam:
         """Update all members.
 
         Args:
-            grads: as the parameters.
+            grads: of the parameters, with their shapes.
             rates: learning rates of each member.
             t: number of this step, from 1.
         """

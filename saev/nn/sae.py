@@ -201,7 +201,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def _shapes(cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of an SAE, of which nothing is allocated yet."""
+    """Shapes of the tensors of an SAE, without allocating any."""
     if cfg.d_model is None or cfg.d_sae is None:
         raise ConfigError("An SAE needs d_model and d_sae; use SaeConfig.resolved(d_model).")
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,6 @@
-"""The columns of examples.parquet: apart, since what only looks at storage has no pyarrow."""
+"""The columns of examples.parquet, in a module of their own: it needs pyarrow, which code that only
+looks at storage must do without.
+"""
 
 import pyarrow as pa
 
@@ -15,4 +17,4 @@ EXAMPLES_SCHEMA = pa.schema(
 )
 """Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
 `width` are those of the original image in pixels, upright; `digest` is the CRC-32C of what the
-dataset's digest is over (name, sizes, label). Version 0.1.0 did not write it."""
+dataset's digest is over (name, sizes, label). Version 0.1.0 did not write `digest`."""

@@ -1,7 +1,7 @@
-"""Finding what version 0.1.0 recorded: its folders have other names.
+"""Finding what version 0.1.0 recorded, whose folders have other names.
 
-It hashed where the images and the weights lie, and did not note a checksum of the weights. A folder
-of that version counts if everything else is equal, so that nothing is recorded again.
+That version hashed where the images and the weights lie, and recorded no checksum of the weights.
+One of its folders is used if everything else is equal, so that nothing is recorded a second time.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ _NOT_NOTED = ("network", "weights", "versions")
 
 
 def located(data: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """A dataset's config as JSON, its place as a URL that holds in every working directory."""
+    """A dataset's config as JSON, with a place that does not depend on the working directory."""
     data = dict(data)
     for key in ("root", "name"):
         place = data.get(key)
@@ -38,11 +38,11 @@ def find(root: str, wanted: Metadata, network_before: str | None) -> tuple[str, 
     Args:
         root: URL of the folder of shards folders.
         wanted: what is to be recorded.
-        network_before: the network that version 0.1.0 made of the checkpoint, if it was another;
-            then its folders hold other activations, and none is returned.
+        network_before: the network that version 0.1.0 made of the checkpoint, if it was another.
+            The folders of that version then hold other activations, and none is returned.
 
     Returns:
-        URL and metadata of the folder, or None. It is said once which folder it is.
+        URL and metadata of the folder, or None. A warning names the folder.
     """
     found = _same(root, wanted)
     if not found:
@@ -75,7 +75,7 @@ def _same(root: str, wanted: Metadata) -> list[tuple[str, Metadata]]:
 
 
 def _read(url: str) -> Metadata | None:
-    """Metadata of a folder of version 0.1.0; None where there is none, or none that is sound."""
+    """Metadata of a folder of version 0.1.0; None if there are none or they are damaged."""
     if not storage.exists(storage.join(url, protocol.METADATA)):
         return None
     with contextlib.suppress(ConfigError, CorruptDataError):
@@ -86,7 +86,7 @@ def _read(url: str) -> Metadata | None:
 
 
 def _equal(old: Metadata, wanted: Metadata) -> bool:
-    """Whether two recordings are the same but for places, and for what was not noted then."""
+    """Whether two recordings are equal, except for places and what version 0.1.0 did not record."""
     return _identity(old) == _identity(wanted)
 
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in shards, called that, with the place where they stand.
+"""Errors that name NaN and infinity in shards, and where they stand.
 
 They come from a model that overflowed and was recorded by other software, or from a damaged folder
 without checksums. `saev shards` refuses to record them.
@@ -12,7 +12,7 @@ from saev.shards.reader import Shards
 
 
 def bad_row(acts: Tensor) -> int | None:
-    """The first row of [n, d_model] that holds NaN or infinity. Waits for a GPU."""
+    """The first row of [n, d_model] that holds NaN or infinity. This waits for a GPU."""
     if bool(acts.isfinite().all()):
         return None
     return int(acts.isfinite().all(1).logical_not().int().argmax())
@@ -23,8 +23,8 @@ def check(acts: Tensor, examples: Tensor, shards: Shards, layer: int) -> None:
 
     Args:
         acts: [n, d_model].
-        examples: of each row, int64 [n].
-        shards: where they are from.
+        examples: the example of each row, int64 [n].
+        shards: where the activations are from.
         layer: block number.
 
     Raises:
@@ -36,7 +36,7 @@ def check(acts: Tensor, examples: Tensor, shards: Shards, layer: int) -> None:
 
 
 def error(shards: Shards, example: int, layer: int) -> CorruptDataError:
-    """What is wrong, for an example that holds such a value."""
+    """The error for an example that holds NaN or infinity."""
     shard, position = shards.locate(example)
     x = shards.read(shard, layer, position, position + 1).float()
     kind = "NaN" if bool(x.isnan().any()) else "infinity"
@@ -49,7 +49,7 @@ def error(shards: Shards, example: int, layer: int) -> CorruptDataError:
 
 
 def find(shards: Shards, layer: int) -> CorruptDataError | None:
-    """The first such value of a layer, by reading all of it up to there."""
+    """The error for the first NaN or infinity of a layer, which is read up to there; or None."""
     for i, info in enumerate(shards.infos):
         for start in range(0, info.n_examples, 64):
             x = shards.read(i, layer, start, min(start + 64, info.n_examples))

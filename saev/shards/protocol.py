@@ -19,8 +19,8 @@ from saev.errors import CorruptDataError
 METADATA = "metadata.json"
 SHARDS = "shards.json"
 FILES = "files.json"
-"""Size and checksums of all objects but the activations, which shards.json lists; published just
-before shards.json."""
+"""Lists size and checksums of all objects but the activations, which shards.json lists. It is
+published just before shards.json."""
 LABELS = "labels.bin"
 EXAMPLES = "examples.parquet"
 STATS = "stats.safetensors"
@@ -43,7 +43,7 @@ RANDOM = "/random"
 
 
 class Metadata(Config):
-    """What was recorded. What of it the activations depend on is hashed into the folder's name."""
+    """What was recorded. The folder is named by a hash of all keys that decide the activations."""
 
     added: tp.ClassVar = frozenset({"network", "weights", "versions"})
 
@@ -62,7 +62,7 @@ class Metadata(Config):
     """SHA-256 over the names, shapes and values of the network's tensors; None: recorded by
     version 0.1.0, which did not note it, or by another program."""
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Versions of the libraries that recorded. To look at: not part of the identity."""
+    """Versions of the libraries that recorded, for information: not part of the identity."""
     layers: tuple[int, ...]
     """Blocks whose output was recorded, in file order."""
     content_tokens_per_example: int = pydantic.Field(ge=0)
@@ -100,11 +100,11 @@ class Metadata(Config):
     def identity(self) -> dict[str, tp.Any]:
         """What the activations depend on, without any place: not where images or weights lie.
 
-        Images are told by `data_digest`, their names and sizes; the model by `network` and
-        `weights`. Untrained weights are told by the network's name alone: the functions that draw
-        them give other last bits on another kind of processor.
+        Images are identified by `data_digest` (their names and sizes), the model by `network` and
+        `weights`. Untrained weights are identified by the network's name alone: the functions that
+        draw them give other last bits on another kind of processor.
 
-        Where the weights are unknown it is what version 0.1.0 hashed, places and all.
+        If the weights are unknown, the identity is what version 0.1.0 hashed, with all places.
         """
         plain = super().identity()
         plain.pop("versions", None)
@@ -183,7 +183,7 @@ class Metadata(Config):
             folder: the same with its list of files, if that was read already.
 
         Raises:
-            CorruptDataError: it is damaged, or the folder's name is a hash that it does not have.
+            CorruptDataError: the metadata are damaged, or the folder is named by another hash.
         """
         place = storage.join(url, METADATA)
         if folder is None and storage.exists(storage.join(url, FILES)):
@@ -237,7 +237,7 @@ def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
 
 
 class ShardInfo(pydantic.BaseModel):
-    """One row of shards.json. Not a config: there may be a hundred thousand."""
+    """One row of shards.json. Not a :class:`Config`: there may be a hundred thousand rows."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 

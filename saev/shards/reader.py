@@ -393,7 +393,7 @@ class Shards:
     def example_labels(self, example: int) -> np.ndarray | None:
         """Labels of one example's content tokens, uint8 [content_tokens], or None.
 
-        Reads these alone, not the whole file, which may have those of millions.
+        Reads only these labels: the whole file may have the labels of millions of examples.
         """
         if not self.has_labels:
             return None
@@ -545,7 +545,7 @@ def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
 
 
 def _first_wrong(rows: list[tp.Any], place: str) -> str:
-    """What is wrong with the first row that is not one, of very many perhaps."""
+    """What is wrong with the first invalid row. Only one is named: there may be very many."""
     for i, row in enumerate(rows):
         try:
             ShardInfo.model_validate(row)

@@ -1,10 +1,10 @@
 """Who processes what: a claim on storage that one owner at a time can hold.
 
 A claim is a numbered object. The one with the highest number counts; it is held until it is
-released or expires. Taking one over, renewing it and releasing it all mean to create the next
-number, which of any number of contenders one can do, and no number is ever written twice. So a
-heartbeat that was late changes nothing. Clocks of different machines may differ by much less than a
-claim lasts.
+released or expires. To take a claim over, to renew it or to release it, a worker creates the object
+with the next number. Only one of several workers can create it, and no number is written twice. So
+a heartbeat that comes late changes nothing. Clocks of different machines may differ, but by much
+less than a claim lasts.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Claim(tp.NamedTuple):
     """For how long it is renewed."""
     released: bool
     tries: int
-    """How often it was taken until now, by whomever."""
+    """How often it was taken until now, by any owner."""
 
     @property
     def is_held(self) -> bool:
@@ -65,11 +65,11 @@ def current(folder: str) -> Claim | None:
         except CorruptDataError:
             raise
         except StorageError as err:
-            # A newer one came, and this one was deleted; or it is being written just now.
+            # A newer claim came and this one was deleted, or this one is being written just now.
             if not isinstance(err.__cause__, FileNotFoundError):
                 raise
             time.sleep(0.02 * look)
-    raise StorageError(f"The claims in {folder} change faster than they can be read.")
+    raise StorageError(f"The claims in {folder} change faster than they can be read. Try again.")
 
 
 def _names(folder: str) -> list[str]:
@@ -103,7 +103,7 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
 
 
 def renew(claim: Claim) -> Claim | None:
-    """The same claim, from now on; None if it is not the one that counts any more."""
+    """Renew a claim. Returns the renewed claim, or None if another claim counts by now."""
     return _create_next(storage.parent(claim.url), claim, owner=claim.owner, hours=claim.hours)
 
 
@@ -119,7 +119,7 @@ def release(folder: str, owner: str) -> bool:
 
 
 def _create_next(folder: str, before: Claim, **changes: tp.Any) -> Claim | None:
-    """The next number; None if somebody else was faster."""
+    """Create the claim with the next number; None if somebody else did so first."""
     number = before.number + 1
     claim = before._replace(
         url=storage.join(folder, f"{number:06d}.json"),
@@ -151,14 +151,14 @@ class Holding:
 def held(folder: str, owner: str) -> Iterator[Holding]:
     """Renew a claim now and then while the block runs.
 
-    One that was released is taken back, as long as nobody else took it: a run that ended may be
-    retried. A heartbeat takes nothing back.
+    If this owner released the claim and nobody else took it since, it is taken back at the start: a
+    run that ended may be retried. A heartbeat never takes a claim back.
 
     Yields:
-        What says whether the claim is lost.
+        The :class:`Holding` that tells whether the claim is lost.
 
     Raises:
-        ConfigError: another owner has it by now, because this one was not heard of for too long.
+        ConfigError: another owner has the claim, because this one did not renew it in time.
     """
     claim = _take_back(folder, owner)
     stop, holding = threading.Event(), Holding()
@@ -171,7 +171,7 @@ def held(folder: str, owner: str) -> Iterator[Holding]:
                     holding._lost = _not_ours(folder, owner, found)
                     logger.error("%s This work stops at its next safe point.", holding._lost)
                     return
-                renew(found)  # if another process of this owner was faster, it renewed it too
+                renew(found)  # None is fine: another process of this owner renewed it
             except StorageError as err:  # the next beat may succeed
                 logger.warning("The claim could not be renewed: %s", err)
 

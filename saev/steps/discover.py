@@ -51,7 +51,7 @@ class Dataset(tp.NamedTuple):
                 f"--dataset is {raw!r}; expected an object of `saev step discover` with the texts "
                 f"{', '.join(cls._fields)}."
             )
-        for field in ("name", "fingerprint", "key"):  # of which names of files are made
+        for field in ("name", "fingerprint", "key"):  # file names are made of them
             if not storage.is_file_name(raw[field]):
                 raise ConfigError(
                     f"--dataset has the {field} {raw[field]!r}; expected a name without slashes, "

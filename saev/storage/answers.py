@@ -21,7 +21,7 @@ _PASSING = {
     "ThrottlingException", "TooManyRequests", "TooManyRequestsException", "BadDigest",
     "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
 }  # fmt: skip
-"""Codes after which the same request may succeed; also what a flipped bit on the way gives."""
+"""Codes after which the same request may succeed. A flipped bit on the way causes some of them."""
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 _UNKNOWN_KEY = ("InvalidAccessKeyId", "InvalidClientTokenId", "InvalidToken", "InvalidSecurity")
 _ELSEWHERE = (
@@ -35,7 +35,7 @@ _ACTIONS = {
     "CompleteMultipartUpload": "s3:PutObject", "DeleteObjects": "s3:DeleteObject",
     "ListParts": "s3:ListMultipartUploadParts",
 }  # fmt: skip
-"""Permissions that are not named as their operation:
+"""Permissions whose names differ from those of their operations:
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html"""
 _OPERATION_OF = {"read": "GetObject", "write": "PutObject", "create": "PutObject"}
 
@@ -61,12 +61,12 @@ class Answer(tp.NamedTuple):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the bucket is in another region than was asked."""
+        """Whether the bucket is in another region than the one that was asked."""
         return self.code in _ELSEWHERE or self.status in (301, 302, 307, 308)
 
     @property
     def has_expired(self) -> bool:
-        """Whether another signature, with renewed credentials, may do."""
+        """Whether the request may succeed with a new signature or renewed credentials."""
         return self.code in _EXPIRED or self.code == "RequestTimeTooSkewed"
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Answer(tp.NamedTuple):
 
 
 def parse(status: int, body: str, operation: str, region: str) -> Answer:
-    """An answer that was not read by botocore."""
+    """The refusal in an answer to a request that botocore did not send."""
     fields = {}
     with contextlib.suppress(ET.ParseError):
         fields = {e.tag.rpartition("}")[2]: e.text or "" for e in ET.fromstring(body)}
@@ -135,7 +135,7 @@ def sentence(answer: Answer, url: str, doing: str) -> str:
 
 
 def _of_credentials(answer: Answer, url: str) -> str:
-    """What is wrong with who asks, or when; empty if it is something else."""
+    """What is wrong with the credentials or the clock; empty if it is something else."""
     if answer.code in _EXPIRED:
         return (
             f"the credentials{_key_id(answer, url)} have expired ({answer}). Get new ones "
@@ -155,8 +155,8 @@ def _of_credentials(answer: Answer, url: str) -> str:
         )
     if answer.code == "RequestTimeTooSkewed":
         return (
-            f"this machine's clock differs from the store's{_skew(answer)} ({answer}). Set it, "
-            "for instance by NTP."
+            f"this machine's clock differs from the store's{_skew(answer)} ({answer}). Set "
+            "this machine's clock, for instance by NTP."
         )
     return ""
 
@@ -171,7 +171,7 @@ def _of_the_store(answer: Answer, url: str, bucket: str) -> str:
     if answer.code == "InvalidBucketName":
         return f"{bucket} cannot be the name of a bucket ({answer}). Check the path."
     if answer.status == 405:
-        return f"the store{at} does not allow this ({answer}); it may be read-only."
+        return f"the store{at} does not allow this ({answer}); it may be read-only. Check the path."
     if answer.status == 507 or answer.code in ("QuotaExceeded", "XMinioStorageFull"):
         return f"the store{at} is full ({answer}). Free some space."
     if answer.status == 400 and "HTTPS" in answer.message.upper() and not answer.code:
@@ -187,7 +187,7 @@ def _denied(answer: Answer, url: str, doing: str) -> str:
     resource = what.partition("/")[0] if action == "s3:ListBucket" else what
     hint = ""
     if action == "s3:GetObject":
-        hint = " Without s3:ListBucket, what does not exist is answered in the same way."
+        hint = " It may also not exist: without s3:ListBucket, the answer to that is the same."
     missing = f"the permission {action}" if action else "a permission"
     return (
         f"permission denied ({answer}): access key{_key_id(answer, url) or ' (none)'} lacks "
@@ -209,13 +209,13 @@ def _elsewhere(answer: Answer, url: str, bucket: str) -> str:
 
 
 def endpoint(url: str) -> str:
-    """Where a URL's store is asked, after a blank; empty if that is not known."""
+    """The text " at ENDPOINT" for messages about a URL; empty if the endpoint is not known."""
     found = _client_setting(url, "endpoint_url")
     return f" at {found}" if found else ""
 
 
 def _client_setting(url: str, name: str) -> str:
-    """What the file system came to; empty if it never came to a client."""
+    """A setting of the file system's S3 client; empty if there is no client."""
     with contextlib.suppress(Exception):
         fs: tp.Any = filesystem(url)[0]
         return str(getattr(fs.s3.meta, name) or "")
@@ -223,7 +223,7 @@ def _client_setting(url: str, name: str) -> str:
 
 
 def _key_id(answer: Answer, url: str) -> str:
-    """The access key ID (which is no secret), after a blank."""
+    """The access key ID (which is no secret) with a blank before it; empty if it is not known."""
     key = answer.fields.get("AWSAccessKeyId") or _own_key_id(url)
     return f" {key}" if key else ""
 
@@ -253,7 +253,7 @@ def _says(answer: Answer) -> str:
 
 
 def _ask_for_code(answer: Answer, url: str) -> Answer:
-    """The same refusal with a code: answers to HEAD have no body, those to GET do."""
+    """The same refusal with its code. Answers to HEAD have no body with a code, those to GET do."""
     from botocore.exceptions import ClientError
 
     fs: tp.Any

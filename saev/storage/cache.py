@@ -326,7 +326,7 @@ class _CachedObject:
             self._fetch(start, stop, offset, view)
 
     def reread(self, offset: int, view: memoryview) -> None:
-        # What came from the store with a flipped bit was kept with a checksum that fits the flip.
+        # If a bit flipped on the way from the store, the cache's checksum is of the wrong bytes.
         for number in range(offset // SEGMENT, -(-(offset + view.nbytes) // SEGMENT)):
             self._cache.drop(self._name(number), "its bytes are not those that were recorded")
         self._source.reread(offset, view)

@@ -1,8 +1,9 @@
 """Bytes that differ from what was recorded are read again before anything is said about them.
 
 A bit can flip in memory, in a cache, in a controller or on a wire, and then a sound object looks
-damaged once. So whoever compares bytes with a checksum does it through :func:`confirmed`: what does
-not fit is read again past every cache, and only what is wrong in the same way each time is damage.
+damaged once. So all code that compares bytes with a checksum does it through :func:`confirmed`.
+Bytes that do not fit are read again past every cache. Only bytes that are wrong in the same way
+each time count as damage.
 """
 
 import logging
@@ -25,11 +26,11 @@ def confirmed(
     wrong: Callable[[BytesT], SaevError | None],
     difference: Callable[[Bytes, Bytes], str] | None = None,
 ) -> BytesT:
-    """Bytes that are right.
+    """Read bytes, if necessary several times, until they are right.
 
     Args:
         url: the object, for messages.
-        read: reads them; True means past every cache. It may use the same memory each time.
+        read: reads them, past every cache if it gets True. It may use the same memory each time.
         wrong: says what is wrong with some bytes; None if they are right.
         difference: says where two reads differ.
 
@@ -49,8 +50,8 @@ def confirmed(
             differs = (difference or _first_difference)(first, data)
         if again is None:
             log.warning(
-                "%s was read wrongly once: %s. Read again, past all caches, it is right, so what "
-                "is stored is sound. If this comes again, look at the memory, the local disk and "
+                "%s was read wrongly once: %s. A second read, past all caches, is right, so what "
+                "is stored is sound. If this happens again, check the memory, the local disk and "
                 "the network of this machine.",
                 *(url, differs),
             )
@@ -59,7 +60,7 @@ def confirmed(
         raise StorageError(
             f"{url} cannot be read reliably: {1 + _REREADS} reads do not fit its checksum and "
             f"differ from each other ({differs}). What is stored may be sound, so do not delete "
-            "it: look at the memory, the local disk and the network of this machine, and run the "
+            "it: check the memory, the local disk and the network of this machine, and run the "
             "same command on another one."
         ) from error
     raise error

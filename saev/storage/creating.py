@@ -44,11 +44,11 @@ def create(url: str | os.PathLike, data: bytes) -> bool:
         try:
             return read_bytes(text) == data
         except StorageError as err:
-            # Of two writers a store refuses one before the object of the other can be read.
+            # A store may refuse one of two writers before the object of the other can be read.
             if not isinstance(err.__cause__, FileNotFoundError):
                 raise
             time.sleep(0.02 * look)
-    return False  # it was another's, and is gone since
+    return False  # it was another caller's, and was deleted since
 
 
 def _create_local(path: Path, data: bytes) -> bool:

@@ -39,7 +39,7 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
 
 
 def remove_empty(url: str | os.PathLike) -> None:
-    """Remove a folder with nothing in it. Object stores have none; one in use stays."""
+    """Remove a local folder if it is empty, or leave it. Object stores have no empty folders."""
     path = local_path(url)
     if path is not None:
         with contextlib.suppress(OSError):
@@ -55,7 +55,7 @@ def clean_up(url: str | os.PathLike, *, recursive: bool = False) -> None:
 
 
 def _delete_s3(fs: tp.Any, key: str, *, recursive: bool) -> None:
-    """s3fs does not look at which keys an answer to DeleteObjects names as not deleted."""
+    """Delete from S3. s3fs ignores which keys an answer to DeleteObjects names as not deleted."""
     bucket, name, _ = fs.split_path(key)
     call = retry(fs.call_s3)
     if name:

@@ -82,7 +82,8 @@ def list_dir(url: str | os.PathLike, *, missing_ok: bool = False) -> list[Entry]
     """Children of a folder, sorted by name.
 
     Raises:
-        StorageError: it cannot be listed, or it is missing, which with ``missing_ok`` is as empty.
+        StorageError: it cannot be listed, or it is missing. With ``missing_ok`` a missing folder
+            counts as an empty one.
     """
     text = normalize(url)
     path = local_path(text)
@@ -139,8 +140,8 @@ def _list_remote(url: str) -> list[Entry]:
 
 
 def _child(fs: tp.Any, url: str, key: str, found: str) -> str:
-    """URL of what a listing found below a folder, which fsspec calls ``key``."""
-    if found.startswith(f"{key}/"):  # taking a million names apart takes a minute
+    """URL of an object ``found`` in the listing of a folder, which fsspec calls ``key``."""
+    if found.startswith(f"{key}/"):  # with_scheme takes a minute for a million names
         return f"{url}{found[len(key) :].rstrip('/')}"
     return with_scheme(fs, found)
 
@@ -157,11 +158,12 @@ def find(url: str | os.PathLike) -> list[str]:
 
 
 def scan(url: str | os.PathLike) -> Iterator[tuple[str, int]]:
-    """URL and size of every file below a folder, as they are found: also millions of them.
+    """URL and size of every file below a folder, one by one as they are found, also of millions.
 
-    Symbolic links are followed. Unlike :func:`find` it fails where it cannot look: a folder that is
-    missing, is a file, or may not be read (also one further down) is a StorageError, so nothing is
-    left out unnoticed.
+    Symbolic links are followed. Unlike :func:`find`, this leaves nothing out unnoticed.
+
+    Raises:
+        StorageError: the folder, or one further down, is missing, is a file, or may not be read.
     """
     text = normalize(url)
     path = local_path(text)
@@ -231,7 +233,7 @@ def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
     with explained(url, "list"):
         fs.invalidate_cache(key)
         for found, row in _rows(fs, key):
-            # An object may have the folder's own name: it is not below it, and hides nothing.
+            # An object may have the folder's own name. It is not below the folder: leave it out.
             is_below = found.rstrip("/") != key
             is_folder = is_folder or is_below or is_marker(found)
             if is_below and not is_marker(found):
@@ -254,7 +256,7 @@ def _rows(fs: tp.Any, folder: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
 
 
 def is_marker(key: str) -> bool:
-    """Whether an object only stands where a folder would be, as some tools put it."""
+    """Whether an object is only a marker for a folder, as some tools write them."""
     return key.endswith("/")
 
 
@@ -274,7 +276,7 @@ def _walk_local(
             if above:  # removed by someone since its parent was listed
                 return
             raise
-    for child in names:  # whose status is not kept: there may be a million
+    for child in names:  # only names are kept: there may be a million
         if child.startswith(TMP_PREFIX) and not temporary:
             continue
         place = folder / child

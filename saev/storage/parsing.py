@@ -1,8 +1,8 @@
-"""What stored bytes mean, or one sentence that says why they mean nothing.
+"""Parsing stored bytes. Bytes that cannot be parsed are an error of one sentence.
 
-Libraries answer bad bytes with errors of any kind. :func:`parsed` is the one place that turns them
-into ours, so it stands around nothing but a library's parser, on bytes that are in memory already
-or that come from a reader whose own errors are of :mod:`saev.errors`.
+Libraries raise errors of any type on bad bytes. :func:`parsed` is the only place that turns these
+into errors of saev. So its block must hold nothing but the call of a library's parser, on bytes
+that are in memory or that come from a reader whose own errors are of :mod:`saev.errors`.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from saev.errors import CorruptDataError, SaevError
 from saev.storage.urls import normalize
 
 MAX_JSON_BYTES = 256 << 20
-"""Objects take many times the memory of their text. The list of a million shards has 150 MB."""
+"""Most bytes of JSON, because objects take many times the memory of their text. The list of a
+million shards has 150 MB."""
 
 _INT64 = 1 << 63
 
@@ -45,7 +46,7 @@ def parsed(
     except SaevError:
         raise
     except BaseException as err:
-        # A panic of Rust's (safetensors) is no Exception, though it is one here.
+        # safetensors raises a panic of Rust, which is no Exception. Here it counts as one.
         if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
             raise
         raise error(f"{normalize(url)} is not {what} ({_reason(err)}). {remedy}") from err
@@ -69,10 +70,10 @@ def parse_text(data: bytes, url: str | os.PathLike) -> str:
 
 
 def parse_json(data: bytes, url: str | os.PathLike) -> tp.Any:
-    """JSON as everything reads it: no NaN or infinity, no key twice, no integer above 64 bits.
+    """JSON that all programs read: no NaN or infinity, no key twice, no integer above 64 bits.
 
     Raises:
-        CorruptDataError: it is not that, or is larger than :data:`MAX_JSON_BYTES`.
+        CorruptDataError: the bytes are not such JSON, or more than :data:`MAX_JSON_BYTES`.
     """
     if len(data) > MAX_JSON_BYTES:
         raise CorruptDataError(
@@ -93,7 +94,7 @@ def parse_json(data: bytes, url: str | os.PathLike) -> tp.Any:
 
 
 def parse_toml(data: bytes, url: str | os.PathLike, error: type[SaevError]) -> dict[str, tp.Any]:
-    """TOML, with the line and column of a mistake."""
+    """Parse TOML. Raises ``error``, which names the line and column of a mistake."""
     with parsed(url, "valid TOML", remedy="Correct it.", error=error):
         return tomllib.loads(parse_text(data, url))
 
@@ -145,14 +146,14 @@ def parse_tensors(
     """Arrays of a safetensors object.
 
     Args:
-        data: the object; its header is compared with its size before anything is made of it.
+        data: the object. Its header is compared with its size before memory is allocated.
         url: where it is from.
         expected: dtype and shape of every array; an axis of -1 may have any length. Without it any
             arrays are taken.
         remedy: what to do about a damaged one.
 
     Raises:
-        CorruptDataError: it is no such object, or has other arrays.
+        CorruptDataError: the bytes are no such object, or it has other arrays.
     """
     import safetensors.numpy
 

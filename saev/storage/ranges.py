@@ -62,7 +62,7 @@ class RangeReader:
         self._fill(offset, buffer, self._source.readinto)
 
     def reread(self, offset: int, buffer: tp.Any) -> None:
-        """:meth:`readinto` past every cache, whose content is dropped: for bytes that are wrong."""
+        """As :meth:`readinto`, but past every cache, for bytes that are wrong. Caches drop them."""
         self._fill(offset, buffer, self._source.reread)
 
     def _fill(

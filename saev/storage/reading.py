@@ -38,11 +38,11 @@ def read_bytes(url: str | os.PathLike, *, fresh: bool = False) -> bytes:
 
 
 def read_parsed(url: str | os.PathLike, parse: Callable[[bytes], T]) -> T:
-    """A whole object, parsed; what does not parse is read again before that is said.
+    """A whole object, parsed. If it does not parse, it is read again before that is an error.
 
     Args:
         url: the object.
-        parse: raises a SaevError on what it does not know.
+        parse: parses bytes. It raises a SaevError on bytes that it cannot parse.
     """
     text = normalize(url)
     found: list[T] = []

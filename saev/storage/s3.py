@@ -37,7 +37,7 @@ end, so one serves all ranges of an object for some minutes. A range itself need
 _MOST_BODY = 64 << 10
 """Bytes of a refusal that are read."""
 _FRESH_S = 1.0
-"""A signature as young as that is not made again when the store calls it too old."""
+"""A signature younger than this is not made again if the store says that it has expired."""
 
 
 class Bucket:

@@ -26,11 +26,11 @@ class Page(tp.NamedTuple):
 
     rows: list[Row]
     token: str
-    """What the next page is asked for by; "" after the last one."""
+    """The token that asks for the next page; "" on the last page."""
 
 
 def objects(bucket: Bucket, prefix: str) -> Iterator[Row] | None:
-    """All objects whose keys begin with a prefix, in order; None where s3fs has to be asked.
+    """All objects whose keys begin with a prefix, in order; None if s3fs has to list them.
 
     Raises:
         OSError: the store refuses, or does not answer.
@@ -47,7 +47,7 @@ def _rows(bucket: Bucket, prefix: str, page: Page | None) -> Iterator[Row]:
 
 @retry
 def _page(bucket: Bucket, prefix: str, token: str) -> Page | None:
-    """A page; None if the store sends us elsewhere, which s3fs knows to follow."""
+    """A page; None if the store sends us to another region, which s3fs can follow."""
     query = {**_QUERY, "prefix": prefix, **({"continuation-token": token} if token else {})}
     target = bucket.target_of_listing(query)
     try:
@@ -65,7 +65,11 @@ def _page(bucket: Bucket, prefix: str, token: str) -> Page | None:
 
 
 def parse(body: bytes) -> Page:
-    """An answer's XML. Raises OSError if it is cut off or is none: asked again, it may be sound."""
+    """Parse an answer's XML.
+
+    Raises:
+        OSError: it is damaged or no listing. The request is then sent again.
+    """
     reader = _Reader()
     try:
         reader.parser.Parse(body, True)

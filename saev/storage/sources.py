@@ -30,7 +30,7 @@ class Source(tp.Protocol):
         """Fill ``view``, which is not empty and ends inside the object."""
 
     def reread(self, offset: int, view: memoryview) -> None:
-        """The same past every cache, dropping what these hold of it."""
+        """As :meth:`readinto`, but past every cache. Caches drop what they hold of these bytes."""
 
     def close(self) -> None:
         """Release what it holds. May be called twice."""
@@ -156,11 +156,11 @@ class FsspecObject:
 
 
 def cat_file(fs: fsspec.AbstractFileSystem, key: str, **span: int) -> bytes:
-    """An object or a range of it. What a client itself finds damaged on the way passes."""
+    """An object or a range of it. Damage on the way that a client finds is a ConnectionError."""
     try:
         return tp.cast(bytes, fs.cat_file(key, **span))
     except Exception as err:
-        if type(err).__name__ != "FlexibleChecksumError":  # of botocore, which need not be there
+        if type(err).__name__ != "FlexibleChecksumError":  # of botocore, which may not be installed
             raise
         raise ConnectionError(
             f"the bytes arrived with another checksum than was sent: {err}"
@@ -170,7 +170,7 @@ def cat_file(fs: fsspec.AbstractFileSystem, key: str, **span: int) -> bytes:
 def past_caches(fs: fsspec.AbstractFileSystem, key: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system behind fsspec's caches (simplecache::…), which then forget the object."""
     while isinstance(fs, CachingFileSystem):
-        with contextlib.suppress(Exception):  # it was not in the cache, or this kind cannot forget
+        with contextlib.suppress(Exception):  # not in the cache, or a cache that cannot drop it
             fs.pop_from_cache(key)
         fs = fs.fs
     return fs, key

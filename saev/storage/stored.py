@@ -1,4 +1,4 @@
-"""Places that a stored file names: the one room that decides which of them are opened.
+"""Places that a stored file names. Only this module decides which of them are opened.
 
 A folder may have been copied from elsewhere, so what its files name was chosen by whoever wrote
 them. A file name leads to a file of the folder itself. A URL is followed if it is a plain local
@@ -17,7 +17,7 @@ from saev.errors import ConfigError, CorruptDataError
 from saev.storage.urls import is_chained, is_url, join, local_path, normalize
 
 _KERNEL = ("/proc", "/sys", "/dev")
-"""Folders whose files are no files: reading them may block, never end, or change something."""
+"""Folders of the kernel: reading one of their files may block, never end, or change something."""
 _MEMORY = "/dev/shm"
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f]+")
 _MAGIC = re.compile(r"[*?\[]")
@@ -34,7 +34,7 @@ def inside(folder: str | os.PathLike, *names: str) -> str:
     """URL of what a stored file names below its folder.
 
     Raises:
-        CorruptDataError: a name is not one, or a symbolic link leads out of the folder.
+        CorruptDataError: a name is no file name, or a symbolic link leads out of the folder.
     """
     base = normalize(folder)
     for name in names:
@@ -54,7 +54,7 @@ def inside(folder: str | os.PathLike, *names: str) -> str:
 
 
 def is_below(url: str, folder: str | os.PathLike) -> bool:
-    """Whether a place that a stored file names is below a folder, as far as its text says."""
+    """Whether a place that a stored file names is below a folder, judged by the text of the URL."""
     if ".." in url.split("/"):
         return False
     base = normalize(folder)
@@ -74,14 +74,14 @@ def recorded_folder(url: tp.Any, record: str | os.PathLike, remedy: str) -> str:
     Args:
         url: what the file names.
         record: the file.
-        remedy: how the user names such a folder himself, as in "--data.shards".
+        remedy: a sentence that tells users how to name the folder themselves.
 
     Returns:
-        It, if it may be opened: a plain local folder, of which :func:`check_closed` has still to
-        look at the inside, or one in the bucket that ``record`` is in.
+        The normalised URL, which may be opened. It is a folder in the bucket that ``record`` is in,
+        or a plain local folder, whose links :func:`check_closed` still has to check.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the folder is neither, so only the user may name it.
     """
     place = normalize(record)
     if not isinstance(url, str) or not url or any(ord(c) < 32 for c in url):
@@ -96,10 +96,10 @@ def recorded_folder(url: tp.Any, record: str | os.PathLike, remedy: str) -> str:
 
 
 def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: str) -> None:
-    """That no symbolic link leads out of a local folder which a stored file names.
+    """Check that no symbolic link leads out of a local folder that a stored file names.
 
     Raises:
-        ConfigError: one does; it is named.
+        ConfigError: a link does; the message names it.
     """
     path = local_path(folder)
     if path is None:
@@ -126,7 +126,7 @@ def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: s
 
 
 def _why_not(url: str, record: str) -> str:
-    """Why a URL is not opened on a file's word; "" if it is."""
+    """Why a URL that only a file names is not opened; "" if it may be opened."""
     if is_chained(url):
         return "which opens one place through another"
     path = local_path(url)
@@ -157,7 +157,7 @@ def _bucket(url: str) -> str:
     if not is_url(text):
         return ""
     scheme, _, rest = text.partition("://")
-    # What is in this process's memory is no further away than the file that names it.
+    # All of memory:// lies in this process, as the file does that names it, so it is one bucket.
     return scheme if scheme == "memory" else f"{scheme}://{rest.partition('/')[0]}"
 
 

@@ -4,7 +4,7 @@ Small objects are one PUT. Larger ones are an upload in parts, which becomes an 
 completed. Every attempt is an upload of its own, every part has one content, and a completion is
 sent only when all parts are there. So whatever a network does with a request (its answer is lost,
 it comes late, twice or in another order), a completion publishes all bytes of its attempt or
-nothing. Its answer may be lost, so what counts is what stands there afterwards.
+nothing. The answer to a completion may be lost, so the object that is there afterwards decides.
 """
 
 import base64
@@ -19,7 +19,7 @@ from saev.storage.faults import answer_of, is_passing, retry
 
 PART_BYTES = 32 << 20
 _PARTS_OF_A_SIZE = 2000
-"""After as many parts, parts are twice as large: 10,000 are the most, and 5 TiB must fit."""
+"""After every so many parts, the size of parts doubles: 5 TiB must fit into 10,000 parts."""
 
 
 class Upload(io.RawIOBase):
@@ -43,7 +43,7 @@ class Upload(io.RawIOBase):
         self._digests = b""
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True: an upload can be written to."""
         return True
 
     def tell(self) -> int:
@@ -68,7 +68,7 @@ class Upload(io.RawIOBase):
         return view.nbytes
 
     def publish(self) -> None:
-        """Make it an object.
+        """Finish the upload, so that it is an object.
 
         Raises:
             StorageError: something else stands there now, or nothing.
@@ -85,7 +85,7 @@ class Upload(io.RawIOBase):
         self.close()
 
     def drop(self) -> None:
-        """Leave nothing behind, as far as the store can be reached."""
+        """Abort the upload and delete what was sent of it, if the store can be reached."""
         self._buffer = bytearray()
         self.close()
         if self._upload_id:
@@ -115,7 +115,7 @@ class Upload(io.RawIOBase):
 
     @retry
     def _complete(self) -> str:
-        """Complete the upload, again while the answer is lost; returns what is wrong with it."""
+        """Complete the upload; try again if the answer is lost. Returns what is wrong, or ""."""
         try:
             answer = self._fs.call_s3(
                 "complete_multipart_upload",
@@ -128,7 +128,7 @@ class Upload(io.RawIOBase):
             is_gone = refusal is not None and refusal.code == "NoSuchUpload"
             if not is_gone and not is_passing(err):
                 raise
-            # Maybe it was done, and the answer was lost.
+            # The completion may have succeeded while its answer was lost.
             if self._stands(""):
                 return ""
             if is_gone:
@@ -136,13 +136,13 @@ class Upload(io.RawIOBase):
             raise
         if self._stands(answer.get("ETag", "")):
             return ""
-        return "the store said that it was, and it holds something else"
+        return "the store reported success, but it holds something else"
 
     def _stands(self, etag: str) -> bool:
         """Whether the object holds what was written.
 
-        Its entity tag tells, which for most stores is made of the MD5 of all parts, or is that of
-        the answer to the completion. Where it is another one, the object is read.
+        The object's entity tag tells: most stores make it from the MD5 of all parts, or name it in
+        the answer to the completion. If the tag is another one, the object is read and compared.
         """
         try:
             found = self._call("head_object")

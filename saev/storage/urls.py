@@ -23,7 +23,7 @@ _ARCHIVES = ("zip://", "tar://", "libarchive://", "reference://", "dir://")
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL; everything else is a local path, `::` in it or not."""
+    """Whether a text is a URL. Every other text is a local path, even with `::` in it."""
     return _URL.match(text) is not None
 
 
@@ -89,7 +89,7 @@ def local_path(url: str | os.PathLike) -> Path | None:
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that a normalised URL names, and what the place is called there.
 
-    Not fsspec.core.url_to_fs, which takes every `::` for a chain of file systems.
+    fsspec.core.url_to_fs is used for chains only, because it takes every `::` for a chain.
     """
     if not is_url(url):
         return LocalFileSystem(), url
@@ -109,16 +109,16 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether s3fs is behind it."""
+    """Whether a file system is that of s3fs."""
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return "s3" in protocols
 
 
 def _retry_once(fs: tp.Any) -> None:
-    """Leave waiting to :mod:`saev.storage.faults`, the one place that tells the user meanwhile.
+    """Reduce the retries of s3fs and botocore: :mod:`saev.storage.faults` waits and tells users.
 
-    s3fs tries five times what botocore tries five times. Botocore's second attempt stays, because
-    one listing is many requests. What a user set for botocore stays too.
+    s3fs tries every request five times, and botocore tries each of these five times. Botocore's
+    second attempt stays, because one listing is many requests. A user's settings of botocore stay.
     """
     while isinstance(fs, CachingFileSystem):
         fs = fs.fs

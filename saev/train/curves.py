@@ -31,9 +31,9 @@ class Curves:
     """Rows of one run.
 
     Args:
-        url: the run folder. What it holds of curves is replaced by ``rows``.
+        url: the run folder. The curves in it are replaced by ``rows``.
         rows: what a resumed run goes on from.
-        keep: write nothing: the run is published.
+        keep: write nothing, because the run is published already.
     """
 
     def __init__(self, url: str, rows: CurveRows | None = None, *, keep: bool = False):
@@ -67,7 +67,7 @@ class Curves:
 
     @property
     def listed(self) -> dict[str, storage.Listed]:
-        """What is listed of the curves: not those with times in them, which differ each time."""
+        """The curves in a list of files, without those whose wall times differ each time."""
         return {METRICS: storage.Listed.of(_lines(self.rows).encode())}
 
     def flush(self) -> None:

@@ -1,8 +1,9 @@
-"""What is in a runs' root already: runs and groups that go under other names than they would now.
+"""Runs and groups that a runs' root holds already, under other names than they would get now.
 
 Version 0.1.0 made the seed of an SAE from its place in the sweep, so its run ids are others. And a
-group in flight keeps its name while its sweep grows. Looked for are runs that are complete and
-groups that have resume points; what is found goes on under its name, the rest is grouped anew.
+group whose training has begun keeps its name while its sweep grows. This module looks for complete
+runs and for groups with resume points. What it finds goes on under its old name; all other SAEs are
+grouped anew.
 """
 
 import functools
@@ -20,16 +21,16 @@ class Wanted(tp.NamedTuple):
     """An SAE that is asked for."""
 
     member: Member
-    """Under the name that it has now."""
+    """The SAE under the name that it has now."""
     older: list[Member]
-    """Under those that it had in version 0.1.0."""
+    """The SAE under the names that it had in version 0.1.0."""
 
 
 def choose(by_data: tp.Sequence[tp.Sequence[Wanted]], max_parallel: int) -> list[Group]:
-    """Group SAEs for training, under the names under which they are there already.
+    """Group SAEs for training. Those that are there already keep their names.
 
     Args:
-        by_data: SAEs that can share batches stand together.
+        by_data: lists of SAEs that can share batches.
         max_parallel: most SAEs in a group; 0 for all.
 
     Raises:
@@ -81,7 +82,7 @@ def _published_before(one: Wanted, root: "_Root") -> Member | None:
 
 
 class _Root:
-    """What lies below a runs' root, looked at once."""
+    """What lies below a runs' root. Everything is listed at most once."""
 
     def __init__(self, url: str):
         self._url = url
@@ -98,14 +99,14 @@ class _Root:
         return _folders(url) if resume.FOLDER in self._names else frozenset()
 
     def is_complete(self, member: Member) -> bool:
-        """Whether a run is published that was named by the same rules."""
+        """Whether the run of a member is published, and was resolved by the same rules."""
         if member.run_id not in self._names:
             return False
         record = member.record()
         return bool(record) and record.get("rules", 1) == member.rules
 
     def in_flight(self, group: str) -> resume.Flight:
-        """What a group's newest resume point says; of no runs if it is damaged."""
+        """The runs of a group's newest resume point; no runs if no point is intact."""
         if group not in self._flights:
             url = storage.join(self._url, resume.FOLDER, group)
             self._flights[group] = resume.flight(url)

@@ -1,8 +1,8 @@
 """Measuring trained SAEs on held-out activations, in the form in which they are used.
 
 SAEs that aim at an L0 are calibrated first (:mod:`saev.nn.calibration`), on the tokens of every
-second held-out example, and reported on the others. Beside that stand the same figures of tokens
-that they were trained on.
+second held-out example, and reported on the others. The same figures are measured on tokens that
+they were trained on, too.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ _VAL_SEED = 0
 
 
 class Evaluation(tp.TypedDict):
-    """What run.json says of an SAE beside its name; without held-out tokens, no figures."""
+    """What run.json says of an SAE's evaluation. Without held-out tokens `metrics` is empty."""
 
     metrics: Metrics
-    """Of held-out tokens; of those that it was not calibrated on, if it was."""
+    """Figures of held-out tokens, except those that the SAE was calibrated on."""
     train_metrics: tp.NotRequired[Metrics]
-    """Of as many tokens of the training side."""
+    """The same figures of as many tokens of the training side."""
     calibration: tp.NotRequired[Metrics]
-    """Target, level, and of the tokens that it was found on: number and L0 before."""
+    """Target L0, level, number of the tokens that decided the level, and their L0 before."""
 
 
 class _Rows(tp.NamedTuple):
@@ -57,7 +57,7 @@ class _Tokens:
         data: which side.
         n_most: the most tokens.
         device: of the batches.
-        progress: what is told.
+        progress: where progress is shown.
     """
 
     def __init__(self, data: LoaderConfig, n_most: int, device: torch.device, progress: Progress):
@@ -76,7 +76,7 @@ class _Tokens:
         self._open.close()
 
     def batches(self, title: str) -> Iterator[_Rows]:
-        """All of them, always in the same batches."""
+        """All tokens, always in the same batches."""
         with (
             ShuffledLoader(
                 self._shards,
@@ -100,7 +100,7 @@ class _Tokens:
 
 
 def aim(config: TrainConfig) -> float | None:
-    """The L0 that an SAE is to have, if its activation alone does not see to it."""
+    """The L0 that an SAE aims at; None if there is none, or if its activation fixes it (TopK)."""
     activation = config.sae.activation
     return activation.top_k if isinstance(activation, BatchTopK) else config.objective.target_l0
 
@@ -121,7 +121,10 @@ def evaluate(
         saes: those that aim at an L0 are changed.
         configs: of the SAEs; they share their data.
         device: where the SAEs are.
-        progress: what is told.
+        progress: where progress is shown.
+
+    Returns:
+        One evaluation per SAE, in their order.
     """
     found: list[Evaluation] = [{"metrics": {}} for _ in saes]
     if not saes or not configs[0].n_val:
@@ -154,7 +157,8 @@ def _calibrate(
     if not n_tokens or not n_others:
         logger.warning(
             "Thresholds are not calibrated: of the held-out tokens (--n-val), %d are of examples "
-            "to calibrate on and %d of others to report on; both need some.",
+            "to calibrate on and %d of others to report on; both need some. Raise --n-val, or use "
+            "more images.",
             *(n_tokens, n_others),
         )
         return {}

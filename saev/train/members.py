@@ -27,7 +27,7 @@ class Member(tp.NamedTuple):
     config: TrainConfig
     """Fully resolved."""
     rules: int = RULES
-    """Those that its config was resolved by."""
+    """Number of the rules by which its config was resolved."""
 
     @property
     def url(self) -> str:
@@ -48,7 +48,11 @@ class Member(tp.NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is published, by a run.json that can be read and is of this run."""
+        """Whether it is published, with a run.json that names this run.
+
+        Raises:
+            CorruptDataError: run.json is no JSON.
+        """
         return self.record().get("run_id") == self.run_id
 
 
@@ -81,5 +85,5 @@ class Group(tp.NamedTuple):
 
     @classmethod
     def of(cls, members: tp.Sequence[Member]) -> "Group":
-        """Named by its members."""
+        """A group that is named by its members."""
         return cls(digest([m.run_id for m in members]), tuple(members))

@@ -69,7 +69,7 @@ def layer_stats(shards: Shards, data: DataConfig) -> LayerStats:
         if not (np.isfinite(recorded.mean).all() and math.isfinite(recorded.mean_sq_norm)):
             raise finite.find(shards, layer) or CorruptDataError(
                 f"The statistics of layer {layer} in {shards.url} hold NaN or infinity, but its "
-                "activations do not. Record it again."
+                "activations do not. Record the shards again."
             )
         return recorded
     n_cls = int(shards.metadata.cls_token)

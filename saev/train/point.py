@@ -1,6 +1,6 @@
 """One resume point on storage: its tensors, its curves, and a pointer that lists both.
 
-The pointer is written last. What it lists is right byte for byte, or the point is damaged.
+The pointer is written last. A point is damaged if one byte of what its pointer lists is wrong.
 Version 0.1.0 wrote pointers without a list, and no curves.
 """
 
@@ -28,7 +28,7 @@ Row = dict[str, float | int | None]
 
 
 class CurveRows(tp.NamedTuple):
-    """The curves of one run until a step."""
+    """The curves of one run up to a step."""
 
     metrics: list[Row]
     timings: list[Row]
@@ -85,9 +85,9 @@ def read(url: str) -> ResumePoint:
     """The point of a pointer.
 
     Raises:
-        CorruptDataError: it is proven to be damaged: other bytes were read more than once, or two
-            listings do not have an object.
-        StorageError: it cannot be read, which says nothing about it.
+        CorruptDataError: the point is proven to be damaged: every read gave the same wrong bytes,
+            or an object is missing from two listings.
+        StorageError: the point cannot be read, which says nothing about its bytes.
     """
     pointer = read_pointer(url)
     place, name = storage.parent(url), stem(pointer.step)
@@ -186,7 +186,7 @@ def _lines(data: bytes, url: str) -> Iterator[tuple[str, Row, Row]]:
 
 
 def _write_tensors(out: storage.ChecksumWriter, point: ResumePoint) -> None:
-    """Write the safetensors format tensor by tensor: the state may be most of the memory there is.
+    """Write the safetensors format tensor by tensor: the state may fill most of the memory.
 
     Format: https://huggingface.co/docs/safetensors (length of the header as little-endian u64, the
     header as JSON padded with spaces, the buffers in the header's order).

@@ -34,7 +34,7 @@ def groups(
 ) -> list[Group]:
     """Every SAE that ``cfg`` and its sweep ask for, grouped by the batches they can share.
 
-    What an earlier version trained, or began to train, under another name keeps that name.
+    An SAE that an earlier version trained, or began to train, under another name keeps that name.
 
     Args:
         cfg: what the command line said.
@@ -67,7 +67,7 @@ def _older(one: Asked, member: Member, places: Places) -> tp.Iterator[Member]:
     seed = one.config.seed + (one.position or 0)
     try:
         config = resolve_one(one.config.model_copy(update={"seed": seed}), places, before=True)
-    except ConfigError:  # it could not be asked for then
+    except ConfigError:  # version 0.1.0 refused such a config
         return
     name = run_id(config, places)
     if name != member.run_id:
@@ -77,7 +77,7 @@ def _older(one: Asked, member: Member, places: Places) -> tp.Iterator[Member]:
 def derived_seed(config: TrainConfig) -> int:
     """The seed of an SAE in a sweep: a hash of its config, with the seed that was given in it.
 
-    So it does not depend on the other SAEs of the sweep, nor on where the data is.
+    So the seed does not depend on the other SAEs of the sweep, nor on where the data is.
     """
     raw = _hashed(config)
     for side in ("train_data", "val_data"):
@@ -93,7 +93,7 @@ def resolve_one(
     Args:
         cfg: what was asked for.
         places: opened shards folders.
-        before: by the rules of version 0.1.0, whose runs are looked for.
+        before: resolve by the rules of version 0.1.0, to find its runs.
     """
     places = places or Places()
     if not cfg.train_data.shards:
@@ -122,7 +122,7 @@ def resolve_one(
         _check_target(cfg.objective.target_l0, activation, d_sae)
     batch_size = cfg.batch_size or default_batch_size(cfg.n_train)
     n_steps = math.ceil(cfg.n_train / min(batch_size, places.n_tokens(train)))
-    if before:  # as if there were enough tokens for such a batch
+    if before:  # version 0.1.0 did not compare the batch with the tokens
         n_steps = math.ceil(cfg.n_train / batch_size)
     found = cfg.model_copy(
         update={
@@ -170,8 +170,8 @@ def default_dead_after(n_train: int) -> int:
 
 
 def default_objective(cfg: TrainConfig) -> Objective:
-    """With λ as a number where there is a penalty and no target, and with ``k_aux`` half of k (or
-    of the target) where there is one.
+    """The objective with its defaults decided: λ if there is a penalty without a target, and
+    ``k_aux`` as half of k or of the target if there is one.
 
     AuxK latents then compete for a token as they would if they were alive. Gao et al. take half of
     d_model, and there are always more dead latents than that; here there are fewer, so all of them
@@ -201,14 +201,14 @@ def _check_target(target: float, activation: Activation, d_sae: int) -> None:
 
 
 LONGEST_WARMUP = 0.5
-"""Share of the run that is left of a warm-up that is longer than the run."""
+"""Share of the run to which a warm-up that is longer than the run is cut."""
 
 
 def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bool) -> int:
     """Steps of a warm-up: as wanted or, by default, a share of the run.
 
-    One that is longer than the run would leave the rate, or the penalty, below what was asked for
-    in every step.
+    A warm-up that is longer than the run is cut: otherwise the rate, or the penalty, would be below
+    what was asked for in every step.
     """
     wanted: int | None = getattr(cfg, key)
     if wanted is None:
@@ -244,14 +244,15 @@ def run_id(config: TrainConfig, places: Places | None = None) -> str:
         if side in raw:
             shards = places[raw[side]["shards"]]
             raw[side]["shards"] = [shards.metadata.hash, shards.n_examples]
-    # Version 0.1.0 evaluated without a word on activations of another model.
+    # Version 0.1.0 evaluated on activations of another model without a warning. Its runs must not
+    # pass for ones that name the difference.
     other = {"other_model": True} if other_model(config, places) else {}
     numerics = NUMERICS[config.sae.activation.kind]
     return digest({"numerics": numerics, "config": raw, **other})
 
 
 def _hashed(config: TrainConfig) -> dict[str, tp.Any]:
-    """What of a resolved config decides the result, with the shards' URLs."""
+    """The keys of a resolved config that decide the result, with the shards as URLs."""
     raw = {k: v for k, v in config.identity().items() if k not in UNSWEPT}
     if not config.n_val:
         del raw["val_data"]

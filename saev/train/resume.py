@@ -8,9 +8,9 @@
         generation-2/step-…              the points since then
         set-aside-1/<run_id>/…           the curves until then
 
-A point is used if every byte of it is as it was written. Only proven damage passes it over; an
-error that says nothing about its bytes is waited for. Version 0.1.0 wrote points without curves;
-theirs are in the run folders. The folder is deleted when the group's runs are published.
+A point is used only if every byte of it is as it was written. It is passed over only if damage is
+proven. After any other error it is read again, for some minutes. Version 0.1.0 wrote points without
+curves; theirs are in the run folders. The folder is deleted when the group's runs are published.
 """
 
 import logging
@@ -37,9 +37,9 @@ class Patience(tp.NamedTuple):
     """How long to wait for a storage that does not answer as it should."""
 
     total_s: float = 600.0
-    """In all."""
+    """Seconds in all."""
     pause_s: float = 30.0
-    """Between two tries, each of which is said."""
+    """Seconds between two tries, each of which is logged."""
 
 
 PATIENCE = Patience()
@@ -136,13 +136,13 @@ class Points:
         """
         stem = points.stem(point.step)
         storage.clean_temporary(self._place)
-        # What is deleted was there before anything is written.
+        # Only what is listed here, before anything is written, is deleted below.
         before = [e for e in storage.list_dir(self._place, missing_ok=True) if not e.is_dir]
         self._check_alone(before)
         if self._known is not None:
             self._known.add(stem)
         for entry in before:
-            if entry.name == f"{stem}.json":  # it must not come to stand for new tensors
+            if entry.name == f"{stem}.json":  # an old pointer must not stand beside new tensors
                 storage.delete(entry.url)
         points.write(self._place, point)
         try:
@@ -155,9 +155,9 @@ class Points:
         others = stems - self._known if self._known is not None else set()
         if others:
             raise StorageError(
-                f"Another worker trains the same SAEs: since this one began, {max(others)} of it "
-                f"has come to {self._place}. This one stops, and leaves that point as it is. When "
-                "no worker is left, the same command continues from there."
+                f"Another worker trains the same SAEs: it wrote {max(others)} to {self._place} "
+                "after this one began. This one stops, and leaves that resume point as it is. When "
+                "no worker is left, run the same command again; it continues from there."
             )
 
     def history(self) -> dict[str, tp.Any]:
@@ -176,7 +176,7 @@ class Points:
             place = storage.join(self.url, f"generation-{self.generation}.json")
             try:
                 self.set_aside = list(storage.read_sealed(place).record["set_aside"])
-            except (CorruptDataError, KeyError, TypeError) as err:  # that it is there is enough
+            except (CorruptDataError, KeyError, TypeError) as err:  # that it exists is enough
                 logger.warning("%s", err)
 
     def _begin_anew(self, damaged: list[dict[str, tp.Any]], run_urls: tp.Sequence[str]) -> None:
@@ -203,7 +203,7 @@ class Points:
 
 
 def _delete_older(before: tp.Sequence[storage.Entry], newest: str) -> None:
-    """Delete what there was before the newest point was written, but for the one below it."""
+    """Delete what was there before the newest point was written, except the point before it."""
     others = [e for e in before if e.name.startswith("step-") and points.stem_of(e.name) != newest]
     lower = {points.stem_of(e.name) for e in others if points.is_pointer(e.name)}
     kept = sorted(stem for stem in lower if stem < newest)[1 - N_KEPT :]
@@ -220,7 +220,7 @@ def clear(url: str) -> None:
 
 
 class Flight(tp.NamedTuple):
-    """Which runs a group in flight is of."""
+    """The runs of a group whose training has begun and is not finished."""
 
     run_ids: tuple[str, ...]
     rules: int

@@ -48,8 +48,8 @@ _FLUSH_SECONDS = 60.0
 class Trainer:
     """Trains the SAEs of one group. Use as a context manager.
 
-    Of several ranks each has a trainer, which does what all others do, on its share of every batch;
-    rank 0's alone writes anything.
+    If there are several ranks, each has a trainer, which works on its share of every batch. Only
+    the trainer of rank 0 writes anything.
 
     Args:
         members: SAEs that share their batches, with resolved configs.
@@ -96,7 +96,7 @@ class Trainer:
             say_once(
                 logger,
                 f"{data.shards} has {self.batch_size} tokens to train on, fewer than batch_size "
-                f"{batch_size}: batches are that small.",
+                f"{batch_size}: batches are smaller than asked for.",
             )
         if self._ranks.size > 1 and self.batch_size < _FEW_ROWS * self._ranks.size:
             logger.warning(
@@ -296,13 +296,13 @@ class Trainer:
             curve.flush()
 
     def _start_curves(self, point: resume.ResumePoint | None) -> list[Curves]:
-        """One for each member, as they were at the resume point. What is published stays."""
+        """The curves of each member, as they were at the resume point. Published curves stay."""
         curves = []
         for index, member in enumerate(self.members):
             rows = None
             if point is not None and point.curves is not None:
                 rows = point.curves.get(member.run_id)
-            elif point is not None:  # of version 0.1.0
+            elif point is not None:  # a point of version 0.1.0
                 rows = of_run_folder(member.url, int(point.meta["n_rows"]))
             curves.append(Curves(member.url, rows, keep=index in self._done))
         return curves
@@ -439,19 +439,19 @@ class Trainer:
 def _say_what_was_found(
     members: tp.Sequence[Member], measured: tp.Sequence[evaluate.Evaluation]
 ) -> None:
-    """L0 beside what was asked for, and what is missing where nothing is held out."""
+    """Log each SAE's L0 and its target, and warn if nothing is held out."""
     aims = [evaluate.aim(member.config) for member in members]
     for member, found, aim in zip(members, measured, aims, strict=True):
         if aim is not None and found["metrics"]:
             logger.info(
-                "%s: L0 %.1f on held-out tokens, %.1f on training tokens; asked for were %g.",
+                "%s: L0 %.1f on held-out tokens, %.1f on training tokens; the target was %g.",
                 *(member.run_id, found["metrics"]["l0"], found["train_metrics"]["l0"], aim),
             )
     if any(aim is not None and not m["metrics"] for aim, m in zip(aims, measured, strict=True)):
         logger.warning(
             "Nothing is held out, so thresholds stay as training left them: on other images, L0 "
-            "is likely to be higher than asked for. Training keeps a share of the examples for "
-            "that unless --n-val is 0."
+            "is likely to be higher than asked for. Unless --n-val is 0, training keeps a share "
+            "of the examples for that if there are enough images."
         )
 
 

@@ -31,7 +31,7 @@ class Row:
     metrics: dict[str, tp.Any]
     """What inference measured."""
     other_model: tp.Sequence[str] = ()
-    """In what the activations differ from those of training, if that was allowed."""
+    """How the activations differ from those of training, if such a difference was allowed."""
     on_front: bool = False
     """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
 
@@ -109,7 +109,7 @@ def _rows_of(run: str) -> list[Row]:
 
 
 def _dataset(root: str, shards: str) -> str:
-    if not storage.is_file_name(shards):  # a result names it
+    if not storage.is_file_name(shards):  # a result names the folder, so its name is not trusted
         return ""
     place = storage.join(root, "shards", shards, "metadata.json")
     return str(storage.read_json(place).get("dataset", "")) if storage.exists(place) else ""

@@ -69,9 +69,9 @@ class Report:
     """Latents that were asked for by number."""
     frequency: Float[np.ndarray, " d_sae"]
     other_model: tp.Sequence[str] = ()
-    """In what the activations differ from those that the SAE was trained on; a warning."""
+    """How the activations differ from those that the SAE was trained on; shown as a warning."""
     activations: str = ""
-    """What they are, in words, shown below everything."""
+    """What the activations are, in words, shown below everything."""
     note: str = ""
     """Shown above the latents, for example why there are few."""
 

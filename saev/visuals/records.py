@@ -12,7 +12,7 @@ RECORD = "latent.json"
 PictureName = tp.Annotated[
     str, pydantic.Field(pattern=r"^[0-9]{2,9}-(plain|highlight|segmentation)\.webp$")
 ]
-"""A file beside the record: of no other kind, and in no other folder."""
+"""File name of a picture beside the record. No other kind of file and no other folder fits."""
 
 
 class ClassShare(Config):

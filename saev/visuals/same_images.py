@@ -1,8 +1,8 @@
 """Whether a dataset holds the images that activations were recorded from.
 
-The digest that was recorded decides: it is over names below the root, sizes in bytes and labels,
-of masks too, so it is the same wherever the images lie. Where it differs, or none was recorded, the
-table of examples says what differs first.
+The recorded digest decides. It covers names below the root, sizes in bytes and labels, also those
+of masks, so it is the same wherever the images lie. If it differs, or none was recorded, the table
+of examples says what differs first.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from saev.shards import Shards
 logger = logging.getLogger(__name__)
 
 _MAX_DECODED = 2000
-"""Images that are looked into to find the first that differs, where names do not tell."""
+"""Most images that are decoded to find the first that differs, if names do not tell."""
 
 
 def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
@@ -64,8 +64,8 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
     if not rows:
         say_once(
             logger,
-            f"{shards.url} does not say which images it was recorded from, but for their number "
-            f"({metadata.n_examples}): whether these are the ones is not checked.",
+            f"{shards.url} does not say which images it was recorded from, except for their number "
+            f"({metadata.n_examples}): it is not checked whether these are the same images.",
         )
 
 
@@ -82,17 +82,17 @@ class Row:
     height: int
     width: int
     digest: int | None
-    """Of name, sizes and label; None in shards of version 0.1.0."""
+    """CRC-32C of name, sizes and label; None in shards of version 0.1.0."""
 
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def check_pixels(image: Image.Image, height: int | None, width: int | None, url: str) -> None:
-    """That an image has the size in pixels that it was recorded with, if that is known.
+    """Check that an image has the size in pixels that it was recorded with, if that is known.
 
     Raises:
-        ImageError: it has another one.
+        ImageError: it has another size.
     """
     if height and width and (width, height) != image.size:
         raise ImageError(
@@ -159,7 +159,7 @@ def _first_of_other_number(rows: Sequence[Row], dataset: ImageDataset) -> str:
 
 
 def _endings(url: str) -> Iterator[str]:
-    """A URL without the first components, from none of them to all but the last."""
+    """A URL, and the same without its first component, its first two, and so on."""
     rest = url
     while rest:
         yield rest

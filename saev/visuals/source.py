@@ -65,7 +65,7 @@ class Source:
         data: where the images are now; None takes the place that the shards' metadata names.
 
     Raises:
-        ConfigError: the metadata names no place that is opened on its word (see
+        ConfigError: the metadata names a place that only the user may name (see
             :mod:`saev.storage.stored`), or another kind or number of images is there.
         ImageError: other images are there; the first is named.
         StorageError: the images are gone.
@@ -103,7 +103,7 @@ class Source:
         info = self._dataset.example(index)
         with _remedied():
             image = self._dataset.load(index)
-            if "height" in row:  # files of equal names and sizes in bytes may be others
+            if "height" in row:  # equal names and sizes in bytes do not prove equal images
                 same_images.check_pixels(image, row["height"], row["width"], info.url)
             mask = self._dataset.load_mask(index)
         labels = self._token_labels(example)
@@ -132,8 +132,8 @@ def recorded_data(shards: Shards) -> ImageData:
     """The dataset's config as the shards' metadata has it.
 
     Raises:
-        ConfigError: it has none that can be read, as in protocol 2.1, where it is a pickle; or it
-            names a place that is not opened on its word.
+        ConfigError: the config cannot be read, as in protocol 2.1, where it is a pickle; or it
+            names a place that only the user may name.
     """
     place = storage.join(shards.url, protocol.METADATA)
     raw = shards.metadata.data
@@ -160,7 +160,7 @@ def recorded_data(shards: Shards) -> ImageData:
 
 
 def _trusted(config: ImageData, place: str) -> ImageData:
-    """A dataset's config that a file names, if what it leads to may be opened."""
+    """A dataset's config from a stored file, if all places that it names may be opened."""
     if isinstance(config, ImgFolder | ImgSegFolder):
         remedy = f"If it is yours: data:{config.kind} --data.root {config.root}"
         root = storage.recorded_folder(config.root, place, remedy)
@@ -184,7 +184,7 @@ def _trusted(config: ImageData, place: str) -> ImageData:
 
 
 def _check_parts(config: ImgSegFolder, place: str, remedy: str) -> None:
-    """What a segmentation dataset's config names beside its root."""
+    """Check the split and the map of labels that a segmentation dataset's config names."""
     for what, path in (("split", config.split), ("mask_map", config.mask_map)):
         if what == "mask_map" and (storage.is_url(path) or path.startswith(("/", "~"))):
             folder = storage.recorded_folder(storage.parent(path), place, remedy)

@@ -218,7 +218,7 @@ def strip_prefix(
 
 
 def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked: bool) -> None:
-    """Say that position embeddings are interpolated, where they are.
+    """Log that position embeddings are interpolated, if they are.
 
     Args:
         arch: the architecture.

@@ -44,8 +44,9 @@ class Tower:
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the weights were read from one."""
     network: str | None = None
-    """Which network it is, wherever its weights lie: equal names are built alike. It ends in
-    ``/random`` where the weights are untrained. If None: the checkpoint without its file's URL."""
+    """Name of the network, wherever its weights lie. Networks of equal names are built alike. The
+    name ends in ``/random`` if the weights are untrained. None stands for the checkpoint's name
+    without the URL of its file."""
     network_before: str | None = None
     """The network that version 0.1.0 of saev built from this checkpoint, if that was another."""
 

@@ -122,15 +122,15 @@ class _Choice(tp.NamedTuple):
     """How weights are built into a network, and how images are made for it."""
 
     config: dict[str, tp.Any]
-    """Of the network."""
+    """Config of the network."""
     preprocess: Mapping[str, tp.Any]
     mistaken: bool
-    """Whether version 0.1.0 built another network: without a tag it had the architecture's own
-    activation function."""
+    """Whether version 0.1.0 built another network: without a tag, that version always took the
+    architecture's own activation function."""
 
 
 def _choose(arch: str, tag: str | None, weights: checkpoints.Weights | None) -> _Choice:
-    """What the architecture leaves open, by the rules of `saev.vit.tags`."""
+    """Decide what the architecture leaves open, by the rules of `saev.vit.tags`."""
     import open_clip
 
     config = _arch_config(arch)
@@ -287,7 +287,7 @@ def _fill(visual: nn.Module, arch: str, weights: checkpoints.Weights, *, is_aske
             raise ModelError(
                 f"{weights.url} does not fit {arch}: its position embeddings are "
                 f"{list(tensors[key].shape)}, which are no class token and a square of patches; "
-                f"expected {list(own.shape)}."
+                f"expected {list(own.shape)}. Check the architecture before '@'."
             ) from err
         tensors[key] = renamed[f"visual.{key}"]
     checkpoints.load_into(visual, tensors, arch=arch, url=weights.url)

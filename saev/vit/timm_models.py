@@ -38,7 +38,7 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
         own = ckpt.partition(":")[2].removeprefix("timm/")
         if "/" in own or _native(own, None) == own:
             tower = _tower(_create(ckpt, image_size, pretrained=True), image_size)
-            return dataclasses.replace(tower, network=None)  # a config on the hub describes it
+            return dataclasses.replace(tower, network=None)  # its config is on the hub
         ckpt = own
     # The hub calls timm's own models timm/NAME.
     name = checkpoints.parse(ckpt.removeprefix("timm/"))
@@ -115,7 +115,7 @@ def _is_quick(config: tp.Any) -> bool:
 
 
 def _left_open(base: str, configs: Mapping[str, tp.Any]) -> list[tags.Open]:
-    """Preprocessing on which the tags of an architecture disagree; taken is the first tag's."""
+    """Preprocessing on which the tags of an architecture disagree. The first tag decides."""
     taken, found = _config(base), []
     for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size"):
         values = tags.by_value({t: str(getattr(c, key)) for t, c in configs.items()})
@@ -307,7 +307,7 @@ def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor]
 def _say_resized(
     net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str, *, is_asked: bool
 ) -> None:
-    """timm interpolates position embeddings without a word."""
+    """Log that timm interpolates position embeddings, which it does silently."""
     needed = net.state_dict().get("pos_embed")
     found = [t for name, t in tensors.items() if _POSITIONS.search(name) and t.ndim > 1]
     if needed is not None and needed.ndim == 3 and len(found) == 1:

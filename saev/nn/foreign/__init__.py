@@ -1,4 +1,4 @@
-"""SAEs of other projects, one module per format. What is in a file decides who reads it."""
+"""SAEs of other projects, one module per format. The content of a file decides which reads it."""
 
 import typing as tp
 
@@ -55,7 +55,11 @@ def find_in_folder(url: str, names: frozenset[str]) -> Found | None:
 
 
 def find_in_file(url: str) -> Found | None:
-    """Whose SAE a file is, by what it holds; None if it is of no known kind."""
+    """The SAE in a file, whose project its content tells; None if the file is of no known kind.
+
+    Raises:
+        CheckpointError: it is a state dict of an unknown kind.
+    """
     name = storage.name(url)
     if name.endswith((".safetensors", ".json")):  # one of the objects of a folder
         folder = storage.parent(url)

@@ -1,4 +1,4 @@
-"""Files of other projects: nothing in them runs, and no size they claim is believed.
+"""Reading files of other projects: no code in them runs, and no size that they claim is believed.
 
 Sizes are compared with those of the file before anything is allocated.
 """
@@ -31,7 +31,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STATE_DICT_NAMES = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )
-"""What the pickle of a state dict refers to, and nothing else."""
+"""The only names that the pickle of a state dict may refer to."""
 
 
 def parsed(source: str, what: str) -> contextlib.AbstractContextManager[None]:
@@ -104,12 +104,12 @@ def section(config: dict[str, tp.Any], key: str, source: str) -> dict[str, tp.An
 def refuse_flags(
     config: dict[str, tp.Any], *, source: str, project: str, known: Iterable[str]
 ) -> None:
-    """Flags that are true and that nobody here understands stand in the way.
+    """Raise CheckpointError for flags that are true and whose meaning saev does not know.
 
     Args:
         config: a config.
-        source: where it is from.
-        project: whose it is.
+        source: where the config is from.
+        project: whose config it is.
         known: flags that are dealt with, and those that only training or provenance need.
     """
     unknown = sorted(key for key, value in config.items() if value is True and key not in known)
@@ -126,11 +126,11 @@ def take(
     source: str,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Exactly these tensors: none may be missing, and none is dropped without a word.
+    """The wanted tensors of a file, which must hold all of them and no others.
 
     Args:
         tensors: what a file holds.
-        wanted: name → shape in letters, of which equal ones are equal sizes: "DS", "S", "".
+        wanted: name → shape, a letter for each axis; equal letters are equal sizes: "DS", "S", "".
         source: the file.
         sizes: sizes that a config gives to letters.
 
@@ -164,7 +164,7 @@ def take(
 
 
 def names(tensors: Iterable[str], most: int = 12) -> str:
-    """Names in a message."""
+    """Sorted names for a message, at most ``most`` of them."""
     every = [f"{name:.60}" for name in sorted(tensors)]
     return ", ".join(every[:most]) + (", …" if len(every) > most else "") if every else "no tensors"
 
@@ -208,7 +208,7 @@ def _load_torch(data: bytes, source: str) -> tp.Any:
             if not is_stored or claimed > len(data):
                 raise CheckpointError(
                     f"{source} has {len(data)} bytes, but claims to hold {claimed}. It is damaged "
-                    "or hostile."
+                    "or hostile; get it again from its authors."
                 )
             damaged = archive.testzip()  # torch.load does not compare checksums
             if damaged:
@@ -223,16 +223,16 @@ def _load_torch(data: bytes, source: str) -> tp.Any:
 
 
 def _check_size(tensor: Tensor, n_bytes: int, source: str) -> None:
-    """A view with strides of zero is as large as it likes."""
+    """Refuse a tensor larger than its file: a view with strides of zero may claim any size."""
     if tensor.numel() * tensor.element_size() > n_bytes:
         raise CheckpointError(
             f"{source} has shape {list(tensor.shape)}, but the file has only {n_bytes} bytes. It "
-            "is damaged or hostile."
+            "is damaged or hostile; get it again from its authors."
         )
 
 
 def _check_pickle(code: bytes, source: str) -> None:
-    """Refuse what torch.load would refuse later, and what it would allocate for a claim."""
+    """Refuse, before torch.load allocates anything, a pickle that refers to more than tensors."""
     for opcode, argument, _ in pickletools.genops(code):
         if opcode.name == "GLOBAL" and _STATE_DICT_NAMES.fullmatch(str(argument)):
             continue
@@ -257,7 +257,7 @@ def parse_npz(data: bytes, source: str) -> dict[str, Tensor]:
         if claimed > len(data) * _MAX_COMPRESSION:
             raise CheckpointError(
                 f"{source} has {len(data)} bytes, but its arrays claim {claimed}. Weights do not "
-                "compress like that."
+                "compress like that: get the file again from its authors."
             )
         for member in members:
             name = member.filename.removesuffix(".npy")
@@ -277,7 +277,7 @@ def _parse_npy(data: bytes, source: str) -> Tensor:
             raise CheckpointError(f"{source} has npy version {version}, expected 1.0 or 2.0.")
         shape, is_fortran, dtype = read(stream)
         if dtype.kind not in "fiu":
-            raise CheckpointError(f"{source} has dtype {dtype}, expected numbers. Not unpickled.")
+            raise CheckpointError(f"{source} has dtype {dtype}, expected numbers, not objects.")
         left, expected = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
         if left != expected or any(size < 0 for size in shape):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a reader of another project's files gives, and what it is told."""
+"""What readers of other projects' files are told by the user, and what they return."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ class Options:
     centre: Tensor | None = None
     """[d_model], subtracted from x before the SAE saw it."""
     scale: float | None = None
-    """What x - centre was multiplied with after that."""
+    """The factor by which x - centre was multiplied."""
     top_k: int | None = None
     """Latents kept per token, where a state dict does not record it."""
 
@@ -42,9 +42,9 @@ class Imported:
     source: str
     """The file of the weights."""
     needs_scale: bool = False
-    """Its config says that its input was scaled, but not how."""
+    """Whether its config says that its input was scaled, but not by which factor."""
     may_need_scale: bool = False
-    """Its input may have been centred and scaled; its files do not say."""
+    """Whether its input may have been centred and scaled without its files saying so."""
 
     def to_sae(self, options: Options) -> SparseAutoencoder:
         """The SAE on activations as they were recorded.
@@ -72,9 +72,10 @@ class Imported:
             )
         if self.may_need_scale:
             logger.warning(
-                "%s is of a time when the published saev trained on (x - mean)/scale by default, "
-                "and files do not say so. osunlp's DINOv2 SAE needs `centre` and `scale`, those of "
-                "CLIP and BioCLIP do not (docs/python-api.md). Read as if nothing was scaled.",
+                "%s may have been trained on (x - mean)/scale: the published saev of that time did "
+                "so by default, and its files do not say. It is read as if nothing was scaled. "
+                "osunlp's DINOv2 SAE needs `centre` and `scale`, those of CLIP and BioCLIP do not "
+                "(docs/python-api.md).",
                 self.source,
             )
 
@@ -83,10 +84,11 @@ class Reader(tp.NamedTuple):
     """How to read SAEs of one project."""
 
     project: str
-    """Whose it is, in messages."""
+    """Name of the project in messages."""
     files: tuple[str, ...]
-    """Objects by which a folder is known. If it is one, the reader gets it, else the folder."""
+    """Names of the objects in its folders. The reader gets the URL of the object if there is one
+    name, of the folder if there are several."""
     read: tp.Callable[[str, Options], Imported]
-    """Read it."""
+    """Reads the file or folder at a URL."""
     takes: frozenset[str] = frozenset()
     """Options that this project's files need, beside centre and scale."""

@@ -32,7 +32,7 @@ _TIED = "encoder.tied_to."
 
 
 def fits(tensors: dict[str, Tensor]) -> bool:
-    """Whether these look like the tensors of one of its SAEs."""
+    """Whether these look like the tensors of an SAE of overcomplete."""
     return "dictionary.multiplier" in tensors
 
 

@@ -34,8 +34,8 @@ _THRESHOLD = "activation.threshold"
 def read(url: str, options: Options) -> Imported:
     """Read a published ``sae.pt``. Its tensors and header must agree.
 
-    With ``subtract_b_dec`` its encoder saw x - b_dec (files from before August 2025, and all of
-    MatryoshkaSparseAutoencoder's), which is folded: b_enc ← b_enc - b_dec·W_enc.
+    ``subtract_b_dec`` says that its encoder saw x - b_dec (files from before August 2025, and all
+    of MatryoshkaSparseAutoencoder's). This is folded into the weights: b_enc ← b_enc - b_dec·W_enc.
 
     Raises:
         CheckpointError: not such a file, damaged, or of an unknown schema or activation.
@@ -51,7 +51,7 @@ def read(url: str, options: Options) -> Imported:
         assert threshold is not None
         theta = files.take({_THRESHOLD: threshold.reshape(-1)}, {_THRESHOLD: "1"}, url, {"1": 1})
         weights["threshold"] = theta[_THRESHOLD].clamp(min=0).reshape(())
-    # Its loaders of that time centred and scaled by default; those of schema 2 cannot.
+    # Loaders of the time before schema 2 centred and scaled by default. Later ones cannot.
     return Imported(activation, weights, url, may_need_scale=header.get("schema") in (None, 1))
 
 
@@ -97,7 +97,7 @@ def _activation(header: dict[str, tp.Any], has_threshold: bool, url: str) -> Act
     if not has_threshold:
         logger.warning("%s: its BatchTopK had no threshold and was a TopK per token", url)
         return TopK(top_k=top_k, rectify=False)
-    momentum = params.get("momentum", 0.1)  # there, the weight of the new value
+    momentum = params.get("momentum", 0.1)  # there it is the weight of the new value
     if not isinstance(momentum, int | float) or not 0 < momentum <= 1:
         raise CheckpointError(
             f"{url} has momentum = {momentum!r:.60}, expected a number in (0, 1]."
