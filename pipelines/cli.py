@@ -9,7 +9,6 @@ import typing as tp
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
-import rich.console
 import tyro
 
 from pipelines import arguments as a
@@ -17,6 +16,7 @@ from pipelines import settings
 from pipelines.errors import ClusterError
 from saev import interrupts, secrets
 from saev.config.base import Config
+from saev.console import Console
 from saev.errors import ConfigError, SaevError
 
 DESCRIPTION = """\
@@ -26,7 +26,7 @@ Settings come from flags, then the environment, then cluster.toml (see \
 configs/cluster.example.toml). Results are on standard output, everything else on standard error."""
 
 FLAGS = "--flags="
-_ERR = rich.console.Console(stderr=True)
+_ERR = Console(stderr=True, markup=False)
 
 
 def main(argv: collections.abc.Sequence[str] | None = None) -> None:
@@ -233,10 +233,10 @@ def _settings(command: tp.Any) -> settings.Settings:
     return settings.load(flags, command.cluster.cluster_file)
 
 
-def _out() -> rich.console.Console:
+def _out() -> Console:
     """Standard output; not cut to 80 columns where it is no terminal."""
-    console = rich.console.Console()
-    return console if console.is_terminal else rich.console.Console(width=200)
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=200, markup=False)
 
 
 def _say(text: str) -> None:

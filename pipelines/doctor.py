@@ -37,8 +37,8 @@ def examine(
     is_well = True
     for finding in _findings(settings, pod=pod, dataset=dataset):
         is_well = is_well and finding.level != "fail"
-        text = f"[{_STYLES[finding.level]}]{finding.level:5}[/]"
-        console.print(f"{text}{finding.what}: ", end="", highlight=False)
+        console.print(f"{finding.level:5}", style=_STYLES[finding.level], end="", highlight=False)
+        console.print(f"{finding.what}: ", end="", highlight=False)
         console.print(finding.found, highlight=False, markup=False, soft_wrap=True)
         if finding.remedy:
             console.print(f"       {finding.remedy}", highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import rich.logging
 import rich.progress
 import rich.text
 
+from saev.console import Console
 from saev.secrets import RedactingFilter
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False):
         self.safe_point = lambda: None
-        console = rich.console.Console(stderr=True)
+        console = Console(stderr=True)
         self.quiet = quiet
         self._bars: rich.progress.Progress | None = None
         if not quiet and console.is_terminal:
@@ -121,7 +122,7 @@ class Progress:
         """Where log lines go so that they do not tear the bars."""
         if self._bars is not None:
             return self._bars.console
-        return rich.console.Console(file=sys.stderr)
+        return Console(file=sys.stderr)
 
     def __enter__(self) -> tp.Self:
         if self._bars is not None:

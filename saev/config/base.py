@@ -42,6 +42,10 @@ class Config(pydantic.BaseModel):
     """Keys that only earlier versions had, each with the key that replaced it ("" for none).
     Configs that have them still parse."""
 
+    hides_keys: tp.ClassVar[bool] = False
+    """Whether secret keys in URLs are hidden instead of refused: for records that saev makes of
+    texts that others stored, such as labels."""
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _take_removed(cls, raw: tp.Any) -> tp.Any:
@@ -58,6 +62,8 @@ class Config(pydantic.BaseModel):
     @classmethod
     def _refuse_keys(cls, raw: tp.Any, info: pydantic.ValidationInfo) -> tp.Any:
         """Refuse URLs that hold a secret key, because a config is shown, stored and hashed."""
+        if cls.hides_keys:
+            return _without_keys(raw)
         if isinstance(raw, dict) and not (info.context or {}).get("stored"):
             for key, value in _texts(raw):
                 if secrets.holds_key(value):
@@ -112,6 +118,17 @@ def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
     if isinstance(value, dict):
         return {key: _identity(v, plain[key]) for key, v in value.items()}
     return plain
+
+
+def _without_keys(value: tp.Any) -> tp.Any:
+    """Plain JSON types, with the secret keys of URLs hidden."""
+    if isinstance(value, str):
+        return secrets.redact(value)
+    if isinstance(value, dict):
+        return {key: _without_keys(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_keys(inner) for inner in value]
+    return value
 
 
 def _texts(value: tp.Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ class ActivationSource(Config):
     """
 
     model_config = pydantic.ConfigDict(extra="ignore")  # of a later version
+    hides_keys: tp.ClassVar = True
 
     family: str | None = None
     """Model family."""

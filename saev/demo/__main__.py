@@ -8,7 +8,6 @@ import typing as tp
 import jinja2
 import numpy as np
 import pydantic
-import rich.console
 import rich.table
 import torch
 import tyro
@@ -18,6 +17,7 @@ from saev import run, storage
 from saev.config import TrainConfig
 from saev.config.base import Config
 from saev.config.run import RunConfig
+from saev.console import Console
 from saev.demo import baselines, photos, weights
 from saev.errors import SaevError
 from saev.inference.results import Results
@@ -150,7 +150,7 @@ def show(rows: list[Measured]) -> None:
             row.name, f"{row.l0:.1f}", f"{row.nmse:.4f}", f"{row.baselines.pca:.4f}",
             f"{row.baselines.random:.4f}", f"{row.n_dead} of {row.d_sae}",
         )  # fmt: skip
-    rich.console.Console(stderr=True).print(table)
+    Console(stderr=True).print(table)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ import time
 import typing as tp
 
 import rich.box
-import rich.console
 import rich.table
 
 from saev import storage
 from saev.config.gc import GcConfig
+from saev.console import Console
 from saev.errors import SaevError, StorageError
 from saev.gc import facts
 from saev.gc.choose import Item, age, choose
 from saev.gc.remove import Outcome, remove
 from saev.gc.scan import scan
+from saev.secrets import redact
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def run(cfg: GcConfig) -> None:
         report = _again(cfg, report)
         _delete(report)
     if cfg.as_json:
-        sys.stdout.write(json.dumps(to_dict(report), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(to_dict(report), indent=1, ensure_ascii=False)
+        sys.stdout.write(redact(text) + "\n")
     elif cfg.delete:
         sys.stdout.write(_summary(report))
     if report.failures:
@@ -125,8 +127,8 @@ def render(report: Report, now: float) -> str:
     """A table of what may go and one of what is kept."""
     going, kept = report.going, [item for item in report.items if item.kept]
     out = io.StringIO()
-    console = rich.console.Console(
-        file=out, width=None if sys.stdout.isatty() else _WIDTH, highlight=False
+    console = Console(
+        file=out, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False
     )
     if going:
         n_bytes = sum(item.n_bytes for item in going)

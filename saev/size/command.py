@@ -6,10 +6,11 @@ import sys
 import typing as tp
 
 import rich.box
-import rich.console
 import rich.table
+import rich.text
 
 from saev.config.size import SizeConfig
+from saev.console import Console
 from saev.size import inputs, models
 from saev.size.estimate import estimate
 from saev.size.rows import Row, Section
@@ -59,16 +60,16 @@ def render(sections: list[Section]) -> str:
     table.add_column(overflow="fold")
     for section in sections:
         table.add_section()
-        table.add_row(f"[bold]{section.name}[/bold]", "", "")
+        table.add_row(rich.text.Text(section.name, style="bold"), "", "")
         for row in section.rows:
             table.add_row(row.what, _value(row), row.how)
     _console(out).print(table)
     return out.getvalue()
 
 
-def _console(out: io.StringIO) -> rich.console.Console:
+def _console(out: io.StringIO) -> Console:
     width = None if sys.stdout.isatty() else _WIDTH
-    return rich.console.Console(file=out, width=width, highlight=False)
+    return Console(file=out, width=width, highlight=False, markup=False)
 
 
 def _value(row: Row) -> str:

@@ -18,6 +18,8 @@ PictureName = tp.Annotated[
 class ClassShare(Config):
     """A class and how much of something it makes up."""
 
+    hides_keys: tp.ClassVar = True
+
     label: int
     """The class as the mask has it."""
     name: str
@@ -28,6 +30,8 @@ class ClassShare(Config):
 
 class ExamplePictures(Config):
     """One of a latent's top images."""
+
+    hides_keys: tp.ClassVar = True
 
     rank: int
     """0 is the image with the highest value."""
@@ -76,6 +80,8 @@ class Histogram(Config):
 
 class LatentRecord(Config):
     """One latent: its numbers and its pictures."""
+
+    hides_keys: tp.ClassVar = True
 
     key: str
     """Hash of everything that the pictures depend on; another key means that they are stale."""

@@ -459,10 +459,7 @@ class _Stage:
         n = self.shards.n_examples
         layer = self.results.metrics.get("layer")
         where = f"layer {layer} of " if layer is not None else ""
-        arch, _, weights = metadata.ckpt.partition("@")
-        ckpt = f"{arch}@{storage.name(weights)}" if weights else arch  # not where they lie
-        model = f"{where}{metadata.family} {ckpt}"
-        return f"{model} · {n:,} images · shards {metadata.hash}"
+        return f"{where}{self.activations.model} · {n:,} images · shards {metadata.hash}"
 
     def _note(self) -> str:
         if self.choice.latents:

@@ -28,6 +28,18 @@ def test_list_shows_the_newest_first(client: Client, kfp: KfpServer) -> None:
     assert lines[-1].strip() == f"{kfp.url}/#/runs"
 
 
+def test_names_are_text_and_keys_are_hidden(client: Client, kfp: KfpServer) -> None:
+    """Brackets mean nothing. Another client may have started a run with a key in its dataset."""
+    kfp.add_run("pets [/old]")
+    place = "s3://AKIAEXAMPLE:SHH@bucket/[/red]pets/[old]"
+    kfp.runs[-1]["runtime_config"]["parameters"]["dataset"] = place
+    for command in ("list", "status"):
+        out = client.ok(command).out
+        assert "s3://***@bucket/[/red]pets/[old]" in out
+        assert "pets [/old]" in out
+        assert "SHH" not in out
+
+
 def test_list_goes_through_pages(client: Client, kfp: KfpServer) -> None:
     for i in range(230):
         kfp.add_run(f"run-{i}")
