@@ -9,7 +9,8 @@ override INTEROP := .venv-interop
 
 # The value of a variable on the command line is text: neither make nor the shell may run a part of
 # it as code (DATASET='$(shell …)', DATASET='a"; …'). The next line switches off make's expansion.
-# Recipes read the environment ("$$DATASET"), so that the shell sees a name and not the text.
+# Recipes read the environment ("$$DATASET"), so that the shell sees a name and not the text. No
+# recipe may have $(DATASET), also not inside $(if …): make would expand what the environment says.
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 export PYTHON DEMO
 
@@ -57,7 +58,7 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 	$(BIN)/python -m saev.demo --root "$$DEMO"
 
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
-	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $(if $(SMALL),--small)
+	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $${SMALL:+--small}
 
 torture: setup ## Kill runs, break requests, flip bits (docs/reliability.md): [TORTURE="--kills 100"]
 	@set -f; $(BIN)/python tests/torture $$TORTURE
@@ -118,7 +119,7 @@ doctor: setup ## Check that a cluster is ready, one line per check
 	$(PIPELINES) doctor $${DATASET:+--dataset "$$DATASET"} $${ROOT:+--root "$$ROOT"} $(MORE)
 
 submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=16" WAIT=1]
-	$(PIPELINES) submit $(JOB_FLAGS) $(if $(filter-out 0,$(WAIT)),--wait)
+	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
 schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
 	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON"

@@ -1,6 +1,7 @@
 """Variables of make are text: what stands in them reaches the command as it is, or not at all."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -49,20 +50,71 @@ PLACES = [
 ]
 
 
+MAKEFILE = (dry_make.ROOT / "Makefile").read_text()
+VARIABLES = sorted({*re.findall(r"\$\$\{?([A-Z_]+)", MAKEFILE), "WHATEVER"})
+TARGETS = re.findall(r"^([a-z0-9-]+):(?!=).*## ", MAKEFILE, re.MULTILINE)
+ORIGINS = pytest.mark.parametrize("origin", ["command line", "environment"])
+
+
+def call(folder: Path, target: str, origin: str, variables: dict[str, str]) -> list[str]:
+    """The words of a target, with its variables from one of two sides."""
+    if origin == "environment":
+        return dry_make.call(folder, target, env=variables)
+    return dry_make.call(folder, target, *(f"{k}={v}" for k, v in variables.items()))
+
+
+@ORIGINS
+@pytest.mark.parametrize("text", CODE)
+def test_a_text_is_no_code(text: str, origin: str, tmp_path: Path) -> None:
+    words = call(tmp_path, "submit", origin, {"DATASET": text})
+    assert words[words.index("--dataset") + 1] == text
+    assert not (tmp_path / "x").exists()
+
+
+@ORIGINS
 @pytest.mark.parametrize(("target", "variable", "before"), PLACES)
-def test_a_variable_is_no_code(target: str, variable: str, before: str, tmp_path: Path) -> None:
-    for text in CODE:
-        words = dry_make.call(tmp_path, target, f"{variable}={text}")
-        assert words[words.index(before) + 1] == text
-        assert not (tmp_path / "x").exists(), text
+def test_a_variable_arrives_as_it_is(
+    target: str, variable: str, before: str, origin: str, tmp_path: Path
+) -> None:
+    text = " ".join(CODE)
+    words = call(tmp_path, target, origin, {variable: text})
+    assert words[words.index(before) + 1] == text
+    assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("variable", ["BENCH", "COMPONENTS", "FLAGS", "WAIT", "IMAGE", "WHATEVER"])
-def test_other_variables_are_no_code_either(variable: str, tmp_path: Path) -> None:
-    target = {"BENCH": "bench", "COMPONENTS": "install", "IMAGE": "image"}.get(variable, "submit")
-    for text in CODE:
-        dry_make.call(tmp_path, target, f"{variable}={text}")
-        assert not (tmp_path / "x").exists(), text
+@ORIGINS
+@pytest.mark.parametrize("text", ["$(shell touch x)", "`touch x`", *CODE[:2]])
+def test_no_variable_of_any_target_is_code(text: str, origin: str, tmp_path: Path) -> None:
+    """Whatever becomes of the targets. PYTHON is the program that is run, so it has its own try."""
+    assert {"BENCH", "SMALL", "WAIT", "COMPONENTS", "FLAGS", "IMAGE"} <= set(VARIABLES)
+    targets = [t for t in TARGETS if t not in ("setup", "interop", "lock", "e2e-servers", "clean")]
+    for names in ([name for name in VARIABLES if name != "PYTHON"], ["PYTHON"]):
+        given = dict.fromkeys(names, text)
+        if origin == "environment":
+            dry_make.run(tmp_path, "-k", *targets, env=given)
+        else:
+            dry_make.run(tmp_path, "-k", *targets, *(f"{k}={v}" for k, v in given.items()))
+        assert not (tmp_path / "x").exists()
+
+
+@ORIGINS
+def test_switches_are_on_or_off(origin: str, tmp_path: Path) -> None:
+    def has(target: str, flag: str, **variables: str) -> bool:
+        return flag in call(tmp_path, target, origin, variables)
+
+    assert has("bench", "--small", SMALL="1")
+    assert not has("bench", "--small", SMALL="")
+    assert [has("submit", "--wait", WAIT=value) for value in ("1", "yes", "0", "")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_no_recipe_lets_make_expand_a_variable_of_the_user() -> None:
+    """What the Makefile itself sets, by `override`, is all that stands in `$(…)`."""
+    own = set(re.findall(r"^override ([A-Z_]+)", MAKEFILE, re.MULTILINE))
+    lines = [line for line in MAKEFILE.splitlines() if not line.startswith("#")]
+    used = {name for line in lines for name in re.findall(r"(?<!\$)\$[({]([A-Z_]+)[)}]", line)}
+    assert used - own - {"MAKEFILE_LIST"} == set()
 
 
 def test_parameters_with_spaces_in_their_json(tmp_path: Path) -> None:
@@ -87,12 +139,3 @@ def test_a_quote_that_is_not_closed(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["list", "--flags=--context 'my own"])
     assert ended.value.code == 1
     assert 'FLAGS is "--context \'my own": No closing quotation' in capsys.readouterr().err
-
-
-def test_variables_of_the_environment_count_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DATASET", "s3://bucket/$(shell touch x)")
-    words = dry_make.call(tmp_path, "submit")
-    assert words[words.index("--dataset") + 1] == "s3://bucket/$(shell touch x)"
-    assert not (tmp_path / "x").exists()
