@@ -10,7 +10,7 @@ import numpy as np
 from saev import storage
 from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
-from saev.config.source import ActivationSource, check
+from saev.config.source import ActivationSource, check, compare
 from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
@@ -236,7 +236,7 @@ def _key(
 
 def current_keys(
     run: str, shards_url: str, recorded: tp.Mapping[str, tp.Mapping[str, tp.Any]]
-) -> tuple[set[str], list[str]]:
+) -> tuple[str, list[str]]:
     """What this version of saev would name the results of a run on a shards folder.
 
     Args:
@@ -245,23 +245,27 @@ def current_keys(
         recorded: config.json of results that are there, by any name.
 
     Returns:
-        The keys that `saev inference` gives without further flags, and with --allow-other-model
-        alone; and the names of those recorded results that it would accept as its own.
+        The key that `saev inference` gives without further flags, or with --allow-other-model alone
+        where it asks for that flag; and the names of those recorded results that it would accept as
+        its own.
     """
     trained, sae = read_run(run), load_sae(run)
+    trained_on = provenance.trained_on(run, sae.metadata)
 
-    def keys(config: tp.Mapping[str, tp.Any]) -> set[str]:
+    def key(config: tp.Mapping[str, tp.Any]) -> str:
         cfg = InferenceConfig.from_dict({**config, "run": run})
         data = cfg.data.model_copy(update={"shards": shards_url})
         shards, data = open_shards(cfg.model_copy(update={"data": data}), trained)
-        return {_key(cfg, data, shards, sae, is_other=is_other) for is_other in (False, True)}
+        used = shards.metadata.source(data.layer, data.tokens)
+        is_other = trained_on is not None and bool(compare(trained_on, used).refused)
+        return _key(cfg, data, shards, sae, is_other=is_other)
 
     current = []
     for name, raw in recorded.items():
         with contextlib.suppress(ConfigError):  # a config of another version
-            if raw["key"] in keys(raw["config"]):
+            if raw["key"] == key(raw["config"]):
                 current.append(name)
-    return keys({}), current
+    return key({}), current
 
 
 def sae_checksum(sae: SparseAutoencoder) -> str:

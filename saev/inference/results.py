@@ -260,14 +260,20 @@ class Results:
             )
         return is_there
 
+    @property
+    def _config(self) -> dict[str, tp.Any]:
+        """config.json; empty if an earlier version wrote no such file."""
+        if not self.folder.has(files.CONFIG):
+            return {}
+        if self.folder.files is None:
+            place = storage.join(self.url, files.CONFIG)
+            return storage.read_sealed(place, remedy=files.REMEDY).record
+        found = self.folder.read_json(files.CONFIG)
+        return found if isinstance(found, dict) else {}
+
     def _recorded(self, key: str, default: tp.Any) -> tp.Any:
         """A value of config.json; ``default`` if an earlier version wrote no such file or key."""
-        if not self.folder.has(files.CONFIG):
-            return default
-        place = storage.join(self.url, files.CONFIG)
-        if self.folder.files is None:
-            return storage.read_sealed(place, remedy=files.REMEDY).record.get(key, default)
-        return self.folder.read_json(files.CONFIG).get(key, default)
+        return self._config.get(key, default)
 
     def _has_codes(self) -> bool:
         config = self._recorded("config", {})
@@ -343,15 +349,15 @@ def _current(run: str, found: tp.Sequence[Results], shards_url: str) -> list[Res
     recorded: dict[str, dict[str, tp.Any]] = {}
     for results in found:
         place = storage.join(results.url, files.CONFIG)
-        raw = storage.read_json(place) if storage.exists(place) else None
-        if isinstance(raw, dict) and isinstance(raw.get("config"), dict) and "key" in raw:
+        raw = results._config
+        if isinstance(raw.get("config"), dict) and "key" in raw:
             recorded[results.url] = raw
             shards_url = shards_url or _named_shards(raw["config"], place)
     if not shards_url:
         return []
     usual, current = current_keys(run, shards_url, recorded)
     of = {url: [r for r in found if r.url == url] for url in current}
-    first = [r for url in current if recorded[url]["key"] in usual for r in of[url]]
+    first = [r for url in current if recorded[url]["key"] == usual for r in of[url]]
     return first or [r for url in current for r in of[url]]
 
 

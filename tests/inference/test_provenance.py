@@ -126,13 +126,39 @@ def test_a_result_of_version_0_1_0_is_not_taken_for_one_that_says_so(
     """It measured on activations of another model without a word, under the key of that pair."""
     shards = described(world.shards, tmp_path / "other", weights="sha256:cccc")
     allowed = inference.run(config(world.run, shards, allow_other_model=True))
-    key = storage.name(allowed)
+    silent = measured_silently(world, shards, tmp_path)
+    assert storage.name(silent) != storage.name(allowed)
+
+
+def measured_silently(world: World, shards: str, tmp_path: Path) -> str:
+    """The folder of results as of version 0.1.0, which did not know what a run was trained on."""
     checkpoint = storage.read_sealed(f"{world.run}/checkpoint/config.json").record
     silent = {k: v for k, v in checkpoint["metadata"].items() if k not in ("weights", "network")}
     old = tmp_path / "old"
     shutil.copytree(world.run, old)
     storage.write_json(f"{old}/checkpoint/config.json", {**checkpoint, "metadata": silent})
-    assert storage.name(inference.run(config(str(old), shards))) != key
+    return inference.run(config(str(old), shards))
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_result_of_a_run_is_the_one_that_would_be_made_today(
+    world: World, tmp_path: Path, same: bool
+) -> None:
+    """Two results on one shards folder: with and without the mark that the model is another."""
+    run = tmp_path / "run"
+    shutil.copytree(world.run, run)
+    shutil.rmtree(run / "inference", ignore_errors=True)
+    shards = described(world.shards, tmp_path / "other", weights="sha256:cccc")
+    marked = inference.run(config(str(run), shards, allow_other_model=True))
+    silent = measured_silently(world, shards, tmp_path)
+    shutil.copytree(silent, run / "inference" / storage.name(silent))
+    if same:  # as if the mark were the mistake: the run says that it was trained on these
+        place = f"{run}/checkpoint/config.json"
+        record = storage.read_sealed(place).record
+        record["metadata"]["weights"] = "sha256:cccc"
+        storage.write_json(place, record)
+    found = Results.find(str(run), Shards.open(shards).metadata.hash, shards)
+    assert storage.name(found.url) == storage.name(silent if same else marked)
 
 
 def test_untrained_networks_are_told_by_name() -> None:
