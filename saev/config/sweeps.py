@@ -146,7 +146,8 @@ def _check_penalties(
 
     A penalty that holds for several grids, or for several kinds of activation, is accepted if one
     of these SAEs uses it. A sweep of penalties that names no activation is accepted, too, because
-    it is the guide's example, for which ReLU is the default. It gets a warning later.
+    it is the guide's example, for which ReLU is the default. It gets a warning later. A stored
+    config is accepted as well: whoever wrote it did not choose the penalty.
     """
 
     def scope(one: Combination) -> int | None:
@@ -155,16 +156,22 @@ def _check_penalties(
     used = {scope(one) for m, one in members if not isinstance(m.sae.activation, TopK | BatchTopK)}
     for member, one in members:
         activation, penalty = member.sae.activation, member.objective.sparsity_coeff
-        default = type(member.objective).model_fields["sparsity_coeff"].default
         swept = _PENALTY in one.point and _PENALTY not in explicit
         chosen = _KIND in one.point or _KIND in explicit or not isinstance(activation, TopK)
-        given = _PENALTY in explicit or penalty != default
+        given = _PENALTY in explicit or not (penalty is None or _is_resolved(member))
         if penalty and scope(one) not in used and (chosen if swept else given):
             raise ConfigError(
                 f"{source}: {_PENALTY} is {penalty:g}, but {activation.kind} has no sparsity "
                 "penalty: it keeps top_k latents. Leave the penalty out, or choose "
                 "sae.activation:relu or jump-relu."
             )
+
+
+def _is_resolved(config: TrainConfig) -> bool:
+    """Whether a config is one that training stored, with every default decided. Version 0.1.0 wrote
+    a penalty into all of them, and sweeps of the penalty alone still do."""
+    needed = (config.batch_size, config.lr, config.n_lr_warmup, config.dead_after, config.sae.d_sae)
+    return None not in needed
 
 
 def expand(

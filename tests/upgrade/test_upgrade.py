@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import saev
-from saev import cli, storage
+from saev import cli, storage, train
+from saev.config import TrainConfig
+from saev.errors import ConfigError
 from saev.inference.results import Results
 from saev.shards import Shards
 
@@ -113,6 +115,24 @@ def test_saev_run_computes_nothing(
     after = contents(root)
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert not [k for k in changed if not may_change(k)]
+
+
+@pytest.mark.parametrize("kind", ["top-k", "batch-top-k"])
+def test_a_stored_config_is_run_again(base: str, kind: str) -> None:
+    """Version 0.1.0 wrote a penalty into each of them, though these activations have none."""
+    url = old_runs(base)[kind]
+    config = TrainConfig.from_url(f"{url}/config.json")
+    assert config.objective.sparsity_coeff == 1e-3
+    (item,) = train.plan(config)
+    (member,) = item["members"]
+    assert (member["run_id"] == storage.name(url)) == (kind not in TRAINED_ANEW)
+    with pytest.raises(ConfigError, match="has no sparsity penalty"):
+        train.plan(config, explicit=["objective.sparsity_coeff"])
+    with pytest.raises(ConfigError, match="has no sparsity penalty"):
+        train.plan(
+            config,
+            table={"sae.top_k": 4, "sae.activation.kind": kind, "objective.sparsity_coeff": 2e-3},
+        )
 
 
 def may_change(key: str) -> bool:
