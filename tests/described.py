@@ -16,6 +16,23 @@ def described(shards: str, to: Path, **changes: object) -> str:
     return str(to)
 
 
+def other_digit(place: Path, key: str) -> None:
+    """Change the last digit of the first value of a key: JSON as valid as before."""
+    text = place.read_text()
+    start = text.index(f'"{key}"')
+    stop = min(n for n in (text.find(end, start) for end in (",", "}", "\n")) if n > 0)
+    at = max(n for n in range(start, stop) if text[n].isdigit())
+    place.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    assert json.loads(place.read_text()) != json.loads(text)
+
+
+def list_again(place: Path, closing: str) -> None:
+    """Correct what a folder's closing object says of an object in it that a test has changed."""
+    found = storage.read_sealed(place.parent / closing)
+    files = {**(found.files or {}), place.name: storage.Listed.of(place.read_bytes())}
+    storage.write_json(place.parent / closing, storage.seal(found.record, files))
+
+
 def list_files(url: str) -> None:
     """Write files.json, as `saev shards` does before it publishes."""
     files = {

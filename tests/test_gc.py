@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from described import list_again
 
 from saev import cli, gc, run, storage
 from saev.config.gc import GcConfig
@@ -263,15 +265,26 @@ def test_every_reference_counts(root: Path, side: str) -> None:
         target = raw["config"]["data"] if side == "inference" else raw[side]
         target["shards"] = f"s3://elsewhere/mirror/{other}"  # the same content at another URL
     place.write_text(json.dumps(raw))
+    list_again(place, "metrics.json" if side in ("inference", "hash") else "run.json")
     assert kept(root, shards=(other,)) == {f"shards/{other}": f"run {first} refers to it"}
     assert going(root, shards=(other,)) == {}
 
 
-def test_shards_are_kept_while_a_complete_run_cannot_be_read(root: Path) -> None:
+def other_shards(text: str) -> str:
+    """A config that names other shards, as after a flipped bit."""
+    assert "/shards/" in text
+    return text.replace("/shards/", "/shards/0")
+
+
+@pytest.mark.parametrize("broken", [lambda text: "{", other_shards])
+def test_shards_are_kept_while_a_complete_run_cannot_be_read(
+    root: Path, broken: Callable[[str], str]
+) -> None:
     other = "a" * 16
     shutil.copytree(root / "shards" / the_shards(root), root / "shards" / other)
     assert going(root, shards=(other,)) == {f"shards/{other}": "shards"}
-    (root / "runs" / the_runs(root)[0] / "config.json").write_text("{")
+    place = root / "runs" / the_runs(root)[0] / "config.json"
+    place.write_text(broken(place.read_text()))
     assert "does not say which shards" in kept(root, shards=(other,))[f"shards/{other}"]
 
 
@@ -319,9 +332,9 @@ def test_a_run_that_cannot_be_deleted_keeps_its_shards(
 
 def test_by_tag(root: Path) -> None:
     second = the_runs(root)[1]
-    for key in ("config.json", "run.json"):
-        place = root / "runs" / second / key
-        place.write_text(place.read_text().replace('"first"', '"second"'))
+    place = root / "runs" / second / "config.json"
+    place.write_text(place.read_text().replace('"first"', '"second"'))
+    list_again(place, "run.json")
     storage.write_text(root / "shards" / ("0" * 16) / "metadata.json", "{}")
     assert going(root, tag="second") == {f"runs/{second}": "run"}
     assert going(root, tag="second", incomplete=True) == {}

@@ -81,11 +81,19 @@ def gather(snapshot: Snapshot) -> Facts:
         )
 
 
-def _read(folder: Folder, key: str) -> tp.Any:
-    """A JSON object of a folder, None if it is missing or damaged."""
+def _read(folder: Folder, key: str, closing: str = "") -> tp.Any:
+    """A JSON object of a folder, None if it is missing or damaged.
+
+    Args:
+        folder: the folder.
+        key: name of the object.
+        closing: name of the object that lists its checksum, if that was published.
+    """
     if not folder.has(key):
         return None
     try:
+        if closing and folder.has(closing):
+            return storage.Folder.open(folder.url, closing).read_json(key)
         return storage.read_json(storage.join(folder.url, key))
     except SaevError as err:
         logger.warning("%s", err)
@@ -93,7 +101,7 @@ def _read(folder: Folder, key: str) -> tp.Any:
 
 
 def _read_run(folder: Folder) -> Run:
-    config = _read(folder, "config.json")
+    config = _read(folder, "config.json", CLOSING["run"])
     found = [_read_inference(f) for f in folder.folders("inference").values()]
     sides = [_at(config, side, "shards") for side in ("train_data", "val_data")]
     shards = {storage.name(url) for url in sides if url}
@@ -110,7 +118,7 @@ def _read_run(folder: Folder) -> Run:
 
 
 def _read_inference(folder: Folder) -> Inference:
-    config = _read(folder, "config.json")
+    config = _read(folder, "config.json", CLOSING["inference"])
     url = _at(config, "config", "data", "shards")
     shards = {_at(config, "shards_hash"), storage.name(url) if url else ""} - {""}
     return Inference(folder, folder.has(CLOSING["inference"]), frozenset(shards))
@@ -128,7 +136,7 @@ def _read_group(folder: Folder) -> frozenset[str]:
 
 
 def _read_dataset(folder: Folder) -> str:
-    return _at(_read(folder, "metadata.json"), "data", "root")
+    return _at(_read(folder, "metadata.json", "files.json"), "data", "root")
 
 
 def _at(raw: tp.Any, *keys: str) -> str:

@@ -256,7 +256,7 @@ def current_keys(
         cfg = InferenceConfig.from_dict({**config, "run": run})
         data = cfg.data.model_copy(update={"shards": shards_url})
         shards, data = open_shards(cfg.model_copy(update={"data": data}), trained)
-        used = shards.metadata.source(data.layer, data.tokens)
+        used = shards.metadata.source(tp.cast(int, data.layer), data.tokens)
         is_other = trained_on is not None and bool(compare(trained_on, used).refused)
         return _key(cfg, data, shards, sae, is_other=is_other)
 

@@ -63,8 +63,8 @@ def trained_on(
 
 def _read_metadata(run: str) -> dict[str, tp.Any]:
     place = storage.join(run, *CHECKPOINT)
-    raw = storage.read_json(place) if storage.exists(place) else None
-    found = raw.get("metadata") if isinstance(raw, dict) else None
+    raw = storage.find_sealed(place, remedy="Restore the run folder from a copy.")
+    found = raw.record.get("metadata") if raw else None
     return found if isinstance(found, dict) else {}
 
 

@@ -95,10 +95,14 @@ def _is_published(job: Job) -> bool:
 
     Raises:
         ConfigError: they are those of other inputs.
+        CorruptDataError: metrics.json is damaged, or the config that it lists.
     """
     if not storage.exists(job.place(files.METRICS)):
         return False
-    job.claim()
+    folder = storage.Folder.open(job.url, files.METRICS, files.REMEDY)
+    if folder.files is not None:
+        folder.read_bytes(files.CONFIG)
+    job.claim()  # compares the key that this config has
     return True
 
 

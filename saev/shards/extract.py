@@ -216,8 +216,18 @@ class Recording:
 
     @property
     def published(self) -> bool:
-        """Whether the folder is complete."""
-        return storage.exists(storage.join(self.url, protocol.SHARDS))
+        """Whether the folder is complete.
+
+        Raises:
+            CorruptDataError: it was published and is damaged.
+        """
+        return storage.exists(storage.join(self.url, protocol.SHARDS)) and self._is_intact
+
+    @functools.cached_property
+    def _is_intact(self) -> bool:
+        """True; raises if the lists of the published folder, or its files' sizes, are wrong."""
+        Shards.open(self.url)
+        return True
 
     def run(self, progress: Progress | None = None) -> str:
         """See the module's :func:`run`."""
@@ -350,7 +360,7 @@ class Recording:
         if not self.published:
             with unless_done(logger, lambda: self.published):
                 parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
-        Shards.open(self.url)
+            _ = self._is_intact
         logger.info("%s is complete.", self.url)
         storage.clean_up(storage.join(self.url, protocol.PARTS), recursive=True)
         storage.clean_temporary(self.url)

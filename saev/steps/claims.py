@@ -216,11 +216,11 @@ def _encode(claim: Claim, **more: str) -> bytes:
         "tries": claim.tries,
         **more,
     }
-    return storage.canonical_json(raw).encode()
+    return storage.canonical_json(storage.seal(raw)).encode()
 
 
 def _read(url: str) -> Claim:
-    raw = storage.read_json(url)
+    raw = storage.read_sealed(url, remedy="Delete it.").record
     try:
         return Claim(
             url,

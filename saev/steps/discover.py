@@ -18,12 +18,17 @@ from collections.abc import Iterator
 from saev import storage
 from saev.config.run import RunFile
 from saev.config.stages import images_of
-from saev.errors import ConfigError, StorageError
+from saev.errors import ConfigError, CorruptDataError, StorageError
 from saev.steps import claims
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "datasets"
+_RESTORE = (
+    "Restore it from a copy. Without one, delete it: where files were replaced by others of equal "
+    "size, the dataset is then recorded anew."
+)
+_CLAIMS_EXPIRE = "Restore it from a copy, or delete it: the claims of this run then expire."
 _DIGITS = 16
 
 
@@ -124,7 +129,7 @@ def incoming(
             logger.info("%s waits: %d datasets are enough for one firing.", dataset.name, limit)
         elif _claim(root, dataset, owner, hours):
             # Between the look and the claim, another firing may have finished it.
-            if storage.exists(_processed(root, dataset)):
+            if _is_processed(root, dataset):
                 claims.release(claims_of(root, dataset), owner)
             else:
                 taken.append(dataset)
@@ -146,7 +151,7 @@ def _candidates(
             logger.info("%s is not complete: %s.", folder.name, reason)
             continue
         dataset = _identify(root, folder, file, marker)
-        if storage.exists(_processed(root, dataset)):
+        if _is_processed(root, dataset):
             logger.info("%s is processed already.", folder.name)
             continue
         n_bytes = sum(o.size for o in folder.objects)
@@ -173,7 +178,7 @@ def check_unchanged(dataset: Dataset) -> None:
 def mark_processed(root: str, dataset: Dataset, owner: str, details: dict[str, tp.Any]) -> None:
     """Say that a dataset is done. Its claim is given back at the end of the run."""
     record = {**dataset._asdict(), "owner": owner, "finished": _timestamp(), **details}
-    storage.write_json(_processed(root, dataset), record)
+    storage.write_json(_processed(root, dataset), storage.seal(record))
 
 
 def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
@@ -183,14 +188,15 @@ def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
         What is recorded: the datasets that are done, and those that are not.
     """
     place = _run_record(root, owner)
-    record = storage.read_json(place) if storage.exists(place) else {"datasets": []}
+    found = storage.find_sealed(place, remedy=_CLAIMS_EXPIRE)
+    record = found.record if found else {"datasets": []}
     datasets = [Dataset.from_dict(raw) for raw in record["datasets"]]
-    done = [d.name for d in datasets if storage.exists(_processed(root, d))]
+    done = [d.name for d in datasets if _is_processed(root, d)]
     failed = [d.name for d in datasets if d.name not in done]
     for dataset in datasets:
         claims.release(claims_of(root, dataset), owner)
     record |= {"done": done, "failed": failed, "status": status, "finished": _timestamp()}
-    storage.write_json(place, record)
+    storage.write_json(place, storage.seal(record))
     return record
 
 
@@ -276,11 +282,12 @@ def _version(root: str, dataset: Dataset, objects: list[storage.Object]) -> str:
     """
     seen = storage.join(folder_of(root, dataset), "seen")
     place = storage.join(seen, f"{dataset.fingerprint}.json")
-    if storage.exists(place):
-        return str(storage.read_json(place)["version"])
+    if (known := storage.find_sealed(place, remedy=_RESTORE)) is not None:
+        return str(known.record["version"])
     listing = _hash([[o.key, o.size] for o in objects])
-    others = storage.list_dir(seen) if storage.exists(seen) else []
-    is_replaced = any(storage.read_json(other.url)["listing"] == listing for other in others)
+    others = storage.list_dir(seen, missing_ok=True)
+    records = (storage.read_sealed(other.url, remedy=_RESTORE).record for other in others)
+    is_replaced = any(record["listing"] == listing for record in records)
     version = dataset.fingerprint[:12] if is_replaced else ""
     record = {
         "listing": listing,
@@ -289,7 +296,7 @@ def _version(root: str, dataset: Dataset, objects: list[storage.Object]) -> str:
         "n_bytes": sum(o.size for o in objects),
         "first_seen": _timestamp(),
     }
-    storage.write_json(place, record)
+    storage.write_json(place, storage.seal(record))
     return version
 
 
@@ -326,6 +333,24 @@ def _processed(root: str, dataset: Dataset) -> str:
     return storage.join(folder_of(root, dataset), "processed", f"{dataset.key}.json")
 
 
+def _is_processed(root: str, dataset: Dataset) -> bool:
+    """Whether a dataset was processed in this state with this config.
+
+    A damaged record does not count. To process the dataset again costs little, because everything
+    that is there is found, and it writes the record anew.
+    """
+    place = _processed(root, dataset)
+    try:
+        found = storage.find_sealed(place)
+    except CorruptDataError as err:
+        logger.warning("%s It does not count: the dataset is processed once more.", err)
+        return False
+    if found is not None and found.record.get("key") != dataset.key:
+        logger.warning("%s is of another dataset or config. It does not count.", place)
+        return False
+    return found is not None
+
+
 def _run_record(root: str, owner: str) -> str:
     return storage.join(root, FOLDER, "runs", f"{owner}.json")
 
@@ -335,7 +360,7 @@ def _remember(root: str, owner: str, datasets: list[Dataset]) -> None:
     if not owner:
         return
     record = {"owner": owner, "started": _timestamp(), "datasets": [d._asdict() for d in datasets]}
-    storage.write_json(_run_record(root, owner), record)
+    storage.write_json(_run_record(root, owner), storage.seal(record))
 
 
 def _timestamp() -> str:

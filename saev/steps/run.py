@@ -171,13 +171,14 @@ def _check_same(planned: str, found: str, dataset: Dataset) -> None:
 
 
 def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progress) -> list[str]:
-    from saev.train.members import Group
+    from saev.train.members import Group, unpublished
 
     del progress
     groups = [Group.from_item(item) for item in _groups(cfg, _stages(cfg, dataset))]
     items: list[Item] = []
+    missing = {m.run_id for m in unpublished([m for group in groups for m in group.members])}
     for i, group in enumerate(groups, start=1):
-        n_missing = sum(not member.published for member in group.members)
+        n_missing = sum(member.run_id in missing for member in group.members)
         if n_missing:
             name = f"group {i} of {len(groups)}: {n_missing} of {len(group.members)} SAEs"
             runs = [member.run_id for member in group.members]

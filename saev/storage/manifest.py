@@ -190,6 +190,11 @@ def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
     return read_parsed(place, parse)
 
 
+def find_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed | None:
+    """:func:`read_sealed` of an object that may be missing: None if it is."""
+    return read_sealed(url, remedy=remedy) if exists(url) else None
+
+
 # --- Folders -------------------------------------------------------------------------------
 
 

@@ -1,9 +1,11 @@
 """What is trained: SAEs, each with the name of its run folder, and groups of them."""
 
+import concurrent.futures
 import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.errors import CorruptDataError
 
 RUN = "run.json"
 """The object of a run folder that is written last."""
@@ -12,6 +14,9 @@ RULES = 2
 takes over from training, how long a warm-up is. A run.json without it is of version 0.1.0, rules 1.
 """
 RUN_ID_DIGITS = 12
+REMEDY = "Restore the run folder from a copy, or delete it and run the same command again."
+"""What to do about damage."""
+_N_READERS = 16
 
 
 def digest(obj: tp.Any) -> str:
@@ -36,24 +41,46 @@ class Member(tp.NamedTuple):
 
     @property
     def published(self) -> bool:
-        """Whether it is trained and complete."""
-        return storage.exists(storage.join(self.url, RUN))
+        """Whether it is trained and complete. Raises as :meth:`record` does."""
+        return bool(self.record())
 
     def record(self) -> dict[str, tp.Any]:
-        """What its run.json says; empty if the run is not published, or run.json is no object."""
-        if not self.published:
-            return {}
-        record = storage.read_json(storage.join(self.url, RUN))
-        return record if isinstance(record, dict) else {}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it is published, with a run.json that names this run.
+        """What its run.json says; empty if the run is not published.
 
         Raises:
-            CorruptDataError: run.json is no JSON.
+            CorruptDataError: run.json is damaged or of another run. The SAE is not trained again
+                in its place, because its weights may be sound.
         """
-        return self.record().get("run_id") == self.run_id
+        place = storage.join(self.url, RUN)
+        found = storage.find_sealed(place, remedy=REMEDY)
+        if found is None:
+            return {}
+        if found.record.get("run_id") != self.run_id:
+            raise CorruptDataError(
+                f"{place} is of run {found.record.get('run_id')!r:.60}, expected {self.run_id}. "
+                f"{REMEDY}"
+            )
+        return found.record
+
+
+def unpublished(members: tp.Sequence[Member]) -> list[Member]:
+    """Those that are not trained and complete: one listing, then a look at each run that is there.
+
+    Raises:
+        CorruptDataError: a run.json is damaged or of another run.
+    """
+    there = {
+        (root, entry.name)
+        for root in {member.config.runs_root for member in members}
+        for entry in storage.list_dir(root, missing_ok=True)
+    }
+
+    def is_missing(member: Member) -> bool:
+        return (member.config.runs_root, member.run_id) not in there or not member.published
+
+    with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-runs") as pool:
+        missing = list(pool.map(is_missing, members))
+    return [member for member, is_so in zip(members, missing, strict=True) if is_so]
 
 
 class Group(tp.NamedTuple):

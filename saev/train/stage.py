@@ -8,7 +8,7 @@ from saev.config import TrainConfig
 from saev.errors import CheckpointError, IncompleteError, RankError, StorageError
 from saev.progress import Progress
 from saev.train import curves, launch, resume
-from saev.train.members import RUN, Group, Member
+from saev.train.members import RUN, Group, Member, unpublished
 from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer
@@ -61,7 +61,7 @@ def work(
     group = Group.from_item(item)
     with unless_done(
         logger,
-        lambda: all(m.is_complete for m in group.members),
+        lambda: not unpublished(group.members),
         said="Another worker has published this group meanwhile",
         errors=(StorageError, CheckpointError, RankError),
     ):
@@ -74,7 +74,7 @@ def _train(group: Group, item: tp.Mapping[str, tp.Any], progress: Progress) -> N
     if place is not None:
         train_group(group, join(place, config), progress)
     elif (n := n_ranks(config)) > 1:
-        if all(m.published for m in group.members):
+        if not unpublished(group.members):
             _clear(group)
         else:
             launch.train(item, n, progress)
@@ -116,7 +116,7 @@ def _pending(
     group: Group, points: resume.Points
 ) -> tuple[tuple[Member, ...], resume.ResumePoint | None]:
     """Members to train, and where to go on from."""
-    pending = tuple(m for m in group.members if not m.published)
+    pending = tuple(unpublished(group.members))
     if len(pending) < len(group.members):
         logger.info(
             "%d of %d runs are done.", len(group.members) - len(pending), len(group.members)
@@ -146,7 +146,7 @@ def _finished(items: tp.Iterable[tp.Mapping[str, tp.Any]]) -> list[str]:
     """Check that all runs are there, and delete what killed workers left of their resume points."""
     planned = [Group.from_item(item) for item in items]
     members = [member for group in planned for member in group.members]
-    missing = [m.url for m in members if not m.published]
+    missing = [m.url for m in unpublished(members)]
     if missing:
         raise IncompleteError(
             f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"

@@ -5,14 +5,20 @@ It is made from what is on storage, so whoever writes it last writes all of it.
 
 import concurrent.futures
 import dataclasses
+import logging
 import math
 import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.errors import CorruptDataError
 from saev.inference import files
 from saev.inference.results import Results
+from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import pages
+from saev.visuals.records import DONE
+
+logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
 _N_READERS = 16
@@ -25,7 +31,7 @@ class Row:
     run: str
     """URL of the run folder."""
     report: str
-    """URL of the report's first page, "" if it is not drawn yet."""
+    """URL of the report's first page, "" if the report is not complete."""
     config: TrainConfig
     """The resolved training config."""
     metrics: dict[str, tp.Any]
@@ -101,18 +107,27 @@ def _rows_of(run: str) -> list[Row]:
     rows = []
     for entry in storage.list_dir(folder):
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
-            page = storage.join(entry.url, "report", INDEX)
-            report = page if storage.exists(page) else ""
+            report = _report_of(storage.join(entry.url, "report"))
             results = Results.open(entry.url)
             rows.append(Row(run, report, config, results.metrics, results.other_model))
     return rows
 
 
+def _report_of(folder: str) -> str:
+    """URL of a report's page, "" if the report is not complete."""
+    try:
+        done = storage.find_sealed(storage.join(folder, DONE))
+    except CorruptDataError as err:
+        logger.warning("%s Run `saev visuals` again, which writes it anew.", err)
+        done = None
+    return "" if done is None else storage.join(folder, INDEX)
+
+
 def _dataset(root: str, shards: str) -> str:
     if not storage.is_file_name(shards):  # a result names the folder, so its name is not trusted
         return ""
-    place = storage.join(root, "shards", shards, "metadata.json")
-    return str(storage.read_json(place).get("dataset", "")) if storage.exists(place) else ""
+    url = storage.join(root, "shards", shards)
+    return Metadata.read(url).dataset if storage.exists(storage.join(url, METADATA)) else ""
 
 
 def _ordered(rows: tp.Sequence[Row]) -> tp.Iterator[Row]:

@@ -8,6 +8,8 @@ from saev.config.base import Config
 
 LATENTS = "latents"
 RECORD = "latent.json"
+DONE = "visuals.json"
+"""Of a report. Written last; its presence means that the report is complete."""
 
 PictureName = tp.Annotated[
     str, pydantic.Field(pattern=r"^[0-9]{2,9}-(plain|highlight|segmentation)\.webp$")

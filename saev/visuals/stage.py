@@ -19,6 +19,7 @@ from saev.shards import Shards, protocol
 from saev.visuals import page, render
 from saev.visuals.choose import Choice, choose
 from saev.visuals.records import (
+    DONE,
     RECORD,
     ClassShare,
     ExamplePictures,
@@ -34,8 +35,6 @@ FORMAT = 2
 """Goes up when the pictures change, so that old ones are drawn again. Version 1 did not compare the
 images' names and labels with what was recorded."""
 INDEX = "index.html"
-DONE = "visuals.json"
-"""Written last; its presence means that the report is complete."""
 
 _REMEDY = f"Delete the {RECORD} of its latent and run the same command again."
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,11 @@ from pathlib import Path
 import botocore.config
 import botocore.session
 import pytest
+from described import other_digit
 
 from saev import storage
 from saev.config.run import RunFile
-from saev.errors import ConfigError, StorageError
+from saev.errors import ConfigError, CorruptDataError, StorageError
 from saev.steps import discover
 from saev.steps.discover import Dataset
 
@@ -283,3 +285,33 @@ def test_images_that_a_config_names_by_itself(place: Place) -> None:
     discover.check_unchanged(found)
     with pytest.raises(ConfigError, match="No images"):
         discover.one(place.root, "", FILE, "run", 1.0)
+
+
+def test_a_damaged_record_of_a_processed_dataset_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To process it once more costs little: what is there is found."""
+    place = Place(str(tmp_path / "incoming"), str(tmp_path / "out"))
+    place.put("a/1.png")
+    process(place, fire(place, "one"), "one")
+    assert fire(place, "two") == []
+    (record,) = Path(place.root).glob("datasets/*/processed/*.json")
+    other_digit(record, "finished")
+    found = fire(place, "three")
+    assert names(found) == ["a"]
+    assert "the dataset is processed once more" in caplog.text
+    process(place, found, "three")
+    assert fire(place, "four") == []
+    shutil.copy(record, record.with_name(f"{'0' * 16}.json"))
+    assert not discover._is_processed(place.root, found[0]._replace(key="0" * 16))
+
+
+@pytest.mark.parametrize("kind", ["seen", "claims/*"])
+def test_other_damaged_records_are_named(tmp_path: Path, kind: str) -> None:
+    place = Place(str(tmp_path / "incoming"), str(tmp_path / "out"))
+    place.put("a/1.png")
+    assert fire(place, "one")
+    (record,) = Path(place.root).glob(f"datasets/*/{kind}/*.json")
+    other_digit(record, "first_seen" if kind == "seen" else "expires")
+    with pytest.raises(CorruptDataError, match=rf"{record.name} is damaged: .*[Dd]elete it"):
+        fire(place, "two")

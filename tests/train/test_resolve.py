@@ -429,7 +429,7 @@ def test_a_group_in_flight_keeps_its_name(cfg):
     assert len(resolve.groups(cfg, table={"lr": [1e-3, 5e-4]})) == 1
     # Published by this version, they still go by the old rules.
     for member in old:
-        publish(member, rules=1)
+        publish(member, run_id=member.run_id, rules=1)
     resume.clear(resume.folder(root, group.group_id))
     assert resolve.groups(cfg, table={"lr": [1e-3, 1e-4]}) == [group]
 
