@@ -54,6 +54,7 @@ Fault = str | Reply
 - "reset": the connection breaks before it is passed on.
 - "lost": it is passed on, and the connection breaks instead of an answer.
 - "cut": half of the answer comes.
+- "stall": half of the answer comes, and nothing more until the client gives up.
 - "twice": it is passed on twice; the second answer comes.
 - "late": the connection breaks, and it is passed on at Proxy.release().
 - "flip": one bit of the answer's body is another.
@@ -155,8 +156,7 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
                 self.reply(fault.status, fault.headers, fault.body, len(fault.body))
                 return
             if fault == "hang":
-                with contextlib.suppress(OSError):
-                    self.connection.recv(1)  # its end, as the request was read
+                self.wait_for_the_end()
             if fault in ("reset", "hang"):
                 self.close_connection = True
                 return
@@ -175,12 +175,19 @@ def before(endpoint: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
             if fault == "flip" and data:
                 data = flip(data, proxy.flipped_bit(8 * len(data)))
             length = int(found.get("Content-Length") or 0)
-            cut = len(data) // 2 if fault == "cut" else len(data)
+            cut = len(data) // 2 if fault in ("cut", "stall") else len(data)
             # HEAD has no body, and says how long it would be.
             n_bytes = length if self.command == "HEAD" else len(data)
             self.reply(status, found, data[:cut], n_bytes)
-            if fault == "cut":
+            if fault == "stall":
+                self.wfile.flush()
+                self.wait_for_the_end()
+            if fault in ("cut", "stall"):
                 self.close_connection = True
+
+        def wait_for_the_end(self) -> None:
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)  # nothing comes before it, as the request was read
 
         def reply(
             self, status: int, headers: tp.Mapping[str, str], body: bytes, n_bytes: int

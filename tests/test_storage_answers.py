@@ -14,7 +14,7 @@ from test_storage_s3 import clean, endpoint, make_certificate, proxy  # noqa: F4
 
 from saev import storage
 from saev.errors import StorageError
-from saev.storage import faults
+from saev.storage import waiting
 
 WAYS: dict[str, Callable[[str], object]] = {
     "write": lambda url: storage.write_bytes(url, b"x"),
@@ -171,8 +171,8 @@ def test_a_store_that_is_down_is_told_while_it_is_waited_for(
     way: str,
 ) -> None:
     monkeypatch.setenv("SAEV_PATIENCE_S", "6")
-    monkeypatch.setattr(faults, "_QUIET_S", 0.0)
-    monkeypatch.setattr(faults, "_told", {})
+    monkeypatch.setattr(waiting, "QUIET_S", 0.5)
+    monkeypatch.setattr(waiting, "_told", {})
     proxy.fault = lambda request: s3_proxy.error(503, "SlowDown", "Please reduce your rate.")
     with pytest.raises(StorageError, match=r"down or overloaded \(503") as caught:
         WAYS[way](url)

@@ -1,14 +1,10 @@
 """What goes wrong, in one sentence each, and what is worth another try."""
 
 import contextlib
-import contextvars
 import errno
 import functools
-import logging
-import os
 import socket
 import ssl
-import threading
 import time
 import typing as tp
 from collections.abc import Callable, Iterator
@@ -16,15 +12,7 @@ from collections.abc import Callable, Iterator
 import tenacity
 
 from saev.errors import StorageError
-from saev.storage import answers
-
-log = logging.getLogger(__name__)
-
-PATIENCE_S = 120.0
-"""For how long an operation is tried again; SAEV_PATIENCE_S is another number."""
-_QUIET_S = 4.0
-"""Troubles that pass faster are not told."""
-_TELL_EVERY_S = 30.0
+from saev.storage import answers, waiting
 
 _BROKEN_TLS = (
     None, "UNEXPECTED_EOF_WHILE_READING", "BAD_RECORD_MAC", "SSLV3_ALERT_BAD_RECORD_MAC",
@@ -122,7 +110,8 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
 def _of_connection(err: BaseException, url: str) -> str:
     """What is wrong before a store can answer; empty if it is something else."""
     if url.startswith(("s3://", "s3a://")) and _is_of_network(err):
-        return _no_answer(url, str(err) or type(err).__name__)
+        said = str(err) or str(err.__cause__ or "")  # fsspec hides ours in one that says nothing
+        return _no_answer(url, said or type(err).__name__)
     if _BOTO is None:
         return ""
     if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
@@ -194,8 +183,8 @@ def explained(url: str, doing: str, *, of_others: bool = False) -> Iterator[None
         doing: verb.
         of_others: the block also holds code that is not ours, whose ValueErrors keep their names.
     """
-    before = _operation.get(("", ""))
-    _operation.set((url, doing))
+    before = waiting.operation.get()
+    waiting.operation.set((url, doing))
     try:
         yield
     except StorageError:
@@ -205,7 +194,7 @@ def explained(url: str, doing: str, *, of_others: bool = False) -> Iterator[None
             raise
         raise explain(err, url, doing) from err
     finally:
-        _operation.set(before)
+        waiting.operation.set(before)
 
 
 # --- Again ---------------------------------------------------------------------------------
@@ -250,58 +239,36 @@ def is_passing(err: BaseException) -> bool:
     )
 
 
-_operation: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("operation")
-"""URL and verb, for what is said meanwhile."""
-_told: dict[str, float] = {}
-_TELLING = threading.Lock()
-
-
-def patience_s() -> float:
-    """For how long an operation is tried again, in seconds."""
-    try:
-        return float(os.environ.get("SAEV_PATIENCE_S") or PATIENCE_S)
-    except ValueError:
-        return PATIENCE_S
-
-
 def retry(call: Callable[P, T]) -> Callable[P, T]:
     """``call``, tried again while its errors are passing and patience lasts."""
 
     @functools.wraps(call)
     def tried(*args: P.args, **kwargs: P.kwargs) -> T:
-        patience = patience_s()
-        start = time.monotonic()
-        again = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_passing),
-            wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
-            stop=tenacity.stop_before_delay(patience),
-            before_sleep=functools.partial(_tell, until=start + patience),
-            reraise=True,
-        )
-        try:
-            return again(call, *args, **kwargs)
-        except Exception as err:
-            n = again.statistics.get("attempt_number", 1)
-            if n > 1 and is_passing(err):
-                spent = time.monotonic() - start
-                err.saev_tried = f" It was tried {n} times in {spent:.0f} s."  # type: ignore[attr-defined]
-            raise
+        start, patience = time.monotonic(), waiting.patience_s()
+        with waiting.patience(patience):
+            again = tenacity.Retrying(
+                retry=tenacity.retry_if_exception(is_passing),
+                wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
+                stop=tenacity.stop_before_delay(patience),
+                before_sleep=functools.partial(_tell, end=start + patience),
+                reraise=True,
+            )
+            try:
+                return again(call, *args, **kwargs)
+            except Exception as err:
+                n = again.statistics.get("attempt_number", 1)
+                if n > 1 and is_passing(err):
+                    spent = time.monotonic() - start
+                    err.saev_tried = f" It was tried {n} times in {spent:.0f} s."  # type: ignore[attr-defined]
+                raise
 
     return tried
 
 
-def _tell(state: tenacity.RetryCallState, until: float) -> None:
-    """Say what is wrong, while it lasts: once in a while per bucket, not once per thread."""
+def _tell(state: tenacity.RetryCallState, end: float) -> None:
+    """Say what is wrong, if it has been so for some seconds."""
     err = state.outcome.exception() if state.outcome else None
-    if err is None or (state.seconds_since_start or 0.0) < _QUIET_S:
+    url, doing = waiting.operation.get()
+    if err is None or not url or (state.seconds_since_start or 0.0) < waiting.QUIET_S:
         return
-    url, doing = _operation.get(("", ""))
-    if not url:
-        return
-    place = "/".join(url.split("/")[:3])
-    now = time.monotonic()
-    with _TELLING:
-        if now - _told.get(place, -_TELL_EVERY_S) < _TELL_EVERY_S:
-            return
-        _told[place] = now
-    log.warning("%s It is tried again for %.0f s.", explain(err, url, doing), max(0, until - now))
+    waiting.tell(url, str(explain(err, url, doing)), end)

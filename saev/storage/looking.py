@@ -12,7 +12,16 @@ from saev.errors import StorageError
 from saev.storage import s3, s3_listing
 from saev.storage.faults import explained, retry
 from saev.storage.sources import entity_tag
-from saev.storage.urls import TMP_PREFIX, filesystem, join, local_path, name, normalize, with_scheme
+from saev.storage.urls import (
+    TMP_PREFIX,
+    filesystem,
+    is_s3,
+    join,
+    local_path,
+    name,
+    normalize,
+    with_scheme,
+)
 
 
 class Entry(tp.NamedTuple):
@@ -49,9 +58,23 @@ def exists(url: str | os.PathLike) -> bool:
     with explained(text, "look at"):
         if path is not None:
             return path.exists()
+        fs: tp.Any
         fs, key = filesystem(text)
         fs.invalidate_cache(key)
+        if is_s3(fs) and not fs.split_path(key)[1]:
+            return _bucket_exists(fs, key)
         return bool(retry(fs.exists)(key))
+
+
+def _bucket_exists(fs: tp.Any, bucket: str) -> bool:
+    """Whether there is a bucket. To s3fs, one whose store does not answer does not exist."""
+    try:
+        retry(fs.call_s3)("head_bucket", Bucket=bucket)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # it may be one of which we may read some objects
+        return bool(retry(fs.exists)(bucket))
+    return True
 
 
 def is_dir(url: str | os.PathLike) -> bool:

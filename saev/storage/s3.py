@@ -11,6 +11,7 @@ and two copies for that, and obstore a hand-over between threads per packet and 
 import contextlib
 import functools
 import http.client
+import math
 import os
 import socket
 import ssl
@@ -24,18 +25,18 @@ from pathlib import Path
 import fsspec
 
 from saev.errors import CorruptDataError, StorageError
-from saev.storage import answers
+from saev.storage import answers, waiting
 from saev.storage.faults import retry
 from saev.storage.sources import FsspecObject, entity_tag
-from saev.storage.urls import is_s3
+from saev.storage.urls import check_endpoint, is_s3
 
-_TIMEOUT_S = 12.0
-"""For a connection, and for the next bytes on it."""
 _SIGNATURE_LIVES_S = 240.0
 """Stores take a signature for 15 minutes, and botocore renews credentials 10 minutes before their
 end, so one serves all ranges of an object for some minutes. A range itself need not be signed."""
 _MOST_BODY = 64 << 10
 """Bytes of a refusal that are read."""
+_PIECE = 256 << 10
+"""Bytes that are read at a time, so that a slow answer is not taken for a silent one."""
 _FRESH_S = 1.0
 """A signature younger than this is not made again if the store says that it has expired."""
 
@@ -50,6 +51,7 @@ class Bucket:
         self._headers = headers
         self._signed = signed
         self._local = threading.local()
+        self._silent_s: float = fs.s3.meta.config.read_timeout
         self._context = _certificates(fs) if self._base.scheme == "https" else None
 
     def target(self, key: str) -> str:
@@ -74,39 +76,85 @@ class Bucket:
         return {name: str(value) for name, value in request.headers.items()}
 
     @contextlib.contextmanager
-    def answer(self, target: str, headers: dict[str, str]) -> tp.Iterator[http.client.HTTPResponse]:
+    def answer(self, target: str, headers: dict[str, str]) -> tp.Iterator["Answer"]:
         """The answer to a GET; its connection serves again if the answer was read to its end."""
+        limit_s = waiting.limit_s(self._silent_s)
         # A forked process must not speak on its parent's connections.
         pid, connection = getattr(self._local, "connection", (0, None))
         if pid != os.getpid():
             connection = None
         self._local.connection = (0, None)
-        try:
-            if connection is not None:
-                try:
-                    connection.request("GET", target, headers=headers)
-                    answer = connection.getresponse()
-                except (http.client.HTTPException, OSError):  # it was idle for too long
-                    connection.close()
+        with waiting.waiting(f"{self._base.scheme}://{self._base.netloc}") as wait:
+            try:
+                answer = None
+                if connection is not None:
+                    try:
+                        answer = _ask(connection, target, headers, limit_s)
+                    except TimeoutError:
+                        raise
+                    except (http.client.HTTPException, OSError):  # it was idle for too long
+                        connection.close()
+                if answer is None:
+                    connection = self._new_connection(limit_s)
+                    answer = _ask(connection, target, headers, limit_s)
+                wait.moved()
+                yield Answer(answer, wait)
+                if answer.isclosed() and not answer.will_close:
+                    self._local.connection = (os.getpid(), connection)
                     connection = None
-            if connection is None:
-                connection = self._connect()
-                connection.request("GET", target, headers=headers)
-                answer = connection.getresponse()
-            yield answer
-            if answer.isclosed() and not answer.will_close:
-                self._local.connection = (os.getpid(), connection)
-                connection = None
-        finally:
-            if connection is not None:
-                connection.close()
+            except TimeoutError as err:
+                raise waiting.silent(limit_s) from err
+            finally:
+                if connection is not None:
+                    connection.close()
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _new_connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        netloc = self._base.netloc
         if self._context is None:
-            return http.client.HTTPConnection(self._base.netloc, timeout=_TIMEOUT_S)
-        return http.client.HTTPSConnection(
-            self._base.netloc, timeout=_TIMEOUT_S, context=self._context
-        )
+            return http.client.HTTPConnection(netloc, timeout=timeout_s)
+        return http.client.HTTPSConnection(netloc, timeout=timeout_s, context=self._context)
+
+
+def _ask(
+    connection: http.client.HTTPConnection, target: str, headers: dict[str, str], limit_s: float
+) -> http.client.HTTPResponse:
+    if connection.sock is not None:
+        connection.sock.settimeout(limit_s)
+    connection.request("GET", target, headers=headers)
+    return connection.getresponse()
+
+
+class Answer:
+    """A store's answer to a GET."""
+
+    def __init__(self, response: http.client.HTTPResponse, wait: waiting.Wait):
+        self._response, self._wait = response, wait
+        self.status = response.status
+        self.headers = response.headers
+        self.n_bytes = response.length
+        """How much there is to read, if the store said so."""
+
+    def read(self, most: float = math.inf) -> bytes:
+        """The body, or its begin."""
+        parts: list[bytes] = []
+        while most > 0 and (part := self._response.read1(int(min(most, _PIECE)))):
+            parts.append(part)
+            most -= len(part)
+            self._wait.moved()
+        if most > 0:
+            self._response.read()  # nothing, unless the body is shorter than it should be
+        return b"".join(parts)
+
+    def readinto(self, view: memoryview) -> None:
+        """Fill ``view``. Raises ConnectionError if the body ends before."""
+        done = 0
+        while done < view.nbytes:
+            n = self._response.readinto(view[done : done + _PIECE])
+            if not n:
+                raise ConnectionError(f"the answer ended after {done} of {view.nbytes} bytes")
+            done += n
+            self._wait.moved()
+        self._response.read()  # nothing; the connection is free then
 
 
 class S3Object(FsspecObject):
@@ -135,7 +183,7 @@ class S3Object(FsspecObject):
                 whole = answer.status == 200 and not offset and view.nbytes == self.size
                 if answer.status == 206 or whole:
                     self._check(answer, offset, view.nbytes)
-                    _fill(answer, view)
+                    answer.readinto(view)
                     return True
                 body = answer.read(_MOST_BODY).decode(errors="replace")
                 region = answer.headers.get("x-amz-bucket-region", "")
@@ -151,16 +199,16 @@ class S3Object(FsspecObject):
             self._signature = (time.monotonic(), headers)
         return headers
 
-    def _check(self, answer: http.client.HTTPResponse, offset: int, n_bytes: int) -> None:
+    def _check(self, answer: Answer, offset: int, n_bytes: int) -> None:
         found = entity_tag({"ETag": answer.headers.get("ETag")})
         if self.etag and found and found != self.etag:
             raise CorruptDataError(
                 f"{self.url} was replaced while it was read: its ETag is {found}, it was "
                 f"{self.etag}. Run the same command again."
             )
-        if answer.length is not None and answer.length != n_bytes:
+        if answer.n_bytes is not None and answer.n_bytes != n_bytes:
             raise CorruptDataError(
-                f"{self.url}: {n_bytes} bytes at {offset} were asked for, got {answer.length}."
+                f"{self.url}: {n_bytes} bytes at {offset} were asked for, got {answer.n_bytes}."
             )
 
     def _refused(self, answer: answers.Answer) -> bool:
@@ -176,16 +224,6 @@ class S3Object(FsspecObject):
         if answer.status == 200:
             raise StorageError(f"Cannot read {self.url}: its store ignores ranges of bytes.")
         raise answers.RefusedError(answer)
-
-
-def _fill(answer: http.client.HTTPResponse, view: memoryview) -> None:
-    done = 0
-    while done < view.nbytes:
-        n = answer.readinto(view[done:])
-        if not n:
-            raise ConnectionError(f"the answer ended after {done} of {view.nbytes} bytes")
-        done += n
-    answer.read()  # nothing, but says that the connection is free
 
 
 # --- What s3fs came to ---------------------------------------------------------------------
@@ -210,6 +248,7 @@ def _new_bucket(fs: tp.Any, name: str) -> Bucket | None:
     from botocore import UNSIGNED
 
     meta = fs.connect().meta
+    check_endpoint(meta.endpoint_url)
     endpoint = urllib.parse.urlsplit(meta.endpoint_url)
     host = endpoint.hostname or ""
     if not _is_known(fs, meta.config, name) or _has_proxy(endpoint.scheme, host):

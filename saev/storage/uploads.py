@@ -16,10 +16,13 @@ import typing as tp
 from saev.errors import StorageError
 from saev.storage.checksums import crc32c
 from saev.storage.faults import answer_of, is_passing, retry
+from saev.storage.waiting import patience
 
 PART_BYTES = 32 << 20
 _PARTS_OF_A_SIZE = 2000
 """After every so many parts, the size of parts doubles: 5 TiB must fit into 10,000 parts."""
+_ABORT_S = 2.0
+"""For how long an abort may be silent: the store may be what ends the upload."""
 
 
 class Upload(io.RawIOBase):
@@ -89,7 +92,7 @@ class Upload(io.RawIOBase):
         self._buffer = bytearray()
         self.close()
         if self._upload_id:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), patience(_ABORT_S):
                 self._fs.call_s3("abort_multipart_upload", **self._place, UploadId=self._upload_id)
 
     def _part_bytes(self) -> int:
@@ -145,7 +148,7 @@ class Upload(io.RawIOBase):
         the answer to the completion. If the tag is another one, the object is read and compared.
         """
         try:
-            found = self._call("head_object")
+            found = self._fs.call_s3("head_object", **self._place)
         except FileNotFoundError:
             return False
         if found["ContentLength"] != self._size:

@@ -11,6 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from saev import secrets
 from saev.errors import StorageError
+from saev.storage.waiting import SILENT_S
 
 TMP_PREFIX = ".tmp-"
 """Names that start so are unfinished local writes; readers and listings skip them."""
@@ -104,7 +105,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         remedy = {"s3": "pip install 'saev[s3]'", "gs": "pip install 'saev[gs]'"}.get(scheme)
         hint = f" Install its backend: {remedy}." if remedy else f" ({err})"
         raise StorageError(f"Cannot open {url}: scheme '{scheme}' is not available.{hint}") from err
-    _retry_once(fs)
+    _set_up(fs)
     return fs, key
 
 
@@ -114,18 +115,39 @@ def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return "s3" in protocols
 
 
-def _retry_once(fs: tp.Any) -> None:
-    """Reduce the retries of s3fs and botocore: :mod:`saev.storage.faults` waits and tells users.
+def _set_up(fs: tp.Any) -> None:
+    """Limit how long a request to S3 may take, and how often it is sent.
 
-    s3fs tries every request five times, and botocore tries each of these five times. Botocore's
-    second attempt stays, because one listing is many requests. A user's settings of botocore stay.
+    s3fs tries every request five times, and botocore tries each of these five times.
+    :mod:`saev.storage.faults` waits and tells users instead. Botocore's second attempt stays,
+    because one listing is many requests. A user's settings of botocore stay.
     """
     while isinstance(fs, CachingFileSystem):
         fs = fs.fs
     if is_s3(fs) and fs.retries != 1:
+        from saev.storage.s3_session import Session
+
         fs.retries = 1
-        ours = {"retries": {"total_max_attempts": 2, "mode": "standard"}, "read_timeout": 12}
+        ours = {
+            "retries": {"total_max_attempts": 2, "mode": "standard"},
+            "read_timeout": SILENT_S,
+            "http_session_cls": Session,
+        }
         fs.config_kwargs = ours | fs.config_kwargs
+
+
+def check_endpoint(url: str) -> None:
+    """Refuse a store's address that has a key in it, wherever botocore found it.
+
+    Args:
+        url: the address, or one of a request to it.
+    """
+    if secrets.holds_key(url.partition("?")[0]):
+        raise StorageError(
+            f"The endpoint {secrets.redact(url.partition('?')[0])} has a user or a password in it "
+            "(*** here). Take them out of AWS_ENDPOINT_URL (or endpoint_url of the profile); keys "
+            "go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or into a profile."
+        )
 
 
 def with_scheme(fs: fsspec.AbstractFileSystem, key: str) -> str:
