@@ -73,10 +73,14 @@ class Progress:
     """A display of bars on stderr; a log line every half minute where stderr is no terminal."""
 
     safe_point: tp.Callable[[], None]
-    """Called where work can stop, and before anything is published. Raises if it has to stop."""
+    """Called often, where work can stop. Raises if it has to stop."""
+    may_publish: tp.Callable[[], object]
+    """Called right before something is published, and may take a while. Raises if it must not be
+    published."""
 
     def __init__(self, *, quiet: bool = False):
         self.safe_point = lambda: None
+        self.may_publish = lambda: None
         console = Console(stderr=True)
         self.quiet = quiet
         self._bars: rich.progress.Progress | None = None
@@ -90,6 +94,11 @@ class Progress:
                 rich.progress.TextColumn("[dim]{task.fields[note]}"),
                 console=console,
             )
+
+    def publish_point(self) -> None:
+        """The safe point right before something is published."""
+        self.safe_point()
+        self.may_publish()
 
     @contextlib.contextmanager
     def task(self, name: str, *, total: int | None, unit: str, done: int = 0) -> Iterator[Task]:

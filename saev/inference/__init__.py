@@ -29,11 +29,11 @@ def work(cfg: InferenceConfig, item: dict[str, tp.Any], progress: Progress | Non
     stage.work(cfg, item, progress)
 
 
-def finish(cfg: InferenceConfig) -> str:
+def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     """Merge and publish. See :func:`saev.inference.stage.finish`."""
     from saev.inference import stage
 
-    return stage.finish(cfg)
+    return stage.finish(cfg, progress)
 
 
 def find(cfg: InferenceConfig) -> str:

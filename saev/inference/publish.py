@@ -2,6 +2,7 @@
 
 import logging
 import typing as tp
+from collections.abc import Callable
 
 import numpy as np
 import safetensors.numpy
@@ -20,13 +21,19 @@ LOG_FLOOR = 1e-10
 """`sparsity` is log10(frequency + this), as in SAELens."""
 
 
-def publish(job: Job) -> None:
+def publish(job: Job, ready: Callable[[], None] = lambda: None) -> None:
     """Verify all parts, merge them in shard order, write everything, remove the parts.
+
+    Args:
+        job: what was done.
+        ready: called before the first object is written and before the last one. What it raises
+            ends the work.
 
     Raises:
         IncompleteError: a shard is not done.
         CorruptDataError: a part is damaged.
     """
+    ready()
     storage.clean_temporary(job.url)
     records = _read_records(job)
     stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top)
@@ -56,6 +63,7 @@ def publish(job: Job) -> None:
         listed[name] = storage.Listed.of(data)
     if job.cfg.save:
         listed[files.TOKEN_ACTS] = npz.write_codes(job.place(files.TOKEN_ACTS), codes)
+    ready()
     storage.write_json(job.place(files.METRICS), storage.seal(metrics | _identity(job), listed))
     remove_parts(job)
 

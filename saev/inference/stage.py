@@ -59,7 +59,7 @@ def work(cfg: InferenceConfig, item: dict[str, tp.Any], progress: Progress | Non
         _work(job, [item], progress)
 
 
-def finish(cfg: InferenceConfig) -> str:
+def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     """Merge all parts exactly and publish; does nothing if that was done.
 
     Returns:
@@ -68,7 +68,7 @@ def finish(cfg: InferenceConfig) -> str:
     Raises:
         IncompleteError: a shard is not done.
     """
-    return _finish(Job.open(cfg))
+    return _finish(Job.open(cfg), progress)
 
 
 def find(cfg: InferenceConfig) -> str:
@@ -87,7 +87,7 @@ def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     job = Job.open(cfg)
     if not _is_published(job):
         _work(job, items, progress)
-    return job.url if cfg.part else _finish(job)
+    return job.url if cfg.part else _finish(job, progress)
 
 
 def _is_published(job: Job) -> bool:
@@ -121,10 +121,11 @@ def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -
             part.compute(job, shard, dist_latents, task)
 
 
-def _finish(job: Job) -> str:
+def _finish(job: Job, progress: Progress | None) -> str:
+    progress = progress or Progress(quiet=True)
     if _is_published(job):
         publish.remove_parts(job)  # an earlier run may have been killed just before this
     else:
         with unless_done(logger, lambda: _is_published(job)):
-            publish.publish(job)
+            publish.publish(job, progress.publish_point)
     return job.url

@@ -238,7 +238,7 @@ class Recording:
             if part is not None:
                 logger.info("Part %s of %s is recorded.", self.cfg.part, self.url)
                 return self.url
-        return self.finish()
+        return self.finish(progress)
 
     def plan(self) -> list[Item]:
         """One work item per shard."""
@@ -355,11 +355,18 @@ class Recording:
             example.index, info.url, info.label, info.target, example.height, example.width, digest
         )
 
-    def finish(self) -> str:
+    def finish(self, progress: Progress | None = None) -> str:
         """Publish, if that is still to be done, and remove what only unfinished folders need."""
+        progress = progress or Progress(quiet=True)
         if not self.published:
             with unless_done(logger, lambda: self.published):
-                parts.publish(self.url, self.metadata, self.metadata.n_shards, self._weights)
+                parts.publish(
+                    self.url,
+                    self.metadata,
+                    self.metadata.n_shards,
+                    self._weights,
+                    ready=progress.publish_point,
+                )
             _ = self._is_intact
         logger.info("%s is complete.", self.url)
         storage.clean_up(storage.join(self.url, protocol.PARTS), recursive=True)

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import typing as tp
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -183,7 +183,14 @@ def _check(part: Part, metadata: Metadata, shard: int, place: str) -> None:
         )
 
 
-def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = None) -> None:
+def publish(
+    url: str,
+    metadata: Metadata,
+    n_shards: int,
+    weights: str | None = None,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
     """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
 
     files.json, which comes before it, lists them all.
@@ -196,6 +203,8 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
         metadata: what is recorded there.
         n_shards: how many shards.
         weights: checksum of the weights that all must be recorded with; None takes any.
+        ready: called before the first object is written and before the last ones. What it raises
+            ends the work.
 
     Raises:
         ModelError: a shard was recorded with other weights.
@@ -203,6 +212,7 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
         CorruptDataError: a record or a shard's file is damaged.
         ImageError: not a single image could be decoded.
     """
+    ready()
     n_layers = len(metadata.layers)
     content = special = Moments.zero(n_layers, metadata.d_model)
     infos: list[ShardInfo] = []
@@ -250,6 +260,7 @@ def publish(url: str, metadata: Metadata, n_shards: int, weights: str | None = N
     files = {name: storage.Listed.of(data) for name, data in objects.items()}
     if labels is not None:
         files[protocol.LABELS] = storage.Listed.written(labels)
+    ready()
     storage.write_json(storage.join(url, protocol.FILES), storage.seal({}, files))
     storage.write_bytes(storage.join(url, protocol.SHARDS), objects[protocol.SHARDS])
 

@@ -136,15 +136,35 @@ def _create_next(folder: str, before: Claim, **changes: tp.Any) -> Claim | None:
 
 
 class Holding:
-    """A claim that is renewed in the background; see :func:`held`."""
+    """A claim that is renewed in the background; see :func:`held`.
 
-    def __init__(self) -> None:
+    Args:
+        folder: URL of the folder of its claims.
+        owner: who has it.
+    """
+
+    def __init__(self, folder: str, owner: str):
+        self._folder, self._owner = folder, owner
         self._lost: ConfigError | None = None
 
     def check(self) -> None:
-        """Raise ConfigError if the claim is lost, so that nothing more is written."""
+        """Raise ConfigError if the claim is known to be lost, so that nothing more is written."""
         if self._lost is not None:
             raise self._lost
+
+    def look(self) -> Claim:
+        """The claim, after a look at the storage.
+
+        Raises:
+            ConfigError: it is lost.
+            StorageError: the claims cannot be read.
+        """
+        self.check()
+        found = current(self._folder)
+        if found is None or found.owner != self._owner or found.released:
+            self._lost = _not_ours(self._folder, self._owner, found)
+            raise self._lost
+        return found
 
 
 @contextlib.contextmanager
@@ -158,20 +178,19 @@ def held(folder: str, owner: str) -> Iterator[Holding]:
         The :class:`Holding` that tells whether the claim is lost.
 
     Raises:
-        ConfigError: another owner has the claim, because this one did not renew it in time.
+        ConfigError: another owner has the claim, because this one did not renew it in time. The
+            last look is at the end of the block.
     """
     claim = _take_back(folder, owner)
-    stop, holding = threading.Event(), Holding()
+    stop, holding = threading.Event(), Holding(folder, owner)
 
     def beat() -> None:
         while not stop.wait(min(HEARTBEAT_SECONDS, claim.hours * 3600 / 4)):
             try:
-                found = current(folder)
-                if found is None or found.owner != owner or found.released:
-                    holding._lost = _not_ours(folder, owner, found)
-                    logger.error("%s This work stops at its next safe point.", holding._lost)
-                    return
-                renew(found)  # None is fine: another process of this owner renewed it
+                renew(holding.look())  # None is fine: another process of this owner renewed it
+            except ConfigError as lost:
+                logger.error("%s This work stops at its next safe point.", lost)
+                return
             except StorageError as err:  # the next beat may succeed
                 logger.warning("The claim could not be renewed: %s", err)
 
@@ -182,6 +201,7 @@ def held(folder: str, owner: str) -> Iterator[Holding]:
     finally:
         stop.set()
         thread.join()
+    holding.look()
 
 
 def _take_back(folder: str, owner: str) -> Claim:

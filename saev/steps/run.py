@@ -46,7 +46,7 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         if cfg.owner:
             place = discover.claims_of(cfg.root, dataset)
             holding = stack.enter_context(claims.held(place, cfg.owner))
-            progress.safe_point = holding.check
+            progress.safe_point, progress.may_publish = holding.check, holding.look
         return work(cfg, dataset, progress)
 
 
@@ -137,12 +137,11 @@ def _publish(cfg: cfgs.PublishStep, dataset: Dataset, progress: Progress) -> lis
     import saev.shards.extract as extract
     from saev.shards import Shards
 
-    del progress
     recording = extract.Recording(_stages(cfg, dataset, device="cpu").shards)
     _check_same(cfg.shards, recording.url, dataset)
     if not recording.published:  # what is complete was checked when it was published
         discover.check_unchanged(dataset)
-    url = recording.finish()
+    url = recording.finish(progress)
     shards = Shards.open(url)
     metadata = shards.metadata
     figures = {
@@ -248,7 +247,7 @@ def _summarise(cfg: cfgs.SummariseStep, dataset: Dataset, progress: Progress) ->
 
     stages = _stages(cfg, dataset)
     measuring = stages.measuring(cfg.run, cfg.shards).model_copy(update={"device": "cpu"})
-    measured = inference.finish(measuring)
+    measured = inference.finish(measuring, progress)
     showing = stages.showing(cfg.run, cfg.shards, measured)
     index = visuals.run(showing, progress=progress)
     outputs.write_metrics(cfg.executor_input, _figures(Results.open(measured).metrics))
@@ -269,7 +268,6 @@ def _figures(metrics: tp.Mapping[str, tp.Any]) -> dict[str, float]:
 
 
 def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[str]:
-    del progress
     runs = cfgs.parse_json(cfg.runs, "--runs")
     shards = storage.name(cfg.shards)
     sections = [s for s in overview.collect(cfg.root, runs) if s.shards == shards]
@@ -280,6 +278,7 @@ def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[
             f"{len(missing)} of {len(runs)} SAEs have no results on {shards}, such as "
             f"{min(missing)}. Retry the run: what is done is skipped."
         )
+    progress.publish_point()
     url = overview.write(cfg.root)
     outputs.write_page(cfg.to_page, overview.render(sections))
     best = min(overview.nmse_of(row.metrics) for row in rows)
@@ -287,6 +286,7 @@ def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[
     outputs.write_metrics(cfg.executor_input, figures)
     details = {"shards": cfg.shards, "runs": runs, "page": url}
     if cfg.owner:
+        progress.publish_point()
         discover.mark_processed(cfg.root, dataset, cfg.owner, details)
     return [url]
 

@@ -374,7 +374,7 @@ class Trainer:
                 if self._wandb:
                     self._wandb[index].finish(found["metrics"])
                 continue
-            progress.safe_point()
+            progress.publish_point()
             if member.published:
                 logger.warning("%s was published by another worker meanwhile.", member.url)
                 continue
@@ -396,6 +396,7 @@ class Trainer:
                 **self._sources(member, places),
                 **found,
             }
+            progress.publish_point()
             storage.write_json(storage.join(member.url, RUN), storage.seal(record, listed))
             if self._wandb:
                 self._wandb[index].finish(found["metrics"])

@@ -111,7 +111,7 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     with progress.task("visuals", total=len(latents), unit="latent", done=done) as task:
         if todo:
             _in_threads(stage, todo, task)
-    return stage.finish()
+    return stage.finish(progress)
 
 
 def _in_threads(stage: "_Stage", latents: list[int], task: Task) -> None:
@@ -383,9 +383,11 @@ class _Stage:
 
     # --- Finish ----------------------------------------------------------------------------
 
-    def finish(self) -> str:
+    def finish(self, progress: Progress | None = None) -> str:
+        progress = progress or Progress(quiet=True)
         report = self._report(self._records(), self._note())
         text = page.build(report).encode()
+        progress.publish_point()
         storage.write_bytes(self.index_url, text)
         listed = {INDEX: storage.Listed.of(text)}
         for latent in self.choice.latents:
@@ -396,6 +398,7 @@ class _Stage:
             "config": self.cfg.to_dict(),
             "latents": list(self.choice.latents),
         }
+        progress.publish_point()
         storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
         return self.index_url
 

@@ -121,17 +121,24 @@ def test_who_lost_a_claim_stops_at_the_next_safe_point(
     monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.05)
     folder = storage.join(place.root, "claims")
     claims.take(folder, "a", 1.0)
-    progress = Progress(quiet=True)
-    with claims.held(folder, "a") as holding, progress.task("x", total=None, unit="u") as task:
-        progress.safe_point = holding.check
-        task.advance(1)
-        if loses == "taken":
-            while claims.take(folder, "b", 1.0, force=True) is None:
-                pass
-        else:
+
+    def lose() -> None:
+        if loses == "released":
             claims.release(folder, "a")
-        with pytest.raises(ConfigError, match="Run a no longer has the claim"):
-            work_on(task)
+        while loses == "taken" and claims.take(folder, "b", 1.0, force=True) is None:
+            pass
+
+    def hold_and_lose() -> None:
+        progress = Progress(quiet=True)
+        with claims.held(folder, "a") as holding, progress.task("x", total=None, unit="u") as task:
+            progress.safe_point = holding.check
+            task.advance(1)
+            lose()
+            with pytest.raises(ConfigError, match="Run a no longer has the claim"):
+                work_on(task)
+
+    with pytest.raises(ConfigError, match="Run a no longer has the claim"):  # at the end as well
+        hold_and_lose()
     found = claims.current(folder)
     assert found.owner == ("b" if loses == "taken" else "a")
     assert found.released == (loses == "released")
