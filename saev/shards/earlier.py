@@ -11,6 +11,7 @@ import typing as tp
 
 from saev import storage
 from saev.errors import ConfigError, CorruptDataError
+from saev.once import say_once
 from saev.shards import protocol
 from saev.shards.protocol import Metadata
 from saev.vit import checkpoints
@@ -50,17 +51,18 @@ def find(root: str, wanted: Metadata, network_before: str | None) -> tuple[str, 
     complete = [f for f in found if storage.exists(storage.join(f[0], protocol.SHARDS))]
     url, metadata = (complete or found)[0]
     if network_before is not None:
-        logger.warning(
-            "%s was recorded by version 0.1.0 of saev, which took %s for %s. Its activations are "
-            "wrong and are recorded again, as %s; delete it when nothing needs it any more.",
-            url, metadata.ckpt, network_before, wanted.network,
-        )  # fmt: skip
+        say_once(
+            logger,
+            f"{url} was recorded by version 0.1.0 of saev, which took {metadata.ckpt} for "
+            f"{network_before}. Its activations are wrong and are recorded again, as "
+            f"{wanted.network}; delete it when nothing needs it any more.",
+        )
         return None
-    logger.warning(
-        "%s was recorded by version 0.1.0 of saev, which did not note the checksum of the weights: "
-        "it is used as a recording of %s %s.",
-        url, wanted.family, wanted.ckpt,
-    )  # fmt: skip
+    say_once(
+        logger,
+        f"{url} was recorded by version 0.1.0 of saev, which did not note the checksum of the "
+        f"weights: it is used as a recording of {wanted.family} {wanted.ckpt}.",
+    )
     return url, metadata
 
 

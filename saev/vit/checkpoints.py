@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saev import storage
 from saev.errors import CorruptDataError, ModelError
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def strip_prefix(
 
 
 def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked: bool) -> None:
-    """Log that position embeddings are interpolated, if they are.
+    """Say once that position embeddings are interpolated, if they are.
 
     Args:
         arch: the architecture.
@@ -229,13 +230,13 @@ def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked:
     """
     before, after = found.shape[-2], needed.shape[-2]
     if before != after:
-        log = logger.info if is_asked else logger.warning
-        log(
-            "%s was trained on images of another size than %s takes here: its position embeddings "
-            "for %d tokens are interpolated to %d.%s",
-            url, arch, before, after,
-            "" if is_asked else " Say --image-size if another size is meant.",
-        )  # fmt: skip
+        remedy = "" if is_asked else " Say --image-size if another size is meant."
+        say_once(
+            logger,
+            f"{url} was trained on images of another size than {arch} takes here: its position "
+            f"embeddings for {before} tokens are interpolated to {after}.{remedy}",
+            level=logging.INFO if is_asked else logging.WARNING,
+        )
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, arch: str, url: str) -> None:

@@ -10,6 +10,7 @@ from saev.config.sae import Activation, SaeConfig
 from saev.errors import CheckpointError
 from saev.nn.folding import Weights, fold_input
 from saev.nn.sae import SparseAutoencoder
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +72,12 @@ class Imported:
                 "`scale`; 1 if it has been folded in already."
             )
         if self.may_need_scale:
-            logger.warning(
-                "%s may have been trained on (x - mean)/scale: the published saev of that time did "
-                "so by default, and its files do not say. It is read as if nothing was scaled. "
-                "osunlp's DINOv2 SAE needs `centre` and `scale`, those of CLIP and BioCLIP do not "
-                "(docs/python-api.md).",
-                self.source,
+            say_once(
+                logger,
+                f"{self.source} may have been trained on (x - mean)/scale: the published saev of "
+                "that time did so by default, and its files do not say. It is read as if nothing "
+                "was scaled. osunlp's DINOv2 SAE needs `centre` and `scale`, those of CLIP and "
+                "BioCLIP do not (docs/python-api.md).",
             )
 
 

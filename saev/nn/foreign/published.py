@@ -21,6 +21,7 @@ from saev.errors import CheckpointError
 from saev.nn.folding import fold_shift
 from saev.nn.foreign import files
 from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.once import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def _activation(header: dict[str, tp.Any], has_threshold: bool, url: str) -> Act
     if name == "TopK":
         return TopK(top_k=top_k, rectify=False)
     if not has_threshold:
-        logger.warning("%s: its BatchTopK had no threshold and was a TopK per token", url)
+        say_once(logger, f"{url}: its BatchTopK had no threshold and was a TopK per token.")
         return TopK(top_k=top_k, rectify=False)
     momentum = params.get("momentum", 0.1)  # there it is the weight of the new value
     if not isinstance(momentum, int | float) or not 0 < momentum <= 1:
