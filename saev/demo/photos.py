@@ -11,6 +11,7 @@ from PIL import Image
 
 from saev import storage
 from saev.errors import ConfigError
+from saev.images.decode import decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _open(file: str) -> Image.Image:
     if spec is None or spec.origin is None:
         raise ConfigError("The demo needs scikit-image's photographs: pip install 'saev[demo]'.")
     data = storage.read_bytes(Path(spec.origin).parent / "data" / file)
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return decode_image(data, file)
 
 
 def _random_crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:

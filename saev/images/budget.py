@@ -9,12 +9,28 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 
+from saev.images.transforms import ImageSpec
+
 PIXELS_PER_WORKER = 16 << 20
 """What each thread may hold on average; photographs of this size never wait."""
 
 _ADMIT: contextvars.ContextVar[Callable[[int, int], None] | None] = contextvars.ContextVar(
     "saev_admit", default=None
 )
+
+
+Cost = Callable[[int, int], int]
+"""Pixels that an example needs, by width and height of its image."""
+
+
+def cost_of(spec: ImageSpec, *, has_mask: bool) -> Cost:
+    """What an example needs: its image, its mask of the same size, and the resized image."""
+
+    def cost(width: int, height: int) -> int:
+        resized_height, resized_width = spec.resized(height, width)
+        return width * height * (2 if has_mask else 1) + resized_height * resized_width
+
+    return cost
 
 
 def admit(width: int, height: int) -> None:
@@ -36,15 +52,20 @@ class PixelBudget:
         self._in_use = 0
         self._changed = threading.Condition()
 
+    @classmethod
+    def of_threads(cls, n: int, max_pixels: int) -> "PixelBudget":
+        """What ``n`` threads may hold that decode images of at most ``max_pixels``."""
+        return cls(max(max_pixels, PIXELS_PER_WORKER * n))
+
     @contextlib.contextmanager
-    def example(self, cost: Callable[[int, int], int]) -> Iterator[None]:
+    def example(self, cost: Cost) -> Iterator[None]:
         """Hold the pixels of one example until the end of the block.
 
         Only the first image in the block waits for room. Its mask has the same size and does not
         wait, because two threads could otherwise wait for each other.
 
         Args:
-            cost: pixels that an example needs, by width and height of its image.
+            cost: pixels that the example needs.
         """
         held = 0
 

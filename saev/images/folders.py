@@ -92,7 +92,7 @@ class SegFolder(ImageDataset):
         self._files = list_files(folders[0], _suffixes(cfg), what="the images of data.root")
         masks = list_files(folders[1], MASK_SUFFIXES, what="the masks of data.root", files="masks")
         self._masks = _pair(self._files, masks, folders[1])
-        self._mask_map = _mask_map(cfg)
+        self._mask_map = _mask_map(cfg, self._limits)
         self._turning = Turning(cfg.mask_orientation)
         by_stem = _read_labels(cfg.root)
         self.classes, self._targets = index_classes([*by_stem.values()])
@@ -138,7 +138,9 @@ class SegFolder(ImageDataset):
             orientation = orientation_of(_read(self._files[index], self._limits), self._limits)
         return self._upright_mask(index, _read(self._masks[index], self._limits), orientation)
 
-    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def load_pair(
+        self, index: int, *, strict: bool = True
+    ) -> tuple[Image.Image, Image.Image | None]:
         """Image and mask, checked to be of one size."""
         file = self._files[index]
         image, orientation = decode_upright(_read(file, self._limits), file.url, self._limits)
@@ -146,9 +148,13 @@ class SegFolder(ImageDataset):
         # Checked before the mask is decoded: the pixel budget counts it as large as the image.
         n_claimed = n_pixels_of(data, self._limits)
         if n_claimed > image.width * image.height:
+            if not strict:
+                return image, None
             raise self._disagree(index, image, f"{n_claimed} pixels", orientation)
         mask = self._upright_mask(index, data, orientation)
         if mask.size != image.size:
+            if not strict:
+                return image, None
             found = f"{mask.width} x {mask.height} pixels"
             raise self._disagree(index, image, found, orientation)
         return image, mask
@@ -219,7 +225,7 @@ class Turning:
         return [f"{n} masks belong to images with an EXIF orientation; see the warning above."]
 
 
-def _mask_map(cfg: ImgSegFolder) -> MaskMap | None:
+def _mask_map(cfg: ImgSegFolder, limits: Limits) -> MaskMap | None:
     if not cfg.mask_map:
         return None
     is_below = not storage.is_url(cfg.mask_map) and not cfg.mask_map.startswith(("/", "~"))
@@ -228,7 +234,7 @@ def _mask_map(cfg: ImgSegFolder) -> MaskMap | None:
         raise StorageError(
             f"data.mask_map is {url}, which does not exist. Give a URL, or a path below data.root."
         )
-    return read_mask_map(url)
+    return read_mask_map(url, limits)
 
 
 def _read(file: File, limits: Limits) -> bytes:

@@ -201,8 +201,12 @@ def _look_up(mask_map: MaskMap, pixels: np.ndarray, name: str) -> np.ndarray:
 # --- Maps ----------------------------------------------------------------------------------
 
 
-def read_mask_map(url: str) -> MaskMap:
+def read_mask_map(url: str, limits: Limits | None = None) -> MaskMap:
     """A map from a CSV file, or from the palette of an image.
+
+    Args:
+        url: the file.
+        limits: which images are decoded.
 
     Raises:
         ConfigError: the file is no such map.
@@ -218,8 +222,10 @@ def read_mask_map(url: str) -> MaskMap:
             ) from err
         return MaskMap(url, _parse_csv(text, url))
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_upright(data, limits or Limits()).image
         palette = image.getpalette("RGB") if image.mode == "P" else None
+    except MemoryError:
+        raise
     except Exception as err:  # PIL raises about everything
         raise ConfigError(
             f"{url} (data.mask_map) is neither a CSV file, called .csv, nor an image ({err}). Take "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saev import cores
 from saev.errors import ConfigError, ImageError
-from saev.images.budget import PIXELS_PER_WORKER, PixelBudget
+from saev.images.budget import PixelBudget, cost_of
 from saev.images.datasets import ImageDataset
 from saev.images.transforms import ImageSpec, token_labels
 
@@ -112,11 +112,8 @@ def _iterate(
     skip_unreadable: bool,
 ) -> Generator[Decoded | Unreadable, None, None]:
     closing = threading.Event()
-    pixels = PixelBudget(max(dataset.max_pixels, PIXELS_PER_WORKER * n_workers))
-
-    def cost(width: int, height: int) -> int:
-        resized_height, resized_width = spec.resized(height, width)
-        return width * height * (1 if grid is None else 2) + resized_height * resized_width
+    pixels = PixelBudget.of_threads(n_workers, dataset.max_pixels)
+    cost = cost_of(spec, has_mask=grid is not None)
 
     def work(index: int) -> Decoded | Unreadable | None:
         if closing.is_set():

@@ -175,7 +175,8 @@ class ImageSpec:
         Raises:
             ImageError: its aspect ratio is too extreme to resize.
         """
-        return self._crop(image.convert("RGB"), _RESAMPLING[self.interpolation], self.fill)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
+        return self._crop(image, _RESAMPLING[self.interpolation], self.fill)
 
     def crop_mask(self, mask: Image.Image, fill: int = 0) -> UInt8[np.ndarray, "height width"]:
         """The part of a mask that the model saw, by nearest neighbour: exactly the image's crop.

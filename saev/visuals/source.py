@@ -14,9 +14,10 @@ import numpy as np
 import pydantic
 from PIL import Image
 
-from saev import storage
+from saev import cores, storage
 from saev.config import Cifar10, ImageData, Imagenet, ImgFolder, ImgSegFolder
 from saev.errors import ConfigError, CorruptDataError, SaevError
+from saev.images.budget import PixelBudget, cost_of
 from saev.images.datasets import ImageDataset, open_dataset
 from saev.images.transforms import ImageSpec
 from saev.once import say_once
@@ -79,6 +80,8 @@ class Source:
             same_images.check(shards, self._config, self._dataset)
         self._table = shards.examples()
         self._spec = image_spec(shards)
+        self._pixels = PixelBudget.of_threads(cores.available(), self._dataset.max_pixels)
+        self._cost = cost_of(self._spec, has_mask=self._dataset.has_masks)
         self.class_names = read_class_names(self._config)
         self.view = functools.lru_cache(maxsize=_CACHED_VIEWS)(self._view)
 
@@ -101,18 +104,17 @@ class Source:
         row = {name: self._table[name][example].as_py() for name in self._table.column_names}
         index = int(row["index"])
         info = self._dataset.example(index)
-        with _remedied():
-            image = self._dataset.load(index)
-            if "height" in row:  # equal names and sizes in bytes do not prove equal images
-                same_images.check_pixels(image, row["height"], row["width"], info.url)
-            mask = self._dataset.load_mask(index)
         labels = self._token_labels(example)
         pixels = labels
-        if mask is not None and mask.size == image.size:
-            pixels = self._spec.crop_mask(mask, fill=self._dataset.bg_label)
-        return View(
-            index, storage.name(info.url), info.label, self._spec.crop(image), pixels, labels
-        )
+        with _remedied(), self._pixels.example(self._cost):
+            image, mask = self._dataset.load_pair(index, strict=False)
+            if "height" in row:  # equal names and sizes in bytes do not prove equal images
+                same_images.check_pixels(image, row["height"], row["width"], info.url)
+            crop = self._spec.crop(image)
+            if mask is not None:
+                pixels = self._spec.crop_mask(mask, fill=self._dataset.bg_label)
+            del image, mask  # before others get their room
+        return View(index, storage.name(info.url), info.label, crop, pixels, labels)
 
     def _token_labels(self, example: int) -> np.ndarray | None:
         labels = self._shards.example_labels(example)

@@ -12,6 +12,7 @@ from pictures import PHOTOGRAPHS, encode, grey, noise, photograph
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+import saev
 from saev.config import ImgFolder
 from saev.config.images import MAX_PIXELS
 from saev.errors import ImageError
@@ -245,6 +246,13 @@ def test_our_own_limit_holds_where_pils_is_lifted(monkeypatch: pytest.MonkeyPatc
 
 
 # --- Files that are larger than they need be --------------------------------------------------
+
+
+def test_there_is_one_decoder():
+    """Its limits and formats hold everywhere only if nothing else opens images."""
+    product = Path(saev.__file__).parent
+    opening = [p.name for p in product.rglob("*.py") if "Image.open(" in p.read_text()]
+    assert opening == ["decode.py"]
 
 
 def long_texts(profile: bool = False) -> bytes:

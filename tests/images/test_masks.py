@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from pictures import encode, grey, noise, photograph, write
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from saev.config import ImgSegFolder
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images import open_dataset
+from saev.images.decode import Limits
 from saev.images.masks import MaskMap, decode_mask, read_mask_map
 
 
@@ -150,6 +152,22 @@ def test_the_palette_of_an_image_is_a_map(tmp_path: Path, suffix: str):
     place = write(str(tmp_path / f"voc.{suffix}"), indexed)
     found = mask(encode(indexed.convert("RGB")), read_mask_map(place))
     assert found.tolist() == [[3, 1], [0, 2]]
+
+
+def test_a_map_is_decoded_as_images_are(tmp_path: Path):
+    """Long texts do not matter, the limit on pixels does, and nothing is started to read it."""
+    info = PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    indexed = Image.fromarray(np.array([[1, 0]], np.uint8)).convert("P")
+    indexed.putpalette([9, 8, 7, 6, 5, 4])
+    found = read_mask_map(write(str(tmp_path / "a.png"), encode(indexed, pnginfo=info)))
+    assert found.rows[:2] == ((((9, 9), (8, 8), (7, 7)), 0), (((6, 6), (5, 5), (4, 4)), 1))
+    large = write(str(tmp_path / "b.png"), encode(Image.new("P", (30, 20))))
+    with pytest.raises(ConfigError, match="it has 30 x 20 pixels, at most 500 are decoded"):
+        read_mask_map(large, Limits(max_pixels=500))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n%%EOF\n"
+    with pytest.raises(ConfigError, match="is neither a CSV file"):
+        read_mask_map(write(str(tmp_path / "c.eps"), postscript))
 
 
 def test_a_value_without_a_label_is_named(tmp_path: Path):

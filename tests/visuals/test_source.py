@@ -1,13 +1,17 @@
 """Where the pictures come from."""
 
 import json
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from saev import inference, storage, visuals
+from saev import cores, inference, storage, visuals
 from saev.config import (
     DataConfig,
     FakeImg,
@@ -19,6 +23,7 @@ from saev.config import (
     ShardsConfig,
 )
 from saev.errors import ConfigError, ImageError
+from saev.images.budget import PIXELS_PER_WORKER
 from saev.shards import Shards, extract
 from saev.visuals.source import Source, read_class_names, recorded_data
 from visuals.chain import Chain, write_photos, write_png
@@ -156,3 +161,52 @@ def test_class_names(tmp_path: Path) -> None:
     (tmp_path / "classes.csv").write_text("label,name\nsky,1\n")
     with pytest.raises(ConfigError, match=r"classes\.csv, line 2.*label,name.*'sky'"):
         read_class_names(cfg)
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_threads_hold_a_bounded_number_of_pixels(
+    has_masks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight threads ask at once; the images that are alive are counted from load to collection."""
+    monkeypatch.setattr(cores, "available", lambda: 1)
+    size = (3_000, 2_500) if has_masks else (4_000, 3_000)
+    image, mask = Image.new("RGB", size, (9, 99, 199)), Image.new("L", size, 3)
+    for i in range(8):
+        place = tmp_path / "photos" / "images/training" if has_masks else tmp_path / "photos"
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{i}.png", compress_level=1)
+        if has_masks:
+            place = tmp_path / "photos/annotations/training"
+            place.mkdir(parents=True, exist_ok=True)
+            mask.save(place / f"{i}.png", compress_level=1)
+    kind = ImgSegFolder if has_masks else ImgFolder
+    source = Source(recorded(tmp_path, kind(root=str(tmp_path / "photos"), max_pixels=13_000_000)))
+    lock = threading.Lock()
+    alive, most = 0, 0
+
+    def count(n: int) -> None:
+        nonlocal alive, most
+        with lock:
+            alive += n
+            most = max(most, alive)
+
+    def watched(load):
+        def call(*args, **kwargs):
+            found = load(*args, **kwargs)
+            for picture in found if isinstance(found, tuple) else (found,):
+                if picture is not None:
+                    n = picture.width * picture.height
+                    count(n)
+                    weakref.finalize(picture, count, -n)
+            time.sleep(0.02)
+            return found
+
+        return call
+
+    # Of a folder without masks, load_pair is load.
+    for name in ("load", "load_mask", *(["load_pair"] if has_masks else [])):
+        monkeypatch.setattr(source.dataset, name, watched(getattr(source.dataset, name)))
+    with ThreadPoolExecutor(8) as pool:
+        views = list(pool.map(source.view, range(8)))
+    assert [view.image.getpixel((5, 5)) for view in views] == [(9, 99, 199)] * 8
+    assert size[0] * size[1] <= most <= PIXELS_PER_WORKER
