@@ -41,3 +41,13 @@ def list_files(url: str) -> None:
         if not entry.is_dir and entry.name != "files.json" and not entry.name.startswith("acts")
     }
     storage.write_json(storage.join(url, "files.json"), storage.seal({}, files))
+
+
+def as_0_1_0(shards: str) -> str:
+    """Make of a shards folder what version 0.1.0 left, except for its name, which is no hash."""
+    old = Path(shards).rename(Path(shards).with_name("recorded-by-0.1.0"))
+    raw = json.loads((old / "metadata.json").read_text())
+    plain = {key: raw[key] for key in raw if key not in ("network", "weights", "versions")}
+    (old / "metadata.json").write_text(json.dumps(plain))
+    (old / "files.json").unlink()
+    return str(old)

@@ -2,10 +2,13 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 from torture import bits
+
+OLD_SHARDS = Path(__file__).parent / "upgrade/root/saev/shards/2ea428cd2d2cfec5"
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +25,22 @@ def test_every_read_is_right_or_one_sentence(kinds: dict[str, bits.Kind]) -> Non
         assert name in names
 
 
-def test_what_an_earlier_version_wrote_ends_in_no_traceback(kinds: dict[str, bits.Kind]) -> None:
+def test_what_an_earlier_version_wrote_ends_in_no_traceback(
+    kinds: dict[str, bits.Kind], tmp_path: Path
+) -> None:
     """Without lists there may be another value, where there were no checksums, but no traceback."""
-    chosen = {name: kinds[name] for name in ("shards", "inference", "checkpoint", "run")}
+    chosen = {name: kinds[name] for name in ("inference", "checkpoint", "run")}
     saved = {file: file.read_bytes() for kind in chosen.values() for file in kind.files}
     try:
         for file in list(saved):
-            if file.name == "files.json":
-                file.unlink()
-            elif file.suffix == ".json" and isinstance(raw := json.loads(saved[file]), dict):
+            if file.suffix == ".json" and isinstance(raw := json.loads(saved[file]), dict):
                 keys = [key for key in raw if key not in ("files", "checksum")]
                 file.write_text(json.dumps({key: raw[key] for key in keys}))
         old = {
             name: bits.Kind(tuple(f for f in kind.files if f.exists()), kind.read)
             for name, kind in chosen.items()
         }
+        old["shards"] = bits.shards(shutil.copytree(OLD_SHARDS, tmp_path / OLD_SHARDS.name))
         _, failures = bits.flip_all(old, 200, random.Random(1))
     finally:
         for file, data in saved.items():

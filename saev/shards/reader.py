@@ -107,6 +107,12 @@ class Shards:
         kind = storage.Folder.open if protocol.FILES in found else storage.Folder.unlisted
         folder = kind(url, protocol.FILES, protocol.REMEDY)
         metadata = Metadata.read(url, folder)
+        if protocol.FILES not in found and metadata.network is not None:
+            raise CorruptDataError(
+                f"{storage.join(url, protocol.FILES)} is missing, the list of checksums. Only "
+                f"folders of version 0.1.0 have none; {protocol.METADATA} is of a later one. "
+                f"{protocol.REMEDY}"
+            )
         if metadata.protocol == "3.0":
             folder.warn_if_unlisted()
         place = storage.join(url, protocol.SHARDS)

@@ -175,18 +175,31 @@ def test_truncated_companions(copy: Path, name: str, ask) -> None:
         ask(Shards.open(str(copy)))
 
 
-def test_edited_metadata(copy: Path) -> None:
+OLD = Path(__file__).parents[1] / "upgrade/root/saev/shards/50c7c45994c5ded4"
+"""A folder of version 0.1.0, which wrote no files.json: 20 examples in shards of 8."""
+
+
+def test_a_lost_list(copy: Path) -> None:
+    (copy / "files.json").unlink()
+    with pytest.raises(
+        CorruptDataError,
+        match=r"files\.json is missing, the list of .* is of a later one\. Restore it",
+    ):
+        Shards.open(str(copy))
+
+
+def test_edited_metadata(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(OLD, tmp_path / OLD.name))
     raw = json.loads((copy / "metadata.json").read_text())
-    (copy / "files.json").unlink()  # as an earlier version left it
     (copy / "metadata.json").write_text(json.dumps({**raw, "amp": True}))
     with pytest.raises(CorruptDataError, match="does not belong to its folder"):
         Shards.open(str(copy))
 
 
-def test_shards_json_that_disagrees(copy: Path) -> None:
+def test_shards_json_that_disagrees(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(OLD, tmp_path / OLD.name))
     rows = json.loads((copy / "shards.json").read_text())
     rows[0]["n_examples"] = 4
-    (copy / "files.json").unlink()
     (copy / "shards.json").write_text(json.dumps(rows))
     with pytest.raises(CorruptDataError, match=r"acts000000\.bin has \d+ bytes; 4 examples make"):
         Shards.open(str(copy))

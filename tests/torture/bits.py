@@ -75,7 +75,7 @@ def make(root: Path) -> dict[str, Kind]:
     point.write(str(state), point.ResumePoint(8, tensors, meta, {"r": rows}))
     (pointer,) = state.glob("*.json")
     return {
-        "shards": Kind(_files(made.shards), lambda: _shards(made.shards)),
+        "shards": shards(made.shards),
         "run": Kind(
             tuple(Path(run, n) for n in ("run.json", "config.json", "metrics.jsonl")),
             lambda: _run(run),
@@ -88,6 +88,11 @@ def make(root: Path) -> dict[str, Kind]:
             lambda: _book(book),
         ),
     }
+
+
+def shards(folder: str | Path) -> Kind:
+    """A folder of activations."""
+    return Kind(_files(folder), lambda: _shards(str(folder)))
 
 
 def _files(folder: str | Path) -> tuple[Path, ...]:
@@ -154,7 +159,8 @@ def digest(value: object) -> str:
 
 def _pieces(value: object) -> Iterable[bytes]:
     if isinstance(value, torch.Tensor):
-        value = value.numpy()
+        is_bfloat16 = value.dtype == torch.bfloat16  # which NumPy does not know
+        value = (value.view(torch.int16) if is_bfloat16 else value).numpy()
     if isinstance(value, np.ndarray):
         yield f"{value.dtype}{value.shape}".encode()
         yield np.ascontiguousarray(value).tobytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from described import described
 from PIL import Image
 
 from saev import inference, storage, visuals
@@ -261,15 +262,11 @@ def test_latent_that_does_not_exist(chain: Chain) -> None:
 
 
 def test_shards_of_another_run(chain: Chain, tmp_path: Path) -> None:
-    other = tmp_path / "shards"
-    shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
-    (other / "files.json").unlink()
-    metadata = json.loads((other / "metadata.json").read_text())
-    (other / "metadata.json").write_text(json.dumps({**metadata, "amp": True}))
+    other = described(chain.shards, tmp_path / "shards", amp=True)
     with pytest.raises(ConfigError, match="no inference results on shards"):
-        visuals.run(chain.config(shards=str(other)))
+        visuals.run(chain.config(shards=other))
     with pytest.raises(ConfigError, match="Give the shards that inference ran on"):
-        visuals.run(chain.config(shards=str(other), inference=chain.inference))
+        visuals.run(chain.config(shards=other, inference=chain.inference))
 
 
 @pytest.fixture
@@ -338,20 +335,16 @@ def test_drawn_report_needs_no_images(chain: Chain, moved: Path, tmp_path: Path)
 
 
 def test_another_model_is_refused_or_said_on_the_page(chain: Chain, tmp_path: Path) -> None:
-    other = tmp_path / "shards"
-    shutil.copytree(chain.shards, other)  # renamed, so its name is no hash to check
-    (other / "files.json").unlink()
-    metadata = json.loads((other / "metadata.json").read_text())
     hostile = {"weights": "sha256:<img src=x>", "versions": {"torch": "<b>2</b>"}}
-    (other / "metadata.json").write_text(json.dumps({**metadata, **hostile}))
-    data = DataConfig(shards=str(other))
+    other = described(chain.shards, tmp_path / "shards", **hostile)
+    data = DataConfig(shards=other)
     measured = inference.run(
         InferenceConfig(
             run=chain.run, data=data, out=str(tmp_path / "inference"), device="cpu",
             allow_other_model=True,
         )
     )  # fmt: skip
-    keys = {"shards": str(other), "inference": measured, "out": str(tmp_path / "out")}
+    keys = {"shards": other, "inference": measured, "out": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match=r"model visuals-test tiny .*--allow-other-model"):
         visuals.run(chain.config(**keys))
     page = storage.read_text(visuals.run(chain.config(**keys, allow_other_model=True)))

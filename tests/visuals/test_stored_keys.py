@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from described import list_files
 
 from saev import inference, storage, visuals
 from saev.config import DataConfig, ImgSegFolder, InferenceConfig, VisualsConfig
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw |= {"dataset": password, "ckpt": f"tiny@{signature}", "versions": {"torch": token}}
     raw["data"]["root"] = password
     (shards / "metadata.json").write_text(json.dumps(raw))
-    (shards / "files.json").unlink()  # as in version 0.1.0, which listed no checksum of it
+    list_files(str(shards))
     run = str(root / "runs" / "r0")
     make_run(run, str(shards), d_model=D_MODEL)
     storage.write_json(f"{run}/run.json", {})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from described import list_files
 
 from saev import storage, visuals
 from saev.errors import ConfigError, CorruptDataError, SaevError
@@ -42,9 +43,9 @@ def naming(chain: Chain, tmp_path: Path, data: dict[str, object]) -> Shards:
     """Shards whose metadata was written by somebody else."""
     folder = tmp_path / "shards"
     shutil.copytree(chain.shards, folder)
-    (folder / "files.json").unlink()
     metadata = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps({**metadata, "data": data}))
+    list_files(str(folder))
     return Shards.open(str(folder))
 
 
