@@ -106,10 +106,17 @@ class _Root:
         return bool(record) and record.get("rules", 1) == member.rules
 
     def in_flight(self, group: str) -> resume.Flight:
-        """The runs of a group's newest resume point; no runs if no point is intact."""
+        """The runs of a group's newest resume point; no runs if no point is intact.
+
+        A point that cannot be read is waited for, as training itself does: were it passed over, the
+        group's SAEs would be trained from the start, beside those in flight.
+
+        Raises:
+            StorageError: it could not be read for a long time; nothing was changed.
+        """
         if group not in self._flights:
             url = storage.join(self._url, resume.FOLDER, group)
-            self._flights[group] = resume.flight(url)
+            self._flights[group] = resume.patiently(lambda: resume.flight(url), url)
         return self._flights[group]
 
 

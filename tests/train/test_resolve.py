@@ -354,6 +354,16 @@ def members(cfg: TrainConfig, text: str) -> list[resolve.Member]:
     return [member for group in found for member in group.members]
 
 
+def test_seeds_in_a_grid_of_their_own_leave_the_others_as_they_are(cfg):
+    """As docs/training.md says under Seeds, where an axis of seeds trains all SAEs anew."""
+    first = [m.run_id for m in members(cfg, "lr = [1e-3, 1e-4]")]
+    grids = "[[grid]]\nlr = [1e-3, 1e-4]\n[[grid]]\nlr = [1e-3, 1e-4]\nseed = [1, 2]"
+    assert [m.run_id for m in members(cfg, grids)][:2] == first
+    swept = members(cfg, "lr = [1e-3, 1e-4]\nseed = [0, 1]")
+    assert {m.config.seed for m in swept} == {0, 1}
+    assert {m.run_id for m in swept}.isdisjoint(first)
+
+
 def test_a_seed_is_made_of_what_an_sae_is(cfg, tmp_path):
     first = members(cfg, "lr = [1e-3, 1e-4]")
     seeds = {m.config.lr: m.config.seed for m in first}

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from saev import storage
 from saev.errors import StorageError
-from saev.train import curves, resume
+from saev.train import curves, earlier, resume
 from saev.train.point import CurveRows, ResumePoint
 from saev.train.resume import Patience, Points
 
@@ -268,6 +268,41 @@ def test_a_denied_read_changes_nothing(two, proxy, what, clock, caplog):
     on[0] = False
     assert names(two) == before
     assert_equal(Points(two).load(), point(20))
+
+
+def runs_in_flight(two: str) -> tuple[str, ...]:
+    """As planning sees the group whose folder is ``two``, which may be of another sweep."""
+    return earlier._Root(storage.parent(storage.parent(two))).in_flight("g").run_ids
+
+
+def test_planning_waits_for_a_group_in_flight(two, proxy, clock, caplog):
+    left = [3]
+
+    def deny(request: s3_proxy.Request) -> s3_proxy.Fault:
+        hit = request.path.endswith("20.json") and left[0] > 0
+        left[0] -= hit
+        return "403" if hit else ""
+
+    proxy.fault = deny
+    assert runs_in_flight(two) == ("one", "two")
+    assert clock
+    assert "Waiting for" in caplog.text
+
+
+@pytest.mark.parametrize("what", [".json", "list"])
+def test_planning_does_not_pass_over_a_group_that_it_cannot_read(two, proxy, clock, what):
+    """Its SAEs would be trained from the start, beside those in flight."""
+
+    def deny(request: s3_proxy.Request) -> s3_proxy.Fault:
+        hit = "list-type=2" in request.path if what == "list" else ".json" in request.path
+        return "403" if hit else ""
+
+    proxy.fault = deny
+    with pytest.raises(
+        StorageError, match=r"tried for 10 minutes\. Nothing is lost: the same comm"
+    ):
+        runs_in_flight(two)
+    assert sum(clock) == 600
 
 
 def test_an_outage_is_waited_for(two, proxy, clock, caplog):
