@@ -14,6 +14,7 @@ from saev.config.train import default_batch_size
 from saev.errors import ConfigError
 from saev.once import say_once
 from saev.train import earlier
+from saev.train.idle import Sized, warn_of_idle_axes
 from saev.train.members import Group, Member, digest
 from saev.train.sides import Places, check_model, decide, other_model
 
@@ -55,7 +56,8 @@ def groups(
             logger.warning("Run %s is asked for twice; it is trained once.", member.run_id)
         found = wanted.setdefault(member.run_id, earlier.Wanted(member, []))
         found.older.extend(_older(one, member, places))
-    _warn_of_idle_axes([one.member for one in wanted.values()])
+    configs = [one.member.config for one in wanted.values()]
+    warn_of_idle_axes([Sized(c, _hashed(c), places.n_tokens(c.train_data)) for c in configs])
     by_data: dict[str, list[earlier.Wanted]] = {}
     for found in wanted.values():
         by_data.setdefault(_data_key(found.member.config), []).append(found)
@@ -269,15 +271,3 @@ def _data_key(config: TrainConfig) -> str:
     more = ("runs_root", "device", "bf16")  # one process has one of each
     raw = config.to_dict()
     return storage.canonical_json({key: raw[key] for key in keys + more})
-
-
-def _warn_of_idle_axes(members: tp.Sequence[Member]) -> None:
-    """A sweep of a penalty that the activation does not use trains repetitions."""
-    sparse = [m for m in members if isinstance(m.config.sae.activation, TopK | BatchTopK)]
-    coefficients = {m.config.objective.coefficient for m in sparse}
-    if len(coefficients) > 1:
-        logger.warning(
-            "objective.sparsity_coeff is swept, but %s has no sparsity penalty: those SAEs differ "
-            "in their seeds alone. Choose sae.activation:relu or jump-relu.",
-            " and ".join(sorted({m.config.sae.activation.kind for m in sparse})),
-        )
