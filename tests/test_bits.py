@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torture import bits
 
-OLD_SHARDS = Path(__file__).parent / "upgrade/root/saev/shards/2ea428cd2d2cfec5"
+OLD_SHARDS = Path(__file__).parent / "upgrade" / "root" / "saev/shards/2ea428cd2d2cfec5"
 
 
 @pytest.fixture(scope="module")

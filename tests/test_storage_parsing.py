@@ -174,3 +174,25 @@ def test_a_file_is_read_no_further_than_it_goes(tmp_path: Path) -> None:
     ):
         reader.read(1, 1 << 60)
     assert io.BytesIO(storage.read_bytes(place, fresh=True)).read() == b"abc"
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">i2", "|u1", "<f8"])
+def test_the_header_of_an_array_is_what_numpy_wrote(dtype: str, order: str) -> None:
+    array = np.asarray(np.arange(6).reshape(2, 3), dtype, order=order)
+    stream = io.BytesIO()
+    np.save(stream, array)
+    data = stream.getvalue()
+    head = storage.npy_header(data, len(data))
+    assert (head.dtype, head.shape, head.is_fortran) == (array.dtype, (2, 3), order == "F")
+    assert data[head.n_bytes :] == array.tobytes(order)
+    for n_bytes in (len(data) - 1, len(data) + 1):
+        with pytest.raises(ValueError, match=rf"needs {array.nbytes} bytes, but {n_bytes - 128}"):
+            storage.npy_header(data, n_bytes)
+
+
+def test_arrays_of_objects_have_no_header_that_is_taken() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="dtype object, expected numbers"):
+        storage.npy_header(stream.getvalue(), len(stream.getvalue()))

@@ -5,7 +5,6 @@ compressed, lies inside the file, and has exactly as many bytes as its own heade
 """
 
 import io
-import math
 import struct
 import typing as tp
 import zipfile
@@ -85,17 +84,11 @@ class Members:
 
     def _header(self, start: int, n_bytes: int) -> tuple[np.dtype, tuple[int, ...], int]:
         """dtype and shape of an array, and how many bytes come before its values."""
-        head = io.BytesIO(self._reader.read(start, min(n_bytes, _MAX_HEADER)))
-        version = np.lib.format.read_magic(head)
-        if version == (1, 0):
-            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
-        else:
-            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(head)
-        if dtype.hasobject or (is_fortran and len(shape) > 1) or any(n < 0 for n in shape):
-            raise ValueError(f"an array is {dtype} {shape}")
-        if math.prod(shape) * dtype.itemsize != n_bytes - head.tell():
-            raise ValueError(f"an array of {dtype} {list(shape)} has {n_bytes - head.tell()} bytes")
-        return dtype, shape, head.tell()
+        head = self._reader.read(start, min(n_bytes, _MAX_HEADER))
+        found = storage.npy_header(head, n_bytes)
+        if found.is_fortran and len(found.shape) > 1:
+            raise ValueError(f"an array of {list(found.shape)} has its first axis last")
+        return found.dtype, found.shape, found.n_bytes
 
     def _fill(self, start: int, values: np.ndarray) -> None:
         view = memoryview(values.reshape(-1).view(np.uint8).data if values.size else b"")

@@ -48,7 +48,7 @@ from saev.storage.manifest import (
     read_verified,
     seal,
 )
-from saev.storage.parsing import fits, parse_json, parse_tensors, parse_toml, parsed
+from saev.storage.parsing import fits, npy_header, parse_json, parse_tensors, parse_toml, parsed
 from saev.storage.ranges import RangeReader
 from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
 from saev.storage.stored import check_closed, inside, is_below, is_file_name, recorded_folder
@@ -111,6 +111,7 @@ __all__ = [
     "name",
     "node_cache",
     "normalize",
+    "npy_header",
     "open_read",
     "open_write",
     "open_write_at",

@@ -6,6 +6,7 @@ that are in memory or that come from a reader whose own errors are of :mod:`saev
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -134,6 +135,48 @@ def fits(found: Shape, expected: Shape) -> bool:
     return len(found) == len(expected) and all(
         want in (-1, have) for have, want in zip(found, expected, strict=True)
     )
+
+
+class NpyHeader(tp.NamedTuple):
+    """What stands before the values of an `.npy` array."""
+
+    dtype: np.dtype
+    shape: Shape
+    is_fortran: bool
+    """Whether the first axis varies fastest."""
+    n_bytes: int
+    """Of the header: where the values begin."""
+
+
+def npy_header(head: bytes, n_bytes: int) -> NpyHeader:
+    """The header of an `.npy` array, which must fit the size of the whole.
+
+    As other parsers, it is to be called inside of :func:`parsed`.
+
+    Args:
+        head: the first bytes of the array; the header must end in them.
+        n_bytes: bytes of the whole, header and values.
+
+    Raises:
+        ValueError: the header is damaged, of Python objects, or of more or fewer values.
+    """
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"it has npy version {version}, expected 1.0 or 2.0")
+    shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError(f"it has dtype {dtype}, expected numbers")
+    left, needed = n_bytes - stream.tell(), math.prod(shape) * dtype.itemsize
+    if left != needed or any(size < 0 for size in shape):
+        raise ValueError(
+            f"shape {list(shape)} of {dtype} needs {needed} bytes, but {left} are there"
+        )
+    return NpyHeader(dtype, shape, is_fortran, stream.tell())
 
 
 def parse_tensors(

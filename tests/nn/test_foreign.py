@@ -312,9 +312,9 @@ NEGATIVE = "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -4)}"
     [
         (
             npy(LYING),
-            r"W_enc has shape \[6, 1000000000\] of float32, which needs 24000000000",
+            r"W_enc .*shape \[6, 1000000000\] of float32 needs 24000000000 bytes, but 0 are",
         ),
-        (npy(OBJECTS, b"\x80\x04."), "W_enc has dtype object, expected numbers"),
+        (npy(OBJECTS, b"\x80\x04."), "W_enc .*has dtype object, expected numbers"),
         (npy(NEGATIVE, b"\0" * 16), r"shape \[-1, -4\]"),
         (npy("__import__('os')"), "W_enc is not an npy array"),
         (npy("(" * 5000), "W_enc is not an npy array"),

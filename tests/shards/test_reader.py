@@ -175,7 +175,7 @@ def test_truncated_companions(copy: Path, name: str, ask) -> None:
         ask(Shards.open(str(copy)))
 
 
-OLD = Path(__file__).parents[1] / "upgrade/root/saev/shards/50c7c45994c5ded4"
+OLD = Path(__file__).parents[1] / "upgrade" / "root" / "saev/shards/50c7c45994c5ded4"
 """A folder of version 0.1.0, which wrote no files.json: 20 examples in shards of 8."""
 
 

@@ -5,7 +5,6 @@ Sizes are compared with those of the file before anything is allocated.
 
 import contextlib
 import io
-import math
 import pickletools
 import re
 import typing as tp
@@ -266,27 +265,13 @@ def parse_npz(data: bytes, source: str) -> dict[str, Tensor]:
 
 
 def _parse_npy(data: bytes, source: str) -> Tensor:
-    stream = io.BytesIO(data)
     with parsed(source, "an npy array"):
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise CheckpointError(f"{source} has npy version {version}, expected 1.0 or 2.0.")
-        shape, is_fortran, dtype = read(stream)
-        if dtype.kind not in "fiu":
-            raise CheckpointError(f"{source} has dtype {dtype}, expected numbers, not objects.")
-        left, expected = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
-        if left != expected or any(size < 0 for size in shape):
-            raise CheckpointError(
-                f"{source} has shape {list(shape)} of {dtype}, which needs {expected} bytes, but "
-                f"{left} are there. It is damaged."
-            )
-        flat = np.frombuffer(data, dtype, offset=stream.tell())
-        array = flat.reshape(shape, order="F" if is_fortran else "C")
-        return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))
+        head = storage.npy_header(data, len(data))
+        if head.dtype.kind not in "fiu":
+            raise CheckpointError(f"{source} has dtype {head.dtype}, expected numbers.")
+        flat = np.frombuffer(data, head.dtype, offset=head.n_bytes)
+        array = flat.reshape(head.shape, order="F" if head.is_fortran else "C")
+        return torch.from_numpy(array.astype(head.dtype.newbyteorder("="), order="C"))
 
 
 def read_vector(url: str) -> Tensor:
