@@ -158,10 +158,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
         rank = _rank()
         progress = Progress(quiet=rank > 0 or isinstance(cfg, GcConfig))  # gc asks a question
         log_to(progress, rank)
-        with progress:
-            call = stage(cfg, argv, progress)
-            interrupts.unwind()
-            urls = call()
+        urls = _work(cfg, argv, progress)
     except SaevError as err:
         _fail(str(err), 1)
     except KeyboardInterrupt:
@@ -181,6 +178,21 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     with interrupts.readers_may_leave():
         for url in urls if rank == 0 else ():
             print(url)  # noqa: T201 - the one thing on standard output
+
+
+def _work(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str]:
+    """Run a config's command. In a pod, tell the supervisor why it fails."""
+    try:
+        with progress:
+            call = stage(cfg, argv, progress)
+            interrupts.unwind()
+            return call()
+    except BaseException as err:
+        if "SAEV_LAST_WORD" in os.environ:
+            from saev.steps import last_word
+
+            last_word.tell(err)
+        raise
 
 
 def _rank() -> int:

@@ -28,12 +28,17 @@ server.main()
 """
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def running() -> Iterator[str]:
     """Environment variables point to the server inside; yields the URL of an empty bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -46,7 +51,7 @@ def running() -> Iterator[str]:
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
-        _wait(endpoint, server)
+        wait_for(endpoint, server)
         request = urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")
         urllib.request.urlopen(request, timeout=10).close()
         yield f"s3://{BUCKET}"
@@ -60,7 +65,7 @@ def running() -> Iterator[str]:
                 os.environ[key] = value
 
 
-def _wait(endpoint: str, server: subprocess.Popen) -> None:
+def wait_for(endpoint: str, server: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if server.poll() is not None:

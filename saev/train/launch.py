@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from saev import cores, errors
-from saev.errors import RankError, SaevError
+from saev.errors import RankError, SaevError, StorageError
 from saev.progress import Progress
 from saev.train.signals import EXIT_SIGTERM, Interruption
 
@@ -141,7 +141,10 @@ def _judge(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
     for report in reports.values():
         kind = getattr(errors, report.get("kind", ""), None)
         if kind is not None and issubclass(kind, SaevError) and kind is not RankError:
-            raise kind(report["message"])
+            error = kind(report["message"])
+            if isinstance(error, StorageError):
+                error.passing = bool(report.get("passing"))
+            raise error
     size = len(ranks)
     for one in ranks:
         if one.failed and not one.killed and not reports[one.number]:

@@ -10,6 +10,7 @@ import typing as tp
 
 import torch.distributed as dist
 
+from saev import storage
 from saev.errors import SaevError
 from saev.progress import Progress, log_to
 from saev.torchrun import Place
@@ -32,7 +33,8 @@ def main() -> None:
     try:
         _train(job)
     except SaevError as err:
-        status, said = 1, {"kind": type(err).__name__, "message": str(err)}
+        passing = "yes" if storage.is_passing(err) else ""
+        status, said = 1, {"kind": type(err).__name__, "message": str(err), "passing": passing}
     except (SystemExit, KeyboardInterrupt):
         status = EXIT_SIGTERM
     except BaseException as err:

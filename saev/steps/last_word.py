@@ -1,0 +1,104 @@
+"""Why a step failed, and whether trying again may help: what is said last, and kept in storage.
+
+KFP's launcher ends with status 1 whatever happened, so the status tells nobody anything. A step
+that fails writes a small record here instead::
+
+    <root>/datasets/runs/<owner>/<step>-<hash of its flags>.json
+"""
+
+import hashlib
+import json
+import logging
+import os
+import typing as tp
+from pathlib import Path
+
+from saev import storage
+from saev.errors import RankError, SaevError, StorageError
+
+logger = logging.getLogger(__name__)
+
+FILE_VARIABLE = "SAEV_LAST_WORD"
+"""Environment variable: the file in which a supervised process says why it failed."""
+
+Kind = tp.Literal["permanent", "passing", "stopped"]
+
+
+class LastWord(tp.NamedTuple):
+    """Why a step failed."""
+
+    kind: Kind
+    """permanent: it fails again until somebody changes something. passing: the same command may
+    succeed. stopped: it was asked to end."""
+    error: str
+    """What happened, with the remedy, for people."""
+    is_unexpected: bool = False
+    """Whether it is an error that saev does not raise on purpose: a bug, or a broken device."""
+
+
+def of(error: BaseException) -> LastWord:
+    """What an error says of another try."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return LastWord("stopped", "It was stopped.")
+    # A rank that died takes the others with it, and the error says which one it was.
+    passes = storage.is_passing(error) or isinstance(error, RankError)
+    if not isinstance(error, SaevError | ModuleNotFoundError):
+        return LastWord("passing", f"{type(error).__name__}: {error}", is_unexpected=True)
+    return LastWord("passing" if passes else "permanent", str(error))
+
+
+def tell(error: BaseException) -> None:
+    """Say to the supervisor why this process ends. Without one, nothing happens."""
+    place = os.environ.get(FILE_VARIABLE)
+    if place:
+        Path(place).write_text(json.dumps(of(error)._asdict()), encoding="utf-8")
+
+
+def heard(path: Path) -> LastWord | None:
+    """What a process said; None if it could not say anything."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return LastWord(raw["kind"], raw["error"], raw["is_unexpected"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- In storage ----------------------------------------------------------------------------------
+
+
+def folder_of(root: str, owner: str) -> str:
+    """Where the last words of a pipeline run's steps are."""
+    return storage.join(root, "datasets", "runs", owner)
+
+
+def keep(word: LastWord, root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
+    """Write a record. What hinders it is a warning, as the step has failed for another reason."""
+    try:
+        storage.write_json(_place(root, owner, step, flags), {"step": step, **word._asdict()})
+    except StorageError as err:
+        logger.warning("The reason could not be kept in storage: %s", err)
+
+
+def withdraw(root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
+    """Delete the record of an earlier failure of the same step, which has succeeded now."""
+    place = _place(root, owner, step, flags)
+    try:
+        if storage.exists(place):
+            storage.delete(place)
+    except StorageError as err:
+        logger.warning("The record of an earlier failure stays: %s", err)
+
+
+def all_of(root: str, owner: str) -> list[dict[str, str]]:
+    """Last words of a run's steps: step, kind, error."""
+    found = []
+    for entry in storage.list_dir(folder_of(root, owner), missing_ok=True):
+        raw = storage.read_json(entry.url)
+        if isinstance(raw, dict):
+            found.append({key: str(raw.get(key, "")) for key in ("step", "kind", "error")})
+    return found
+
+
+def _place(root: str, owner: str, step: str, flags: tp.Sequence[str]) -> str:
+    digest = hashlib.sha256("\0".join(flags).encode()).hexdigest()[:12]
+    return storage.join(folder_of(root, owner), f"{step}-{digest}.json")

@@ -1,0 +1,260 @@
+"""Runs a step as its child, and runs it again when what ended it may pass.
+
+    python -m saev.steps.supervisor step train --root … --item …    # what a pod runs
+    python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
+
+Kubeflow Pipelines 2.17 does not retry a container that fails, and starts a new pod only for one that
+is lost. So a store that was away, a process that was killed or a broken network are met here, in
+the same pod, where every step continues from what it finished. A mistake in the config or a damaged
+file ends the step at once, because another try would find the same.
+"""
+
+import collections
+import collections.abc
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import typing as tp
+from pathlib import Path
+
+import tenacity
+
+from saev.progress import Progress, log_to
+from saev.steps import last_word, memory
+from saev.steps.last_word import LastWord
+
+logger = logging.getLogger("saev.steps.supervisor")  # not __main__, which shows no messages
+
+MODULE = "saev.steps.supervisor"
+_RETRIES = "SAEV_RETRIES"
+_POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+STOPPED = 128 + signal.SIGTERM
+
+
+class Policy(tp.NamedTuple):
+    """How often a step is run again, and when."""
+
+    retries: int = 3
+    """Most restarts within a window."""
+    window_s: float = 3600.0
+    """A failure that is longer ago does not count: a step may take days."""
+    wait_s: float = 10.0
+    """Before the first restart; doubled before each further one."""
+    most_wait_s: float = 300.0
+
+    @classmethod
+    def from_environment(cls) -> tp.Self:
+        """With SAEV_RETRIES, if that is a number."""
+        text = os.environ.get(_RETRIES, "")
+        return cls(retries=int(text)) if text.isdecimal() else cls()
+
+
+class Supervisor:
+    """One step and its processes, one after the other.
+
+    Args:
+        command: of the step.
+        policy: how often it is tried again.
+        look: tells the memory of the container.
+    """
+
+    def __init__(
+        self,
+        command: tp.Sequence[str],
+        policy: Policy,
+        look: tp.Callable[[], memory.Memory | None] = memory.look,
+    ):
+        self._command, self._policy, self._look = list(command), policy, look
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stop = threading.Event()
+        self._failures: collections.deque[float] = collections.deque()
+        self._before: LastWord | None = None
+        """Why the process before this one ended."""
+        self.n_runs = 0
+
+    def run(self) -> LastWord | None:
+        """Run the step until it is done or hopeless. Returns why it failed; None if it is done."""
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda word: word is not None and word.kind == "passing"),
+            stop=lambda state: self._stop.is_set() or len(self._failures) > self._policy.retries,
+            wait=lambda state: self._pause(),
+            sleep=self._wait,
+            before_sleep=self._say,
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )
+        word: LastWord | None = again(self._run_once)
+        if self._stop.is_set() and word is not None and word.kind == "passing":
+            return LastWord("stopped", word.error)
+        return word
+
+    def stop(self, *_: object) -> None:
+        """Ask the step to end: training writes a resume point first. Handles signals."""
+        self._stop.set()
+        child = self._child
+        if child is not None:
+            child.terminate()
+
+    def _run_once(self) -> LastWord | None:
+        if self._stop.is_set():
+            return LastWord("stopped", "It was stopped before it was run again.")
+        self.n_runs += 1
+        with tempfile.TemporaryDirectory(prefix="saev-last-word-") as folder:
+            place = Path(folder, "last-word.json")
+            self._child = child = subprocess.Popen(
+                self._command,
+                env={**os.environ, last_word.FILE_VARIABLE: str(place)},
+                start_new_session=True,  # signals of a terminal come from here, once
+                preexec_fn=_end_with_the_parent if sys.platform == "linux" else None,
+            )
+            if self._stop.is_set():  # it came while the process was made
+                child.terminate()
+            short = self._follow(child)
+            word = self._judge(child.returncode, last_word.heard(place), short)
+        self._child = None
+        self._count(word)
+        self._before = word
+        return word
+
+    def _follow(self, child: "subprocess.Popen[bytes]") -> memory.Memory | None:
+        """Wait for a process's end. Returns the memory in use if that was why it was ended."""
+        while child.poll() is None:
+            found = self._look()
+            if found is not None and found.is_short:
+                child.kill()
+                child.wait()
+                return found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_SECONDS)
+        return None
+
+    def _judge(
+        self, status: int, said: LastWord | None, short: memory.Memory | None
+    ) -> LastWord | None:
+        """Why a process ended, and whether another one may do better."""
+        if short is not None:
+            return self._judge_memory(short)
+        if status == 0:
+            return None
+        if self._stop.is_set():
+            return LastWord("stopped", "It was asked to end, and did.")
+        if status < 0:
+            return LastWord("passing", f"The process was killed by {signal.Signals(-status).name}.")
+        if said is None:  # it could not say anything: a wrong flag, or a crash of the interpreter
+            kind: last_word.Kind = "permanent" if status == 2 else "passing"
+            said = LastWord(kind, f"The process ended with exit status {status}.")
+        if said.is_unexpected and said == self._before:
+            return LastWord("permanent", f"{said.error} (twice the same)")
+        return said
+
+    def _judge_memory(self, found: memory.Memory) -> LastWord:
+        used, limit = found.used / 2**30, found.limit / 2**30
+        text = (
+            f"The step used {used:.2f} of the {limit:.2f} GiB of memory that its pod may use, and "
+            "was ended before the kernel would have ended the pod. Give it more, such as "
+            "PARAMS='memory=64Gi', or let it use less (docs/costs.md)."
+        )
+        # What else used memory may be gone, so once it is tried again.
+        twice = self._before is not None and self._before.error.startswith("The step used")
+        return LastWord("permanent" if twice else "passing", text)
+
+    def _count(self, word: LastWord | None) -> None:
+        now = time.monotonic()
+        while self._failures and now - self._failures[0] > self._policy.window_s:
+            self._failures.popleft()
+        if word is not None:
+            self._failures.append(now)
+
+    def _pause(self) -> float:
+        wait = self._policy.wait_s * 2.0 ** (len(self._failures) - 1)
+        return min(wait, self._policy.most_wait_s)
+
+    def _wait(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+    def _say(self, state: tenacity.RetryCallState) -> None:
+        word = state.outcome.result() if state.outcome else None
+        assert word is not None
+        logger.warning(
+            "This may pass: %s The step is run again in %.0f s and continues where it was "
+            "(%d of %d restarts).",
+            word.error, self._pause(), len(self._failures), self._policy.retries,
+        )  # fmt: skip
+
+
+def _end_with_the_parent() -> None:
+    """In a new process: end when the supervisor is killed (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(argv: tp.Sequence[str] | None = None) -> None:
+    """Entry point of a pod. Ends with 0, with 1 after a failure, with 143 if it was stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--signal"]:
+        send(int(words[1]))
+        return
+    log_to(Progress(quiet=True))
+    supervisor = Supervisor([sys.executable, "-m", "saev", *words], Policy.from_environment())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, supervisor.stop)
+    word = supervisor.run()
+    _keep(word, words)
+    if word is None:
+        return
+    sys.stderr.write(closing_line(word, supervisor.n_runs) + "\n")
+    sys.exit(STOPPED if word.kind == "stopped" else 1)
+
+
+def closing_line(word: LastWord, n_runs: int) -> str:
+    """The last line of a failed step's log."""
+    error = " ".join(word.error.split())
+    if word.kind == "stopped":
+        return f"saev: stopped: {error} The same command continues from here."
+    if word.kind == "permanent":
+        return f"saev: permanent error: {error}"
+    tries = "once" if n_runs == 1 else f"{n_runs} times"
+    return (
+        f"saev: passing error, tried {tries}: {error} Retry the run in Kubeflow or submit the "
+        "dataset again; what is done is kept."
+    )
+
+
+def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
+    """Put the last word into storage, or take an earlier one back."""
+    flags = dict(zip(words, words[1:], strict=False))
+    root, owner = flags.get("--root", ""), flags.get("--owner", "")
+    if len(words) < 2 or not root or not owner or (word is not None and word.kind == "stopped"):
+        return
+    step, rest = words[1], words[2:]
+    if word is None:
+        last_word.withdraw(root, owner, step, rest)
+    else:
+        last_word.keep(word, root, owner, step, rest)
+
+
+def send(number: int) -> None:
+    """Send a signal to the supervisors of this container."""
+    for pid in _supervisors():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _supervisors(proc: Path = Path("/proc")) -> collections.abc.Iterator[int]:
+    for folder in proc.iterdir():
+        if not folder.name.isdecimal() or int(folder.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", MODULE.encode()] and b"--signal" not in words[3:4]:
+                yield int(folder.name)
+
+
+if __name__ == "__main__":
+    main()
