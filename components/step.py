@@ -16,9 +16,12 @@ CPU_IMAGE = "saev-cpu"
 EXECUTOR_INPUT = "{{$}}"
 """KFP puts the step's inputs and outputs here, as JSON: where artifacts and their metadata go."""
 
+SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
+"""The command of every step: it runs `saev` as its child."""
+
 
 def spec(image: str, step: str, **flags: tp.Any) -> dsl.ContainerSpec:
-    """`python -m saev step STEP --flag value …`.
+    """`saev step STEP --flag value …`, run by the supervisor, which tries passing failures again.
 
     The command is whole, not an addition to the image's entry point: on a cluster, the launcher
     takes the entry point's place.
@@ -31,4 +34,4 @@ def spec(image: str, step: str, **flags: tp.Any) -> dsl.ContainerSpec:
     args = [
         word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)
     ]
-    return dsl.ContainerSpec(image=image, command=["python", "-m", "saev", "step", step], args=args)
+    return dsl.ContainerSpec(image=image, command=[*SUPERVISOR, "step", step], args=args)

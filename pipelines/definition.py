@@ -12,6 +12,7 @@ which the cache does not, and finds there by itself what is done.
 import collections.abc
 import contextlib
 import hashlib
+import json
 import tempfile
 import typing as tp
 import warnings
@@ -22,7 +23,7 @@ from kfp import compiler, dsl, kubernetes
 from kfp.dsl import base_component, pipeline_task
 
 import components
-from components.step import CPU_IMAGE
+from components.step import CPU_IMAGE, SUPERVISOR
 from pipelines.options import CompileOptions, PipelineName
 
 GPU_TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -42,6 +43,13 @@ CONFIG_ENV = (
 missing: on AWS, the service account's role brings credentials of its own."""
 
 LABELS = {"app.kubernetes.io/name": "saev", "app.kubernetes.io/part-of": "saev"}
+
+KILL_COMMAND = (
+    "workflows.argoproj.io/kill-cmd-main",
+    json.dumps([*SUPERVISOR, "--signal", "%d"]),
+)
+"""How Argo stops a step. By default it signals process 1, whose child, KFP's launcher, dies of it
+and takes the step with it."""
 
 Channel = tp.Any
 """A value that is known when the pipeline runs."""
@@ -396,6 +404,8 @@ class _Graph:
         self._storage(task)
         kubernetes.set_image_pull_secrets(task, [pods.image_pull_secret])
         kubernetes.set_security_context(task, run_as_non_root=True)
+        kubernetes.add_pod_annotation(task, *KILL_COMMAND)
+        task.set_env_variable("SAEV_RETRIES", str(options.retries))
         for key, value in {**LABELS, "app.kubernetes.io/component": step}.items():
             kubernetes.add_pod_label(task, key, value)
         return task

@@ -4,7 +4,7 @@
     seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
     claims/<key>/<number>.json    who processes this state with this config, see `claims`
     processed/<key>.json          written last: this state was processed with this config
-<root>/datasets/runs/<owner>.json     what a pipeline run took on, and how it ended
+<root>/datasets/runs/<owner>.json     what a pipeline run took on, and how and why it ended
 """
 
 import datetime
@@ -19,7 +19,7 @@ from saev import storage
 from saev.config.run import RunFile
 from saev.config.stages import images_of
 from saev.errors import ConfigError, CorruptDataError, StorageError
-from saev.steps import claims
+from saev.steps import claims, last_word
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,10 @@ def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
     failed = [d.name for d in datasets if d.name not in done]
     for dataset in datasets:
         claims.release(claims_of(root, dataset), owner)
-    record |= {"done": done, "failed": failed, "status": status, "finished": _timestamp()}
+    record |= {"done": done, "failed": failed, "failures": last_word.all_of(root, owner)}
+    record |= {"status": status, "finished": _timestamp()}
     storage.write_json(place, storage.seal(record))
+    storage.clean_up(last_word.folder_of(root, owner), recursive=True)
     return record
 
 

@@ -3,16 +3,17 @@
     python -m saev.steps.supervisor step train --root … --item …    # what a pod runs
     python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
 
-Kubeflow Pipelines 2.17 does not retry a container that fails, and starts a new pod only for one that
-is lost. So a store that was away, a process that was killed or a broken network are met here, in
-the same pod, where every step continues from what it finished. A mistake in the config or a damaged
-file ends the step at once, because another try would find the same.
+Kubeflow Pipelines 2.17 does not retry a container that fails; it replaces only pods that are lost.
+So a store that was away, a process that was killed or a broken network are met here, in the same
+pod, where every step continues from what it finished. A mistake in the config or a damaged file
+ends the step at once, because another try would find the same.
 """
 
 import collections
 import collections.abc
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import signal
@@ -83,7 +84,9 @@ class Supervisor:
     def run(self) -> LastWord | None:
         """Run the step until it is done or hopeless. Returns why it failed; None if it is done."""
         again = tenacity.Retrying(
-            retry=tenacity.retry_if_result(lambda word: word is not None and word.kind == "passing"),
+            retry=tenacity.retry_if_result(
+                lambda word: word is not None and word.kind == "passing"
+            ),
             stop=lambda state: self._stop.is_set() or len(self._failures) > self._policy.retries,
             wait=lambda state: self._pause(),
             sleep=self._wait,
@@ -228,7 +231,7 @@ def closing_line(word: LastWord, n_runs: int) -> str:
 
 def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
     """Put the last word into storage, or take an earlier one back."""
-    flags = dict(zip(words, words[1:], strict=False))
+    flags = dict(itertools.pairwise(words))
     root, owner = flags.get("--root", ""), flags.get("--owner", "")
     if len(words) < 2 or not root or not owner or (word is not None and word.kind == "stopped"):
         return

@@ -144,7 +144,7 @@ def test_every_command_is_one_that_the_image_understands(ir: Ir) -> None:
         if not component.executor_label:
             continue
         container = ir.executors[component.executor_label].container
-        assert container.command[:4] == ["python", "-m", "saev", "step"]
+        assert container.command[:4] == ["python", "-m", "saev.steps.supervisor", "step"]
         numbers = {
             name
             for name, p in component.input_definitions.parameters.items()
@@ -173,6 +173,9 @@ def test_pods(ir: Ir) -> None:
         mounts = {m.mount_path for m in pod.empty_dir_mounts}
         assert "/tmp" in mounts
         assert pod.active_deadline_seconds > 0
+        kill = json.loads(dict(pod.pod_metadata.annotations)["workflows.argoproj.io/kill-cmd-main"])
+        assert kill == [*container.command[:3], "--signal", "%d"]
+        assert {v.name: v.value for v in container.env}["SAEV_RETRIES"] == str(OPTIONS.retries)
         assert pod.security_context.run_as_non_root
         assert pod.secret_as_env[0].optional
         assert pod.config_map_as_env[0].optional

@@ -16,7 +16,7 @@ from described import other_digit
 from saev import storage
 from saev.config.run import RunFile
 from saev.errors import ConfigError, CorruptDataError, StorageError
-from saev.steps import discover
+from saev.steps import discover, last_word
 from saev.steps.discover import Dataset
 
 from .places import Place
@@ -194,6 +194,20 @@ def test_a_failed_run_leaves_the_others_done(place: Place) -> None:
     record = discover.end(place.root, "one", {"state": "FAILED"})
     assert (record["done"], record["failed"]) == (["b"], ["a"])
     assert names(fire(place, "two")) == ["a"]
+
+
+def test_why_steps_failed_is_in_the_record_of_the_run(place: Place) -> None:
+    place.put("a/1.png")
+    fire(place, "one")
+    word = last_word.LastWord("permanent", "a/1.png is no image")
+    last_word.keep(word, place.root, "one", "extract", ["--item", "1"])
+    record = discover.end(place.root, "one", {"state": "FAILED"})
+    assert record["failures"] == [
+        {"step": "extract", "kind": "permanent", "error": "a/1.png is no image"}
+    ]
+    runs = storage.list_dir(storage.join(place.root, "datasets", "runs"))
+    assert [entry.name for entry in runs] == ["one.json"]
+    assert discover.end(place.root, "one", {})["failures"] == [], "a retry has failures of its own"
 
 
 def test_a_limit_leaves_the_rest_to_the_next_firing(place: Place) -> None:
