@@ -31,6 +31,8 @@ class ActivationSource(Config):
     """Which network the checkpoint is, wherever its weights lie."""
     weights: str | None = None
     """Checksum of the network's tensors."""
+    structure: str | None = None
+    """Checksum of what the network is beside its tensors."""
     image_size: tuple[int, int] | None = None
     """Model input height and width in pixels."""
     image_spec: dict[str, tp.Any] | None = None
@@ -90,7 +92,10 @@ def compare(trained: ActivationSource, used: ActivationSource) -> Differences:
     """
     refused = []
     if not _same_model(trained, used) and not _same_name_of_other_size(trained, used):
-        refused.append(f"model {_identified(trained)} in training, {_identified(used)} here")
+        model = f"model {_identified(trained)} in training, {_identified(used)} here"
+        if _is_equal(trained.weights, used.weights) and not _is_random(trained):
+            model += f" (equal weights in other networks, {trained.network} and {used.network})"
+        refused.append(model)
     if None not in (trained.image_size, used.image_size) and trained.image_size != used.image_size:
         refused.append(f"image size {_size(trained)} in training, {_size(used)} here")
     ours, theirs = trained.image_spec or {}, used.image_spec or {}
@@ -149,7 +154,9 @@ def _same_model(a: ActivationSource, b: ActivationSource) -> bool:
     """Whether two models are the same one, or may be, by the best that is known of both."""
     networks, weights = (a.network, b.network), (a.weights, b.weights)
     if None not in networks and a.network != b.network:
-        return False
+        # Names tell other activation functions or numbers of heads, which no tensor shows. But a
+        # folder, a hub and a file may each have a name of their own for one network.
+        return _is_equal(*weights) and _is_equal(a.structure, b.structure)
     if None not in networks and _is_random(a):
         return True
     for values in (weights, (a.ckpt_checksum, b.ckpt_checksum)):
@@ -158,6 +165,11 @@ def _same_model(a: ActivationSource, b: ActivationSource) -> bool:
     if None in (a.family, b.family, a.ckpt, b.ckpt):
         return True
     return (a.family, a.ckpt) == (b.family, b.ckpt)
+
+
+def _is_equal(a: str | None, b: str | None) -> bool:
+    """Whether two checksums are known and equal."""
+    return None not in (a, b) and a == b
 
 
 def _is_random(source: ActivationSource) -> bool:

@@ -19,7 +19,7 @@ from saev.vit import checkpoints
 logger = logging.getLogger(__name__)
 
 _THREADS = 16
-_NOT_NOTED = ("network", "weights", "versions")
+_NOT_NOTED = ("network", "weights", "structure", "versions")
 
 
 def located(data: dict[str, tp.Any]) -> dict[str, tp.Any]:

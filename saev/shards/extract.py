@@ -170,6 +170,7 @@ class Recording:
             ckpt_checksum=model.ckpt_checksum,
             network=model.network,
             weights=model.weights,
+            structure=model.structure,
             versions=versions(),
             layers=vit.resolve_layers(cfg.layers, model.n_layers),
             content_tokens_per_example=model.content_tokens_per_example,

@@ -45,7 +45,7 @@ RANDOM = "/random"
 class Metadata(Config):
     """What was recorded. The folder is named by a hash of all keys that decide the activations."""
 
-    added: tp.ClassVar = frozenset({"network", "weights", "versions"})
+    added: tp.ClassVar = frozenset({"network", "weights", "structure", "versions"})
 
     protocol: tp.Literal["3.0", "2.1"] = "3.0"
     """Version of the format."""
@@ -61,6 +61,9 @@ class Metadata(Config):
     weights: str | None = None
     """SHA-256 over the names, shapes and values of the network's tensors; None: recorded by
     version 0.1.0, which did not note it, or by another program."""
+    structure: str | None = None
+    """SHA-256 over the network's modules and their attributes, without its tensors. It tells that
+    networks of two names are one; not part of the identity."""
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
     """Versions of the libraries that recorded, for information: not part of the identity."""
     layers: tuple[int, ...]
@@ -107,7 +110,8 @@ class Metadata(Config):
         If the weights are unknown, the identity is what version 0.1.0 hashed, with all places.
         """
         plain = super().identity()
-        plain.pop("versions", None)
+        for key in ("structure", "versions"):
+            plain.pop(key, None)
         if self.weights is None:
             return plain
         for key in ("ckpt", "ckpt_checksum", "dataset", *(["weights"] if self.is_random else [])):
@@ -128,6 +132,7 @@ class Metadata(Config):
             ckpt_checksum=self.ckpt_checksum,
             network=self.network,
             weights=self.weights,
+            structure=self.structure,
             image_size=self.image_size,
             image_spec=self.image_spec,
             layer=layer,

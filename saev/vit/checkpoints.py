@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import types
 import typing as tp
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -106,6 +107,41 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{sha.hexdigest()}"
+
+
+def structure(module: nn.Module) -> str:
+    """SHA-256 over what a network is beside its tensors: what a forward pass calls, and with what.
+
+    These are the names and types of all modules (activation functions are modules), and their plain
+    attributes, such as the number of heads or the epsilon of a norm. Equal tensors with an equal
+    structure are the same function. One function may have two structures, as versions of libraries
+    add attributes.
+    """
+    found = [
+        [name, type(part).__qualname__, sorted(_attributes(part))]
+        for name, part in module.named_modules()
+    ]
+    return f"sha256:{storage.content_hash(found, 64)}"
+
+
+_OF_THE_PROCESS = frozenset({"training", "fused_attn"})
+"""Attributes that depend on the machine or the mode."""
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _OF_THE_PROCESS:
+            continue
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            yield name, value.__qualname__
+        elif _is_plain(value):
+            yield name, repr(value)
+
+
+def _is_plain(value: tp.Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 @contextlib.contextmanager

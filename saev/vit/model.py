@@ -111,6 +111,11 @@ class VisionModel:
         """
         return checkpoints.fingerprint(self.module.state_dict())
 
+    @functools.cached_property
+    def structure(self) -> str:
+        """SHA-256 over what the network is beside its tensors: see `checkpoints.structure`."""
+        return checkpoints.structure(self.module)
+
     @property
     def n_layers(self) -> int:
         """Number of blocks."""

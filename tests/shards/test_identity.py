@@ -10,12 +10,14 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 
 from saev import storage, vit
 from saev.config import ImgFolder
 from saev.config.run import RunFile
+from saev.config.source import ActivationSource, compare
 from saev.config.stages import resolve
 from saev.errors import IncompleteError, ModelError
 from saev.shards import Shards, extract, parts
@@ -143,6 +145,102 @@ def test_a_folder_of_a_model_is_named_by_its_config_and_weights(tmp_path: Path) 
     assert a.hash == c.hash != b.hash
 
 
+class Saved(tp.NamedTuple):
+    """One network of open_clip, saved in two ways."""
+
+    file: Path
+    """Its weights alone."""
+    vision: dict[str, tp.Any]
+    """Its config."""
+    folder: tp.Callable[..., str]
+    """The checkpoint's name of a folder with its weights, with these changes to its config."""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    for name, quick in (("saev-tiny", False), ("saev-tiny-quick", True)):
+        storage.write_json(str(tmp_path / f"{name}.json"), {**model_cfg, "quick_gelu": quick})
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    state = {k: v.contiguous() for k, v in open_clip.CLIP(**model_cfg).state_dict().items()}
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(state, file)
+
+    def folder(name: str, **changes: tp.Any) -> str:
+        top = {k: changes.pop(k) for k in ("quick_gelu", "text_cfg") if k in changes}
+        config = {**model_cfg, **top, "vision_cfg": {**vision, **changes}}
+        storage.write_json(
+            str(tmp_path / name / "open_clip_config.json"),
+            {"model_cfg": config, "preprocess_cfg": {}},
+        )
+        shutil.copy(file, tmp_path / name / "open_clip_model.safetensors")
+        return f"local-dir:{tmp_path / name}"
+
+    return Saved(file, vision, folder)
+
+
+def source(root: Path, ckpt: str, family: str = "clip") -> ActivationSource:
+    size = None if family == "clip" else 64
+    return wanted(root, ckpt=ckpt, family=family, image_size=size, layers=[-1]).source()
+
+
+def test_a_network_is_one_whatever_it_is_called(saved: Saved, tmp_path: Path) -> None:
+    by_file = source(tmp_path, f"saev-tiny@{saved.file}")
+    for by_folder in (
+        source(tmp_path, saved.folder("a")),
+        source(tmp_path, saved.folder("b", patch_dropout=0.0, attentional_pool=False)),
+    ):
+        assert by_folder.network != by_file.network
+        assert compare(by_file, by_folder) == compare(by_folder, by_file) == ([], [])
+        unknown = by_folder.model_copy(update={"structure": None})
+        assert compare(by_file, unknown).refused  # the name is all that is known of the function
+
+
+def test_equal_weights_in_another_network_are_refused(saved: Saved, tmp_path: Path) -> None:
+    by_file = source(tmp_path, f"saev-tiny@{saved.file}")
+    others = [
+        source(tmp_path, f"saev-tiny-quick@{saved.file}"),
+        source(tmp_path, saved.folder("a", quick_gelu=True)),
+        source(tmp_path, saved.folder("b", head_width=16)),
+        source(tmp_path, saved.folder("c", norm_kwargs={"eps": 1e-3})),
+        source(tmp_path, saved.folder("d", act_kwargs={"approximate": "tanh"})),
+    ]
+    assert {other.weights for other in others} == {by_file.weights}
+    for other in others:
+        (refused,) = compare(by_file, other).refused
+        assert "(equal weights in other networks, saev-tiny and " in refused
+    # The same function in another dress.
+    assert compare(others[0], others[1]) == ([], [])
+
+
+def test_timm_s_two_names_of_one_network(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    first, second, third = (f"saev_test_{name}" for name in ("one", "two", "three"))
+    for name, heads in ((first, 2), (second, 2), (third, 4)):
+        register_test_vit(name, heads)
+    place = save(state, tmp_path / "w.safetensors")
+    a, b, c = (source(tmp_path, f"{name}@{place}", "timm") for name in (first, second, third))
+    assert a.weights == b.weights == c.weights
+    assert len({a.network, b.network, c.network}) == 3
+    assert compare(a, b) == ([], [])
+    assert "equal weights in other networks" in compare(a, c).refused[0]
+
+
+def register_test_vit(name: str, heads: int) -> None:
+    """An entry point beside timm's own `test_vit`, with so many heads."""
+
+    def entry(pretrained: bool = False, **options: tp.Any) -> torch.nn.Module:
+        net = timm.create_model("test_vit", pretrained=pretrained, num_heads=heads, **options)
+        net.pretrained_cfg = {**net.pretrained_cfg, "architecture": name}
+        return net
+
+    entry.__name__ = name
+    entry.__module__ = "timm.models.vision_transformer"
+    timm.models.register_model(entry)
+
+
 def test_where_images_lie_does_not_name_shards(tmp_path: Path, s3: str) -> None:
     first = pictures(tmp_path / "first")
     shutil.copytree(first, tmp_path / "deep/second")
@@ -227,7 +325,7 @@ def as_0_1_0(url: str, **places: tp.Any) -> str:
     """Make of a folder what version 0.1.0 made: its name, its metadata, its records."""
     metadata = Metadata.read(url)
     plain = {**metadata.to_dict(), **places}
-    for key in ("network", "weights", "versions"):
+    for key in ("network", "weights", "structure", "versions"):
         del plain[key]
     name = storage.content_hash(plain, 16)  # as that version made it, keys and all
     target = Path(url).parent / name
