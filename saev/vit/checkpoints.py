@@ -124,13 +124,13 @@ def structure(module: nn.Module) -> str:
     return f"sha256:{storage.content_hash(found, 64)}"
 
 
-_OF_THE_PROCESS = frozenset({"training", "fused_attn"})
-"""Attributes that depend on the machine or the mode."""
+_NO_PART = frozenset({"training", "fused_attn", "image_mean", "image_std"})
+"""Attributes that depend on the mode or the machine, or belong to the preprocessing."""
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in vars(module).items():
-        if name.startswith("_") or name in _OF_THE_PROCESS:
+        if name.startswith("_") or name in _NO_PART:
             continue
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             yield name, value.__qualname__
