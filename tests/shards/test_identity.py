@@ -197,6 +197,9 @@ def test_a_network_is_one_whatever_it_is_called(saved: Saved, tmp_path: Path) ->
         assert compare(by_file, by_folder) == compare(by_folder, by_file) == ([], [])
         unknown = by_folder.model_copy(update={"structure": None})
         assert compare(by_file, unknown).refused  # the name is all that is known of the function
+    # What open_clip builds for names on a hub, with attributes for the preprocessing.
+    model: tp.Any = open_clip.create_model("saev-tiny", load_weights=False)
+    assert vit.checkpoints.structure(model.visual.eval()) == by_file.structure
 
 
 def test_equal_weights_in_another_network_are_refused(saved: Saved, tmp_path: Path) -> None:
