@@ -12,6 +12,7 @@ which the cache does not, and finds there by itself what is done.
 import collections.abc
 import contextlib
 import hashlib
+import itertools
 import json
 import tempfile
 import typing as tp
@@ -103,7 +104,7 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(path))
-        text = path.read_text(encoding="utf-8")
+        text = _without_header(path.read_text(encoding="utf-8"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Compiled(name, text, digest, _parameters(text))
 
@@ -111,6 +112,15 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
 def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
     """A pipeline that is not compiled: under `kfp.local`, a call of it runs it."""
     return {"saev": _one, "saev-incoming": _incoming}[name](options)
+
+
+def _without_header(text: str) -> str:
+    """The YAML without kfp's comment at its top, which prints dicts in the order of their hashes.
+
+    With it, equal pipelines would have as many digests as there are orders.
+    """
+    lines = text.splitlines(keepends=True)
+    return "".join(itertools.dropwhile(lambda line: line.startswith("#"), lines))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,12 @@ parsed as the backend parses it, and every reference is followed.
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 import typing as tp
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +24,7 @@ from pipelines.options import CompileOptions
 from saev import cli
 from saev.config.steps import STEPS
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
 PVC = OPTIONS.model_copy(update={"storage": "pvc"})
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
@@ -252,6 +257,29 @@ def test_equal_options_give_equal_versions() -> None:
     assert first.digest == again.digest
     other = OPTIONS.model_copy(update={"image": "example.org/saev:2"})
     assert compile_pipeline("saev", other).digest != first.digest
+
+
+def test_every_process_compiles_the_same() -> None:
+    """Python hashes texts anew in every process, and kfp prints a dict in that order."""
+    script = (
+        "from pipelines.definition import compile_pipeline as c; "
+        "from pipelines.options import CompileOptions as o; import sys; "
+        "names = 'saev', 'saev-incoming'; "
+        "sys.stdout.write(''.join(c(n, o(image='a', cpu_image='b')).text for n in names))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")  # which give two orders
+    ]
+    first, second = (process.communicate()[0] for process in processes)
+    assert first == second
+    assert "PIPELINE DEFINITION" not in first
+    assert next(yaml.safe_load_all(first.split("---")[0]))["pipelineInfo"]["name"] == "saev"
 
 
 def test_no_retries_is_no_retry_policy() -> None:
