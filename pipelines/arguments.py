@@ -116,6 +116,8 @@ class Schedule(Config):
     """See --marker; 60 by default."""
     claim_hours: Number = None
     """How long a dataset stays claimed when its run is not heard of any more; 24 by default."""
+    check: bool = True
+    """Look from here whether prefix and root are there, where this machine has credentials."""
     job: _Job = pydantic.Field(default_factory=Job)
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)

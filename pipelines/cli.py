@@ -158,7 +158,7 @@ def _wait(kfp: tp.Any, run_id: str) -> int:
 def _schedule(command: a.Schedule) -> int:
     import datetime
 
-    from pipelines import cron, prepare, schedule
+    from pipelines import cron, prepare, schedule, submit
     from pipelines.connect import connect
 
     when = cron.parse(command.cron)
@@ -178,6 +178,8 @@ def _schedule(command: a.Schedule) -> int:
     )
     name = command.name or schedule.default_name(job.parameters["dataset"])
     with connect(cluster) as kfp:
+        if command.check:
+            submit.check_storage(job.parameters["dataset"], job.parameters["root"], is_prefix=True)
         made = schedule.create(kfp, job, name, when)
     print(name)  # noqa: T201 - the result
     firings = ", ".join(
@@ -189,7 +191,7 @@ def _schedule(command: a.Schedule) -> int:
 
 def _runs(command: Config) -> int:
     """Commands about runs and schedules that exist."""
-    from pipelines import logs, runs, schedule
+    from pipelines import logs, runs, schedule, steps
     from pipelines.connect import connect
 
     if isinstance(command, a.Cancel) and not command.run:
@@ -211,7 +213,7 @@ def _runs(command: Config) -> int:
             if runs.cancel(kfp, run):
                 _say(f"{run.display_name} is being canceled; what it has finished stays.")
             else:
-                _say(f"{run.display_name} is over already: {runs.state_of(run)}.")
+                _say(f"{run.display_name} is over already: {steps.state_of(run)}.")
         elif isinstance(command, a.Status | a.Watch | a.Logs):
             run = runs.find(kfp, command.run)
             if isinstance(command, a.Status):

@@ -4,6 +4,7 @@ Pods are found by labels: KFP labels every pod of a run, and the pipeline labels
 needs neither the pod names that some versions of KFP leave out nor a guess at Argo's.
 """
 
+import re
 import typing as tp
 
 import rich.console
@@ -20,6 +21,18 @@ MAIN = "main"
 """Argo's name of the container that is the step itself."""
 END_LINES = 30
 """Lines that are shown of a failed step."""
+_READ_LINES = 1000
+"""Lines that are read for it: the launcher's are among them."""
+_OURS = "saev: error: "
+"""How a step's last word begins."""
+_LAUNCHER = re.compile(
+    r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+\.go:\d+\] "  # KFP's launcher
+    r"|time=\S+ level=\w+ msg=.*\bargo=true"  # Argo's executor, as text or JSON
+    r"|\{.*\"argo\": ?true"
+    r"|Error: exit status \d+$"
+)
+_MANY_TASKS = 100
+"""KFP reads at most about 170 tasks of a run that is too large; small runs have fewer than this."""
 
 
 def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Console) -> None:
@@ -49,15 +62,24 @@ def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Cons
         _print(kube, pod, tail, console)
 
 
-def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) -> None:
-    """The last lines of the pod that failed, or else what KFP says. Raises nothing."""
+def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) -> str:
+    """The last lines of the pod that failed, or else what KFP says. Raises nothing.
+
+    Returns:
+        The step's error, in its own words; empty if it left none.
+    """
     try:
+        if step not in steps.STEPS:
+            raise ClusterError(f"{step} is a pod of KFP's own; the UI shows its log.")
         kube = Kube(kfp.settings)
         pods = _pods(kube, kfp.pods, run.run_id, step)
         failed = [pod for pod in pods if pod.status.phase == "Failed"] or pods
         if failed:
-            _print(kube, failed[-1], END_LINES, console)
-            return
+            _head(failed[-1], console)
+            lines = without_launcher(_read(kube, failed[-1], _READ_LINES))
+            text = "".join(lines[-END_LINES:])
+            console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+            return error_of(lines)
         why = f"its pods are gone from namespace {kfp.pods}."
     except SaevError as err:
         why = str(err)
@@ -67,6 +89,56 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
     if not said:
         text = f"No log of the failed step: {why}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return ""
+
+
+def without_launcher(text: str) -> list[str]:
+    """Lines of a step's log that are the step's own: KFP's launcher and Argo write there too."""
+    return [line for line in text.splitlines(keepends=True) if not _LAUNCHER.match(line)]
+
+
+def error_of(lines: list[str]) -> str:
+    """The error that a step ended with; empty if it left none, as when it was killed."""
+    found = [line.partition(_OURS)[2].strip() for line in lines if _OURS in line]
+    return found[-1] if found else ""
+
+
+def ended_from_outside(kfp: Kfp, run: tp.Any, took: str) -> str:
+    """What to say of a run that failed though no step did. Argo's own words are in its Workflow.
+
+    Most often, the Workflow has outgrown what Kubernetes stores of one object (1 MiB, compressed).
+    """
+    n_tasks = len((run.run_details and run.run_details.task_details) or [])
+    said = steps.messages(run)
+    if argo := _workflow_message(kfp, run):
+        why = f"Argo says: {argo}."
+    elif said:
+        why = f"KFP says: {said[0].rstrip('.')}."
+    elif n_tasks >= _MANY_TASKS:
+        why = "Most likely it had more loop iterations than one Workflow can hold, about 170."
+    else:
+        why = f"Nobody says why; {kfp.run_url(run.run_id)} may show more."
+    return (
+        f"was ended by Argo after {took}, though no step failed. {why} Its exit handler did not "
+        "run, so its dataset stays claimed for a while; `make submit` takes it over. What is done "
+        "is on storage and skipped. Of a run that is too large, submit less: a smaller n_parts, "
+        "or a smaller sweep."
+    )
+
+
+def _workflow_message(kfp: Kfp, run: tp.Any) -> str:
+    """What Argo wrote into the Workflow; empty if it is gone or may not be read."""
+    try:
+        kube = Kube(kfp.settings)
+        with kube.explained("look at the run's Workflow"):
+            found = kube.custom.list_namespaced_custom_object(
+                "argoproj.io", "v1alpha1", kfp.pods, "workflows",
+                label_selector=f"{RUN_LABEL}={run.run_id}",
+            )["items"]  # fmt: skip
+    except SaevError:
+        return ""
+    said = [str(item.get("status", {}).get("message") or "") for item in found]
+    return " ".join(" ".join(said).split()).rstrip(".")[:300]
 
 
 def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
@@ -82,11 +154,21 @@ def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
 
 
 def _print(kube: Kube, pod: tp.Any, tail: int, console: rich.console.Console) -> None:
+    _head(pod, console)
+    text = _read(kube, pod, tail) or ("" if reasons(pod) else "(no log yet)\n")
+    console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+
+
+def _head(pod: tp.Any, console: rich.console.Console) -> None:
     name, step = pod.metadata.name, (pod.metadata.labels or {}).get(STEP_LABEL, "")
     console.rule(f"{step}  {name}  {pod.status.phase}", align="left", style="dim")
-    why = reasons(pod)
-    if why:
+    if why := reasons(pod):
         console.print(why, highlight=False, markup=False, style="yellow", soft_wrap=True)
+
+
+def _read(kube: Kube, pod: tp.Any, tail: int) -> str:
+    """The last lines of a pod's log; 0 is all. Empty if there is none."""
+    name = pod.metadata.name
     options = {"tail_lines": tail} if tail else {}
     try:
         with kube.explained(f"read the log of pod {name}"):
@@ -94,12 +176,11 @@ def _print(kube: Kube, pod: tp.Any, tail: int, console: rich.console.Console) ->
             answer = kube.core.read_namespaced_pod_log(
                 name, pod.metadata.namespace, container=MAIN, _preload_content=False, **options
             )
-            text = answer.data.decode("utf-8", "replace")
+            return str(answer.data.decode("utf-8", "replace"))
     except ClusterError as err:
         if err.status not in (400, 404):  # its container has not started, or is gone
             raise
-        text = "(no log yet)\n" if not why else ""
-    console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+    return ""
 
 
 def reasons(pod: tp.Any) -> str:

@@ -7,7 +7,7 @@ import typing as tp
 import rich.console
 import rich.table
 
-from pipelines import steps, watch
+from pipelines import logs, steps, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 
@@ -103,7 +103,7 @@ def show_list(kfp: Kfp, runs: list[tp.Any], console: rich.console.Console) -> No
     for run in runs:
         made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
         rows.add_row(
-            state_of(run),
+            steps.state_of(run),
             run.display_name,
             parameter(run, "dataset"),
             steps.duration(made, None),
@@ -118,7 +118,7 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     """A run and its steps."""
     made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
     console.print(
-        f"{run.display_name}: {state_of(run)}, {steps.duration(made, ended)}", highlight=False
+        f"{run.display_name}: {steps.state_of(run)}, {steps.duration(made, ended)}", highlight=False
     )
     facts = {name: parameter(run, name) for name in ("dataset", "root")}
     facts["url"] = kfp.run_url(run.run_id)
@@ -126,11 +126,11 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
         if value:
             console.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
     console.print(watch.table(run))
-    if run.state == "FAILED":
-        for text in steps.messages(run):
-            console.print(f"KFP says: {text}", highlight=False, markup=False, soft_wrap=True)
-
-
-def state_of(run: tp.Any) -> str:
-    """A run's state in small letters."""
-    return (run.state or "PENDING").lower().replace("runtime_state_unspecified", "pending")
+    if steps.state_of(run) == "failed":
+        said = [f"KFP says: {text}" for text in steps.messages(run)]
+        if not steps.failing(run):
+            said.append(f"It {logs.ended_from_outside(kfp, run, steps.duration(made, ended))}")
+        for text in said:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    elif steps.is_idle(run):
+        console.print("There was nothing to process.")

@@ -1,11 +1,14 @@
 """What the tasks of a run say about its steps.
 
 KFP reports the nodes of the Argo workflow: beside every step its driver, and of a loop one node per
-iteration. Nodes of one name are one step here, so a loop reads `extract 3/8`. Tasks have neither
-pod names nor messages in every version of KFP, so nothing here depends on them.
+iteration. Nodes of one name are one step here, so a loop reads `extract 3/8`. A node that Argo may
+run again has one more node for each attempt, `extract(0)`, which is no part of its own. A node that
+Argo never started has no state and ends when it begins. Tasks have neither pod names nor messages
+in every version of KFP, so nothing here depends on them.
 """
 
 import datetime
+import re
 import typing as tp
 
 STEPS = (
@@ -21,6 +24,13 @@ COMPONENTS = {"plan-shards": "plan", "plan-training": "plan", "plan-inference": 
 """The label app.kubernetes.io/component of a step's pods, where it is not the step's name."""
 
 
+_LOOPS = frozenset({"extract", "train", "infer", "summarise"})
+"""Steps that run once for each item of a list, which may be empty."""
+_ATTEMPT = re.compile(r"\(\d+\)$")
+_STATES = frozenset({None, "", "RUNTIME_STATE_UNSPECIFIED"})
+"""What the API says of a task whose state it has no word for."""
+
+
 class Step(tp.NamedTuple):
     """One step of a run, all its parts together."""
 
@@ -33,12 +43,20 @@ class Step(tp.NamedTuple):
     started: datetime.datetime | None
     finished: datetime.datetime | None
     """None as long as a part runs."""
+    lost: int = 0
+    """Parts that seem to run though the run is over: KFP had stopped reading their states."""
+    is_empty: bool = False
+    """Whether it is a loop that had nothing to do."""
 
     @property
     def state(self) -> str:
-        """waiting, running, done or failed."""
+        """waiting, running, done, failed, empty or unknown."""
+        if self.is_empty:
+            return "empty"
         if self.failed:
             return "failed"
+        if self.lost:
+            return "unknown"
         if self.total and self.done == self.total:
             return "done"
         return "running" if self.total else "waiting"
@@ -54,38 +72,70 @@ def of_run(run: tp.Any) -> list[Step]:
     tasks = (run.run_details and run.run_details.task_details) or []
     by_name: dict[str, list[tp.Any]] = {}
     for task in tasks:
-        by_name.setdefault(task.display_name or "", []).append(task)
-    steps = [_step(name, by_name) for name in STEPS]
+        name = task.display_name or ""
+        if not _ATTEMPT.search(name) and not _never_started(task):
+            by_name.setdefault(name, []).append(task)
+    steps = [_step(name, by_name, is_over=run.state in OVER) for name in STEPS]
+    for i, step in enumerate(steps):
+        # A later step starts when the loop before it is over. The exit handler starts anyway.
+        if step.name in _LOOPS and not step.total and any(s.total for s in steps[i + 1 : -1]):
+            steps[i] = step._replace(is_empty=True)
     if run.state in OVER:  # what never started never will
-        steps = [step for step in steps if step.total]
+        steps = [step for step in steps if step.total or step.is_empty]
     return steps
 
 
-def _step(name: str, by_name: dict[str, list[tp.Any]]) -> Step:
+def _never_started(task: tp.Any) -> bool:
+    """Whether Argo passed a node over, because of a failure before it (its phase Omitted)."""
+    return task.state in _STATES and real_time(task.end_time) is not None
+
+
+def _step(name: str, by_name: dict[str, list[tp.Any]], *, is_over: bool) -> Step:
     """A driver prepares each part, and is all there is of a part that it refused."""
     parts, drivers = by_name.get(name, []), by_name.get(f"{name}-driver", [])
     bad_drivers = sum(task.state == "FAILED" for task in drivers)
     states = [task.state for task in parts]
-    total = max(len(parts), len(drivers))
+    # Of a run that is over, a driver without its step is one whose step was not started any more.
+    total = len(parts) + bad_drivers if is_over else max(len(parts), len(drivers))
     done = sum(state in ("SUCCEEDED", "SKIPPED") for state in states)
     failed = sum(state in ("FAILED", "CANCELED") for state in states) + bad_drivers
     starts = [time for task in (*drivers, *parts) if (time := real_time(task.start_time))]
     ends = [time for task in parts if (time := real_time(task.end_time))]
-    is_over = total > 0 and done + failed >= total
-    return Step(
-        name,
-        total,
-        done,
-        max(0, total - done - failed),
-        failed,
-        min(starts, default=None),
-        max(ends, default=None) if is_over else None,
-    )
+    open_ = max(0, total - done - failed)
+    running, lost = (0, open_) if is_over else (open_, 0)
+    end = None if open_ else max(ends, default=None)
+    return Step(name, total, done, running, failed, min(starts, default=None), end, lost)
 
 
 def failing(run: tp.Any) -> str:
-    """The first step that failed; empty if none did."""
-    return next((step.name for step in of_run(run) if step.failed), "")
+    """The first step that failed, or else the first driver, of a loop; empty if none did."""
+    step = next((step.name for step in of_run(run) if step.failed), "")
+    tasks = (run.run_details and run.run_details.task_details) or []
+    names = [task.display_name or "" for task in tasks if task.state == "FAILED"]
+    return step or next((name for name in names if name.endswith("-driver")), "")
+
+
+def is_idle(run: tp.Any) -> bool:
+    """Whether a run that succeeded found no dataset to process."""
+    ran = {step.name for step in of_run(run) if step.total}
+    return run.state == "SUCCEEDED" and ran in ({"discover"}, {"discover", "outcome"})
+
+
+def state_of(run: tp.Any) -> str:
+    """A run's state in small letters.
+
+    KFP ends a run that was canceled as failed. That it was canceling is only in its history, of
+    which the part after an earlier end counts, since a run can be retried.
+    """
+    state = (run.state or "PENDING").replace("RUNTIME_STATE_UNSPECIFIED", "PENDING")
+    if state == "FAILED":
+        history = [status.state for status in run.state_history or []]
+        if history and history[-1] in OVER:
+            history.pop()
+        ends = [i for i, earlier in enumerate(history) if earlier in OVER]
+        if "CANCELING" in history[ends[-1] + 1 if ends else 0 :]:
+            state = "CANCELED"
+    return state.lower()
 
 
 def messages(run: tp.Any) -> list[str]:

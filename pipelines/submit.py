@@ -158,16 +158,22 @@ def _made_by_another(err: ClusterError, find: tp.Callable[[], str]) -> str:
     raise err
 
 
-def check_storage(dataset: str, root: str) -> None:
+def check_storage(dataset: str, root: str, *, is_prefix: bool = False) -> None:
     """Look at dataset and root with this machine's credentials, where it has some.
 
     A place that certainly is not there or empty is an error. What may only be this machine's lack
     of access is a note, since the pods have credentials of their own.
 
+    Args:
+        dataset: URL of the dataset; "" if the config names it.
+        root: URL of the storage root.
+        is_prefix: whether ``dataset`` holds the datasets of a schedule, which may come later.
+
     Raises:
         StorageError: the dataset does not exist or is empty.
     """
-    for url, check in ((dataset, _check_readable), (root, storage.check_writable)):
+    look = _look_below if is_prefix else _check_readable
+    for url, check in ((dataset, look), (root, storage.check_writable)):
         if not url:
             continue
         if "://" not in url:
@@ -188,6 +194,11 @@ def _check_readable(url: str) -> None:
         raise StorageError(f"Dataset {url} is empty or does not exist. Check the URL.") from (
             FileNotFoundError(url)
         )
+
+
+def _look_below(url: str) -> None:
+    if not storage.list_dir(url, missing_ok=True):
+        logger.info("note: nothing is below %s yet; the firings until then have nothing to do", url)
 
 
 def _is_missing(err: StorageError) -> bool:

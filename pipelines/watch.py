@@ -15,8 +15,13 @@ from pipelines.errors import ClusterError, RunFailedError
 POLL_SECONDS = 5.0
 PATIENCE = 600.0
 """Seconds of errors in a row after which waiting ends; the run does not."""
-_MARKS = {"waiting": "·", "running": "▶", "done": "✓", "failed": "✗"}
-_STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+_MARKS = {
+    "waiting": "·", "running": "▶", "done": "✓", "failed": "✗", "empty": "–", "unknown": "?"
+}  # fmt: skip
+_STYLES = {
+    "waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red", "empty": "dim",
+    "unknown": "yellow",
+}  # fmt: skip
 
 
 def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
@@ -43,15 +48,21 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
 
 def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     took = steps.duration(steps.real_time(run.created_at), steps.real_time(run.finished_at))
-    if run.state in ("SUCCEEDED", "SKIPPED"):
-        console.print(f"{run.display_name} succeeded after {took}.", highlight=False)
+    state = steps.state_of(run)
+    if state in ("succeeded", "skipped"):
+        idle = " There was nothing to process." if steps.is_idle(run) else ""
+        console.print(f"{run.display_name} succeeded after {took}.{idle}", highlight=False)
         return
+    if state == "canceled":
+        raise RunFailedError(f"{run.display_name} was canceled after {took}.")
     step = steps.failing(run)
-    if run.state == "FAILED":
-        logs.show_end(kfp, run, step, console)
-    what = "was canceled" if run.state == "CANCELED" else f"failed in step {step or 'unknown'}"
-    more = f" `make logs RUN={run.run_id}` shows more." if run.state == "FAILED" else ""
-    raise RunFailedError(f"{run.display_name} {what} after {took}.{more}")
+    if not step:
+        raise RunFailedError(f"{run.display_name} {logs.ended_from_outside(kfp, run, took)}")
+    error = logs.show_end(kfp, run, step, console)
+    raise RunFailedError(
+        f"{run.display_name} failed in step {step} after {took}. "
+        f"`make logs RUN={run.run_id}` shows more." + (f" The step's error: {error}" * bool(error))
+    )
 
 
 def _get(kfp: Kfp, run_id: str, show: "_Display") -> tp.Any:
@@ -129,7 +140,7 @@ class _Lines:
     def update(self, run: tp.Any) -> None:
         for step in steps.of_run(run):
             before = self._before.get(step.name)
-            if step.total and (before is None or before[1:5] != step[1:5]):
+            if step.state != "waiting" and (before is None or _counts(before) != _counts(step)):
                 self.say(line(step))
             self._before[step.name] = step
 
@@ -137,11 +148,15 @@ class _Lines:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
+def _counts(step: steps.Step) -> tuple[tp.Any, ...]:
+    return (step.total, step.done, step.running, step.failed, step.lost, step.is_empty)
+
+
 def line(step: steps.Step) -> str:
     """One step in words."""
-    parts = [f"{step.name}: {step.progress} done"]
-    parts += [f"{step.running} running"] if step.running else []
-    parts += [f"{step.failed} failed"] if step.failed else []
+    if step.is_empty:
+        return f"{step.name}: nothing to do"
+    parts = [f"{step.name}: {step.progress} done", *_notes(step)]
     took = steps.duration(step.started, step.finished)
     return ", ".join(parts) + (f", {took}" if took and step.state != "running" else "")
 
@@ -150,14 +165,20 @@ def table(run: tp.Any) -> rich.table.Table:
     """All steps of a run, for a terminal."""
     rows = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for step in steps.of_run(run):
-        notes = [f"{step.running} running"] if step.running and step.total > 1 else []
-        notes += [f"{step.failed} failed"] if step.failed else []
+        notes = _notes(step)[1 if step.running == step.total == 1 else 0 :]
         rows.add_row(
             _MARKS[step.state],
             step.name,
             step.progress,
-            steps.duration(step.started, step.finished),
-            ", ".join(notes),
+            "" if step.lost else steps.duration(step.started, step.finished),
+            "nothing to do" if step.is_empty else ", ".join(notes),
             style=_STYLES[step.state],
         )
     return rows
+
+
+def _notes(step: steps.Step) -> list[str]:
+    """How many parts run, failed, or were lost sight of."""
+    notes = [f"{step.running} running"] if step.running else []
+    notes += [f"{step.failed} failed"] if step.failed else []
+    return notes + ([f"{step.lost} not reported to the end"] if step.lost else [])

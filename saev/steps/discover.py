@@ -119,8 +119,11 @@ def incoming(
         hours: how long a claim holds.
         limit: most datasets that are taken.
 
+    Returns:
+        The datasets; none if nothing is below the prefix yet, as a schedule may be there first.
+
     Raises:
-        StorageError: the prefix does not exist or cannot be listed.
+        StorageError: the bucket does not exist, or cannot be listed.
     """
     images_of(file, storage.normalize(prefix))
     taken: list[Dataset] = []
@@ -224,7 +227,9 @@ def _folders(root: str, prefix: str) -> Iterator[Found]:
     """The datasets below a prefix with their files, from one listing."""
     base = storage.normalize(prefix)
     own = storage.normalize(root) + "/"
-    objects = storage.listing(base)
+    objects = storage.listing(base, missing_ok=True)
+    if not objects:
+        logger.info("Nothing is below %s yet.", base)
     for name, group in itertools.groupby(objects, key=lambda o: o.key.split("/", 1)[0]):
         url = storage.join(base, name)
         inside = [o._replace(key=o.key.split("/", 1)[1]) for o in group if "/" in o.key]

@@ -8,10 +8,10 @@ import typing as tp
 from saev import storage
 from saev.config import steps as cfgs
 from saev.config.stages import Stages
-from saev.errors import ConfigError, StorageError
+from saev.errors import ConfigError, SaevError, StorageError
 from saev.inference.results import Results
 from saev.progress import Progress
-from saev.steps import check, claims, discover, outputs
+from saev.steps import advice, check, claims, discover, outputs
 from saev.steps.discover import Dataset
 from saev.visuals import overview
 
@@ -47,7 +47,11 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
             place = discover.claims_of(cfg.root, dataset)
             holding = stack.enter_context(claims.held(place, cfg.owner))
             progress.safe_point, progress.may_publish = holding.check, holding.look
-        return work(cfg, dataset, progress)
+        try:
+            return work(cfg, dataset, progress)
+        except SaevError as err:
+            advice.for_config(err, *_TABLES.get(type(cfg), ()))
+            raise
 
 
 def _stages(cfg: cfgs.DatasetStep, dataset: Dataset, device: str = "") -> Stages:
@@ -310,3 +314,15 @@ _WORK: dict[type, tp.Callable[[tp.Any, Dataset, Progress], list[str]]] = {
     cfgs.SummariseStep: _summarise,
     cfgs.ReportStep: _report,
 }
+
+_TABLES: dict[type, tuple[str, ...]] = {
+    cfgs.PlanShardsStep: ("shards",),
+    cfgs.ExtractStep: ("shards",),
+    cfgs.PublishStep: ("shards",),
+    cfgs.PlanTrainingStep: ("train",),
+    cfgs.TrainStep: ("train",),
+    cfgs.PlanInferenceStep: ("inference", "train"),
+    cfgs.InferStep: ("inference",),
+    cfgs.SummariseStep: ("inference", "visuals"),
+}
+"""The tables of the config that a step goes by."""

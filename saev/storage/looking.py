@@ -203,7 +203,9 @@ def walk(url: str | os.PathLike) -> list[Entry]:
     return sorted(Entry(file, name(file), size_, False) for file, size_ in scan(url))
 
 
-def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
+def listing(
+    url: str | os.PathLike, *, temporary: bool = False, missing_ok: bool = False
+) -> list[Object]:
     """All files below a folder, sorted by key; symbolic links are followed.
 
     On an object store it is one recursive listing, whatever the number of keys, and never one from
@@ -212,8 +214,35 @@ def listing(url: str | os.PathLike, *, temporary: bool = False) -> list[Object]:
     Args:
         url: the folder.
         temporary: whether unfinished local writes are listed too.
+        missing_ok: whether a folder that does not exist is an empty one. A bucket that does not
+            exist is an error all the same.
     """
     text = normalize(url)
+    try:
+        return _listing(text, temporary=temporary)
+    except StorageError as err:
+        if not missing_ok or not isinstance(err.__cause__, FileNotFoundError):
+            raise
+        if _bucket_is_missing(text):
+            raise
+        return []
+
+
+def _bucket_is_missing(url: str) -> bool:
+    """Whether not even the bucket is there. S3 says so by itself; other stores are asked."""
+    if local_path(url) is not None or url.startswith(("s3://", "memory://")):
+        return False
+    fs, key = filesystem(url)
+    try:
+        fs.info(key.split("/", 1)[0])
+    except FileNotFoundError:
+        return True
+    except Exception:  # who may not ask may still list
+        return False
+    return False
+
+
+def _listing(text: str, *, temporary: bool) -> list[Object]:
     path = local_path(text)
     start = len(join(text, "x")) - 1
     if path is not None:

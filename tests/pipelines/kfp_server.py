@@ -446,6 +446,27 @@ def task(name: str, state: str, message: str = "") -> dict[str, tp.Any]:
     return node
 
 
+def omitted(name: str) -> list[dict[str, tp.Any]]:
+    """What Argo passes over after a failure: a step and its driver, without states and duration.
+
+    Seen on a KFP 2.17.0.
+    """
+    nodes = [task(f"{name}-driver", "SUCCEEDED"), task(name, "SUCCEEDED")]
+    for node in nodes:
+        del node["state"]
+        node["end_time"] = node["start_time"]
+    return nodes
+
+
+def retried(name: str, *attempts: str) -> list[dict[str, tp.Any]]:
+    """A step that may run again: one node for it, and one for each attempt."""
+    nodes = [task(f"{name}-driver", "SUCCEEDED"), task(f"{name}-driver(0)", "SUCCEEDED")]
+    nodes += [task(name, attempts[-1])]
+    for i, state in enumerate(attempts):
+        nodes += [task(f"{name}({i})", state), task("executor", state), task("executor(0)", state)]
+    return nodes
+
+
 def step(name: str, *states: str) -> list[dict[str, tp.Any]]:
     """All nodes of a step with one part per state: driver, step and executor of each."""
     nodes = []

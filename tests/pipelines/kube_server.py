@@ -32,9 +32,10 @@ _KINDS = {
     "serviceaccounts": ("v1", "ServiceAccount"),
     "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
     "storageclasses": ("storage.k8s.io/v1", "StorageClass"),
+    "workflows": ("argoproj.io/v1alpha1", "Workflow"),
 }
 _PATH = re.compile(
-    r"/apis?/(?:v1|[a-z.0-9]+/v1)(?:/namespaces/(?P<ns>[^/]+)(?=/.))?/(?P<plural>[a-z]+)"
+    r"/apis?/(?:v1|[a-z.0-9]+/v1(?:alpha1)?)(?:/namespaces/(?P<ns>[^/]+)(?=/.))?/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|portforward))?"
 )
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"

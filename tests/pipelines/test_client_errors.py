@@ -21,7 +21,7 @@ COMMANDS = {
     "submit": ("submit", "--dataset", "s3://bucket/x", "--config", "config.toml", "--no-check"),
     "schedule": (
         "schedule", "--dataset", "s3://bucket/in", "--config", "config.toml",
-        "--cron", "0 0 3 * * *",
+        "--cron", "0 0 3 * * *", "--no-check",
     ),
     "schedules": ("schedules",),
     "unschedule": ("unschedule", "nightly"),

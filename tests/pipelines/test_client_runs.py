@@ -6,7 +6,7 @@ import re
 import pytest
 import rich.console
 from client import Client
-from kfp_server import KfpServer, look, step, task
+from kfp_server import KfpServer, look, omitted, retried, step, task
 from kube_server import KubeServer
 
 from pipelines import connect, settings, watch
@@ -73,6 +73,147 @@ def test_a_finished_run_shows_only_what_ran(client: Client, kfp: KfpServer) -> N
     out = client.ok("status").out
     assert "discover" in out
     assert "train" not in out
+
+
+def _rows(client: Client) -> dict[str, list[str]]:
+    """Step → the words of its line in `status`."""
+    lines = [line.split() for line in client.ok("status").out.splitlines()]
+    return {line[1]: line for line in lines if len(line) > 1 and line[0] in "✓✗▶·–?"}
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "FAILED"])
+def test_steps_that_never_start_are_not_running(client: Client, kfp: KfpServer, state: str) -> None:
+    later = [omitted("publish"), omitted("plan-training"), omitted("report")]
+    kfp.add_run(
+        "bad",
+        **look(
+            state,
+            step("discover", "SUCCEEDED"),
+            step("plan-shards", "FAILED"),
+            *later,
+            step("outcome", "RUNNING" if state == "RUNNING" else "SUCCEEDED"),
+        ),
+    )
+    rows = _rows(client)
+    assert rows["plan-shards"][:3] == ["✗", "plan-shards", "0/1"]
+    if state == "FAILED":
+        assert list(rows) == ["discover", "plan-shards", "outcome"]
+    else:
+        assert rows["publish"] == ["·", "publish"]
+        assert rows["outcome"][0] == "▶"
+
+
+def test_a_loop_with_nothing_to_do_says_so(client: Client, kfp: KfpServer) -> None:
+    names = ("discover", "plan-shards", "publish", "plan-training")
+    before = [step(name, "SUCCEEDED") for name in names]
+    kfp.add_run("again", **look("RUNNING", *before))
+    rows = _rows(client)
+    assert rows["extract"] == ["–", "extract", "nothing", "to", "do"]
+    assert rows["train"] == ["·", "train"]  # its plan has only just ended
+    kfp.add_run("over", **look("SUCCEEDED", *before, *(step(n, "SUCCEEDED") for n in (
+        "plan-inference", "summarise", "report", "outcome"
+    ))))  # fmt: skip
+    rows = _rows(client)
+    assert [rows[name][2:] for name in ("extract", "train", "infer")] == [
+        ["nothing", "to", "do"]
+    ] * 3
+    assert rows["summarise"][2] == "1/1"
+
+
+def test_a_firing_without_new_datasets_says_so(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run(
+        "idle", **look("SUCCEEDED", step("discover", "SUCCEEDED"), step("outcome", "SUCCEEDED"))
+    )
+    assert "There was nothing to process." in client.ok("status").out
+    assert list(_rows(client)) == ["discover", "outcome"]
+
+
+def test_attempts_of_a_step_are_no_parts(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run(
+        "retried",
+        **look(
+            "RUNNING",
+            retried("discover", "SUCCEEDED"),
+            retried("extract", "FAILED", "SUCCEEDED"),
+            retried("extract", "FAILED", "FAILED", "RUNNING"),
+        ),
+    )
+    rows = _rows(client)
+    assert rows["discover"][2] == "1/1"
+    assert rows["extract"][:3] == ["▶", "extract", "1/2"]
+    assert "failed" not in rows["extract"]
+
+
+def test_states_that_froze_are_not_running(client: Client, kfp: KfpServer) -> None:
+    """KFP 2.17 does not read the tasks of a Workflow above 1 MiB; the run's own state it does."""
+    kfp.add_run("big", **look("SUCCEEDED", step("summarise", "RUNNING", "RUNNING")))
+    row = _rows(client)["summarise"]
+    assert row[:3] == ["?", "summarise", "0/2"]
+    assert "running" not in row
+    assert "2 not reported to the end" in " ".join(row)
+
+
+def _history(*states: str) -> list[dict[str, str]]:
+    return [{"update_time": "2026-11-25T01:00:00Z", "state": state} for state in states]
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (("PENDING", "RUNNING", "CANCELING", "FAILED"), "canceled"),
+        (("PENDING", "RUNNING", "CANCELING", "RUNNING", "FAILED"), "canceled"),
+        (("PENDING", "RUNNING", "CANCELING"), "canceled"),
+        (("PENDING", "RUNNING", "FAILED"), "failed"),
+        (("RUNNING", "CANCELING", "FAILED", "RUNNING", "FAILED"), "failed"),  # retried
+        ((), "failed"),
+    ],
+)
+def test_a_canceled_run_is_called_that(
+    client: Client, kfp: KfpServer, history: tuple[str, ...], expected: str
+) -> None:
+    """KFP ends it as failed, and so the step that it was in."""
+    nodes = look("FAILED", step("discover", "FAILED"), step("outcome", "SUCCEEDED"))
+    kfp.add_run("pets", **nodes, state_history=_history(*history))
+    assert f"pets: {expected}," in client.ok("status").out
+    assert client.ok("list").out.splitlines()[1].split()[0] == expected
+    result = client("watch")
+    assert result.status == 1
+    said = result.err.splitlines()[-1]
+    assert ("pets was canceled after" in said) == (expected == "canceled")
+    assert ("pets failed in step discover" in said) == (expected == "failed")
+
+
+def test_a_run_that_argo_ended_is_called_that(
+    client: Client, kfp: KfpServer, kube: KubeServer
+) -> None:
+    """For its size: no step failed, KFP has no error, and the tasks' states froze long before."""
+    parts = step("infer", *["SUCCEEDED"] * 40, "RUNNING")
+    run = kfp.add_run("big", **look("FAILED", step("discover", "SUCCEEDED"), parts))
+    said = client("watch").err.splitlines()[-1]
+    assert "big was ended by Argo after" in said
+    assert "though no step failed. Most likely it had more loop iterations than" in said
+    assert "unknown" not in said
+    assert "smaller n_parts" in said
+    assert "It was ended by Argo after" in client.ok("status").out
+    message = "workflow is longer than total allowed size for compression"
+    kube.add(
+        "workflows", "saev-x", "kubeflow",
+        labels={"pipeline/runid": run["run_id"]}, status={"phase": "Error", "message": message},
+    )  # fmt: skip
+    assert f"no step failed. Argo says: {message}." in client("watch").err.splitlines()[-1]
+
+
+def test_a_small_run_that_argo_ended_is_not_called_large(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("odd", **look("FAILED", step("discover", "SUCCEEDED")))
+    said = client("watch").err.splitlines()[-1]
+    assert "was ended by Argo" in said
+    assert "Nobody says why" in said
+
+
+def test_a_loops_driver_that_fails_is_named(client: Client, kfp: KfpServer) -> None:
+    nodes = look("FAILED", step("discover", "SUCCEEDED"), [task("for-loop-2-driver", "FAILED")])
+    kfp.add_run("bad", **nodes)
+    assert "bad failed in step for-loop-2-driver" in client("watch").err.splitlines()[-1]
 
 
 def test_status_without_tasks(client: Client, kfp: KfpServer) -> None:

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from kfp_server import KfpServer
 
 from pipelines import cron
+from saev import storage
 from saev.errors import ConfigError
 
-SCHEDULE = ("schedule", "--dataset", "s3://bucket/incoming/", "--config", "config.toml", "--cron")
+SCHEDULE = (
+    "schedule", "--dataset", "s3://bucket/incoming/", "--config", "config.toml", "--no-check",
+    "--cron",
+)  # fmt: skip
 DAILY = "0 0 3 * * *"
 
 
@@ -32,6 +36,19 @@ def test_a_schedule_is_made(client: Client, kfp: KfpServer) -> None:
     assert parameters["claim_hours"] == 12.0
     assert "settle_minutes" not in parameters
     assert kfp.pipelines[0]["display_name"] == "saev-incoming"
+
+
+def test_a_schedule_may_come_before_its_data(
+    client: Client, kfp: KfpServer, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEV_ROOT", f"{s3}/early/root")
+    argv = ("schedule", "--config", "config.toml", "--cron", DAILY, "--dataset")
+    said = client.ok(*argv, f"{s3}/early/incoming").err
+    assert f"nothing is below {s3}/early/incoming yet" in said
+    storage.write_bytes(f"{s3}/early/incoming/pets/a.png", b"png")
+    said = client.ok(*argv, f"{s3}/early/incoming").err
+    assert "yet" not in said
+    assert f"ok: {s3}/early/incoming is readable" in said
 
 
 def test_a_schedule_of_the_same_name_is_replaced(client: Client, kfp: KfpServer) -> None:

@@ -295,6 +295,32 @@ def _pods(kube: KubeServer, run_id: str) -> None:
     kube.logs["saev-ok"] = "fine\n"
 
 
+LAUNCHER = """\
+I1127 09:10:00.123456      23 launcher_v2.go:180] publish success.
+E1127 09:10:00.123456      23 launcher_v2.go:449] Component failed to execute successfully: x
+F1127 09:10:00.123456      23 main.go:59] failed to execute component: exit status 1
+time="2026-11-27T09:10:01.000Z" level=info msg="sub-process exited" argo=true error="<nil>"
+Error: exit status 1
+"""
+
+
+def test_the_steps_error_is_the_last_word(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    """What KFP's launcher and Argo write behind it does not push it out of the tail."""
+    kfp.script = [look("FAILED", *_before_training(), step("train", "FAILED"))]
+
+    def start(run_id: str) -> None:
+        _pods(kube, run_id)
+        error = "saev: error: The image a.png is damaged. Repair it.\n"
+        kube.logs["saev-bad"] = "reading 1\nreading 2\n" + error + LAUNCHER * 20
+
+    kfp.on_start = start
+    lines = client(*SUBMIT, "--wait", "--name", "r").err.splitlines()
+    assert "r failed in step train after" in lines[-1]
+    assert lines[-1].endswith("The step's error: The image a.png is damaged. Repair it.")
+    assert "reading 1" in lines
+    assert not any(word in line for line in lines for word in (".go:", "argo=true", "Error: exit"))
+
+
 def test_without_kubernetes_a_failed_run_says_what_kfp_knows(
     client: Client, kfp: KfpServer
 ) -> None:

@@ -59,6 +59,31 @@ def process(place: Place, datasets: list[Dataset], owner: str) -> None:
     discover.end(place.root, owner, {})
 
 
+def test_a_prefix_without_objects_has_nothing_new(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A schedule may be made before the first dataset is there; its firings are no failures."""
+    with caplog.at_level(logging.INFO):
+        assert fire(place) == []
+    assert f"Nothing is below {storage.normalize(place.incoming)} yet." in caplog.text
+    place.put("pets/a.png")
+    assert names(fire(place)) == ["pets"]
+
+
+def test_a_missing_bucket_stays_an_error(s3: str, tmp_path: Path) -> None:
+    place = Place("s3://no-such-bucket-of-saev/incoming", str(tmp_path))
+    with pytest.raises(StorageError, match="there is no bucket no-such-bucket-of-saev"):
+        fire(place)
+
+
+def test_a_missing_dataset_stays_an_error(place: Place) -> None:
+    """Of a dataset that a person names, the name is wrong."""
+    place.put("cats/a.png")
+    missing = storage.join(place.incoming, "pets")
+    with pytest.raises(StorageError, match="does not exist"):
+        discover.one(place.root, missing, FILE, "run", 1.0)
+
+
 def test_new_datasets_are_taken_once(place: Place) -> None:
     place.put("a/1.png")
     place.put("b/deep/2.png")
@@ -232,11 +257,6 @@ def test_a_root_below_the_prefix_is_no_dataset(place: Place) -> None:
     place.put("a/1.png")
     assert names(fire(inside, "one")) == ["a"]
     assert fire(inside, "two") == []
-
-
-def test_no_prefix(place: Place) -> None:
-    with pytest.raises(StorageError, match="incoming"):
-        fire(place)
 
 
 def test_a_config_without_a_folder_cannot_wait_for_folders(place: Place) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from saev import cli, storage
 from saev.errors import ConfigError
-from saev.steps import check, outputs
+from saev.steps import advice, check, outputs
 
 from .places import Place
 
@@ -121,6 +121,44 @@ def test_mistakes(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert message in fails(capsys, *argv, "--root", str(tmp_path / "out"))
+
+
+def test_a_corrupt_image_names_the_key_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Nobody can give a flag to a step of a pipeline."""
+    images = tmp_path / "images" / "cats"
+    images.mkdir(parents=True)
+    (images / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    config = json.loads(FAKE)
+    config["data"] = {"kind": "img-folder", "root": str(tmp_path / "images")}
+    words = ["--root", str(tmp_path / "out"), "--config", json.dumps(config), "--dataset", DATASET]
+    to = tmp_path / "to"
+    cli.main(["step", "plan-shards", *words, "--to-shards", str(to)])
+    capsys.readouterr()
+    item = ["--item", PART, "--shards", to.read_text()]
+    said = fails(capsys, "extract", *words, *item)
+    assert "a.png" in said
+    assert "with `skip_unreadable = true` under [shards] in the config." in said
+    assert "--skip" not in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "tables", "key"),
+    [
+        ("--data.max-pixels", ("shards",), "`max_pixels` under [data] in the config"),
+        ("--image-size", ("shards",), "`image_size` under [shards] in the config"),
+        ("--train-data.buffer-mb", ("train",), "`buffer_mb` under [train.train_data] in the"),
+        ("--no-save", ("inference", "visuals"), "`save = false` under [inference] in the config"),
+        ("--latents", ("inference", "visuals"), "`latents` under [visuals] in the config"),
+        ("--part", ("shards",), "--part"),
+        ("--item", ("train",), "--item"),
+    ],
+)
+def test_flags_become_keys(flag: str, tables: tuple[str, ...], key: str) -> None:
+    err = ConfigError(f"It is wrong. Change {flag}.")
+    advice.for_config(err, *tables)
+    assert str(err).startswith(f"It is wrong. Change {key}")
 
 
 def test_discover_writes_for_kfp_and_prints_for_people(

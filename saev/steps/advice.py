@@ -1,0 +1,49 @@
+"""What an error advises, in the words of a pipeline: keys of the config file in place of flags.
+
+A stage's errors name flags of its command. Nobody gives flags to a step of a pipeline; the same
+values stand in the tables of its config.
+"""
+
+import re
+import typing as tp
+
+from saev.config.base import Config
+from saev.config.inference import InferenceConfig
+from saev.config.shards import ShardsConfig
+from saev.config.train import TrainConfig
+from saev.config.visuals import VisualsConfig
+from saev.errors import SaevError
+
+_FLAG = re.compile(r"--(no-)?([a-z][a-z0-9]*(?:[.-][a-z0-9]+)*)")
+_TABLES: dict[str, type[Config]] = {
+    "shards": ShardsConfig,
+    "train": TrainConfig,
+    "inference": InferenceConfig,
+    "visuals": VisualsConfig,
+}
+_SET_BY_STEPS = frozenset({"part", "shards", "out", "run", "runs", "device"})
+"""Keys that a step sets itself, whatever stands in the config."""
+
+
+def for_config(err: SaevError, *tables: str) -> None:
+    """Change an error's message in place.
+
+    Args:
+        err: the error of a stage.
+        tables: the tables of the config that the step reads, the likeliest first.
+    """
+    if err.args and isinstance(err.args[0], str):
+        err.args = (_FLAG.sub(lambda flag: _key(flag, tables), err.args[0]), *err.args[1:])
+
+
+def _key(flag: re.Match[str], tables: tp.Sequence[str]) -> str:
+    """The key that a flag stands for, or the flag if it is none of the tables'."""
+    path = flag[2].replace("-", "_").split(".")
+    for table in tables:
+        field = _TABLES[table].model_fields.get(path[0])
+        if field is None or path[-1] in _SET_BY_STEPS:
+            continue
+        value = ("false" if flag[1] else "true") if field.annotation is bool else ""
+        *parents, name = path if [table, path[0]] == ["shards", "data"] else [table, *path]
+        return f"`{name}{f' = {value}' if value else ''}` under [{'.'.join(parents)}] in the config"
+    return flag[0]
