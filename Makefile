@@ -122,13 +122,14 @@ submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PAR
 	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
 schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
-	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON"
+	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON" \
+	  $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
 schedules: setup ## List the schedules
 	$(PIPELINES) schedules $(MORE)
 
-unschedule: setup ## Delete a schedule: NAME=…
-	$(PIPELINES) unschedule "$$NAME" $(MORE)
+unschedule: setup ## Delete a schedule: NAME=… [WAIT=1: when its runs are over]
+	$(PIPELINES) unschedule "$$NAME" $$([ "$${WAIT:-0}" = 0 ] || echo --wait) $(MORE)
 
 list: setup ## List the newest runs
 	$(PIPELINES) list $(MORE)

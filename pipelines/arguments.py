@@ -109,6 +109,9 @@ class Schedule(Config):
     name: Text = ""
     """Name of the schedule; by default saev- and the prefix's name. One of that name is
     replaced."""
+    wait: bool = False
+    """Wait for the runs of a schedule that is replaced, and delete it; else it stays, switched off,
+    while it has some."""
     marker: Text = ""
     """Name of the object that says that a dataset is complete, such as _SUCCESS; by default one is
     complete when nothing in it has changed for --settle-minutes."""
@@ -130,10 +133,15 @@ class Schedules(Config):
 
 
 class Unschedule(Config):
-    """Delete a schedule. Runs that it has started go on."""
+    """Switch a schedule off and delete it, unless runs that it has started go on: KFP would end
+    them with it."""
 
     name: tyro.conf.Positional[str]
     """Its name or id."""
+    wait: bool = False
+    """Wait until its runs are over, then delete it."""
+    force: bool = False
+    """Delete it though runs of it go on. KFP before 2.16 ends them, and their claims expire."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 

@@ -180,7 +180,7 @@ def _schedule(command: a.Schedule) -> int:
     with connect(cluster) as kfp:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"], is_prefix=True)
-        made = schedule.create(kfp, job, name, when)
+        made = schedule.create(kfp, job, name, when, wait=command.wait)
     print(name)  # noqa: T201 - the result
     firings = ", ".join(
         f"{time:%Y-%m-%d %H:%M:%S}" for time in when.next(datetime.datetime.now(datetime.UTC), 3)
@@ -204,8 +204,9 @@ def _runs(command: Config) -> int:
         if isinstance(command, a.Schedules):
             schedule.show(schedule.existing(kfp), _out())
         elif isinstance(command, a.Unschedule):
-            for deleted in schedule.delete(kfp, command.name):
-                _say(f"Schedule {command.name} ({deleted}) is deleted; runs it has started go on.")
+            ids = schedule.delete(kfp, command.name, wait=command.wait, force=command.force)
+            for deleted in ids:
+                _say(f"Schedule {command.name} ({deleted}) is deleted.")
         elif isinstance(command, a.List):
             runs.show_list(kfp, runs.recent(kfp, command.n), _out())
         elif isinstance(command, a.Cancel):

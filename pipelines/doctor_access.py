@@ -34,7 +34,7 @@ KFP = tuple(
         "pipelines": ("list", "create"),
         "experiments": ("list", "create"),
         "runs": ("list", "create", "terminate"),
-        "jobs": ("list", "create", "delete"),
+        "jobs": ("list", "create", "disable", "delete"),
     }.items()
     for verb in verbs
 )

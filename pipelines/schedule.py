@@ -1,14 +1,22 @@
-"""Recurring runs: a schedule has a name, and there is one of each name."""
+"""Recurring runs: a schedule has a name, and there is one of each name.
+
+KFP makes a recurring run the owner of the Workflows that it starts. Whoever deletes it deletes them
+with their pods: no exit handler runs, claims stay, and KFP calls the runs running for ever. So a
+schedule is switched off first, and deleted when none of its runs is active.
+"""
 
 import datetime
+import functools
+import json
 import logging
+import time
 import typing as tp
 
 import kfp_server_api
 import rich.console
 import rich.table
 
-from pipelines import cron, prepare, runs, steps, submit
+from pipelines import cron, prepare, runs, steps, submit, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.settings import did_you_mean
@@ -25,11 +33,12 @@ def default_name(dataset: str) -> str:
     return f"saev-{storage.name(dataset)}"
 
 
-def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron) -> tp.Any:
+def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool = False) -> tp.Any:
     """Make a schedule, in place of those that have its name.
 
-    KFP cannot change one, so the new one is made before the old ones are deleted: firings are never
-    lost, and two at once are harmless, since they claim datasets before they process them.
+    KFP cannot change one, so the new one is made before the old ones are switched off: firings are
+    never lost, and two at once are harmless, since they claim datasets before they process them.
+    An old one that still has runs stays, switched off, unless ``wait`` says to wait for them.
 
     Raises:
         ClusterError: KFP refuses; the message says what there is now.
@@ -54,15 +63,24 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron) -> tp.Any:
     )
     with kfp.explained(f"make schedule {name}"):
         made = kfp.recurring.recurring_run_service_create_recurring_run(body)
-    for item in old:
-        logger.info("replacing schedule %s (%s)", name, item.recurring_run_id)
-        try:
-            _delete(kfp, item)
-        except ClusterError as err:
-            raise ClusterError(
-                f"The new schedule {name} is made, but the old one ({item.recurring_run_id}) is "
-                f"still there: {err} The same command again replaces both."
-            ) from err
+    if old:
+        ids = ", ".join(item.recurring_run_id for item in old)
+        logger.info("replacing schedule %s (%s)", name, ids)
+    try:
+        busy = _retire(kfp, old, wait=wait)
+    except ClusterError as err:
+        raise ClusterError(
+            f"The new schedule {name} is made, but an old one is still there: {err} The same "
+            "command again replaces both."
+        ) from err
+    if busy:
+        logger.warning(
+            "The old schedule %s is switched off and fires no more. It stays until its runs are "
+            "over, as KFP would end them with it: %s. Then `make schedule` or `make unschedule` "
+            "with this name deletes it.",
+            name,
+            _names(busy),
+        )
     return made
 
 
@@ -81,26 +99,98 @@ def existing(kfp: Kfp) -> list[tp.Any]:
             return found
 
 
-def delete(kfp: Kfp, name: str) -> list[str]:
-    """Delete the schedules of a name, or of an id. Returns their ids.
+def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> list[str]:
+    """Switch off the schedules of a name, or of an id, and delete them. Returns their ids.
+
+    Args:
+        kfp: the connection.
+        name: the name or the id.
+        wait: wait until their runs are over.
+        force: delete them though runs are active.
 
     Raises:
-        ClusterError: there is none.
+        ClusterError: there is none, or runs of it are active; it is switched off then.
     """
     items = existing(kfp)
     chosen = [item for item in items if name in (item.display_name, item.recurring_run_id)]
     if not chosen:
         hint = did_you_mean(name, [item.display_name for item in items])
         raise ClusterError(f"There is no schedule {name!r}.{hint} `make schedules` lists them.")
-    for item in chosen:
-        _delete(kfp, item)
+    busy = _retire(kfp, chosen, wait=wait, force=force)
+    if busy:
+        raise ClusterError(
+            f"Schedule {name} is switched off and fires no more, but is not deleted yet: KFP would "
+            f"end its runs with it, and these go on: {_names(busy)}. `make unschedule NAME={name} "
+            f"WAIT=1` waits for them and deletes it; `make cancel RUN={busy[0].run_id}` stops one."
+        )
     return [item.recurring_run_id for item in chosen]
 
 
+def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -> list[tp.Any]:
+    """Switch schedules off and delete those that are idle. Returns the runs of the others."""
+    for item in items:
+        _switch_off(kfp, item)
+    told = ""
+    while True:
+        runs_of: dict[str, list[tp.Any]] = {}
+        for item in items:
+            request = functools.partial(_active, kfp, item)
+            active = [] if force else watch.patiently(request, logger.warning)
+            if active:
+                runs_of[item.recurring_run_id] = active
+            else:
+                _delete(kfp, item)
+        items = [item for item in items if item.recurring_run_id in runs_of]
+        busy = [run for active in runs_of.values() for run in active]
+        if not busy or not wait:
+            return busy
+        if _names(busy) != told:
+            told = _names(busy)
+            logger.info("switched off; waiting until these runs are over: %s", told)
+        time.sleep(watch.POLL_SECONDS)
+
+
+def _active(kfp: Kfp, item: tp.Any) -> list[tp.Any]:
+    """Runs of a schedule that are not over, newest first."""
+    mine = {
+        "operation": "EQUALS", "key": "recurring_run_id", "string_value": item.recurring_run_id
+    }  # fmt: skip
+    unfinished = [
+        {"operation": "NOT_EQUALS", "key": "state", "string_value": state}
+        for state in sorted(steps.OVER)
+    ]
+    with kfp.explained(f"look for runs of schedule {item.display_name}"):
+        found = kfp.runs.run_service_list_runs(
+            page_size=_PAGE,
+            sort_by="created_at desc",
+            filter=json.dumps({"predicates": [mine, *unfinished]}),
+            **kfp.in_namespace,
+        ).runs
+    return found or []
+
+
+def _names(active: list[tp.Any]) -> str:
+    return ", ".join(f"{run.display_name} ({run.run_id})" for run in active)
+
+
+def _switch_off(kfp: Kfp, item: tp.Any) -> None:
+    if item.status == "DISABLED":
+        return
+    try:
+        with kfp.explained(f"switch off schedule {item.display_name}"):
+            kfp.recurring.recurring_run_service_disable_recurring_run(item.recurring_run_id)
+    except ClusterError as err:
+        if err.status != 404:  # somebody else deleted it
+            raise
+
+
 def _delete(kfp: Kfp, item: tp.Any) -> None:
+    """Delete one. A run that started at the last moment is left alone, by KFP 2.16 and newer."""
     try:
         with kfp.explained(f"delete schedule {item.display_name}"):
-            kfp.recurring.recurring_run_service_delete_recurring_run(item.recurring_run_id)
+            kfp.recurring.recurring_run_service_delete_recurring_run(
+                item.recurring_run_id, propagation_policy="ORPHAN"
+            )
     except ClusterError as err:
         if err.status != 404:  # somebody else deleted it
             raise

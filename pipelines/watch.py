@@ -12,6 +12,8 @@ from pipelines import logs, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError, RunFailedError
 
+T = tp.TypeVar("T")
+
 POLL_SECONDS = 5.0
 PATIENCE = 600.0
 """Seconds of errors in a row after which waiting ends; the run does not."""
@@ -66,24 +68,36 @@ def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
 
 
 def _get(kfp: Kfp, run_id: str, show: "_Display") -> tp.Any:
-    """The run, through the transient errors that hours of waiting bring."""
+    def get() -> tp.Any:
+        with kfp.explained("look at the run"):
+            return kfp.runs.run_service_get_run(run_id=run_id)
+
+    return patiently(get, show.say)
+
+
+def patiently(request: tp.Callable[[], T], say: tp.Callable[[str], None]) -> T:
+    """What a request gives, through the transient errors that hours of waiting bring.
+
+    Args:
+        request: raises ClusterError.
+        say: is told of each error.
+
+    Raises:
+        ClusterError: it is refused, or fails for ten minutes.
+    """
 
     def tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        show.say(f"{error} Waiting goes on.")
+        say(f"{error} Waiting goes on.")
 
-    @tenacity.retry(
+    retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_transient),
         wait=tenacity.wait_exponential(multiplier=POLL_SECONDS / 5, max=30),
         stop=tenacity.stop_after_delay(PATIENCE),
         before_sleep=tell,
         reraise=True,
     )
-    def get() -> tp.Any:
-        with kfp.explained("look at the run"):
-            return kfp.runs.run_service_get_run(run_id=run_id)
-
-    return get()
+    return retrying(request)
 
 
 def _is_transient(err: BaseException) -> bool:

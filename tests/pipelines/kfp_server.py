@@ -64,6 +64,8 @@ class KfpServer:
         """The same for runs that are started."""
         self.on_start: tp.Callable[[str], None] = lambda run_id: None
         """Is told the id of a run that is started."""
+        self.killed: list[str] = []
+        """Names of runs whose Workflows were deleted with their schedule."""
         self.violations: list[str] = []
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         """Method, path and headers (names in small letters) of every request."""
@@ -256,8 +258,9 @@ def _namespace(state: KfpServer, value: str) -> str:
 def _matching(items: list[dict[str, tp.Any]], query: Query) -> list[dict[str, tp.Any]]:
     """Apply filter and sort_by."""
     for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
-        assert predicate["operation"] == "EQUALS"
-        items = [item for item in items if item.get(predicate["key"]) == predicate["string_value"]]
+        operation, key, value = (predicate[k] for k in ("operation", "key", "string_value"))
+        assert operation in ("EQUALS", "NOT_EQUALS")
+        items = [item for item in items if (item.get(key) == value) == (operation == "EQUALS")]
     if sort := query.get("sort_by"):
         key, _, order = sort.partition(" ")
         items = sorted(items, key=lambda item: item[key], reverse=order == "desc")
@@ -404,9 +407,20 @@ def _create_recurring(state: KfpServer, path: Path, query: Query, body: tp.Any) 
     return made
 
 
+def _disable_recurring(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
+    item = _one(state.recurring, "recurring_run_id", path["recurring_run_id"], "Recurring run")
+    item["status"] = "DISABLED"
+    return {}
+
+
 def _delete_recurring(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
+    """It owns the Workflows of its runs: they go with it, and the runs' states stay as they are."""
     item = _one(state.recurring, "recurring_run_id", path["recurring_run_id"], "Recurring run")
     state.recurring.remove(item)
+    for run in state.runs:
+        is_mine = run.get("recurring_run_id") == item["recurring_run_id"]
+        if is_mine and run["state"] in ("PENDING", "RUNNING", "CANCELING", "PAUSED"):
+            state.killed.append(run["display_name"])
     return {}
 
 
@@ -424,6 +438,7 @@ _OPERATIONS: dict[str, tp.Callable[[KfpServer, Path, Query, tp.Any], tp.Any]] = 
     "RunService_TerminateRun": _terminate,
     "RecurringRunService_ListRecurringRuns": _list_recurring,
     "RecurringRunService_CreateRecurringRun": _create_recurring,
+    "RecurringRunService_DisableRecurringRun": _disable_recurring,
     "RecurringRunService_DeleteRecurringRun": _delete_recurring,
 }
 

@@ -35,7 +35,7 @@ REQUESTS = {
     "submit": ["/experiments", "/pipelines", "/versions", "/upload_version", "/runs"],
     "schedule": ["/experiments", "/pipelines", "/versions", "/upload_version", "/recurringruns"],
     "schedules": ["/recurringruns"],
-    "unschedule": ["/recurringruns"],
+    "unschedule": ["/recurringruns", ":disable", "/runs", "/recurringruns/r"],
     "list": ["/runs"],
     "status": [f"/runs/{RUN}"],
     "watch": [f"/runs/{RUN}"],
@@ -87,7 +87,8 @@ def test_every_request_of_every_command_may_be_refused(
 def test_every_status_has_its_sentence(
     client: Client, kfp: KfpServer, command: str, status: int
 ) -> None:
-    path = {"watch": "/healthz"}.get(command, REQUESTS[command][-1])  # watching retries
+    # Watching retries. A schedule that is gone is deleted already.
+    path = {"watch": "/healthz", "unschedule": "/recurringruns"}.get(command, REQUESTS[command][-1])
     kfp.fail(f"{path}$", status)
     assert SENTENCES[status] in client.fails(*COMMANDS[command])
 

@@ -2,6 +2,7 @@
 
 import datetime
 import re
+import threading
 
 import pytest
 from client import Client
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kfp_server import KfpServer
 
-from pipelines import cron
+from pipelines import cron, watch
 from saev import storage
 from saev.errors import ConfigError
 
@@ -58,7 +59,9 @@ def test_a_schedule_of_the_same_name_is_replaced(client: Client, kfp: KfpServer)
     found = {r["display_name"]: r["trigger"]["cron_schedule"]["cron"] for r in kfp.recurring}
     assert found == {"saev-incoming": "0 30 4 * * *", "other": DAILY}
     changes = [method for method, path, _ in kfp.requests if "/recurringruns" in path]
-    assert changes[-2:] == ["POST", "DELETE"]  # never without a schedule in between
+    # Never without a schedule in between; the old one is switched off before it is deleted.
+    assert changes[-3:] == ["POST", "POST", "DELETE"]
+    assert sum(path.endswith(":disable") for _, path, _ in kfp.requests) == 1
 
 
 def test_if_the_new_schedule_is_refused_the_old_one_stays(client: Client, kfp: KfpServer) -> None:
@@ -72,7 +75,7 @@ def test_if_the_old_schedule_stays_that_is_told_and_mended(client: Client, kfp: 
     client.ok(*SCHEDULE, DAILY)
     kfp.fail("/recurringruns/", 500, method="DELETE", times=1)
     said = client.fails(*SCHEDULE, "0 30 4 * * *")
-    assert "The new schedule saev-incoming is made, but the old one" in said
+    assert "The new schedule saev-incoming is made, but an old one is still there" in said
     assert len(kfp.recurring) == 2
     client.ok(*SCHEDULE, "0 30 4 * * *")
     assert len(kfp.recurring) == 1
@@ -107,6 +110,66 @@ def test_unschedule(client: Client, kfp: KfpServer) -> None:
     assert len(kfp.recurring) == 1
     assert "is deleted" in client.ok("unschedule", "saev-incoming").err
     assert kfp.recurring == []
+
+
+def _busy(kfp: KfpServer) -> dict:
+    """A run of the only schedule that goes on, beside some that do not count."""
+    schedule = kfp.recurring[0]["recurring_run_id"]
+    kfp.add_run("over", recurring_run_id=schedule)
+    kfp.add_run("of-another", "RUNNING", recurring_run_id="another")
+    return kfp.add_run("nightly-7", "RUNNING", recurring_run_id=schedule)
+
+
+def test_unschedule_does_not_kill_runs(client: Client, kfp: KfpServer) -> None:
+    """KFP deletes the Workflows of a schedule with it, and calls their runs running for ever."""
+    client.ok(*SCHEDULE, DAILY)
+    run = _busy(kfp)
+    said = client.fails("unschedule", "saev-incoming")
+    assert kfp.killed == []
+    assert [r["status"] for r in kfp.recurring] == ["DISABLED"]
+    assert "Schedule saev-incoming is switched off and fires no more" in said
+    assert f"these go on: nightly-7 ({run['run_id']})." in said
+    assert "`make unschedule NAME=saev-incoming WAIT=1`" in said
+    assert f"`make cancel RUN={run['run_id']}`" in said
+    run["state"] = "FAILED"
+    client.ok("unschedule", "saev-incoming")
+    assert kfp.recurring == kfp.killed == []
+
+
+def test_unschedule_may_wait(
+    client: Client, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.05)
+    client.ok(*SCHEDULE, DAILY)
+    run = _busy(kfp)
+    threading.Timer(0.4, lambda: run.update(state="SUCCEEDED")).start()
+    kfp.fail("/runs$", 503, method="GET", times=1)  # waiting goes on
+    said = client.ok("unschedule", "saev-incoming", "--wait").err
+    assert said.count("waiting until these runs are over: nightly-7") == 1
+    assert kfp.recurring == kfp.killed == []
+
+
+def test_unschedule_may_be_forced(client: Client, kfp: KfpServer) -> None:
+    """A run whose Workflow is gone never ends."""
+    client.ok(*SCHEDULE, DAILY)
+    _busy(kfp)
+    client.ok("unschedule", "saev-incoming", "--force")
+    assert kfp.recurring == []
+
+
+def test_replacing_a_schedule_does_not_kill_runs(client: Client, kfp: KfpServer) -> None:
+    client.ok(*SCHEDULE, DAILY)
+    run = _busy(kfp)
+    result = client.ok(*SCHEDULE, "0 30 4 * * *")
+    assert kfp.killed == []
+    found = {r["trigger"]["cron_schedule"]["cron"]: r["status"] for r in kfp.recurring}
+    assert found == {DAILY: "DISABLED", "0 30 4 * * *": "ENABLED"}
+    assert "The old schedule saev-incoming is switched off and fires no more." in result.err
+    assert f"nightly-7 ({run['run_id']})" in result.err
+    run["state"] = "SUCCEEDED"
+    client.ok(*SCHEDULE, "0 30 5 * * *")
+    assert [r["trigger"]["cron_schedule"]["cron"] for r in kfp.recurring] == ["0 30 5 * * *"]
+    assert kfp.killed == []
 
 
 def test_unschedule_what_somebody_else_deletes_too(client: Client, kfp: KfpServer) -> None:
