@@ -210,15 +210,19 @@ class Trainer:
     def _watch(self, metrics: tp.Sequence[StepMetrics], batch: Batch) -> None:
         """Note the first step at which a loss is not finite, and the first example that is not,
         without waiting for the device."""
+        for index, m in zip(self._indices, metrics, strict=True):
+            old = self._bad_step[index]
+            bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
+            self._bad_step[index] = torch.where(bad, self.step + 1, old)
+        # On a CPU, a look at the whole batch takes up to 5% of a step, and the losses tell as much:
+        # each has the squares of all activations in it. To ask them would stop a GPU.
+        if self.device.type == "cpu" and int(self._bad_step.max()) < 0:
+            return
         if len(batch.act):
             bad_rows = batch.act.isfinite().all(1).logical_not_()
             first = batch.example_idx.to(self.device)[bad_rows.int().argmax()]
             new = bad_rows.any() & (self._bad_example < 0)
             self._bad_example = torch.where(new, first, self._bad_example)
-        for index, m in zip(self._indices, metrics, strict=True):
-            old = self._bad_step[index]
-            bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
-            self._bad_step[index] = torch.where(bad, self.step + 1, old)
 
     def _check_finite(self) -> None:
         bad_steps = self._bad_step.tolist()
