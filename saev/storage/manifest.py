@@ -170,8 +170,8 @@ class Sealed(tp.NamedTuple):
     """Its own keys."""
     files: Files | None
     """What it lists; None if an earlier version wrote it."""
-    checksum: str
-    """CRC-32C of its bytes."""
+    listed: Listed
+    """Its own size and checksum, for the list of a folder that it is in."""
 
 
 def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
@@ -185,7 +185,7 @@ def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
 
     def parse(data: bytes) -> Sealed:
         record, files = unseal(parse_json(data, place), place, remedy)
-        return Sealed(record, files, format_checksum(crc32c(data)))
+        return Sealed(record, files, Listed.of(data))
 
     return read_parsed(place, parse)
 
@@ -215,7 +215,7 @@ class Folder:
         """The closing object's own keys."""
         self.files = sealed.files
         """What it lists; None if an earlier version published the folder."""
-        self.checksum = sealed.checksum
+        self.checksum = sealed.listed.checksum
         """Of the closing object's bytes."""
         self._remedy = remedy
 
@@ -246,7 +246,7 @@ class Folder:
     @classmethod
     def unlisted(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
         """A folder without a list, whose objects are read as they are."""
-        return cls(normalize(url), closing, Sealed({}, None, ""), remedy)
+        return cls(normalize(url), closing, Sealed({}, None, Listed(0, "")), remedy)
 
     def has(self, name: str) -> bool:
         """Whether the folder has an object: what is listed must be there."""

@@ -38,6 +38,8 @@ INDEX = "index.html"
 
 _REMEDY = f"Delete the {RECORD} of its latent and run the same command again."
 
+_N_READERS = 16
+"""Records that are read at a time."""
 GROUP = 8
 """Latents per work item: latents share images, and opening the dataset has a price."""
 VALUE_BINS = 32
@@ -106,7 +108,8 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     items = stage.plan()
     progress = progress or Progress(quiet=True)
     latents = [latent for item in items for latent in item["latents"]]
-    todo = [latent for latent in latents if stage.read_record(latent) is None]
+    found = stage.find_drawn(latents)
+    todo = [latent for latent, drawn in zip(latents, found, strict=True) if drawn is None]
     done = len(latents) - len(todo)
     with progress.task("visuals", total=len(latents), unit="latent", done=done) as task:
         if todo:
@@ -126,6 +129,14 @@ def _in_threads(stage: "_Stage", latents: list[int], task: Task) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+class _Drawn(tp.NamedTuple):
+    """A latent that is drawn and up to date."""
+
+    record: LatentRecord
+    listed: storage.Listed
+    """Of the record's bytes."""
 
 
 class _Stage:
@@ -229,7 +240,7 @@ class _Stage:
     def plan(self) -> list[dict[str, tp.Any]]:
         latents = self.choice.latents
         alive = [latent for latent in latents if self.results.frequency[latent] > 0]
-        if any(self.read_record(latent) is None for latent in alive):
+        if None in self.find_drawn(alive):
             _ = self.source  # fail now, not in every work item, if the images are gone
         return [{"latents": list(latents[i : i + GROUP])} for i in range(0, len(latents), GROUP)]
 
@@ -240,7 +251,7 @@ class _Stage:
 
     def draw(self, latent: int) -> None:
         """Write a latent's pictures, and its record last."""
-        if self.read_record(latent) is not None:
+        if self._find_drawn(latent) is not None:
             return
         frequency = float(self.results.frequency[latent])
         max_value = float(self.results.max_values[latent])
@@ -266,16 +277,19 @@ class _Stage:
         )
         storage.write_json(self._record_url(latent), storage.seal(record.to_dict(), listed))
 
-    def read_record(self, latent: int) -> LatentRecord | None:
-        """The record of a latent that is drawn and up to date."""
+    def find_drawn(self, latents: tp.Sequence[int]) -> list["_Drawn | None"]:
+        """The records of latents; None for one that is not drawn or not up to date."""
+        _ = self.key  # opens what threads would otherwise open once each
+        with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-records") as pool:
+            return list(pool.map(self._find_drawn, latents))
+
+    def _find_drawn(self, latent: int) -> "_Drawn | None":
         url = self._record_url(latent)
-        if not storage.exists(url):
-            return None
-        raw = storage.read_sealed(url, remedy=_REMEDY).record
-        if raw.get("key") != self.key:
+        found = storage.find_sealed(url, remedy=_REMEDY)
+        if found is None or found.record.get("key") != self.key:
             return None
         try:
-            record = LatentRecord.from_dict(raw, source=url)
+            record = LatentRecord.from_dict(found.record, source=url)
         except ConfigError as err:
             raise CorruptDataError(f"{err}. Delete it and run the same command again.") from err
         if record.latent != latent:
@@ -283,7 +297,7 @@ class _Stage:
                 f"{url} is of latent {record.latent}, expected {latent}. Delete it and run the "
                 "same command again."
             )
-        return record
+        return _Drawn(record, found.listed)
 
     def _record_url(self, latent: int) -> str:
         return storage.join(self.out, folder_name(latent), RECORD)
@@ -385,14 +399,14 @@ class _Stage:
 
     def finish(self, progress: Progress | None = None) -> str:
         progress = progress or Progress(quiet=True)
-        report = self._report(self._records(), self._note())
+        drawn = self._drawn()
+        report = self._report([record for record, _ in drawn], self._note())
         text = page.build(report).encode()
         progress.publish_point()
         storage.write_bytes(self.index_url, text)
         listed = {INDEX: storage.Listed.of(text)}
-        for latent in self.choice.latents:
-            data = storage.read_bytes(self._record_url(latent))
-            listed[f"{folder_name(latent)}/{RECORD}"] = storage.Listed.of(data)
+        for record, row in drawn:
+            listed[f"{folder_name(record.latent)}/{RECORD}"] = row
         done = {
             "key": self.report_key,
             "config": self.cfg.to_dict(),
@@ -402,17 +416,16 @@ class _Stage:
         storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
         return self.index_url
 
-    def _records(self) -> list[LatentRecord]:
-        records = []
-        for latent in self.choice.latents:
-            record = self.read_record(latent)
-            if record is None:
-                raise IncompleteError(
-                    f"{self.out} is incomplete: latent {latent} was not drawn. Run the same "
-                    "command again; what is done is kept."
-                )
-            records.append(record)
-        return records
+    def _drawn(self) -> list["_Drawn"]:
+        """What is known of all latents, which have to be drawn."""
+        latents = self.choice.latents
+        found = self.find_drawn(latents)
+        if None in found:
+            raise IncompleteError(
+                f"{self.out} is incomplete: latent {latents[found.index(None)]} was not drawn. Run "
+                "the same command again; what is done is kept."
+            )
+        return [drawn for drawn in found if drawn is not None]
 
     def _report(self, records: list[LatentRecord], note: str) -> page.Report:
         return page.Report(
@@ -428,7 +441,7 @@ class _Stage:
         )
 
     def book(self, max_bytes: int) -> str:
-        records = self._records()
+        records = [record for record, _ in self._drawn()]
         pictures: dict[str, str] = {}
         shown: list[LatentRecord] = []
         n_bytes = 0
