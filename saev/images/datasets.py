@@ -23,6 +23,9 @@ from saev.config.images import (
 )
 from saev.errors import ImageError
 
+Form = tp.Literal["NFC", "NFD"]
+"""A form in which Unicode spells accented letters: as one character, or as two."""
+
 
 class ExampleInfo(tp.NamedTuple):
     """What is known of an example without decoding it."""
@@ -50,6 +53,11 @@ class ImageDataset(abc.ABC):
     classes: tuple[str, ...] = ()
     """Class names; `ExampleInfo.target` is an index into them."""
 
+    has_class_folders: bool = False
+    """Whether class names are names of folders."""
+    header: tp.Any = None
+    """What `digest` hashes before all examples."""
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """Number of examples."""
@@ -67,8 +75,14 @@ class ImageDataset(abc.ABC):
         """Name of an example, the same wherever the dataset lies. The example's URL ends in it."""
         return self.example(index).url
 
-    def row(self, index: int) -> tp.Any:
-        """What `digest` hashes of one example, as plain JSON types."""
+    def row(self, index: int, form: Form | None = None) -> tp.Any:
+        """What `digest` hashes of one example, as plain JSON types.
+
+        Args:
+            index: of the example.
+            form: in which names of files are spelled; None takes them as they are.
+        """
+        del form  # the names are no names of files
         return [self.key(index), self.example(index).label]
 
     def row_digest(self, index: int) -> int:
@@ -161,6 +175,11 @@ def one_name(text: str) -> str:
     The file systems of macOS spell an accented letter as two characters, most others as one.
     """
     return unicodedata.normalize("NFC", text)
+
+
+def spelled(name: str, form: Form | None) -> str:
+    """A name in a form; as it is if there is none."""
+    return name if form is None else unicodedata.normalize(form, name)
 
 
 def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from saev.config.images import FakeImg, FakeImgSeg
 from saev.errors import ConfigError
-from saev.images.datasets import ExampleInfo, ImageDataset, digest_of
+from saev.images.datasets import ExampleInfo, Form, ImageDataset, digest_of
 
 
 class Fake(ImageDataset):
@@ -35,8 +35,9 @@ class Fake(ImageDataset):
         """Kind and number."""
         return f"{self._cfg.kind}/{index}"
 
-    def row(self, index: int) -> list[int]:
+    def row(self, index: int, form: Form | None = None) -> list[int]:
         """The number of the example. The config decides everything else about it."""
+        del form
         return [index]
 
     def example(self, index: int) -> ExampleInfo:

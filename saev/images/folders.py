@@ -15,7 +15,15 @@ from saev import storage
 from saev.config.images import ImgFolder, ImgSegFolder
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images import left_out
-from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes, one_name
+from saev.images.datasets import (
+    ExampleInfo,
+    Form,
+    ImageDataset,
+    digest_of,
+    index_classes,
+    one_name,
+    spelled,
+)
 from saev.images.decode import (
     HEIC_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -39,6 +47,9 @@ SCENE_CATEGORIES = "sceneCategories.txt"
 class Folder(ImageDataset):
     """Images below a folder or a glob pattern; the sub-folders are the classes."""
 
+    has_class_folders = True
+    header = "img-folder"
+
     def __init__(self, cfg: ImgFolder):
         self._limits, self.max_pixels = Limits(cfg.max_pixels, cfg.heic), cfg.max_pixels
         suffixes = _suffixes(cfg)
@@ -54,16 +65,16 @@ class Folder(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over path below the root, label and size of every image, in order."""
-        return digest_of("img-folder", map(self.row, range(len(self))))
+        return digest_of(self.header, map(self.row, range(len(self))))
 
     def key(self, index: int) -> str:
         """Path below the root."""
         return self._files[index].key
 
-    def row(self, index: int) -> list[tp.Any]:
+    def row(self, index: int, form: Form | None = None) -> list[tp.Any]:
         """Path below the root, label and size."""
         file = self._files[index]
-        return [file.key, self._label(file), file.size]
+        return [spelled(file.key, form), spelled(self._label(file), form), file.size]
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""
@@ -93,6 +104,9 @@ class SegFolder(ImageDataset):
         masks = list_files(folders[1], MASK_SUFFIXES, what="the masks of data.root", files="masks")
         self._masks = _pair(self._files, masks, folders[1])
         self._mask_map = _mask_map(cfg, self._limits)
+        self.header = "img-seg-folder"
+        if self._mask_map is not None:
+            self.header = [self.header, self._mask_map.rows]
         self._turning = Turning(cfg.mask_orientation)
         by_stem = _read_labels(cfg.root)
         self.classes, self._targets = index_classes([*by_stem.values()])
@@ -107,19 +121,17 @@ class SegFolder(ImageDataset):
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over path and size of every image and mask, and its label, in order."""
-        header: tp.Any = "img-seg-folder"
-        if self._mask_map is not None:
-            header = [header, self._mask_map.rows]
-        return digest_of(header, map(self.row, range(len(self))))
+        return digest_of(self.header, map(self.row, range(len(self))))
 
     def key(self, index: int) -> str:
         """Path below ROOT/images/SPLIT."""
         return self._files[index].key
 
-    def row(self, index: int) -> list[tp.Any]:
+    def row(self, index: int, form: Form | None = None) -> list[tp.Any]:
         """Path and size of image and mask, and the image's label."""
         image, mask, label = self._files[index], self._masks[index], self._labels[index]
-        return [image.key, image.size, mask.key, mask.size, label, self._targets[label]]
+        keys = (spelled(image.key, form), spelled(mask.key, form))
+        return [keys[0], image.size, keys[1], mask.size, label, self._targets[label]]
 
     def example(self, index: int) -> ExampleInfo:
         """URL and class of an example."""

@@ -14,7 +14,7 @@ from PIL import Image
 from saev import storage
 from saev.config.images import Cifar10, Imagenet
 from saev.errors import ConfigError, ImageError, StorageError
-from saev.images.datasets import ExampleInfo, ImageDataset, digest_of, index_classes
+from saev.images.datasets import ExampleInfo, Form, ImageDataset, digest_of, index_classes
 from saev.images.decode import Limits, decode_image
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -24,6 +24,8 @@ _DIGEST_ROWS = 65_536  # read at once
 class HubDataset(ImageDataset):
     """One split of a dataset on the hub, of a local folder that ``load_dataset`` opens, or of a
     folder (also on remote storage) that ``Dataset.save_to_disk`` wrote."""
+
+    header = "hf"
 
     def __init__(self, cfg: Imagenet | Cifar10):
         self._cfg = cfg
@@ -50,14 +52,15 @@ class HubDataset(ImageDataset):
         """
         parts = range(0, len(self), _DIGEST_ROWS)
         rows = (self._rows(start, min(start + _DIGEST_ROWS, len(self))) for start in parts)
-        return digest_of("hf", itertools.chain.from_iterable(rows))
+        return digest_of(self.header, itertools.chain.from_iterable(rows))
 
     def key(self, index: int) -> str:
         """Split and row number."""
         return f"{self._cfg.split}/{index}"
 
-    def row(self, index: int) -> list[tp.Any]:
+    def row(self, index: int, form: Form | None = None) -> list[tp.Any]:
         """File name, size and label."""
+        del form  # the names are stored in tables, which no file system respells
         return next(self._rows(index, index + 1))
 
     def example(self, index: int) -> ExampleInfo:

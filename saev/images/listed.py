@@ -100,5 +100,9 @@ def in_order(files: Iterable[File]) -> Files:
 
 
 def _place(file: File) -> bytes:
-    """Bytes that sort as the key's components do. Zero bytes separate them: no name has one."""
-    return file.key.encode().replace(b"/", b"\0")
+    return place_of(file.key)
+
+
+def place_of(key: str) -> bytes:
+    """Bytes that sort as a key's components do. Zero bytes separate them: no name has one."""
+    return key.encode().replace(b"/", b"\0")

@@ -1,8 +1,9 @@
 """Whether a dataset holds the images that activations were recorded from.
 
 The recorded digest decides. It covers names below the root, sizes in bytes and labels, also those
-of masks, so it is the same wherever the images lie. If it differs, or none was recorded, the table
-of examples says what differs first.
+of masks, so it is the same wherever the images lie. A copy whose names are spelled in another of
+Unicode's forms holds the same images, in another order. If the digest differs in every form, or
+none was recorded, the table of examples says what differs first.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ from PIL import Image
 
 from saev.config import ImageData
 from saev.errors import ConfigError, ImageError, SaevError
-from saev.images.datasets import ImageDataset
+from saev.images.datasets import ImageDataset, one_name
+from saev.images.respelled import spellings
 from saev.once import say_once
 from saev.shards import Shards
 
@@ -24,13 +26,16 @@ _MAX_DECODED = 2000
 """Most images that are decoded to find the first that differs, if names do not tell."""
 
 
-def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
+def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> ImageDataset:
     """Compare a dataset with what was recorded.
 
     Args:
         shards: the activations.
         data: where the images are.
         dataset: what was found there.
+
+    Returns:
+        The dataset in the order in which it was recorded.
 
     Raises:
         ConfigError: another kind of dataset, or another number of images.
@@ -43,15 +48,17 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
             f"{shards.url} was recorded from data:{kind}, the images are given as data:"
             f"{data.kind}, which reads other files or labels. Give them as data:{kind}."
         )
-    is_digest = metadata.data_digest is not None and len(dataset) == metadata.n_examples
-    if is_digest and dataset.digest == metadata.data_digest:
-        return
+    if metadata.data_digest is not None and len(dataset) == metadata.n_examples:
+        for spelling in spellings(dataset):
+            if spelling.digest == metadata.data_digest:
+                return spelling
     rows = _rows(shards)
     if len(dataset) != metadata.n_examples:
         raise ConfigError(
             f"The dataset now has {len(dataset)} images, {metadata.n_examples} were recorded in "
             f"{shards.url}.{_first_of_other_number(rows, dataset)}"
         )
+    dataset = next((s for s in spellings(dataset) if _all_named(rows, s)), dataset)
     _compare(rows, dataset)
     if metadata.data_digest is not None:
         _find_other_size(rows, dataset)
@@ -67,6 +74,7 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> None:
             f"{shards.url} does not say which images it was recorded from, except for their number "
             f"({metadata.n_examples}): it is not checked whether these are the same images.",
         )
+    return dataset
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +130,7 @@ def _compare(rows: Sequence[Row], dataset: ImageDataset) -> None:
                 f"Image {row.index} was recorded from {row.url}; in its place the dataset now has "
                 f"{info.url}."
             )
-        if row.label != info.label:
+        if one_name(row.label) != one_name(info.label):
             raise ImageError(
                 f"Image {row.index}, {info.url}, was recorded with the label {row.label!r}; it now "
                 f"has {info.label!r}."
@@ -137,14 +145,19 @@ def _compare(rows: Sequence[Row], dataset: ImageDataset) -> None:
             )
 
 
+def _all_named(rows: Sequence[Row], dataset: ImageDataset) -> bool:
+    return all(_is_named(row.url, dataset.key(row.index)) for row in rows)
+
+
 def _is_named(recorded: str, key: str) -> bool:
-    """Whether a recorded URL ends in a name below a root."""
+    """Whether a recorded URL ends in a name below a root, in whatever form of Unicode."""
+    recorded, key = one_name(recorded), one_name(key)
     return recorded == key or recorded.endswith((f"/{key}", f"#{key}"))
 
 
 def _first_of_other_number(rows: Sequence[Row], dataset: ImageDataset) -> str:
     """Which image is missing or new, as a sentence; "" where names were not recorded."""
-    keys = [dataset.key(i) for i in range(len(dataset))]
+    keys = [one_name(dataset.key(i)) for i in range(len(dataset))]
     there = set(keys)
     for row in rows:
         if there.isdisjoint(_endings(row.url)):
@@ -159,8 +172,8 @@ def _first_of_other_number(rows: Sequence[Row], dataset: ImageDataset) -> str:
 
 
 def _endings(url: str) -> Iterator[str]:
-    """A URL, and the same without its first component, its first two, and so on."""
-    rest = url
+    """A URL, and the same without its first component, its first two, and so on; in NFC."""
+    rest = one_name(url)
     while rest:
         yield rest
         found = re.search("[/#]", rest)

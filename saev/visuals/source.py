@@ -76,8 +76,8 @@ class Source:
         self._shards = shards
         self._config = data if data is not None else recorded_data(shards)
         with _remedied():
-            self._dataset = open_dataset(self._config)
-            same_images.check(shards, self._config, self._dataset)
+            found = open_dataset(self._config)
+            self._dataset = same_images.check(shards, self._config, found)
         self._table = shards.examples()
         self._spec = image_spec(shards)
         self._pixels = PixelBudget.of_threads(cores.available(), self._dataset.max_pixels)

@@ -1,6 +1,9 @@
 """Pictures are drawn from the images that were recorded, or not at all."""
 
+import re
 import shutil
+import typing as tp
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 from saev import storage
 from saev.config import ImgFolder, ImgSegFolder, ShardsConfig
 from saev.errors import ConfigError, ImageError, SaevError
+from saev.images.datasets import one_name
 from saev.shards import Shards, extract
 from saev.visuals.source import Source
 from visuals.chain import write_photos, write_png
@@ -181,6 +185,71 @@ def test_masks_and_their_labels(tmp_path: Path, version: str) -> None:
     Image.effect_noise((80, 64), 50).save(mask)
     which = r"a&b 3\.png is not the image .* of its mask" if version == "now" else "of its mask is"
     with pytest.raises(ImageError, match=which):
+        Source(shards)
+
+
+ACCENTED = ("h\u00e9", "hf", "\u00e9", "z", "na\u00efve \u00e9t\u00e9")
+"""Letters that sort elsewhere when they are spelled as two characters."""
+
+
+def respell(root: Path, form: tp.Literal["NFC", "NFD"]) -> None:
+    """Rename all files and folders, as a copy to another file system does."""
+    for path in sorted(root.rglob("*"), reverse=True):
+        path.rename(path.with_name(unicodedata.normalize(form, path.name)))
+
+
+def names_of(root: Path) -> set[str]:
+    return {path.name for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(("before", "after"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("kind", ["classes", "masks"])
+@VERSIONS
+def test_a_copy_that_spells_names_otherwise(
+    tmp_path: Path, version: str, kind: str, before: tp.Any, after: tp.Any
+) -> None:
+    photos = tmp_path / "photos"
+    data: ImgFolder | ImgSegFolder
+    if kind == "classes":
+        for i, name in enumerate(ACCENTED):
+            for j, file in enumerate(ACCENTED):
+                write_png(photos / name / f"{file}.png", 10 * i + j, size=(80, 60 + j))
+        data = ImgFolder(root=str(photos))
+    else:
+        write_photos(str(photos), n=5)
+        for i, name in enumerate(ACCENTED):
+            for part in ("images", "annotations"):
+                (photos / part / "training" / f"a&b {i}.png").rename(
+                    photos / part / "training" / f"{name}.png"
+                )
+        rows = [f"{name},{ACCENTED[i % 2]}" for i, name in enumerate(ACCENTED)]
+        (photos / "labels.csv").write_text("\n".join(["stem,label", *rows]) + "\n")
+        data = ImgSegFolder(root=str(photos))
+    respell(photos, before)
+    shards = as_version(version, record(tmp_path, data))
+    n = shards.n_examples
+    urls = shards.examples()["url"].to_pylist()
+    pixels = [Image.open(url).tobytes() for url in urls]
+    views = [Source(shards).view(i) for i in range(n)]
+
+    was = names_of(photos)
+    respell(photos, after)
+    assert names_of(photos) != was
+    source = Source(shards)
+    for i in range(n):
+        view = source.view(i)
+        assert unicodedata.normalize(before, view.name) == views[i].name
+        assert one_name(view.label) == one_name(views[i].label)
+        assert view.image.tobytes() == views[i].image.tobytes()
+        assert (view.mask is None) == (views[i].mask is None)
+        if view.mask is not None:
+            assert (view.mask == views[i].mask).all()
+        assert source.dataset.load(i).tobytes() == pixels[i]
+
+    folder = photos / "images" if kind == "masks" else photos
+    other = next(p for p in sorted(folder.rglob("*.png")) if not p.name.isascii())
+    write_png(other, 99, size=(90, 70))
+    with pytest.raises(ImageError, match=re.escape(f"{other} ")):
         Source(shards)
 
 
