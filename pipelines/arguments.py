@@ -197,7 +197,7 @@ class Doctor(Config):
     dataset: Text = ""
     """URL of a dataset that the pods have to be able to read."""
     pod: bool = True
-    """Start a short-lived pod that tries image and storage as a step would, and delete it."""
+    """Start short-lived pods that try images and storage as a step would, and delete them."""
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 

@@ -1,6 +1,7 @@
 """Whether a cluster is ready for runs: one line per check, with the remedy.
 
-Nothing is changed; one short-lived pod, which is always deleted, tries what only a pod can try.
+Nothing is changed; a short-lived pod for each image, which is always deleted, tries what only a pod
+can try.
 """
 
 import collections.abc
@@ -10,7 +11,7 @@ import typing as tp
 import kfp_server_api
 import rich.console
 
-from pipelines import doctor_access, doctor_nodes, doctor_objects, prepare, probe
+from pipelines import doctor_access, doctor_nodes, doctor_objects, doctor_retries, prepare, probe
 from pipelines.connect import Kfp, connect, is_in_cluster
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
@@ -54,6 +55,7 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         if kube is None:
             yield skipped("cluster", "the checks that need the Kubernetes API")
             return
+        yield doctor_retries.retries(kube, _version(kube, settings.kfp_namespace))
         namespace = kfp.pods if kfp else settings.namespace or settings.kfp_namespace
         if settings.namespace not in ("", namespace):
             yield warn(

@@ -41,6 +41,7 @@ class Kube:
         self.configuration.retries = urllib3.Retry(total=3, connect=0, read=0, status=0, other=0)
         api = self.new_client()
         self.core = client.CoreV1Api(api)
+        self.apps = client.AppsV1Api(api)
         self.custom = client.CustomObjectsApi(api)
         self.storage = client.StorageV1Api(api)
         self.authorization = client.AuthorizationV1Api(api)

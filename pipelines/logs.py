@@ -23,8 +23,8 @@ END_LINES = 30
 """Lines that are shown of a failed step."""
 _READ_LINES = 1000
 """Lines that are read for it: the launcher's are among them."""
-_OURS = "saev: error: "
-"""How a step's last word begins."""
+_LAST_WORD = re.compile(r"saev: (?:(?:permanent )?error: (.*)|(passing error, tried .*))")
+"""The line of saev, or of the supervisor above it, that says why a step ended."""
 _LAUNCHER = re.compile(
     r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+\.go:\d+\] "  # KFP's launcher
     r"|time=\S+ level=\w+ msg=.*\bargo=true"  # Argo's executor, as text or JSON
@@ -99,8 +99,8 @@ def without_launcher(text: str) -> list[str]:
 
 def error_of(lines: list[str]) -> str:
     """The error that a step ended with; empty if it left none, as when it was killed."""
-    found = [line.partition(_OURS)[2].strip() for line in lines if _OURS in line]
-    return found[-1] if found else ""
+    found = [match for line in lines if (match := _LAST_WORD.match(line))]
+    return (found[-1][1] or found[-1][2]).strip() if found else ""
 
 
 def ended_from_outside(kfp: Kfp, run: tp.Any, took: str) -> str:

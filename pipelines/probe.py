@@ -1,7 +1,8 @@
-"""A pod like a step's that tries image and storage, and is deleted whatever happens."""
+"""Pods like those of steps that try images and storage, and are deleted whatever happens."""
 
 import collections.abc
 import contextlib
+import re
 import secrets
 import time
 import typing as tp
@@ -12,10 +13,11 @@ from pipelines import definition, logs
 from pipelines.errors import ClusterError
 from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
+from pipelines.settings import Settings
 
 POLL_SECONDS = 1.0
-WAIT_SECONDS = 300
-"""Seconds until the pod must have run; pulling the image may take most of it."""
+WAIT_SECONDS = 600
+"""Seconds until a pod must have run; pulling the image may take most of it."""
 _HOPELESS = frozenset(
     {
         "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError",
@@ -23,30 +25,69 @@ _HOPELESS = frozenset(
     }
 )  # fmt: skip
 """Reasons for waiting that time does not mend."""
-_IMAGE, _STORAGE = "image", "storage, with the pods' credentials"
+_STORAGE = "storage, with the pods' credentials"
+_NO_ACCOUNT = re.compile(r"service ?account\b.*not found", re.IGNORECASE)
+
+
+class Trial(tp.NamedTuple):
+    """What one pod tries."""
+
+    what: str
+    """What is tried, for people."""
+    image: str
+    command: tuple[str, ...]
+    has_storage: bool
+    """Whether the command tries the storage, and not only the image."""
+
+
+def trials(settings: Settings, dataset: str) -> list[Trial]:
+    """The small image with the storage, and the runtime image, if that is another one."""
+    check: tuple[str, ...] = ("python", "-m", "saev", "step", "check", "--root", settings.root)
+    check += ("--dataset", dataset) if dataset else ()
+    if settings.cpu_image in ("", settings.image):
+        return [Trial("image", settings.image, check, True)]
+    start = ("python", "-c", "import saev, torch")
+    return [
+        Trial("small image", settings.cpu_image, check, True),
+        Trial("runtime image", settings.image, start, False),
+    ]
 
 
 def run(kube: Kube, namespace: str, dataset: str) -> collections.abc.Iterator[Finding]:
-    """Start the pod, wait for it, and tell what it found."""
-    body = manifest(kube, dataset)
-    name = body.metadata.name
-    left, refused = None, False
-    try:  # a signal may come after the pod is made, before the answer is there
-        try:
-            with kube.explained(f"start a pod in namespace {namespace}"):
-                kube.core.create_namespaced_pod(namespace, body)
-        except ClusterError as err:
-            refused = 400 <= err.status < 500
-            yield fail("pod", str(err), "A quota, or the Pod Security Standard, may refuse it.")
-            return
-        pod = _wait(kube, namespace, name)
-        yield from _judge(kube, pod)
+    """Start the pods side by side, wait for them, and tell what they found."""
+    made: dict[str, Trial] = {}
+    left: list[Finding] = []
+    try:  # a signal may come after a pod is made, before the answer is there
+        for trial in trials(kube.settings, dataset):
+            body = manifest(kube, trial)
+            made[body.metadata.name] = trial
+            try:
+                with kube.explained(f"start a pod in namespace {namespace}"):
+                    kube.core.create_namespaced_pod(namespace, body)
+            except ClusterError as err:
+                if 400 <= err.status < 500:  # it was not made
+                    del made[body.metadata.name]
+                yield _refused(kube, namespace, str(err))
+                return
+        for name, trial in made.items():
+            yield from _judge(kube, _wait(kube, namespace, name), trial)
     except ClusterError as err:
         yield warn("pod", str(err), "")
     finally:
-        left = None if refused else _delete(kube, namespace, name)
-    if left:
-        yield left
+        left = [found for name in made if (found := _delete(kube, namespace, name))]
+    yield from left
+
+
+def _refused(kube: Kube, namespace: str, said: str) -> Finding:
+    """For a pod that Kubernetes does not take. It answers 403 to a missing account, too."""
+    if _NO_ACCOUNT.search(said):
+        return fail(
+            "pod",
+            f"not started: service account {kube.settings.service_account} does not exist in "
+            f"{namespace}",
+            f"`make install OVERLAY=… NAMESPACE={namespace}` makes it and its Role.",
+        )
+    return fail("pod", said, "A quota, or the Pod Security Standard, may refuse it.")
 
 
 def _delete(kube: Kube, namespace: str, name: str) -> Finding | None:
@@ -78,37 +119,43 @@ def _waiting(pod: tp.Any) -> str:
     return next((state.reason or "" for state in states if state), "")
 
 
-def _judge(kube: Kube, pod: tp.Any) -> collections.abc.Iterator[Finding]:
-    image = pod.spec.containers[0].image
+def _judge(kube: Kube, pod: tp.Any, trial: Trial) -> collections.abc.Iterator[Finding]:
     statuses = pod.status.container_statuses or []
     has_run = any(c.state and (c.state.terminated or c.state.running) for c in statuses)
     if not has_run:
         why = logs.reasons(pod) or f"still {pod.status.phase} after {WAIT_SECONDS} s"
-        yield fail(_IMAGE, f"{image} did not start: {why}", _remedy(why))
+        yield fail(trial.what, f"{trial.image} did not start: {why}", _remedy(why, trial))
         return
-    yield ok(_IMAGE, f"{image} starts")
     said = _log(kube, pod)
-    if pod.status.phase == "Succeeded":
+    has_succeeded = pod.status.phase == "Succeeded"
+    errors = [line for line in said if "error:" in line.lower()]
+    error = (errors or said[-1:] or [logs.reasons(pod)])[-1].split("saev: error:", 1)[-1].strip()
+    if not has_succeeded and not trial.has_storage:
+        remedy = "Build it from this version, with `make image`, and push it."
+        yield fail(trial.what, f"{trial.image} starts, but {error}", remedy)
+        return
+    yield ok(trial.what, f"{trial.image} starts")
+    if not trial.has_storage:
+        return
+    if has_succeeded:
         steps = [line.rsplit("ok: ", 1)[-1] for line in said if "ok: " in line]
         yield ok(_STORAGE, f"{kube.settings.root}: {', '.join(steps) or 'works'}")
         return
-    errors = [line for line in said if "error:" in line] or said[-1:] or [logs.reasons(pod)]
     yield fail(
         _STORAGE,
-        errors[-1].split("error:", 1)[-1].strip(),
+        error,
         "Check the secret, the config map (AWS_ENDPOINT_URL) and the network policies "
         "(docs/cluster.md).",
     )
 
 
-def _remedy(why: str) -> str:
+def _remedy(why: str, trial: Trial) -> str:
     if "Image" in why:
-        return (
-            "Check SAEV_CPU_IMAGE, that it is pushed, and image_pull_secret for private registries."
-        )
+        variable = "SAEV_CPU_IMAGE" if trial.what == "small image" else "SAEV_IMAGE"
+        return f"Check {variable}, that it is pushed, and image_pull_secret for private registries."
     if "nschedulable" in why:
         return "No node has room for it, or its volume cannot be mounted there."
-    return "`kubectl get events -n NAMESPACE` may say more."
+    return "Pulling it may take longer: try again. `kubectl get events -n NAMESPACE` may say more."
 
 
 def _log(kube: Kube, pod: tp.Any) -> list[str]:
@@ -121,7 +168,7 @@ def _log(kube: Kube, pod: tp.Any) -> list[str]:
     return []
 
 
-def manifest(kube: Kube, dataset: str) -> client.V1Pod:
+def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
     """The pod: with a step's account, environment, mounts and restrictions."""
     settings = kube.settings
     names = settings.parameters
@@ -156,12 +203,10 @@ def manifest(kube: Kube, dataset: str) -> client.V1Pod:
         source = client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
         volumes.append(client.V1Volume(name="data", persistent_volume_claim=source))
         mounts.append(client.V1VolumeMount(name="data", mount_path=definition.DATA_MOUNT))
-    command = ["python", "-m", "saev", "step", "check", "--root", settings.root]
-    command += ["--dataset", dataset] if dataset else []
     container = client.V1Container(
         name=logs.MAIN,
-        image=settings.cpu_image or settings.image,
-        command=command,
+        image=trial.image,
+        command=list(trial.command),
         env=env,
         volume_mounts=mounts,
         resources=client.V1ResourceRequirements(

@@ -1,5 +1,6 @@
 """Whether this machine, with its credentials, can use a storage root."""
 
+import contextlib
 import logging
 import uuid
 
@@ -20,9 +21,9 @@ def run(root: str, dataset: str = "") -> list[str]:
     """
     nonce = uuid.uuid4().hex
     probe = storage.join(root, f"{storage.TMP_PREFIX}check-{nonce[:12]}")
+    storage.write_text(probe, nonce)  # what fails here has left nothing to delete
+    logger.info("ok: write")
     try:
-        storage.write_text(probe, nonce)
-        logger.info("ok: write")
         if storage.read_text(probe) != nonce:
             raise StorageError(f"{probe} does not hold what was just written to it.")
         logger.info("ok: read")
@@ -33,8 +34,11 @@ def run(root: str, dataset: str = "") -> list[str]:
                 "conditional writes."
             )
         logger.info("ok: create only if absent")
-    finally:
-        storage.delete(probe)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the first error is the one to mend
+            storage.delete(probe)
+        raise
+    storage.delete(probe)
     logger.info("ok: delete")
     if dataset:
         n = len(storage.list_dir(dataset))

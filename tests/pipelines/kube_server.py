@@ -32,12 +32,22 @@ _KINDS = {
     "serviceaccounts": ("v1", "ServiceAccount"),
     "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
     "storageclasses": ("storage.k8s.io/v1", "StorageClass"),
+    "deployments": ("apps/v1", "Deployment"),
     "workflows": ("argoproj.io/v1alpha1", "Workflow"),
 }
 _PATH = re.compile(
     r"/apis?/(?:v1|[a-z.0-9]+/v1(?:alpha1)?)(?:/namespaces/(?P<ns>[^/]+)(?=/.))?/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|portforward))?"
 )
+CONTROLLER = {
+    "workflowDefaults": """
+spec:
+  ttlStrategy: {secondsAfterCompletion: 3600}
+  templateDefaults:
+    retryStrategy: {limit: '2', retryPolicy: OnError}
+"""
+}
+"""What KFP 2.17 tells Argo's controller."""
 _MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
@@ -55,6 +65,8 @@ class KubeServer:
         """Plural → HTTP status with which requests about it are refused."""
         self.pod_statuses: list[dict[str, tp.Any]] = []
         """What successive looks at a pod that was created find; the last stays."""
+        self.statuses_of_image: dict[str, dict[str, tp.Any]] = {}
+        """The status of created pods with one image, where it is another."""
         self.pod_log = ""
         """The log of pods that are created."""
         self.created: list[dict[str, tp.Any]] = []
@@ -88,6 +100,11 @@ class KubeServer:
         """KFP's API server as a service with a ready pod, behind which a local port answers."""
         selector = {"app": "ml-pipeline"}
         self.add("services", "ml-pipeline", "kubeflow", spec={"selector": selector})
+        containers = [{"name": "api", "image": "i", "env": [{"name": "A", "value": "b"}]}]
+        template = {"spec": {"containers": containers}}
+        spec = {"selector": {"matchLabels": selector}, "template": template}
+        self.add("deployments", "ml-pipeline", "kubeflow", spec=spec)
+        self.add("configmaps", "workflow-controller-configmap", "kubeflow", data=dict(CONTROLLER))
         self.add(
             "pods",
             "ml-pipeline-0",
@@ -164,6 +181,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if plural == "pods" and name.startswith("saev-doctor-") and self.state.pod_statuses:
             statuses = self.state.pod_statuses
             item["status"] = statuses.pop(0) if len(statuses) > 1 else statuses[0]
+            image = item["spec"]["containers"][0]["image"]
+            item["status"] = self.state.statuses_of_image.get(image, item["status"])
         return self._answer(item)
 
     def _list(self, plural: str, namespace: str, query: dict[str, str]) -> None:
@@ -197,6 +216,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _create(self, found: re.Match[str], body: dict[str, tp.Any]) -> None:
         self._validate(body)
         name = body["metadata"]["name"]
+        account = body["spec"]["serviceAccountName"]
+        if ("serviceaccounts", found["ns"], account) not in self.state.objects:
+            return self._refuse(
+                403,
+                f'pods "{name}" is forbidden: error looking up service account '
+                f'{found["ns"]}/{account}: serviceaccount "{account}" not found',
+            )
         body["metadata"]["namespace"] = found["ns"]
         body["status"] = {"phase": "Pending"}
         self.state.created.append(json.loads(json.dumps(body)))

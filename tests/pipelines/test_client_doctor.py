@@ -89,8 +89,8 @@ def test_the_pod_is_like_a_step_and_is_deleted(
 ) -> None:
     monkeypatch.setenv("SAEV_CPU_IMAGE", "registry.test/saev-cpu:1")
     _lines(client, "--dataset", "s3://bucket/pets", status=0)
-    [pod] = cluster.created
-    assert cluster.deleted == [pod["metadata"]["name"]]
+    pod = cluster.created[0]
+    assert pod["metadata"]["name"] in cluster.deleted
     assert pod["metadata"]["labels"]["app.kubernetes.io/part-of"] == "saev"
     spec = pod["spec"]
     assert spec["serviceAccountName"] == "saev-steps"
@@ -103,6 +103,35 @@ def test_the_pod_is_like_a_step_and_is_deleted(
     assert names["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "saev-storage"
     assert names["AWS_ENDPOINT_URL"]["configMapKeyRef"]["name"] == "saev-config"
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_both_images_are_tried(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEV_CPU_IMAGE", "registry.test/saev-cpu:1")
+    found = _lines(client, status=0)
+    assert found["small image"] == "ok: registry.test/saev-cpu:1 starts"
+    assert found["runtime image"] == "ok: registry.test/saev:1 starts"
+    images = {pod["spec"]["containers"][0]["image"] for pod in cluster.created}
+    assert images == {"registry.test/saev-cpu:1", "registry.test/saev:1"}
+    assert sorted(cluster.deleted) == sorted(pod["metadata"]["name"] for pod in cluster.created)
+    missing = {"reason": "ImagePullBackOff", "message": "not found"}
+    cluster.statuses_of_image["registry.test/saev:1"] = _status("Pending", waiting=missing)
+    found = _lines(client, status=1)
+    assert found["small image"].startswith("ok")
+    assert "ImagePullBackOff not found Check SAEV_IMAGE," in found["runtime image"]
+    assert len(cluster.deleted) == 4
+
+
+def test_a_runtime_image_without_torch_is_no_runtime_image(
+    client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEV_CPU_IMAGE", "registry.test/saev-cpu:1")
+    ended = _status("Failed", terminated={"exitCode": 1, "reason": "Error"})
+    cluster.statuses_of_image["registry.test/saev:1"] = ended
+    cluster.pod_log = "Traceback\nModuleNotFoundError: No module named 'torch'\n"
+    found = _lines(client, status=1)["runtime image"]
+    assert "fail: registry.test/saev:1 starts, but ModuleNotFoundError" in found
 
 
 def test_no_pod_starts_none(client: Client, cluster: KubeServer) -> None:
@@ -315,6 +344,56 @@ def test_nodes_that_may_not_be_seen(client: Client, cluster: KubeServer) -> None
     assert _lines(client, status=0)["GPUs"].startswith("warn: Cannot list the nodes")
 
 
+# --- Retries -----------------------------------------------------------------------------------
+
+RETRIES = "retries in a new pod"
+
+
+def test_what_is_retried_by_kfp_2_17(client: Client, cluster: KubeServer) -> None:
+    found = _lines(client, status=0)[RETRIES]
+    assert "policy OnError (workflow-controller-configmap): pods that are deleted" in found
+    assert "Not: steps that end with an error, are killed or run out of memory" in found
+
+
+@pytest.mark.parametrize("data", [{}, {"config": "parallelism: 4"}, {"workflowDefaults": "{}"}])
+def test_what_is_retried_without_a_policy(
+    client: Client, cluster: KubeServer, data: dict[str, str]
+) -> None:
+    cluster.objects["configmaps", "kubeflow", "workflow-controller-configmap"]["data"] = data
+    found = _lines(client, status=0)[RETRIES]
+    assert "policy OnFailure (Argo's default): steps that end with an error" in found
+    assert "Not: pods that are deleted" in found
+
+
+def test_an_administrator_may_have_patched_it(client: Client, cluster: KubeServer) -> None:
+    deployment = cluster.objects["deployments", "kubeflow", "ml-pipeline"]
+    patch = '{"templateDefaults":{"retryStrategy":{"limit":"2","retryPolicy":"Always"}}}'
+    environment = [{"name": "COMPILED_PIPELINE_SPEC_PATCH", "value": patch}]
+    deployment["spec"]["template"]["spec"]["containers"][0]["env"] = environment
+    found = _lines(client, status=0)[RETRIES]
+    assert found.startswith("warn: policy Always (COMPILED_PIPELINE_SPEC_PATCH of deployment")
+    assert "Whole loops are retried as well" in found
+    environment[0]["value"] = "{"
+    assert "cannot be read" in _lines(client, status=0)[RETRIES]
+
+
+def test_settings_under_one_key(client: Client, cluster: KubeServer) -> None:
+    text = kube_server.CONTROLLER["workflowDefaults"].replace("\n", "\n  ")
+    data = {"config": f"workflowDefaults:{text}"}
+    cluster.objects["configmaps", "kubeflow", "workflow-controller-configmap"]["data"] = data
+    assert "policy OnError" in _lines(client, status=0)[RETRIES]
+
+
+def test_settings_that_may_not_be_read(client: Client, cluster: KubeServer) -> None:
+    cluster.statuses["deployments"] = 403
+    found = _lines(client, status=0)[RETRIES]
+    assert found.startswith("warn: Cannot read COMPILED_PIPELINE_SPEC_PATCH")
+    assert "As KFP 2.17.1 is installed, Argo runs again pods that are deleted" in found
+    pod = cluster.objects["pods", "kubeflow", "ml-pipeline-0"]
+    pod["spec"]["containers"][0]["image"] = "ghcr.test/kfp-api-server:2.16.0"
+    assert "Argo runs again steps that end with an error" in _lines(client, status=0)[RETRIES]
+
+
 # --- The pod -----------------------------------------------------------------------------------
 
 
@@ -324,7 +403,7 @@ def test_nodes_that_may_not_be_seen(client: Client, cluster: KubeServer) -> None
         (
             _status("Pending", waiting={"reason": "ImagePullBackOff", "message": "not found"}),
             "image",
-            "did not start: main: ImagePullBackOff not found Check SAEV_CPU_IMAGE",
+            "did not start: main: ImagePullBackOff not found Check SAEV_IMAGE",
         ),
         (
             _status("Failed", terminated={"exitCode": 1, "reason": "Error"}),
@@ -351,6 +430,15 @@ def test_a_pod_that_never_starts(
     cluster.pod_statuses = [{"phase": "Pending"}]
     assert "still Pending after 0 s" in _lines(client, status=1)["image"]
     assert len(cluster.deleted) == 1
+
+
+def test_a_missing_account_is_no_missing_permission(client: Client, cluster: KubeServer) -> None:
+    """Kubernetes answers 403 to it."""
+    del cluster.objects["serviceaccounts", "kubeflow", "saev-steps"]
+    found = _lines(client, status=1)["pod"]
+    assert "service account saev-steps does not exist in kubeflow `make install" in found
+    assert "403" not in found
+    assert "permission" not in found
 
 
 def test_a_pod_that_is_refused(client: Client, cluster: KubeServer) -> None:

@@ -304,19 +304,29 @@ Error: exit status 1
 """
 
 
-def test_the_steps_error_is_the_last_word(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("saev: error: It is damaged. Repair it.", "It is damaged. Repair it."),
+        ("saev: permanent error: It is damaged. Repair it.", "It is damaged. Repair it."),
+        ("saev: passing error, tried 4 times: No answer.", "passing error, tried 4 times: No an"),
+    ],
+)
+def test_the_steps_error_is_the_last_word(
+    client: Client, kfp: KfpServer, kube: KubeServer, line: str, said: str
+) -> None:
     """What KFP's launcher and Argo write behind it does not push it out of the tail."""
     kfp.script = [look("FAILED", *_before_training(), step("train", "FAILED"))]
 
     def start(run_id: str) -> None:
         _pods(kube, run_id)
-        error = "saev: error: The image a.png is damaged. Repair it.\n"
-        kube.logs["saev-bad"] = "reading 1\nreading 2\n" + error + LAUNCHER * 20
+        earlier = "saev: error: An earlier one.\nreading 1\nreading 2\n"
+        kube.logs["saev-bad"] = f"{earlier}{line}\n{LAUNCHER * 20}"
 
     kfp.on_start = start
     lines = client(*SUBMIT, "--wait", "--name", "r").err.splitlines()
     assert "r failed in step train after" in lines[-1]
-    assert lines[-1].endswith("The step's error: The image a.png is damaged. Repair it.")
+    assert f"The step's error: {said}" in lines[-1]
     assert "reading 1" in lines
     assert not any(word in line for line in lines for word in (".go:", "argo=true", "Error: exit"))
 

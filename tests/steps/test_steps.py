@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from saev import cli, storage
-from saev.errors import ConfigError
+from saev.errors import ConfigError, StorageError
 from saev.steps import advice, check, outputs
 
 from .places import Place
@@ -35,6 +35,13 @@ def test_check_uses_the_storage_and_leaves_nothing(place: Place) -> None:
     place.put("a/1.png")
     assert check.run(place.root, place.incoming) == [place.root, place.incoming]
     assert storage.find(place.root) == []
+
+
+def test_check_says_what_failed_first(tmp_path: Path, s3: str) -> None:
+    """Without a secret, nothing was written, so there is nothing to delete."""
+    del s3
+    with pytest.raises(StorageError, match="Cannot write s3://no-such-bucket-of-saev"):
+        check.run("s3://no-such-bucket-of-saev/root")
 
 
 def test_metrics_are_metadata_of_an_artifact_beside_all_others(tmp_path: Path) -> None:

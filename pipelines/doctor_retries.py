@@ -1,0 +1,92 @@
+"""What Argo runs again, by the settings of its controller and of KFP.
+
+KFP's compiler writes how often a step is retried and not what for, so the installation decides.
+Found on a KFP 2.17.0; the same by the sources of 2.15 and 2.16.
+"""
+
+import json
+import typing as tp
+
+import yaml
+
+from pipelines.errors import ClusterError
+from pipelines.findings import Finding, ok, skipped, warn
+from pipelines.kube import Kube
+
+CONFIG_MAP = "workflow-controller-configmap"
+PATCH = "COMPILED_PIPELINE_SPEC_PATCH"
+_WHAT = "retries in a new pod"
+_FAILED = "steps that end with an error, are killed or run out of memory, and kubelet evictions"
+_LOST = "pods that are deleted, evicted through the API, or lost with their node"
+_NOT = {
+    "OnError": (_LOST, _FAILED),
+    "OnFailure": (_FAILED, _LOST),
+    "Always": (f"{_FAILED}; {_LOST}", ""),
+}
+"""Policy → what is run again, and what is not."""
+
+
+def retries(kube: Kube, version: str) -> Finding:
+    """Which failures Argo answers with a new pod.
+
+    Args:
+        kube: the cluster.
+        version: KFP's; empty if it is not known.
+    """
+    if int(kube.settings.compile.get("retries", 3)) == 0:
+        return skipped(_WHAT, "retries = 0 in cluster.toml [compile]")
+    try:
+        policy, source = _policy(kube)
+    except ClusterError as err:
+        return warn(_WHAT, f"{err} {_as_installed(version)}", "")
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as err:
+        return warn(_WHAT, f"the settings of Argo's controller cannot be read: {err}", "")
+    if policy not in _NOT:
+        return warn(_WHAT, f"policy {policy} ({source}), which this check does not know", "")
+    again, never = _NOT[policy]
+    if policy == "Always":
+        return warn(
+            _WHAT,
+            f"policy Always ({source}): {again}",
+            "Whole loops are retried as well, so an error that stays is tried many times over.",
+        )
+    return ok(
+        _WHAT,
+        f"policy {policy} ({source}): {again}. Not: {never}. A step's supervisor runs it again "
+        "in its pod where that can help; else press Retry in the UI, or submit again",
+    )
+
+
+def _policy(kube: Kube) -> tuple[str, str]:
+    """The retry policy of steps, and where it is set. Raises ClusterError or ValueError."""
+    where = kube.settings.kfp_namespace
+    with kube.explained(f"read {PATCH} of deployment ml-pipeline"):
+        deployment = kube.apps.read_namespaced_deployment("ml-pipeline", where)
+    variables = [e for c in deployment.spec.template.spec.containers for e in c.env or []]
+    patches = [json.loads(e.value) for e in variables if e.name == PATCH and e.value]
+    for patch in patches:
+        if policy := _of_defaults(patch.get("templateDefaults")):
+            return policy, f"{PATCH} of deployment ml-pipeline"
+    with kube.explained(f"read {CONFIG_MAP}"):
+        data = kube.core.read_namespaced_config_map(CONFIG_MAP, where).data or {}
+    whole = yaml.safe_load(data.get("config", "")) or {}  # Argo takes all settings under one key
+    text = data.get("workflowDefaults")
+    defaults = yaml.safe_load(text) if text else whole.get("workflowDefaults")
+    if policy := _of_defaults(((defaults or {}).get("spec") or {}).get("templateDefaults")):
+        return policy, CONFIG_MAP
+    return "OnFailure", "Argo's default"
+
+
+def _of_defaults(defaults: tp.Any) -> str:
+    strategy = (defaults or {}).get("retryStrategy") or {}
+    return str(strategy.get("retryPolicy") or "")
+
+
+def _as_installed(version: str) -> str:
+    """What KFP brings, where its settings may not be read."""
+    numbers = version.split(".")
+    if not all(part.isdigit() for part in numbers[:2]) or len(numbers) < 2:
+        return "As installed, KFP 2.17 retries lost pods and not failures, 2.16 the reverse."
+    is_new = (int(numbers[0]), int(numbers[1])) >= (2, 17)
+    again, never = _NOT["OnError" if is_new else "OnFailure"]
+    return f"As KFP {version} is installed, Argo runs again {again}; not {never}."
