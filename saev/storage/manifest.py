@@ -191,8 +191,13 @@ def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
 
 
 def find_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed | None:
-    """:func:`read_sealed` of an object that may be missing: None if it is."""
-    return read_sealed(url, remedy=remedy) if exists(url) else None
+    """:func:`read_sealed` of an object that may be missing: None if it is. One request."""
+    try:
+        return read_sealed(url, remedy=remedy)
+    except StorageError as err:
+        if isinstance(err.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 # --- Folders -------------------------------------------------------------------------------
