@@ -18,7 +18,10 @@ from manifests import COMPONENTS, OVERLAYS, STORAGE_ENV, Plan, check, render, sh
 
 MANAGER = "saev-install"
 PART_OF = "app.kubernetes.io/part-of"
-MADE_HERE = f"{PART_OF}=saev,app.kubernetes.io/managed-by=kustomize"
+_MADE_HERE = (f"{PART_OF}=saev", "app.kubernetes.io/managed-by=kustomize")
+MADE_HERE = ",".join(_MADE_HERE)
+DATA = ("PersistentVolumeClaim", "Secret")
+"""Kinds that only a person deletes by name: files, and keys that may be nowhere else."""
 KINDS = (
     "deployment",
     "service",
@@ -49,12 +52,34 @@ def install(plan: Plan, *, dry_run: bool) -> None:
         same = before is not None and meaning(before) == meaning(item)
         verb = "create" if before is None else "keep" if same else "change"
         say(f"  {verb:<7} {item['kind']}/{item['metadata']['name']}")
+    left = left_behind(plan, {key_of(item) for item in accepted})
+    for kind, name in left:
+        say(f"  delete  {kind}/{name} (of another overlay)")
     if dry_run:
         say("Nothing was changed (DRY_RUN).")
         return
     kubectl(*apply, stdin=text)
+    _delete(plan.namespace, left)
     say("Done.")
     advise(plan)
+
+
+def left_behind(plan: Plan, wanted: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What an installation with another overlay made, and this one does without. No data.
+
+    Components that are not named stay: leaving one out by mistake must not open a namespace.
+    """
+    found = set()
+    for overlay in OVERLAYS:
+        if overlay == plan.overlay:
+            continue
+        other = Plan(overlay, plan.namespace, (), plan.kfp_namespace, "", None, "", "")
+        for item in items(_live(render(other))):
+            labels = item["metadata"].get("labels", {})
+            is_ours = all(labels.get(k) == v for k, _, v in (p.partition("=") for p in _MADE_HERE))
+            if is_ours and item["kind"] not in DATA:
+                found.add(key_of(item))
+    return sorted(found - wanted)
 
 
 def as_it_is(plan: Plan) -> Plan:
@@ -129,21 +154,21 @@ def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> Non
     found = items(
         kubectl("get", ",".join(KINDS), "-n", plan.namespace, "-l", MADE_HERE, "-o", "json")
     )
-    delete = []
+    delete: list[tuple[str, str]] = []
     say(f"{where}:")
     for kind, name in sorted(map(key_of, found)):
         if kind == "PersistentVolumeClaim" and name != delete_pvc:
             say(f"  keep    {kind}/{name} (data; DELETE_PVC={name} deletes it)")
         else:
             say(f"  delete  {kind}/{name}")
-            delete.append(f"{kind.lower()}/{name}")
+            delete.append((kind, name))
     if not found:
         say("  nothing is installed")
     say("Left as they are: the namespace and its labels, and what is cluster-wide (priority).")
     if dry_run:
         say("Nothing was changed (DRY_RUN).")
     elif delete:
-        kubectl("delete", "-n", plan.namespace, "--ignore-not-found", "--wait=false", *delete)
+        _delete(plan.namespace, delete)
         say("Done.")
 
 
@@ -154,6 +179,12 @@ def say(line: str) -> None:
 
 def _live(text: str) -> str:
     return kubectl("get", "-f", "-", "-o", "json", "--ignore-not-found", stdin=text)
+
+
+def _delete(namespace: str, found: list[tuple[str, str]]) -> None:
+    if found:
+        names = [f"{kind.lower()}/{name}" for kind, name in found]
+        kubectl("delete", "-n", namespace, "--ignore-not-found", "--wait=false", *names)
 
 
 def _exists(kind: str, name: str, namespace: str) -> bool:

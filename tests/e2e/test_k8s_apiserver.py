@@ -160,6 +160,43 @@ def test_what_is_not_given_stays(cluster: Cluster, tree: Path) -> None:
     assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "5"}
 
 
+def test_another_overlay_takes_back_what_the_first_made(cluster: Cluster, tree: Path) -> None:
+    """Its quota and its network policies; not data, keys, components, or what others made."""
+    space = cluster.namespace()
+    secret = tree / "components" / "storage-secret" / "storage.env"
+    secret.write_text("AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n")
+    words = f"install --namespace {space} --overlay".split()
+    assert cluster.install(tree, *words, "s3", "--components", "dedicated").returncode == 0
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "theirs", "namespace": space},
+        "spec": {"hard": {"pods": "100"}},
+    }
+    assert cluster.kubectl("create", "-f", "-", stdin=theirs).returncode == 0
+    secret.unlink()
+
+    def names(kinds: str) -> set[str]:
+        return {item["metadata"]["name"] for item in cluster.get(kinds, "-n", space)["items"]}
+
+    before = names("quota,netpol,secret,limits,cm,sa,role")
+    dry = cluster.install(tree, *words, "local", "--dry-run")
+    assert "delete  ResourceQuota/saev-gpus (of another overlay)" in dry.stdout, dry.stderr
+    assert "saev-gpus" in names("quota")
+    done = cluster.install(tree, *words, "local")
+    assert done.returncode == 0, done.stderr
+    gone = before - names("quota,netpol,secret,limits,cm,sa,role")
+    assert gone == {"saev-gpus", "saev-storage"} - names("secret")
+    assert "saev-storage" in names("secret")
+    assert "saev-storage" not in names("netpol")
+    assert {"theirs", "saev-compute"} <= names("quota")
+    back = cluster.install(tree, *words, "s3")
+    assert back.returncode == 0, back.stderr
+    assert "delete" not in back.stdout
+    assert "saev-data" in names("pvc")
+    assert "saev-gpus" in names("quota")
+
+
 def test_what_cannot_change_changes_nothing(cluster: Cluster, tree: Path) -> None:
     space = cluster.namespace()
     words = f"install --overlay pvc --namespace {space}".split()
