@@ -87,6 +87,14 @@ class Kfp:
                 "set. Set KFP_NAMESPACE to that of your profile."
             )
 
+    def text(self, path: str) -> str:
+        """What the API answers at a path that the generated client does not know."""
+        api = self.runs.api_client
+        with contextlib.suppress(UnicodeDecodeError):  # the client takes all answers for UTF-8
+            api.call_api(path, "GET", auth_settings=["Bearer"])
+        data = api.last_response.data
+        return data if isinstance(data, str) else data.decode("utf-8", "replace")
+
     @property
     def in_namespace(self) -> dict[str, str]:
         """Keyword arguments of requests about a namespace; a single-user API takes none."""

@@ -1,4 +1,4 @@
-"""Logs of a run's pods, from Kubernetes.
+"""Logs of a run's pods, from Kubernetes, or from KFP where they are gone.
 
 Pods are found by labels: KFP labels every pod of a run, and the pipeline labels each step's. So it
 needs neither the pod names that some versions of KFP leave out nor a guess at Argo's.
@@ -9,7 +9,7 @@ import typing as tp
 
 import rich.console
 
-from pipelines import steps
+from pipelines import archive, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
@@ -36,7 +36,8 @@ _MANY_TASKS = 100
 
 
 def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Console) -> None:
-    """Print the logs of a run's pods, or of one step's, oldest first.
+    """Print the logs of a run's pods, or of one step's, oldest first; of pods that are gone, what
+    KFP keeps.
 
     Args:
         kfp: the connection.
@@ -46,20 +47,46 @@ def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Cons
         console: where to.
 
     Raises:
-        ClusterError: Kubernetes refuses, or the run has no such pods any more.
+        ClusterError: Kubernetes refuses, or there are no such logs any more.
         ConfigError: there is no such step, or no kubeconfig.
     """
-    kube = Kube(kfp.settings)
-    pods = _pods(kube, kfp.pods, run.run_id, step)
-    if not pods:
+    _check(step)
+    try:
+        kube = Kube(kfp.settings)
+        pods = _pods(kube, kfp.pods, run.run_id, step)
+    except SaevError as err:
+        if not _show_kept(kfp, run, step, tail, console)[0]:
+            raise err
+        return
+    for pod in pods:
+        _print(kube, pod, tail, console)
+    if pods:
+        return
+    found, why = _show_kept(kfp, run, step, tail, console)
+    if not found:
         said = " ".join(f"KFP says: {text}." for text in steps.messages(run))
         raise ClusterError(
             f"Kubernetes has no pods of run {run.display_name}"
             f"{f', step {step}' if step else ''} in namespace {kfp.pods}: they have not been made, "
-            f"or are deleted already. {said} {kfp.run_url(run.run_id)} shows what KFP kept."
+            f"or are deleted already, as KFP does an hour after a run's end; {why}. {said} "
+            f"{kfp.run_url(run.run_id)} shows what it has, under a step's Logs."
         )
-    for pod in pods:
-        _print(kube, pod, tail, console)
+
+
+def _show_kept(
+    kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Console
+) -> tuple[bool, str]:
+    """Print the logs that KFP keeps. Returns whether there were some, and else why not."""
+    found, why = False, None
+    try:
+        for kept in archive.logs(kfp, run, step):
+            console.rule(f"{kept.step}  {kept.node}  kept by KFP", align="left", style="dim")
+            text = "".join(kept.text.splitlines(keepends=True)[-tail:])
+            console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+            found = True
+    except ClusterError as err:
+        why = err
+    return found, archive.reason(why)
 
 
 def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) -> str:
@@ -141,10 +168,13 @@ def _workflow_message(kfp: Kfp, run: tp.Any) -> str:
     return " ".join(" ".join(said).split()).rstrip(".")[:300]
 
 
-def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
-    """Pods of a run, oldest first. Without a step, those that are steps."""
+def _check(step: str) -> None:
     if step and step not in steps.STEPS and step not in steps.COMPONENTS.values():
         raise ConfigError(f"There is no step {step!r}; the steps are: {', '.join(steps.STEPS)}.")
+
+
+def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
+    """Pods of a run, oldest first. Without a step, those that are steps."""
     selector = f"{RUN_LABEL}={run_id},{STEP_LABEL}"
     if step:
         selector += f"={steps.COMPONENTS.get(step, step)}"

@@ -360,7 +360,49 @@ def test_logs_that_are_gone(client: Client, kfp: KfpServer, kube: KubeServer) ->
     run = kfp.add_run("pets")
     said = client.fails("logs")
     assert "Kubernetes has no pods of run pets in namespace kubeflow" in said
-    assert f"/#/runs/details/{run['run_id']} shows what KFP kept" in said
+    assert f"/#/runs/details/{run['run_id']} shows what it has" in said
+
+
+def _kept(kfp: KfpServer) -> None:
+    """A run whose pods are gone: extract was tried twice, the log of train was not archived."""
+    nodes = [*retried("discover", "SUCCEEDED"), *retried("extract", "FAILED", "SUCCEEDED")]
+    nodes += step("train", "SUCCEEDED")
+    children = {"discover": ["w-1"], "extract": ["w-2", "w-3"], "train": ["w-4"]}
+    for node in nodes:
+        found = children.get(node["display_name"], [])
+        node["child_tasks"] = [{"pod_name": name} for name in found]
+    kfp.add_run("pets", **look("SUCCEEDED", nodes))
+    kfp.kept = {"w-1": "looked\n", "w-2": "first try\n", "w-3": "1\n2\n3 Größe [x]\n"}
+
+
+def test_logs_of_pods_that_are_gone_are_those_that_kfp_keeps(
+    client: Client, kfp: KfpServer, kube: KubeServer
+) -> None:
+    _kept(kfp)
+    lines = client.ok("logs").out.splitlines()
+    heads = [line.split()[0:2] for line in lines if "kept by KFP" in line]
+    assert heads == [["discover", "w-1"], ["extract", "w-2"], ["extract", "w-3"]]
+    assert [line for line in lines if "kept by KFP" not in line] == [
+        "looked", "first try", "1", "2", "3 Größe [x]"
+    ]  # fmt: skip
+    lines = client.ok("logs", "--step", "extract", "--tail", "1").out.splitlines()
+    assert [line for line in lines if "kept by KFP" not in line] == ["first try", "3 Größe [x]"]
+    assert "KFP keeps none" in client.fails("logs", "--step", "train")
+
+
+def test_kept_logs_need_no_kubernetes(client: Client, kfp: KfpServer) -> None:
+    _kept(kfp)
+    assert "looked" in client.ok("logs", "--step", "discover").out
+    assert "logs and the doctor need Kubernetes" in client.fails("logs", "--step", "train")
+
+
+def test_kept_logs_behind_the_ui(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    """Which does not pass their address on."""
+    _kept(kfp)
+    kfp.answer_html("/apis/v1alpha1/")
+    said = client.fails("logs")
+    assert "KFP does not serve the ones that it keeps at this address" in said
+    assert "under a step's Logs" in said
 
 
 def test_logs_of_no_such_step(client: Client, kfp: KfpServer, kube: KubeServer) -> None:

@@ -1,0 +1,72 @@
+"""Logs of pods that are gone, as KFP's API server keeps them.
+
+KFP deletes a run's Workflow with its pods an hour after its end. Before, Argo has written their
+logs to KFP's object store (`archiveLogs`). The API server serves them by the id of Argo's node, at
+an address that its own description does not list; the UI does not pass that address on.
+"""
+
+import collections.abc
+import json
+import typing as tp
+
+from pipelines import steps
+from pipelines.connect import Kfp
+from pipelines.errors import ClusterError
+
+_ERROR = '{"error_message"'
+"""How an error begins that the API server writes into an answer which it has begun as a success."""
+
+
+class Kept(tp.NamedTuple):
+    """One log."""
+
+    step: str
+    node: str
+    """Id of Argo's node."""
+    text: str
+
+
+def logs(kfp: Kfp, run: tp.Any, step: str) -> collections.abc.Iterator[Kept]:
+    """The kept logs of a run's steps, in the order of the steps.
+
+    Args:
+        kfp: the connection.
+        run: the run.
+        step: name of the step, or of its pods' label; empty means all.
+
+    Raises:
+        ClusterError: KFP does not serve logs at this address.
+    """
+    for name in steps.STEPS:
+        if step in ("", name, steps.COMPONENTS.get(name)):
+            for node in _nodes(run, name):
+                if text := _log(kfp, run.run_id, node):
+                    yield Kept(name, node, text)
+
+
+def _nodes(run: tp.Any, name: str) -> list[str]:
+    """Nodes right below those of a step, which are its attempts. Only their parents tell ids."""
+    tasks = (run.run_details and run.run_details.task_details) or []
+    children = [c for t in tasks if t.display_name == name for c in t.child_tasks or []]
+    return list(dict.fromkeys(child.pod_name for child in children if child.pod_name))
+
+
+def _log(kfp: Kfp, run_id: str, node: str) -> str:
+    """The log below a node, from the archive. Empty if there is none."""
+    with kfp.explained("read a log that KFP keeps"):
+        text = kfp.text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
+    said, mark, error = text.rpartition(_ERROR)
+    if not mark:
+        return text
+    try:
+        json.loads(mark + error)
+    except ValueError:  # a step that writes such a line itself
+        return text
+    return said
+
+
+def reason(err: ClusterError | None) -> str:
+    """Why there are none, for people."""
+    if err is None:
+        return "KFP keeps none (archiveLogs of its Argo)"
+    return f"KFP does not serve the ones that it keeps at this address ({err})"
