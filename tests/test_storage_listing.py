@@ -1,5 +1,6 @@
 """Listings of buckets, page by page, beside what s3fs makes of the same bucket."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -128,6 +129,20 @@ def test_other_bytes_never_end_in_another_error(body: bytes) -> None:
     for data in (body, b"<ListBucketResult>" + body + b"</ListBucketResult>"):
         with pytest.raises(OSError, match="listing is damaged"):
             s3_listing.parse(data)
+
+
+def test_a_page_is_freed_with_its_last_reference() -> None:
+    """A million objects are a thousand pages. What waits for Python's collector adds up."""
+    rows = "".join(f"<Contents><Key>{i}</Key><Size>1</Size></Contents>" for i in range(1000))
+    body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>".encode()
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(s3_listing.parse(body).rows) == 1000
+        left = [o for o in gc.get_objects() if type(o) is dict and o.get("Key") == "999"]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_a_million_files_are_scanned_one_by_one(tmp_path: Path) -> None:

@@ -70,9 +70,15 @@ def parse(body: bytes) -> Page:
     Raises:
         OSError: it is damaged or no listing. The request is then sent again.
     """
-    reader = _Reader()
+    # The parser knows the reader, but not the other way round. In a cycle of references, a page
+    # would stay until Python looks for cycles, which is seldom in a process of many objects.
+    reader, parser = _Reader(), xml.parsers.expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.data
     try:
-        reader.parser.Parse(body, True)
+        parser.Parse(body, True)
         page = reader.page()
     except (xml.parsers.expat.ExpatError, KeyError, ValueError) as err:
         raise OSError(f"the store's listing is damaged ({type(err).__name__}: {err})") from err
@@ -83,26 +89,21 @@ class _Reader:
     """Collects the fields of a listing."""
 
     def __init__(self) -> None:
-        self.parser = xml.parsers.expat.ParserCreate()
-        self.parser.buffer_text = True
-        self.parser.StartElementHandler = self._start
-        self.parser.EndElementHandler = self._end
-        self.parser.CharacterDataHandler = self._data
         self._rows: list[dict[str, str]] = []
         self._inside = False
         self._text = ""
         self._about: dict[str, str] = {}
 
-    def _start(self, name: str, _attributes: tp.Any) -> None:
+    def start(self, name: str, _attributes: tp.Any) -> None:
         self._text = ""
         if name == "Contents":
             self._inside = True
             self._rows.append({})
 
-    def _data(self, text: str) -> None:
+    def data(self, text: str) -> None:
         self._text += text
 
-    def _end(self, name: str) -> None:
+    def end(self, name: str) -> None:
         if name == "Contents":
             self._inside = False
         elif self._inside:

@@ -1,5 +1,6 @@
 """Opening and reading a folder of protocol 3.0; every damage is one clear error."""
 
+import gc
 import json
 import os
 import shutil
@@ -214,6 +215,17 @@ def test_shards_json_that_disagrees(tmp_path: Path) -> None:
     (copy / "shards.json").write_text("{}")
     with pytest.raises(CorruptDataError, match="holds a dict, expected a list"):
         Shards.open(str(copy))
+
+
+def test_garbage_is_collected_again_after_a_folder_was_opened(copy: Path) -> None:
+    """Also after one that could not be opened."""
+    assert gc.isenabled()
+    Shards.open(str(copy)).close()
+    assert gc.isenabled()
+    (copy / "shards.json").write_text("{}")
+    with pytest.raises(CorruptDataError):
+        Shards.open(str(copy))
+    assert gc.isenabled()
 
 
 def test_more_shards_than_open_files(tmp_path: Path) -> None:
