@@ -2,6 +2,7 @@
 
     python -m saev.steps.supervisor step train --root … --item …    # what a pod runs
     python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
+    python -m saev.steps.supervisor -- COMMAND …                    # another command, same rules
 
 Kubeflow Pipelines 2.17 does not retry a container that fails; it replaces only pods that are lost.
 So a store that was away, a process that was killed or a broken network are met here, in the same
@@ -204,7 +205,8 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
         send(int(words[1]))
         return
     log_to(Progress(quiet=True))
-    supervisor = Supervisor([sys.executable, "-m", "saev", *words], Policy.from_environment())
+    command = words[1:] if words[:1] == ["--"] else [sys.executable, "-m", "saev", *words]
+    supervisor = Supervisor(command, Policy.from_environment())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.stop)
     word = supervisor.run()
@@ -233,7 +235,7 @@ def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
     """Put the last word into storage, or take an earlier one back."""
     flags = dict(itertools.pairwise(words))
     root, owner = flags.get("--root", ""), flags.get("--owner", "")
-    if len(words) < 2 or not root or not owner or (word is not None and word.kind == "stopped"):
+    if words[:1] != ["step"] or not root or not owner or (word and word.kind == "stopped"):
         return
     step, rest = words[1], words[2:]
     if word is None:
