@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
-.PHONY: doctor submit schedule schedules unschedule list status watch logs cancel compile
+.PHONY: conformance doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -117,6 +117,9 @@ override JOB_FLAGS = $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$C
 
 doctor: setup ## Check that a cluster is ready, one line per check
 	$(PIPELINES) doctor $${DATASET:+--dataset "$$DATASET"} $${ROOT:+--root "$$ROOT"} $(MORE)
+
+conformance: setup ## Try out everything on a cluster, in up to 60 minutes: [CONFORMANCE="--quick --skip schedule"]
+	@set -f; $(BIN)/python tests/conformance $$CONFORMANCE
 
 submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=16" WAIT=1]
 	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)

@@ -355,8 +355,14 @@ def _upload_version(state: KfpServer, path: Path, query: Query, body: tp.Any) ->
 def _check_start(state: KfpServer, body: dict[str, tp.Any]) -> None:
     """What the backend refuses: unknown versions and experiments, missing or unknown parameters."""
     _one(state.experiments, "experiment_id", body["experiment_id"], "Experiment")
-    version = body["pipeline_version_reference"]["pipeline_version_id"]
-    spec = _one(state.versions, "pipeline_version_id", version, "Version")["pipeline_spec"]
+    if "pipeline_spec" in body:  # not uploaded: both documents of the compiled file
+        spec = body["pipeline_spec"]["pipeline_spec"]
+        json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+        platform = body["pipeline_spec"]["platform_spec"]
+        json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    else:
+        version = body["pipeline_version_reference"]["pipeline_version_id"]
+        spec = _one(state.versions, "pipeline_version_id", version, "Version")["pipeline_spec"]
     wanted = spec["root"]["inputDefinitions"]["parameters"]
     given = body["runtime_config"]["parameters"]
     for name, parameter in wanted.items():
@@ -382,6 +388,10 @@ def _create_run(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.
 
 
 def _list_runs(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
+    experiment = query.get("experiment_id")
+    if experiment:
+        mine = [run for run in state.runs if run["experiment_id"] == experiment]
+        return _page(mine, query, "runs")
     _namespace(state, query.get("namespace", ""))
     return _page(state.runs, query, "runs")
 
@@ -435,6 +445,15 @@ def _delete_recurring(state: KfpServer, path: Path, query: Query, body: tp.Any) 
     return {}
 
 
+def _delete(collection: str, key: str, what: str) -> tp.Callable[..., tp.Any]:
+    def delete(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
+        items = getattr(state, collection)
+        items.remove(_one(items, key, path[key], what))
+        return {}
+
+    return delete
+
+
 _OPERATIONS: dict[str, tp.Callable[[KfpServer, Path, Query, tp.Any], tp.Any]] = {
     "HealthzService_GetHealthz": _health,
     "ExperimentService_ListExperiments": _list_experiments,
@@ -451,6 +470,12 @@ _OPERATIONS: dict[str, tp.Callable[[KfpServer, Path, Query, tp.Any], tp.Any]] = 
     "RecurringRunService_CreateRecurringRun": _create_recurring,
     "RecurringRunService_DisableRecurringRun": _disable_recurring,
     "RecurringRunService_DeleteRecurringRun": _delete_recurring,
+    "RunService_DeleteRun": _delete("runs", "run_id", "Run"),
+    "ExperimentService_DeleteExperiment": _delete("experiments", "experiment_id", "Experiment"),
+    "PipelineService_DeletePipeline": _delete("pipelines", "pipeline_id", "Pipeline"),
+    "PipelineService_DeletePipelineVersion": _delete(
+        "versions", "pipeline_version_id", "Pipeline version"
+    ),
 }
 
 

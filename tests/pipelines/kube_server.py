@@ -178,7 +178,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(
                 200, "".join(lines[-int(query.get("tailLines", 10**6)) :]), "text/plain"
             )
-        if plural == "pods" and name.startswith("saev-doctor-") and self.state.pod_statuses:
+        ours = plural == "pods" and name.startswith(("saev-doctor-", "saev-conformance-"))
+        if ours and self.state.pod_statuses:
             statuses = self.state.pod_statuses
             item["status"] = statuses.pop(0) if len(statuses) > 1 else statuses[0]
             image = item["spec"]["containers"][0]["image"]
