@@ -127,6 +127,7 @@ def _submit(command: a.Submit) -> int:
     with connect(cluster) as kfp:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"])
+        submit.tell_of_others(kfp, job)
         run = submit.start(kfp, job, command.name)
         print(kfp.run_url(run.run_id), flush=True)  # noqa: T201 - the result
         if kfp.hint:

@@ -17,8 +17,29 @@ _PAGE, _PAGES = 100, 5
 
 def named(name: str) -> str:
     """The API's filter for objects of a name."""
-    predicate = {"operation": "EQUALS", "key": "display_name", "string_value": name}
-    return json.dumps({"predicates": [predicate]})
+    return json.dumps({"predicates": [_predicate("EQUALS", "display_name", name)]})
+
+
+def _predicate(operation: str, key: str, value: str) -> dict[str, str]:
+    return {"operation": operation, "key": key, "string_value": value}
+
+
+def unfinished(kfp: Kfp, **equal: str) -> list[tp.Any]:
+    """Runs that are not over, newest first; a hundred at most.
+
+    Args:
+        kfp: the connection.
+        equal: fields of the runs and what they must be.
+    """
+    predicates = [_predicate("EQUALS", key, value) for key, value in equal.items()]
+    predicates += [_predicate("NOT_EQUALS", "state", state) for state in sorted(steps.OVER)]
+    answer = kfp.runs.run_service_list_runs(
+        page_size=_PAGE,
+        sort_by="created_at desc",
+        filter=json.dumps({"predicates": predicates}),
+        **kfp.in_namespace,
+    )
+    return answer.runs or []
 
 
 def recent(kfp: Kfp, n: int) -> list[tp.Any]:

@@ -7,7 +7,6 @@ schedule is switched off first, and deleted when none of its runs is active.
 
 import datetime
 import functools
-import json
 import logging
 import time
 import typing as tp
@@ -152,21 +151,8 @@ def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -
 
 def _active(kfp: Kfp, item: tp.Any) -> list[tp.Any]:
     """Runs of a schedule that are not over, newest first."""
-    mine = {
-        "operation": "EQUALS", "key": "recurring_run_id", "string_value": item.recurring_run_id
-    }  # fmt: skip
-    unfinished = [
-        {"operation": "NOT_EQUALS", "key": "state", "string_value": state}
-        for state in sorted(steps.OVER)
-    ]
     with kfp.explained(f"look for runs of schedule {item.display_name}"):
-        found = kfp.runs.run_service_list_runs(
-            page_size=_PAGE,
-            sort_by="created_at desc",
-            filter=json.dumps({"predicates": [mine, *unfinished]}),
-            **kfp.in_namespace,
-        ).runs
-    return found or []
+        return runs.unfinished(kfp, recurring_run_id=item.recurring_run_id)
 
 
 def _names(active: list[tp.Any]) -> str:

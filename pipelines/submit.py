@@ -10,7 +10,7 @@ from pathlib import Path
 import kfp_server_api
 
 import saev
-from pipelines import prepare
+from pipelines import prepare, runs
 from pipelines.connect import Kfp
 from pipelines.definition import Compiled
 from pipelines.errors import ClusterError
@@ -59,6 +59,43 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
         if err.status:
             raise
         raise ClusterError(f"{err} The run may have started: `make list` tells.") from err
+
+
+def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
+    """Say which runs process the same dataset with the same config just now.
+
+    The claim is taken from them, since a person asked for it.
+    """
+    try:
+        with kfp.explained("look for other runs of this dataset"):
+            found = runs.unfinished(kfp)
+    except ClusterError as err:
+        logger.warning("not checked whether another run processes the dataset: %s", err)
+        return
+    for run in found:
+        certainty = _does_the_same(run, job)
+        if certainty:
+            logger.warning(
+                "Run %s (%s) %s this dataset with this config. The new run takes it over: the "
+                "other stops at its next safe point, as failed, and is not to be retried. What it "
+                "has finished is used. `make cancel RUN=%s` stops it at once.",
+                run.display_name,
+                run.run_id,
+                certainty,
+                run.run_id,
+            )
+
+
+def _does_the_same(run: tp.Any, job: prepare.Job) -> str:
+    """`is processing`, `may be processing` for a schedule's, or nothing."""
+    theirs = (run.runtime_config and run.runtime_config.parameters) or {}
+    ours = job.parameters
+    if any(theirs.get(key) != ours[key] for key in ("root", "config")):
+        return ""
+    place, dataset = str(theirs.get("dataset") or ""), ours["dataset"]
+    if place == dataset:
+        return "is processing"
+    return "may be processing" if place and dataset.startswith(f"{place}/") else ""
 
 
 def default_name(dataset: str) -> str:

@@ -96,7 +96,10 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
             return renew(found) or current(folder)
         if not force:
             return None
-        logger.warning("The claim of %s is taken over.", found.describe())
+        logger.warning(
+            "The claim of %s is taken over. That run stops at its next safe point.",
+            found.describe(),
+        )
     first = Claim("", 0, owner, _now(), hours, released=True, tries=0)
     before = found or first
     return _create_next(folder, before, owner=owner, hours=hours, tries=before.tries + 1)

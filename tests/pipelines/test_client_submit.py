@@ -46,6 +46,36 @@ def test_parameters_are_sent_with_the_sweep_inside(client: Client, kfp: KfpServe
     assert "null" not in json.dumps(parameters)
 
 
+def test_a_dataset_that_is_being_processed(client: Client, kfp: KfpServer) -> None:
+    """Its claim is taken over, which ends the other run: that is said before."""
+    client.ok(*SUBMIT, "--name", "first")
+    kfp.runs[0]["state"] = "RUNNING"
+    parameters = kfp.runs[0]["runtime_config"]["parameters"]
+    kfp.add_run("over", runtime_config={"parameters": parameters})
+    for name, change in (
+        ("elsewhere", {"root": "s3://bucket/other"}),
+        ("other-config", {"config": {"data": {}}}),
+        ("other-data", {"dataset": "s3://bucket/pet"}),
+    ):
+        kfp.add_run(name, "RUNNING", runtime_config={"parameters": {**parameters, **change}})
+    scheduled = {**parameters, "dataset": "s3://bucket", "marker": "_SUCCESS"}
+    kfp.add_run("nightly", "RUNNING", runtime_config={"parameters": scheduled})
+    said = client.ok(*SUBMIT, "--name", "second").err
+    lines = [line for line in said.splitlines() if "this dataset with this config" in line]
+    assert len(lines) == 2
+    assert "Run nightly (" in lines[0]
+    assert "may be processing" in lines[0]
+    assert f"Run first ({kfp.runs[0]['run_id']}) is processing this dataset" in lines[1]
+    assert "The new run takes it over: the other stops at its next safe point" in lines[1]
+    assert f"`make cancel RUN={kfp.runs[0]['run_id']}`" in lines[1]
+
+
+def test_who_may_not_list_runs_may_start_them(client: Client, kfp: KfpServer) -> None:
+    kfp.fail("/runs$", 403, method="GET")
+    assert "not checked whether another run processes" in client.ok(*SUBMIT).err
+    assert len(kfp.runs) == 1
+
+
 def test_a_run_is_named_after_dataset_and_time(client: Client, kfp: KfpServer) -> None:
     client.ok(*SUBMIT)
     assert kfp.runs[0]["display_name"].startswith("pets-20")
