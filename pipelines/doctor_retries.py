@@ -10,12 +10,13 @@ import typing as tp
 import yaml
 
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, ok, skipped, warn
+from pipelines.findings import Finding, ok, warn
 from pipelines.kube import Kube
 
 CONFIG_MAP = "workflow-controller-configmap"
 PATCH = "COMPILED_PIPELINE_SPEC_PATCH"
 _WHAT = "retries in a new pod"
+_DEFAULT = "Argo's default"
 _FAILED = "steps that end with an error, are killed or run out of memory, and kubelet evictions"
 _LOST = "pods that are deleted, evicted through the API, or lost with their node"
 _NOT = {
@@ -33,14 +34,14 @@ def retries(kube: Kube, version: str) -> Finding:
         kube: the cluster.
         version: KFP's; empty if it is not known.
     """
-    if int(kube.settings.compile.get("retries", 3)) == 0:
-        return skipped(_WHAT, "retries = 0 in cluster.toml [compile]")
     try:
         policy, source = _policy(kube)
     except ClusterError as err:
         return warn(_WHAT, f"{err} {_as_installed(version)}", "")
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as err:
         return warn(_WHAT, f"the settings of Argo's controller cannot be read: {err}", "")
+    if source == _DEFAULT and kube.settings.compile.get("retries") == 0:
+        return ok(_WHAT, "none: retries = 0 in cluster.toml [compile], and no default is set")
     if policy not in _NOT:
         return warn(_WHAT, f"policy {policy} ({source}), which this check does not know", "")
     again, never = _NOT[policy]
@@ -60,11 +61,7 @@ def retries(kube: Kube, version: str) -> Finding:
 def _policy(kube: Kube) -> tuple[str, str]:
     """The retry policy of steps, and where it is set. Raises ClusterError or ValueError."""
     where = kube.settings.kfp_namespace
-    with kube.explained(f"read {PATCH} of deployment ml-pipeline"):
-        deployment = kube.apps.read_namespaced_deployment("ml-pipeline", where)
-    variables = [e for c in deployment.spec.template.spec.containers for e in c.env or []]
-    patches = [json.loads(e.value) for e in variables if e.name == PATCH and e.value]
-    for patch in patches:
+    for patch in _patches(kube, where):
         if policy := _of_defaults(patch.get("templateDefaults")):
             return policy, f"{PATCH} of deployment ml-pipeline"
     with kube.explained(f"read {CONFIG_MAP}"):
@@ -74,7 +71,20 @@ def _policy(kube: Kube) -> tuple[str, str]:
     defaults = yaml.safe_load(text) if text else whole.get("workflowDefaults")
     if policy := _of_defaults(((defaults or {}).get("spec") or {}).get("templateDefaults")):
         return policy, CONFIG_MAP
-    return "OnFailure", "Argo's default"
+    return "OnFailure", _DEFAULT
+
+
+def _patches(kube: Kube, where: str) -> list[tp.Any]:
+    """What an administrator has KFP write into every Workflow. Raises ClusterError, ValueError."""
+    try:
+        with kube.explained(f"read {PATCH} of deployment ml-pipeline"):
+            deployment = kube.apps.read_namespaced_deployment("ml-pipeline", where)
+    except ClusterError as err:
+        if err.status == 404:
+            return []
+        raise
+    variables = [e for c in deployment.spec.template.spec.containers for e in c.env or []]
+    return [json.loads(e.value) for e in variables if e.name == PATCH and e.value]
 
 
 def _of_defaults(defaults: tp.Any) -> str:
@@ -86,7 +96,7 @@ def _as_installed(version: str) -> str:
     """What KFP brings, where its settings may not be read."""
     numbers = version.split(".")
     if not all(part.isdigit() for part in numbers[:2]) or len(numbers) < 2:
-        return "As installed, KFP 2.17 retries lost pods and not failures, 2.16 the reverse."
+        return f"As installed, KFP 2.17 runs again {_LOST}; KFP 2.16 {_FAILED}."
     is_new = (int(numbers[0]), int(numbers[1])) >= (2, 17)
     again, never = _NOT["OnError" if is_new else "OnFailure"]
     return f"As KFP {version} is installed, Argo runs again {again}; not {never}."

@@ -28,7 +28,8 @@ class CompileOptions(Config):
     parallelism: int = pydantic.Field(default=8, ge=1)
     """Most pods of one loop at the same time."""
     retries: int = pydantic.Field(default=3, ge=0)
-    """How often a step whose pod failed or was evicted is run again."""
+    """How often a step is run again: by its supervisor in an hour, and by Argo in new pods, for
+    those failures that the installation retries."""
     timeout_hours: dict[str, float] = pydantic.Field(default_factory=dict)
     """Hours after which a step is stopped, where the defaults do not fit."""
     shm_size: str = "2Gi"

@@ -134,7 +134,10 @@ def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -
         runs_of: dict[str, list[tp.Any]] = {}
         for item in items:
             request = functools.partial(_active, kfp, item)
-            active = [] if force else watch.patiently(request, logger.warning)
+            if force:
+                active = []
+            else:
+                active = watch.patiently(request, logger.warning) if wait else request()
             if active:
                 runs_of[item.recurring_run_id] = active
             else:

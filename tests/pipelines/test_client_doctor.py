@@ -365,6 +365,16 @@ def test_what_is_retried_without_a_policy(
     assert "Not: pods that are deleted" in found
 
 
+def test_nothing_is_retried_where_nobody_says_so(
+    client: Client, cluster: KubeServer, home: Path
+) -> None:
+    """KFP 2.17 has a default for steps without a policy of their own; Argo has none."""
+    home.joinpath("cluster.toml").write_text("[compile]\nretries = 0\n")
+    assert "policy OnError" in _lines(client, status=0)[RETRIES]
+    cluster.objects["configmaps", "kubeflow", "workflow-controller-configmap"]["data"] = {}
+    assert _lines(client, status=0)[RETRIES].startswith("ok: none: retries = 0")
+
+
 def test_an_administrator_may_have_patched_it(client: Client, cluster: KubeServer) -> None:
     deployment = cluster.objects["deployments", "kubeflow", "ml-pipeline"]
     patch = '{"templateDefaults":{"retryStrategy":{"limit":"2","retryPolicy":"Always"}}}'
