@@ -1,6 +1,8 @@
 """KFP components: one container step each, around `python -m saev step …` of the project's image.
 
-Parameters are small JSON and URLs. Activations and checkpoints never become artifacts, which the
+A step gets the URL of its job and the number of its slot, and looks up everything else below the
+root (`saev.steps.jobs`): what is an input is repeated about ten times for each pod in the one
+object that Kubernetes keeps of a run. Activations and checkpoints never become artifacts, which the
 launcher would copy; a step's artifacts are its metrics and a page of HTML.
 
 The images named here are placeholders: `pipelines.definition` sets the ones that a pipeline is
@@ -11,7 +13,7 @@ from components.discover import discover
 from components.extract import extract
 from components.infer import infer
 from components.outcome import outcome
-from components.plan import plan_inference, plan_shards, plan_training
+from components.plan import plan
 from components.publish import publish
 from components.report import report
 from components.summarise import summarise
@@ -22,9 +24,7 @@ __all__ = [
     "extract",
     "infer",
     "outcome",
-    "plan_inference",
-    "plan_shards",
-    "plan_training",
+    "plan",
     "publish",
     "report",
     "summarise",

@@ -16,16 +16,17 @@ def discover(
     settle_minutes: float,
     claim_hours: float,
     max_datasets: int,
-    first: dsl.OutputPath(str),
-    datasets: dsl.OutputPath(list),
+    job: dsl.OutputPath(str),
+    jobs: dsl.OutputPath(list),
 ):
-    """Find datasets, fingerprint their listings, and claim what is not processed yet.
+    """Find datasets, fingerprint their listings, claim what is not processed, and write down jobs.
 
     Args:
         dataset: URL of a dataset (mode one), or of the folder whose folders are datasets (mode
             incoming). Empty: the images that the config's [data] table names.
         root: URL of the storage root.
-        config: what `saev run --config` takes, as JSON.
+        config: what `saev run --config` takes, as JSON. It is stored below the root, so that no
+            other step has it as an input.
         owner: id of the pipeline run; claims are made in its name.
         mode: one or incoming.
         marker: name of the object whose presence says that a dataset is complete; empty goes by
@@ -33,8 +34,8 @@ def discover(
         settle_minutes: a dataset is complete when nothing in it has changed for so long.
         claim_hours: how long a claim holds if its owner is not heard of.
         max_datasets: most datasets of one firing.
-        first: the first dataset found, as JSON text; {} if there is none.
-        datasets: all of them, a list of JSON texts {name, url, fingerprint, key, …}.
+        job: URL of the first dataset's job.
+        jobs: URLs of all jobs.
     """
     return spec(
         CPU_IMAGE,
@@ -48,6 +49,6 @@ def discover(
         settle_minutes=settle_minutes,
         claim_hours=claim_hours,
         max_datasets=max_datasets,
-        to_first=first,
-        to_datasets=datasets,
+        to_job=job,
+        to_jobs=jobs,
     )

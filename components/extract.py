@@ -6,24 +6,11 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def extract(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
-    """Record the activations of one part of a dataset.
+def extract(job: str, slot: str):
+    """Record the activations of one slot.
 
     Args:
-        root: URL of the storage root.
-        config: what `saev run --config` takes, as JSON.
-        dataset: one of discover's datasets.
-        owner: id of the pipeline run.
-        shards: URL of the shards folder, as planned; another one means that the dataset changed.
-        item: one of plan_shards' parts.
+        job: one of discover's jobs.
+        slot: one of plan's slots, a JSON text {slot, name}.
     """
-    return spec(
-        GPU_IMAGE,
-        "extract",
-        root=root,
-        config=config,
-        dataset=dataset,
-        owner=owner,
-        shards=shards,
-        item=item,
-    )
+    return spec(GPU_IMAGE, "extract", job=job, slot=slot)

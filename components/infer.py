@@ -1,4 +1,4 @@
-"""SAE and activations → codes and statistics."""
+"""SAEs and activations → codes and statistics."""
 
 from kfp import dsl
 
@@ -6,24 +6,11 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def infer(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
-    """Run one SAE over one part of the activations.
+def infer(job: str, slot: str):
+    """Run the SAEs of one slot over their parts of the activations.
 
     Args:
-        root: URL of the storage root.
-        config: what `saev run --config` takes, as JSON.
-        dataset: one of discover's datasets.
-        owner: id of the pipeline run.
-        shards: URL of the shards folder.
-        item: one of plan_inference's parts.
+        job: one of discover's jobs.
+        slot: one of publish's slots, a JSON text {slot, name}.
     """
-    return spec(
-        GPU_IMAGE,
-        "infer",
-        root=root,
-        config=config,
-        dataset=dataset,
-        owner=owner,
-        shards=shards,
-        item=item,
-    )
+    return spec(GPU_IMAGE, "infer", job=job, slot=slot)

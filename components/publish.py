@@ -1,4 +1,4 @@
-"""All parts → one complete shards folder."""
+"""All parts → one complete shards folder, and what there is to do with it."""
 
 from kfp import dsl
 
@@ -7,33 +7,33 @@ from components.step import EXECUTOR_INPUT, GPU_IMAGE, spec
 
 @dsl.container_component
 def publish(
-    root: str,
-    config: dict,
-    dataset: str,
-    owner: str,
-    shards: str,
+    job: str,
+    n_parts: int,
     metrics: dsl.Output[dsl.Metrics],
-    published: dsl.OutputPath(str),
+    train: dsl.OutputPath(list),
+    infer: dsl.OutputPath(list),
+    summarise: dsl.OutputPath(list),
 ):
-    """Verify every part, check that the dataset is still what was recorded, and publish.
+    """Verify every part, check that the dataset is what was recorded, publish; plan the SAEs.
+
+    All that follows is known before training: the sweep names its SAEs, and the shards say how
+    many pieces a pass over them has. So one pod plans all of it.
 
     Args:
-        root: URL of the storage root.
-        config: what `saev run --config` takes, as JSON.
-        dataset: one of discover's datasets.
-        owner: id of the pipeline run.
-        shards: URL of the shards folder, as planned.
+        job: one of discover's jobs.
+        n_parts: most slots of each step.
         metrics: number of examples, tokens, shards and bytes.
-        published: URL of the complete shards folder.
+        train: slots of groups that are not trained yet.
+        infer: slots of passes, or parts of them, that are not measured yet.
+        summarise: slots of SAEs without results or pictures.
     """
     return spec(
         GPU_IMAGE,
         "publish",
-        root=root,
-        config=config,
-        dataset=dataset,
-        owner=owner,
-        shards=shards,
-        to_shards=published,
+        job=job,
+        n_parts=n_parts,
+        to_train=train,
+        to_infer=infer,
+        to_summarise=summarise,
         executor_input=EXECUTOR_INPUT,
     )

@@ -6,24 +6,11 @@ from components.step import GPU_IMAGE, spec
 
 
 @dsl.container_component
-def train(root: str, config: dict, dataset: str, owner: str, shards: str, item: str):
-    """Train one group of SAEs on the same batches; continues from its newest resume point.
+def train(job: str, slot: str):
+    """Train the groups of one slot, each on the same batches, from their newest resume points.
 
     Args:
-        root: URL of the storage root.
-        config: what `saev run --config` takes, as JSON.
-        dataset: one of discover's datasets.
-        owner: id of the pipeline run.
-        shards: URL of the shards folder.
-        item: one of plan_training's groups.
+        job: one of discover's jobs.
+        slot: one of publish's slots, a JSON text {slot, name}.
     """
-    return spec(
-        GPU_IMAGE,
-        "train",
-        root=root,
-        config=config,
-        dataset=dataset,
-        owner=owner,
-        shards=shards,
-        item=item,
-    )
+    return spec(GPU_IMAGE, "train", job=job, slot=slot)

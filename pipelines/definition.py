@@ -1,18 +1,18 @@
 """The pipelines, and how they are compiled.
 
-    saev            discover → plan → extract × parts → publish → plan → train × groups
-                    → plan → infer × parts → summarise × SAEs → report
+    saev            discover → plan → extract × slots → publish → train × slots → infer × slots
+                    → summarise × slots → report
     saev-incoming   discover → the same for each new dataset below a prefix
 
-A loop runs over a list that the step before it wrote; an empty list is a loop of no pods, which is
-how work that is done already costs nothing. Nothing is cached by KFP: every step looks at storage,
-which the cache does not, and finds there by itself what is done.
+A loop runs over the slots that a step before it planned, of which there are at most ``n_parts``
+however much there is to do; an empty list is a loop of no pods, which is how work that is done
+already costs nothing. Nothing is cached by KFP: every step looks at storage, which the cache does
+not, and finds there by itself what is done.
 """
 
 import collections.abc
 import contextlib
 import hashlib
-import itertools
 import json
 import tempfile
 import typing as tp
@@ -25,6 +25,7 @@ from kfp.dsl import base_component, pipeline_task
 
 import components
 from components.step import CPU_IMAGE, SUPERVISOR
+from pipelines.compact import compact
 from pipelines.options import CompileOptions, PipelineName
 
 GPU_TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -104,7 +105,7 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(path))
-        text = _without_header(path.read_text(encoding="utf-8"))
+        text = compact(path.read_text(encoding="utf-8"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Compiled(name, text, digest, _parameters(text))
 
@@ -112,15 +113,6 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
 def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
     """A pipeline that is not compiled: under `kfp.local`, a call of it runs it."""
     return {"saev": _one, "saev-incoming": _incoming}[name](options)
-
-
-def _without_header(text: str) -> str:
-    """The YAML without kfp's comment at its top, which prints dicts in the order of their hashes.
-
-    With it, equal pipelines would have as many digests as there are orders.
-    """
-    lines = text.splitlines(keepends=True)
-    return "".join(itertools.dropwhile(lambda line: line.startswith("#"), lines))
 
 
 @contextlib.contextmanager
@@ -177,7 +169,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             root: URL of the storage root, such as s3://bucket/saev or /data/saev on a volume.
             config: what `saev run --config` takes, as JSON, with its sweep in the table `sweep`.
             dataset: URL of the folder of images; empty takes the config's [data] as it is.
-            n_parts: most pods that extraction, and each SAE's inference, is cut into.
+            n_parts: most pods of each step; a pod does several parts one after the other.
             gpu_type: resource name of the GPUs.
             gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
             train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
@@ -195,10 +187,10 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
             storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
-        graph = _Graph(options, pods, root, config, dsl.PIPELINE_JOB_ID_PLACEHOLDER)
-        with dsl.ExitHandler(graph.outcome(), name="pipeline"):
-            found = graph.discover(dataset, "one", "", 0.0, claim_hours, 1)
-            graph.process(found.outputs["first"], n_parts)
+        graph = _Graph(options, pods)
+        with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
+            found = graph.discover(root, config, dataset, "one", "", 0.0, claim_hours, 1)
+            graph.process(found.outputs["job"], n_parts)
 
     return saev
 
@@ -206,10 +198,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
 def _incoming(options: CompileOptions) -> base_component.BaseComponent:
     @dsl.pipeline(name="process-dataset")
     def process_dataset(
-        dataset: str,
-        root: str,
-        config: dict,
-        owner: str,
+        job: str,
         n_parts: int,
         gpu_type: str,
         gpu_count: str,
@@ -227,7 +216,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
             storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
-        _Graph(options, pods, root, config, owner).process(dataset, n_parts)
+        _Graph(options, pods).process(job, n_parts)
 
     @dsl.pipeline(
         name="saev-incoming",
@@ -265,7 +254,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             settle_minutes: a dataset is complete when nothing in it has changed for so long.
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
             max_datasets: most datasets of one firing.
-            n_parts: most pods that extraction, and each SAE's inference, is cut into.
+            n_parts: most pods of each step; a pod does several parts one after the other.
             gpu_type: resource name of the GPUs.
             gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
             train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
@@ -282,22 +271,16 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
             storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
-        owner = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        graph = _Graph(options, pods, root, config, owner)
-        with dsl.ExitHandler(graph.outcome(), name="pipeline"):
+        graph = _Graph(options, pods)
+        with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
             found = graph.discover(
-                dataset, "incoming", marker, settle_minutes, claim_hours, max_datasets
+                root, config, dataset, "incoming", marker, settle_minutes, claim_hours, max_datasets
             )
-            items = found.outputs["datasets"]
-            with dsl.ParallelFor(items, name="datasets", parallelism=options.parallelism) as item:
-                process_dataset(
-                    dataset=item,
-                    root=root,
-                    config=config,
-                    owner=owner,
-                    n_parts=n_parts,
-                    **pods._asdict(),
-                ).set_caching_options(False)
+            jobs = found.outputs["jobs"]
+            with dsl.ParallelFor(jobs, name="datasets", parallelism=options.parallelism) as job:
+                process_dataset(job=job, n_parts=n_parts, **pods._asdict()).set_caching_options(
+                    False
+                )
 
     return saev_incoming
 
@@ -308,21 +291,18 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
 class _Graph:
     """Makes the steps of one pipeline, each with its pod's settings."""
 
-    def __init__(
-        self, options: CompileOptions, pods: Settings, root: Channel, config: Channel, owner: str
-    ):
+    def __init__(self, options: CompileOptions, pods: Settings):
         self._options, self._pods = options, pods
-        self._root = root
-        self._common = {"root": root, "config": config, "owner": owner}
-        self._owner = owner
 
-    def outcome(self) -> pipeline_task.PipelineTask:
+    def outcome(self, root: Channel) -> pipeline_task.PipelineTask:
         """The step that runs whatever becomes of the others."""
-        task = components.outcome(root=self._root, owner=self._owner)
+        task = components.outcome(root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
         return self._pod(task, "outcome")
 
     def discover(
         self,
+        root: Channel,
+        config: Channel,
         dataset: Channel,
         mode: str,
         marker: Channel,
@@ -332,50 +312,40 @@ class _Graph:
     ) -> pipeline_task.PipelineTask:
         """Which datasets."""
         task = components.discover(
+            root=root,
+            config=config,
+            owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             dataset=dataset,
             mode=mode,
             marker=marker,
             settle_minutes=settle_minutes,
             claim_hours=claim_hours,
             max_datasets=max_datasets,
-            **self._common,
         )
         return self._pod(task, "discover")
 
-    def process(self, dataset: Channel, n_parts: Channel) -> None:
+    def process(self, job: Channel, n_parts: Channel) -> None:
         """Everything that is done with one dataset."""
-        of_dataset = {**self._common, "dataset": dataset}
-        parts = self._pod(components.plan_shards(n_parts=n_parts, **of_dataset), "plan")
-        planned = parts.outputs["shards"]
-        with self._loop(parts, "extract-parts") as item:
-            task = components.extract(shards=planned, item=item, **of_dataset)
-            extracted = self._pod(task, "extract", gpus=self._pods.gpu_count)
-        task = components.publish(shards=planned, **of_dataset).after(extracted)
-        published = self._pod(task, "publish").outputs["published"]
-        of_shards = {**of_dataset, "shards": published}
-
-        groups = self._pod(components.plan_training(**of_shards), "plan")
-        with self._loop(groups, "train-groups") as item:
-            task = components.train(item=item, **of_shards)
-            trained = self._pod(task, "train", gpus=self._pods.train_gpus)
-
-        task = components.plan_inference(n_parts=n_parts, **of_shards).after(trained)
-        passes = self._pod(task, "plan")
-        with self._loop(passes, "infer-parts") as item:
-            task = components.infer(item=item, **of_shards)
-            inferred = self._pod(task, "infer", gpus=self._pods.gpu_count)
-
-        runs = passes.outputs["runs"]
-        loop = dsl.ParallelFor(runs, name="summarise-saes", parallelism=self._options.parallelism)
-        with loop as run:
-            task = components.summarise(run=run, **of_shards).after(inferred)
+        pods = self._pods
+        planned = self._pod(components.plan(job=job, n_parts=n_parts), "plan")
+        with self._loop(planned, "extract") as slot:
+            task = components.extract(job=job, slot=slot)
+            extracted = self._pod(task, "extract", gpus=pods.gpu_count)
+        task = components.publish(job=job, n_parts=n_parts).after(extracted)
+        published = self._pod(task, "publish")
+        with self._loop(published, "train") as slot:
+            trained = self._pod(components.train(job=job, slot=slot), "train", gpus=pods.train_gpus)
+        with self._loop(published, "infer") as slot:
+            task = components.infer(job=job, slot=slot).after(trained)
+            inferred = self._pod(task, "infer", gpus=pods.gpu_count)
+        with self._loop(published, "summarise") as slot:
+            task = components.summarise(job=job, slot=slot).after(inferred)
             summarised = self._pod(task, "summarise")
-        task = components.report(runs=runs, **of_shards).after(summarised)
-        self._pod(task, "report")
+        self._pod(components.report(job=job).after(summarised), "report")
 
-    def _loop(self, plan: pipeline_task.PipelineTask, name: str) -> dsl.ParallelFor:
+    def _loop(self, planned: pipeline_task.PipelineTask, step: str) -> dsl.ParallelFor:
         return dsl.ParallelFor(
-            plan.outputs["items"], name=name, parallelism=self._options.parallelism
+            planned.outputs[step], name=f"{step}-all", parallelism=self._options.parallelism
         )
 
     def _pod(

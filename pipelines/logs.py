@@ -96,7 +96,7 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
         The step's error, in its own words; empty if it left none.
     """
     try:
-        if step not in steps.STEPS:
+        if step not in (*steps.STEPS, *steps.EARLIER):
             raise ClusterError(f"{step} is a pod of KFP's own; the UI shows its log.")
         kube = Kube(kfp.settings)
         pods = _pods(kube, kfp.pods, run.run_id, step)
@@ -169,7 +169,7 @@ def _workflow_message(kfp: Kfp, run: tp.Any) -> str:
 
 
 def _check(step: str) -> None:
-    if step and step not in steps.STEPS and step not in steps.COMPONENTS.values():
+    if step and step not in (*steps.STEPS, *steps.EARLIER):
         raise ConfigError(f"There is no step {step!r}; the steps are: {', '.join(steps.STEPS)}.")
 
 
@@ -177,7 +177,7 @@ def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
     """Pods of a run, oldest first. Without a step, those that are steps."""
     selector = f"{RUN_LABEL}={run_id},{STEP_LABEL}"
     if step:
-        selector += f"={steps.COMPONENTS.get(step, step)}"
+        selector += f"={'plan' if step in steps.EARLIER else step}"
     with kube.explained(f"list the pods of the run in namespace {namespace}"):
         pods = kube.core.list_namespaced_pod(namespace, label_selector=selector).items
     return sorted(pods, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name))

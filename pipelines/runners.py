@@ -21,7 +21,6 @@ import docker.models.containers
 import docker.types
 
 from pipelines.definition import CONFIG_ENV, SECRET_ENV
-from saev import storage
 from saev.errors import ConfigError
 
 LABEL = "saev.run-local"
@@ -263,12 +262,10 @@ def _lines(chunks: tp.Iterable[bytes]) -> Iterator[str]:
 
 
 def describe(command: list[str]) -> str:
-    """What a step is called in the output: its name, and its item's where it has one."""
+    """What a step is called in the output: its name, and its slot's where it has one."""
     step = command[command.index("step") + 1] if "step" in command[:-1] else " ".join(command[:3])
-    if "--run" in command[:-1]:
-        return f"{step}: SAE {storage.name(command[command.index('--run') + 1])}"
-    if "--item" in command[:-1]:
+    if "--slot" in command[:-1]:
         with contextlib.suppress(json.JSONDecodeError, AttributeError):
-            item = json.loads(command[command.index("--item") + 1])
-            return f"{step}: {item['name']}"
+            slot = json.loads(command[command.index("--slot") + 1])
+            return f"{step}: {slot['name']}"
     return step

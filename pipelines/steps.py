@@ -12,17 +12,17 @@ import re
 import typing as tp
 
 STEPS = (
-    "discover", "plan-shards", "extract", "publish", "plan-training", "train",
-    "plan-inference", "infer", "summarise", "report", "outcome",
+    "discover", "plan", "extract", "publish", "train", "infer", "summarise", "report", "outcome",
 )  # fmt: skip
 """Names of the steps of all pipelines, in their order."""
 
+EARLIER = {
+    "plan-shards": "extract", "plan-training": "train", "plan-inference": "infer",
+}  # fmt: skip
+"""Steps that pipelines of version 0.1.0 have before others; a schedule may still run such a one."""
+
 OVER = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
 """States in which a run, or a task, stays."""
-
-COMPONENTS = {"plan-shards": "plan", "plan-training": "plan", "plan-inference": "plan"}
-"""The label app.kubernetes.io/component of a step's pods, where it is not the step's name."""
-
 
 _LOOPS = frozenset({"extract", "train", "infer", "summarise"})
 """Steps that run once for each item of a list, which may be empty."""
@@ -75,7 +75,11 @@ def of_run(run: tp.Any) -> list[Step]:
         name = task.display_name or ""
         if not _ATTEMPT.search(name) and not _never_started(task):
             by_name.setdefault(name, []).append(task)
-    steps = [_step(name, by_name, is_over=run.state in OVER) for name in STEPS]
+    before = {name: earlier for earlier, name in EARLIER.items() if earlier in by_name}
+    names = [n for name in STEPS for n in (before.get(name), name) if n]
+    if before:  # their publishing plans nothing, and their first step is called otherwise
+        names.remove("plan")
+    steps = [_step(name, by_name, is_over=run.state in OVER) for name in names]
     for i, step in enumerate(steps):
         # A later step starts when the loop before it is over. The exit handler starts anyway.
         if step.name in _LOOPS and not step.total and any(s.total for s in steps[i + 1 : -1]):

@@ -7,7 +7,6 @@ import pydantic
 
 from saev.config.base import Config
 from saev.config.run import RunFile
-from saev.config.stages import Stages, images_of, resolve
 from saev.errors import ConfigError
 
 
@@ -20,8 +19,8 @@ def parse_json(text: str, flag: str) -> tp.Any:
         raise ConfigError(f"{flag} is {shown!r}, which is not JSON ({err}).") from err
 
 
-class Step(Config):
-    """What the steps that compute something have in common."""
+class DiscoverStep(Config):
+    """Find datasets, fingerprint their listings, and claim what is not processed yet."""
 
     root: str
     """URL of the storage root."""
@@ -29,16 +28,6 @@ class Step(Config):
     """What `saev run --config` takes, as JSON text."""
     owner: str = ""
     """Id of the pipeline run, in whose name datasets are claimed; empty claims nothing."""
-
-    @property
-    def file(self) -> RunFile:
-        """The config. Raises ConfigError that names a wrong key."""
-        return RunFile.from_dict(parse_json(self.config, "--config"), source="--config")
-
-
-class DiscoverStep(Step):
-    """Find datasets, fingerprint their listings, and claim what is not processed yet."""
-
     dataset: str = ""
     """URL of a dataset, or with --mode incoming of the folder whose folders are datasets; empty
     takes the images that the config's [data] table names."""
@@ -52,110 +41,84 @@ class DiscoverStep(Step):
     """How long a claim holds if its owner is not heard of."""
     max_datasets: int = pydantic.Field(default=10, ge=1)
     """Most datasets of one call."""
-    to_first: str = ""
-    """Where the first dataset is written, as JSON."""
-    to_datasets: str = ""
-    """Where the list of datasets is written, JSON of JSON texts."""
+    to_job: str = ""
+    """Where the URL of the first dataset's job is written; nothing if there is none."""
+    to_jobs: str = ""
+    """Where the URLs of all jobs are written, as JSON."""
+
+    @property
+    def file(self) -> RunFile:
+        """The config. Raises ConfigError that names a wrong key."""
+        return RunFile.from_dict(parse_json(self.config, "--config"), source="--config")
 
 
-class DatasetStep(Step):
+class JobStep(Config):
     """What the steps about one dataset have in common."""
 
-    dataset: str
-    """One of the datasets of `saev step discover`, as JSON text."""
-
-    def stages(self, dataset: str, version: str) -> Stages:
-        """The stages' configs for a dataset."""
-        file = self.file
-        return resolve(file, self.root, images_of(file, dataset, version), "--config")
+    job: str
+    """URL of a job of `saev step discover`."""
 
 
-class PlanShardsStep(DatasetStep):
-    """Name the shards folder of a dataset, and cut what is not recorded yet into parts."""
+class SlotStep(JobStep):
+    """What the steps have in common that do one slot of what was planned."""
 
-    n_parts: int = pydantic.Field(default=8, ge=1)
-    """Most parts."""
-    to_shards: str = ""
-    """Where the URL of the shards folder is written."""
-    to_items: str = ""
-    """Where the list of parts is written, JSON of JSON texts."""
+    slot: str
+    """One of the plan's slots, as JSON text."""
 
 
-class ShardsStep(DatasetStep):
-    """What the steps on one shards folder have in common."""
+class ShowingStep(Config):
+    """What the steps have in common that KFP's UI shows something of."""
 
-    shards: str
-    """URL of the shards folder."""
-
-
-class PlanTrainingStep(ShardsStep):
-    """Resolve the sweep into groups of SAEs that share their batches."""
-
-    to_items: str = ""
-    """Where the list of groups that are not trained yet is written, JSON of JSON texts."""
-
-
-class PlanInferenceStep(ShardsStep):
-    """List the trained SAEs, and cut the passes that are not done yet into parts."""
-
-    n_parts: int = pydantic.Field(default=8, ge=1)
-    """Most parts of one SAE's pass."""
-    to_runs: str = ""
-    """Where the list of run folders is written, as JSON."""
-    to_items: str = ""
-    """Where the list of parts is written, JSON of JSON texts."""
-
-
-class ExtractStep(ShardsStep):
-    """Record the activations of one part of a dataset."""
-
-    item: str
-    """One of plan-shards' items, as JSON text."""
-
-
-class PublishStep(ShardsStep):
-    """Verify all parts of a shards folder and publish it."""
-
-    to_shards: str = ""
-    """Where the URL of the shards folder is written."""
     executor_input: str = ""
     """KFP's inputs and outputs of the step, as JSON text."""
 
 
-class TrainStep(ShardsStep):
-    """Train one group of SAEs on the same batches; continues from its newest resume point."""
+class PlanStep(JobStep):
+    """Name the shards folder of a dataset, and cut what is not recorded yet into slots."""
 
-    item: str
-    """One of plan-training's items, as JSON text."""
-
-
-class InferStep(ShardsStep):
-    """Run one SAE over one part of the activations."""
-
-    item: str
-    """One of plan-inference's items, as JSON text."""
+    n_parts: int = pydantic.Field(default=8, ge=1)
+    """Most slots."""
+    to_extract: str = ""
+    """Where the slots of `saev step extract` are written, JSON of JSON texts."""
 
 
-class SummariseStep(ShardsStep):
-    """Merge the parts of one SAE's pass, and draw its picture book."""
+class ExtractStep(SlotStep):
+    """Record the activations of one slot."""
 
-    run: str
-    """URL of the run folder."""
+
+class PublishStep(JobStep, ShowingStep):
+    """Verify all parts of a shards folder and publish it; plan training, passes and pictures."""
+
+    n_parts: int = pydantic.Field(default=8, ge=1)
+    """Most slots of each step."""
+    to_train: str = ""
+    """Where the slots of `saev step train` are written, JSON of JSON texts."""
+    to_infer: str = ""
+    """Where the slots of `saev step infer` are written."""
+    to_summarise: str = ""
+    """Where the slots of `saev step summarise` are written."""
+
+
+class TrainStep(SlotStep):
+    """Train the groups of SAEs of one slot; continues from their newest resume points."""
+
+
+class InferStep(SlotStep):
+    """Run the SAEs of one slot over their parts of the activations."""
+
+
+class SummariseStep(SlotStep, ShowingStep):
+    """Merge the parts of each SAE's pass, and draw its picture book, for the SAEs of one slot."""
+
     to_page: str = ""
     """Where a self-contained page of the first latents is written."""
-    executor_input: str = ""
-    """KFP's inputs and outputs of the step, as JSON text."""
 
 
-class ReportStep(ShardsStep):
+class ReportStep(JobStep, ShowingStep):
     """Compare all SAEs, write the root's index.html, and mark the dataset as processed."""
 
-    runs: str
-    """The list of run folders of plan-inference, as JSON text."""
     to_page: str = ""
     """Where the page is written."""
-    executor_input: str = ""
-    """KFP's inputs and outputs of the step, as JSON text."""
 
 
 class OutcomeStep(Config):
@@ -180,12 +143,10 @@ class CheckStep(Config):
 
 STEPS: dict[str, type[Config]] = {
     "discover": DiscoverStep,
-    "plan-shards": PlanShardsStep,
+    "plan": PlanStep,
     "extract": ExtractStep,
     "publish": PublishStep,
-    "plan-training": PlanTrainingStep,
     "train": TrainStep,
-    "plan-inference": PlanInferenceStep,
     "infer": InferStep,
     "summarise": SummariseStep,
     "report": ReportStep,

@@ -12,7 +12,10 @@ import typing as tp
 from saev.config.inference import InferenceConfig
 from saev.progress import Progress
 
-__all__ = ["find", "finish", "plan", "run", "work"]
+if tp.TYPE_CHECKING:
+    from saev.shards import Shards
+
+__all__ = ["find", "finish", "n_pieces", "plan", "run", "work"]
 
 
 def plan(cfg: InferenceConfig) -> list[dict[str, tp.Any]]:
@@ -48,3 +51,10 @@ def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     from saev.inference import stage
 
     return stage.run(cfg, progress)
+
+
+def n_pieces(shards: "Shards") -> int:
+    """How finely a pass is worth being cut. See :func:`saev.inference.stage.n_pieces`."""
+    from saev.inference import stage
+
+    return stage.n_pieces(shards)

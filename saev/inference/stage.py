@@ -12,6 +12,7 @@ from saev.inference.job import Job, open_shards
 from saev.inference.provenance import read_run
 from saev.nn.checkpoints import HUB_PREFIX
 from saev.progress import Progress
+from saev.shards import Shards
 from saev.workers import unless_done
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,20 @@ def plan(cfg: InferenceConfig) -> list[dict[str, tp.Any]]:
         i, n = parse_part(cfg.part)
         spans = [((i - 1) * n_shards // n, i * n_shards // n)]
     else:
-        largest = max((info.n_examples for info in shards.infos), default=0)
-        step = max(1, _ITEM_TOKENS // max(1, largest * shards.tokens_per_example))
-        spans = [(i, min(i + step, n_shards)) for i in range(0, n_shards, step)]
+        spans = _spans(shards)
     return [{"first": first, "last": last} for first, last in spans if first < last]
+
+
+def n_pieces(shards: Shards) -> int:
+    """In how many pieces a pass over a shards folder is worth being cut, at least one."""
+    return max(1, len(_spans(shards)))
+
+
+def _spans(shards: Shards) -> list[tuple[int, int]]:
+    n_shards = len(shards.infos)
+    largest = max((info.n_examples for info in shards.infos), default=0)
+    step = max(1, _ITEM_TOKENS // max(1, largest * shards.tokens_per_example))
+    return [(i, min(i + step, n_shards)) for i in range(0, n_shards, step)]
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@
     seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
     claims/<key>/<number>.json    who processes this state with this config, see `claims`
     processed/<key>.json          written last: this state was processed with this config
+    jobs/<key>/<owner>/           what a pipeline run does with it, see `jobs`
 <root>/datasets/runs/<owner>.json     what a pipeline run took on, and how and why it ended
 """
 
@@ -50,17 +51,17 @@ class Dataset(tp.NamedTuple):
 
     @classmethod
     def from_dict(cls, raw: tp.Any) -> tp.Self:
-        """From a step's parameter. Raises ConfigError that says what it lacks."""
+        """From a record. Raises ConfigError that says what it lacks."""
         if not isinstance(raw, dict) or not all(isinstance(raw.get(f), str) for f in cls._fields):
             raise ConfigError(
-                f"--dataset is {raw!r}; expected an object of `saev step discover` with the texts "
+                f"A dataset is recorded as {raw!r}; expected an object with the texts "
                 f"{', '.join(cls._fields)}."
             )
         for field in ("name", "fingerprint", "key"):  # file names are made of them
             if not storage.is_file_name(raw[field]):
                 raise ConfigError(
-                    f"--dataset has the {field} {raw[field]!r}; expected a name without slashes, "
-                    "as `saev step discover` gives it."
+                    f"A dataset is recorded with the {field} {raw[field]!r}; expected a name "
+                    "without slashes, as `saev step discover` gives it."
                 )
         return cls(**{field: raw[field] for field in cls._fields})
 

@@ -7,17 +7,17 @@ import typing as tp
 
 from saev import storage
 from saev.config import steps as cfgs
-from saev.config.stages import Stages
+from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
-from saev.inference.results import Results
 from saev.progress import Progress
-from saev.steps import advice, check, claims, discover, outputs
-from saev.steps.discover import Dataset
+from saev.steps import advice, check, claims, discover, jobs, outputs, show
+from saev.steps.jobs import Item, Job, Plan
 from saev.visuals import overview
 
-logger = logging.getLogger(__name__)
+if tp.TYPE_CHECKING:
+    from saev.shards import Shards
 
-Item = dict[str, tp.Any]
+logger = logging.getLogger(__name__)
 
 
 def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
@@ -40,31 +40,17 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         return _outcome(cfg)
     if isinstance(cfg, cfgs.CheckStep):
         return check.run(cfg.root, cfg.dataset)
-    dataset = Dataset.from_dict(cfgs.parse_json(cfg.dataset, "--dataset"))
-    work = _WORK[type(cfg)]
+    job, work = jobs.read(cfg.job), _WORK[type(cfg)]
     with contextlib.ExitStack() as stack:
-        if cfg.owner:
-            place = discover.claims_of(cfg.root, dataset)
-            holding = stack.enter_context(claims.held(place, cfg.owner))
+        if job.owner:
+            place = discover.claims_of(job.root, job.dataset)
+            holding = stack.enter_context(claims.held(place, job.owner))
             progress.safe_point, progress.may_publish = holding.check, holding.look
         try:
-            return work(cfg, dataset, progress)
+            return work(cfg, job, progress)
         except SaevError as err:
             advice.for_config(err, *_TABLES.get(type(cfg), ()))
             raise
-
-
-def _stages(cfg: cfgs.DatasetStep, dataset: Dataset, device: str = "") -> Stages:
-    """The stages' configs, recording on another device if one is given."""
-    stages = cfg.stages(dataset.url, dataset.version)
-    if not device:
-        return stages
-    return stages._replace(shards=stages.shards.model_copy(update={"device": device}))
-
-
-def _parts(n: int, name: str = "", **more: str) -> list[Item]:
-    """One item per part."""
-    return [{"name": f"{name}part {i} of {n}", **more, "part": f"{i}/{n}"} for i in range(1, n + 1)]
 
 
 # --- Which datasets ------------------------------------------------------------------------------
@@ -88,9 +74,10 @@ def _discover(cfg: cfgs.DiscoverStep) -> list[str]:
             limit=cfg.max_datasets,
         )
     logger.info("%d dataset%s to process.", len(found), "" if len(found) == 1 else "s")
-    raw = [dataset._asdict() for dataset in found]
-    outputs.write_parameter(cfg.to_first, raw[0] if raw else {})
-    outputs.write_items(cfg.to_datasets, raw)
+    raw = cfgs.parse_json(cfg.config, "--config")
+    made = [jobs.make(cfg.root, cfg.owner, raw, dataset) for dataset in found]
+    outputs.write_parameter(cfg.to_job, made[0] if made else "")
+    outputs.write_parameter(cfg.to_jobs, made)
     return [dataset.url or dataset.name for dataset in found]
 
 
@@ -108,63 +95,69 @@ def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
 # --- Activations ---------------------------------------------------------------------------------
 
 
-def _plan_shards(cfg: cfgs.PlanShardsStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
 
     del progress
-    # Shapes and checksums do not depend on the device, and a planning pod has no GPU.
-    recording = extract.Recording(_stages(cfg, dataset, device="cpu").shards)
-    items: list[Item] = []
+    recording = extract.Recording(_on_cpu(job))
+    n = 0
     if not recording.published:
         recording.prepare()
-        items = _parts(min(cfg.n_parts, recording.metadata.n_shards))
+        n = min(cfg.n_parts, recording.metadata.n_shards)
+    parts = [{"name": f"part {i} of {n}", "part": f"{i}/{n}"} for i in range(1, n + 1)]
     logger.info(
         "%s: %d images in %d shards, %d parts to record.",
-        recording.url, recording.metadata.n_examples, recording.metadata.n_shards, len(items),
+        recording.url, recording.metadata.n_examples, recording.metadata.n_shards, n,
     )  # fmt: skip
-    outputs.write_parameter(cfg.to_shards, recording.url)
-    outputs.write_items(cfg.to_items, items)
+    slots = jobs.cut(parts, cfg.n_parts)
+    jobs.write_plan(job, "plan", Plan(storage.name(recording.url), [], {"extract": slots}))
+    outputs.write_items(cfg.to_extract, jobs.numbered(slots))
     return [recording.url]
 
 
-def _extract(cfg: cfgs.ExtractStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _on_cpu(job: Job) -> ShardsConfig:
+    """For pods that have no GPU; shapes and checksums do not depend on the device."""
+    return job.stages().shards.model_copy(update={"device": "cpu"})
+
+
+def _extract(cfg: cfgs.ExtractStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
 
-    item = _item(cfg.item, "part")
-    shards_cfg = _stages(cfg, dataset).shards.model_copy(update={"part": item["part"]})
-    recording = extract.Recording(shards_cfg)
-    _check_same(cfg.shards, recording.url, dataset)
-    return [recording.run(progress)]
+    plan, shards = jobs.read_plan(job, "plan"), job.stages().shards
+
+    def record(item: Item) -> list[str]:
+        recording = extract.Recording(shards.model_copy(update={"part": item["part"]}))
+        _check_same(job.shards(plan), recording.url, job)
+        return [recording.run(progress)]
+
+    return jobs.each(_items(cfg, plan, "extract"), record, progress)
 
 
-def _publish(cfg: cfgs.PublishStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
     from saev.shards import Shards
 
-    recording = extract.Recording(_stages(cfg, dataset, device="cpu").shards)
-    _check_same(cfg.shards, recording.url, dataset)
+    recording = extract.Recording(_on_cpu(job))
+    _check_same(job.shards(jobs.read_plan(job, "plan")), recording.url, job)
     if not recording.published:  # what is complete was checked when it was published
-        discover.check_unchanged(dataset)
-    url = recording.finish(progress)
-    shards = Shards.open(url)
-    metadata = shards.metadata
-    figures = {
-        "n_examples": shards.n_examples,
-        "n_tokens": shards.n_examples * shards.tokens_per_example,
-        "n_layers": len(metadata.layers),
-        "d_model": metadata.d_model,
-        "n_shards": len(shards.infos),
-        "gigabytes": sum(storage.size(storage.join(url, i.name)) for i in shards.infos) / 1e9,
-    }
-    outputs.write_metrics(cfg.executor_input, figures)
-    outputs.write_parameter(cfg.to_shards, url)
-    return [url]
+        discover.check_unchanged(job.dataset)
+    shards = Shards.open(recording.finish(progress))
+    outputs.write_metrics(cfg.executor_input, show.of_shards(shards))
+    plan = _plan_saes(job, shards, cfg.n_parts)
+    jobs.write_plan(job, "publish", plan)
+    for step, place in (
+        ("train", cfg.to_train),
+        ("infer", cfg.to_infer),
+        ("summarise", cfg.to_summarise),
+    ):
+        outputs.write_items(place, jobs.numbered(plan.slots[step]))
+    return [shards.url, *map(job.run, plan.runs)]
 
 
-def _check_same(planned: str, found: str, dataset: Dataset) -> None:
+def _check_same(planned: str, found: str, job: Job) -> None:
     if storage.normalize(planned) != storage.normalize(found):
         raise ConfigError(
-            f"The activations of {dataset.url or dataset.name} would go to {found}, but "
+            f"The activations of {job.dataset.url or job.dataset.name} would go to {found}, but "
             f"{planned} was planned: the dataset, the weights or the version of saev changed in "
             "between. Submit it again."
         )
@@ -173,155 +166,157 @@ def _check_same(planned: str, found: str, dataset: Dataset) -> None:
 # --- SAEs ----------------------------------------------------------------------------------------
 
 
-def _plan_training(cfg: cfgs.PlanTrainingStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _plan_saes(job: Job, shards: "Shards", n_slots: int) -> Plan:
+    """What there is to train, to measure and to draw; all of it is known before training."""
+    from saev import inference, train, visuals
     from saev.train.members import Group, unpublished
 
-    del progress
-    groups = [Group.from_item(item) for item in _groups(cfg, _stages(cfg, dataset))]
-    items: list[Item] = []
-    missing = {m.run_id for m in unpublished([m for group in groups for m in group.members])}
+    stages = job.stages()
+    training = stages.training(shards.url)
+    groups = [Group.from_item(item) for item in train.plan(training, table=stages.sweep)]
+    members = [member for group in groups for member in group.members]
+    missing = {member.run_id for member in unpublished(members)}
+    if not missing:
+        train.finish(training, table=stages.sweep)  # removes what killed workers left
+
+    to_train, costs = [], []
     for i, group in enumerate(groups, start=1):
         n_missing = sum(member.run_id in missing for member in group.members)
         if n_missing:
             name = f"group {i} of {len(groups)}: {n_missing} of {len(group.members)} SAEs"
             runs = [member.run_id for member in group.members]
-            items.append({"name": name, "group": group.group_id, "runs": runs})
-    n_saes = sum(len(group.members) for group in groups)
-    logger.info("%d SAEs in %d groups, %d groups to train.", n_saes, len(groups), len(items))
-    outputs.write_items(cfg.to_items, items)
-    return [member.url for group in groups for member in group.members]
+            to_train.append({"name": name, "group": group.group_id, "runs": runs})
+            costs.append(float(n_missing))
+
+    to_measure, to_draw = [], []
+    for member in members:
+        measured = ""
+        if member.run_id not in missing:
+            measured = inference.find(stages.measuring(member.url, shards.url))
+        if not measured:
+            to_measure.append(member)
+        if not measured or not visuals.find(stages.showing(member.url, shards.url, measured)):
+            to_draw.append({"name": f"SAE {member.run_id}", "run": member.run_id})
+
+    n = jobs.n_pieces(len(to_measure), n_slots, inference.n_pieces(shards))
+    passes = [
+        {"name": f"SAE {m.run_id}, part {i} of {n}", "run": m.run_id, "part": f"{i}/{n}"}
+        for m in to_measure
+        for i in range(1, n + 1)
+    ]
+    logger.info(
+        "%d SAEs in %d groups: %d groups to train, %d SAEs to measure, %d to draw.",
+        len(members), len(groups), len(to_train), len(to_measure), len(to_draw),
+    )  # fmt: skip
+    slots = {
+        "train": jobs.cut(to_train, n_slots, costs),
+        "infer": jobs.cut(passes, n_slots),
+        "summarise": jobs.cut(to_draw, n_slots),
+    }
+    return Plan(storage.name(shards.url), [member.run_id for member in members], slots)
 
 
-def _train(cfg: cfgs.TrainStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _train(cfg: cfgs.TrainStep, job: Job, progress: Progress) -> list[str]:
     from saev import train
 
-    stages, wanted = _stages(cfg, dataset), _item(cfg.item, "group")
-    groups = _groups(cfg, stages)
+    stages, plan = job.stages(), jobs.read_plan(job, "publish")
+    training = stages.training(job.shards(plan))
+    groups = train.plan(training, table=stages.sweep)
     members = {member["run_id"]: member for group in groups for member in group["members"]}
-    # Items of version 0.1.0 do not name their runs.
-    named = {group["group"]: [m["run_id"] for m in group["members"]] for group in groups}
-    runs = wanted.get("runs") or named.get(wanted["group"])
-    if not runs or not members.keys() >= set(runs):
-        raise ConfigError(
-            f"There is no group {wanted['group']}: the config or the version of saev changed since "
-            "it was planned. Submit the dataset again."
-        )
-    item = {"group": wanted["group"], "members": [members[run_id] for run_id in runs]}
-    return train.work(stages.training(cfg.shards), item, progress)
 
+    def work(item: Item) -> list[str]:
+        if not members.keys() >= set(item["runs"]):
+            raise ConfigError(
+                f"There is no group {item['group']}: the config or the version of saev changed "
+                "since it was planned. Submit the dataset again."
+            )
+        group = {"group": item["group"], "members": [members[run_id] for run_id in item["runs"]]}
+        return train.work(training, group, progress)
 
-def _groups(cfg: cfgs.ShardsStep, stages: Stages) -> list[Item]:
-    from saev import train
-
-    return train.plan(stages.training(cfg.shards), table=stages.sweep)
+    return jobs.each(_items(cfg, plan, "train"), work, progress)
 
 
 # --- What they learned ---------------------------------------------------------------------------
 
 
-def _plan_inference(cfg: cfgs.PlanInferenceStep, dataset: Dataset, progress: Progress) -> list[str]:
-    from saev import inference, train
-
-    del progress
-    stages = _stages(cfg, dataset)
-    runs = train.finish(stages.training(cfg.shards), table=stages.sweep)
-    items: list[Item] = []
-    for run_url in runs:
-        measuring = stages.measuring(run_url, cfg.shards)
-        if inference.find(measuring):
-            continue
-        n_parts = min(cfg.n_parts, len(inference.plan(measuring)))
-        items += _parts(n_parts, f"SAE {storage.name(run_url)}, ", run=run_url)
-    logger.info("%d SAEs, %d parts to measure.", len(runs), len(items))
-    outputs.write_parameter(cfg.to_runs, runs)
-    outputs.write_items(cfg.to_items, items)
-    return runs
-
-
-def _infer(cfg: cfgs.InferStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _infer(cfg: cfgs.InferStep, job: Job, progress: Progress) -> list[str]:
     from saev import inference
 
-    item = _item(cfg.item, "run", "part")
-    measuring = _stages(cfg, dataset).measuring(item["run"], cfg.shards)
-    return [inference.run(measuring.model_copy(update={"part": item["part"]}), progress=progress)]
+    stages, plan = job.stages(), jobs.read_plan(job, "publish")
+
+    def measure(item: Item) -> list[str]:
+        measuring = stages.measuring(job.run(item["run"]), job.shards(plan))
+        part = measuring.model_copy(update={"part": item["part"]})
+        return [inference.run(part, progress=progress)]
+
+    return jobs.each(_items(cfg, plan, "infer"), measure, progress)
 
 
-def _summarise(cfg: cfgs.SummariseStep, dataset: Dataset, progress: Progress) -> list[str]:
+def _summarise(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
     from saev import inference, visuals
 
-    stages = _stages(cfg, dataset)
-    measuring = stages.measuring(cfg.run, cfg.shards).model_copy(update={"device": "cpu"})
-    measured = inference.finish(measuring, progress)
-    showing = stages.showing(cfg.run, cfg.shards, measured)
-    index = visuals.run(showing, progress=progress)
-    outputs.write_metrics(cfg.executor_input, _figures(Results.open(measured).metrics))
+    stages, plan = job.stages(), jobs.read_plan(job, "publish")
+    shown, shards = show.Saes(), job.shards(plan)
+
+    def summarise(item: Item) -> list[str]:
+        run_url = job.run(item["run"])
+        measuring = stages.measuring(run_url, shards).model_copy(update={"device": "cpu"})
+        measured = inference.finish(measuring, progress)
+        showing = stages.showing(run_url, shards, measured)
+        index = visuals.run(showing, progress=progress)
+        shown.add(item["run"], measured, lambda n: visuals.book(showing, n))
+        return [measured, index]
+
+    made = jobs.each(_items(cfg, plan, "summarise"), summarise, progress)
+    outputs.write_metrics(cfg.executor_input, shown.figures())
     if cfg.to_page:
-        outputs.write_page(cfg.to_page, visuals.book(showing))
-    return [measured, index]
+        outputs.write_page(cfg.to_page, shown.page())
+    return made
 
 
-_SHOWN = (
-    "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
-    "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
-)  # fmt: skip
-"""Keys of metrics.json; the last four only where there are labels."""
-
-
-def _figures(metrics: tp.Mapping[str, tp.Any]) -> dict[str, float]:
-    return {k: metrics[k] for k in _SHOWN if isinstance(metrics.get(k), int | float)}
-
-
-def _report(cfg: cfgs.ReportStep, dataset: Dataset, progress: Progress) -> list[str]:
-    runs = cfgs.parse_json(cfg.runs, "--runs")
-    shards = storage.name(cfg.shards)
-    sections = [s for s in overview.collect(cfg.root, runs) if s.shards == shards]
+def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
+    plan = jobs.read_plan(job, "publish")
+    runs = [job.run(name) for name in plan.runs]
+    sections = [s for s in overview.collect(job.root, runs) if s.shards == plan.shards]
     rows = [row for section in sections for row in section.rows]
     missing = set(runs) - {row.run for row in rows}
     if missing:
         raise StorageError(
-            f"{len(missing)} of {len(runs)} SAEs have no results on {shards}, such as "
+            f"{len(missing)} of {len(runs)} SAEs have no results on {plan.shards}, such as "
             f"{min(missing)}. Retry the run: what is done is skipped."
         )
     progress.publish_point()
-    url = overview.write(cfg.root)
+    url = overview.write(job.root)
     outputs.write_page(cfg.to_page, overview.render(sections))
     best = min(overview.nmse_of(row.metrics) for row in rows)
     figures = {"n_saes": len(rows)} | ({"best_normalized_mse": best} if math.isfinite(best) else {})
     outputs.write_metrics(cfg.executor_input, figures)
-    details = {"shards": cfg.shards, "runs": runs, "page": url}
-    if cfg.owner:
+    details = {"shards": job.shards(plan), "runs": runs, "page": url}
+    if job.owner:
         progress.publish_point()
-        discover.mark_processed(cfg.root, dataset, cfg.owner, details)
+        discover.mark_processed(job.root, job.dataset, job.owner, details)
     return [url]
 
 
-def _item(text: str, *keys: str) -> Item:
-    item = cfgs.parse_json(text, "--item")
-    if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in keys):
-        raise ConfigError(f"--item is {text}; expected an object with {', '.join(keys)}.")
-    logger.info("%s", item.get("name", ""))
-    return item
+def _items(cfg: cfgs.SlotStep, plan: Plan, step: str) -> list[Item]:
+    return jobs.items_of(plan, step, cfgs.parse_json(cfg.slot, "--slot"))
 
 
-_WORK: dict[type, tp.Callable[[tp.Any, Dataset, Progress], list[str]]] = {
-    cfgs.PlanShardsStep: _plan_shards,
+_WORK: dict[type, tp.Callable[[tp.Any, Job, Progress], list[str]]] = {
+    cfgs.PlanStep: _plan,
     cfgs.ExtractStep: _extract,
     cfgs.PublishStep: _publish,
-    cfgs.PlanTrainingStep: _plan_training,
     cfgs.TrainStep: _train,
-    cfgs.PlanInferenceStep: _plan_inference,
     cfgs.InferStep: _infer,
     cfgs.SummariseStep: _summarise,
     cfgs.ReportStep: _report,
 }
 
 _TABLES: dict[type, tuple[str, ...]] = {
-    cfgs.PlanShardsStep: ("shards",),
+    cfgs.PlanStep: ("shards",),
     cfgs.ExtractStep: ("shards",),
-    cfgs.PublishStep: ("shards",),
-    cfgs.PlanTrainingStep: ("train",),
+    cfgs.PublishStep: ("shards", "train", "inference"),
     cfgs.TrainStep: ("train",),
-    cfgs.PlanInferenceStep: ("inference", "train"),
     cfgs.InferStep: ("inference",),
     cfgs.SummariseStep: ("inference", "visuals"),
 }

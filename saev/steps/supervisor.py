@@ -28,6 +28,7 @@ from pathlib import Path
 
 import tenacity
 
+from saev.errors import SaevError
 from saev.progress import Progress, log_to
 from saev.steps import last_word, memory
 from saev.steps.last_word import LastWord
@@ -235,6 +236,11 @@ def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
     """Put the last word into storage, or take an earlier one back."""
     flags = dict(itertools.pairwise(words))
     root, owner = flags.get("--root", ""), flags.get("--owner", "")
+    if "--job" in flags:
+        from saev.steps import jobs  # reads configs, which nothing else here needs
+
+        with contextlib.suppress(SaevError):  # a wrong URL is what the step has complained of
+            root, owner = jobs.whose(flags["--job"])
     if words[:1] != ["step"] or not root or not owner or (word and word.kind == "stopped"):
         return
     step, rest = words[1], words[2:]

@@ -3,9 +3,9 @@
 import typing as tp
 
 if tp.TYPE_CHECKING:
-    from saev.visuals.stage import book, finish, plan, run, work
+    from saev.visuals.stage import book, find, finish, plan, run, work
 
-__all__ = ["book", "finish", "plan", "run", "work"]
+__all__ = ["book", "find", "finish", "plan", "run", "work"]
 
 
 def __getattr__(name: str) -> tp.Any:

@@ -81,6 +81,17 @@ def finish(cfg: VisualsConfig) -> str:
     return _Stage(cfg).finish()
 
 
+def find(cfg: VisualsConfig) -> str:
+    """URL of the page if it is complete and up to date, else "".
+
+    Raises:
+        ConfigError: shards and inference do not fit together.
+        StorageError: one of them is missing.
+    """
+    stage = _Stage(cfg)
+    return stage.index_url if stage.published else ""
+
+
 def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
     """The HTML text of a finished report with its pictures inside, for where it stands alone.
 

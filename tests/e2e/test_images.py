@@ -206,10 +206,10 @@ def test_the_small_image_does_its_steps(docker: Docker, saev_images: Images, dat
     run("step", "check", "--root", "/data/out")
     run(
         *("step", "discover", "--root", "/data/out", "--dataset", "/data/photos"),
-        *("--config", json.dumps(config), "--owner", "me", "--to-datasets", "/data/found.json"),
+        *("--config", json.dumps(config), "--owner", "me", "--to-jobs", "/data/found.json"),
     )
     (found,) = json.loads((data / "found.json").read_text())
-    assert "/data/photos" in str(found)
+    assert found.startswith("/data/out/datasets/photos-")
     run("step", "outcome", "--root", "/data/out", "--owner", "me")
     writable(data / "other")
     writable(data / "other/shards")

@@ -174,7 +174,7 @@ def test_a_step_that_fails_fails_the_run_ten_times_of_ten(
 def test_ctrl_c_stops_the_containers(saev_images: Images, tmp_path: Path) -> None:
     job = make_job(tmp_path, saev_images, str(tmp_path), {})
     process = subprocess.Popen(job.command(), stderr=subprocess.PIPE, text=True, env=job.env)
-    wait_for("plan-shards", process)
+    wait_for("plan", process)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130

@@ -272,7 +272,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _before_training() -> list[list[dict]]:
-    names = ("discover", "plan-shards", "publish", "plan-training")
+    names = ("discover", "plan", "publish")
     return [*(step(name, "SUCCEEDED") for name in names), step("extract", *["SUCCEEDED"] * 8)]
 
 

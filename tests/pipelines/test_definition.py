@@ -218,9 +218,29 @@ def test_failures_are_tried_again_and_nothing_is_cached(ir: Ir) -> None:
 
 def test_loops_have_names_and_limits(ir: Ir) -> None:
     loops = {t.task_info.name: t for _, _, t in ir.tasks() if t.HasField("parameter_iterator")}
-    expected = {"extract-parts", "train-groups", "infer-parts", "summarise-saes"}
+    expected = {"extract-all", "train-all", "infer-all", "summarise-all"}
     assert set(loops) - {"datasets"} == expected
     assert all(t.iterator_policy.parallelism_limit == 8 for t in loops.values())
+
+
+def test_paths_in_the_ui_are_made_of_names(ir: Ir) -> None:
+    keys = {key for _, key, _ in ir.tasks()} | set(ir.spec.components)
+    assert not [key for key in keys if re.search(r"-\d+$", key)]
+    assert {key for key, task in ir.spec.root.dag.tasks.items()} == {"pipeline", "outcome"}
+    for _, key, task in ir.tasks():
+        assert key == task.task_info.name
+
+
+def test_what_is_repeated_for_each_pod_is_small(ir: Ir) -> None:
+    """A description in a component would be stored about ten times for each of its pods."""
+    for name, component in ir.spec.components.items():
+        raw = json_format.MessageToJson(component.input_definitions)
+        assert "description" not in raw, name
+    for _, name, task in ir.tasks():
+        component = ir.spec.components[task.component_ref.name]
+        if component.executor_label and name not in ("discover", "outcome"):
+            words = " ".join(ir.executors[component.executor_label].container.args)
+            assert set(PLACEHOLDER.findall(words)) <= {"job", "slot", "n_parts"}
 
 
 def test_the_outcome_is_recorded_whatever_happens(ir: Ir) -> None:
@@ -236,10 +256,10 @@ def test_everything_waits_for_what_it_reads(ir: Ir) -> None:
         tasks = dag.dag.tasks
         loops = {t.task_info.name: key for key, t in tasks.items() if t.task_info.name}
         for after, before in (
-            ("publish", "extract-parts"),
-            ("plan-inference", "train-groups"),
-            ("summarise-saes", "infer-parts"),
-            ("report", "summarise-saes"),
+            ("publish", "extract-all"),
+            ("infer-all", "train-all"),
+            ("summarise-all", "infer-all"),
+            ("report", "summarise-all"),
         ):
             if after in loops:
                 assert loops[before] in tasks[loops[after]].dependent_tasks

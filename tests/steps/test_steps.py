@@ -5,10 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+from walk import Walk
 
 from saev import cli, storage
-from saev.errors import ConfigError, StorageError
-from saev.steps import advice, check, outputs
+from saev.errors import ConfigError, CorruptDataError, StorageError
+from saev.progress import Progress
+from saev.steps import advice, check, discover, jobs, outputs
+from saev.steps.jobs import Plan
 
 from .places import Place
 
@@ -64,23 +67,21 @@ def test_what_is_no_executor_input(text: str) -> None:
 
 
 def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: Path) -> None:
-    root, to = str(tmp_path / "out"), tmp_path / "kfp"
+    root, to = str(tmp_path / "out"), tmp_path / "output.json"
     file = json.loads(FAKE)
     file["data"] |= {"kind": "fake-img-seg", "n_examples": 12}
     file["train"] = {"n_train": 200, "sae": {"d_sae": 64}}
-    config = tmp_path / "run.json"
-    config.write_text(json.dumps(file | {"visuals": {"n_latents": 0}}))
-    cli.main(["run", "--config", str(config), "--root", root])
-    (run,) = (entry.url for entry in storage.list_dir(f"{root}/runs") if entry.name != "resume")
-    (shards,) = (entry.url for entry in storage.list_dir(f"{root}/shards"))
+    file["visuals"] = {"n_latents": 0}
+    walk = Walk(root, json.dumps(file), tmp_path / "kfp")
+    walk.until("summarise")
     metrics = {"metrics": {"artifacts": [{"name": "metrics", "uri": "x"}]}}
     executor_input = json.dumps({"outputs": {"outputFile": str(to), "artifacts": metrics}})
-    words = ["step", "summarise", "--root", root, "--config", config.read_text()]
-    words += ["--dataset", DATASET, "--shards", shards, "--run", run]
-    cli.main([*words, "--executor-input", executor_input])
+    walk.all_of("summarise", "--executor-input", executor_input)
+    (run,) = (e.name for e in storage.list_dir(f"{root}/runs") if e.name != "resume")
     written = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
     expected = ("normalized_mse", "l0", "n_dead", "mean_average_precision", "purity_at_16")
-    assert written.keys() >= {*expected, "coverage_at_0.3", "probe_r"}
+    wanted = {*expected, "coverage_at_0.3", "probe_r"}
+    assert written.keys() >= {f"{run} {name}" for name in wanted}
 
 
 def test_items_are_texts(tmp_path: Path) -> None:
@@ -95,13 +96,6 @@ def test_no_path_no_output() -> None:
     outputs.write_metrics("", {})
 
 
-DATASET = json.dumps(
-    {"name": "x", "url": "", "fingerprint": "f", "key": "k", "version": "", "marker": ""}
-)
-
-PART = '{"part": "1/1"}'
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -109,19 +103,6 @@ PART = '{"part": "1/1"}'
         (["discover", "--config", '{"shard": {}}'], "shard: unknown key"),
         (["discover", "--config", "{}"], "No images"),
         (["discover", "--config", "{}", "--mode", "incoming"], "needs --dataset"),
-        (["plan-shards", "--config", FAKE, "--dataset", "{}"], "--dataset is {}; expected"),
-        (
-            ["plan-shards", "--config", FAKE, "--dataset", DATASET, "--owner", "nobody"],
-            "Run nobody no longer has the claim",
-        ),
-        (
-            ["extract", "--config", FAKE, "--dataset", DATASET, "--shards", "s", "--item", "{}"],
-            "--item is {}; expected an object with part",
-        ),
-        (
-            ["extract", "--config", FAKE, "--dataset", DATASET, "--shards", "s", "--item", PART],
-            "was planned: the dataset, the weights or the version of saev changed",
-        ),
     ],
 )
 def test_mistakes(
@@ -139,12 +120,11 @@ def test_a_corrupt_image_names_the_key_of_the_config(
     (images / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     config = json.loads(FAKE)
     config["data"] = {"kind": "img-folder", "root": str(tmp_path / "images")}
-    words = ["--root", str(tmp_path / "out"), "--config", json.dumps(config), "--dataset", DATASET]
-    to = tmp_path / "to"
-    cli.main(["step", "plan-shards", *words, "--to-shards", str(to)])
+    walk = Walk(str(tmp_path / "out"), json.dumps(config), tmp_path / "kfp")
+    walk.until("extract")
+    (slot,) = walk.slots("extract")
     capsys.readouterr()
-    item = ["--item", PART, "--shards", to.read_text()]
-    said = fails(capsys, "extract", *words, *item)
+    said = fails(capsys, "extract", "--job", walk.job, "--slot", slot)
     assert "a.png" in said
     assert "with `skip_unreadable = true` under [shards] in the config." in said
     assert "--skip" not in said
@@ -172,39 +152,183 @@ def test_discover_writes_for_kfp_and_prints_for_people(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     place.put("a/1.png")
-    to = tmp_path / "datasets"
-    command = f"step discover --mode incoming --owner run --settle-minutes 0 --to-datasets {to}"
+    to = tmp_path / "jobs"
+    command = f"step discover --mode incoming --owner run --settle-minutes 0 --to-jobs {to}"
     words = [*command.split(), "--config", "{}"]
     cli.main([*words, "--root", place.root, "--dataset", place.incoming])
     assert capsys.readouterr().out.split() == [storage.join(place.incoming, "a")]
-    (dataset,) = json.loads(to.read_text())
-    assert json.loads(dataset)["name"] == "a"
+    (url,) = json.loads(to.read_text())
+    job = jobs.read(url)
+    assert (job.root, job.owner, job.dataset.name) == (place.root, "run", "a")
+    assert jobs.whose(url) == (place.root, "run")
+    (entry,) = storage.list_dir(storage.join(place.root, "datasets", "configs"))
+    assert job.config == entry.url
 
 
-def test_a_training_item_names_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """It means the same SAEs, however groups are formed when its pod starts at last."""
-    root, to = str(tmp_path / "out"), tmp_path / "kfp"
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> jobs.Job:
+    """The job of a config that names its own images."""
+    return jobs.read(Walk(str(tmp_path / "out"), FAKE, tmp_path / "kfp").discover())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--job", "s3://bucket/x.json", "--slot", "{}"], "expected the URL of a job.json"),
+        (["--job", "/datasets/a/jobs/k/o/job.json", "--slot", "{}"], "job.json"),
+        (["--job", "JOB", "--slot", "{"], "--slot is '{', which is not JSON"),
+        (["--job", "JOB", "--slot", "{}"], r"--slot is {}; expected {\"slot\": I} with I from 0"),
+        (["--job", "JOB", "--slot", '{"slot": 1}'], "1 slots are planned"),
+        (["--job", "JOB", "--slot", '{"slot": true}'], "1 slots are planned"),
+    ],
+)
+def test_mistakes_in_a_job(
+    job: jobs.Job, words: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    jobs.write_plan(job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}))
+    argv = [job.url if word == "JOB" else word for word in words]
+    assert message.replace("\\", "") in fails(capsys, "extract", *argv)
+
+
+def test_other_activations_than_planned_are_refused(
+    job: jobs.Job, capsys: pytest.CaptureFixture
+) -> None:
+    jobs.write_plan(job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}))
+    said = fails(capsys, "extract", "--job", job.url, "--slot", '{"slot": 0}')
+    assert "was planned: the dataset, the weights or the version of saev changed" in said
+
+
+def test_a_run_without_its_claim_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    walk = Walk(str(tmp_path / "out"), FAKE, tmp_path / "kfp", owner="first")
+    url = walk.discover()
+    Walk(str(tmp_path / "out"), FAKE, tmp_path / "kfp", owner="second").discover()
+    assert "Run first no longer has the claim" in fails(capsys, "plan", "--job", url)
+
+
+def test_a_damaged_job_is_named(job: jobs.Job) -> None:
+    text = storage.read_text(job.url)
+    storage.write_text(job.url, text.replace('"url":""', '"url":"/x"').replace('": ""', '": "/x"'))
+    with pytest.raises(CorruptDataError, match=r"job\.json"):
+        jobs.read(job.url)
+
+
+@pytest.mark.parametrize("owner", ["../../x", "a/b"])
+def test_the_config_of_a_job_is_one_of_its_root(job: jobs.Job, owner: str) -> None:
+    record = {"owner": "", "dataset": job.dataset._asdict(), "config": owner}
+    storage.write_json(job.url, storage.seal(record))
+    with pytest.raises(ConfigError, match="expected a name without slashes"):
+        jobs.read(job.url)
+
+
+def test_whose_job(tmp_path: Path) -> None:
+    for root in ("s3://bucket", "s3://bucket/a/datasets/jobs", str(tmp_path), "/data"):
+        dataset = discover.Dataset("photos", "s3://x/photos", "f", "k", "", "")
+        folder = storage.join(discover.folder_of(root, dataset), "jobs", "k", "run-1")
+        assert jobs.whose(storage.join(folder, "job.json")) == (root, "run-1")
+
+
+# --- Slots ---------------------------------------------------------------------------------------
+
+
+def test_slots_hold_every_item_once_and_are_few() -> None:
+    items = [{"name": str(i)} for i in range(200)]
+    for n in (1, 3, 8, 200, 500):
+        slots = jobs.cut(items, n)
+        assert len(slots) == min(n, 200)
+        assert sorted(int(i["name"]) for slot in slots for i in slot) == list(range(200))
+        sizes = [len(slot) for slot in slots]
+        assert max(sizes) - min(sizes) <= 1
+        assert jobs.cut(items, n) == slots
+    assert jobs.cut([], 8) == []
+
+
+def test_unequal_costs_are_divided_well() -> None:
+    """Graham (1969): longest first is at most 4/3 - 1/(3n) of the best division."""
+    costs = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    items = [{"name": str(i), "cost": cost} for i, cost in enumerate(costs)]
+    loads = [sum(i["cost"] for i in slot) for slot in jobs.cut(items, 3, costs)]
+    assert sum(loads) == sum(costs)
+    assert max(loads) <= 12 * (4 / 3 - 1 / 9)  # 36 / 3
+
+
+@pytest.mark.parametrize(
+    ("n_saes", "n_slots", "most", "expected"),
+    [
+        (200, 8, 64, 1),  # 25 each
+        (1, 8, 64, 8),
+        (2, 8, 64, 4),
+        (1, 8, 3, 3),  # a pass cannot be cut more finely
+        (3, 2, 64, 2),  # 2 and 1 would be uneven
+        (20, 8, 64, 2),  # 5 halves each
+        (0, 8, 64, 1),
+    ],
+)
+def test_passes_are_cut_no_more_than_even_slots_need(
+    n_saes: int, n_slots: int, most: int, expected: int
+) -> None:
+    assert jobs.n_pieces(n_saes, n_slots, most) == expected
+
+
+def test_one_that_fails_for_good_does_not_keep_the_others(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def work(item: jobs.Item) -> list[str]:
+        if item["name"] == "bad":
+            raise ConfigError("it is bad")
+        done.append(item["name"])
+        return [item["name"]]
+
+    items = [{"name": name} for name in ("a", "bad", "b")]
+    with pytest.raises(ConfigError, match="it is bad"):
+        jobs.each(items, work, Progress(quiet=True))
+    assert done == ["a", "b"]
+
+
+def test_what_may_pass_ends_the_slot_at_once() -> None:
+    done: list[str] = []
+
+    def work(item: jobs.Item) -> list[str]:
+        done.append(item["name"])
+        error = StorageError("away")
+        error.passing = True
+        raise error
+
+    with pytest.raises(StorageError, match="away"):
+        jobs.each([{"name": "a"}, {"name": "b"}], work, Progress(quiet=True))
+    assert done == ["a"]
+
+
+def test_a_slot_holds_many_saes(tmp_path: Path) -> None:
+    """Of two groups and three SAEs, one pod does all of each step; it shows each SAE by name."""
+    root = str(tmp_path / "out")
     file = json.loads(FAKE)
     file["data"]["n_examples"] = 12
-    file["train"] = {"n_train": 200, "device": "cpu", "sae": {"d_sae": 64}}
-    config = json.dumps(file | {"sweep": {"sae.activation.top_k": [2, 3, 4]}})
-    words = ["--root", root, "--config", config, "--dataset", DATASET]
-    cli.main(["step", "plan-shards", *words, "--to-shards", str(to), "--to-items", str(to) + "2"])
-    shards = to.read_text()
-    for item in json.loads(Path(str(to) + "2").read_text()):
-        cli.main(["step", "extract", *words, "--shards", shards, "--item", item])
-    cli.main(["step", "publish", *words, "--shards", shards])
-    words += ["--shards", shards]
-    cli.main(["step", "plan-training", *words, "--to-items", str(to)])
-    (text,) = json.loads(to.read_text())
-    item = json.loads(text)
-    other = {"group": "000000000000", "runs": item["runs"][1:]}
-    cli.main(["step", "train", *words, "--item", json.dumps(other)])
-    done = {e.name for e in storage.list_dir(f"{root}/runs") if e.is_dir}
-    assert done == set(item["runs"][1:])
-    old = {"group": item["group"], "name": "of version 0.1.0"}
-    cli.main(["step", "train", *words, "--item", json.dumps(old)])
-    assert {e.name for e in storage.list_dir(f"{root}/runs")} == set(item["runs"])
-    wrong = {"group": item["group"], "runs": ["0" * 12]}
-    capsys.readouterr()
-    assert "There is no group" in fails(capsys, "train", *words, "--item", json.dumps(wrong))
+    file["train"] = {"n_train": 200, "device": "cpu", "max_parallel": 2, "sae": {"d_sae": 64}}
+    file["visuals"] = {"n_latents": 1, "log_freq_range": [-9, 0], "log_value_range": [-9, 9]}
+    file["sweep"] = {"sae.activation.top_k": [2, 3, 4]}
+    walk = Walk(root, json.dumps(file), tmp_path / "kfp")
+    walk.until("summarise", "--n-parts", "1")
+    assert [len(walk.slots(name)) for name in ("train", "infer", "summarise")] == [1, 1, 1]
+    runs = {e.name for e in storage.list_dir(f"{root}/runs") if e.is_dir and e.name != "resume"}
+    assert len(runs) == 3
+    to, page = tmp_path / "output.json", tmp_path / "page"
+    artifacts = {k: {"artifacts": [{"name": k, "uri": k}]} for k in ("metrics", "page")}
+    executor_input = json.dumps({"outputs": {"outputFile": str(to), "artifacts": artifacts}})
+    flags = ["--executor-input", executor_input, "--to-page", str(page)]
+    walk.all_of("summarise", *flags)
+    shown = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
+    assert sorted(shown[f"{run} l0"] for run in runs) == [2.0, 3.0, 4.0]
+    html = page.read_text()
+    assert html.startswith("<!doctype html>")
+    assert all(f"<summary>SAE {run}</summary>" in html for run in runs)
+    assert html.count("&lt;!doctype html&gt;") == 3
+    walk.do("report")
+
+    # Nothing to do: no slots, so no pods.
+    walk.until("train")
+    assert [walk.slots(name) for name in ("extract", "train", "infer", "summarise")] == [[]] * 4

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from walk import Walk
 
-from saev import cli
 from saev.steps import last_word, memory, supervisor
 from saev.steps.last_word import LastWord
 from saev.steps.supervisor import Policy, Supervisor
@@ -133,19 +133,11 @@ def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_stopped_step_writes_its_resume_point(tmp_path: Path) -> None:
     """As on a cluster: Argo runs a command in the container, which signals the supervisor."""
     root, config = str(tmp_path / "root"), json.dumps(FAKE)
-    common = ["--root", root, "--config", config, "--owner", "run-1"]
-    to = {name: tmp_path / name for name in ("first", "shards", "items", "groups", "datasets")}
-    step([*common, "--to-first", to["first"], "--to-datasets", to["datasets"]], "discover")
-    common += ["--dataset", to["first"].read_text()]
-    step([*common, "--to-shards", to["shards"], "--to-items", to["items"]], "plan-shards")
-    common += ["--shards", to["shards"].read_text()]
-    (part, *_) = json.loads(to["items"].read_text())
-    step([*common, "--item", part.replace("1/8", "1/1")], "extract")
-    step(common, "publish")
-    step([*common, "--to-items", to["groups"]], "plan-training")
-    (group,) = json.loads(to["groups"].read_text())
+    walk = Walk(root, config, tmp_path / "kfp", owner="run-1")
+    walk.until("train")
+    (slot,) = walk.slots("train")
     process = subprocess.Popen(
-        [*MODULE, "step", "train", *map(str, common), "--item", group],
+        [*MODULE, "step", "train", "--job", walk.job, "--slot", slot],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -169,11 +161,6 @@ def steps_of(root: str) -> list[int]:
     """Steps of the resume points of the one group there is."""
     pointers = Path(root).glob("runs/resume/*/step-*.json")
     return [int(path.stem.split("-")[1]) for path in pointers]
-
-
-def step(flags: list[object], name: str) -> None:
-    """Run a step whose success a test needs."""
-    cli.main(["step", name, *map(str, flags)])
 
 
 def test_success_takes_an_earlier_failure_back(tmp_path: Path) -> None:

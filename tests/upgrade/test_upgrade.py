@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from walk import Walk
 
 import saev
 from saev import cli, storage, train
@@ -18,6 +19,7 @@ from saev.config import TrainConfig
 from saev.errors import ConfigError
 from saev.inference.results import Results
 from saev.shards import Shards
+from saev.steps import jobs
 
 HERE = Path(__file__).parent / "root"
 CONFIG = (HERE / "config.json").read_text()
@@ -39,9 +41,8 @@ def contents(url: str) -> dict[str, bytes]:
     return {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.listing(url)}
 
 
-def step(base: str, name: str, *words: str, owner: str = "firing-2") -> None:
-    root = storage.join(base, "saev")
-    cli.main(["step", name, "--root", root, "--config", CONFIG, "--owner", owner, *words])
+def walk_of(base: str, to: Path) -> Walk:
+    return Walk(storage.join(base, "saev"), CONFIG, to, owner="firing-2")
 
 
 def written(path: Path) -> list[str]:
@@ -70,37 +71,30 @@ TRAINED_ANEW = {"batch-top-k", "jump-relu"}
 
 
 def test_a_schedule_knows_what_it_has_processed(base: str, tmp_path: Path) -> None:
-    to = tmp_path / "datasets"
-    words = ["--mode", "incoming", "--settle-minutes", "0", "--to-datasets", str(to)]
-    step(base, "discover", *words, "--dataset", storage.join(base, "incoming"))
+    to = tmp_path / "jobs"
+    words = ["--mode", "incoming", "--settle-minutes", "0", "--to-jobs", str(to)]
+    walk_of(base, tmp_path).discover(*words, "--dataset", storage.join(base, "incoming"))
     assert written(to) == []
 
 
 def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:
     """Asked for by name, the dataset is processed again: all but what CHANGELOG names is there."""
-    to = tmp_path / "out"
-    words = ["--dataset", storage.join(base, "incoming/first"), "--to-first", str(to)]
-    step(base, "discover", *words)
-    dataset = ["--dataset", to.read_text()]
+    walk = walk_of(base, tmp_path)
+    walk.discover("--dataset", storage.join(base, "incoming/first"))
     old = old_runs(base)
-    step(base, "plan-shards", *dataset, "--to-shards", str(to), "--to-items", str(tmp_path / "i"))
-    shards = to.read_text()
-    assert storage.name(shards) == "50c7c45994c5ded4"
-    assert written(tmp_path / "i") == []
-    step(base, "plan-training", *dataset, "--shards", shards, "--to-items", str(to))
-    items = [json.loads(text) for text in written(to)]
-    assert len(items) == bool(TRAINED_ANEW)
-    words = [*dataset, "--shards", shards]
-    for item in written(to):
-        step(base, "train", *words, "--item", item)
-    step(base, "plan-inference", *words, "--to-runs", str(to), "--to-items", str(tmp_path / "i"))
-    runs = json.loads(to.read_text())
-    assert sorted(kinds(runs)) == ["batch-top-k", "jump-relu", "relu", "top-k"]
-    for kind, run in zip(kinds(runs), runs, strict=True):
+    walk.plan("plan")
+    assert walk.slots("extract") == []
+    walk.plan("publish")
+    plan = jobs.read_plan(jobs.read(walk.job), "publish")
+    assert plan.shards == "50c7c45994c5ded4"
+    assert len(walk.slots("train")) == bool(TRAINED_ANEW)
+    walk.all_of("train")
+    urls = [storage.join(base, "saev/runs", name) for name in plan.runs]
+    assert sorted(kinds(urls)) == ["batch-top-k", "jump-relu", "relu", "top-k"]
+    for kind, run in zip(kinds(urls), urls, strict=True):
         assert (run == old[kind]) == (kind not in TRAINED_ANEW)
-    anew = {storage.name(run) for run in runs} - {storage.name(run) for run in old.values()}
-    measured = {storage.name(json.loads(i)["run"]) for i in written(tmp_path / "i")}
-    assert measured == anew
+    anew = set(plan.runs) - {storage.name(u) for u in old.values()}
+    assert {i["run"] for slot in plan.slots["infer"] for i in slot} == anew
 
 
 def test_saev_run_computes_nothing(

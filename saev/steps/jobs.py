@@ -1,0 +1,244 @@
+"""What a pipeline run does with one dataset, and how it is cut into slots, one for each pod.
+
+<root>/datasets/configs/<hash>.json           a config as it was submitted
+<root>/datasets/<name>-<hash of the URL>/jobs/<key>/<owner>/
+    job.json        dataset, run and config; its URL is all that steps hand to each other
+    plan.json       what there is to record
+    publish.json    what there is to train, to measure and to draw
+
+Kubernetes holds a pipeline run in one object of at most 1 MiB, in which every input of every pod is
+repeated several times. So inputs are short, and the number of pods does not grow with the work: a
+pod gets the number of a slot, looks up its items here, and does them one after the other.
+"""
+
+import heapq
+import logging
+import math
+import typing as tp
+
+from saev import storage
+from saev.config.run import RunFile
+from saev.config.stages import Stages, images_of, resolve
+from saev.errors import ConfigError, SaevError
+from saev.progress import Progress
+from saev.steps import discover, last_word
+from saev.steps.discover import Dataset
+
+logger = logging.getLogger(__name__)
+
+Item = dict[str, tp.Any]
+
+_RESTORE = "Restore it from a copy, or submit the dataset again."
+_NOBODY = "nobody"
+"""Stands for the owner of steps that are run by hand."""
+_DIGITS = 16
+_UNEVEN = 1.1
+"""How much longer than the average the longest slot of measuring may take."""
+
+
+class Job(tp.NamedTuple):
+    """The work on one dataset in one state, for one pipeline run."""
+
+    url: str
+    root: str
+    """URL of the storage root."""
+    owner: str
+    """Id of the pipeline run; "" claims nothing."""
+    dataset: Dataset
+    config: str
+    """URL of the config."""
+
+    def stages(self) -> Stages:
+        """The stages' configs. Raises ConfigError that names a wrong key."""
+        raw = storage.read_sealed(self.config, remedy=_RESTORE).record["config"]
+        file = RunFile.from_dict(raw, source=self.config)
+        images = images_of(file, self.dataset.url, self.dataset.version)
+        return resolve(file, self.root, images, self.config)
+
+    def shards(self, plan: "Plan") -> str:
+        """URL of the shards folder of a plan."""
+        return storage.join(self.root, "shards", plan.shards)
+
+    def run(self, name: str) -> str:
+        """URL of a run folder."""
+        return storage.join(self.root, "runs", name)
+
+
+class Plan(tp.NamedTuple):
+    """What a planning step found."""
+
+    shards: str
+    """Name of the shards folder."""
+    runs: list[str]
+    """Names of all runs of the sweep, in its order; empty before they are planned."""
+    slots: dict[str, list[list[Item]]]
+    """The items of each slot, by the step that does them."""
+
+
+def make(root: str, owner: str, raw_config: tp.Any, dataset: Dataset) -> str:
+    """Write down a job. Returns its URL; equal arguments write the same."""
+    base = storage.normalize(root)
+    digest = storage.content_hash(raw_config, _DIGITS)
+    config = storage.join(base, discover.FOLDER, "configs", f"{digest}.json")
+    if not storage.exists(config):
+        storage.write_json(config, storage.seal({"config": raw_config}))
+    folder = storage.join(discover.folder_of(base, dataset), "jobs", dataset.key, owner or _NOBODY)
+    url = storage.join(folder, "job.json")
+    record = {"owner": owner, "dataset": dataset._asdict(), "config": digest}
+    storage.write_json(url, storage.seal(record))
+    return url
+
+
+def read(url: str) -> Job:
+    """Open a job.
+
+    Raises:
+        ConfigError: it is no job.
+        StorageError: it cannot be read.
+    """
+    root, _ = whose(url)
+    record = storage.read_sealed(url, remedy=_RESTORE).record
+    try:
+        owner, digest = record["owner"], record["config"]
+        dataset = Dataset.from_dict(record["dataset"])
+    except KeyError as err:
+        raise ConfigError(f"{url} has no {err}, so it is no job of `saev step discover`.") from err
+    if not storage.is_file_name(str(digest)):
+        raise ConfigError(f"{url} names the config {digest!r}; expected a name without slashes.")
+    config = storage.join(root, discover.FOLDER, "configs", f"{digest}.json")
+    return Job(url, root, str(owner), dataset, config)
+
+
+def whose(url: str) -> tuple[str, str]:
+    """The storage root that a job belongs to, and the id of its run, both from its URL.
+
+    Raises:
+        ConfigError: it is no URL of a job.
+    """
+    parts = storage.normalize(url).rsplit("/", 6)
+    if len(parts) < 7 or (parts[1], parts[3], parts[6]) != (discover.FOLDER, "jobs", "job.json"):
+        raise ConfigError(
+            f"--job is {url!r}; expected the URL of a job.json, as `saev step discover` gives it."
+        )
+    return parts[0] or "/", "" if parts[5] == _NOBODY else parts[5]
+
+
+# --- Plans ----------------------------------------------------------------------------------------
+
+
+def write_plan(job: Job, step: str, plan: Plan) -> None:
+    """Write down what a planning step found, for the steps after it."""
+    storage.write_json(_place(job, step), storage.seal(plan._asdict()))
+
+
+def read_plan(job: Job, step: str) -> Plan:
+    """What a planning step found. Raises StorageError if it was not there yet."""
+    record = storage.read_sealed(_place(job, step), remedy=_RESTORE).record
+    return Plan(**{field: record[field] for field in Plan._fields})
+
+
+def _place(job: Job, step: str) -> str:
+    return storage.join(storage.parent(job.url), f"{step}.json")
+
+
+def numbered(slots: tp.Sequence[tp.Sequence[Item]]) -> list[Item]:
+    """What a loop runs over: a slot's number, and a name for people."""
+    found = []
+    for i, items in enumerate(slots):
+        more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+        found.append({"slot": i, "name": f"{items[0]['name']}{more}"})
+    return found
+
+
+def items_of(plan: Plan, step: str, raw: tp.Any) -> list[Item]:
+    """The items of a slot.
+
+    Args:
+        plan: the plan.
+        step: which step's slots.
+        raw: one of :func:`numbered`'s.
+
+    Raises:
+        ConfigError: there is no such slot.
+    """
+    slots, number = plan.slots.get(step, []), raw.get("slot") if isinstance(raw, dict) else None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(slots):
+        raise ConfigError(
+            f'--slot is {raw!r}; expected {{"slot": I}} with I from 0 to {len(slots) - 1}: '
+            f"{len(slots)} slots are planned."
+        )
+    return slots[number]
+
+
+# --- Slots ----------------------------------------------------------------------------------------
+
+
+def cut(items: tp.Sequence[Item], n: int, costs: tp.Sequence[float] | None = None) -> list:
+    """Items in at most n slots of about equal cost; equal arguments give equal slots.
+
+    The most expensive item comes first, and each goes to the slot that costs least so far (Graham's
+    rule: the longest slot takes at most 4/3 of the time of the best division).
+
+    Args:
+        items: in any order.
+        n: most slots.
+        costs: of each item; by default all cost the same.
+    """
+    costs = costs or [1.0] * len(items)
+    slots: list[list[int]] = [[] for _ in range(min(n, len(items)))]
+    loads = [(0.0, i) for i in range(len(slots))]
+    for k in sorted(range(len(items)), key=lambda k: (-costs[k], k)):
+        load, i = heapq.heappop(loads)
+        slots[i].append(k)
+        heapq.heappush(loads, (load + costs[k], i))
+    return [[items[k] for k in sorted(slot)] for slot in slots]
+
+
+def n_pieces(n_passes: int, n_slots: int, most: int) -> int:
+    """In how many pieces each pass is cut, so that slots of whole pieces are about equal.
+
+    Few pieces are better, since each of them opens an SAE and its activations.
+
+    Args:
+        n_passes: passes over the activations, one of each SAE.
+        n_slots: slots.
+        most: most pieces that a pass can be cut into.
+    """
+    for n in range(1, min(n_slots, most)):
+        longest = math.ceil(n_passes * n / n_slots)
+        if longest * n_slots <= _UNEVEN * n_passes * n:
+            return n
+    return min(n_slots, most)
+
+
+def each(
+    items: tp.Sequence[Item], work: tp.Callable[[Item], list[str]], progress: Progress
+) -> list[str]:
+    """Do items one after the other.
+
+    One that can never succeed does not keep the others of its slot from being done.
+
+    Returns:
+        URLs of all that was made.
+
+    Raises:
+        SaevError: the first item that failed for good, after the others; or one whose failure may
+            pass, at once.
+    """
+    made: list[str] = []
+    failures: list[SaevError] = []
+    for item in items:
+        progress.safe_point()
+        logger.info("%s", item["name"])
+        try:
+            made += work(item)
+        except SaevError as err:
+            progress.safe_point()  # where the claim is lost, the others are not ours either
+            if last_word.of(err).kind != "permanent":
+                raise
+            failures.append(err)
+            if item is not items[-1]:
+                logger.error("%s failed, and others go on: %s", item["name"], err)
+    if failures:
+        raise failures[0]
+    return made
