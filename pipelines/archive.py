@@ -38,7 +38,7 @@ def logs(kfp: Kfp, run: tp.Any, step: str) -> collections.abc.Iterator[Kept]:
         ClusterError: KFP does not serve logs at this address.
     """
     for name in steps.STEPS:
-        if step in ("", name, steps.COMPONENTS.get(name)):
+        if step in ("", name, "plan" if name in steps.EARLIER else name):
             for node in _nodes(run, name):
                 if text := _log(kfp, run.run_id, node):
                     yield Kept(name, node, text)
