@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from saev import storage
 from saev.errors import CorruptDataError, StorageError
+from saev.storage import deleting
 
 MB = 1 << 20
 
@@ -238,6 +239,19 @@ def test_check_writable_leaves_nothing(root: str) -> None:
     storage.write_bytes(storage.join(root, "x"), b"")
     storage.check_writable(root)
     assert [storage.name(u) for u in storage.find(root)] == ["x"]
+
+
+def test_check_writable_deletes_what_a_killed_process_left(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(storage.join(root, "x"), b"")
+    with monkeypatch.context() as killed:
+        killed.setattr(deleting, "clean_up", lambda url: None)
+        storage.check_writable(root)
+    assert len(storage.listing(root, temporary=True)) == 2
+    storage.check_writable(root)
+    assert [found.key for found in storage.listing(root, temporary=True)] == ["x"]
+
 
 
 def test_concurrent_writers_of_one_object_leave_one_whole(root: str) -> None:

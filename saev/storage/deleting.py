@@ -5,7 +5,6 @@ import fcntl
 import logging
 import os
 import typing as tp
-import uuid
 from pathlib import Path
 
 from fsspec.core import has_magic
@@ -121,7 +120,10 @@ def _remove_temporary(path: Path) -> None:
 
 
 def check_writable(url: str | os.PathLike) -> None:
-    """Fail now, with one clear error, if nothing can be written below ``url``."""
-    probe = join(url, f"{TMP_PREFIX}probe-{uuid.uuid4().hex[:12]}")
+    """Fail now, with one clear error, if nothing can be written below ``url``.
+
+    All processes write the same name. So what a killed one leaves, the next one deletes.
+    """
+    probe = join(url, f"{TMP_PREFIX}probe")
     write_bytes(probe, b"")
     clean_up(probe)
