@@ -65,7 +65,8 @@ class Forker:
         """Wait for the end of a process."""
         status = self._ask({"ask": "wait", "pid": pid})
         out, err = (Path(self._folder.name) / f"{pid}.{end}" for end in ("out", "err"))
-        return Ended(status, out.read_text(), err.read_text())
+        # A process that is killed before its first statement has not made its files.
+        return Ended(status, *(f.read_text() if f.exists() else "" for f in (out, err)))
 
     def run(self, argv: Sequence[str], *, die_at: int | None = None) -> Ended:
         """Start and wait."""

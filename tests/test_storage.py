@@ -253,7 +253,6 @@ def test_check_writable_deletes_what_a_killed_process_left(
     assert [found.key for found in storage.listing(root, temporary=True)] == ["x"]
 
 
-
 def test_concurrent_writers_of_one_object_leave_one_whole(root: str) -> None:
     url = storage.join(root, "raced.bin")
     barrier = threading.Barrier(4)
