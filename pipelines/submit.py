@@ -77,8 +77,8 @@ def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
         if certainty:
             logger.warning(
                 "Run %s (%s) %s this dataset with this config. The new run takes it over: the "
-                "other stops at its next safe point, as failed, and is not to be retried. What it "
-                "has finished is used. `make cancel RUN=%s` stops it at once.",
+                "other stops at its next safe point and fails; its supervisor does not try again. "
+                "What it has finished is used. `make cancel RUN=%s` stops it at once.",
                 run.display_name,
                 run.run_id,
                 certainty,
