@@ -26,6 +26,7 @@ from conformance.cluster import Cluster  # noqa: E402
 from conformance.table import Check, Failed, Table  # noqa: E402
 from pipelines import doctor, settings  # noqa: E402
 from pipelines.connect import connect  # noqa: E402
+from saev import interrupts  # noqa: E402
 from saev.console import Console  # noqa: E402
 from saev.errors import ConfigError, SaevError  # noqa: E402
 
@@ -58,6 +59,7 @@ def main() -> int:
         return chosen and not (args.skip and name.startswith(tuple(args.skip)))
 
     table = Table(say, wanted, started + 60 * minutes)
+    interrupts.unwind()
     try:
         found = settings.load({})
         if not found.image or not found.root:
@@ -66,7 +68,7 @@ def main() -> int:
                 "(configs/cluster.example.toml), until `make doctor` is content."
             )
         with connect(found) as kfp:
-            cluster = Cluster(kfp, say)
+            cluster = Cluster(kfp, table.stopped)
             for line in facts.lines(cluster):
                 say(line)
             say(f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {cluster.base}\n")

@@ -27,7 +27,6 @@ T = tp.TypeVar("T")
 POLL_SECONDS = 2.0
 NAME = "saev-conformance"
 LABEL = f"{NAME}/run"
-PIPELINES = ("saev", "saev-incoming")
 
 
 class Cluster:
@@ -35,10 +34,10 @@ class Cluster:
 
     Args:
         kfp: the connection.
-        say: takes a line about progress.
+        stopped: is set when waiting has no sense any more.
     """
 
-    def __init__(self, kfp: Kfp, say: collections.abc.Callable[[str], None]):
+    def __init__(self, kfp: Kfp, stopped: threading.Event):
         self.id = secrets.token_hex(3)
         self.base = storage.join(kfp.settings.root, f"{NAME}-{self.id}")
         self.settings = kfp.settings.model_copy(
@@ -47,13 +46,14 @@ class Cluster:
                 "root": storage.join(self.base, "out"),
             }
         )
+        self.stopped = stopped
         self.kfp = kfp
         self.kfp.settings = self.settings
         self.kube = Kube(self.settings)
         self.namespace = kfp.pods
-        self.say = say
         self.run_ids: list[str] = []
-        self._versions = {name: self._versions_of(name) for name in PIPELINES}
+        self._uploaded: set[submit.Version] = set()
+        self._new_pipelines: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -94,6 +94,7 @@ class Cluster:
     def submit(self, name: str, dataset: str, config: str, *, pairs: tp.Sequence[str] = ()) -> str:
         """`make submit`, without a look at the storage from here. Returns the run's id."""
         job = self.job("saev", dataset, config, pairs)
+        self.upload(job)
         run_id = submit.start(self.kfp, job, f"{name}-{self.id}").run_id
         self.run_ids.append(run_id)
         return run_id
@@ -115,6 +116,17 @@ class Cluster:
                 pipeline, self.settings, dataset=dataset, config=config,
                 pairs=[*chosen, *pairs], extra=extra,
             )  # fmt: skip
+
+    def upload(self, job: prepare.Job) -> None:
+        """Upload a pipeline, and note what was not there before."""
+        with self._lock:
+            before = self._pipeline(job.compiled.name)
+            had = before is not None and self._has_version(before, job.compiled.digest)
+            version = submit.upload(self.kfp, job.compiled)
+            if before is None:
+                self._new_pipelines.add(version.pipeline_id)
+            if not had:
+                self._uploaded.add(version)
 
     def run(self, run_id: str) -> tp.Any:
         """A run with its tasks."""
@@ -154,7 +166,8 @@ class Cluster:
                     return found
             if time.monotonic() > deadline:
                 raise Failed(f"{otherwise} within {seconds:.0f} s")
-            time.sleep(pause)
+            if self.stopped.wait(pause):
+                raise Failed("interrupted")
 
     # --- Pods ------------------------------------------------------------------------------------
 
@@ -194,10 +207,10 @@ class Cluster:
 
     def python(self, program: str, *args: str) -> tp.Any:
         """Run a program of inside/ in a pod. Returns what its last line says, as JSON."""
-        text = self.pod(["python", "-c", code(program), *args])
+        text = self.pod(["python", "-c", code(program), *args], " ".join((program, *args)))
         return json.loads(text.strip().splitlines()[-1])
 
-    def pod(self, command: tp.Sequence[str], seconds: float = 180.0) -> str:
+    def pod(self, command: tp.Sequence[str], what: str, seconds: float = 180.0) -> str:
         """Run a command in a pod like a step's. Returns what it printed."""
         image = self.settings.cpu_image or self.settings.image
         pod = probe.manifest(self.kube, probe.Trial("", image, tuple(command), True))
@@ -213,7 +226,7 @@ class Cluster:
             self._delete_pod(name)
         if ended.status.phase != "Succeeded":
             said = (text.strip().splitlines() or [logs.reasons(ended)])[-1]
-            raise Failed(f"{' '.join(command[-3:])}: {said}")
+            raise Failed(f"{what}: {said}")
         return text
 
     def storage(self, url: str, verb: str, *more: str) -> tp.Any:
@@ -249,16 +262,12 @@ class Cluster:
 
     # --- Afterwards ------------------------------------------------------------------------------
 
-    def _versions_of(self, pipeline: str) -> set[str] | None:
-        """Ids of an uploaded pipeline's versions; None if it is not uploaded."""
-        found = self._pipeline(pipeline)
-        if found is None:
-            return None
-        with self.kfp.explained(f"list the versions of {pipeline}"):
+    def _has_version(self, pipeline_id: str, digest: str) -> bool:
+        with self.kfp.explained(f"look for version {digest}"):
             answer = self.kfp.pipelines.pipeline_service_list_pipeline_versions(
-                found, page_size=200
+                pipeline_id, filter=runs.named(digest), page_size=1
             )
-        return {version.pipeline_version_id for version in answer.pipeline_versions or []}
+        return bool(answer.pipeline_versions)
 
     def _pipeline(self, name: str) -> str | None:
         with self.kfp.explained(f"look for pipeline {name}"):
@@ -269,6 +278,7 @@ class Cluster:
 
     def clean(self) -> list[str]:
         """Take everything back. Returns what could not be."""
+        self.stopped.clear()
         left: list[str] = []
         for what, take_back in (
             ("schedules", self._clean_schedules),
@@ -314,14 +324,12 @@ class Cluster:
             self.kfp.experiments.experiment_service_delete_experiment(self.experiment())
 
     def _clean_versions(self) -> None:
-        for name, before in self._versions.items():
-            pipeline = self._pipeline(name)
-            new = (self._versions_of(name) or set()) - (before or set())
-            with self.kfp.explained(f"delete what was uploaded of {name}"):
-                for version in new:
-                    self.kfp.pipelines.pipeline_service_delete_pipeline_version(pipeline, version)
-                if before is None and pipeline is not None:
-                    self.kfp.pipelines.pipeline_service_delete_pipeline(pipeline)
+        delete = self.kfp.pipelines
+        with self.kfp.explained("delete what was uploaded"):
+            for version in self._uploaded:
+                delete.pipeline_service_delete_pipeline_version(*version)
+            for pipeline_id in self._new_pipelines:
+                delete.pipeline_service_delete_pipeline(pipeline_id)
 
 
 def with_settings(cluster: Cluster, **changes: tp.Any) -> Cluster:

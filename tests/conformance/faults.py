@@ -77,6 +77,7 @@ def checks(cluster: Cluster) -> list[Check]:
         check("pod deleted", "wait", _deleted),
         check("pod evicted", "wait", _evicted),
         check("process killed", "kill", _in_place),
+        check("container killed", "container", _new_pod),
         check("memory grows", "memory", _memory),
         check("memory at once", "memory at once", _memory_at_once),
         check("passing error", "passing", _in_place),

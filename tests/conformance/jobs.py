@@ -205,7 +205,7 @@ class Jobs:
         self._needs_first()
         before = set(cluster.keys("out"))
         command = ("python", "-m", "saev", "gc", "--root", cluster.root)
-        cluster.pod([*command, "--grace", "0m", "--delete", "--yes"])
+        cluster.pod([*command, "--grace", "0m", "--delete", "--yes"], "saev gc")
         gone = before - set(cluster.keys("out"))
         wrong = [key for key in gone if re.search(r"/(run|shards)\.json$|index\.html$", key)]
         if wrong:

@@ -35,6 +35,7 @@ class Incoming:
         job = cluster.job(
             "saev-incoming", self.prefix, self.jobs.config(), extra={"marker": MARKER}
         )
+        cluster.upload(job)
         return schedule.create(self.cluster.kfp, job, self.name, cron.parse(when))
 
     def processed(self) -> dict[str, int]:

@@ -74,6 +74,8 @@ class Table:
         self._write, self._wanted, self._deadline = write, wanted, deadline
         self._lock = threading.Lock()
         self.outcomes: list[Outcome] = []
+        self.stopped = threading.Event()
+        """Set when the suite is interrupted, so that checks which wait do not."""
 
     def run(self, *checks: Check, side_by_side: int = 1) -> None:
         """Make checks, several at a time, and go on whatever they find."""
@@ -84,6 +86,7 @@ class Table:
                 for done in concurrent.futures.as_completed(waiting):
                     self._say(done.result())
             except BaseException:
+                self.stopped.set()
                 for one in waiting:
                     one.cancel()
                 raise

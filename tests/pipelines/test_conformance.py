@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 import typing as tp
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ def prepared(kube: KubeServer) -> None:
 @contextlib.contextmanager
 def opened() -> Iterator[Cluster]:
     with connect(settings.load({})) as connection:
-        yield Cluster(connection, lambda line: None)
+        yield Cluster(connection, threading.Event())
 
 
 @pytest.fixture

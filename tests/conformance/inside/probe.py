@@ -51,6 +51,9 @@ def meet(fault: str, folder: str) -> None:
     """The fault."""
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "container":  # its processes, as where memory's end is the whole container's
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(10)
     elif fault == "memory":
         fill(8 << 20, 0.05)
     elif fault == "memory at once":
