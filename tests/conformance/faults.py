@@ -7,6 +7,7 @@ from conformance import probes
 from conformance.cluster import Cluster
 from conformance.table import Check, Failed, Noted
 from pipelines import logs, runs, steps
+from pipelines.definition import KILL_COMMAND
 
 RUN_SECONDS = 420.0
 START_SECONDS = 240.0
@@ -169,24 +170,19 @@ def _cancel(probe: Probe) -> str:
     probe.waiting()
     cluster = probe.cluster
     runs.cancel(cluster.kfp, cluster.run(probe.run_id))
-    cluster.end(probe.run_id, 180)
+    run = cluster.end(probe.run_id, 180)
+    if steps.state_of(run) != "canceled":
+        raise Failed(f"the canceled run is called {steps.state_of(run)}")
     keys = cluster.keys(*_below(probe))
     said = probe.log()
     if "stopped.json" not in keys:
         raise Failed(
             "the process was ended without a word, so training would lose what came after its "
             "newest resume point",
-            f"Whether Argo ran {definition_of_kill()} is in the log of the pod's container wait.",
+            f"The log of the pod's container `wait` says whether Argo ran {KILL_COMMAND[0]}.",
         )
     last = [line for line in said.splitlines() if line.startswith("saev: ")]
     return f"the process was asked to end and wrote where it was; {last[-1] if last else 'no log'}"
-
-
-def definition_of_kill() -> str:
-    """Argo's annotation."""
-    from pipelines.definition import KILL_COMMAND
-
-    return KILL_COMMAND[0]
 
 
 def _driver(probe: Probe) -> str:
