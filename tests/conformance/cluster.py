@@ -146,7 +146,7 @@ class Cluster:
         if run.state != "SUCCEEDED":
             raise Failed(
                 f"the run came to {run.state} in step {steps.failing(run) or 'unknown'}: "
-                f"{self.last_line(run_id) or '; '.join(steps.messages(run)) or 'no message'}",
+                f"{self.last_word(run_id) or '; '.join(steps.messages(run)) or 'no message'}",
                 f"{self.kfp.run_url(run_id)}; --keep leaves it there.",
             )
         return run
@@ -180,6 +180,23 @@ class Cluster:
             found.items, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name)
         )
 
+    def workflow(self, run_id: str) -> str:
+        """How large a Workflow is. Above 1 MiB, Argo packs its nodes, which KFP cannot read."""
+        api = client.CustomObjectsApi(self.kube.new_client())
+        try:
+            with self.kube.explained("look at the Workflow"):
+                answer = api.list_namespaced_custom_object(
+                    "argoproj.io", "v1alpha1", self.namespace, "workflows",
+                    label_selector=f"{logs.RUN_LABEL}={run_id}",
+                )  # fmt: skip
+        except ClusterError as err:
+            if err.status in (403, 404):
+                return "Workflow not readable"
+            raise
+        sizes = [len(json.dumps(item, separators=(",", ":"))) for item in answer["items"]]
+        packed = any(item.get("status", {}).get("compressedNodes") for item in answer["items"])
+        return f"Workflow {sum(sizes) / 1000:,.0f} kB{', nodes packed' if packed else ''}"
+
     def log(self, pod: tp.Any) -> str:
         """What a step's pod has said until now, empty if it has not begun."""
         try:
@@ -200,10 +217,11 @@ class Cluster:
             self.log(pod) for pod in pods if logs.STEP_LABEL in (pod.metadata.labels or {})
         )
 
-    def last_line(self, run_id: str) -> str:
-        """The last word of a run's steps."""
-        said = [line for line in self.logs(run_id).splitlines() if line.startswith("saev: ")]
-        return said[-1] if said else ""
+    def last_word(self, run_id: str) -> str:
+        """With which line the log of the step that failed first ends."""
+        kinds = ("saev: permanent", "saev: passing", "saev: stopped")
+        said = (line for line in self.logs(run_id).splitlines() if line.startswith(kinds))
+        return next(said, "")
 
     def python(self, program: str, *args: str) -> tp.Any:
         """Run a program of inside/ in a pod. Returns what its last line says, as JSON."""

@@ -74,8 +74,11 @@ class Jobs:
         self.cluster.storage(self.dataset, "pictures", "0", str(N_PICTURES))
         self.first = self.cluster.submit(self.name, self.dataset, self.config())
         run = self.cluster.succeed(self.first, RUN_SECONDS)
-        n = len(self.cluster.pods(self.first))
-        return f"{seconds(run)} for {n} pods, {len(working(self.cluster, self.first))} of them work"
+        n, n_working = len(self.cluster.pods(self.first)), len(working(self.cluster, self.first))
+        return (
+            f"{seconds(run)} for {n} pods, of which {n_working} compute; "
+            f"{self.cluster.workflow(self.first)}"
+        )
 
     def results(self) -> str:
         """What it left: metrics, pages, the record; and that the API knows its steps."""
@@ -98,9 +101,15 @@ class Jobs:
         missing = [name for name in names if name not in page]
         if missing:
             raise Failed(f"the overview does not name {', '.join(missing)}")
-        known = [step.name for step in steps.of_run(cluster.run(self.first)) if step.total]
+        shown = {step.name: step.state for step in steps.of_run(cluster.run(self.first))}
+        wrong = [name for name in steps.STEPS if shown.get(name) != "done"]
+        if wrong:
+            raise Failed(
+                f"the run succeeded, and the API shows no end of {', '.join(wrong)}; "
+                f"{cluster.workflow(self.first)}"
+            )
         books = sum(key.endswith(".html") for key in keys) - 1
-        return f"2 SAEs, {books} pages of latents, overview; the API lists {len(known)} steps"
+        return f"2 SAEs, {books} pages of latents, overview; the API shows all {len(shown)} steps"
 
     def again(self) -> str:
         """Submitted once more, nothing is computed."""
@@ -139,7 +148,7 @@ class Jobs:
         held = self._held(run_id)
         if held:
             raise Failed(f"the claim {held[0]} is still held")
-        last = cluster.last_line(run_id)
+        last = cluster.last_word(run_id)
         return f"resume point at step {max(newest)}, claim given back; the log ends: {last}"
 
     def resumed(self) -> str:
@@ -163,7 +172,7 @@ class Jobs:
         def look() -> set[int] | None:
             run = cluster.run(run_id)
             if run.state in steps.OVER:
-                raise Failed(f"the run was over before it trained: {cluster.last_line(run_id)}")
+                raise Failed(f"the run was over before it trained: {cluster.last_word(run_id)}")
             if not cluster.pods(run_id, "train"):
                 return None
             points = {n for n in self._points() if n > beyond}

@@ -69,7 +69,7 @@ def _fails(
     run = cluster.end(run_id, RUN_SECONDS)
     if steps.state_of(run) != "failed":
         raise Failed(f"the run came to {steps.state_of(run)}")
-    line = cluster.last_line(run_id)
+    line = cluster.last_word(run_id)
     if not re.search(f"^saev: {kind} error.*({pattern})", line):
         raise Failed(f"the log ends: {line or 'without a word'}", f"expected {pattern!r} in it")
     return f"failed after {seconds(run)}: {line}"
