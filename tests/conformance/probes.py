@@ -74,7 +74,7 @@ def compiled(settings: Settings) -> Pipeline:
             gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
             storage_secret, config_map, pvc_name, image_pull_secret,
         )  # fmt: skip
-        graph = definition._Graph(options, pods, folder, {}, "")
+        graph = definition._Graph(options, pods)
         task = graph._pod(first(fault=fault, folder=folder), FIRST, gpus=pods.gpu_count)
         graph._pod(second(given=task.outputs["given"]), SECOND, gpus=pods.gpu_count)
 
