@@ -37,7 +37,7 @@ def logs(kfp: Kfp, run: tp.Any, step: str) -> collections.abc.Iterator[Kept]:
     Raises:
         ClusterError: KFP does not serve logs at this address.
     """
-    for name in steps.STEPS:
+    for name in (*steps.STEPS, *steps.EARLIER):
         if step in ("", name, "plan" if name in steps.EARLIER else name):
             for node in _nodes(run, name):
                 if text := _log(kfp, run.run_id, node):

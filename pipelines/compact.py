@@ -12,6 +12,11 @@ import yaml
 
 Tree = tp.Any
 
+_RESOURCES = {
+    "accelerator_count", "accelerator_type", "cpu_limit", "cpu_request", "memory_limit",
+    "memory_request",
+}  # fmt: skip
+
 
 def compact(text: str) -> str:
     """The same pipeline: YAML without comments, which say nothing and differ at every compilation.
@@ -25,7 +30,21 @@ def compact(text: str) -> str:
             for kind in component.get(side, {}).values():
                 for definition in kind.values():
                     definition.pop("description", None)
+    for component in spec["components"].values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            _drop_resources(task, spec["components"][task["componentRef"]["name"]])
     return "---\n".join(yaml.safe_dump(d) for d in (_named(spec), *platforms))
+
+
+def _drop_resources(task: Tree, component: Tree) -> None:
+    """Remove inputs that kfp adds for resources, and that neither component nor pod reads.
+
+    A pod's resources name the parameters of the graph, which are inputs of the task as well.
+    """
+    known = component.get("inputDefinitions", {}).get("parameters", {})
+    inputs = task.get("inputs", {}).get("parameters", {})
+    for name in _RESOURCES & (inputs.keys() - known.keys()):
+        del inputs[name]
 
 
 def _named(spec: Tree) -> Tree:

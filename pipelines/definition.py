@@ -229,7 +229,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         marker: str = "",
         settle_minutes: float = 60.0,
         claim_hours: float = 24.0,
-        max_datasets: int = 10,
+        max_datasets: int = 4,
         n_parts: int = 8,
         gpu_type: str = "nvidia.com/gpu",
         gpu_count: str = "1",
@@ -253,7 +253,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
                 empty goes by settle_minutes.
             settle_minutes: a dataset is complete when nothing in it has changed for so long.
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
-            max_datasets: most datasets of one firing.
+            max_datasets: most datasets of one firing; the others wait for the next.
             n_parts: most pods of each step; a pod does several parts one after the other.
             gpu_type: resource name of the GPUs.
             gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.

@@ -5,6 +5,7 @@ import json
 import re
 import typing as tp
 
+from pipelines import budget
 from pipelines.definition import Compiled, Parameter
 from pipelines.settings import did_you_mean
 from saev.errors import ConfigError
@@ -102,8 +103,10 @@ def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[st
 def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
     """The checked values, if none is missing; ``train_gpus`` is ``gpu_count`` unless it is given.
 
+    So is ``max_datasets``: as many as fit into one run.
+
     Raises:
-        ConfigError: one is missing, or the config is too long.
+        ConfigError: one is missing, the config is too long, or the run could become too large.
     """
     if "gpu_count" in values:
         values = {"train_gpus": values["gpu_count"], **values}
@@ -118,6 +121,10 @@ def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]
             f"The config and its sweep are {size:,} characters of JSON; a pod can be given "
             f"{_LARGEST:,}. Split the sweep into several runs."
         )
+    defaults = {key: p.default for key, p in compiled.parameters.items() if not p.required}
+    if "max_datasets" in defaults and "max_datasets" not in values:
+        values = {**values, "max_datasets": budget.usual_datasets({**defaults, **values})}
+    budget.check(compiled.name, {**defaults, **values})
     return values
 
 
@@ -167,7 +174,7 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
         raise wrong("a Kubernetes quantity such as 4, 500m or 32Gi (not 32GB)")
     if key in ("gpu_count", "train_gpus") and not value.isdigit():
         raise wrong("a whole number of GPUs, 0 for none")
-    if key == "n_parts" and value < 1:
+    if key in ("n_parts", "max_datasets") and value < 1:
         raise wrong("at least 1")
     if key in ("storage_secret", "config_map", "pvc_name", "image_pull_secret"):
         if not _NAME.fullmatch(value):
