@@ -32,6 +32,12 @@ def test_sizes_are_those_of_a_real_backend(n_parts: int, measured: int) -> None:
     assert budget.n_bytes("saev", {"n_parts": n_parts}) == pytest.approx(measured, rel=0.05)
 
 
+def test_datasets_count_as_they_do_on_a_real_backend() -> None:
+    """A run of two datasets, one slot a step; Argo itself compressed its nodes."""
+    values = {"n_parts": 1, "max_datasets": 2}
+    assert budget.n_bytes("saev-incoming", values) == pytest.approx(200_012, rel=0.06)
+
+
 @pytest.mark.parametrize("name", ["saev", "saev-incoming"])
 def test_the_loops_that_are_counted_are_those_of_the_pipeline(name: PipelineName) -> None:
     raw = next(yaml.safe_load_all(compiled(name).text))
