@@ -15,7 +15,7 @@ from kubernetes import client
 
 from conformance.inside import code
 from conformance.table import Failed
-from pipelines import definition, logs, prepare, probe, runs, steps, submit
+from pipelines import definition, logs, prepare, probe, runs, schedule, steps, submit
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
@@ -299,8 +299,9 @@ class Cluster:
         self.stopped.clear()
         left: list[str] = []
         for what, take_back in (
-            ("schedules", self._clean_schedules),
+            ("schedules", self._switch_off),
             ("runs", self._clean_runs),
+            ("schedules", self._clean_schedules),  # deletes the Workflows of their runs
             ("experiment", self._clean_experiment),
             ("versions of pipelines", self._clean_versions),
             ("files", lambda: self.storage(self.base, "delete")),
@@ -311,15 +312,20 @@ class Cluster:
                 left.append(f"{what}: {err}")
         return left
 
-    def _clean_schedules(self) -> None:
-        from pipelines import schedule
+    def _schedules(self) -> list[tp.Any]:
+        return [item for item in schedule.existing(self.kfp) if item.display_name.endswith(self.id)]
 
-        for item in schedule.existing(self.kfp):
-            if item.display_name.endswith(self.id):
-                with self.kfp.explained("delete a schedule"):
-                    self.kfp.recurring.recurring_run_service_delete_recurring_run(
-                        item.recurring_run_id
-                    )
+    def _switch_off(self) -> None:
+        for item in self._schedules():
+            with self.kfp.explained("switch off a schedule"):
+                self.kfp.recurring.recurring_run_service_disable_recurring_run(
+                    item.recurring_run_id
+                )
+
+    def _clean_schedules(self) -> None:
+        for item in self._schedules():
+            with self.kfp.explained("delete a schedule"):
+                self.kfp.recurring.recurring_run_service_delete_recurring_run(item.recurring_run_id)
 
     def mine(self) -> list[tp.Any]:
         """All runs of the experiment."""
@@ -331,8 +337,8 @@ class Cluster:
 
     def _clean_runs(self) -> None:
         for run in self.mine():
-            if runs.cancel(self.kfp, run):
-                with contextlib.suppress(Failed):
+            with contextlib.suppress(ClusterError, Failed):
+                if runs.cancel(self.kfp, run):
                     self.end(run.run_id, 120)
             with self.kfp.explained("delete a run"):
                 self.kfp.runs.run_service_delete_run(run.run_id)

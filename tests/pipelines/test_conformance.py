@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conformance import facts, inside, jobs, probes, table
+from conformance import facts, inside, jobs, probes, schedules, table
 from conformance.cluster import Cluster
 from kfp_server import KfpServer
 from kube_server import KubeServer
@@ -169,10 +169,17 @@ def test_what_it_did_not_make_stays(kfp: KfpServer, kube: KubeServer, home: Path
         probed = cluster.start("probe", pipeline.text, values)
         mine = jobs.Jobs(cluster)
         submitted = cluster.submit("job", "s3://bucket/x", mine.config())
-        assert {run["run_id"] for run in kfp.runs} == {theirs.run_id, probed, submitted}
-        assert len(kfp.versions) == 2
+        made = schedules.Incoming(cluster).make(cluster, "0 0 3 1 1 *")
+        fired = kfp.add_run(
+            "fired", "RUNNING", recurring_run_id=made.recurring_run_id,
+            experiment_id=cluster.experiment(),
+        )  # fmt: skip
+        kfp.scripts[fired["run_id"]] = [{"state": "CANCELED"}]
+        assert len(kfp.versions) == 3
+        assert {theirs.run_id, probed, submitted} < {run["run_id"] for run in kfp.runs}
         assert cluster.clean() == []
     assert kept(kfp) == before
+    assert kfp.killed == [], "a run is canceled before its schedule takes it away"
     assert [pod["metadata"]["name"] for pod in kube.created] == kube.deleted
 
 
