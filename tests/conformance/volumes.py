@@ -48,6 +48,9 @@ def _claim(cluster: Cluster) -> collections.abc.Iterator[str]:
         phase = _phase(cluster, name)
         if phase == "Pending":
             raise NotRun(f"no storage class gives a volume for {mode}") from err
+        if "permission denied" in err.found:
+            remedy = "Its top folder has to be writable for group 0: docs/cluster.md, last section."
+            raise Failed(err.found, remedy) from err
         raise
     finally:
         with contextlib.suppress(ClusterError), cluster.kube.explained("delete the claim"):
