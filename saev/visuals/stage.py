@@ -286,7 +286,9 @@ class _Stage:
             values=values,
             examples=tuple(examples),
         )
-        storage.write_json(self._record_url(latent), storage.seal(record.to_dict(), listed))
+        place = self._record_url(latent)
+        storage.clean_temporary(storage.parent(place))  # of a process that was killed
+        storage.write_json(place, storage.seal(record.to_dict(), listed))
 
     def find_drawn(self, latents: tp.Sequence[int]) -> list["_Drawn | None"]:
         """The records of latents; None for one that is not drawn or not up to date."""
@@ -423,6 +425,7 @@ class _Stage:
             "config": self.cfg.to_dict(),
             "latents": list(self.choice.latents),
         }
+        storage.clean_temporary(self.out)
         progress.publish_point()
         storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
         return self.index_url

@@ -240,6 +240,18 @@ def test_interrupted_run_keeps_what_is_drawn(chain: Chain, tmp_path: Path) -> No
     assert (tmp_path / folder_name(2) / "00-plain.webp").read_bytes() != b"half"
 
 
+def test_what_a_killed_process_left_is_deleted(chain: Chain, tmp_path: Path) -> None:
+    config = chain.config(latents=(1,), out=str(tmp_path / "report"))
+    index = Path(visuals.run(config))
+    latent = index.parent / folder_name(1)
+    (latent / "latent.json").unlink()
+    (index.parent / "visuals.json").unlink()
+    for folder in (latent, index.parent):
+        (folder / ".tmp-0123456789ab-00-highlight.webp").write_bytes(b"half")
+    visuals.run(config)
+    assert not [file.name for file in index.parent.rglob(".tmp-*")]
+
+
 def test_other_pictures_replace_stale_ones(chain: Chain, tmp_path: Path) -> None:
     small = chain.config(latents=(1,), n_latents=0, out=str(tmp_path))
     visuals.run(small)
