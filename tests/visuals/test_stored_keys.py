@@ -10,6 +10,7 @@ from described import list_files
 from saev import inference, storage, visuals
 from saev.config import DataConfig, ImgSegFolder, InferenceConfig, VisualsConfig
 from saev.config.steps import ReportStep
+from saev.steps import jobs
 from saev.steps import run as steps
 from saev.steps.discover import Dataset
 from saev.visuals import overview
@@ -63,11 +64,9 @@ def test_no_page_has_a_key(root: Path, caplog: pytest.LogCaptureFixture) -> None
     )  # fmt: skip
     visuals.run(cfg)
     overview.write(str(root))
-    step = ReportStep(
-        root=str(root), shards=str(shards), config="{}",
-        dataset=json.dumps(Dataset(*["x"] * 6)._asdict()),
-        runs=json.dumps([storage.normalize(run)]), to_page=str(root / "step.html"),
-    )  # fmt: skip
+    url = jobs.make(str(root), "", {}, Dataset(*["x"] * 6))
+    jobs.write_plan(jobs.read(url), "publish", jobs.Plan(shards.name, ["r0"], {}))
+    step = ReportStep(job=url, to_page=str(root / "step.html"))
     steps.run(step)
     pages = [(root / name).read_text() for name in ("index.html", "step.html")]
     pages += [page.read_text() for page in root.rglob("report/index.html")]
