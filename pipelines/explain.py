@@ -119,9 +119,17 @@ def _untrusted(server: Server, doing: str, reason: str) -> ClusterError:
     )
 
 
+_HANDSHAKE = re.compile(r"Handshake status (\d{3})")
+"""Where a stream (a forwarded port, a log) is refused, the Kubernetes client has the status in its
+text alone: https://github.com/kubernetes-client/python/blob/master/kubernetes/base/stream/ws_client.py"""
+
+
 def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
     """For answers with an HTTP status that says no."""
     status, said = int(err.status or 0), message_of(err.body) or _short(str(err.reason or ""))
+    handshake = _HANDSHAKE.match(str(err.reason or ""))
+    if status == 0 and handshake:
+        status = int(handshake[1])
     place = f"{server.name} at {server.address}"
     if status == 0:
         return _untrusted(server, doing, str(err.reason))

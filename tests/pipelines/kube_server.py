@@ -75,6 +75,8 @@ class KubeServer:
         self.violations: list[str] = []
         self.forwarding: list[socket.socket] = []
         """Connections over which ports are forwarded."""
+        self.forward_status = 0
+        """If not 0, the status with which forwarding a port is refused."""
         self.forwards: dict[str, int] = {}
         """Pod → local port behind its forwarded one."""
         self.url = ""
@@ -270,6 +272,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _forward(self, pod: str, query: dict[str, str]) -> None:
         """Upgrade to a WebSocket, and relay channel 0 to a local port."""
+        if self.state.forward_status:
+            return self._refuse(self.state.forward_status, "no kubelet")
         key = self.headers["Sec-WebSocket-Key"] + _MAGIC
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
         self.send_response(101)

@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import re
 import socket
 from pathlib import Path
 
@@ -113,6 +114,18 @@ def test_large_bodies_pass_through_a_forwarded_port(client: Client, forwarded: K
     with connect.connect(settings.load({})) as connection:
         answer = connection.runs.run_service_list_runs(page_size=300)
     assert len(answer.runs) == 300
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(500, r"failed \(500: .*Try again"), (403, r"may not|403")]
+)
+def test_a_port_that_may_not_be_forwarded(
+    client: Client, kube: KubeServer, forwarded: KfpServer, status: int, said: str
+) -> None:
+    kube.forward_status = status
+    err = client.fails("status")
+    assert re.search(said, err), err
+    assert "certificate" not in err
 
 
 def test_the_forwarded_port_ends_with_the_connection(forwarded: KfpServer) -> None:
