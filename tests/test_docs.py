@@ -59,5 +59,7 @@ def test_nothing_names_a_machine() -> None:
             parts = path.relative_to(ROOT).parts
             if parts[0].startswith(".venv") or "demo-out" in parts or path == Path(__file__):
                 continue
+            if parts == ("cluster.toml",):  # the settings of who works here; git ignores them
+                continue
             found = forbidden.search(path.read_text(errors="replace"))
             assert not found, f"{path.relative_to(ROOT)}: {found and found.group()}"
