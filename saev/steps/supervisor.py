@@ -250,21 +250,37 @@ def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
         last_word.keep(word, root, owner, step, rest)
 
 
-def send(number: int) -> None:
-    """Send a signal to the supervisors of this container."""
-    for pid in _supervisors():
+def send(number: int, proc: Path = Path("/proc")) -> None:
+    """Send a signal to the supervisors of this container.
+
+    Args:
+        number: of the signal.
+        proc: where the processes are listed.
+    """
+    for pid in _supervisors(proc):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-def _supervisors(proc: Path = Path("/proc")) -> collections.abc.Iterator[int]:
+def _supervisors(proc: Path) -> collections.abc.Iterator[int]:
+    own = _namespace(Path("/proc/self"))
     for folder in proc.iterdir():
         if not folder.name.isdecimal() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            if words[1:3] == [b"-m", MODULE.encode()] and b"--signal" not in words[3:4]:
+            is_one = words[1:3] == [b"-m", MODULE.encode()] and b"--signal" not in words[3:4]
+            # A node lists the processes of all its containers.
+            if is_one and (not own or _namespace(folder) in ("", own)):
                 yield int(folder.name)
+
+
+def _namespace(process: Path) -> str:
+    """Which list of processes a process is in; empty if that cannot be read."""
+    try:
+        return str((process / "ns" / "pid").readlink())
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":
