@@ -1,7 +1,6 @@
 """Datasets that are folders of image files, with or without masks, on any storage."""
 
 import csv
-import functools
 import io
 import logging
 import re
@@ -19,7 +18,6 @@ from saev.images.datasets import (
     ExampleInfo,
     Form,
     ImageDataset,
-    digest_of,
     index_classes,
     one_name,
     spelled,
@@ -61,11 +59,6 @@ class Folder(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) over path below the root, label and size of every image, in order."""
-        return digest_of(self.header, map(self.row, range(len(self))))
 
     def key(self, index: int) -> str:
         """Path below the root."""
@@ -117,11 +110,6 @@ class SegFolder(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) over path and size of every image and mask, and its label, in order."""
-        return digest_of(self.header, map(self.row, range(len(self))))
 
     def key(self, index: int) -> str:
         """Path below ROOT/images/SPLIT."""

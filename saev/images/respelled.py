@@ -5,14 +5,13 @@ The names are the same (:func:`saev.images.datasets.one_name`), but their bytes 
 neither are their order and their digest.
 """
 
-import functools
 import typing as tp
 import unicodedata
 from collections.abc import Iterator
 
 from PIL import Image
 
-from saev.images.datasets import ExampleInfo, Form, ImageDataset, digest_of, index_classes, spelled
+from saev.images.datasets import ExampleInfo, Form, ImageDataset, index_classes, spelled
 from saev.images.listed import place_of
 
 
@@ -37,11 +36,6 @@ class Respelled(ImageDataset):
 
     def __len__(self) -> int:
         return len(self._order)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """The digest of the dataset if its names are spelled in the form."""
-        return digest_of(self.header, map(self.row, range(len(self))))
 
     def key(self, index: int) -> str:
         """Name of an example in the form."""
