@@ -1,6 +1,6 @@
 """Runs a step as its child, and runs it again when what ended it may pass.
 
-    python -m saev.steps.supervisor step train --root … --item …    # what a pod runs
+    python -m saev.steps.supervisor step train --job … --slot …     # what a pod runs
     python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
     python -m saev.steps.supervisor -- COMMAND …                    # another command, same rules
 
@@ -81,6 +81,8 @@ class Supervisor:
         self._failures: collections.deque[float] = collections.deque()
         self._before: LastWord | None = None
         """Why the process before this one ended."""
+        self._was_short = False
+        """Whether that was for lack of memory."""
         self.n_runs = 0
 
     def run(self) -> LastWord | None:
@@ -125,7 +127,7 @@ class Supervisor:
             word = self._judge(child.returncode, last_word.heard(place), short)
         self._child = None
         self._count(word)
-        self._before = word
+        self._before, self._was_short = word, short is not None
         return word
 
     def _follow(self, child: "subprocess.Popen[bytes]") -> memory.Memory | None:
@@ -167,8 +169,7 @@ class Supervisor:
             "PARAMS='memory=64Gi', or let it use less (docs/costs.md)."
         )
         # What else used memory may be gone, so once it is tried again.
-        twice = self._before is not None and self._before.error.startswith("The step used")
-        return LastWord("permanent" if twice else "passing", text)
+        return LastWord("permanent" if self._was_short else "passing", text)
 
     def _count(self, word: LastWord | None) -> None:
         now = time.monotonic()
