@@ -20,8 +20,8 @@ class Place(tp.NamedTuple):
 
 
 def place() -> Place | None:
-    """This process's place by the environment that torchrun and Kubeflow Trainer set; None if it
-    was started by itself, or is the only one.
+    """This process's place by the environment that torchrun sets; None if it was started by itself,
+    or is the only one.
 
     Raises:
         ConfigError: the variables are not numbers.
@@ -30,6 +30,21 @@ def place() -> Place | None:
         return None
     found = Place(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0"))
     return found if found.size > 1 else None
+
+
+def refuse_to_be_alone() -> None:
+    """Raise ConfigError in the pod of one of several machines, if nobody gave this process a rank.
+
+    Kubeflow Trainer tells torchrun of its machines, by PET_NNODES and the like, and torchrun tells
+    the ranks. A process that is started without torchrun on each machine would train by itself.
+    """
+    nodes = os.environ.get("PET_NNODES", "")
+    if not os.environ.get("RANK") and nodes not in ("", "1", "1:1"):
+        raise ConfigError(
+            f"The environment has PET_NNODES={nodes}, so this machine is one of several that train "
+            "together, but no RANK: each of them would train alone. Start the command with "
+            "torchrun, as `torchrun --nproc-per-node N -m saev …`, or unset PET_NNODES."
+        )
 
 
 def _number(name: str, default: str = "") -> int:

@@ -18,8 +18,8 @@ from saev.errors import RankError, SaevError, StorageError
 
 logger = logging.getLogger(__name__)
 
-FILE_VARIABLE = "SAEV_LAST_WORD"
-"""Environment variable: the file in which a supervised process says why it failed."""
+FOLDER_VARIABLE = "SAEV_LAST_WORD"
+"""Environment variable: the folder where supervised processes say why they failed."""
 
 Kind = tp.Literal["permanent", "passing", "stopped"]
 
@@ -34,6 +34,8 @@ class LastWord(tp.NamedTuple):
     """What happened, with the remedy, for people."""
     is_unexpected: bool = False
     """Whether it is an error that saev does not raise on purpose: a bug, or a broken device."""
+    is_echo: bool = False
+    """Whether another process failed first, of those that train together, and knows why."""
 
 
 def of(error: BaseException) -> LastWord:
@@ -41,26 +43,36 @@ def of(error: BaseException) -> LastWord:
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return LastWord("stopped", "It was stopped.")
     # A rank that died takes the others with it, and the error says which one it was.
-    passes = storage.is_passing(error) or isinstance(error, RankError)
+    is_echo = isinstance(error, RankError)
+    passes = storage.is_passing(error) or is_echo
     if not isinstance(error, SaevError | ModuleNotFoundError):
         return LastWord("passing", f"{type(error).__name__}: {error}", is_unexpected=True)
-    return LastWord("passing" if passes else "permanent", str(error))
+    return LastWord("passing" if passes else "permanent", str(error), is_echo=is_echo)
 
 
 def tell(error: BaseException) -> None:
     """Say to the supervisor why this process ends. Without one, nothing happens."""
-    place = os.environ.get(FILE_VARIABLE)
-    if place:
-        Path(place).write_text(json.dumps(of(error)._asdict()), encoding="utf-8")
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder:
+        text = json.dumps(of(error)._asdict())
+        Path(folder, f"{os.getpid()}.json").write_text(text, encoding="utf-8")
 
 
-def heard(path: Path) -> LastWord | None:
-    """What a process said; None if it could not say anything."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return LastWord(raw["kind"], raw["error"], raw["is_unexpected"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def heard(folder: Path) -> LastWord | None:
+    """What the processes said; None if none could say anything.
+
+    Of several, that of the one that knows the reason, rather than of those that lost another one,
+    or were ended because of it.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            word = LastWord(**{field: raw[field] for field in LastWord._fields})
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append(word)
+    return min(found, default=None, key=lambda word: (word.kind == "stopped", word.is_echo))
 
 
 # --- In storage ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import logging
 import math
 import typing as tp
 
-from saev import storage
+from saev import storage, torchrun
 from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
@@ -42,7 +42,8 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         return check.run(cfg.root, cfg.dataset)
     job, work = jobs.read(cfg.job), _WORK[type(cfg)]
     with contextlib.ExitStack() as stack:
-        if job.owner:
+        ranks = torchrun.place()
+        if job.owner and (ranks is None or ranks.rank == 0):  # the one that writes and decides
             place = discover.claims_of(job.root, job.dataset)
             holding = stack.enter_context(claims.held(place, job.owner))
             progress.safe_point, progress.may_publish = holding.check, holding.look

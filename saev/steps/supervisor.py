@@ -1,6 +1,7 @@
 """Runs a step as its child, and runs it again when what ended it may pass.
 
     python -m saev.steps.supervisor step train --job … --slot …     # what a pod runs
+    python -m saev.steps.supervisor --ranks 8 step train …          # by torchrun, 8 on this machine
     python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
     python -m saev.steps.supervisor -- COMMAND …                    # another command, same rules
 
@@ -40,6 +41,10 @@ _RETRIES = "SAEV_RETRIES"
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 STOPPED = 128 + signal.SIGTERM
+PERMANENT = 3
+"""Exit status of a failure that another try would meet again; of other failures it is 1."""
+_MEET_SECONDS = 1800
+"""How long torchrun waits for that of other machines, some of which may have to load the image."""
 
 
 class Policy(tp.NamedTuple):
@@ -114,17 +119,16 @@ class Supervisor:
             return LastWord("stopped", "It was stopped before it was run again.")
         self.n_runs += 1
         with tempfile.TemporaryDirectory(prefix="saev-last-word-") as folder:
-            place = Path(folder, "last-word.json")
             self._child = child = subprocess.Popen(
                 self._command,
-                env={**os.environ, last_word.FILE_VARIABLE: str(place)},
+                env={**os.environ, last_word.FOLDER_VARIABLE: folder},
                 start_new_session=True,  # signals of a terminal come from here, once
                 preexec_fn=_end_with_the_parent if sys.platform == "linux" else None,
             )
             if self._stop.is_set():  # it came while the process was made
                 child.terminate()
             short = self._follow(child)
-            word = self._judge(child.returncode, last_word.heard(place), short)
+            word = self._judge(child.returncode, last_word.heard(Path(folder)), short)
         self._child = None
         self._count(word)
         self._before, self._was_short = word, short is not None
@@ -201,13 +205,17 @@ def _end_with_the_parent() -> None:
 
 
 def main(argv: tp.Sequence[str] | None = None) -> None:
-    """Entry point of a pod. Ends with 0, with 1 after a failure, with 143 if it was stopped."""
+    """Entry point of a pod. Ends with 0; after a failure with 1, or with 3 if it is permanent; with
+    143 if it was stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--signal"]:
         send(int(words[1]))
         return
     log_to(Progress(quiet=True))
-    command = words[1:] if words[:1] == ["--"] else [sys.executable, "-m", "saev", *words]
+    ranks = 0
+    if words[:1] == ["--ranks"]:
+        ranks, words = int(words[1]), words[2:]
+    command = words[1:] if words[:1] == ["--"] else _saev(words, ranks)
     supervisor = Supervisor(command, Policy.from_environment())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.stop)
@@ -216,7 +224,20 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     if word is None:
         return
     sys.stderr.write(closing_line(word, supervisor.n_runs) + "\n")
-    sys.exit(STOPPED if word.kind == "stopped" else 1)
+    sys.exit({"stopped": STOPPED, "permanent": PERMANENT}.get(word.kind, 1))
+
+
+def _saev(words: tp.Sequence[str], ranks: int) -> list[str]:
+    """A command of saev, in one process, or in several that torchrun starts.
+
+    The machines of a training are in the environment, as PET_NNODES and the like. torchrun starts
+    nothing again: when one rank ends, all ranks of all machines have to begin anew together.
+    """
+    if not ranks:
+        return [sys.executable, "-m", "saev", *words]
+    flags = [f"--nproc-per-node={ranks}", "--max-restarts=0"]
+    flags += [f"--rdzv-conf=timeout={_MEET_SECONDS}"]
+    return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "saev", *words]
 
 
 def closing_line(word: LastWord, n_runs: int) -> str:
@@ -244,7 +265,10 @@ def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
             root, owner = jobs.whose(flags["--job"])
     if words[:1] != ["step"] or not root or not owner or (word and word.kind == "stopped"):
         return
-    step, rest = words[1], words[2:]
+    step, rest = words[1], list(words[2:])
+    machine = os.environ.get("PET_NODE_RANK", "0")
+    if machine != "0":  # of a training on several, each of which has a word of its own
+        rest += ["--machine", machine]
     if word is None:
         last_word.withdraw(root, owner, step, rest)
     else:

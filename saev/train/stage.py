@@ -52,7 +52,8 @@ def work(
     of several, it takes its part and all of them return the same.
 
     Raises:
-        ConfigError: the loss is not finite any more; the message names the run, step and remedy.
+        ConfigError: the loss is not finite any more; the message names the run, step and remedy. Or
+            this is one of several machines, and nobody gave it a rank.
         StorageError: data cannot be read or results cannot be written.
         RankError: another rank ended.
     """
@@ -73,7 +74,9 @@ def _train(group: Group, item: tp.Mapping[str, tp.Any], progress: Progress) -> N
     config, place = group.members[0].config, torchrun.place()
     if place is not None:
         train_group(group, join(place, config), progress)
-    elif (n := n_ranks(config)) > 1:
+        return
+    torchrun.refuse_to_be_alone()
+    if (n := n_ranks(config)) > 1:
         if not unpublished(group.members):
             _clear(group)
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from walk import Walk
 
+from saev.errors import ConfigError, RankError
 from saev.steps import last_word, memory, supervisor
 from saev.steps.last_word import LastWord
 from saev.steps.supervisor import Policy, Supervisor
@@ -75,7 +76,7 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     words = ["step", "discover", "--root", str(tmp_path), "--owner", "run-1"]
     words += ["--config", '{"dta": {"kind": "fake-img"}}']
     ended = subprocess.run([*MODULE, *words], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1
+    assert ended.returncode == supervisor.PERMANENT
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("saev: permanent error: ")
     assert "dta" in last
@@ -89,7 +90,7 @@ def test_a_wrong_flag_is_not_tried_again() -> None:
     ended = subprocess.run(
         [*MODULE, "step", "check", "--rot", "x"], capture_output=True, text=True, timeout=120
     )
-    assert ended.returncode == 1
+    assert ended.returncode == supervisor.PERMANENT
     assert ended.stderr.strip().splitlines()[-1].startswith("saev: permanent error: ")
 
 
@@ -164,6 +165,40 @@ def steps_of(root: str) -> list[int]:
     """Steps of the resume points of the one group there is."""
     pointers = Path(root).glob("runs/resume/*/step-*.json")
     return [int(path.stem.split("-")[1]) for path in pointers]
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind", "says"),
+    [
+        ([RankError("gone"), ConfigError("wrong"), SystemExit(143)], "permanent", "wrong"),
+        ([SystemExit(143), RankError("gone")], "passing", "gone"),
+        ([SystemExit(143), SystemExit(143)], "stopped", "stopped"),
+        ([RankError("gone"), ZeroDivisionError("zero")], "passing", "zero"),
+    ],
+)
+def test_of_several_processes_the_one_that_knows_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list, kind: str, says: str
+) -> None:
+    monkeypatch.setenv(last_word.FOLDER_VARIABLE, str(tmp_path))
+    for pid, error in enumerate(errors):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        last_word.tell(error)
+    word = last_word.heard(tmp_path)
+    assert word is not None
+    assert word.kind == kind
+    assert says in word.error
+
+
+def test_machines_do_not_overwrite_each_others_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["step", "train", "--root", str(tmp_path), "--owner", "a"]
+    supervisor._keep(LastWord("permanent", "wrong"), words)
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    supervisor._keep(LastWord("passing", "gone", is_echo=True), words)
+    assert {word["error"] for word in last_word.all_of(str(tmp_path), "a")} == {"wrong", "gone"}
+    supervisor._keep(None, words)
+    assert [word["error"] for word in last_word.all_of(str(tmp_path), "a")] == ["wrong"]
 
 
 def test_success_takes_an_earlier_failure_back(tmp_path: Path) -> None:

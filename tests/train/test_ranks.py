@@ -295,6 +295,20 @@ def test_what_torchrun_says(monkeypatch):
     assert torchrun.place() is None
 
 
+def test_a_machine_of_several_does_not_train_alone(cfg, monkeypatch):
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    with pytest.raises(ConfigError, match=r"PET_NNODES=2, .* but no RANK: each of them"):
+        train.run(cfg)
+    assert not points(cfg)
+    for nodes in ("1", "1:1", ""):
+        monkeypatch.setenv("PET_NNODES", nodes)
+        torchrun.refuse_to_be_alone()
+    monkeypatch.setenv("PET_NNODES", "1:4")
+    with pytest.raises(ConfigError, match="PET_NNODES=1:4"):
+        torchrun.refuse_to_be_alone()
+
+
 def test_the_run_id_does_not_depend_on_the_number_of_ranks(cfg):
     ids = {train.plan(update(cfg, n_ranks=n))[0]["members"][0]["run_id"] for n in (0, 1, 8)}
     assert len(ids) == 1
