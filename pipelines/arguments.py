@@ -7,6 +7,7 @@ import tyro
 
 from pipelines.options import PipelineName
 from saev.config.base import Config
+from saev.config.named import ConfigFile
 
 Text: tp.TypeAlias = tp.Annotated[str, tyro.conf.arg(help_behavior_hint="")]
 """A flag whose absence is explained in its text."""
@@ -56,9 +57,9 @@ class Images(Config):
 class Job(Config):
     """What is computed."""
 
-    config: str = "configs/dinov2-small.toml"
-    """What `saev run --config` takes: a TOML file with the tables [shards], [train], … Its sweep
-    is sent along."""
+    config: ConfigFile = pydantic.Field(default="dinov2-small", validate_default=True)
+    """What `saev run --config` takes: the name of a config of saev, or a TOML file with the tables
+    [shards], [train], … Its sweep is sent along."""
     root: Text = ""
     """URL of the storage root [SAEV_ROOT], such as s3://bucket/saev."""
     param: tp.Annotated[
@@ -209,8 +210,8 @@ class RunLocal(Config):
     """docker: as on a cluster. process: the same steps as processes, where there is no Docker."""
     dataset: Text = ""
     """Folder or URL of the images; empty takes the config's [data] as it is."""
-    config: str = "configs/dinov2-small.toml"
-    """The file that `saev run --config` takes."""
+    config: ConfigFile = pydantic.Field(default="dinov2-small", validate_default=True)
+    """What `saev run --config` takes."""
     root: str = "./saev-out"
     """Folder or URL for everything."""
     image: str = "saev:dev"

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 saev on Kubeflow Pipelines.
 
 Settings come from flags, then the environment, then cluster.toml (see \
-configs/cluster.example.toml). Results are on standard output, everything else on standard error."""
+cluster.example.toml). Results are on standard output, everything else on standard error."""
 
 FLAGS = "--flags="
 _ERR = Console(stderr=True, markup=False)

@@ -140,7 +140,7 @@ def _known(values: dict[str, tp.Any], source: str) -> None:
         if key not in Settings.model_fields:
             raise ConfigError(
                 f"Unknown key {key!r} in {source}.{did_you_mean(key, Settings.model_fields)} "
-                "configs/cluster.example.toml lists all."
+                "cluster.example.toml lists all."
             )
 
 

@@ -4,7 +4,11 @@ A message names the thing, the value found, the value expected and the remedy. T
 prints it without a traceback and exits with status 1; anything else that escapes is a bug.
 """
 
+from saev import distributions
 from saev.secrets import redact
+
+# All packages of saev import this module, so none works on files of two distributions.
+distributions.check()
 
 
 class SaevError(Exception):

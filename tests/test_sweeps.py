@@ -194,19 +194,19 @@ def test_every_flag_of_the_command_line_is_a_key_of_sweeps():
     assert want <= set(leaves())
 
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
     ("name", "n_members"), [("topk", 8), ("relu", 6), ("kinds", 14), ("lr", 12), ("layers", 6)]
 )
 def test_ready_made_sweeps(name, n_members):
-    members = resolve(TrainConfig(sweep=str(CONFIGS / f"sweep-{name}.toml")))
+    members = resolve(TrainConfig(sweep=name))
     assert len(members) == n_members
 
 
 def test_sweeps_of_the_documentation(tmp_path):
-    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training.md").read_text()
     blocks = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
     found = []
     for block in blocks:
@@ -216,7 +216,7 @@ def test_sweeps_of_the_documentation(tmp_path):
 
 
 def test_all_ready_made_sweeps_are_tested():
-    assert len(list(CONFIGS.glob("sweep-*.toml"))) == 5
+    assert len(list((ROOT / "saev/configs/sweeps").glob("*.toml"))) == 5
 
 
 @given(

@@ -38,7 +38,7 @@ class ImgFolder(Config):
     to be enormous. All threads that decode together hold at most this number of pixels, or 16
     million per thread if that is more."""
     heic: bool = False
-    """Whether .heic, .heif and .hif files are read (`pip install 'saev[heic]'`). If not, they are
+    """Whether .heic, .heif and .hif files are read (`pip install 'saevit[heic]'`). If not, they are
     left out, whether that package is installed or not."""
 
 

@@ -8,15 +8,17 @@ import pydantic
 from saev import storage
 from saev.config.base import Config
 from saev.config.images import ImageData
+from saev.config.named import ConfigFile, named_sweep
 from saev.errors import ConfigError, CorruptDataError
 
 
 class RunConfig(Config):
     """Images in, a picture book of features out: all four stages, skipping what is done."""
 
-    config: str
-    """URL of a TOML file (or JSON, if it is called so) with the tables [shards], [train],
-    [inference] and [visuals]; their keys are the flags of those commands."""
+    config: ConfigFile
+    """Name of a config that comes with saev (such as dinov2-small), or URL of a TOML file (or JSON,
+    if it is called so) with the tables [shards], [train], [inference] and [visuals]; their keys are
+    the flags of those commands."""
     root: str = "./saev-out"
     """URL of the folder for everything: root/shards, root/runs and root/index.html."""
     data: ImageData | None = None
@@ -73,10 +75,18 @@ class RunFile(Config):
 
 
 def beside(config: str, sweep: str) -> str:
-    """Where the sweep of a config file is: a relative name is looked for beside the file first."""
+    """Where the sweep of a config file is: a relative name is looked for beside the file first.
+
+    Raises ConfigError if it is no file, and no sweep of saev is called so.
+    """
     near = storage.join(storage.parent(config), sweep)
     is_relative = "://" not in sweep and not sweep.startswith("/")
-    return near if is_relative and storage.exists(near) else sweep
+    if is_relative and storage.exists(near):
+        return near
+    try:
+        return named_sweep(sweep)
+    except ValueError as err:
+        raise ConfigError(f"{storage.normalize(config)}, train.sweep: {err}.") from err
 
 
 def read_toml(url: str) -> dict[str, tp.Any]:

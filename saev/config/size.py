@@ -7,6 +7,7 @@ import tyro
 
 from saev.config.base import Config, Dtype
 from saev.config.images import ImageData
+from saev.config.named import ConfigFile
 
 Count = tp.Annotated[int, pydantic.Field(ge=1)]
 Rate = tp.Annotated[float, pydantic.Field(gt=0)]
@@ -18,8 +19,8 @@ class SizeConfig(Config):
     Say what is recorded and trained by flags, or by the file of `saev run --config`; flags win.
     """
 
-    config: str = ""
-    """URL of a file of `saev run --config`."""
+    config: ConfigFile = ""
+    """What `saev run --config` takes: a name, or the URL of a file."""
     n_images: Count | None = None
     """Images; counted if a dataset is named (by data:… or the file's [data] table)."""
     model: str = ""

@@ -7,6 +7,7 @@ import pydantic
 from saev import storage
 from saev.config.base import Config
 from saev.config.loaders import LoaderConfig, ValDataConfig
+from saev.config.named import SweepFile
 from saev.config.sae import Objective, SaeConfig, Vanilla
 
 
@@ -20,8 +21,9 @@ class TrainConfig(Config):
     """URL of the folder in which each SAE's run folder is made."""
     tag: str = ""
     """A name for the experiment, for your own use."""
-    sweep: str = ""
-    """URL of a TOML file of lists: every combination is an SAE (see docs/guide)."""
+    sweep: SweepFile = ""
+    """Name of a sweep that comes with saev (such as topk), or URL of a TOML file of lists: every
+    combination is an SAE (see docs/training)."""
     train_data: LoaderConfig = LoaderConfig()
     """Activations to train on."""
     val_data: ValDataConfig = ValDataConfig()

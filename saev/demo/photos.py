@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from saev import storage
+from saev import distributions, storage
 from saev.errors import ConfigError
 from saev.images.decode import decode_image
 
@@ -70,7 +70,8 @@ def write_crops(root: str, n_examples: int, seed: int = 0) -> str:
 def _open(file: str) -> Image.Image:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise ConfigError("The demo needs scikit-image's photographs: pip install 'saev[demo]'.")
+        remedy = distributions.install("demo")
+        raise ConfigError(f"The demo needs scikit-image's photographs: {remedy}.")
     data = storage.read_bytes(Path(spec.origin).parent / "data" / file)
     return decode_image(data, file)
 

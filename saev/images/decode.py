@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from saev import distributions
 from saev.config.images import MAX_PIXELS
 from saev.errors import ConfigError, ImageError
 from saev.images import budget
@@ -64,7 +65,7 @@ class Limits:
             except ImportError as err:
                 raise ConfigError(
                     "data.heic needs pillow-heif, which is not installed. "
-                    "Install it: pip install 'saev[heic]'."
+                    f"Install it: {distributions.install('heic')}."
                 ) from err
             pillow_heif.register_heif_opener()
 

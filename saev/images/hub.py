@@ -11,7 +11,7 @@ import typing as tp
 
 from PIL import Image
 
-from saev import storage
+from saev import distributions, storage
 from saev.config.images import Cifar10, Imagenet
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images.datasets import ExampleInfo, Form, ImageDataset, digest_of, index_classes
@@ -119,7 +119,7 @@ def _load(cfg: Imagenet | Cifar10) -> tp.Any:
     except ImportError as err:
         raise ConfigError(
             f"data:{cfg.kind} needs Hugging Face datasets, which is not installed. "
-            "Install it: pip install 'saev[hf]'."
+            f"Install it: {distributions.install('hf')}."
         ) from err
     where = f"dataset {cfg.name}, split '{cfg.split}'"
     if "::" in cfg.name and storage.local_path(cfg.name) is not None:

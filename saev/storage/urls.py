@@ -9,7 +9,7 @@ import fsspec
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from saev import secrets
+from saev import distributions, secrets
 from saev.errors import StorageError
 from saev.storage.waiting import SILENT_S
 
@@ -102,8 +102,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             fs, key = cls(**cls._get_kwargs_from_urls(url)), cls._strip_protocol(url)
     except (ImportError, ValueError) as err:
         scheme = url.split("://", 1)[0]
-        remedy = {"s3": "pip install 'saev[s3]'", "gs": "pip install 'saev[gs]'"}.get(scheme)
-        hint = f" Install its backend: {remedy}." if remedy else f" ({err})"
+        hint = f" ({err})"
+        if scheme in ("s3", "gs"):
+            hint = f" Install its backend: {distributions.install(scheme)}."
         raise StorageError(f"Cannot open {url}: scheme '{scheme}' is not available.{hint}") from err
     _set_up(fs)
     return fs, key

@@ -16,7 +16,7 @@ import struct
 import time
 import typing as tp
 
-from saev import storage
+from saev import distributions, storage
 from saev.errors import ConfigError, CorruptDataError
 from saev.train.point import CurveRows, Row
 
@@ -157,7 +157,7 @@ def check_wandb(project: str) -> None:
     if project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"--wandb-project {project} needs Weights & Biases, which is not installed: "
-            "pip install 'saev[wandb]', or leave the flag out."
+            f"{distributions.install('wandb')}, or leave the flag out."
         )
 
 

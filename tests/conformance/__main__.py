@@ -65,7 +65,7 @@ def main() -> int:
         if not found.image or not found.root:
             raise ConfigError(
                 "No cluster is set up: image and root are missing. Write cluster.toml "
-                "(configs/cluster.example.toml), until `make doctor` is content."
+                "(cluster.example.toml), until `make doctor` is content."
             )
         with connect(found) as kfp:
             cluster = Cluster(kfp, table.stopped)

@@ -260,7 +260,7 @@ def test_parameters_of_the_file_are_those_of_runs(
 
 
 def test_the_example_is_valid_and_complete(home: Path) -> None:
-    example = Path(__file__).parents[2] / "configs" / "cluster.example.toml"
+    example = Path(__file__).parents[2] / "cluster.example.toml"
     text = example.read_text()
     assert settings.load({}, str(example)) == settings.Settings()
     for key in settings.Settings.model_fields:

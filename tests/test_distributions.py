@@ -1,0 +1,116 @@
+"""The distribution's name, the other one of a package saev, and the files that come with ours."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import saev
+from saev import distributions
+from saev.config.named import named_config, named_sweep
+from saev.config.run import RunFile
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = sorted(p.parent.name for p in ROOT.glob("saev/*/__init__.py"))
+FIRST = {"demo": "demo.photos", "steps": "steps.run", "visuals": "visuals.choose"}
+"""A module of those packages that import nothing by themselves."""
+
+
+def mixed(tmp_path: Path) -> Path:
+    """A folder in which the published saev 0.1.0 was installed over ours, as pip does it."""
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "saev", site / "saev", ignore=shutil.ignore_patterns("__pycache__"))
+    (site / "saev" / "__init__.py").write_text('"""Theirs."""\n')
+    (site / "saev" / "__main__.py").write_text('print("theirs")\n')
+    info = site / "saev-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: saev\nVersion: 0.1.0\n")
+    return site
+
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as err:
+        print(name, str(err).startswith("This environment has two distributions"))
+    else:
+        print(name, "was imported")
+"""
+
+
+def test_no_package_works_on_files_of_two_distributions(tmp_path: Path) -> None:
+    names = [f"saev.{FIRST.get(name, name)}" for name in PACKAGES]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *names],
+        cwd=mixed(tmp_path), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{name} True" for name in names]
+
+
+def test_the_command_says_it_in_one_sentence(tmp_path: Path) -> None:
+    """The script calls saev.entry, which the other distribution does not have."""
+    code = "import saev.entry; saev.entry.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=mixed(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("saev: error: This environment has two distributions")
+    assert done.stderr.count("\n") == 1
+
+
+def test_one_distribution_is_no_conflict() -> None:
+    assert distributions.conflict() == ""
+
+
+def test_extras_that_errors_name_exist() -> None:
+    """Every extra for which an error tells people to install it is one of pyproject.toml's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == distributions.NAME
+    assert {"s3", "gs", "hf", "heic", "wandb", "demo"} <= project["optional-dependencies"].keys()
+    for path in (*ROOT.glob("saev/**/*.py"), *ROOT.glob("pipelines/*.py")):
+        assert "pip install 'saev[" not in path.read_text(), path
+
+
+def test_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saev", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"saevit {saev.__version__}, Python 3.")
+
+
+# --- Configs by name -----------------------------------------------------------------------------
+
+
+def test_configs_and_sweeps_by_name() -> None:
+    for path in ROOT.glob("saev/configs/*.toml"):
+        assert Path(named_config(path.stem)) == path
+        RunFile.portable(named_config(path.stem))
+    for path in ROOT.glob("saev/configs/sweeps/*.toml"):
+        assert Path(named_sweep(path.stem)) == path
+
+
+def test_paths_of_the_version_before_are_found() -> None:
+    ours = ROOT / "saev" / "configs"
+    assert Path(named_config("configs/dinov2-small.toml")) == ours / "dinov2-small.toml"
+    assert Path(named_sweep("configs/sweep-topk.toml")) == ours / "sweeps" / "topk.toml"
+
+
+def test_a_file_of_the_user_goes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("topk").write_text("lr = [1e-3]\n")
+    assert named_sweep("topk") == "topk"
+
+
+def test_an_unknown_name_lists_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="which has clip-vitb16, dinov2-small"):
+        named_config("dinov3")
+    with pytest.raises(ValueError, match="which has kinds, layers, lr, relu, topk"):
+        named_sweep("topp")
+    assert named_sweep("s3://bucket/topp") == "s3://bucket/topp"
+    assert named_sweep("") == ""
