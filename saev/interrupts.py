@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 BROKEN_PIPE = 141
 """Exit status of a process whose output nobody reads, as of one that SIGPIPE ends."""
+PERMANENT = 65
+"""Exit status of a pipeline's step that would fail again (EX_DATAERR of sysexits.h)."""
 
 
 def end_at_once(name: str) -> None:

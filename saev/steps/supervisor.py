@@ -30,6 +30,7 @@ from pathlib import Path
 import tenacity
 
 from saev.errors import SaevError
+from saev.interrupts import PERMANENT
 from saev.progress import Progress, log_to
 from saev.steps import last_word, memory
 from saev.steps.last_word import LastWord
@@ -41,8 +42,6 @@ _RETRIES = "SAEV_RETRIES"
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 STOPPED = 128 + signal.SIGTERM
-PERMANENT = 3
-"""Exit status of a failure that another try would meet again; of other failures it is 1."""
 _MEET_SECONDS = 1800
 """How long torchrun waits for that of other machines, some of which may have to load the image."""
 
@@ -205,8 +204,7 @@ def _end_with_the_parent() -> None:
 
 
 def main(argv: tp.Sequence[str] | None = None) -> None:
-    """Entry point of a pod. Ends with 0; after a failure with 1, or with 3 if it is permanent; with
-    143 if it was stopped."""
+    """Entry point of a pod. Ends with 0, 65 (permanent), 1 (passing), or 143 if it was stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--signal"]:
         send(int(words[1]))
@@ -224,7 +222,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     if word is None:
         return
     sys.stderr.write(closing_line(word, supervisor.n_runs) + "\n")
-    sys.exit({"stopped": STOPPED, "permanent": PERMANENT}.get(word.kind, 1))
+    sys.exit({"stopped": STOPPED, "permanent": PERMANENT, "passing": 1}[word.kind])
 
 
 def _saev(words: tp.Sequence[str], ranks: int) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from walk import Walk
 
+from saev import interrupts
 from saev.errors import ConfigError, RankError
 from saev.steps import last_word, memory, supervisor
 from saev.steps.last_word import LastWord
@@ -76,7 +77,7 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     words = ["step", "discover", "--root", str(tmp_path), "--owner", "run-1"]
     words += ["--config", '{"dta": {"kind": "fake-img"}}']
     ended = subprocess.run([*MODULE, *words], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == supervisor.PERMANENT
+    assert ended.returncode == interrupts.PERMANENT
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("saev: permanent error: ")
     assert "dta" in last
@@ -90,7 +91,7 @@ def test_a_wrong_flag_is_not_tried_again() -> None:
     ended = subprocess.run(
         [*MODULE, "step", "check", "--rot", "x"], capture_output=True, text=True, timeout=120
     )
-    assert ended.returncode == supervisor.PERMANENT
+    assert ended.returncode == interrupts.PERMANENT
     assert ended.stderr.strip().splitlines()[-1].startswith("saev: permanent error: ")
 
 
