@@ -51,3 +51,17 @@ class CheckpointError(SaevError):
 
 class RankError(SaevError):
     """A process of a training over several of them ended or does not answer."""
+
+
+class LaunchError(SaevError):
+    """What a step has started on Kubernetes failed, or Kubernetes refuses to start it.
+
+    Args:
+        text: the message.
+        passing: whether the same may succeed later, without anybody mending anything.
+        spent: whether it was tried again already, as often as it should be.
+    """
+
+    def __init__(self, text: str, *, passing: bool = False, spent: bool = False):
+        super().__init__(text)
+        self.passing, self.spent = passing, spent

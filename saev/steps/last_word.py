@@ -14,7 +14,7 @@ import typing as tp
 from pathlib import Path
 
 from saev import storage
-from saev.errors import RankError, SaevError, StorageError
+from saev.errors import LaunchError, RankError, SaevError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,17 @@ class LastWord(tp.NamedTuple):
     """Whether it is an error that saev does not raise on purpose: a bug, or a broken device."""
     is_echo: bool = False
     """Whether another process failed first, of those that train together, and knows why."""
+    is_spent: bool = False
+    """Whether it was tried again already, as often as it should be."""
 
 
 def of(error: BaseException) -> LastWord:
     """What an error says of another try."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return LastWord("stopped", "It was stopped.")
+    if isinstance(error, LaunchError):
+        kind: Kind = "passing" if error.passing else "permanent"
+        return LastWord(kind, str(error), is_spent=error.spent)
     # A rank that died takes the others with it, and the error says which one it was.
     is_echo = isinstance(error, RankError)
     passes = storage.is_passing(error) or is_echo

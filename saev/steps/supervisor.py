@@ -93,7 +93,7 @@ class Supervisor:
         """Run the step until it is done or hopeless. Returns why it failed; None if it is done."""
         again = tenacity.Retrying(
             retry=tenacity.retry_if_result(
-                lambda word: word is not None and word.kind == "passing"
+                lambda word: word is not None and word.kind == "passing" and not word.is_spent
             ),
             stop=lambda state: self._stop.is_set() or len(self._failures) > self._policy.retries,
             wait=lambda state: self._pause(),

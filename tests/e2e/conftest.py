@@ -8,6 +8,9 @@ import base_image as base_images
 import containers
 import pytest
 from containers import Docker, Images
+from servers import kubernetes_api
+
+__all__ = ["kubernetes_api"]  # a fixture of several files: one server serves them all
 
 _HERE = Path(__file__).parent
 

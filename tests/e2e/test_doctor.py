@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from kubernetes import client, config
-from servers import KubernetesApi, kubernetes_api  # noqa: F401 - a fixture
+from servers import KubernetesApi
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "pipelines"))
@@ -26,7 +26,7 @@ NAMESPACE = "kubeflow"
 
 
 @pytest.fixture(scope="module")
-def core(kubernetes_api: KubernetesApi) -> client.CoreV1Api:  # noqa: F811
+def core(kubernetes_api: KubernetesApi) -> client.CoreV1Api:
     """A cluster with KFP's namespace, in which only restricted pods may run, and saev's objects."""
     config.load_kube_config(str(kubernetes_api.kubeconfig))
     core = client.CoreV1Api()
@@ -47,7 +47,7 @@ def core(kubernetes_api: KubernetesApi) -> client.CoreV1Api:  # noqa: F811
 
 @pytest.fixture
 def env(
-    kubernetes_api: KubernetesApi,  # noqa: F811
+    kubernetes_api: KubernetesApi,
     tmp_path: Path,
 ) -> collections.abc.Iterator[dict[str, str]]:
     """The environment of a command."""
@@ -134,7 +134,7 @@ def test_a_doctor_that_is_stopped_leaves_no_pod(
 
 def test_a_user_who_may_nothing(
     core: client.CoreV1Api,
-    kubernetes_api: KubernetesApi,  # noqa: F811
+    kubernetes_api: KubernetesApi,
     env: dict[str, str],
     tmp_path: Path,
 ) -> None:

@@ -87,6 +87,26 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     assert ended.stderr.count("saev: error: ") == 1
 
 
+@pytest.mark.parametrize(
+    ("passing", "spent", "n_runs", "kind"),
+    [(True, False, 4, "passing"), (True, True, 1, "passing"), (False, True, 1, "permanent")],
+)
+def test_what_was_tried_in_new_pods_is_not_tried_again(
+    tmp_path: Path, passing: bool, spent: bool, n_runs: int, kind: str
+) -> None:
+    body = f"""
+from saev.errors import LaunchError
+from saev.steps import last_word
+last_word.tell(LaunchError("2 of 6 slots failed", passing={passing}, spent={spent}))
+sys.exit(1)
+"""
+    supervised = script(tmp_path, body)
+    word = supervised.run()
+    assert word is not None
+    assert (word.kind, word.error) == (kind, "2 of 6 slots failed")
+    assert supervised.n_runs == n_runs
+
+
 def test_a_wrong_flag_is_not_tried_again() -> None:
     ended = subprocess.run(
         [*MODULE, "step", "check", "--rot", "x"], capture_output=True, text=True, timeout=120
