@@ -11,6 +11,6 @@ def extract(job: str, slot: str):
 
     Args:
         job: one of discover's jobs.
-        slot: one of plan's slots, a JSON text {slot, name}.
+        slot: one of plan's slots, such as `2: part 3 of 8`.
     """
     return spec(GPU_IMAGE, "extract", job=job, slot=slot)

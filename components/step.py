@@ -1,7 +1,7 @@
 """What all components share: the image's names and its command line.
 
-What a loop runs over is a list of JSON texts: the compiler declares the items of a list to be
-texts, and the backend refuses a text where a component expects an object.
+What a loop runs over is a list of texts: the compiler declares the items of a list to be texts, and
+the backend refuses a text where a component expects something else.
 """
 
 import typing as tp

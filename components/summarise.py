@@ -16,7 +16,7 @@ def summarise(
 
     Args:
         job: one of discover's jobs.
-        slot: one of publish's slots, a JSON text {slot, name}.
+        slot: one of publish's slots, such as `2: part 3 of 8`.
         metrics: NMSE, L0, dead and dense latents of each SAE, and concept alignment where there
             are labels; each name begins with the SAE's.
         page: the first latents of each picture book, in one self-contained file.

@@ -11,6 +11,6 @@ def train(job: str, slot: str):
 
     Args:
         job: one of discover's jobs.
-        slot: one of publish's slots, a JSON text {slot, name}.
+        slot: one of publish's slots, such as `2: part 3 of 8`.
     """
     return spec(GPU_IMAGE, "train", job=job, slot=slot)

@@ -1,9 +1,11 @@
 """Makes a compiled pipeline smaller, and its names speak.
 
-Kubernetes holds a run in one object of at most 1 MiB, and the backend repeats each component there
-for every pod and every iteration: so components lose the descriptions of their parameters, which
-the UI does not show. KFP calls loops `for-loop-1` wherever its UI shows a path; here they are
-called by the names that the pipeline gives them.
+Kubernetes holds a run in one object of at most 1 MiB, and the backend repeats each component and
+each task there for every pod and every iteration (docs/pipeline.md has the figures). So they lose
+what the backend does not read: descriptions, which the UI does not show either, and what kfp writes
+twice. KFP calls loops `for-loop-1` and their inputs `pipelinechannel--plan-extract-loop-item`
+wherever its UI shows them; here loops are called by the names that the pipeline gives them, and
+inputs `slot`.
 """
 
 import typing as tp
@@ -12,10 +14,19 @@ import yaml
 
 Tree = tp.Any
 
+_CHANNEL = "pipelinechannel--"
+_ITEM = "-loop-item"
+
 _RESOURCES = {
     "accelerator_count", "accelerator_type", "cpu_limit", "cpu_request", "memory_limit",
     "memory_request",
 }  # fmt: skip
+_OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")
+"""Numbers that stand beside `resourceCpuLimit` and so on for backends before KFP 2.4."""
+_OLD_ACCELERATOR = ("count", "type")
+"""The same for `resourceCount` and `resourceType` of an accelerator."""
+_OLD_NAMES = ("secretName", "configMapName")
+"""Texts that stand beside `secretNameParameter` and `configMapNameParameter` for older ones."""
 
 
 def compact(text: str) -> str:
@@ -30,10 +41,22 @@ def compact(text: str) -> str:
             for kind in component.get(side, {}).values():
                 for definition in kind.values():
                     definition.pop("description", None)
-    for component in spec["components"].values():
         for task in component.get("dag", {}).get("tasks", {}).values():
             _drop_resources(task, spec["components"][task["componentRef"]["name"]])
-    return "---\n".join(yaml.safe_dump(d) for d in (_named(spec), *platforms))
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            if task.get("cachingOptions") == {}:  # which is what its absence says
+                del task["cachingOptions"]
+    for executor in spec["deploymentSpec"]["executors"].values():
+        resources = executor["container"].get("resources", {})
+        for key in _OLD_RESOURCES:
+            resources.pop(key, None)
+        for key in _OLD_ACCELERATOR:
+            resources.get("accelerator", {}).pop(key, None)
+    for platform in platforms:
+        _drop_old_names(platform)
+    names = {**_loops(spec), **_inputs(spec)}
+    return "---\n".join(yaml.safe_dump(_renamed(d, names)) for d in (spec, *platforms))
 
 
 def _drop_resources(task: Tree, component: Tree) -> None:
@@ -47,8 +70,22 @@ def _drop_resources(task: Tree, component: Tree) -> None:
         del inputs[name]
 
 
-def _named(spec: Tree) -> Tree:
-    """The specification with loops and groups that are called by their names."""
+def _drop_old_names(tree: Tree) -> None:
+    if isinstance(tree, dict):
+        for key in _OLD_NAMES:
+            if f"{key}Parameter" in tree:
+                tree.pop(key, None)
+    for inner in (
+        tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    ):
+        _drop_old_names(inner)
+
+
+def _loops(spec: Tree) -> dict[str, str]:
+    """What kfp calls loops and groups → the names that the pipeline gives them.
+
+    Renames the tasks, whose keys are unique only within their graph, on the way.
+    """
     components: dict[str, str] = {}
     dags = [spec["root"], *spec["components"].values()]
     for dag in (d["dag"] for d in dags if "dag" in d):
@@ -60,13 +97,43 @@ def _named(spec: Tree) -> Tree:
         dag["tasks"] = _renamed(dag["tasks"], keys)
     assert len(set(components.values())) == len(components), "two loops of one name"
     assert not set(components.values()) & spec["components"].keys(), "a loop named like a step"
-    return _renamed(spec, components)
+    return components
+
+
+def _inputs(spec: Tree) -> dict[str, str]:
+    """What kfp calls the inputs of graphs → a name that says what they are.
+
+    `slot` is the item of a loop and `slots` what the loop runs over; an input of the pipeline or an
+    output of a step keeps its own name.
+    """
+    names: dict[str, str] = {}
+    for component in spec["components"].values():
+        found = component.get("inputDefinitions", {}).get("parameters", {})
+        channels = [name for name in found if name.startswith(_CHANNEL)]
+        items = {name for name in channels if name.endswith(_ITEM)}
+        lists = {name.removesuffix(_ITEM) for name in items}
+        for name in channels:
+            own = name.removeprefix(_CHANNEL).rpartition("-")[2]  # without the producer's name
+            short = "slot" if name in items else "slots" if name in lists else own
+            assert names.setdefault(name, short) == short, f"{name} is a list here, and not there"
+        assert len({names.get(name, name) for name in found}) == len(found), (
+            "two inputs of one name"
+        )
+    return names
 
 
 def _renamed(tree: Tree, names: dict[str, str]) -> Tree:
-    """All keys and texts that are names, replaced."""
+    """All keys and texts that are names, replaced, and names in placeholders."""
     if isinstance(tree, dict):
         return {names.get(k, k): _renamed(value, names) for k, value in tree.items()}
     if isinstance(tree, list):
         return [_renamed(value, names) for value in tree]
-    return names.get(tree, tree) if isinstance(tree, str) else tree
+    return _text(tree, names) if isinstance(tree, str) else tree
+
+
+def _text(text: str, names: dict[str, str]) -> str:
+    if text in names:
+        return names[text]
+    for name, short in names.items() if _CHANNEL in text else ():
+        text = text.replace(f"['{name}']", f"['{short}']")
+    return text

@@ -27,50 +27,26 @@ import components
 from components.step import CPU_IMAGE, SUPERVISOR
 from pipelines.compact import compact
 from pipelines.options import CompileOptions, PipelineName
+from saev.config.environment import CONFIG_ENV, CONFIG_MOUNT, SECRET_ENV, SECRET_MOUNT
 
-GPU_TOLERATIONS = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-
-STORAGE_SECRET = "saev-storage"
-CONFIG_MAP = "saev-config"
-PVC_NAME = "saev-data"
-IMAGE_PULL_SECRET = "saev-registry"
 DATA_MOUNT = "/data"
-
-SECRET_ENV = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-CONFIG_ENV = (
-    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE",
-    "HF_ENDPOINT", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "SAEV_LOG_LEVEL",
-)  # fmt: skip
-"""Keys of the secret and of the config map that become environment of the steps. All may be
-missing: on AWS, the service account's role brings credentials of its own."""
 
 LABELS = {"app.kubernetes.io/name": "saev", "app.kubernetes.io/part-of": "saev"}
 
 KILL_COMMAND = (
     "workflows.argoproj.io/kill-cmd-main",
-    json.dumps([*SUPERVISOR, "--signal", "%d"]),
+    json.dumps([*SUPERVISOR, "--signal", "%d"], separators=(",", ":")),
 )
 """How Argo stops a step. By default it signals process 1, whose child, KFP's launcher, dies of it
 and takes the step with it."""
 
+_RETRIES = CompileOptions.model_fields["retries"].default
+"""What a supervisor does if its environment says nothing."""
+_TOLERATION = {"tolerationSeconds": "toleration_seconds"}
+"""Kubernetes' names of a toleration's keys → those of kfp."""
+
 Channel = tp.Any
 """A value that is known when the pipeline runs."""
-
-
-class Settings(tp.NamedTuple):
-    """The parameters of a run that say how its pods are made."""
-
-    gpu_type: Channel
-    gpu_count: Channel
-    train_gpus: Channel
-    cpu: Channel
-    memory: Channel
-    node_selector: Channel
-    tolerations: Channel
-    storage_secret: Channel
-    config_map: Channel
-    pvc_name: Channel
-    image_pull_secret: Channel
 
 
 class Parameter(tp.NamedTuple):
@@ -150,17 +126,6 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
         config: dict,
         dataset: str = "",
         n_parts: int = 8,
-        gpu_type: str = "nvidia.com/gpu",
-        gpu_count: str = "1",
-        train_gpus: str = "1",
-        cpu: str = "4",
-        memory: str = "32Gi",
-        node_selector: dict = {},  # noqa: B006 - KFP reads it
-        tolerations: list = GPU_TOLERATIONS,
-        storage_secret: str = STORAGE_SECRET,
-        config_map: str = CONFIG_MAP,
-        pvc_name: str = PVC_NAME,
-        image_pull_secret: str = IMAGE_PULL_SECRET,
         claim_hours: float = 24.0,
     ) -> None:
         """Process one dataset.
@@ -170,24 +135,9 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             config: what `saev run --config` takes, as JSON, with its sweep in the table `sweep`.
             dataset: URL of the folder of images; empty takes the config's [data] as it is.
             n_parts: most pods of each step; a pod does several parts one after the other.
-            gpu_type: resource name of the GPUs.
-            gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
-            train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
-            cpu: CPU cores of a GPU pod.
-            memory: memory of a GPU pod; other pods get at most 8Gi.
-            node_selector: labels that the nodes of GPU pods must have.
-            tolerations: tolerations of GPU pods.
-            storage_secret: Secret with the storage's keys; may be missing.
-            config_map: ConfigMap with environment of the steps; may be missing.
-            pvc_name: PersistentVolumeClaim that is mounted at /data (pipelines for a volume only).
-            image_pull_secret: Secret for a private registry; may be missing.
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
         """
-        pods = Settings(
-            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
-            storage_secret, config_map, pvc_name, image_pull_secret,
-        )  # fmt: skip
-        graph = _Graph(options, pods)
+        graph = _Graph(options)
         with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
             found = graph.discover(root, config, dataset, "one", "", 0.0, claim_hours, 1)
             graph.process(found.outputs["job"], n_parts)
@@ -197,26 +147,8 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
 
 def _incoming(options: CompileOptions) -> base_component.BaseComponent:
     @dsl.pipeline(name="process-dataset")
-    def process_dataset(
-        job: str,
-        n_parts: int,
-        gpu_type: str,
-        gpu_count: str,
-        train_gpus: str,
-        cpu: str,
-        memory: str,
-        node_selector: dict,
-        tolerations: list,
-        storage_secret: str,
-        config_map: str,
-        pvc_name: str,
-        image_pull_secret: str,
-    ) -> None:
-        pods = Settings(
-            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
-            storage_secret, config_map, pvc_name, image_pull_secret,
-        )  # fmt: skip
-        _Graph(options, pods).process(job, n_parts)
+    def process_dataset(job: str, n_parts: int) -> None:
+        _Graph(options).process(job, n_parts)
 
     @dsl.pipeline(
         name="saev-incoming",
@@ -231,17 +163,6 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         claim_hours: float = 24.0,
         max_datasets: int = 4,
         n_parts: int = 8,
-        gpu_type: str = "nvidia.com/gpu",
-        gpu_count: str = "1",
-        train_gpus: str = "1",
-        cpu: str = "4",
-        memory: str = "32Gi",
-        node_selector: dict = {},  # noqa: B006 - KFP reads it
-        tolerations: list = GPU_TOLERATIONS,
-        storage_secret: str = STORAGE_SECRET,
-        config_map: str = CONFIG_MAP,
-        pvc_name: str = PVC_NAME,
-        image_pull_secret: str = IMAGE_PULL_SECRET,
     ) -> None:
         """Process what is new below a prefix.
 
@@ -255,32 +176,15 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
             max_datasets: most datasets of one firing; the others wait for the next.
             n_parts: most pods of each step; a pod does several parts one after the other.
-            gpu_type: resource name of the GPUs.
-            gpu_count: GPUs of a pod that records or measures, which uses one; 0 runs on the CPU.
-            train_gpus: GPUs of a pod that trains, which uses all; 0 runs on the CPU.
-            cpu: CPU cores of a GPU pod.
-            memory: memory of a GPU pod; other pods get at most 8Gi.
-            node_selector: labels that the nodes of GPU pods must have.
-            tolerations: tolerations of GPU pods.
-            storage_secret: Secret with the storage's keys; may be missing.
-            config_map: ConfigMap with environment of the steps; may be missing.
-            pvc_name: PersistentVolumeClaim that is mounted at /data (pipelines for a volume only).
-            image_pull_secret: Secret for a private registry; may be missing.
         """
-        pods = Settings(
-            gpu_type, gpu_count, train_gpus, cpu, memory, node_selector, tolerations,
-            storage_secret, config_map, pvc_name, image_pull_secret,
-        )  # fmt: skip
-        graph = _Graph(options, pods)
+        graph = _Graph(options)
         with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
             found = graph.discover(
                 root, config, dataset, "incoming", marker, settle_minutes, claim_hours, max_datasets
             )
             jobs = found.outputs["jobs"]
             with dsl.ParallelFor(jobs, name="datasets", parallelism=options.parallelism) as job:
-                process_dataset(job=job, n_parts=n_parts, **pods._asdict()).set_caching_options(
-                    False
-                )
+                process_dataset(job=job, n_parts=n_parts).set_caching_options(False)
 
     return saev_incoming
 
@@ -291,8 +195,8 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
 class _Graph:
     """Makes the steps of one pipeline, each with its pod's settings."""
 
-    def __init__(self, options: CompileOptions, pods: Settings):
-        self._options, self._pods = options, pods
+    def __init__(self, options: CompileOptions):
+        self._options = options
 
     def outcome(self, root: Channel) -> pipeline_task.PipelineTask:
         """The step that runs whatever becomes of the others."""
@@ -326,7 +230,7 @@ class _Graph:
 
     def process(self, job: Channel, n_parts: Channel) -> None:
         """Everything that is done with one dataset."""
-        pods = self._pods
+        pods = self._options.pods
         planned = self._pod(components.plan(job=job, n_parts=n_parts), "plan")
         with self._loop(planned, "extract") as slot:
             task = components.extract(job=job, slot=slot)
@@ -349,10 +253,13 @@ class _Graph:
         )
 
     def _pod(
-        self, task: pipeline_task.PipelineTask, step: str, *, gpus: Channel | None = None
+        self, task: pipeline_task.PipelineTask, step: str, *, gpus: str = ""
     ) -> pipeline_task.PipelineTask:
-        """Image, resources, storage and labels of a step's pod; ``gpus`` says how many it gets."""
-        options, pods = self._options, self._pods
+        """Image, resources, storage and labels of a step's pod.
+
+        ``gpus`` is how many a GPU pod gets, which may be "0"; empty is a pod of another kind.
+        """
+        options, pods = self._options, self._options.pods
         is_small = task.container_spec.image == CPU_IMAGE
         task.set_container_image(options.cpu_image if is_small else options.image)
         task.set_caching_options(False)
@@ -367,17 +274,8 @@ class _Graph:
                 backoff_max_duration=f"{whole}s",
             )
         kubernetes.set_timeout(task, options.timeout_seconds(step))
-        if gpus is not None:
-            # Inside loops, kfp hands on the parameters of kubernetes.* by itself, but not these.
-            task.register_pipeline_channels([pods.gpu_type, gpus, pods.cpu, pods.memory])
-            task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(gpus)
-            task.set_cpu_request(pods.cpu).set_cpu_limit(pods.cpu)
-            task.set_memory_request(pods.memory).set_memory_limit(pods.memory)
-            kubernetes.add_node_selector_json(task, pods.node_selector)
-            kubernetes.add_toleration_json(task, pods.tolerations)
-            kubernetes.empty_dir_mount(
-                task, "shm", "/dev/shm", medium="Memory", size_limit=options.shm_size
-            )
+        if gpus:
+            self._gpu_pod(task, gpus)
         else:
             task.set_cpu_request("250m").set_cpu_limit("2")
             task.set_memory_request("1Gi" if is_small else "4Gi").set_memory_limit("8Gi")
@@ -385,19 +283,41 @@ class _Graph:
         kubernetes.set_image_pull_secrets(task, [pods.image_pull_secret])
         kubernetes.set_security_context(task, run_as_non_root=True)
         kubernetes.add_pod_annotation(task, *KILL_COMMAND)
-        task.set_env_variable("SAEV_RETRIES", str(options.retries))
+        if options.retries != _RETRIES:
+            task.set_env_variable("SAEV_RETRIES", str(options.retries))
         for key, value in {**LABELS, "app.kubernetes.io/component": step}.items():
             kubernetes.add_pod_label(task, key, value)
         return task
 
+    def _gpu_pod(self, task: pipeline_task.PipelineTask, gpus: str) -> None:
+        pods = self._options.pods
+        if gpus != "0":
+            task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(gpus)
+        # Kubernetes takes the limits for the requests, which are not given.
+        task.set_cpu_limit(pods.cpu).set_memory_limit(pods.memory)
+        for key, value in pods.node_selector.items():
+            kubernetes.add_node_selector(task, key, value)
+        for toleration in pods.tolerations:
+            kubernetes.add_toleration(
+                task, **{_TOLERATION.get(key, key): value for key, value in toleration.items()}
+            )
+        kubernetes.empty_dir_mount(
+            task, "shm", "/dev/shm", medium="Memory", size_limit=self._options.shm_size
+        )
+
     def _storage(self, task: pipeline_task.PipelineTask) -> None:
-        pods = self._pods
+        """Where a pod keeps things, and where its supervisor finds its environment."""
+        pods = self._options.pods
         kubernetes.empty_dir_mount(task, "tmp", "/tmp")
-        kubernetes.use_secret_as_env(
-            task, pods.storage_secret, {key: key for key in SECRET_ENV}, optional=True
-        )
-        kubernetes.use_config_map_as_env(
-            task, pods.config_map, {key: key for key in CONFIG_ENV}, optional=True
-        )
+        if pods.volume_names_differ():
+            kubernetes.use_secret_as_volume(task, pods.storage_secret, SECRET_MOUNT, optional=True)
+            kubernetes.use_config_map_as_volume(task, pods.config_map, CONFIG_MOUNT, optional=True)
+        else:
+            kubernetes.use_secret_as_env(
+                task, pods.storage_secret, {key: key for key in SECRET_ENV}, optional=True
+            )
+            kubernetes.use_config_map_as_env(
+                task, pods.config_map, {key: key for key in CONFIG_ENV}, optional=True
+            )
         if self._options.storage == "pvc":
             kubernetes.mount_pvc(task, pvc_name=pods.pvc_name, mount_path=DATA_MOUNT)

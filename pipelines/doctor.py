@@ -15,6 +15,7 @@ from pipelines import doctor_access, doctor_nodes, doctor_objects, doctor_retrie
 from pipelines.connect import Kfp, connect, is_in_cluster
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
+from pipelines.options import PodOptions
 from pipelines.settings import Settings
 from saev.errors import SaevError
 
@@ -69,9 +70,9 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         )
         account = settings.service_account
         yield from doctor_access.service_account(kube, namespace, account)
-        values, finding = _parameters(settings)
+        pods, finding = _parameters(settings)
         yield finding
-        yield from doctor_nodes.gpus(kube, values)
+        yield from doctor_nodes.gpus(kube, pods)
         yield from doctor_objects.storage(kube, namespace)
         if not pod:
             yield skipped("pod", "image and storage, as --no-pod says")
@@ -114,15 +115,16 @@ def _kfp(
     return kfp, ok(what, found)
 
 
-def _parameters(settings: Settings) -> tuple[dict[str, tp.Any] | None, Finding]:
-    """What `cluster.toml` sets for every run; None if `make submit` would refuse it."""
+def _parameters(settings: Settings) -> tuple[PodOptions | None, Finding]:
+    """What `cluster.toml` sets for every pod; None if `make submit` would refuse a parameter."""
     what = "parameters"
     try:  # any image will do: the parameters do not depend on it
         pipeline = prepare.compiled("saev", settings.model_copy(update={"image": "any"}))
-        values = prepare.usual_parameters(pipeline, settings)
+        prepare.usual_parameters(pipeline, settings)
+        pods = prepare.pods(settings)
     except SaevError as err:
         return None, fail(what, str(err), "")
-    return values, ok(what, ", ".join(values) or "none, so runs take the defaults")
+    return pods, ok(what, ", ".join(settings.parameters) or "none, so runs take the defaults")
 
 
 def _version(kube: Kube, namespace: str) -> str:

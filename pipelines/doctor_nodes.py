@@ -6,25 +6,22 @@ import typing as tp
 from pipelines.errors import ClusterError
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
+from pipelines.options import PodOptions
 
 _WHAT = "GPUs"
-_TOLERATED = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-"""What a run tolerates if its parameters say nothing, as in pipelines.definition."""
 
 
-def gpus(kube: Kube, parameters: dict[str, tp.Any] | None) -> collections.abc.Iterator[Finding]:
+def gpus(kube: Kube, pods: PodOptions | None) -> collections.abc.Iterator[Finding]:
     """Whether the GPUs that a run asks for exist and are free.
 
     Args:
         kube: the cluster.
-        parameters: the checked parameters of every run; None if they are wrong.
+        pods: how the pods of every run are made; None if a parameter is wrong.
     """
-    if parameters is None:
+    if pods is None:
         yield skipped(_WHAT, "the parameters, which say what a run asks for, are wrong")
         return
-    kind = str(parameters.get("gpu_type", "nvidia.com/gpu"))
-    count = int(parameters.get("gpu_count", 1))
-    count = max(count, int(parameters.get("train_gpus", count)))
+    kind, count = pods.gpu_type, max(int(pods.gpu_count), int(pods.train_gpus))
     if count == 0:
         yield skipped(_WHAT, "gpu_count is 0, so runs use the CPU")
         return
@@ -38,8 +35,7 @@ def gpus(kube: Kube, parameters: dict[str, tp.Any] | None) -> collections.abc.It
     if not having:
         yield _none(nodes, kind)
         return
-    selector = parameters.get("node_selector", {})
-    tolerations = parameters.get("tolerations", _TOLERATED)
+    selector, tolerations = pods.node_selector, pods.tolerations
     usable = [node for node in having if not _refuses(node, selector, tolerations)]
     if not usable:
         why = "; ".join(sorted({_refuses(node, selector, tolerations) for node in having}))

@@ -1,13 +1,16 @@
 """Checks of the objects that runs need: namespace, secret, config map, volume."""
 
 import collections.abc
+import re
 import typing as tp
 
-from pipelines import definition
 from pipelines.errors import ClusterError
 from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
+from pipelines.options import PodOptions
+from saev.config.environment import SECRET_ENV
 
+_FROM_ENV = re.compile(r"[\"']?fromEnv[\"']?\s*:\s*true")
 _ENFORCE = "pod-security.kubernetes.io/enforce"
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
@@ -29,13 +32,16 @@ def namespace(kube: Kube, name: str) -> Finding:
 def storage(kube: Kube, where: str) -> collections.abc.Iterator[Finding]:
     """The secret, the config map and, for volumes, the claim."""
     settings = kube.settings
-    names = settings.parameters
-    secret = names.get("storage_secret", definition.STORAGE_SECRET)
+    names = {**PodOptions().model_dump(), **settings.parameters}
+    secret = names["storage_secret"]
     if settings.storage == "object":
-        yield _secret(kube, where, secret)
-    yield _config_map(kube, where, names.get("config_map", definition.CONFIG_MAP))
+        keys = _secret(kube, where, secret)
+        yield keys
+        if keys.level == "ok":
+            yield from _launcher(kube, where, secret)
+    yield _config_map(kube, where, names["config_map"])
     if settings.storage == "pvc":
-        yield from _claim(kube, where, names.get("pvc_name", definition.PVC_NAME))
+        yield from _claim(kube, where, names["pvc_name"])
 
 
 def _secret(kube: Kube, where: str, name: str) -> Finding:
@@ -50,10 +56,28 @@ def _secret(kube: Kube, where: str, name: str) -> Finding:
             "That is right where pods get credentials from their service account (IRSA); else put "
             "the keys into storage.env and run `make install` (docs/cluster.md).",
         )
-    missing = [key for key in definition.SECRET_ENV[:2] if key not in (found.data or {})]
+    missing = [key for key in SECRET_ENV[:2] if key not in (found.data or {})]
     if missing:
         return fail(what, f"it has no key {', '.join(missing)}", "Add them (docs/cluster.md).")
     return ok(what, f"it exists, with {len(found.data)} keys")
+
+
+def _launcher(kube: Kube, where: str, secret: str) -> collections.abc.Iterator[Finding]:
+    """Whether KFP's launcher, which runs in the pods of steps, looks for keys in their environment.
+
+    The keys of the secret are files there, which only the step reads.
+    """
+    what = "config map kfp-launcher"
+    found = _read(kube, what, kube.core.read_namespaced_config_map, "kfp-launcher", where)
+    if found is None or isinstance(found, Finding):  # KFP's own defaults, or not for us to see
+        return
+    if _FROM_ENV.search((found.data or {}).get("providers", "")):
+        yield warn(
+            what,
+            f"fromEnv is true, but the keys of {secret} are no variables of the steps' pods",
+            "Unless pods have a role: set fromEnv to false, with a secretRef (k8s/components/"
+            "kfp-launcher).",
+        )
 
 
 def _config_map(kube: Kube, where: str, name: str) -> Finding:

@@ -60,6 +60,7 @@ def run(cfg: RunLocal) -> str:
         "n_parts": cfg.n_parts,
         **parameters.check(compile_pipeline(cfg.pipeline, options), pairs, "--param"),
     }
+    parameters.check_pods(pairs, "--param")  # what pods are like does not count here
     outputs = Path(cfg.outputs).absolute()
     outputs.mkdir(parents=True, exist_ok=True)
     runner = _runner(cfg, _mounts(file, dataset, root))

@@ -16,8 +16,60 @@ _HOURS: dict[str, float] = {
 }  # fmt: skip
 
 
+class PodOptions(Config):
+    """How pods are made: constants of the compiled pipeline that users set like parameters.
+
+    As parameters of a run they would be repeated for each pod in the one object in which Kubernetes
+    keeps it. :mod:`pipelines.parameters` checks the values.
+    """
+
+    gpu_type: str = "nvidia.com/gpu"
+    """Resource name of the GPUs."""
+    gpu_count: str = "1"
+    """GPUs of a pod that records or measures, which uses one; 0 runs on the CPU."""
+    train_gpus: str = "1"
+    """GPUs of a pod that trains, which uses all; 0 runs on the CPU. By default gpu_count."""
+    cpu: str = "4"
+    """CPU cores of a GPU pod."""
+    memory: str = "32Gi"
+    """Memory of a GPU pod; other pods get at most 8Gi."""
+    node_selector: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Labels that the nodes of GPU pods must have."""
+    tolerations: list[dict[str, tp.Any]] = pydantic.Field(
+        default_factory=lambda: [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
+    )
+    """Tolerations of GPU pods."""
+    storage_secret: str = "saev-storage"
+    """Secret with the storage's keys; may be missing."""
+    config_map: str = "saev-config"
+    """ConfigMap with environment of the steps; may be missing."""
+    pvc_name: str = "saev-data"
+    """PersistentVolumeClaim that is mounted at /data (pipelines for a volume only)."""
+    image_pull_secret: str = "saev-registry"
+    """Secret for a private registry; may be missing."""
+
+    @classmethod
+    def of(cls, values: tp.Mapping[str, tp.Any]) -> tp.Self:
+        """From checked parameters, among which others may be."""
+        given = {key: value for key, value in values.items() if key in cls.model_fields}
+        if "gpu_count" in given:
+            given.setdefault("train_gpus", given["gpu_count"])
+        return cls.from_dict(given, source="parameters")
+
+    def volume_names_differ(self) -> bool:
+        """Whether Secret and ConfigMap can be volumes, which KFP names after them.
+
+        A volume's name has no dot and no more than 63 characters, and each is there once.
+        """
+        names = [self.storage_secret, self.config_map, self.pvc_name, "tmp", "shm"]
+        are_labels = all("." not in name and len(name) <= 63 for name in names)
+        return are_labels and len(set(names)) == len(names)
+
+
 class CompileOptions(Config):
-    """Constants of a compiled pipeline; everything else is a parameter of its runs."""
+    """Constants of a compiled pipeline that `cluster.toml` sets under [compile]."""
 
     image: str
     """The runtime image, by an immutable tag or a digest."""
@@ -34,6 +86,8 @@ class CompileOptions(Config):
     """Hours after which a step is stopped, where the defaults do not fit."""
     shm_size: str = "2Gi"
     """Size limit of /dev/shm in GPU pods; it counts as memory of the pod."""
+    pods: PodOptions = PodOptions()
+    """How pods are made; not under [compile], but among the parameters."""
 
     @pydantic.field_validator("timeout_hours")
     @classmethod

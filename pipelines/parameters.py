@@ -7,6 +7,7 @@ import typing as tp
 
 from pipelines import budget
 from pipelines.definition import Compiled, Parameter
+from pipelines.options import PodOptions
 from pipelines.settings import did_you_mean
 from saev.errors import ConfigError
 
@@ -26,6 +27,17 @@ _TOLERATION = {
     "key": str, "operator": str, "value": str, "effect": str, "tolerationSeconds": int,
 }  # fmt: skip
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
+PODS: dict[str, Parameter] = {
+    key: Parameter(
+        {"str": "STRING", "dict": "STRUCT", "list": "LIST"}[type(default).__name__],
+        default,
+        required=False,
+        description=" ".join((field.description or "").split()),
+    )
+    for key, field in PodOptions.model_fields.items()
+    for default in [field.get_default(call_default_factory=True)]
+}
+"""What users set like parameters, and what is compiled into the pipeline."""
 _LARGEST = 100_000
 """Characters of the config: a pod gets it as one argument, which Linux limits to 128 KiB."""
 
@@ -77,7 +89,7 @@ def _first_value(key: str, text: str) -> tuple[str, str]:
 
 
 def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[str, tp.Any]:
-    """The values as the pipeline wants them.
+    """The values as the pipeline wants them, without those that are compiled into it.
 
     Args:
         compiled: the pipeline.
@@ -89,27 +101,32 @@ def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[st
     """
     checked = {}
     for key, value in values.items():
+        if key in PODS:
+            continue
         parameter = compiled.parameters.get(key)
         if parameter is None:
-            hint = did_you_mean(key, compiled.parameters)
+            known = [*compiled.parameters, *PODS]
             raise ConfigError(
-                f"Pipeline {compiled.name} has no parameter {key!r} ({source}).{hint} "
-                f"It has: {', '.join(compiled.parameters)}."
+                f"Pipeline {compiled.name} has no parameter {key!r} ({source})."
+                f"{did_you_mean(key, known)} It has: {', '.join(known)}."
             )
         checked[key] = _value(key, value, parameter, source)
     return checked
 
 
-def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """The checked values, if none is missing; ``train_gpus`` is ``gpu_count`` unless it is given.
+def check_pods(values: tp.Mapping[str, tp.Any], source: str) -> dict[str, tp.Any]:
+    """Those of the values that say how pods are made. Raises ConfigError like :func:`check`."""
+    return {
+        key: _value(key, value, PODS[key], source) for key, value in values.items() if key in PODS
+    }
 
-    So is ``max_datasets``: as many as fit into one run.
+
+def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
+    """The checked values, if none is missing; ``max_datasets`` is as many as fit into one run.
 
     Raises:
         ConfigError: one is missing, the config is too long, or the run could become too large.
     """
-    if "gpu_count" in values:
-        values = {"train_gpus": values["gpu_count"], **values}
     for key, parameter in compiled.parameters.items():
         if parameter.required and key not in values:
             raise ConfigError(

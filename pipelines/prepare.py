@@ -4,12 +4,15 @@ import typing as tp
 
 from pipelines import parameters
 from pipelines.definition import Compiled, compile_pipeline
-from pipelines.options import CompileOptions, PipelineName
+from pipelines.options import CompileOptions, PipelineName, PodOptions
 from pipelines.settings import Settings
 from saev import storage
 from saev.config.run import RunFile
 from saev.config.stages import images_of, resolve
 from saev.errors import ConfigError
+
+_FILE = "cluster.toml [parameters]"
+_FLAG = "--param"
 
 
 class Job(tp.NamedTuple):
@@ -19,17 +22,40 @@ class Job(tp.NamedTuple):
     parameters: dict[str, tp.Any]
 
 
-def compiled(name: PipelineName, settings: Settings) -> Compiled:
-    """The pipeline for a cluster. Raises ConfigError."""
+def compiled(
+    name: PipelineName, settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None
+) -> Compiled:
+    """The pipeline for a cluster.
+
+    Args:
+        name: which pipeline.
+        settings: the cluster.
+        pairs: parameters of the command line; those that say how pods are made are compiled.
+
+    Raises:
+        ConfigError: a value is wrong or missing.
+    """
     if not settings.image:
         raise ConfigError(
             "No image is set. Build and push one with `make image IMAGE=registry/saev PUSH=1`, and "
             "set SAEV_IMAGE (image in cluster.toml) to it."
         )
+    if "pods" in settings.compile:
+        raise ConfigError("cluster.toml: pods is no key of [compile]. Use [parameters].")
     fields = {"storage": settings.storage, **settings.compile}
     fields |= {"image": settings.image, "cpu_image": settings.cpu_image or settings.image}
     options = CompileOptions.from_dict(fields, source="cluster.toml [compile]")
-    return compile_pipeline(name, options)
+    return compile_pipeline(name, options.model_copy(update={"pods": pods(settings, pairs)}))
+
+
+def pods(settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None) -> PodOptions:
+    """How pods are made, as cluster.toml and the command line say. Raises ConfigError."""
+    return PodOptions.of(
+        {
+            **parameters.check_pods(settings.parameters, _FILE),
+            **parameters.check_pods(pairs or {}, _FLAG),
+        }
+    )
 
 
 def job(
@@ -73,12 +99,13 @@ def job(
     if not dataset and hasattr(images, "root"):
         place(str(images.root), f"data.root of {source}", settings)
     resolve(file, root, images, source)
-    pipeline = compiled(name, settings)
+    given = parameters.parse(pairs)
+    pipeline = compiled(name, settings, given)
     usual = usual_parameters(pipeline, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
     values = {
         **usual,
-        **parameters.check(pipeline, parameters.parse(pairs), "--param"),
+        **parameters.check(pipeline, given, _FLAG),
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
     return Job(pipeline, parameters.complete(pipeline, values))
@@ -86,7 +113,7 @@ def job(
 
 def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any]:
     """The parameters that `cluster.toml` sets for every run, checked. Raises ConfigError."""
-    return parameters.check(pipeline, settings.parameters, "cluster.toml [parameters]")
+    return parameters.check(pipeline, settings.parameters, _FILE)
 
 
 def place(url: str, what: str, settings: Settings) -> str:

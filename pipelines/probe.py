@@ -13,7 +13,9 @@ from pipelines import definition, logs
 from pipelines.errors import ClusterError
 from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
+from pipelines.options import PodOptions
 from pipelines.settings import Settings
+from saev.config.environment import CONFIG_ENV, SECRET_ENV
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 600
@@ -171,35 +173,35 @@ def _log(kube: Kube, pod: tp.Any) -> list[str]:
 def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
     """The pod: with a step's account, environment, mounts and restrictions."""
     settings = kube.settings
-    names = settings.parameters
+    names = {**PodOptions().model_dump(), **settings.parameters}
     env = [
         client.V1EnvVar(
             name=key,
             value_from=client.V1EnvVarSource(
                 secret_key_ref=client.V1SecretKeySelector(
-                    name=names.get("storage_secret", definition.STORAGE_SECRET),
+                    name=names["storage_secret"],
                     key=key,
                     optional=True,
                 )
             ),
         )
-        for key in definition.SECRET_ENV
+        for key in SECRET_ENV
     ]
     env += [
         client.V1EnvVar(
             name=key,
             value_from=client.V1EnvVarSource(
                 config_map_key_ref=client.V1ConfigMapKeySelector(
-                    name=names.get("config_map", definition.CONFIG_MAP), key=key, optional=True
+                    name=names["config_map"], key=key, optional=True
                 )
             ),
         )
-        for key in definition.CONFIG_ENV
+        for key in CONFIG_ENV
     ]
     volumes = [client.V1Volume(name="tmp", empty_dir=client.V1EmptyDirVolumeSource())]
     mounts = [client.V1VolumeMount(name="tmp", mount_path="/tmp")]
     if settings.storage == "pvc":
-        claim = names.get("pvc_name", definition.PVC_NAME)
+        claim = names["pvc_name"]
         source = client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
         volumes.append(client.V1Volume(name="data", persistent_volume_claim=source))
         mounts.append(client.V1VolumeMount(name="data", mount_path=definition.DATA_MOUNT))
@@ -231,11 +233,7 @@ def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
             restart_policy="Never",
             active_deadline_seconds=WAIT_SECONDS,
             service_account_name=settings.service_account,
-            image_pull_secrets=[
-                client.V1LocalObjectReference(
-                    name=names.get("image_pull_secret", definition.IMAGE_PULL_SECRET)
-                )
-            ],
+            image_pull_secrets=[client.V1LocalObjectReference(name=names["image_pull_secret"])],
             security_context=client.V1PodSecurityContext(
                 run_as_non_root=True,
                 seccomp_profile=client.V1SeccompProfile(type="RuntimeDefault"),

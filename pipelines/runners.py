@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -264,8 +263,7 @@ def _lines(chunks: tp.Iterable[bytes]) -> Iterator[str]:
 def describe(command: list[str]) -> str:
     """What a step is called in the output: its name, and its slot's where it has one."""
     step = command[command.index("step") + 1] if "step" in command[:-1] else " ".join(command[:3])
-    if "--slot" in command[:-1]:
-        with contextlib.suppress(json.JSONDecodeError, AttributeError):
-            slot = json.loads(command[command.index("--slot") + 1])
-            return f"{step}: {slot['name']}"
-    return step
+    name = (
+        command[command.index("--slot") + 1].partition(":")[2] if "--slot" in command[:-1] else ""
+    )
+    return f"{step}:{name}" if name else step

@@ -63,7 +63,7 @@ class SlotStep(JobStep):
     """What the steps have in common that do one slot of what was planned."""
 
     slot: str
-    """One of the plan's slots, as JSON text."""
+    """Number of one of the plan's slots; what follows behind a colon is for people."""
 
 
 class ShowingStep(Config):
@@ -79,7 +79,7 @@ class PlanStep(JobStep):
     n_parts: int = pydantic.Field(default=8, ge=1)
     """Most slots."""
     to_extract: str = ""
-    """Where the slots of `saev step extract` are written, JSON of JSON texts."""
+    """Where the slots of `saev step extract` are written, a JSON list of texts."""
 
 
 class ExtractStep(SlotStep):
@@ -92,7 +92,7 @@ class PublishStep(JobStep, ShowingStep):
     n_parts: int = pydantic.Field(default=8, ge=1)
     """Most slots of each step."""
     to_train: str = ""
-    """Where the slots of `saev step train` are written, JSON of JSON texts."""
+    """Where the slots of `saev step train` are written, a JSON list of texts."""
     to_infer: str = ""
     """Where the slots of `saev step infer` are written."""
     to_summarise: str = ""

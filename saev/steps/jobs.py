@@ -141,33 +141,33 @@ def _place(job: Job, step: str) -> str:
     return storage.join(storage.parent(job.url), f"{step}.json")
 
 
-def numbered(slots: tp.Sequence[tp.Sequence[Item]]) -> list[Item]:
-    """What a loop runs over: a slot's number, and a name for people."""
+def numbered(slots: tp.Sequence[tp.Sequence[Item]]) -> list[str]:
+    """What a loop runs over: a slot's number, and a name for people, as `0: part 1 of 8`."""
     found = []
     for i, items in enumerate(slots):
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-        found.append({"slot": i, "name": f"{items[0]['name']}{more}"})
+        found.append(f"{i}: {items[0]['name']}{more}")
     return found
 
 
-def items_of(plan: Plan, step: str, raw: tp.Any) -> list[Item]:
+def items_of(plan: Plan, step: str, slot: str) -> list[Item]:
     """The items of a slot.
 
     Args:
         plan: the plan.
         step: which step's slots.
-        raw: one of :func:`numbered`'s.
+        slot: one of :func:`numbered`'s, or only the number.
 
     Raises:
         ConfigError: there is no such slot.
     """
-    slots, number = plan.slots.get(step, []), raw.get("slot") if isinstance(raw, dict) else None
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(slots):
+    slots, number = plan.slots.get(step, []), slot.partition(":")[0]
+    if not number.isascii() or not number.isdecimal() or int(number) >= len(slots):
         raise ConfigError(
-            f'--slot is {raw!r}; expected {{"slot": I}} with I from 0 to {len(slots) - 1}: '
+            f"--slot is {slot!r}; expected a number from 0 to {len(slots) - 1}: "
             f"{len(slots)} slots are planned."
         )
-    return slots[number]
+    return slots[int(number)]
 
 
 # --- Slots ----------------------------------------------------------------------------------------

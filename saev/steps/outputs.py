@@ -21,11 +21,6 @@ def write_parameter(path: str, value: tp.Any) -> None:
         storage.write_text(path, text)
 
 
-def write_items(path: str, items: tp.Sequence[tp.Mapping[str, tp.Any]]) -> None:
-    """A list for a loop: of JSON texts, since KFP takes the items of every list for texts."""
-    write_parameter(path, [json.dumps(item, separators=(",", ":")) for item in items])
-
-
 def write_page(path: str, html: str) -> None:
     """A page for the UI, which shows it in a frame that can load nothing. No path, no page."""
     if path:

@@ -112,7 +112,7 @@ def _plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
     )  # fmt: skip
     slots = jobs.cut(parts, cfg.n_parts)
     jobs.write_plan(job, "plan", Plan(storage.name(recording.url), [], {"extract": slots}))
-    outputs.write_items(cfg.to_extract, jobs.numbered(slots))
+    outputs.write_parameter(cfg.to_extract, jobs.numbered(slots))
     return [recording.url]
 
 
@@ -151,7 +151,7 @@ def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
         ("infer", cfg.to_infer),
         ("summarise", cfg.to_summarise),
     ):
-        outputs.write_items(place, jobs.numbered(plan.slots[step]))
+        outputs.write_parameter(place, jobs.numbered(plan.slots[step]))
     return [shards.url, *map(job.run, plan.runs)]
 
 
@@ -300,7 +300,7 @@ def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
 
 
 def _items(cfg: cfgs.SlotStep, plan: Plan, step: str) -> list[Item]:
-    return jobs.items_of(plan, step, cfgs.parse_json(cfg.slot, "--slot"))
+    return jobs.items_of(plan, step, cfg.slot)
 
 
 _WORK: dict[type, tp.Callable[[tp.Any, Job, Progress], list[str]]] = {

@@ -32,7 +32,7 @@ import tenacity
 from saev.errors import SaevError
 from saev.interrupts import PERMANENT
 from saev.progress import Progress, log_to
-from saev.steps import last_word, memory
+from saev.steps import environment, last_word, memory
 from saev.steps.last_word import LastWord
 
 logger = logging.getLogger("saev.steps.supervisor")  # not __main__, which shows no messages
@@ -117,6 +117,7 @@ class Supervisor:
         if self._stop.is_set():
             return LastWord("stopped", "It was stopped before it was run again.")
         self.n_runs += 1
+        environment.take()  # each time, as keys may have been renewed
         with tempfile.TemporaryDirectory(prefix="saev-last-word-") as folder:
             self._child = child = subprocess.Popen(
                 self._command,
@@ -209,6 +210,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     if words[:1] == ["--signal"]:
         send(int(words[1]))
         return
+    environment.take()
     log_to(Progress(quiet=True))
     ranks = 0
     if words[:1] == ["--ranks"]:

@@ -20,11 +20,11 @@ Do = collections.abc.Callable[["Probe"], str]
 class Probe:
     """One run of the probe pipeline."""
 
-    def __init__(self, cluster: Cluster, pipeline: probes.Pipeline, fault: str, name: str):
+    def __init__(self, cluster: Cluster, pipeline: str, fault: str, name: str):
         self.cluster = cluster
         self.folder = cluster.at("probes", name.replace(" ", "-"))
-        values = {**pipeline.values, "fault": fault, "folder": self.folder}
-        self.run_id = cluster.start(f"probe-{name.replace(' ', '-')}", pipeline.text, values)
+        values = {"fault": fault, "folder": self.folder}
+        self.run_id = cluster.start(f"probe-{name.replace(' ', '-')}", pipeline, values)
 
     def pods(self) -> list[tp.Any]:
         """Pods of the first step."""

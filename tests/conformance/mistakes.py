@@ -6,7 +6,7 @@ import re
 from conformance.cluster import Cluster, with_settings
 from conformance.jobs import Jobs, seconds
 from conformance.table import Check, Failed, NotRun
-from pipelines import definition, steps
+from pipelines import prepare, steps
 from pipelines.errors import ClusterError
 from saev import storage
 
@@ -45,7 +45,7 @@ def _bucket(cluster: Cluster) -> str:
 
 
 def _secret(cluster: Cluster) -> str:
-    name = cluster.settings.parameters.get("storage_secret", definition.STORAGE_SECRET)
+    name = prepare.pods(cluster.settings).storage_secret
     try:
         with cluster.kube.explained("look at the secret"):
             cluster.kube.core.read_namespaced_secret(name, cluster.namespace)

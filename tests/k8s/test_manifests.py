@@ -150,18 +150,20 @@ def test_nothing_remote_and_nothing_secret() -> None:
 
 def test_pipelines_use_these_names(build: Render) -> None:
     definition = pytest.importorskip("pipelines.definition")
+    options = pytest.importorskip("pipelines.options").PodOptions()
+    environment = pytest.importorskip("saev.config.environment")
     objects = build(K8S / "overlays" / "pvc")
-    assert find(objects, "ConfigMap")["metadata"]["name"] == definition.CONFIG_MAP
-    assert find(objects, "PersistentVolumeClaim")["metadata"]["name"] == definition.PVC_NAME
+    assert find(objects, "ConfigMap")["metadata"]["name"] == options.config_map
+    assert find(objects, "PersistentVolumeClaim")["metadata"]["name"] == options.pvc_name
     generator = yaml.safe_load((K8S / "components/storage-secret/kustomization.yaml").read_text())
-    assert generator["secretGenerator"][0]["name"] == definition.STORAGE_SECRET
+    assert generator["secretGenerator"][0]["name"] == options.storage_secret
     assert definition.LABELS.items() <= STEP.items()
     example = (K8S / "components" / "settings" / "config.env.example").read_text()
     keys = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
-    assert keys - {"SAEV_ROOT"} <= set(definition.CONFIG_ENV)
+    assert keys - {"SAEV_ROOT"} <= set(environment.CONFIG_ENV)
     example = (K8S / "components" / "storage-secret" / "storage.env.example").read_text()
     keys = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
-    assert keys == set(definition.SECRET_ENV)
+    assert keys == set(environment.SECRET_ENV)
 
 
 # --- The checks can fail -----------------------------------------------------------------------

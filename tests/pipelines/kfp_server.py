@@ -236,7 +236,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _upload(kind: str, raw: bytes) -> dict[str, tp.Any]:
-    """The compiled pipeline in a form, parsed as the backend does. Returns its first document."""
+    """The compiled pipeline in a form, parsed as the backend does. Returns it as the API has it."""
     parser = email.parser.BytesParser(policy=email.policy.HTTP)
     form = parser.parsebytes(b"Content-Type: " + kind.encode() + b"\r\n\r\n" + raw)
     parts = list(form.iter_parts())
@@ -245,11 +245,10 @@ def _upload(kind: str, raw: bytes) -> dict[str, tp.Any]:
     name = parts[0].get_filename() or ""
     if not name.endswith((".yaml", ".zip", ".tar.gz")):
         raise ViolationError(f"the backend does not read files called {name!r}")
-    documents = list(yaml.safe_load_all(parts[0].get_payload(decode=True)))
-    json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
-    for document in documents[1:]:
-        json_format.ParseDict(document, pipeline_spec_pb2.PlatformSpec())
-    return documents[0]
+    spec, platform = yaml.safe_load_all(parts[0].get_payload(decode=True))
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    return {"pipeline_spec": spec, "platform_spec": platform}
 
 
 # --- Operations --------------------------------------------------------------------------------
@@ -356,14 +355,13 @@ def _check_start(state: KfpServer, body: dict[str, tp.Any]) -> None:
     """What the backend refuses: unknown versions and experiments, missing or unknown parameters."""
     _one(state.experiments, "experiment_id", body["experiment_id"], "Experiment")
     if "pipeline_spec" in body:  # not uploaded: both documents of the compiled file
-        spec = body["pipeline_spec"]["pipeline_spec"]
-        json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-        platform = body["pipeline_spec"]["platform_spec"]
-        json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+        both = body["pipeline_spec"]
+        json_format.ParseDict(both["pipeline_spec"], pipeline_spec_pb2.PipelineSpec())
+        json_format.ParseDict(both["platform_spec"], pipeline_spec_pb2.PlatformSpec())
     else:
         version = body["pipeline_version_reference"]["pipeline_version_id"]
-        spec = _one(state.versions, "pipeline_version_id", version, "Version")["pipeline_spec"]
-    wanted = spec["root"]["inputDefinitions"]["parameters"]
+        both = _one(state.versions, "pipeline_version_id", version, "Version")["pipeline_spec"]
+    wanted = both["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
     given = body["runtime_config"]["parameters"]
     for name, parameter in wanted.items():
         if (

@@ -1,10 +1,12 @@
 """`doctor`: every check when all is well, and what each says when it is not."""
 
+import json
 import re
 from pathlib import Path
 
 import kube_server
 import pytest
+import yaml
 from client import Client
 from kfp_server import KfpServer
 from kube_server import KubeServer
@@ -194,6 +196,25 @@ def test_what_is_missing_or_may_not_be_seen(
     cluster.objects[plural, namespace, name] = kept
     cluster.statuses[plural] = 403
     assert _lines(client, status=0)[what].startswith("warn: Cannot look at ")
+
+
+def test_a_launcher_that_looks_for_keys_in_the_environment(
+    client: Client, cluster: KubeServer
+) -> None:
+    what, keys = "config map kfp-launcher", {"secretName": "saev-storage"}
+    for credentials, is_wrong in (
+        ({"fromEnv": True}, True), ({"fromEnv": False, "secretRef": keys}, False), ({}, False),
+    ):  # fmt: skip
+        providers = {"s3": {"default": {"endpoint": "minio:9000", "credentials": credentials}}}
+        for text in (yaml.safe_dump(providers), json.dumps(providers)):
+            cluster.add("configmaps", "kfp-launcher", "kubeflow", data={"providers": text})
+            found = _lines(client, "--no-pod", status=0)
+            assert (what in found) == is_wrong
+            assert not is_wrong or "warn: fromEnv is true, but the keys of saev-s" in found[what]
+    del cluster.objects["secrets", "kubeflow", "saev-storage"]  # pods have a role
+    data = {"providers": "s3: {default: {credentials: {fromEnv: true}}}"}
+    cluster.add("configmaps", "kfp-launcher", "kubeflow", data=data)
+    assert what not in _lines(client, "--no-pod", status=0)
 
 
 def test_a_secret_without_its_keys(client: Client, cluster: KubeServer) -> None:

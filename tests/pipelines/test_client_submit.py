@@ -34,16 +34,35 @@ def test_a_run_is_started(client: Client, kfp: KfpServer) -> None:
 
 
 def test_parameters_are_sent_with_the_sweep_inside(client: Client, kfp: KfpServer) -> None:
-    client.ok(*SUBMIT, "--param", "n_parts=4", "gpu_count=0", 'node_selector={"disk": "ssd"}')
+    client.ok(*SUBMIT, "--param", "n_parts=4")
     parameters = kfp.runs[0]["runtime_config"]["parameters"]
     assert parameters["dataset"] == "s3://bucket/pets"
     assert parameters["root"] == "s3://bucket/saev"
     assert parameters["n_parts"] == 4
-    assert parameters["gpu_count"] == parameters["train_gpus"] == "0"
-    assert parameters["node_selector"] == {"disk": "ssd"}
     assert parameters["config"]["sweep"]["sae"]["activation"]["top_k"] == [8, 16]
     assert "sweep" not in parameters["config"]["train"]
     assert "null" not in json.dumps(parameters)
+
+
+def test_how_pods_are_made_is_compiled_into_the_version(client: Client, kfp: KfpServer) -> None:
+    """The same parameters as before, which KFP would store anew for each pod of a run."""
+    words = ("gpu_count=2", 'node_selector={"disk": "ssd"}', "memory=64Gi", "config_map=other")
+    client.ok(*SUBMIT, "--param", *words)
+    client.ok(*SUBMIT)
+    client.ok(*SUBMIT, "--param", *words)
+    assert len(kfp.versions) == 2
+    used = [run["pipeline_version_reference"]["pipeline_version_id"] for run in kfp.runs]
+    assert used[0] == used[2] != used[1]
+    for run in kfp.runs:
+        assert run["runtime_config"]["parameters"].keys() == {"config", "dataset", "root"}
+    both = kfp.versions[0]["pipeline_spec"]
+    container = both["pipeline_spec"]["deploymentSpec"]["executors"]["exec-train"]["container"]
+    assert container["resources"]["accelerator"]["resourceCount"] == "2"
+    assert container["resources"]["resourceMemoryLimit"] == "64Gi"
+    executors = both["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert executors["exec-infer"]["nodeSelector"] == {"labels": {"disk": "ssd"}}
+    names = [pod["configMapAsVolume"][0]["configMapNameParameter"] for pod in executors.values()]
+    assert names == [{"runtimeValue": {"constant": "other"}}] * 9
 
 
 def test_a_dataset_that_is_being_processed(client: Client, kfp: KfpServer) -> None:

@@ -20,9 +20,12 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from pipelines import options
 from pipelines.definition import Compiled, compile_pipeline
-from pipelines.options import CompileOptions
+from pipelines.options import CompileOptions, PodOptions
 from saev import cli
+from saev.config.environment import CONFIG_ENV, SECRET_ENV
 from saev.config.steps import STEPS
+from saev.steps.environment import FOLDERS
+from saev.steps.supervisor import Policy
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
@@ -55,7 +58,11 @@ class Ir(tp.NamedTuple):
     ids=["one-object", "one-pvc", "incoming-object", "incoming-pvc"],
 )
 def ir(request: pytest.FixtureRequest) -> Ir:
-    compiled = compile_pipeline(*request.param)
+    return parse(compile_pipeline(*request.param))
+
+
+def parse(compiled: Compiled) -> Ir:
+    """A pipeline as the backend parses it."""
     raw, platforms = yaml.safe_load_all(compiled.text)
     spec = json_format.ParseDict(raw, pipeline_spec_pb2.PipelineSpec())
     deployment = json_format.ParseDict(
@@ -180,21 +187,89 @@ def test_pods(ir: Ir) -> None:
         assert pod.active_deadline_seconds > 0
         kill = json.loads(dict(pod.pod_metadata.annotations)["workflows.argoproj.io/kill-cmd-main"])
         assert kill == [*container.command[:3], "--signal", "%d"]
-        assert {v.name: v.value for v in container.env}["SAEV_RETRIES"] == str(OPTIONS.retries)
+        assert not container.env
         assert pod.security_context.run_as_non_root
-        assert pod.secret_as_env[0].optional
-        assert pod.config_map_as_env[0].optional
+        volumes = [*pod.secret_as_volume, *pod.config_map_as_volume]
+        assert all(volume.optional for volume in volumes)
+        assert [volume.mount_path for volume in volumes] == [str(f) for f, _ in FOLDERS]
+        assert not [*pod.secret_as_env, *pod.config_map_as_env]
         is_small = step in ("discover", "report", "outcome")
         assert container.image == (OPTIONS.cpu_image if is_small else OPTIONS.image)
         if container.resources.HasField("accelerator"):
             gpu_steps.add(step)
-            assert container.resources.accelerator.resource_type
-            count = "train_gpus" if step == "train" else "gpu_count"
-            assert count in container.resources.accelerator.resource_count
+            assert container.resources.accelerator.resource_type == "nvidia.com/gpu"
+            assert container.resources.accelerator.resource_count == "1"
             assert "/dev/shm" in mounts
-            assert pod.tolerations
-            assert pod.HasField("node_selector")
+            assert [t.key for t in pod.tolerations] == ["nvidia.com/gpu"]
     assert gpu_steps == {"extract", "train", "infer"}
+
+
+def test_pods_are_as_the_parameters_say() -> None:
+    """In Kubernetes' own words, which KFP's driver passes on."""
+    toleration = {"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
+    values = {
+        "gpu_type": "amd.com/gpu", "gpu_count": "2", "train_gpus": "4", "cpu": "3", "memory": "9Gi",
+        "node_selector": {"disk": "ssd", "zone": "b"}, "tolerations": [toleration, {"key": "b"}],
+        "storage_secret": "keys", "config_map": "env", "pvc_name": "disk",
+        "image_pull_secret": "reg",
+    }  # fmt: skip
+    parsed = parse(compile_pipeline("saev", PVC.model_copy(update={"pods": PodOptions.of(values)})))
+    for label, executor in parsed.executors.items():
+        step = executor.container.command[4]
+        pod = json_format.MessageToDict(parsed.kubernetes[label])
+        constant = lambda name: {"runtimeValue": {"constant": name}}  # noqa: E731
+        assert pod["secretAsVolume"][0]["secretNameParameter"] == constant("keys")
+        assert pod["configMapAsVolume"][0]["configMapNameParameter"] == constant("env")
+        assert pod["imagePullSecret"] == [{"secretNameParameter": constant("reg")}]
+        assert pod["pvcMount"][0]["pvcNameParameter"] == constant("disk")
+        resources = json_format.MessageToDict(executor.container.resources)
+        if step in ("extract", "train", "infer"):
+            assert pod["nodeSelector"] == {"labels": {"disk": "ssd", "zone": "b"}}
+            assert pod["tolerations"] == [{**toleration, "tolerationSeconds": "60"}, {"key": "b"}]
+            assert resources == {
+                "resourceCpuLimit": "3",
+                "resourceMemoryLimit": "9Gi",
+                "accelerator": {
+                    "resourceType": "amd.com/gpu",
+                    "resourceCount": "4" if step == "train" else "2",
+                },
+            }
+        else:
+            assert "nodeSelector" not in pod
+            assert "tolerations" not in pod
+            memory = "1Gi" if executor.container.image == OPTIONS.cpu_image else "4Gi"
+            assert resources == {
+                "resourceCpuRequest": "250m", "resourceCpuLimit": "2",
+                "resourceMemoryRequest": memory, "resourceMemoryLimit": "8Gi",
+            }  # fmt: skip
+
+
+def test_no_gpus_are_no_request_for_gpus() -> None:
+    pods = PodOptions.of({"gpu_count": "0"})
+    parsed = parse(compile_pipeline("saev", OPTIONS.model_copy(update={"pods": pods})))
+    for executor in parsed.executors.values():
+        assert not executor.container.resources.HasField("accelerator")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"storage_secret": "saev", "config_map": "saev"},  # two volumes of one name
+        {"config_map": "saev.config"},  # no name of a volume
+        {"storage_secret": "s" * 64},
+        {"config_map": "tmp"},
+    ],
+)
+def test_what_cannot_be_a_volume_becomes_variables(values: dict[str, str]) -> None:
+    pods = PodOptions.of(values)
+    parsed = parse(compile_pipeline("saev", OPTIONS.model_copy(update={"pods": pods})))
+    for pod in parsed.kubernetes.values():
+        assert not [*pod.secret_as_volume, *pod.config_map_as_volume]
+        for source, keys in zip(
+            (pod.secret_as_env[0], pod.config_map_as_env[0]), (SECRET_ENV, CONFIG_ENV), strict=True
+        ):
+            assert source.optional
+            assert tuple(pair.env_var for pair in source.key_to_env) == keys
 
 
 def test_a_volume_is_mounted_where_it_is_asked_for(ir: Ir, request: pytest.FixtureRequest) -> None:
@@ -238,9 +313,13 @@ def test_what_is_repeated_for_each_pod_is_small(ir: Ir) -> None:
         assert "description" not in raw, name
     for _, name, task in ir.tasks():
         component = ir.spec.components[task.component_ref.name]
-        if component.executor_label and name not in ("discover", "outcome"):
+        inputs = set(component.input_definitions.parameters)
+        if task.HasField("parameter_iterator") and name != "datasets":
+            assert inputs == {"job", "slot", "slots"}
+        elif component.executor_label and name not in ("discover", "outcome"):
             words = " ".join(ir.executors[component.executor_label].container.args)
-            assert set(PLACEHOLDER.findall(words)) <= {"job", "slot", "n_parts"}
+            assert set(PLACEHOLDER.findall(words)) == inputs <= {"job", "slot", "n_parts"}
+            assert set(task.inputs.parameters) == inputs
 
 
 def test_the_outcome_is_recorded_whatever_happens(ir: Ir) -> None:
@@ -305,6 +384,17 @@ def test_every_process_compiles_the_same() -> None:
 def test_no_retries_is_no_retry_policy() -> None:
     text = compile_pipeline("saev", OPTIONS.model_copy(update={"retries": 0})).text
     assert "retryPolicy" not in text
+
+
+def test_the_supervisor_knows_how_often_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual number is not said, as Kubernetes would store it ten times for each pod."""
+    for retries in (OPTIONS.retries, 0, 7):
+        parsed = parse(compile_pipeline("saev", OPTIONS.model_copy(update={"retries": retries})))
+        for executor in parsed.executors.values():
+            monkeypatch.delenv("SAEV_RETRIES", raising=False)
+            for variable in executor.container.env:
+                monkeypatch.setenv(variable.name, variable.value)
+            assert Policy.from_environment().retries == retries
 
 
 def test_timeouts_of_unknown_steps_are_refused() -> None:

@@ -92,7 +92,7 @@ def test_nothing_is_published(
 ) -> None:
     root = str(tmp_path / "root")
     shutil.copytree(before[name], root)
-    words = ["--slot", '{"slot": 0}'] if name in Walk.PLANNERS else []
+    words = ["--slot", "0"] if name in Walk.PLANNERS else []
     taken_at(root, at)
     with pytest.raises(ConfigError, match=r"Run a no longer has the claim .* run b"):
         steps.run(cli.parse(["step", name, "--job", job_of(root), *words]), Progress(quiet=True))

@@ -177,12 +177,12 @@ def job(tmp_path: Path) -> jobs.Job:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--job", "s3://bucket/x.json", "--slot", "{}"], "expected the URL of a job.json"),
-        (["--job", "/datasets/a/jobs/k/o/job.json", "--slot", "{}"], "job.json"),
-        (["--job", "JOB", "--slot", "{"], "--slot is '{', which is not JSON"),
-        (["--job", "JOB", "--slot", "{}"], r"--slot is {}; expected {\"slot\": I} with I from 0"),
-        (["--job", "JOB", "--slot", '{"slot": 1}'], "1 slots are planned"),
-        (["--job", "JOB", "--slot", '{"slot": true}'], "1 slots are planned"),
+        (["--job", "s3://bucket/x.json", "--slot", "0"], "expected the URL of a job.json"),
+        (["--job", "/datasets/a/jobs/k/o/job.json", "--slot", "0"], "job.json"),
+        (["--job", "JOB", "--slot", "part 1"], "--slot is 'part 1'; expected a number from 0 to 0"),
+        (["--job", "JOB", "--slot", "1: part 2 of 2"], "1 slots are planned"),
+        (["--job", "JOB", "--slot", "-1"], "1 slots are planned"),
+        (["--job", "JOB", "--slot", "²"], "1 slots are planned"),
     ],
 )
 def test_mistakes_in_a_job(
@@ -197,7 +197,7 @@ def test_other_activations_than_planned_are_refused(
     job: jobs.Job, capsys: pytest.CaptureFixture
 ) -> None:
     jobs.write_plan(job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}))
-    said = fails(capsys, "extract", "--job", job.url, "--slot", '{"slot": 0}')
+    said = fails(capsys, "extract", "--job", job.url, "--slot", "0")
     assert "was planned: the dataset, the weights or the version of saev changed" in said
 
 
