@@ -13,7 +13,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import cores, interrupts, secrets, torchrun
+from saev import cores, interrupts, secrets, shorthand, torchrun
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
@@ -56,6 +56,9 @@ COMMANDS["step"] = step
 
 def parse(argv: tp.Sequence[str]) -> tp.Any:
     """The config object that a command line stands for. Exits with status 2 if it is wrong."""
+    if shorthand.wants_help(argv):
+        shorthand.show_help(argv[0])
+    argv = [_HELP if word == shorthand.LONG_HELP else word for word in shorthand.expand(argv)]
     if argv[:1] == ["step"]:
         return tyro.extras.subcommand_cli_from_dict(
             dict(STEPS),
@@ -85,6 +88,7 @@ def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
 
 
 _TRUTH = ("True", "False", "None")
+_HELP = "--help"
 
 
 def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:
@@ -152,7 +156,8 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     with interrupts.readers_may_leave():
         secrets.refuse_in(argv)
-        cfg = parse(argv or ["--help"])
+        argv = shorthand.expand(argv)
+        cfg = parse(argv or [_HELP])
     cores.limit_threads()
     try:
         rank = _rank()

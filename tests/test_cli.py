@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from saev import cli
+from saev import cli, shorthand
 from saev.config import ImgSegFolder, Matryoshka, Relu, ShardsConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,8 @@ STEPS = {f"step {name}": model for name, model in cli.STEPS.items()}
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS, *STEPS])
 def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -> None:
-    status, out, _ = saev(*command.split(), "--help", capsys=capsys)
+    flag = "--help-all" if command in shorthand.COMMANDS else "--help"
+    status, out, _ = saev(*command.split(), flag, capsys=capsys)
     assert status == 0
     out = " ".join(out.replace("│", " ").split())
     model = {**cli.COMMANDS, **STEPS, "": None, "step": None}[command]

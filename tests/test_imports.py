@@ -17,7 +17,7 @@ LEVELS = {
     "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2, "workers": 2,
     "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
     "shards.extract": 4, "train": 4, "inference": 4, "visuals": 4,
-    "launch": 3, "run": 5, "size": 5, "steps": 5, "gc": 6,
+    "launch": 3, "run": 5, "shorthand": 5, "size": 5, "steps": 5, "gc": 6,
     "cli": 7, "demo": 8, "entry": 8, "__main__": 9,
 }  # fmt: skip
 ALLOWED = {

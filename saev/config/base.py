@@ -70,6 +70,14 @@ class Config(pydantic.BaseModel):
                     raise ValueError(f"{key}: {secrets.refusal(value)}")
         return raw
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: tp.Any) -> None:
+        """Make each description one line, so that help texts are wrapped for the terminal only."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            if field.description:
+                field.description = " ".join(field.description.split())
+
     def to_dict(self) -> dict[str, tp.Any]:
         """As plain JSON types."""
         return self.model_dump(mode="json")
