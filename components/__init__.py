@@ -3,7 +3,7 @@
 A step gets the URL of its job and the number of its slot, and looks up everything else below the
 root (`saev.steps.jobs`): what is an input is repeated about ten times for each pod in the one
 object that Kubernetes keeps of a run. Activations and checkpoints never become artifacts, which the
-launcher would copy; a step's artifacts are its metrics and a page of HTML.
+launcher would copy; a step's artifacts are its metrics and pages for people.
 
 The images named here are placeholders: `pipelines.definition` sets the ones that a pipeline is
 compiled for.

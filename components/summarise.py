@@ -10,22 +10,22 @@ def summarise(
     job: str,
     slot: str,
     metrics: dsl.Output[dsl.Metrics],
-    page: dsl.Output[dsl.HTML],
+    picture_book: dsl.Output[dsl.HTML],
 ):
     """Merge the parts of each SAE's pass exactly, and draw what its latents respond to.
 
     Args:
         job: one of discover's jobs.
         slot: one of publish's slots, such as `2: part 3 of 8`.
-        metrics: NMSE, L0, dead and dense latents of each SAE, and concept alignment where there
-            are labels; each name begins with the SAE's.
-        page: the first latents of each picture book, in one self-contained file.
+        metrics: NMSE, L0, dead latents and more of the SAE, with its name; of several SAEs, a line
+            each.
+        picture_book: the first latents of each SAE, in one self-contained file.
     """
     return spec(
         GPU_IMAGE,
         "summarise",
         job=job,
         slot=slot,
-        to_page=page.path,
+        to_page=picture_book.path,
         executor_input=EXECUTOR_INPUT,
     )

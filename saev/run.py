@@ -33,7 +33,7 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
         for row in (row for row in section.rows if row.run in runs):
             logger.info(
                 "%s: normalized_mse %.4f, l0 %.1f, dead %d of %d",
-                storage.name(row.run), overview.nmse_of(row.metrics), row.metrics["l0"],
+                storage.name(row.run), row.nmse, row.metrics["l0"],
                 row.metrics["n_dead"], row.metrics["d_sae"],
             )  # fmt: skip
     return overview.write(cfg.root, sections)

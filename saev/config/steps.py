@@ -118,7 +118,9 @@ class ReportStep(JobStep, ShowingStep):
     """Compare all SAEs, write the root's index.html, and mark the dataset as processed."""
 
     to_page: str = ""
-    """Where the page is written."""
+    """Where the HTML page is written: a table and a plot."""
+    to_table: str = ""
+    """Where the Markdown page is written: the table of SAEs, and where everything is."""
 
 
 class OutcomeStep(Config):

@@ -12,6 +12,9 @@ import typing as tp
 
 from saev import storage
 from saev.errors import ConfigError
+from saev.secrets import redact
+
+_DIGITS = 5
 
 
 def write_parameter(path: str, value: tp.Any) -> None:
@@ -21,18 +24,19 @@ def write_parameter(path: str, value: tp.Any) -> None:
         storage.write_text(path, text)
 
 
-def write_page(path: str, html: str) -> None:
-    """A page for the UI, which shows it in a frame that can load nothing. No path, no page."""
+def write_page(path: str, text: str) -> None:
+    """A page for the UI: Markdown, or HTML in a frame that can load nothing. No path, no page."""
     if path:
-        storage.write_text(path, html)
+        storage.write_text(path, text)
 
 
-def write_metrics(executor_input: str, values: tp.Mapping[str, float]) -> None:
+def write_metrics(executor_input: str, values: tp.Mapping[str, str | float]) -> None:
     """Attach figures to the output artifact called ``metrics``.
 
     Args:
         executor_input: KFP's JSON; empty writes nothing.
-        values: finite numbers by name; others are left out.
+        values: texts and finite numbers by name; other numbers are left out. The UI shows numbers
+            with all their digits, so they are rounded.
 
     Raises:
         ConfigError: it is not an executor input.
@@ -48,5 +52,14 @@ def write_metrics(executor_input: str, values: tp.Mapping[str, float]) -> None:
             "--executor-input is not what KFP gives a step with an output artifact 'metrics' "
             f"({type(err).__name__}: {err})."
         ) from err
-    metrics["metadata"] = {key: float(v) for key, v in values.items() if math.isfinite(v)}
+    metrics["metadata"] = {
+        key: redact(value) if isinstance(value, str) else _rounded(value)
+        for key, value in values.items()
+        if isinstance(value, str) or math.isfinite(value)
+    }
     storage.write_text(place, json.dumps({"artifacts": artifacts}))
+
+
+def _rounded(value: float) -> float:
+    """A number with five significant digits; integers as they are."""
+    return float(value if value == int(value) else f"{value:.{_DIGITS}g}")

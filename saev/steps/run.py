@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import typing as tp
 
 from saev import storage, torchrun
@@ -10,7 +9,7 @@ from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
 from saev.progress import Progress
-from saev.steps import advice, check, claims, discover, jobs, outputs, show
+from saev.steps import advice, check, claims, discover, jobs, outputs, show, table
 from saev.steps.jobs import Item, Job, Plan
 from saev.visuals import overview
 
@@ -143,7 +142,7 @@ def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
     if not recording.published:  # what is complete was checked when it was published
         discover.check_unchanged(job.dataset)
     shards = Shards.open(recording.finish(progress))
-    outputs.write_metrics(cfg.executor_input, show.of_shards(shards))
+    outputs.write_metrics(cfg.executor_input, show.of_shards(shards, job.dataset.name))
     plan = _plan_saes(job, shards, cfg.n_parts)
     jobs.write_plan(job, "publish", plan)
     for step, place in (
@@ -257,7 +256,7 @@ def _summarise(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[st
     from saev import inference, visuals
 
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
-    shown, shards = show.Saes(), job.shards(plan)
+    shown, shards = show.Saes(job.dataset.name), job.shards(plan)
 
     def summarise(item: Item) -> list[str]:
         run_url = job.run(item["run"])
@@ -269,18 +268,18 @@ def _summarise(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[st
         return [measured, index]
 
     made = jobs.each(_items(cfg, plan, "summarise"), summarise, progress)
-    outputs.write_metrics(cfg.executor_input, shown.figures())
-    if cfg.to_page:
-        outputs.write_page(cfg.to_page, shown.page())
+    if cfg.executor_input or cfg.to_page:
+        names = overview.names_of([job.run(name) for name in plan.runs])
+        outputs.write_metrics(cfg.executor_input, shown.figures(names))
+        outputs.write_page(cfg.to_page, shown.page(names))
     return made
 
 
 def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
     plan = jobs.read_plan(job, "publish")
     runs = [job.run(name) for name in plan.runs]
-    sections = [s for s in overview.collect(job.root, runs) if s.shards == plan.shards]
-    rows = [row for section in sections for row in section.rows]
-    missing = set(runs) - {row.run for row in rows}
+    found = [s for s in overview.collect(job.root, runs) if s.shards == plan.shards]
+    missing = set(runs) - {row.run for section in found for row in section.rows}
     if missing:
         raise StorageError(
             f"{len(missing)} of {len(runs)} SAEs have no results on {plan.shards}, such as "
@@ -288,10 +287,10 @@ def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
         )
     progress.publish_point()
     url = overview.write(job.root)
-    outputs.write_page(cfg.to_page, overview.render(sections))
-    best = min(overview.nmse_of(row.metrics) for row in rows)
-    figures = {"n_saes": len(rows)} | ({"best_normalized_mse": best} if math.isfinite(best) else {})
-    outputs.write_metrics(cfg.executor_input, figures)
+    (section,) = found
+    outputs.write_page(cfg.to_page, overview.render([section]))
+    outputs.write_page(cfg.to_table, table.render(section, url, job.owner))
+    outputs.write_metrics(cfg.executor_input, show.of_run(section, job.dataset.name))
     details = {"shards": job.shards(plan), "runs": runs, "page": url}
     if job.owner:
         progress.publish_point()

@@ -1,4 +1,9 @@
-"""What Kubeflow's UI shows of a step: figures by name, and a page that stands alone."""
+"""What Kubeflow's UI shows of a step: figures by name, and a page that stands alone.
+
+In the UI's comparison of runs, an artifact of figures is a column without a name of its own, and a
+figure's name is cut off after about 30 characters. So each artifact says whose figures it holds,
+names are short, and what is true of several SAEs stands behind their names.
+"""
 
 import html
 import typing as tp
@@ -8,22 +13,31 @@ from saev.inference.results import Results
 
 if tp.TYPE_CHECKING:
     from saev.shards import Shards
+    from saev.visuals.overview import Row, Section
+
+Figures = dict[str, str | float]
+"""What an artifact of figures holds."""
 
 _FIGURES = (
     "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
     "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
 )  # fmt: skip
 """Keys of metrics.json; the last four only where there are labels."""
-_FEW = ("normalized_mse", "explained_variance", "l0", "n_dead", "mean_average_precision")
-"""Those that are shown where a page shows many SAEs."""
+_FEW = (
+    ("normalized_mse", "NMSE {:.4f}"), ("l0", "L0 {:.1f}"),
+    ("explained_variance", "explained variance {:.2%}"), ("n_dead", "{:,} dead latents"),
+    ("mean_average_precision", "mAP {:.3f}"),
+)  # fmt: skip
+"""What is said of an SAE in one line."""
 _PAGE_BYTES = 3_000_000
 """About what the UI can show."""
 
 
-def of_shards(shards: "Shards") -> dict[str, float]:
+def of_shards(shards: "Shards", dataset: str) -> Figures:
     """Figures of a shards folder."""
     sizes = (storage.size(storage.join(shards.url, info.name)) for info in shards.infos)
     return {
+        "dataset": dataset,
         "n_examples": shards.n_examples,
         "n_tokens": shards.n_examples * shards.tokens_per_example,
         "n_layers": len(shards.metadata.layers),
@@ -33,46 +47,82 @@ def of_shards(shards: "Shards") -> dict[str, float]:
     }
 
 
-class Saes:
-    """The SAEs of one pod."""
+def of_run(section: "Section", dataset: str) -> Figures:
+    """Figures of all SAEs of a run, beside each other: those of the best one."""
+    best: Row = section.best_first()[0]
+    figures: Figures = {
+        "dataset": dataset,
+        "n_saes": len(section.rows),
+        "best_sae": best.name,
+        "best_run": storage.name(best.run),
+    }
+    if best.held_out_nmse is not None:
+        figures["held_out_nmse"] = best.held_out_nmse
+    wanted = ("normalized_mse", "explained_variance", "l0", "n_dead")
+    return figures | {k: best.metrics[k] for k in wanted if best.metrics[k] is not None}
 
-    def __init__(self) -> None:
+
+class Saes:
+    """The SAEs of one pod.
+
+    Args:
+        dataset: name of the dataset.
+    """
+
+    def __init__(self, dataset: str) -> None:
+        self._dataset = dataset
         self._metrics: dict[str, dict[str, float]] = {}
         self._books: dict[str, tp.Callable[[int], str]] = {}
 
-    def add(self, name: str, results: str, book: tp.Callable[[int], str]) -> None:
+    def add(self, run: str, results: str, book: tp.Callable[[int], str]) -> None:
         """Add an SAE.
 
         Args:
-            name: what it is called.
+            run: name of its run.
             results: URL of its results.
             book: makes its picture book of at most so many bytes.
         """
         raw = Results.open(results).metrics
-        self._metrics[name] = {k: raw[k] for k in _FIGURES if isinstance(raw.get(k), int | float)}
-        self._books[name] = book
+        self._metrics[run] = {k: raw[k] for k in _FIGURES if isinstance(raw.get(k), int | float)}
+        self._books[run] = book
 
-    def figures(self) -> dict[str, float]:
-        """All figures; each begins with the SAE's name."""
-        wanted = _FIGURES if len(self._metrics) == 1 else _FEW
-        return {
-            f"{name} {key}": figures[key]
-            for name, figures in self._metrics.items()
-            for key in wanted
-            if key in figures
-        }
+    def figures(self, names: tp.Mapping[str, str]) -> Figures:
+        """Of one SAE, all figures; of several, a line each.
 
-    def page(self) -> str:
-        """The picture book; of several SAEs, one beside the other, smaller the more there are."""
+        Args:
+            names: what each SAE is called, by the name of its run.
+        """
+        if len(self._metrics) == 1:
+            ((run, figures),) = self._metrics.items()
+            return {"dataset": self._dataset, "sae": names[run], "run": run, **figures}
+        found: Figures = {"dataset": self._dataset, "n_saes": len(self._metrics)}
+        for run, figures in self._metrics.items():
+            said = [form.format(figures[key]) for key, form in _FEW if key in figures]
+            # Equal configs have equal names, as do SAEs of different orders of the data.
+            name = names[run] if names[run] not in found else run
+            found[name] = f"{', '.join(said)} (run {run})"
+        return found
+
+    def page(self, names: tp.Mapping[str, str]) -> str:
+        """The picture book; of several SAEs, one below the other, smaller the more there are.
+
+        Args:
+            names: what each SAE is called, by the name of its run.
+        """
         share = _PAGE_BYTES // max(1, len(self._books))
-        books = {name: book(share) for name, book in self._books.items()}
+        books = {run: book(share) for run, book in self._books.items()}
         if len(books) == 1:
             return next(iter(books.values()))
         # A page in a frame that can load nothing may still hold other pages as text.
         frames = "".join(
-            f"<details><summary>SAE {html.escape(name)}</summary>"
+            f"<details{' open' * (i == 0)}><summary>{html.escape(names[run])} "
+            f"<small>run {html.escape(run)}</small></summary>"
             f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(book)}"></iframe></details>'
-            for name, book in books.items()
+            for i, (run, book) in enumerate(books.items())
         )
-        style = "body{font:15px sans-serif}summary{padding:.5em}iframe{width:100%;height:80vh}"
+        style = (
+            ":root{color-scheme:light dark}body{font:15px system-ui,sans-serif;margin:0}"
+            "summary{padding:.5em;cursor:pointer}small{opacity:.7}"
+            "iframe{width:100%;height:85vh;border:0}"
+        )
         return f"<!doctype html><meta charset=utf-8><style>{style}</style>{frames}"

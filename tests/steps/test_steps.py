@@ -54,9 +54,12 @@ def test_metrics_are_metadata_of_an_artifact_beside_all_others(tmp_path: Path) -
         "metrics": {"artifacts": [{"name": "metrics", "uri": "s3://b/metrics", "metadata": {}}]},
     }
     executor_input = json.dumps({"outputs": {"outputFile": str(place), "artifacts": artifacts}})
-    outputs.write_metrics(executor_input, {"l0": 2, "nmse": 0.5, "none": math.nan})
+    found = {"l0": 2, "nmse": 0.12345678, "none": math.nan, "n": 1234567, "sae": "top_k 2"}
+    outputs.write_metrics(executor_input, found)
     written = json.loads(place.read_text())["artifacts"]
-    assert written["metrics"]["artifacts"][0]["metadata"] == {"l0": 2.0, "nmse": 0.5}
+    assert written["metrics"]["artifacts"][0]["metadata"] == {
+        "l0": 2.0, "nmse": 0.12346, "n": 1234567.0, "sae": "top_k 2",
+    }  # fmt: skip
     assert written["page"] == artifacts["page"]
 
 
@@ -81,7 +84,8 @@ def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: P
     written = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
     expected = ("normalized_mse", "l0", "n_dead", "mean_average_precision", "purity_at_16")
     wanted = {*expected, "coverage_at_0.3", "probe_r"}
-    assert written.keys() >= {f"{run} {name}" for name in wanted}
+    assert written.keys() >= wanted
+    assert (written["run"], written["sae"]) == (run, "top-k, top_k 32, layer 5")
 
 
 def test_items_are_texts(tmp_path: Path) -> None:
@@ -322,12 +326,31 @@ def test_a_slot_holds_many_saes(tmp_path: Path) -> None:
     flags = ["--executor-input", executor_input, "--to-page", str(page)]
     walk.all_of("summarise", *flags)
     shown = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    assert sorted(shown[f"{run} l0"] for run in runs) == [2.0, 3.0, 4.0]
+    for k in (2, 3, 4):
+        assert f", L0 {k}.0, " in shown[f"top_k {k}"]
+    assert {line.rpartition("(run ")[2].rstrip(")") for line in map(str, shown.values())} >= runs
     html = page.read_text()
     assert html.startswith("<!doctype html>")
-    assert all(f"<summary>SAE {run}</summary>" in html for run in runs)
+    assert all(f"<small>run {run}</small></summary>" in html for run in runs)
     assert html.count("&lt;!doctype html&gt;") == 3
-    walk.do("report")
+
+    # All of them beside each other.
+    artifacts = {k: {"artifacts": [{"name": k, "uri": k}]} for k in ("metrics", "sae_table")}
+    executor_input = json.dumps({"outputs": {"outputFile": str(to), "artifacts": artifacts}})
+    flags = ["--executor-input", executor_input, "--to-table", str(tmp_path / "table.md")]
+    walk.do("report", *flags)
+    shown = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
+    records = {run: storage.read_json(f"{root}/runs/{run}/run.json") for run in runs}
+    held_out = {run: record["metrics"]["normalized_mse"] for run, record in records.items()}
+    best = min(held_out, key=lambda run: held_out[run])
+    assert shown["best_run"] == best
+    assert shown["held_out_nmse"] == pytest.approx(held_out[best], rel=1e-4)
+    rows = [r for r in (tmp_path / "table.md").read_text().splitlines() if "top\\_k" in r]
+    assert [f"{value:.4f}" for value in sorted(held_out.values())] == [
+        row.split("|")[4].strip(" \u2003") for row in rows
+    ]
+    assert "**best**" in rows[0]
+    assert best in rows[0]
 
     # Nothing to do: no slots, so no pods.
     walk.until("train")
