@@ -1,35 +1,50 @@
-"""Progress bars on stderr: one display that any stage adds its bars to."""
+"""Progress on stderr: bars on a terminal, and in the log of a pod a line every half minute."""
 
 import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import rich.console
 import rich.logging
 import rich.progress
 import rich.text
 
+from saev import eta
 from saev.console import Console
 from saev.secrets import RedactingFilter
 
 logger = logging.getLogger(__name__)
 
-_LOG_SECONDS = 30.0
+LOG_SECONDS = 30.0
 
 
 class Task:
     """One bar. Created by :meth:`Progress.task`."""
 
-    def __init__(self, progress: "Progress", name: str, total: int | None, unit: str, done: int):
+    def __init__(
+        self,
+        progress: "Progress",
+        name: str,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        *,
+        is_main: bool = False,
+    ):
         self._progress, self._name, self._total, self._unit = progress, name, total, unit
-        self._started = self._logged = time.monotonic()
+        self._clock = progress._clock
+        self._started = self._clock()
         self._initial = self.done = done
         self._n_bytes = 0
-        bars = progress._bars
+        self._note = ""
+        self._is_main = is_main
+        self._tell_slot()
+        bars = progress._bars if unit else None
         self._bar = (
             bars.add_task(name, total=total, completed=done, rates="", note="") if bars else None
         )
@@ -42,25 +57,41 @@ class Task:
         self._progress.safe_point()
         self.done += n
         self._n_bytes += n_bytes
+        self._note = note
+        self._tell_slot()
         if self._bar is not None and self._progress._bars is not None:
             self._progress._bars.update(self._bar, advance=n, rates=self.rates, note=note)
-            return
-        now = time.monotonic()
-        if now - self._logged >= _LOG_SECONDS:  # a pod's log has no bar; a line now and then
-            self._logged = now
-            of = f"/{self._total:,}" if self._total else ""
-            logger.info(
-                "%s: %s%s %s, %s %s", self._name, f"{self.done:,}", of, self._unit, self.rates, note
-            )
+
+    def _tell_slot(self) -> None:
+        slot = self._progress._slot
+        if self._is_main and slot is not None:
+            slot.update(self.done / self._total if self._total else 1.0)
+
+    @property
+    def has_advanced(self) -> bool:
+        """Whether anything was done here."""
+        return self.done > self._initial
 
     @property
     def rates(self) -> str:
         """Units and MB per second since the task began."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
+        seconds = max(self._clock() - self._started, 1e-9)
         text = f"{_short((self.done - self._initial) / seconds)} {self._unit}/s"
         if self._n_bytes:
             text += f" {self._n_bytes / 1e6 / seconds:.1f} MB/s"
         return text
+
+    def said(self) -> str:
+        """How far it is, for a log: `shards: 45%, 450/1,000 img, 3.1 img/s, about 3 min left`."""
+        elapsed = self._clock() - self._started
+        if not self._unit:
+            return f"{self._name}: {eta.span(elapsed)} so far"
+        words = [f"{self.done:,} {self._unit}", self.rates]
+        if self._total:
+            share, worked = self.done / self._total, (self.done - self._initial) / self._total
+            count = f"{self.done:,}/{self._total:,} {self._unit}"
+            words = [eta.percent(share), count, self.rates, eta.left(share, worked, elapsed)]
+        return f"{self._name}: {', '.join(filter(None, [*words, self._note]))}"
 
 
 def _short(rate: float) -> str:
@@ -70,7 +101,16 @@ def _short(rate: float) -> str:
 
 
 class Progress:
-    """A display of bars on stderr; a log line every half minute where stderr is no terminal."""
+    """A display of bars on stderr; a log line every half minute where stderr is no terminal.
+
+    The lines come from a thread, so that they also come while a model is loaded, a store is listed
+    or a batch takes minutes.
+
+    Args:
+        quiet: neither bars nor lines.
+        clock: tells the time.
+        slot: the items of this process, as the process that started it says (:meth:`place`).
+    """
 
     safe_point: tp.Callable[[], None]
     """Called often, where work can stop. Raises if it has to stop."""
@@ -78,11 +118,23 @@ class Progress:
     """Called right before something is published, and may take a while. Raises if it must not be
     published."""
 
-    def __init__(self, *, quiet: bool = False):
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        clock: eta.Clock = time.monotonic,
+        slot: Mapping[str, tp.Any] | None = None,
+    ):
         self.safe_point = lambda: None
         self.may_publish = lambda: None
         console = Console(stderr=True)
         self.quiet = quiet
+        self._clock = clock
+        self._started = clock()
+        self._tasks: list[Task] = []
+        self._slot = None if slot is None else eta.Slot.from_dict(slot, clock)
+        self._end: threading.Event | None = None
+        """Set to end the thread that logs."""
         self._bars: rich.progress.Progress | None = None
         if not quiet and console.is_terminal:
             self._bars = rich.progress.Progress(
@@ -101,7 +153,9 @@ class Progress:
         self.may_publish()
 
     @contextlib.contextmanager
-    def task(self, name: str, *, total: int | None, unit: str, done: int = 0) -> Iterator[Task]:
+    def task(
+        self, name: str, *, total: int | None, unit: str, done: int = 0, is_main: bool = False
+    ) -> Iterator[Task]:
         """A bar that is there while the block runs.
 
         Args:
@@ -109,13 +163,58 @@ class Progress:
             total: units in all, if known.
             unit: what is counted (img, tok, step).
             done: units that an earlier run finished.
+            is_main: whether its share is that of the item of a slot which is being done.
         """
-        task = Task(self, name, total, unit, done)
+        task = Task(self, name, total, unit, done, is_main=is_main)
+        self._tasks.append(task)
         try:
             yield task
+            if is_main and task.has_advanced and self._end is not None:
+                logger.info("%s", self.line())
         finally:
+            self._tasks.remove(task)
             if self._bars is not None and task._bar is not None:
                 self._bars.stop_task(task._bar)
+
+    @contextlib.contextmanager
+    def doing(self, name: str) -> Iterator[None]:
+        """Say in a log what the block does, if it takes longer than half a minute.
+
+        Args:
+            name: of something that is not counted, such as loading a model.
+        """
+        with self.task(name, total=None, unit=""):
+            yield
+
+    def item(self, name: str, number: int, n: int) -> None:
+        """Go on to the next of the items that this process does, one after the other.
+
+        Args:
+            name: of the item.
+            number: which one, from 1.
+            n: how many there are.
+        """
+        if self._slot is None or number == 1:
+            self._slot = eta.Slot(n, self._clock)
+        self._slot.start(name)
+
+    @property
+    def place(self) -> dict[str, tp.Any] | None:
+        """Which item of a slot is being done, for a process that does it."""
+        return None if self._slot is None else self._slot.to_dict()
+
+    def line(self) -> str:
+        """How far all is, for a log."""
+        words = []
+        if self._slot is not None and self._slot.number:
+            words.append(self._slot.title)
+        tasks = list(self._tasks)
+        if tasks:
+            words.append(tasks[-1].said())
+        words += eta.bars_of_libraries()
+        if not tasks:
+            words.append(f"at work for {eta.span(self._clock() - self._started)}")
+        return "; ".join(filter(None, [": ".join(words), self._slot.said() if self._slot else ""]))
 
     @contextlib.contextmanager
     def handed_over(self) -> Iterator[None]:
@@ -136,11 +235,23 @@ class Progress:
     def __enter__(self) -> tp.Self:
         if self._bars is not None:
             self._bars.start()
+        elif not self.quiet:
+            self._end = threading.Event()
+            threading.Thread(
+                target=self._log, args=(self._end,), name="progress", daemon=True
+            ).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+        if self._end is not None:
+            self._end.set()
+            self._end = None
+
+    def _log(self, end: threading.Event) -> None:
+        while not end.wait(LOG_SECONDS):
+            logger.info("%s", self.line())
 
 
 def log_to(progress: Progress, rank: int = 0) -> None:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1] / "saev"
 # Lower rooms know nothing of higher ones. Rooms of the same level do not import each other, except
 # the pairs named in ALLOWED.
 LEVELS = {
-    "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "interrupts": 0, "once": 0,
+    "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "eta": 0, "interrupts": 0,
+    "once": 0,
     "storage": 1,
     "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2, "workers": 2,
     "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,

@@ -21,13 +21,18 @@ LOG_FLOOR = 1e-10
 """`sparsity` is log10(frequency + this), as in SAELens."""
 
 
-def publish(job: Job, ready: Callable[[], None] = lambda: None) -> None:
+def publish(
+    job: Job,
+    ready: Callable[[], None] = lambda: None,
+    seen: Callable[[int], None] = lambda n: None,
+) -> None:
     """Verify all parts, merge them in shard order, write everything, remove the parts.
 
     Args:
         job: what was done.
         ready: called before the first object is written and before the last one. What it raises
             ends the work.
+        seen: told of each shard whose statistics are merged.
 
     Raises:
         IncompleteError: a shard is not done.
@@ -39,6 +44,7 @@ def publish(job: Job, ready: Callable[[], None] = lambda: None) -> None:
     stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top)
     for record in records:
         stats.merge(part.read_stats(job, record))
+        seen(1)
     metrics: dict[str, tp.Any] = stats.metrics.to_dict()
     listed = {files.CONFIG: _listed_config(job)}
     objects = {**_latents(stats), files.TOP_EXAMPLES: _top(job, stats.top.result())}

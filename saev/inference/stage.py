@@ -125,7 +125,7 @@ def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -
     total = sum(map(job.source.shard_tokens, shards))
     done = total - sum(map(job.source.shard_tokens, todo))
     with (
-        progress.task("inference", total=total, unit="tok", done=done) as task,
+        progress.task("inference", total=total, unit="tok", done=done, is_main=True) as task,
         unless_done(logger, lambda: _is_published(job)),
     ):
         for shard in todo:
@@ -137,6 +137,10 @@ def _finish(job: Job, progress: Progress | None) -> str:
     if _is_published(job):
         publish.remove_parts(job)  # an earlier run may have been killed just before this
     else:
-        with unless_done(logger, lambda: _is_published(job)):
-            publish.publish(job, progress.publish_point)
+        n = len(job.shards.infos)
+        with (
+            unless_done(logger, lambda: _is_published(job)),
+            progress.task("merge", total=n, unit="part") as task,
+        ):
+            publish.publish(job, progress.publish_point, task.advance)
     return job.url

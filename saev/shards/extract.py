@@ -96,7 +96,7 @@ def _record(
     done = total - sum(item["stop"] - item["start"] for item in missing)
     if done:
         logger.info("%d of %d images are recorded already.", done, total)
-    with progress.task("shards", total=total, unit="img", done=done) as task:
+    with progress.task("shards", total=total, unit="img", done=done, is_main=True) as task:
         for item in missing:
             recording.work(item, lambda n, n_bytes: task.advance(n, n_bytes=n_bytes))
     for note in recording.dataset.notes():
@@ -232,10 +232,12 @@ class Recording:
 
     def run(self, progress: Progress | None = None) -> str:
         """See the module's :func:`run`."""
-        part = _parse_part(self.cfg.part)
-        if not self.published:
+        part, progress = _parse_part(self.cfg.part), progress or Progress(quiet=True)
+        with progress.doing("load the model, list the images"):
+            is_published = self.published
+        if not is_published:
             self.prepare()
-            _record(self, self.plan(), part, progress or Progress(quiet=True))
+            _record(self, self.plan(), part, progress)
             if part is not None:
                 logger.info("Part %s of %s is recorded.", self.cfg.part, self.url)
                 return self.url
@@ -360,13 +362,18 @@ class Recording:
         """Publish, if that is still to be done, and remove what only unfinished folders need."""
         progress = progress or Progress(quiet=True)
         if not self.published:
-            with unless_done(logger, lambda: self.published):
+            n = self.metadata.n_shards
+            with (
+                unless_done(logger, lambda: self.published),
+                progress.task("verify", total=n, unit="shard") as task,
+            ):
                 parts.publish(
                     self.url,
                     self.metadata,
-                    self.metadata.n_shards,
+                    n,
                     self._weights,
                     ready=progress.publish_point,
+                    seen=task.advance,
                 )
             _ = self._is_intact
         logger.info("%s is complete.", self.url)

@@ -190,6 +190,7 @@ def publish(
     weights: str | None = None,
     *,
     ready: Callable[[], None] = lambda: None,
+    seen: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
 
@@ -205,6 +206,7 @@ def publish(
         weights: checksum of the weights that all must be recorded with; None takes any.
         ready: called before the first object is written and before the last ones. What it raises
             ends the work.
+        seen: told of each shard that was verified.
 
     Raises:
         ModelError: a shard was recorded with other weights.
@@ -240,6 +242,7 @@ def publish(
             skipped.extend(part.skipped)
             if labels is not None and part.labels is not None:
                 labels.write(np.ascontiguousarray(part.labels).data)
+            seen(1)
         if not sum(map(len, tables)):
             raise ImageError(
                 f"None of the {len(skipped)} images could be decoded; the first: "

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from saev import storage
 from saev.config.run import RunFile
@@ -25,6 +25,8 @@ from saev.steps import claims, last_word
 logger = logging.getLogger(__name__)
 
 FOLDER = "datasets"
+Seen = Callable[[int], object]
+"""Is told of a number of files more."""
 _RESTORE = (
     "Restore it from a copy. Without one, delete it: where files were replaced by others of equal "
     "size, the dataset is then recorded anew."
@@ -74,8 +76,17 @@ class Found(tp.NamedTuple):
     objects: list[storage.Object]
 
 
-def one(root: str, dataset: str, file: RunFile, owner: str, hours: float) -> Dataset:
+def one(
+    root: str,
+    dataset: str,
+    file: RunFile,
+    owner: str,
+    hours: float,
+    seen: Seen = lambda n: None,
+) -> Dataset:
     """The dataset that a person names: claimed whoever holds it, whether processed or not.
+
+    ``seen`` is told of files while they are listed.
 
     Raises:
         StorageError: it does not exist or cannot be listed.
@@ -84,7 +95,7 @@ def one(root: str, dataset: str, file: RunFile, owner: str, hours: float) -> Dat
     images_of(file, dataset)
     if dataset:
         url = storage.normalize(dataset)
-        found = Found(storage.name(url), url, storage.listing(url))
+        found = Found(storage.name(url), url, storage.listing(url, seen=seen))
         if not found.objects:
             raise ConfigError(f"The dataset {url} holds no files.")
     elif file.data is None:
@@ -107,6 +118,7 @@ def incoming(
     settle_minutes: float,
     hours: float,
     limit: int,
+    seen: Seen = lambda n: None,
 ) -> list[Dataset]:
     """Datasets below a prefix that are complete, not processed with this config, and now claimed.
 
@@ -119,6 +131,7 @@ def incoming(
         settle_minutes: how long nothing in a dataset may have changed.
         hours: how long a claim holds.
         limit: most datasets that are taken.
+        seen: told of files while they are listed.
 
     Returns:
         The datasets; none if nothing is below the prefix yet, as a schedule may be there first.
@@ -128,7 +141,7 @@ def incoming(
     """
     images_of(file, storage.normalize(prefix))
     taken: list[Dataset] = []
-    for dataset in _candidates(root, prefix, file, marker, settle_minutes):
+    for dataset in _candidates(root, prefix, file, marker, settle_minutes, seen):
         if len(taken) == limit:
             logger.info("%s waits: %d datasets are enough for one firing.", dataset.name, limit)
         elif _claim(root, dataset, owner, hours):
@@ -142,14 +155,14 @@ def incoming(
 
 
 def _candidates(
-    root: str, prefix: str, file: RunFile, marker: str, settle_minutes: float
+    root: str, prefix: str, file: RunFile, marker: str, settle_minutes: float, seen: Seen
 ) -> list[Dataset]:
     """What is complete and not processed; what was tried less often comes first.
 
     So datasets that always fail do not keep the others from their turn.
     """
     found = []
-    for folder in _folders(root, prefix):
+    for folder in _folders(root, prefix, seen):
         reason = _incomplete(folder, marker, settle_minutes)
         if reason:
             logger.info("%s is not complete: %s.", folder.name, reason)
@@ -167,11 +180,14 @@ def _candidates(
     return [dataset for _, dataset in sorted(found)]
 
 
-def check_unchanged(dataset: Dataset) -> None:
-    """Raise ConfigError if a dataset is not in the state any more that was discovered."""
+def check_unchanged(dataset: Dataset, seen: Seen = lambda n: None) -> None:
+    """Raise ConfigError if a dataset is not in the state any more that was discovered.
+
+    ``seen`` is told of files while they are listed.
+    """
     if not dataset.url:
         return
-    found = Found(dataset.name, dataset.url, storage.listing(dataset.url))
+    found = Found(dataset.name, dataset.url, storage.listing(dataset.url, seen=seen))
     if _fingerprint(_without(found, dataset.marker)) != dataset.fingerprint:
         raise ConfigError(
             f"The dataset {dataset.url} has changed since it was discovered, so what was recorded "
@@ -224,11 +240,11 @@ def ending(place: str) -> str:
 # --- Which folders, and whether they are complete ------------------------------------------------
 
 
-def _folders(root: str, prefix: str) -> Iterator[Found]:
+def _folders(root: str, prefix: str, seen: Seen) -> Iterator[Found]:
     """The datasets below a prefix with their files, from one listing."""
     base = storage.normalize(prefix)
     own = storage.normalize(root) + "/"
-    objects = storage.listing(base, missing_ok=True)
+    objects = storage.listing(base, missing_ok=True, seen=seen)
     if not objects:
         logger.info("Nothing is below %s yet.", base)
     for name, group in itertools.groupby(objects, key=lambda o: o.key.split("/", 1)[0]):

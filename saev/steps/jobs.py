@@ -227,9 +227,10 @@ def each(
     """
     made: list[str] = []
     failures: list[SaevError] = []
-    for item in items:
+    for number, item in enumerate(items, start=1):
         progress.safe_point()
         logger.info("%s", item["name"])
+        progress.item(item["name"], number, len(items))
         try:
             made += work(item)
         except SaevError as err:

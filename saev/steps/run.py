@@ -10,11 +10,13 @@ from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
 from saev.progress import Progress
 from saev.steps import advice, check, claims, discover, jobs, outputs, show, table
+from saev.steps.discover import Dataset
 from saev.steps.jobs import Item, Job, Plan
 from saev.visuals import overview
 
 if tp.TYPE_CHECKING:
     from saev.shards import Shards
+    from saev.shards.extract import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,13 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         SaevError: as the stage's functions do. What was finished is kept.
     """
     progress = progress or Progress(quiet=True)
+    with progress.doing(_NAMES[type(cfg)]):
+        return _run(cfg, progress)
+
+
+def _run(cfg: tp.Any, progress: Progress) -> list[str]:
     if isinstance(cfg, cfgs.DiscoverStep):
-        return _discover(cfg)
+        return _discover(cfg, progress)
     if isinstance(cfg, cfgs.OutcomeStep):
         return _outcome(cfg)
     if isinstance(cfg, cfgs.CheckStep):
@@ -56,29 +63,34 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
 # --- Which datasets ------------------------------------------------------------------------------
 
 
-def _discover(cfg: cfgs.DiscoverStep) -> list[str]:
+def _discover(cfg: cfgs.DiscoverStep, progress: Progress) -> list[str]:
     storage.check_writable(cfg.root)
-    if cfg.mode == "one":
-        found = [discover.one(cfg.root, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours)]
-    else:
-        if not cfg.dataset:
-            raise ConfigError("--mode incoming needs --dataset, the folder of the datasets.")
-        found = discover.incoming(
-            cfg.root,
-            cfg.dataset,
-            cfg.file,
-            cfg.owner,
-            marker=cfg.marker,
-            settle_minutes=cfg.settle_minutes,
-            hours=cfg.claim_hours,
-            limit=cfg.max_datasets,
-        )
+    with progress.task("list the images", total=None, unit="file") as task:
+        found = _datasets(cfg, task.advance)
     logger.info("%d dataset%s to process.", len(found), "" if len(found) == 1 else "s")
     raw = cfgs.parse_json(cfg.config, "--config")
     made = [jobs.make(cfg.root, cfg.owner, raw, dataset) for dataset in found]
     outputs.write_parameter(cfg.to_job, made[0] if made else "")
     outputs.write_parameter(cfg.to_jobs, made)
     return [dataset.url or dataset.name for dataset in found]
+
+
+def _datasets(cfg: cfgs.DiscoverStep, seen: discover.Seen) -> list[Dataset]:
+    if cfg.mode == "one":
+        return [discover.one(cfg.root, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours, seen)]
+    if not cfg.dataset:
+        raise ConfigError("--mode incoming needs --dataset, the folder of the datasets.")
+    return discover.incoming(
+        cfg.root,
+        cfg.dataset,
+        cfg.file,
+        cfg.owner,
+        marker=cfg.marker,
+        settle_minutes=cfg.settle_minutes,
+        hours=cfg.claim_hours,
+        limit=cfg.max_datasets,
+        seen=seen,
+    )
 
 
 def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
@@ -98,8 +110,7 @@ def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
 def _plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
 
-    del progress
-    recording = extract.Recording(_on_cpu(job))
+    recording = _opened(extract.Recording(_on_cpu(job)), progress)
     n = 0
     if not recording.published:
         recording.prepare()
@@ -115,6 +126,13 @@ def _plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
     return [recording.url]
 
 
+def _opened(recording: "Recording", progress: Progress) -> "Recording":
+    """The model is loaded, maybe from a hub, and the images are listed."""
+    with progress.doing("load the model, list the images"):
+        _ = recording.url
+    return recording
+
+
 def _on_cpu(job: Job) -> ShardsConfig:
     """For pods that have no GPU; shapes and checksums do not depend on the device."""
     return job.stages().shards.model_copy(update={"device": "cpu"})
@@ -126,7 +144,8 @@ def _extract(cfg: cfgs.ExtractStep, job: Job, progress: Progress) -> list[str]:
     plan, shards = jobs.read_plan(job, "plan"), job.stages().shards
 
     def record(item: Item) -> list[str]:
-        recording = extract.Recording(shards.model_copy(update={"part": item["part"]}))
+        part = shards.model_copy(update={"part": item["part"]})
+        recording = _opened(extract.Recording(part), progress)
         _check_same(job.shards(plan), recording.url, job)
         return [recording.run(progress)]
 
@@ -137,13 +156,15 @@ def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
     from saev.shards import Shards
 
-    recording = extract.Recording(_on_cpu(job))
+    recording = _opened(extract.Recording(_on_cpu(job)), progress)
     _check_same(job.shards(jobs.read_plan(job, "plan")), recording.url, job)
     if not recording.published:  # what is complete was checked when it was published
-        discover.check_unchanged(job.dataset)
+        with progress.task("list the images again", total=None, unit="file") as task:
+            discover.check_unchanged(job.dataset, task.advance)
     shards = Shards.open(recording.finish(progress))
     outputs.write_metrics(cfg.executor_input, show.of_shards(shards, job.dataset.name))
-    plan = _plan_saes(job, shards, cfg.n_parts)
+    with progress.doing("plan the SAEs"):
+        plan = _plan_saes(job, shards, cfg.n_parts)
     jobs.write_plan(job, "publish", plan)
     for step, place in (
         ("train", cfg.to_train),
@@ -302,6 +323,7 @@ def _items(cfg: cfgs.SlotStep, plan: Plan, step: str) -> list[Item]:
     return jobs.items_of(plan, step, cfg.slot)
 
 
+_NAMES = {type_: name for name, type_ in cfgs.STEPS.items()}
 _WORK: dict[type, tp.Callable[[tp.Any, Job, Progress], list[str]]] = {
     cfgs.PlanStep: _plan,
     cfgs.ExtractStep: _extract,

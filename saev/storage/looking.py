@@ -2,10 +2,11 @@
 
 import datetime
 import errno
+import itertools
 import os
 import stat
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from saev.errors import StorageError
@@ -22,6 +23,9 @@ from saev.storage.urls import (
     normalize,
     with_scheme,
 )
+
+_PAGE = 1000
+"""Files of a listing that are told of at a time: as many as S3 gives in one answer."""
 
 
 class Entry(tp.NamedTuple):
@@ -204,7 +208,11 @@ def walk(url: str | os.PathLike) -> list[Entry]:
 
 
 def listing(
-    url: str | os.PathLike, *, temporary: bool = False, missing_ok: bool = False
+    url: str | os.PathLike,
+    *,
+    temporary: bool = False,
+    missing_ok: bool = False,
+    seen: Callable[[int], object] = lambda n: None,
 ) -> list[Object]:
     """All files below a folder, sorted by key; symbolic links are followed.
 
@@ -216,10 +224,11 @@ def listing(
         temporary: whether unfinished local writes are listed too.
         missing_ok: whether a folder that does not exist is an empty one. A bucket that does not
             exist is an error all the same.
+        seen: told of files while they are listed, a thousand at a time.
     """
     text = normalize(url)
     try:
-        return _listing(text, temporary=temporary)
+        return _listing(text, temporary, seen)
     except StorageError as err:
         if not missing_ok or not isinstance(err.__cause__, FileNotFoundError):
             raise
@@ -242,11 +251,12 @@ def _bucket_is_missing(url: str) -> bool:
     return False
 
 
-def _listing(text: str, *, temporary: bool) -> list[Object]:
+def _listing(text: str, temporary: bool, seen: Callable[[int], object]) -> list[Object]:
     path = local_path(text)
     start = len(join(text, "x")) - 1
+    found: Iterator[Object]
     if path is not None:
-        objects = [
+        found = (
             Object(
                 file[start:],
                 status.st_size,
@@ -254,12 +264,16 @@ def _listing(text: str, *, temporary: bool) -> list[Object]:
                 max(status.st_mtime, status.st_ctime),
             )
             for file, status in _walk_local(path, temporary=temporary)
-        ]
+        )
     else:
-        objects = [
+        found = (
             Object(file[start:], int(row["size"]), entity_tag(row), _modified(row, file))
             for file, row in _walk_remote(text)
-        ]
+        )
+    objects: list[Object] = []
+    while group := list(itertools.islice(found, _PAGE)):
+        objects += group
+        seen(len(group))
     return sorted(objects, key=lambda o: o.key)
 
 

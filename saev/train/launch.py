@@ -46,6 +46,7 @@ def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
         try:
             ranks += [_Rank(number, size) for number in range(size)]
             job = {"size": size, "port": store.port, "quiet": progress.quiet, "item": item}
+            job["place"] = progress.place
             for one in ranks:
                 one.give({**job, "rank": one.number})
             _watch(ranks, interruption, progress)

@@ -170,6 +170,7 @@ class Trainer:
         task = progress.task(
             "train" if n == 1 else f"train {n} SAEs",
             total=self.n_steps * self.batch_size, unit="tok", done=self.step * self.batch_size,
+            is_main=True,
         )  # fmt: skip
         note, n_timed = "", 0
         agreement = Agreement(self._ranks)

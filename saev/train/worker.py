@@ -48,7 +48,7 @@ def main() -> None:
 
 def _train(job: dict[str, tp.Any]) -> None:
     place = Place(job["rank"], job["size"], job["rank"])
-    progress = Progress(quiet=job["quiet"] or place.rank > 0)
+    progress = Progress(quiet=job["quiet"] or place.rank > 0, slot=job["place"])
     log_to(progress, rank=place.rank)
     group = Group.from_item(job["item"])
     store = dist.TCPStore("127.0.0.1", job["port"], is_master=False, timeout=team.TIMEOUT)

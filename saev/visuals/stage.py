@@ -122,7 +122,9 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     found = stage.find_drawn(latents)
     todo = [latent for latent, drawn in zip(latents, found, strict=True) if drawn is None]
     done = len(latents) - len(todo)
-    with progress.task("visuals", total=len(latents), unit="latent", done=done) as task:
+    with progress.task(
+        "visuals", total=len(latents), unit="latent", done=done, is_main=True
+    ) as task:
         if todo:
             _in_threads(stage, todo, task)
     return stage.finish(progress)

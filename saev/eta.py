@@ -1,0 +1,124 @@
+"""How far work is and how long it will still take, in words for the log of a pod."""
+
+import contextlib
+import sys
+import time
+import typing as tp
+from collections.abc import Callable, Iterator, Mapping
+
+Clock = Callable[[], float]
+"""Seconds since any moment."""
+
+
+def span(seconds: float) -> str:
+    """A length of time, such as ``40 s``, ``4 min`` or ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(0, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} d"
+
+
+def percent(share: float) -> str:
+    """A share, rounded down: only what is finished is 100%."""
+    return f"{int(100 * min(1.0, share) + 1e-9)}%"
+
+
+def left(share: float, worked: float, elapsed: float) -> str:
+    """``about 4 min left``; empty where nothing has been done that could tell.
+
+    Args:
+        share: of all work that is done.
+        worked: the part of it that was done in the seconds ``elapsed``.
+        elapsed: seconds.
+    """
+    if worked <= 0 or share >= 1:
+        return ""
+    return f"about {span((1 - share) / worked * elapsed)} left"
+
+
+class Slot:
+    """The items that one pod does, one after the other, of which all count the same.
+
+    Args:
+        n: how many.
+        clock: tells the time.
+    """
+
+    def __init__(self, n: int, clock: Clock = time.monotonic):
+        self._clock, self._started = clock, clock()
+        self.n, self.number, self.name = n, 0, ""
+        self._now = 0.0
+        """Share of the present item that is done."""
+        self._found: float | None = None
+        """Share of it that an earlier run had done; None before that is known."""
+        self._worked = 0.0
+        """Items that were done here, parts of items included."""
+
+    def start(self, name: str) -> None:
+        """Go on to the next item. Those before it are done, whatever became of them."""
+        self._worked += self._here(1.0)
+        self.number, self.name, self._now, self._found = self.number + 1, name, 0.0, None
+
+    def update(self, share: float) -> None:
+        """Say how much of the present item is done; the first call, how much was there before."""
+        if self._found is None:
+            self._found = share
+        self._now = max(self._now, share)
+
+    def _here(self, now: float) -> float:
+        """How much of the present item was done here. One that was done before took no time."""
+        return 0.0 if self._found is None else max(0.0, now - self._found)
+
+    @property
+    def title(self) -> str:
+        """Name of the present item, and which one of several it is."""
+        return f"{self.name} ({self.number} of {self.n} here)" if self.n > 1 else self.name
+
+    def said(self) -> str:
+        """``slot 62%, about 4 min left``; empty if there is only one item."""
+        if self.n < 2 or not self.number:
+            return ""
+        share = (self.number - 1 + self._now) / self.n
+        worked = (self._worked + self._here(self._now)) / self.n
+        words = ["slot " + percent(share), left(share, worked, self._clock() - self._started)]
+        return ", ".join(filter(None, words))
+
+    def to_dict(self) -> dict[str, tp.Any]:
+        """For another process, which goes on to tell of the present item."""
+        return {
+            "n": self.n, "number": self.number, "name": self.name, "now": self._now,
+            "found": self._found, "worked": self._worked, "elapsed": self._clock() - self._started,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, tp.Any], clock: Clock = time.monotonic) -> tp.Self:
+        """Inverse of :meth:`to_dict`."""
+        slot = cls(int(raw["n"]), clock)
+        slot.number, slot.name, slot._now = int(raw["number"]), str(raw["name"]), float(raw["now"])
+        slot._found, slot._worked = raw["found"], float(raw["worked"])
+        slot._started = clock() - float(raw["elapsed"])
+        return slot
+
+
+def bars_of_libraries() -> Iterator[str]:
+    """What bars of tqdm say, such as those of downloads from a model hub.
+
+    They draw on a terminal by themselves; in the log of a pod, they are one line that ends with the
+    download.
+    """
+    tqdm = sys.modules.get("tqdm.std")
+    for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
+        with contextlib.suppress(Exception):  # it may end just now, in another thread
+            found = bar.format_dict
+            n, total, elapsed = float(found["n"]), found["total"], float(found["elapsed"])
+            if not total or n >= total:
+                continue
+            scale = 1e6 if found["unit_scale"] else 1.0
+            unit = f"M{found['unit']}" if found["unit_scale"] else found["unit"]
+            words = [
+                percent(n / total),
+                f"{n / scale:,.0f}/{total / scale:,.0f} {unit}",
+                left(n / total, (n - bar.initial) / total, elapsed),
+            ]
+            yield f"{found['prefix'] or 'download'}: {', '.join(filter(None, words))}"
