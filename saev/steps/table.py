@@ -16,6 +16,9 @@ from saev.secrets import redact
 from saev.visuals.overview import Row, Section
 
 _MOST_ROWS = 500
+_ROOM = "\u2003"
+_NO_BREAK = "\u00a0"
+_FRONT = "◆"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 _OTHER_CLOUDS = ("cn-", "us-gov-", "us-iso")
 """Regions of AWS whose consoles are elsewhere."""
@@ -43,8 +46,8 @@ def render(section: Section, page: str, owner: str) -> str:
         lines += [f"The best {_MOST_ROWS} of {n}; all of them are on the page below.", ""]
     lines += [
         "Best first, by the normalised mean squared error (NMSE); 0 is perfect. *Held-out*: of "
-        "images that training has not seen. All else is of all images. The error falls as L0 "
-        "rises, so compare SAEs of about the same L0, or those on the Pareto front: no other has "
+        "images that training has not seen; all else is of all images. The error falls as L0 "
+        f"rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other has "
         "both a lower L0 and a lower NMSE.",
         "",
         "### Where it is",
@@ -53,7 +56,7 @@ def render(section: Section, page: str, owner: str) -> str:
         "",
         "### On your own machine",
         "",
-        *_commands(rows[0]),
+        *_commands(rows[0], page),
     ]
     return redact("\n".join(lines)) + "\n"
 
@@ -65,26 +68,28 @@ def dataset_of(section: Section) -> str:
 
 
 def _table(rows: tp.Sequence[Row]) -> tp.Iterator[str]:
-    yield (
-        "| | SAE | run | held-out NMSE | NMSE | L0 | explained variance | dead latents "
-        "| Pareto front |"
-    )
-    yield "|:--|:--|:--|--:|--:|--:|--:|--:|:-:|"
-    for i, row in enumerate(rows):
-        best = i == 0 and len(rows) > 1
-        cells = [
-            "**best**" if best else str(i + 1),
-            f"**{_plain(row.name)}**" if best else _plain(row.name),
-            _code(storage.name(row.run)),
-            _number(row.held_out_nmse, ".4f"),
-            _number(row.metrics["normalized_mse"], ".4f"),
-            _number(row.metrics["l0"], ".1f"),
-            _number(row.metrics["explained_variance"], ".2%"),
-            f"{row.metrics['n_dead']:,} of {row.metrics['d_sae']:,}",
-            "yes" if row.on_front else "",
-        ]
-        # Browsers join spaces, and the UI gives cells no room.
-        yield "| " + " | ".join(f"{cell}\u2003" for cell in cells) + " |"
+    yield _line(["", "SAE", "held-out NMSE", "NMSE", "L0", "explained variance", "dead", "run"])
+    yield "|--:|:--|--:|--:|--:|--:|--:|:--|"
+    for number, row in enumerate(rows, start=1):
+        best = number == 1 and len(rows) > 1
+        name = _plain(row.name).replace(" ", _NO_BREAK).replace(f",{_NO_BREAK}", ", ")
+        yield _line(
+            [
+                f"{_FRONT * row.on_front}{_NO_BREAK}{number}",
+                f"**{name}** (best)" if best else name,
+                _number(row.held_out_nmse, ".4f"),
+                _number(row.metrics["normalized_mse"], ".4f"),
+                _number(row.metrics["l0"], ".1f"),
+                _number(row.metrics["explained_variance"], ".2%"),
+                f"{row.metrics['n_dead']}/{row.metrics['d_sae']}",
+                _code(storage.name(row.run)),
+            ]
+        )
+
+
+def _line(cells: tp.Sequence[str]) -> str:
+    """A row. The UI gives cells no room at their sides, and browsers join plain spaces."""
+    return "| " + " | ".join(f"{cell}{_ROOM}" for cell in cells) + " |"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -92,21 +97,22 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _places(section: Section, best: Row, page: str, owner: str) -> tp.Iterator[str]:
+    """Below the root, since long addresses do not fit into the UI's frame."""
     root = storage.parent(page)
-    yield from _place("all SAEs, one page", page)
+    yield from _place("root", root, root)
+    yield from _place("all SAEs on one page", page, root)
     if best.report:
-        yield from _place("picture book of the best", best.report)
-    yield from _place("the best SAE", storage.join(best.run, "checkpoint"))
-    yield from _place("all runs", storage.join(root, "runs"))
-    yield from _place("activations", storage.join(root, "shards", section.shards))
+        yield from _place("picture book of the best", storage.parent(best.report), root)
+    yield from _place("weights of the best", storage.join(best.run, "checkpoint"), root)
+    yield from _place("activations", storage.join(root, "shards", section.shards), root)
     if owner:
         yield f"- [this run in Kubeflow](#/runs/details/{urllib.parse.quote(owner)})"
 
 
-def _place(name: str, url: str) -> tp.Iterator[str]:
+def _place(name: str, url: str, root: str) -> tp.Iterator[str]:
     found = console(url)
-    link = f" ([open in the console]({found}))" if found else ""
-    yield f"- {name}: {_code(url)}{link}"
+    link = f" ([console]({found}))" if found else ""
+    yield f"- {name}: {_code(url.removeprefix(root + '/'))}{link}"
 
 
 def console(url: str) -> str:
@@ -127,16 +133,21 @@ def console(url: str) -> str:
     return f"https://console.aws.amazon.com/s3/{kind}/{bucket}?prefix={key}{folder}"
 
 
-def _commands(best: Row) -> tp.Iterator[str]:
-    copy = _COPY.get(best.run.partition("://")[0])
+def _commands(best: Row, page: str) -> tp.Iterator[str]:
+    root = storage.parent(page)
+    run = best.run.removeprefix(root + "/")
     yield "```"
-    if best.report and copy:
-        yield f"{copy} {shlex.quote(storage.parent(best.report))} picture-book"
-        yield "open picture-book/index.html    # Linux: xdg-open"
-    elif best.report and "://" not in best.report:
-        yield f"# on a machine or pod that mounts the volume: open {best.report}"
-    load = f"import saev; print(saev.load_sae({best.run!r}))"
-    yield f"python -c {shlex.quote(load)}"
+    yield f"ROOT={shlex.quote(root)}"
+    yield f"RUN={shlex.quote(run)}"
+    copy = _COPY.get(root.partition("://")[0])
+    if best.report:
+        book = storage.parent(best.report).removeprefix(best.run + "/")
+        if copy:
+            yield f'{copy} "$ROOT/$RUN/{book}" book'
+        elif "://" not in root:
+            yield f'cp -r "$ROOT/$RUN/{book}" book    # where the volume is mounted'
+        yield "open book/index.html    # Linux: xdg-open"
+    yield "python -c \"import saev; print(saev.load_sae('$ROOT/$RUN'))\""
     yield "```"
 
 
