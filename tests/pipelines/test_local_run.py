@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import re
 import threading
 import typing as tp
 import uuid
@@ -151,22 +152,25 @@ def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) 
     dataset, root = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(dataset)
     run_local(root, dataset)
-    pages = sorted((tmp_path / "kfp").rglob("page"))
-    assert len(pages) == 3, "one of each SAE, and the comparison"
-    for page in pages:
+    kfp = tmp_path / "kfp"
+    books = sorted(kfp.rglob("picture_book"))
+    assert len(books) == 2, "one of each SAE"
+    assert all("data:image/webp;base64," in book.read_text() for book in books)
+    for page in (*books, *kfp.rglob("sae_overview")):
         html = page.read_text()
         assert html.startswith("<!doctype html>")
         assert 'src="latents/' not in html, "nothing beside it can be loaded"
-    books = [page for page in pages if "summarise" in str(page)]
-    assert all("data:image/webp;base64," in page.read_text() for page in books)
+        links = re.findall(r'href="(.)', html)
+        assert set(links) <= {"#", "d"}, "the frame opens no windows: places in it, and data"
+    (table,) = kfp.rglob("sae_table")
+    assert "2 sparse autoencoders of images" in table.read_text()
     figures = [
         json.loads(path.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-        for path in sorted((tmp_path / "kfp").rglob("summarise/executor_output.json"))
+        for path in sorted(kfp.rglob("summarise/executor_output.json"))
     ]
-    shown = {key.split(" ")[1]: value for f in figures for key, value in f.items()}
-    assert shown.keys() >= {"normalized_mse", "n_dead", "d_sae"}
-    l0 = [value for f in figures for key, value in f.items() if key.endswith(" l0")]
-    assert sorted(l0) == [2.0, 4.0]
+    assert all(f.keys() >= {"normalized_mse", "n_dead", "d_sae"} for f in figures)
+    assert {f["sae"]: f["l0"] for f in figures} == {"top_k 2": 2.0, "top_k 4": 4.0}
+    assert {f["dataset"] for f in figures} == {"images"}
 
 
 def test_what_is_new_below_a_prefix(run_local: Callable[..., list[str]], base: str) -> None:
