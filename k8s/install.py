@@ -36,6 +36,9 @@ KINDS = (
     "persistentvolumeclaim",
 )
 """Of all that install makes in a namespace."""
+RUNTIME_GROUP = "trainer.kubeflow.org"
+RUNTIME = f"trainingruntime.{RUNTIME_GROUP}"
+"""The same, in clusters that have Kubeflow Trainer."""
 
 
 def install(plan: Plan, *, dry_run: bool) -> None:
@@ -152,7 +155,7 @@ def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> Non
             f"left without service account and network rules; cancel the runs, or set FORCE=1."
         )
     found = items(
-        kubectl("get", ",".join(KINDS), "-n", plan.namespace, "-l", MADE_HERE, "-o", "json")
+        kubectl("get", ",".join(kinds()), "-n", plan.namespace, "-l", MADE_HERE, "-o", "json")
     )
     delete: list[tuple[str, str]] = []
     say(f"{where}:")
@@ -172,6 +175,12 @@ def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> Non
         say("Done.")
 
 
+def kinds() -> tuple[str, ...]:
+    """Of what may have been made in a namespace of this cluster."""
+    served = kubectl("api-resources", f"--api-group={RUNTIME_GROUP}", "-o", "name")
+    return (*KINDS, RUNTIME) if "trainingruntimes." in served else KINDS
+
+
 def say(line: str) -> None:
     """One line for the reader."""
     sys.stdout.write(line + "\n")
@@ -183,7 +192,8 @@ def _live(text: str) -> str:
 
 def _delete(namespace: str, found: list[tuple[str, str]]) -> None:
     if found:
-        names = [f"{kind.lower()}/{name}" for kind, name in found]
+        named = {"TrainingRuntime": RUNTIME}
+        names = [f"{named.get(kind, kind.lower())}/{name}" for kind, name in found]
         kubectl("delete", "-n", namespace, "--ignore-not-found", "--wait=false", *names)
 
 

@@ -56,7 +56,8 @@ def explain(stderr: str) -> str:
     """What to do about what kubectl says."""
     known = {
         r"no matches for kind": "This cluster does not know a kind of object (a "
-        "MutatingAdmissionPolicy needs Kubernetes 1.36): leave out the component that has it.",
+        "MutatingAdmissionPolicy needs Kubernetes 1.36, a TrainingRuntime Kubeflow Trainer 2.2): "
+        "leave out the component that has it.",
         r"conflict with|Apply failed with \d+ conflict": "Somebody else has set what this would "
         "change; it is left as it is. Change it there, or leave out the component that has it.",
         r"is immutable|spec: Forbidden": "An existing object cannot be changed in this way; see "

@@ -41,6 +41,13 @@ class Resource(tp.NamedTuple):
     plural: str
     """As in URLs."""
     kind: str
+    pod_label: str
+    """Label of the pods of an object, whose value is the object's name."""
+    ends_first: bool = True
+    """Whether a running object is deleted after its pods have ended; else it is deleted at once,
+    and what it has made afterwards."""
+    makes: tuple["Resource", ...] = ()
+    """What its controller makes, of the same name, to make pods of it."""
 
     @property
     def api_version(self) -> str:
@@ -146,16 +153,30 @@ class Cluster:
         made = self._ask(doing, create, missing="refuse")
         return tp.cast(Json | None, made)
 
-    def delete(self, resource: Resource, name: str) -> None:
-        """Delete an object when its pods are gone; they are asked to end now."""
+    def delete(self, resource: Resource, name: str, *, has_ended: bool = False) -> None:
+        """Delete an object, whose pods are asked to end now; :meth:`is_there` tells of their end.
+
+        Args:
+            resource: its kind.
+            name: its name.
+            has_ended: whether it is complete or has failed.
+        """
         self._ask(
             f"delete {resource.plural}/{name}",
             lambda: self._custom.delete_namespaced_custom_object(
                 *self._place(resource),
                 name,
-                propagation_policy="Foreground",
+                propagation_policy=(
+                    "Foreground" if has_ended or resource.ends_first else "Background"
+                ),
                 _request_timeout=_TIMEOUT,
             ),
+        )
+
+    def is_there(self, resource: Resource, name: str) -> bool:
+        """Whether there still is an object of this name, or what it has made."""
+        return any(self.get(one, name) is not None for one in (resource, *resource.makes)) or (
+            not resource.ends_first and bool(self.pods(f"{resource.pod_label}={name}"))
         )
 
     def wait(self, resource: Resource, found: Json, seconds: int) -> None:

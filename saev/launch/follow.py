@@ -143,7 +143,7 @@ def stop(cluster: Cluster, workload: Workload) -> None:
     logger.info("%s is deleted; its pods are asked to end.", name)
     cluster.delete(workload.resource, name)
     deadline = time.monotonic() + _STOP_SECONDS
-    while cluster.get(workload.resource, name) is not None and time.monotonic() < deadline:
+    while cluster.is_there(workload.resource, name) and time.monotonic() < deadline:
         time.sleep(1.0)
 
 
@@ -174,7 +174,7 @@ def stop_all(
     left = open_
     while left and time.monotonic() < deadline:
         time.sleep(1.0)
-        left = [(r, name) for r, name in left if cluster.get(r, name) is not None]
+        left = [(r, name) for r, name in left if cluster.is_there(r, name)]
     for _, name in left:
         logger.warning("%s still has pods that have not ended.", name)
     return [name for _, name in open_]
@@ -214,7 +214,9 @@ def _ensure(cluster: Cluster, workload: Workload, progress: Progress) -> Json:
     while True:
         _check(progress)
         found = cluster.get(resource, name)
-        if found is None:
+        if found is None and cluster.is_there(resource, name):
+            time.sleep(_LEAST_SECONDS)
+        elif found is None:
             made = cluster.create(resource, workload.manifest)
             if made is not None:
                 logger.info("%s is made.", name)
@@ -226,7 +228,7 @@ def _ensure(cluster: Cluster, workload: Workload, progress: Progress) -> Json:
             return found
         else:
             logger.info("%s of an earlier try is replaced.", name)
-            cluster.delete(resource, name)
+            cluster.delete(resource, name, has_ended=has_ended(found))
 
 
 def _is_same(found: Json, wanted: Json) -> bool:

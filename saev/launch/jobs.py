@@ -11,7 +11,7 @@ from saev.launch import follow, pods
 from saev.launch.cluster import Json, Me, Resource
 from saev.launch.follow import Failure, State
 
-JOBS = Resource("batch", "v1", "jobs", "Job")
+JOBS = Resource("batch", "v1", "jobs", "Job", "batch.kubernetes.io/job-name")
 
 INDEX = "$(JOB_COMPLETION_INDEX)"
 """In a command, this becomes the number of the pod's slot: the kubelet puts it there."""
@@ -55,7 +55,7 @@ class Slots:
         labels = pods.labels(settings.step, run_id)
         self._step, self._n_slots, self._queue = settings.step, n_slots, queue
         self.manifest = follow.manifest(JOBS, name, spec, labels=labels, me=me, queue=queue)
-        self.selector = f"batch.kubernetes.io/job-name={name}"
+        self.selector = f"{JOBS.pod_label}={name}"
 
     def state(self, found: Json) -> State:
         """What the Job says of itself."""

@@ -7,6 +7,7 @@ into ``.cache/go-bin``. ``python tests/e2e/compiled.py`` builds all that are mis
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -72,6 +73,13 @@ KUBE_CONTROLLER_MANAGER = Program(
 KUBECTL = Program(
     "kubectl", _KUBERNETES, "k8s.io/kubernetes/cmd/kubectl", _HERE / "kube_api", _STAMP
 )
+TRAINER = Program(
+    "trainer-controller-manager",
+    "2.3.0",
+    "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager",
+    _HERE / "trainer_controllers",
+)
+JOBSET = Program("jobset", "0.12.0", "sigs.k8s.io/jobset", _HERE / "trainer_controllers")
 KUBERNETES = (KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, ETCD)
 """What a Kubernetes API consists of, fitting each other; first what takes long to build."""
 
@@ -90,6 +98,24 @@ def find(program: Program) -> Path:
         _check_buildable(program)
         _build(program, cached)
     return cached
+
+
+def source(program: Program, module: str) -> Path:
+    """Where the sources of a module are, of which a program is built.
+
+    Raises:
+        Unavailable: there is no ``go``, or it cannot reach the module.
+    """
+    if shutil.which("go") is None:
+        raise Unavailable(f"there is no `go` to fetch {module} with")
+    assert program.module is not None
+    command = ["go", "mod", "download", "-json", module]
+    env = {**os.environ, "GOTOOLCHAIN": "local"}
+    done = subprocess.run(command, cwd=program.module, env=env, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Unavailable(f"{module} cannot be fetched: {last}")
+    return Path(json.loads(done.stdout)["Dir"])
 
 
 def _ready(program: Program, cached: Path) -> Path | None:
@@ -153,7 +179,7 @@ def main() -> int:
     """Build what is missing, print where everything is; 1 if something could not be had."""
     os.environ[BUILD] = "1"
     failed = False
-    for program in (VERSITYGW, *KUBERNETES, KUBECTL):
+    for program in (VERSITYGW, *KUBERNETES, KUBECTL, TRAINER, JOBSET):
         start = time.monotonic()
         try:
             where = str(find(program))

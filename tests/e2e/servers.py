@@ -124,7 +124,9 @@ class KubernetesApi(tp.NamedTuple):
 
 
 @contextlib.contextmanager
-def kubernetes_server(flags: tp.Sequence[str] = ()) -> Iterator[KubernetesApi]:
+def kubernetes_server(
+    flags: tp.Sequence[str] = (), prepare: tp.Callable[[KubernetesApi], None] | None = None
+) -> Iterator[KubernetesApi]:
     """etcd, kube-apiserver and kube-controller-manager on the loopback address.
 
     RBAC, Pod Security, quotas, limit ranges and priorities are enforced as on a cluster, and the
@@ -133,6 +135,8 @@ def kubernetes_server(flags: tp.Sequence[str] = ()) -> Iterator[KubernetesApi]:
 
     Args:
         flags: further flags of kube-apiserver, such as feature gates.
+        prepare: called before the controllers start. The garbage collector knows the kinds that
+            there are then, and needs up to a minute to find others.
 
     Raises:
         compiled.Unavailable: a program is missing and cannot be built.
@@ -142,6 +146,8 @@ def kubernetes_server(flags: tp.Sequence[str] = ()) -> Iterator[KubernetesApi]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saev-kube-")))
         store = _start_etcd(stack, etcd, folder)
         api = _start_apiserver(stack, apiserver, folder, store, flags)
+        if prepare is not None:
+            prepare(api)
         _start_controllers(stack, controllers, folder, api)
         yield api
 

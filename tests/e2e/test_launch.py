@@ -193,7 +193,7 @@ def test_the_exit_handler_stops_what_its_run_has_started(
     made = {run: slots(run, me=ME).manifest for run in ("mine", "theirs")}
     for manifest in made.values():
         cluster.create(JOBS, manifest)
-    unknown = Resource("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob")
+    unknown = Resource("nobody.test", "v1", "things", "Thing", "thing")
     kinds = (JOBS, unknown)
     assert follow.stop_all(cluster, kinds, "mine", 60) == [made["mine"]["metadata"]["name"]]
     assert follow.stop_all(cluster, kinds, "over", 60) == []

@@ -16,6 +16,8 @@ NO_SCHEMA = {
     ("1.34", "MutatingAdmissionPolicyBinding"),
 }
 """Kinds that a version's schemas lack."""
+JOBSET = {"jobset.sigs.k8s.io/jobset-name": "some"}
+"""Label that JobSet puts on pods."""
 
 CLUSTER_WIDE = {
     "Namespace",
@@ -80,6 +82,10 @@ def schemas(objects: list[Json]) -> Iterator[str]:
     """Strict schemas of two versions of Kubernetes."""
     for version in VERSIONS:
         for item in objects:
+            if item["kind"] == "TrainingRuntime":  # Kubernetes' own part of it
+                metadata = {"name": item["metadata"]["name"]}
+                job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata}
+                item = job | {"spec": _job(item)["spec"]}
             try:
                 kubernetes_validate.validate(item, version, strict=True)
             except kubernetes_validate.ValidationError as error:
@@ -139,17 +145,18 @@ def quantities(objects: list[Json]) -> Iterator[str]:
 
 def selectors(objects: list[Json]) -> Iterator[str]:
     """Whatever chooses pods chooses some."""
-    templates = [item["spec"]["template"]["metadata"]["labels"] for item in _deployments(objects)]
+    templates = [item["metadata"]["labels"] for item in _templates(objects).values()]
+    templates += [labels | JOBSET for labels in templates]
     for item in objects:
         spec = item.get("spec", {})
         if item["kind"] == "Deployment":
-            chosen = _matches(spec["selector"], spec["template"]["metadata"]["labels"])
+            chosen = matches(spec["selector"], spec["template"]["metadata"]["labels"])
         elif item["kind"] == "Service":
             selector = {"matchLabels": spec["selector"]}
-            chosen = any(_matches(selector, one) for one in templates)
+            chosen = any(matches(selector, one) for one in templates)
         elif item["kind"] == "NetworkPolicy":
             pods = [*templates, STEP, *NOT_OURS]
-            chosen = any(_matches(spec["podSelector"], one) for one in pods)
+            chosen = any(matches(spec["podSelector"], one) for one in pods)
         else:
             continue
         if not chosen:
@@ -181,9 +188,8 @@ def references(objects: list[Json]) -> Iterator[str]:
 
 def pods(objects: list[Json]) -> Iterator[str]:
     """The restricted Pod Security Standard, and what goes beyond it."""
-    for item in _deployments(objects):
-        spec = item["spec"]["template"]["spec"]
-        where = _id(item)
+    for where, template in _templates(objects).items():
+        spec = template["spec"]
         context = spec.get("securityContext", {})
         if context.get("runAsNonRoot") is not True or context.get("runAsUser") == 0:
             yield f"{where}: may run as root"
@@ -200,6 +206,9 @@ def pods(objects: list[Json]) -> Iterator[str]:
                 yield f"{where}: volume of kind {kind}"
         for container in _containers(spec):
             yield from _container(f"{where}, {container['name']}", container, spec)
+    for item in _deployments(objects):
+        for container in _containers(item["spec"]["template"]["spec"]):
+            yield from _service(f"{_id(item)}, {container['name']}", container)
 
 
 def _container(where: str, container: Json, spec: Json) -> Iterator[str]:
@@ -213,14 +222,18 @@ def _container(where: str, container: Json, spec: Json) -> Iterator[str]:
     mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
     for name in mounts - {volume["name"] for volume in spec.get("volumes", [])}:
         yield f"{where}: there is no volume {name}"
+    name, _, tag = container["image"].rpartition("/")[2].partition(":")
+    if "@sha256:" not in container["image"] and tag in ("", "latest"):
+        yield f"{where}: image {name} has no fixed version"
+
+
+def _service(where: str, container: Json) -> Iterator[str]:
+    """What only those have that run all the time; a job's resources come with each run."""
     for which in ("requests", "limits"):
         if set(container.get("resources", {}).get(which, {})) < {"cpu", "memory"}:
             yield f"{where}: no {which}"
     if not {"readinessProbe", "livenessProbe"} <= set(container):
         yield f"{where}: no probes"
-    name, _, tag = container["image"].rpartition("/")[2].partition(":")
-    if "@sha256:" not in container["image"] and tag in ("", "latest"):
-        yield f"{where}: image {name} has no fixed version"
 
 
 def roles(objects: list[Json]) -> Iterator[str]:
@@ -233,8 +246,8 @@ def roles(objects: list[Json]) -> Iterator[str]:
             named = {"secrets", "configmaps"} & set(rule["resources"])
             if named and not rule.get("resourceNames"):
                 yield f"{_id(item)}: all {', '.join(named)}"
-            if "" in rule["apiGroups"] and set(rule["verbs"]) - {"get"}:
-                yield f"{_id(item)}: more than get of {', '.join(rule['resources'])}"
+            if "" in rule["apiGroups"] and set(rule["verbs"]) - {"get", "list"}:
+                yield f"{_id(item)}: more than a look at {', '.join(rule['resources'])}"
 
 
 def networks(objects: list[Json]) -> Iterator[str]:
@@ -244,6 +257,9 @@ def networks(objects: list[Json]) -> Iterator[str]:
     if not any(set(item["spec"]["policyTypes"]) == {"Ingress", "Egress"} for item in denying):
         yield "no NetworkPolicy denies by default"
     for item in policies:
+        for rule in item["spec"].get("ingress", []):
+            if not rule.get("from"):
+                yield f"{_id(item)}: a rule from anywhere"
         for rule in item["spec"].get("egress", []):
             if not rule.get("to"):
                 yield f"{_id(item)}: a rule to anywhere"
@@ -303,16 +319,33 @@ def _references(item: Json) -> Iterator[tuple[str, str, str]]:
             yield "PersistentVolumeClaim", value["claimName"], ""
 
 
-def _matches(selector: Json, pod: dict[str, str]) -> bool:
+def matches(selector: Json, pod: dict[str, str]) -> bool:
     """Whether a label selector chooses a pod with these labels."""
     for key, value in selector.get("matchLabels", {}).items():
         if pod.get(key) != value:
             return False
     for term in selector.get("matchExpressions", []):
         is_in = pod.get(term["key"]) in term.get("values", [])
+        if term["operator"] == "Exists" and term["key"] not in pod:
+            return False
         if (term["operator"] == "In" and not is_in) or (term["operator"] == "NotIn" and is_in):
             return False
     return True
+
+
+def _templates(objects: list[Json]) -> dict[str, Json]:
+    """Pod templates, by what has them."""
+    found = {_id(item): item["spec"]["template"] for item in _deployments(objects)}
+    for item in objects:
+        if item["kind"] == "TrainingRuntime":
+            found[_id(item)] = _job(item)["spec"]["template"]
+    return found
+
+
+def _job(runtime: Json) -> Json:
+    """The Job template of a TrainingRuntime."""
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    return tp.cast(Json, job["template"])
 
 
 def _deployments(objects: list[Json]) -> list[Json]:

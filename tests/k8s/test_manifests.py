@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from k8s.checks import STEP, VERSIONS, Json, meaning, problems, schemas
+from k8s.checks import JOBSET, STEP, VERSIONS, Json, matches, meaning, problems, schemas
 from k8s.conftest import ROOT, Render
 
 K8S = ROOT / "k8s"
-EVERYTHING = ("dedicated", "tensorboard", "priority", "kfp-launcher")
+EVERYTHING = ("dedicated", "tensorboard", "priority", "kfp-launcher", "trainer")
 IMAGE = "registry.example.com:5000/team/saev:1.2"
 
 
@@ -166,6 +166,21 @@ def test_pipelines_use_these_names(build: Render) -> None:
     assert keys == set(environment.SECRET_ENV)
 
 
+def test_ranks_reach_each_other_and_nobody_else(render: Render) -> None:
+    objects = render("--overlay", "s3", "--components", "trainer")
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    inward = [item for item in policies if item["spec"].get("ingress")]
+    assert [item["metadata"]["name"] for item in inward] == ["saev-ranks"]
+    spec = inward[0]["spec"]
+    (come,), (go,) = spec["ingress"], spec["egress"]
+    assert come["from"] == go["to"] == [{"podSelector": spec["podSelector"]}]
+    rank = STEP | JOBSET
+    assert matches(spec["podSelector"], rank)
+    assert not matches(spec["podSelector"], STEP)  # a step that is no rank, and what launches ranks
+    assert not matches(spec["podSelector"], JOBSET)
+    assert not matches(spec["podSelector"], rank | {"app.kubernetes.io/component": "infer"})
+
+
 # --- The checks can fail -----------------------------------------------------------------------
 
 
@@ -186,6 +201,7 @@ def set_to(kind: str, name: str, where: str, value: object) -> Callable[[list[Js
 
 
 POD = "spec|template|spec"
+JOB = "spec|template|spec|replicatedJobs|0|template"
 BOARD = ("Deployment", "saev-tensorboard")
 MUTATIONS = {
     "'replica' was unexpected": (*BOARD, "spec|replica", 1),
@@ -215,9 +231,19 @@ MUTATIONS = {
     "no volume tmp": (*BOARD, f"{POD}|volumes|1|name", "temp"),
     "verbs *": ("Role", "saev-steps", "rules|0|verbs", ["*"]),
     "all secrets": ("Role", "saev-steps", "rules|3|resourceNames", []),
-    "more than get of pods": ("Role", "saev-steps", "rules|1|verbs", ["get", "create"]),
+    "more than a look at pods": ("Role", "saev-steps", "rules|1|verbs", ["get", "create"]),
     "port 'http'": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports|0|port", "http"),
     "rule of all ports": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports", ...),
+    "saev-ranks: chooses no pod": (
+        "NetworkPolicy", "saev-ranks", "spec|podSelector|matchExpressions|0|key", "x",
+    ),
+    "TrainingRuntime/saev-train: may run as root": (
+        "TrainingRuntime", "saev-train", f"{JOB}|{POD}|securityContext|runAsNonRoot", False,
+    ),
+    "'backoffLimits' was unexpected": (
+        "TrainingRuntime", "saev-train", f"{JOB}|spec|backoffLimits", 0,
+    ),
+    "a rule from anywhere": ("NetworkPolicy", "saev-ranks", "spec|ingress|0|from", []),
     "is not in 0.0.0.0/0": (
         "NetworkPolicy", "saev-https", "spec|egress|0|to|0|ipBlock|except|0", "fe80::/10",
     ),

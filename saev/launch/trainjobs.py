@@ -1,0 +1,154 @@
+"""A TrainJob of Kubeflow Trainer 2: several machines that train the groups of one slot together.
+
+Trainer makes a JobSet of it, by the TrainingRuntime in k8s/components/trainer, and that makes one
+pod for each machine. Each pod's torchrun finds the others by what Trainer puts into its
+environment, and starts a rank for each GPU. When one ends, JobSet ends all and makes all anew.
+
+https://trainer.kubeflow.org
+"""
+
+import typing as tp
+
+from saev import storage
+from saev.launch import follow, pods
+from saev.launch.cluster import Cluster, Json, Me, Resource
+from saev.launch.follow import Failure, State
+from saev.progress import Progress
+
+_JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
+JOBSETS = Resource("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet", _JOBSET_LABEL)
+# While a TrainJob waits to be deleted, Trainer 2.3 makes its JobSet anew, again and again. So it
+# has to be gone before its JobSet is.
+TRAIN_JOBS = Resource(
+    "trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", _JOBSET_LABEL,
+    ends_first=False, makes=(JOBSETS,),
+)  # fmt: skip
+RUNTIME = "saev-train"
+"""Name of the TrainingRuntime."""
+
+_NODE = "node"
+"""Name that Trainer expects of the job and of its container."""
+_MANAGER = "saev/launch"
+"""Trainer wants to know who patches a runtime."""
+_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+
+class Machines:
+    """The pods that train the groups of one slot together.
+
+    Args:
+        settings: of the pods.
+        command: of the supervisor of each machine's ranks, but for their number.
+        n_machines: how many.
+        work: what it is, such as the URL of the job and the slot: equal work has one name.
+        run_id: id of the pipeline run.
+        me: the launching pod.
+        queue: Kueue's queue; empty starts at once.
+    """
+
+    resource = TRAIN_JOBS
+    container = _NODE
+
+    def __init__(
+        self,
+        settings: pods.PodSettings,
+        command: tp.Sequence[str],
+        *,
+        n_machines: int,
+        work: tp.Sequence[str],
+        run_id: str,
+        me: Me,
+        queue: str = "",
+    ):
+        # A machine's host name has to fit into 63 characters: this and `-node-0-NUMBER`.
+        name = f"saev-{settings.step}-{storage.content_hash([run_id, *work], 12)}"
+        # In its pod, nothing is started again: all machines begin anew, in new pods.
+        template = pods.template(
+            settings.model_copy(update={"retries": 0}), command, run_id, me.service_account
+        )
+        self._n_machines, self._queue, self._name = n_machines, queue, name
+        self.manifest = follow.manifest(
+            TRAIN_JOBS,
+            name,
+            _spec(template, n_machines, settings),
+            labels=pods.labels(settings.step, run_id),
+            me=me,
+            queue=queue,
+        )
+        self.selector = f"{_JOBSET_LABEL}={name}"
+
+    def state(self, found: Json) -> State:
+        """What the TrainJob says of itself."""
+        conditions = follow.conditions(found)
+        of = f"{self._n_machines} machines"
+        if "Complete" in conditions:
+            return State("done", f"{of} have trained")
+        if "Failed" in conditions:
+            return State("failed", f"{of}: {conditions['Failed'].get('message', '')}".rstrip(". "))
+        if found["spec"].get("suspend"):
+            return State("waiting", f"suspended, waits for {self._queue or 'somebody'} to start it")
+        ready = any(one.get("ready") for one in found.get("status", {}).get("jobsStatus", []))
+        return State("running", f"{of} train" if ready else f"not all of {of} have started")
+
+    def who(self, pod: Json) -> str:
+        """The machine of a pod."""
+        return f"machine {pod['metadata']['labels'].get(_INDEX_LABEL, '?')}"
+
+    def failures(self, found: Json, pods: tp.Sequence[Json]) -> list[Failure]:
+        """The machines that failed; first those that failed for good, which may have ended all."""
+        made = [follow.failure_of(self.who(pod), pod, self.container) for pod in pods]
+        return sorted(made, key=lambda failure: not failure.is_permanent)
+
+
+def ranks_of(settings: pods.PodSettings) -> int:
+    """Processes of one machine: one for each GPU, or one on CPUs."""
+    return max(1, settings.gpus or 0)
+
+
+def _spec(template: Json, n_machines: int, settings: pods.PodSettings) -> Json:
+    from kubeflow_trainer_api import models
+
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    patched = ("nodeSelector", "tolerations", "imagePullSecrets", "volumes", "serviceAccountName")
+    patch = {key: pod[key] for key in patched if pod.get(key)}
+    patch["containers"] = [{"name": _NODE, "volumeMounts": container["volumeMounts"]}]
+    job = {"metadata": {"labels": template["metadata"]["labels"]}, "spec": patch}
+    jobs = [{"name": _NODE, "template": {"spec": {"template": job}}}]
+    spec = models.TrainerV1alpha1TrainJobSpec.from_dict(
+        {
+            "runtimeRef": {
+                "apiGroup": TRAIN_JOBS.group,
+                "kind": "TrainingRuntime",
+                "name": RUNTIME,
+            },
+            # Counted anew from when a queue has started it.
+            "activeDeadlineSeconds": settings.timeout_seconds,
+            "trainer": {
+                "image": container["image"],
+                "command": container["command"],
+                "env": container["env"],
+                "resourcesPerNode": container["resources"],
+                "numNodes": n_machines,
+                "numProcPerNode": ranks_of(settings),
+            },
+            "runtimePatches": [
+                {
+                    "manager": _MANAGER,
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}},
+                }
+            ],
+        }
+    )
+    assert spec is not None
+    return tp.cast(Json, spec.to_dict())
+
+
+def run(cluster: Cluster, machines: Machines, progress: Progress) -> None:
+    """Make or adopt a TrainJob and follow it to its end. What has succeeded is deleted.
+
+    Raises:
+        SaevError: as :func:`saev.launch.follow.run`.
+    """
+    follow.run(cluster, machines, progress)
+    # It would stay until the run's Workflow is deleted: unlike a Job, it has no time to live.
+    cluster.delete(TRAIN_JOBS, machines.manifest["metadata"]["name"], has_ended=True)
