@@ -18,7 +18,7 @@ export PYTHON DEMO
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup test docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: conformance doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -60,6 +60,10 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
 	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $${SMALL:+--small}
 
+docs: setup ## Build the documentation's site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "Look at it: $(BIN)/python -m http.server -d site"
+
 torture: setup ## Kill runs, break requests, flip bits (docs/reliability.md): [TORTURE="--kills 100"]
 	@set -f; $(BIN)/python tests/torture $$TORTURE
 
@@ -72,7 +76,7 @@ typecheck: setup ## Check types
 
 lock: ## Write the locks anew from pyproject.toml
 	$(BIN)/uv pip compile $(COMPILE) \
-	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra demo --extra dev \
+	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra demo --extra docs --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
 	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --overrides requirements/of-venv.in \
