@@ -1,13 +1,13 @@
 """What a pipeline run does with one dataset, and how it is cut into slots, one for each pod.
 
 <root>/datasets/configs/<hash>.json           a config as it was submitted
-<root>/datasets/<name>-<hash of the URL>/jobs/<key>/<owner>/
-    job.json        dataset, run and config; its URL is all that steps hand to each other
+<root>/jobs/<hash>/
+    job.json        dataset, run and config; the folder's URL is all that steps hand to each other
     plan.json       what there is to record
     publish.json    what there is to train, to measure and to draw
 
 Kubernetes holds a pipeline run in one object of at most 1 MiB, in which every input of every pod is
-repeated several times. So inputs are short, and the number of pods does not grow with the work: a
+repeated twelve times. So inputs are short, and the number of pods does not grow with the work: a
 pod gets the number of a slot, looks up its items here, and does them one after the other.
 """
 
@@ -29,9 +29,10 @@ logger = logging.getLogger(__name__)
 Item = dict[str, tp.Any]
 
 _RESTORE = "Restore it from a copy, or submit the dataset again."
-_NOBODY = "nobody"
-"""Stands for the owner of steps that are run by hand."""
+_FOLDER = "jobs"
 _DIGITS = 16
+_SHORT = 12
+"""Digits of a job's name, of which there are few below a root."""
 _UNEVEN = 1.1
 """How much longer than the average the longest slot of measuring may take."""
 
@@ -40,6 +41,7 @@ class Job(tp.NamedTuple):
     """The work on one dataset in one state, for one pipeline run."""
 
     url: str
+    """URL of its folder."""
     root: str
     """URL of the storage root."""
     owner: str
@@ -82,10 +84,9 @@ def make(root: str, owner: str, raw_config: tp.Any, dataset: Dataset) -> str:
     config = storage.join(base, discover.FOLDER, "configs", f"{digest}.json")
     if not storage.exists(config):
         storage.write_json(config, storage.seal({"config": raw_config}))
-    folder = storage.join(discover.folder_of(base, dataset), "jobs", dataset.key, owner or _NOBODY)
-    url = storage.join(folder, "job.json")
     record = {"owner": owner, "dataset": dataset._asdict(), "config": digest}
-    storage.write_json(url, storage.seal(record))
+    url = storage.join(base, _FOLDER, storage.content_hash(record, _SHORT))
+    storage.write_json(storage.join(url, "job.json"), storage.seal(record))
     return url
 
 
@@ -96,8 +97,13 @@ def read(url: str) -> Job:
         ConfigError: it is no job.
         StorageError: it cannot be read.
     """
-    root, _ = whose(url)
-    record = storage.read_sealed(url, remedy=_RESTORE).record
+    url = storage.normalize(url)
+    root, _, folder = storage.parent(url).rpartition("/")
+    if folder != _FOLDER:
+        raise ConfigError(
+            f"--job is {url!r}; expected the URL of a job, as `saev step discover` gives it."
+        )
+    record = storage.read_sealed(storage.join(url, "job.json"), remedy=_RESTORE).record
     try:
         owner, digest = record["owner"], record["config"]
         dataset = Dataset.from_dict(record["dataset"])
@@ -105,22 +111,8 @@ def read(url: str) -> Job:
         raise ConfigError(f"{url} has no {err}, so it is no job of `saev step discover`.") from err
     if not storage.is_file_name(str(digest)):
         raise ConfigError(f"{url} names the config {digest!r}; expected a name without slashes.")
-    config = storage.join(root, discover.FOLDER, "configs", f"{digest}.json")
-    return Job(url, root, str(owner), dataset, config)
-
-
-def whose(url: str) -> tuple[str, str]:
-    """The storage root that a job belongs to, and the id of its run, both from its URL.
-
-    Raises:
-        ConfigError: it is no URL of a job.
-    """
-    parts = storage.normalize(url).rsplit("/", 6)
-    if len(parts) < 7 or (parts[1], parts[3], parts[6]) != (discover.FOLDER, "jobs", "job.json"):
-        raise ConfigError(
-            f"--job is {url!r}; expected the URL of a job.json, as `saev step discover` gives it."
-        )
-    return parts[0] or "/", "" if parts[5] == _NOBODY else parts[5]
+    config = storage.join(root or "/", discover.FOLDER, "configs", f"{digest}.json")
+    return Job(url, root or "/", str(owner), dataset, config)
 
 
 # --- Plans ----------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def read_plan(job: Job, step: str) -> Plan:
 
 
 def _place(job: Job, step: str) -> str:
-    return storage.join(storage.parent(job.url), f"{step}.json")
+    return storage.join(job.url, f"{step}.json")
 
 
 def numbered(slots: tp.Sequence[tp.Sequence[Item]]) -> list[str]:

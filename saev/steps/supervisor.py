@@ -262,7 +262,8 @@ def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
         from saev.steps import jobs  # reads configs, which nothing else here needs
 
         with contextlib.suppress(SaevError):  # a wrong URL is what the step has complained of
-            root, owner = jobs.whose(flags["--job"])
+            job = jobs.read(flags["--job"])
+            root, owner = job.root, job.owner
     if words[:1] != ["step"] or not root or not owner or (word and word.kind == "stopped"):
         return
     step, rest = words[1], list(words[2:])

@@ -164,7 +164,6 @@ def test_discover_writes_for_kfp_and_prints_for_people(
     (url,) = json.loads(to.read_text())
     job = jobs.read(url)
     assert (job.root, job.owner, job.dataset.name) == (place.root, "run", "a")
-    assert jobs.whose(url) == (place.root, "run")
     (entry,) = storage.list_dir(storage.join(place.root, "datasets", "configs"))
     assert job.config == entry.url
 
@@ -181,8 +180,8 @@ def job(tmp_path: Path) -> jobs.Job:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--job", "s3://bucket/x.json", "--slot", "0"], "expected the URL of a job.json"),
-        (["--job", "/datasets/a/jobs/k/o/job.json", "--slot", "0"], "job.json"),
+        (["--job", "s3://bucket/x.json", "--slot", "0"], "expected the URL of a job,"),
+        (["--job", "/jobs/123456789012", "--slot", "0"], "job.json"),
         (["--job", "JOB", "--slot", "part 1"], "--slot is 'part 1'; expected a number from 0 to 0"),
         (["--job", "JOB", "--slot", "1: part 2 of 2"], "1 slots are planned"),
         (["--job", "JOB", "--slot", "-1"], "1 slots are planned"),
@@ -215,8 +214,9 @@ def test_a_run_without_its_claim_does_nothing(
 
 
 def test_a_damaged_job_is_named(job: jobs.Job) -> None:
-    text = storage.read_text(job.url)
-    storage.write_text(job.url, text.replace('"url":""', '"url":"/x"').replace('": ""', '": "/x"'))
+    stored = storage.join(job.url, "job.json")
+    text = storage.read_text(stored)
+    storage.write_text(stored, text.replace('"url":""', '"url":"/x"').replace('": ""', '": "/x"'))
     with pytest.raises(CorruptDataError, match=r"job\.json"):
         jobs.read(job.url)
 
@@ -224,16 +224,21 @@ def test_a_damaged_job_is_named(job: jobs.Job) -> None:
 @pytest.mark.parametrize("owner", ["../../x", "a/b"])
 def test_the_config_of_a_job_is_one_of_its_root(job: jobs.Job, owner: str) -> None:
     record = {"owner": "", "dataset": job.dataset._asdict(), "config": owner}
-    storage.write_json(job.url, storage.seal(record))
+    storage.write_json(storage.join(job.url, "job.json"), storage.seal(record))
     with pytest.raises(ConfigError, match="expected a name without slashes"):
         jobs.read(job.url)
 
 
-def test_whose_job(tmp_path: Path) -> None:
-    for root in ("s3://bucket", "s3://bucket/a/datasets/jobs", str(tmp_path), "/data"):
-        dataset = discover.Dataset("photos", "s3://x/photos", "f", "k", "", "")
-        folder = storage.join(discover.folder_of(root, dataset), "jobs", "k", "run-1")
-        assert jobs.whose(storage.join(folder, "job.json")) == (root, "run-1")
+def test_where_jobs_are(tmp_path: Path) -> None:
+    """Short, whatever the dataset's name, since each pod of a run has it as an input."""
+    dataset = discover.Dataset("photos" * 20, "s3://x/photos", "f", "k", "", "")
+    for root in ("memory://bucket", "memory://bucket/jobs/a/jobs", str(tmp_path)):
+        urls = {jobs.make(root, owner, {"n": n}, dataset) for owner in "ab" for n in (1, 1, 2)}
+        assert len(urls) == 4
+        for url in urls:
+            assert len(url) == len(root) + len("/jobs/") + 12
+            assert jobs.read(url).root == root
+            assert jobs.read(f"{url}/").url == url
 
 
 # --- Slots ---------------------------------------------------------------------------------------
