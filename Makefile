@@ -125,7 +125,7 @@ doctor: setup ## Check that a cluster is ready, one line per check
 conformance: setup ## Try out everything on a cluster, in up to 60 minutes: [CONFORMANCE="--quick --skip schedule"]
 	@set -f; $(BIN)/python tests/conformance $$CONFORMANCE
 
-submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=16" WAIT=1]
+submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=2" WAIT=1]
 	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
 schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]

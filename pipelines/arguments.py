@@ -65,7 +65,7 @@ class Job(Config):
     param: tp.Annotated[
         list[str], tyro.conf.arg(help_behavior_hint="", metavar="KEY=VALUE ...")
     ] = pydantic.Field(default_factory=list)
-    """Parameters of the run, such as n_parts=16 gpu_count=0 memory=64Gi. A wrong name lists all."""
+    """Parameters of the run, such as n_parts=2 gpu_count=0 memory=64Gi. A wrong name lists all."""
 
 
 _Cluster: tp.TypeAlias = tyro.conf.OmitArgPrefixes[Cluster]

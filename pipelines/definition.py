@@ -125,7 +125,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
         root: str,
         config: dict,
         dataset: str = "",
-        n_parts: int = 8,
+        n_parts: int = 4,
         claim_hours: float = 24.0,
     ) -> None:
         """Process one dataset.
@@ -162,7 +162,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
         settle_minutes: float = 60.0,
         claim_hours: float = 24.0,
         max_datasets: int = 4,
-        n_parts: int = 8,
+        n_parts: int = 4,
     ) -> None:
         """Process what is new below a prefix.
 

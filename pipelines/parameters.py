@@ -2,6 +2,7 @@
 
 import collections.abc
 import json
+import logging
 import re
 import typing as tp
 
@@ -10,6 +11,8 @@ from pipelines.definition import Compiled, Parameter
 from pipelines.options import PodOptions
 from pipelines.settings import did_you_mean
 from saev.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {
     "STRING": "a text",
@@ -43,7 +46,7 @@ _LARGEST = 100_000
 
 
 def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
-    """KEY=VALUE pairs, one or several in a text: ``n_parts=16 node_selector={"gpu": "a100"}``.
+    """KEY=VALUE pairs, one or several in a text: ``n_parts=2 node_selector={"gpu": "a100"}``.
 
     A value that begins as JSON does ends with that JSON, whatever spaces are in it. Any other value
     ends before the next ``KEY=``.
@@ -60,7 +63,7 @@ def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
         while rest or not text.strip():
             found = _PAIR.match(rest)
             if found is None:
-                raise ConfigError(f"Parameter {rest!r} is not KEY=VALUE, such as n_parts=16.")
+                raise ConfigError(f"Parameter {rest!r} is not KEY=VALUE, such as n_parts=2.")
             key = found["key"]
             if key in values:
                 raise ConfigError(f"Parameter {key} is given twice; keep one of them.")
@@ -121,8 +124,16 @@ def check_pods(values: tp.Mapping[str, tp.Any], source: str) -> dict[str, tp.Any
     }
 
 
-def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]:
+def complete(
+    compiled: Compiled, values: dict[str, tp.Any], *, chosen: tp.Container[str] = ("n_parts",)
+) -> dict[str, tp.Any]:
     """The checked values, if none is missing; ``max_datasets`` is as many as fit into one run.
+
+    Args:
+        compiled: the pipeline.
+        values: the checked values.
+        chosen: what was said for this run. An ``n_parts`` that was not becomes as large as fits,
+            with a word about it.
 
     Raises:
         ConfigError: one is missing, the config is too long, or the run could become too large.
@@ -139,10 +150,30 @@ def complete(compiled: Compiled, values: dict[str, tp.Any]) -> dict[str, tp.Any]
             f"{_LARGEST:,}. Split the sweep into several runs."
         )
     defaults = {key: p.default for key, p in compiled.parameters.items() if not p.required}
+    if "n_parts" not in chosen:
+        values = _smaller(compiled, values, defaults)
     if "max_datasets" in defaults and "max_datasets" not in values:
-        values = {**values, "max_datasets": budget.usual_datasets({**defaults, **values})}
-    budget.check(compiled.name, {**defaults, **values})
+        usual = budget.usual_datasets(compiled, {**defaults, **values})
+        values = {**values, "max_datasets": usual}
+    budget.check(compiled, {**defaults, **values})
     return values
+
+
+def _smaller(
+    compiled: Compiled, values: dict[str, tp.Any], defaults: dict[str, tp.Any]
+) -> dict[str, tp.Any]:
+    """The values with an n_parts that fits: earlier versions of saev took larger ones."""
+    one = {"max_datasets": 1} if "max_datasets" in defaults else {}
+    wanted, full = values.get("n_parts", defaults.get("n_parts", 0)), {**defaults, **one, **values}
+    most = budget.most_parts(compiled, full) if wanted else 0
+    if not most or most >= wanted:
+        return values
+    logger.warning(
+        "n_parts is %d instead of %d: with more pods, a run outgrows what Kubeflow can show of it "
+        "(docs/pipeline.md, the size of a run). A pod does several parts one after the other.",
+        most, wanted,
+    )  # fmt: skip
+    return {**values, "n_parts": most}
 
 
 def _value(key: str, value: tp.Any, parameter: Parameter, source: str) -> tp.Any:

@@ -108,7 +108,7 @@ def job(
         **parameters.check(pipeline, given, _FLAG),
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
-    return Job(pipeline, parameters.complete(pipeline, values))
+    return Job(pipeline, parameters.complete(pipeline, values, chosen=given))
 
 
 def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any]:

@@ -90,7 +90,7 @@ class PublishStep(JobStep, ShowingStep):
     """Verify all parts of a shards folder and publish it; plan training, passes and pictures."""
 
     n_parts: int = pydantic.Field(default=8, ge=1)
-    """Most slots of each step."""
+    """Most slots of each step; of summarise half as many."""
     to_train: str = ""
     """Where the slots of `saev step train` are written, a JSON list of texts."""
     to_infer: str = ""

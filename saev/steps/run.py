@@ -232,7 +232,8 @@ def _plan_saes(job: Job, shards: "Shards", n_slots: int) -> Plan:
     slots = {
         "train": jobs.cut(to_train, n_slots, costs),
         "infer": jobs.cut(passes, n_slots),
-        "summarise": jobs.cut(to_draw, n_slots),
+        # Fewer pods, since each of them counts in the one object in which Kubernetes keeps a run.
+        "summarise": jobs.cut(to_draw, max(1, n_slots // 2)),
     }
     return Plan(storage.name(shards.url), [member.run_id for member in members], slots)
 

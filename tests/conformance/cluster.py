@@ -1,8 +1,10 @@
 """The cluster under test: what the checks do to it, and what they take back afterwards."""
 
+import base64
 import collections.abc
 import contextlib
 import copy
+import gzip
 import json
 import secrets
 import threading
@@ -27,6 +29,30 @@ T = tp.TypeVar("T")
 POLL_SECONDS = 2.0
 NAME = "saev-conformance"
 LABEL = f"{NAME}/run"
+
+
+class Workflow(tp.NamedTuple):
+    """How large the object is in which Kubernetes keeps a run."""
+
+    n_bytes: int
+    """As JSON, with nodes that are not compressed."""
+    n_nodes: int
+    is_packed: bool
+    """Whether Argo compressed the nodes, which KFP cannot read: above 1 MiB."""
+
+    @classmethod
+    def of(cls, item: dict[str, tp.Any]) -> tp.Self:
+        """Measure one, as the API has it."""
+        status = dict(item.get("status", {}))
+        packed = status.pop("compressedNodes", "")
+        if packed:  # https://github.com/argoproj/argo-workflows: util/file, gzip and base64
+            status["nodes"] = json.loads(gzip.decompress(base64.b64decode(packed)))
+        text = json.dumps({**item, "status": status}, separators=(",", ":"), ensure_ascii=False)
+        return cls(len(text.encode()), len(status.get("nodes", ())), bool(packed))
+
+    def __str__(self) -> str:
+        packed = ", nodes packed" if self.is_packed else ""
+        return f"Workflow {self.n_bytes / 1000:,.0f} kB{packed}"
 
 
 class Cluster:
@@ -180,8 +206,8 @@ class Cluster:
             found.items, key=lambda pod: (pod.metadata.creation_timestamp, pod.metadata.name)
         )
 
-    def workflow(self, run_id: str) -> str:
-        """How large a Workflow is. Above 1 MiB, Argo packs its nodes, which KFP cannot read."""
+    def workflow(self, run_id: str) -> "Workflow | None":
+        """The object in which Kubernetes keeps a run; None if this user may not read it."""
         api = client.CustomObjectsApi(self.kube.new_client())
         try:
             with self.kube.explained("look at the Workflow"):
@@ -191,11 +217,9 @@ class Cluster:
                 )  # fmt: skip
         except ClusterError as err:
             if err.status in (403, 404):
-                return "Workflow not readable"
+                return None
             raise
-        sizes = [len(json.dumps(item, separators=(",", ":"))) for item in answer["items"]]
-        packed = any(item.get("status", {}).get("compressedNodes") for item in answer["items"])
-        return f"Workflow {sum(sizes) / 1000:,.0f} kB{', nodes packed' if packed else ''}"
+        return Workflow.of(answer["items"][0]) if answer["items"] else None
 
     def log(self, pod: tp.Any) -> str:
         """What a step's pod has said until now, empty if it has not begun."""

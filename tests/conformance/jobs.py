@@ -9,10 +9,12 @@ from pathlib import Path
 
 from conformance.cluster import Cluster, with_settings
 from conformance.table import Check, Failed, NotRun
-from pipelines import logs, runs, steps
+from pipelines import budget, logs, runs, steps
 
 RUN_SECONDS = 1500.0
 N_PICTURES = 24
+_TOLERATED = 1.1
+"""How much larger than reckoned a run may be: pods that were retried are nodes of their own."""
 
 CONFIG = """
 [shards]
@@ -77,8 +79,25 @@ class Jobs:
         n, n_working = len(self.cluster.pods(self.first)), len(working(self.cluster, self.first))
         return (
             f"{seconds(run)} for {n} pods, of which {n_working} compute; "
-            f"{self.cluster.workflow(self.first)}"
+            f"{self.cluster.workflow(self.first) or 'Workflow not readable'}"
         )
+
+    def size(self) -> str:
+        """Whether the run's object is as large as `make submit` reckons: KFP's part may grow."""
+        self._needs_first()
+        found = self.cluster.workflow(self.first)
+        if found is None:
+            raise NotRun("you may not read Workflows, or Argo has deleted this one")
+        job = self.cluster.job("saev", self.dataset, self.config())
+        reckoned = budget.n_bytes(job.compiled, job.parameters)
+        text = (
+            f"{found.n_bytes / 1000:.0f} kB in {found.n_nodes} nodes, reckoned "
+            f"{reckoned / 1000:.0f} kB; {budget.MOST // 1000} kB fit with n_parts = "
+            f"{budget.most_parts(job.compiled, job.parameters)}"
+        )
+        if found.n_bytes > _TOLERATED * reckoned:
+            raise Failed(text, "Use a smaller n_parts on this cluster, and report it.")
+        return text
 
     def results(self) -> str:
         """What it left: metrics, pages, the record; and that the API knows its steps."""
@@ -106,7 +125,7 @@ class Jobs:
         if wrong:
             raise Failed(
                 f"the run succeeded, and the API shows no end of {', '.join(wrong)}; "
-                f"{cluster.workflow(self.first)}"
+                f"{cluster.workflow(self.first) or 'Workflow not readable'}"
             )
         books = sum(key.endswith(".html") for key in keys) - 1
         return f"2 SAEs, {books} pages of latents, overview; the API shows all {len(shown)} steps"
@@ -229,6 +248,7 @@ def checks(cluster: Cluster, *, quick: bool) -> list[Check]:
     jobs = Jobs(cluster)
     found = [
         Check("job: images to pages", jobs.whole),
+        Check("job: size of the run's object", jobs.size),
         Check("job: its results", jobs.results),
         Check("job: submitted again", jobs.again),
         Check("job: canceled in training", jobs.canceled),

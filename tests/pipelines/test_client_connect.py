@@ -269,4 +269,4 @@ def test_the_example_is_valid_and_complete(home: Path) -> None:
         line.removeprefix("# ") for line in text.splitlines() if not line.startswith("## ")
     )
     home.joinpath("all.toml").write_text(uncommented)
-    assert settings.load({}, "all.toml").parameters["n_parts"] == 16
+    assert settings.load({}, "all.toml").parameters["n_parts"] == 4

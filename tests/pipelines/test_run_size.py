@@ -3,98 +3,100 @@
 import functools
 import json
 import typing as tp
+from pathlib import Path
 
 import pytest
 import yaml
+from client import Client
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
+from kfp_server import KfpServer
 
 from pipelines import budget, parameters
 from pipelines.definition import Compiled, compile_pipeline
 from pipelines.options import CompileOptions, PipelineName
 from saev.errors import ConfigError
 
+SUBMIT = ("submit", "--dataset", "s3://bucket/pets", "--config", "config.toml", "--no-check")
+
 
 @functools.cache
-def compiled(name: PipelineName) -> Compiled:
+def compiled(name: PipelineName, image: str = "saev:small1") -> Compiled:
     """A pipeline; compiling takes seconds."""
-    options = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
-    return compile_pipeline(name, options)
+    return compile_pipeline(name, CompileOptions(image=image, cpu_image=image))
 
 
-@pytest.mark.parametrize(
-    ("n_parts", "measured"),
-    # A run of two slots a step on KFP 2.17.0, its iterations cloned with ids of their own, the
-    # nodes compressed and encoded as Argo does.
-    [(2, 165_997), (8, 251_061), (16, 363_937), (25, 490_777), (50, 843_513)],
-)
-def test_sizes_are_those_of_a_real_backend(n_parts: int, measured: int) -> None:
-    assert budget.n_bytes("saev", {"n_parts": n_parts}) == pytest.approx(measured, rel=0.05)
-
-
-def test_datasets_count_as_they_do_on_a_real_backend() -> None:
-    """A run of two datasets, one slot a step; Argo itself compressed its nodes."""
-    values = {"n_parts": 1, "max_datasets": 2}
-    assert budget.n_bytes("saev-incoming", values) == pytest.approx(200_012, rel=0.06)
-
-
-@pytest.mark.parametrize("name", ["saev", "saev-incoming"])
-def test_the_loops_that_are_counted_are_those_of_the_pipeline(name: PipelineName) -> None:
-    raw = next(yaml.safe_load_all(compiled(name).text))
-    spec = json_format.ParseDict(raw, pipeline_spec_pb2.PipelineSpec())
-
-    def count(dag: tp.Any) -> int:
-        """Iterations of one graph with 2 slots and 3 datasets."""
-        total = 0
-        for key, task in dag.tasks.items():
-            inside = spec.components[task.component_ref.name]
-            times = 3 if key == "datasets" else 2 if task.HasField("parameter_iterator") else 1
-            below = count(inside.dag) if inside.HasField("dag") else 0
-            total += times * (below or task.HasField("parameter_iterator"))
-        return total
-
-    values = {"n_parts": 2, "max_datasets": 3}
-    datasets = 3 * 6 if name == "saev-incoming" else 0
-    assert budget.n_iterations(name, values) == count(spec.root.dag) + datasets
-
-
-@pytest.mark.parametrize("name", ["saev", "saev-incoming"])
-def test_what_the_pipelines_have_by_default_fits(name: PipelineName) -> None:
-    found = compiled(name).parameters
-    budget.check(name, {key: p.default for key, p in found.items() if not p.required})
-
-
-def complete(name: PipelineName, **values: tp.Any) -> dict[str, tp.Any]:
+def complete(name: PipelineName = "saev", **values: tp.Any) -> dict[str, tp.Any]:
+    """What `make submit` would send."""
     required = {"root": "s3://b/saev", "config": {}, "dataset": "s3://b/x"}
     return parameters.complete(compiled(name), {**required, **values})
 
 
+def test_the_pods_that_are_counted_are_those_of_the_pipeline() -> None:
+    raw = next(yaml.safe_load_all(compiled("saev").text))
+    spec = json_format.ParseDict(raw, pipeline_spec_pb2.PipelineSpec())
+
+    def count(dag: tp.Any) -> int:
+        """Pods of one graph with 6 slots in each loop, and 3 in the last."""
+        total = 0
+        for name, task in dag.tasks.items():
+            inside = spec.components[task.component_ref.name]
+            slots = 3 if name == "summarise-all" else 6
+            times = slots if task.HasField("parameter_iterator") else 1
+            total += times * (count(inside.dag) if inside.HasField("dag") else 1)
+        return total
+
+    def n_bytes(root: str) -> int:
+        return budget.n_bytes(compiled("saev"), {"n_parts": 6, "root": root})
+
+    assert n_bytes("s3://b/12345678") - n_bytes("s3://b/1") == 7 * 12 * count(spec.root.dag)
+
+
+def test_a_long_name_of_the_image_counts() -> None:
+    """It is stored eight times for each pod."""
+    short, long = (compiled("saev", image) for image in ("saev:1", f"registry.test/{'x' * 86}"))
+    sizes = [budget.n_bytes(pipeline, {"n_parts": 1}) for pipeline in (short, long)]
+    assert sizes[1] - sizes[0] == (100 - 6) * 8 * (5 + 3 + 1)
+
+
+def test_what_a_pipeline_has_by_default_fits() -> None:
+    assert "n_parts" not in complete()
+    assert complete("saev-incoming")["max_datasets"] >= 1
+
+
 def test_no_number_of_parts_and_saes_makes_a_run_larger() -> None:
     """Only pods count, so the largest job of the issue (64 parts, 200 SAEs) is any other."""
-    assert "max_datasets" not in complete("saev", n_parts=41)
-    with pytest.raises(ConfigError, match=r"n_parts = 64, .* 256 iterations.* n_parts = 41\."):
-        complete("saev", n_parts=64)
-
-
-def test_a_schedule_takes_as_many_datasets_as_fit() -> None:
-    assert complete("saev-incoming")["max_datasets"] == 4
-    assert complete("saev-incoming", n_parts=16)["max_datasets"] == 2
-    assert complete("saev-incoming", n_parts=1)["max_datasets"] == 10
-    assert complete("saev-incoming", n_parts=2, max_datasets=11)["max_datasets"] == 11
-    with pytest.raises(ConfigError, match="What fits is n_parts = 2 or max_datasets = 4"):
-        complete("saev-incoming", n_parts=8, max_datasets=11)
+    most = budget.most_parts(compiled("saev"), {"root": "s3://b/saev", "config": {}})
+    with pytest.raises(ConfigError, match=rf"With n_parts = 64, .* What fits is n_parts = {most}"):
+        complete(n_parts=64)
+    assert complete(n_parts=most)["n_parts"] == most
 
 
 def test_a_long_config_leaves_room_for_fewer() -> None:
-    config = {"sweep": ["x" * 90_000]}
-    most = max(n for n in range(1, 42) if _fits(n, config))
-    bytes_each = 4 * 3_700
-    assert 41 - most == pytest.approx(4 * len(json.dumps(config)) / bytes_each, abs=1.5)
+    def most(config: tp.Any) -> int:
+        return budget.most_parts(compiled("saev"), {"root": "s3://b/saev", "config": config})
+
+    sizes = [most({"sweep": ["x" * 1000] * n}) for n in (0, 10, 20, 30, 60)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1] == 0
+    with pytest.raises(ConfigError, match="Split the sweep"):
+        complete(config={"sweep": ["x" * 90_000]})
+    values = [{"n_parts": 1, "config": config} for config in ({}, {"a": "b" * 1000})]
+    empty, full = (budget.n_bytes(compiled("saev"), v) for v in values)
+    once = len(json.dumps({"a": "b" * 1000}))
+    assert 15 * (once - 2) < full - empty < 15 * once + 12 * 4 * 4
 
 
-def _fits(n_parts: int, config: dict[str, tp.Any]) -> bool:
-    try:
-        complete("saev", n_parts=n_parts, config=config)
-    except ConfigError:
-        return False
-    return True
+def test_a_setting_of_an_earlier_version_goes_on(
+    client: Client, kfp: KfpServer, home: Path
+) -> None:
+    """n_parts up to 41 were taken. A cluster.toml with such a number is no mistake of today."""
+    home.joinpath("cluster.toml").write_text("[parameters]\nn_parts = 16\n")
+    said = client.ok(*SUBMIT).err
+    sent = kfp.runs[0]["runtime_config"]["parameters"]["n_parts"]
+    assert f"n_parts is {sent} instead of 16: with more pods, a run outgrows what Kubeflow" in said
+    assert 4 <= sent < 16
+    assert "instead of" not in client.ok(*SUBMIT, "--param", "n_parts=2").err
+    assert kfp.runs[1]["runtime_config"]["parameters"]["n_parts"] == 2
+    assert f"What fits is n_parts = {sent}" in client.fails(*SUBMIT, "--param", "n_parts=16")
+    assert len(kfp.runs) == 2
