@@ -88,13 +88,7 @@ def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: P
     assert (written["run"], written["sae"]) == (run, "top-k, top_k 32, layer 5")
 
 
-def test_items_are_texts(tmp_path: Path) -> None:
-    outputs.write_items(str(tmp_path / "items"), [{"name": "part 1 of 1"}])
-    assert json.loads((tmp_path / "items").read_text()) == ['{"name":"part 1 of 1"}']
-
-
 def test_no_path_no_output() -> None:
-    outputs.write_items("", [])
     outputs.write_parameter("", "x")
     outputs.write_page("", "x")
     outputs.write_metrics("", {})
