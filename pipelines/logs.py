@@ -61,6 +61,8 @@ def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Cons
     for pod in pods:
         _print(kube, pod, tail, console)
     if pods:
+        if not step:
+            _say_first(first_error(kfp, run), console)
         return
     found, why = _show_kept(kfp, run, step, tail, console)
     if not found:
@@ -78,15 +80,43 @@ def _show_kept(
 ) -> tuple[bool, str]:
     """Print the logs that KFP keeps. Returns whether there were some, and else why not."""
     found, why = False, None
+    failing, first = steps.failing(run), ""
     try:
         for kept in archive.logs(kfp, run, step):
             console.rule(f"{kept.step}  {kept.node}  kept by KFP", align="left", style="dim")
             text = "".join(kept.text.splitlines(keepends=True)[-tail:])
             console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
             found = True
+            if kept.step == failing and not first:
+                first = error_of(without_launcher(kept.text))
     except ClusterError as err:
         why = err
+    if first and not step:
+        _say_first(f"{failing} failed first: {first}", console)
     return found, archive.reason(why)
+
+
+def _say_first(text: str, console: rich.console.Console) -> None:
+    """The first cause comes last, where people look. The exit handler's log is after it."""
+    if text:
+        console.rule(align="left", style="dim")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def first_error(kfp: Kfp, run: tp.Any) -> str:
+    """Which step failed first and why, in a line; empty if none did. Raises nothing."""
+    step = steps.failing(run)
+    if step not in (*steps.STEPS, *steps.EARLIER):
+        return f"{step} failed, a pod of KFP's own." if step else ""
+    try:
+        kube = Kube(kfp.settings)
+        pods = _pods(kube, kfp.pods, run.run_id, step)
+        failed = [pod for pod in pods if pod.status.phase == "Failed"]
+        said = error_of(without_launcher(_read(kube, failed[0], _READ_LINES))) if failed else ""
+        why = said or (reasons(failed[0]) if failed else "")
+    except SaevError:
+        why = ""
+    return f"{step} failed{' first' * (step != 'outcome')}: {why or 'its log says why.'}"
 
 
 def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) -> str:

@@ -149,7 +149,9 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     console.print(watch.table(run))
     if steps.state_of(run) == "failed":
         said = [f"KFP says: {text}" for text in steps.messages(run)]
-        if not steps.failing(run):
+        if steps.failing(run):
+            said.append(logs.first_error(kfp, run))
+        else:
             said.append(f"It {logs.ended_from_outside(kfp, run, steps.duration(made, ended))}")
         for text in said:
             console.print(text, highlight=False, markup=False, soft_wrap=True)

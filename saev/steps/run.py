@@ -95,13 +95,28 @@ def _datasets(cfg: cfgs.DiscoverStep, seen: discover.Seen) -> list[Dataset]:
 
 def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
     status = cfgs.parse_json(cfg.status, "--status")
-    record = discover.end(cfg.root, cfg.owner, status)
+    try:
+        record = discover.end(cfg.root, cfg.owner, status)
+    except StorageError as err:
+        if not _has_succeeded(status):  # another step has failed before, mostly of the same
+            err.args = (
+                f"The outcome of the run is not recorded, as {storage.normalize(cfg.root)} cannot "
+                "be used. Why the run failed is in the log of the step that failed first; "
+                "`make logs` repeats it in its last line.",
+            )
+        raise
     logger.info(
         "Done: %s. Not done: %s.",
         ", ".join(record["done"]) or "nothing",
         ", ".join(record["failed"]) or "nothing",
     )
     return []
+
+
+def _has_succeeded(status: tp.Any) -> bool:
+    """What KFP says of the steps before. It calls a success COMPLETE."""
+    state = status.get("state") if isinstance(status, dict) else None
+    return state in ("COMPLETE", "SUCCEEDED")
 
 
 # --- Activations ---------------------------------------------------------------------------------

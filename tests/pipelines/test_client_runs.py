@@ -334,6 +334,32 @@ def test_logs_of_all_steps_in_order(client: Client, kfp: KfpServer, kube: KubeSe
     assert "driver" not in out
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_failed_first_is_said_last(
+    client: Client, kfp: KfpServer, kube: KubeServer, kept: bool
+) -> None:
+    """The exit handler cannot reach the storage either, and its log comes after the cause."""
+    failed = [step("discover", "FAILED"), step("outcome", "FAILED")]
+    run = kfp.add_run("pets", **look("FAILED", *failed))
+    for name in ("discover", "outcome"):
+        log = f"a line\nsaev: permanent error: cause of {name}\nF1127 1:2 launcher.go:9] exit 1\n"
+        if kept:
+            kfp.kept[f"{name}-1"] = log
+            (node,) = (t for t in run["run_details"]["task_details"] if t["display_name"] == name)
+            node["child_tasks"] = [{"pod_name": f"{name}-1"}]
+        else:
+            _pod(kube, f"p-{name}", run["run_id"], name, phase="Failed")
+            kube.logs[f"p-{name}"] = log
+    out = client.ok("logs").out
+    assert out.index("error: cause of discover") < out.index("error: cause of outcome")
+    assert out.splitlines()[-1] == "discover failed first: cause of discover"
+    assert "failed first" not in client.ok("logs", "--step", "outcome").out
+    if not kept:
+        assert client.ok("status").out.splitlines()[-1] == (
+            "discover failed first: cause of discover"
+        )
+
+
 def test_logs_of_one_step(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
     run = kfp.add_run("pets", "RUNNING")
     for name in ("plan", "extract"):

@@ -10,7 +10,7 @@ from walk import Walk
 from saev import cli, storage
 from saev.errors import ConfigError, CorruptDataError, StorageError
 from saev.progress import Progress
-from saev.steps import advice, check, discover, jobs, outputs
+from saev.steps import advice, check, discover, jobs, outputs, run
 from saev.steps.jobs import Plan
 
 from .places import Place
@@ -45,6 +45,18 @@ def test_check_says_what_failed_first(tmp_path: Path, s3: str) -> None:
     del s3
     with pytest.raises(StorageError, match="Cannot write s3://no-such-bucket-of-saev"):
         check.run("s3://no-such-bucket-of-saev/root")
+
+
+@pytest.mark.parametrize("state", ["FAILED", "COMPLETE"])
+def test_the_exit_handler_does_not_hide_the_first_cause(s3: str, state: str) -> None:
+    """A bucket that is missing has been said by the step before; what is new is said as ever."""
+    del s3
+    words = ["--root", "s3://no-such-bucket-of-saev/root", "--owner", "run"]
+    cfg = cli.parse(["step", "outcome", *words, "--status", json.dumps({"state": state})])
+    with pytest.raises(StorageError) as raised:
+        run.run(cfg)
+    assert ("`make logs` repeats it" in str(raised.value)) == (state == "FAILED")
+    assert "s3://no-such-bucket-of-saev/root" in str(raised.value)
 
 
 def test_metrics_are_metadata_of_an_artifact_beside_all_others(tmp_path: Path) -> None:
