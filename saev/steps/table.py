@@ -16,7 +16,7 @@ from saev.secrets import redact
 from saev.visuals.overview import Row, Section
 
 _MOST_ROWS = 500
-_ROOM = "\u2003"
+_ROOM = "\u2002"
 _NO_BREAK = "\u00a0"
 _FRONT = "◆"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
@@ -46,7 +46,8 @@ def render(section: Section, page: str, owner: str) -> str:
         lines += [f"The best {_MOST_ROWS} of {n}; all of them are on the page below.", ""]
     lines += [
         "Best first, by the normalised mean squared error (NMSE); 0 is perfect. *Held-out*: of "
-        "images that training has not seen; all else is of all images. The error falls as L0 "
+        "images that training has not seen; all else is of all images. The explained variance is "
+        "1 − NMSE. The error falls as L0 "
         f"rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other has "
         "both a lower L0 and a lower NMSE.",
         "",
@@ -68,8 +69,8 @@ def dataset_of(section: Section) -> str:
 
 
 def _table(rows: tp.Sequence[Row]) -> tp.Iterator[str]:
-    yield _line(["", "SAE", "held-out NMSE", "NMSE", "L0", "explained variance", "dead", "run"])
-    yield "|--:|:--|--:|--:|--:|--:|--:|:--|"
+    yield _line(["", "SAE", "held\u2011out NMSE", "L0", "explained variance", "dead", "run"])
+    yield "|--:|:--|--:|--:|--:|--:|:--|"
     for number, row in enumerate(rows, start=1):
         best = number == 1 and len(rows) > 1
         name = _plain(row.name).replace(" ", _NO_BREAK).replace(f",{_NO_BREAK}", ", ")
@@ -78,7 +79,6 @@ def _table(rows: tp.Sequence[Row]) -> tp.Iterator[str]:
                 f"{_FRONT * row.on_front}{_NO_BREAK}{number}",
                 f"**{name}** (best)" if best else name,
                 _number(row.held_out_nmse, ".4f"),
-                _number(row.metrics["normalized_mse"], ".4f"),
                 _number(row.metrics["l0"], ".1f"),
                 _number(row.metrics["explained_variance"], ".2%"),
                 f"{row.metrics['n_dead']}/{row.metrics['d_sae']}",
@@ -143,7 +143,8 @@ def _commands(best: Row, page: str) -> tp.Iterator[str]:
     if best.report:
         book = storage.parent(best.report).removeprefix(best.run + "/")
         if copy:
-            yield f'{copy} "$ROOT/$RUN/{book}" book'
+            yield f"{copy} \\"
+            yield f'  "$ROOT/$RUN/{book}" book'
         elif "://" not in root:
             yield f'cp -r "$ROOT/$RUN/{book}" book    # where the volume is mounted'
         yield "open book/index.html    # Linux: xdg-open"

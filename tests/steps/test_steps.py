@@ -358,7 +358,7 @@ def test_a_slot_holds_many_saes(tmp_path: Path) -> None:
     assert shown["held_out_nmse"] == pytest.approx(held_out[best], rel=1e-4)
     rows = [r for r in (tmp_path / "table.md").read_text().splitlines() if "top\\_k" in r]
     assert [f"{value:.4f}" for value in sorted(held_out.values())] == [
-        row.split("|")[3].strip(" \u2003") for row in rows
+        row.split("|")[3].strip(" \u2002") for row in rows
     ]
     assert "(best)" in rows[0]
     assert best in rows[0]
