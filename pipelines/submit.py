@@ -21,6 +21,8 @@ from saev.errors import StorageError
 logger = logging.getLogger(__name__)
 
 _STORAGE_SECONDS = 20.0
+_LONGEST_NAME = 60
+"""The UI cuts names of runs off; the time is behind the dataset's."""
 
 
 class Version(tp.NamedTuple):
@@ -43,7 +45,7 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
     """
     version = upload(kfp, job.compiled)
     body = kfp_server_api.V2beta1Run(
-        display_name=name or default_name(job.parameters["dataset"]),
+        display_name=name or default_name(job.parameters),
         description=describe(job),
         experiment_id=experiment(kfp),
         pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
@@ -98,10 +100,22 @@ def _does_the_same(run: tp.Any, job: prepare.Job) -> str:
     return "may be processing" if place and dataset.startswith(f"{place}/") else ""
 
 
-def default_name(dataset: str) -> str:
-    """The dataset's last component and the time, in UTC."""
+def default_name(parameters: tp.Mapping[str, tp.Any]) -> str:
+    """The dataset's name and the time, in UTC."""
     now = datetime.datetime.now(datetime.UTC)
-    return f"{storage.name(dataset) if dataset else 'saev'}-{now:%Y%m%d-%H%M%S}"
+    return f"{dataset_name(parameters)}-{now:%Y%m%d-%H%M%S}"
+
+
+def dataset_name(parameters: tp.Mapping[str, tp.Any]) -> str:
+    """What people call the images of a run: the last part of their place, shortened.
+
+    Args:
+        parameters: of the run. Where they name no dataset, the config's table [data] does.
+    """
+    data = parameters["config"].get("data") or {}
+    place = parameters["dataset"] or data.get("root") or data.get("name") or data.get("kind")
+    parts = [part for part in str(place or "saev").split("/") if part and "*" not in part]
+    return parts[-1][:_LONGEST_NAME] if parts else "saev"
 
 
 def describe(job: prepare.Job) -> str:

@@ -12,7 +12,7 @@ from client import Client
 from kfp_server import KfpServer, look, step, task
 from kube_server import KubeServer
 
-from pipelines import steps, watch
+from pipelines import steps, submit, watch
 from pipelines.definition import compile_pipeline
 from pipelines.options import CompileOptions
 
@@ -467,3 +467,20 @@ def test_the_steps_are_those_of_the_pipelines() -> None:
                 if "executorLabel" in spec["components"][node["componentRef"]["name"]]:
                     found.add(key)
     assert found == set(steps.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data", "name"),
+    [
+        ("s3://bucket/images/pets", {}, "pets"),
+        ("s3://bucket/pets/", {"kind": "img-folder", "root": "/other"}, "pets"),
+        ("", {"kind": "img-folder", "root": "/data/photos/*.jpg"}, "photos"),
+        ("", {"kind": "imagenet", "name": "org/imagenet-1k"}, "imagenet-1k"),
+        ("", {"kind": "fake-img"}, "fake-img"),
+        ("", {}, "saev"),
+        ("s3://bucket/" + "x" * 200, {}, "x" * 60),
+    ],
+)
+def test_a_run_is_called_after_its_dataset(dataset: str, data: dict, name: str) -> None:
+    config = {"data": data} if data else {}
+    assert submit.dataset_name({"dataset": dataset, "config": config}) == name
