@@ -64,8 +64,8 @@ def render(section: Section, page: str, owner: str) -> str:
 
 def dataset_of(section: Section) -> str:
     """A short name of what the SAEs were measured on."""
-    place = section.dataset.rstrip("/")
-    return storage.name(place) if place else f"activations {section.shards}"
+    place = redact(section.dataset).rstrip("/")  # recorded by whoever wrote the folder
+    return place.rsplit("/", 1)[-1] or f"activations {section.shards}"
 
 
 def _table(rows: tp.Sequence[Row]) -> tp.Iterator[str]:
