@@ -76,7 +76,7 @@ typecheck: setup ## Check types
 
 lock: ## Write the locks anew from pyproject.toml
 	$(BIN)/uv pip compile $(COMPILE) \
-	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra demo --extra docs --extra dev \
+	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra launch --extra demo --extra docs --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
 	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --overrides requirements/of-venv.in \
@@ -86,7 +86,7 @@ lock: ## Write the locks anew from pyproject.toml
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
 	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock
-	$(BIN)/uv pip compile $(COMPILE_IMAGE) --extra s3 --extra gs --extra hf \
+	$(BIN)/uv pip compile $(COMPILE_IMAGE) --extra s3 --extra gs --extra hf --extra launch \
 	  --no-emit-package setuptools --no-emit-package triton pyproject.toml --output-file requirements/gpu.lock
 
 override COMPILE := --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
@@ -98,7 +98,7 @@ image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=
 	@images/build.sh
 
 # --- The cluster's side: docs/cluster.md. Needs kubectl and python3, not .venv. ---
-# OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated tensorboard priority kfp-launcher"]
+# OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated jobs tensorboard priority kfp-launcher"]
 # [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; uninstall: [FORCE=1] [DELETE_PVC=…]
 override CLUSTER = set -f; "$$PYTHON" k8s/install.py
 override CLUSTER_FLAGS = --overlay "$$OVERLAY" $${NAMESPACE:+--namespace "$$NAMESPACE"} \

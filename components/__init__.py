@@ -12,6 +12,7 @@ compiled for.
 from components.discover import discover
 from components.extract import extract
 from components.infer import infer
+from components.launch import launch
 from components.outcome import outcome
 from components.plan import plan
 from components.publish import publish
@@ -23,6 +24,7 @@ __all__ = [
     "discover",
     "extract",
     "infer",
+    "launch",
     "outcome",
     "plan",
     "publish",

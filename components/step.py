@@ -20,7 +20,7 @@ SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
 """The command of every step: it runs `saev` as its child."""
 
 
-def spec(image: str, step: str, **flags: tp.Any) -> dsl.ContainerSpec:
+def spec(image: str, step: str, /, **flags: tp.Any) -> dsl.ContainerSpec:
     """`saev step STEP --flag value …`, run by the supervisor, which tries passing failures again.
 
     The command is whole, not an addition to the image's entry point: on a cluster, the launcher

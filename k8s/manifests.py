@@ -13,7 +13,7 @@ from kubectl import InstallError, Json, kustomize
 
 HERE = Path(__file__).resolve().parent
 OVERLAYS = sorted(path.parent.name for path in HERE.glob("overlays/*/kustomization.yaml"))
-COMPONENTS = ("dedicated", "kfp-launcher", "priority", "tensorboard", "trainer")
+COMPONENTS = ("dedicated", "jobs", "kfp-launcher", "priority", "tensorboard", "trainer")
 """What can be asked for; the other components follow from what is there."""
 
 CONFIG_ENV = HERE / "components" / "settings" / "config.env"

@@ -41,7 +41,9 @@ def n_bytes(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
         pipeline: what is run.
         values: its parameters, among them n_parts and, of saev-incoming, max_datasets.
     """
-    n_parts, n_datasets = int(values["n_parts"]), int(values.get("max_datasets", 1))
+    # A Job's pods are no part of the Workflow, and the step that launches them is one pod of it.
+    n_parts = 1 if pipeline.is_launched else int(values["n_parts"])
+    n_datasets = int(values.get("max_datasets", 1))
     n_summaries = max(1, n_parts // 2)
     size = _RUN + n_datasets * (_DATASET + n_parts * _SLOT + n_summaries * _SUMMARY)
     n_pods = n_datasets * (_STEPS + n_parts * _LOOPS + n_summaries)

@@ -28,10 +28,7 @@ from components.step import CPU_IMAGE, SUPERVISOR
 from pipelines.compact import compact
 from pipelines.options import CompileOptions, PipelineName
 from saev.config.environment import CONFIG_ENV, CONFIG_MOUNT, SECRET_ENV, SECRET_MOUNT
-
-DATA_MOUNT = "/data"
-
-LABELS = {"app.kubernetes.io/name": "saev", "app.kubernetes.io/part-of": "saev"}
+from saev.launch.pods import DATA_MOUNT, LABELS, LOOKING, READING, STEP_LABEL, PodSettings
 
 KILL_COMMAND = (
     "workflows.argoproj.io/kill-cmd-main",
@@ -42,6 +39,10 @@ and takes the step with it."""
 
 _RETRIES = CompileOptions.model_fields["retries"].default
 """What a supervisor does if its environment says nothing."""
+JOBS = "jobs"
+"""What steps make in Kubernetes where they launch pods, in the words of `saev step outcome`."""
+_FOREVER = "315360000s"
+"""Ten years: a step that launches pods may wait for a queue, and its pods have limits."""
 _TOLERATION = {"tolerationSeconds": "toleration_seconds"}
 """Kubernetes' names of a toleration's keys → those of kfp."""
 
@@ -68,6 +69,8 @@ class Compiled(tp.NamedTuple):
     digest: str
     """Twelve hex digits of the text's SHA-256: equal pipelines are one version."""
     parameters: dict[str, Parameter]
+    is_launched: bool
+    """Whether slots are pods of Jobs, of which the run's Workflow does not grow."""
 
 
 def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
@@ -83,7 +86,7 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
         compiler.Compiler().compile(pipeline, str(path))
         text = compact(path.read_text(encoding="utf-8"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Compiled(name, text, digest, _parameters(text))
+    return Compiled(name, text, digest, _parameters(text), options.launch == "job")
 
 
 def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
@@ -200,7 +203,10 @@ class _Graph:
 
     def outcome(self, root: Channel) -> pipeline_task.PipelineTask:
         """The step that runs whatever becomes of the others."""
-        task = components.outcome(root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER)
+        launched = JOBS if self._options.launch == "job" else ""
+        task = components.outcome(
+            root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=launched
+        )
         return self._pod(task, "outcome")
 
     def discover(
@@ -232,32 +238,66 @@ class _Graph:
         """Everything that is done with one dataset."""
         pods = self._options.pods
         planned = self._pod(components.plan(job=job, n_parts=n_parts), "plan")
-        with self._loop(planned, "extract") as slot:
-            task = components.extract(job=job, slot=slot)
-            extracted = self._pod(task, "extract", gpus=pods.gpu_count)
+        extracted = self._slots("extract", job, planned, gpus=pods.gpu_count)
         task = components.publish(job=job, n_parts=n_parts).after(extracted)
         published = self._pod(task, "publish")
-        with self._loop(published, "train") as slot:
-            trained = self._pod(components.train(job=job, slot=slot), "train", gpus=pods.train_gpus)
-        with self._loop(published, "infer") as slot:
-            task = components.infer(job=job, slot=slot).after(trained)
-            inferred = self._pod(task, "infer", gpus=pods.gpu_count)
-        with self._loop(published, "summarise") as slot:
-            task = components.summarise(job=job, slot=slot).after(inferred)
-            summarised = self._pod(task, "summarise")
+        trained = self._slots("train", job, published, gpus=pods.train_gpus)
+        inferred = self._slots("infer", job, published, trained, gpus=pods.gpu_count)
+        summarised = self._slots("summarise", job, published, inferred)
         self._pod(components.report(job=job).after(summarised), "report")
 
-    def _loop(self, planned: pipeline_task.PipelineTask, step: str) -> dsl.ParallelFor:
-        return dsl.ParallelFor(
-            planned.outputs[step], name=f"{step}-all", parallelism=self._options.parallelism
+    def _slots(
+        self,
+        step: str,
+        job: Channel,
+        planned: pipeline_task.PipelineTask,
+        *after: pipeline_task.PipelineTask,
+        gpus: str = "",
+    ) -> pipeline_task.PipelineTask:
+        """All slots of a step that were planned."""
+        options = self._options
+        if options.launch == "job":
+            how = self._settings(step, gpus).model_dump(exclude_unset=True)
+            make = components.launch(step, how, options.parallelism, options.pods.queue)
+            return self._pod(make(job=job).after(planned, *after), step, launches=True)
+        with dsl.ParallelFor(
+            planned.outputs[step], name=f"{step}-all", parallelism=options.parallelism
+        ) as slot:
+            task = getattr(components, step)(job=job, slot=slot).after(*after)
+            return self._pod(task, step, gpus=gpus)
+
+    def _settings(self, step: str, gpus: str) -> PodSettings:
+        """What :meth:`_pod` says to KFP, for pods that a step makes itself."""
+        options, pods = self._options, self._options.pods
+        same = ("storage_secret", "config_map", "image_pull_secret")
+        more: dict[str, tp.Any] = {name: getattr(pods, name) for name in same}
+        if gpus:
+            more["gpus"] = int(gpus)
+            for name in ("gpu_type", "cpu", "memory", "node_selector", "tolerations"):
+                more[name] = getattr(pods, name)
+        if options.storage == "pvc":
+            more["pvc_name"] = pods.pvc_name
+        return PodSettings(
+            step=step,
+            image=options.image,
+            timeout_seconds=options.timeout_seconds(step),
+            retries=options.retries,
+            shm_size=options.shm_size,
+            **more,
         )
 
     def _pod(
-        self, task: pipeline_task.PipelineTask, step: str, *, gpus: str = ""
+        self,
+        task: pipeline_task.PipelineTask,
+        step: str,
+        *,
+        gpus: str = "",
+        launches: bool = False,
     ) -> pipeline_task.PipelineTask:
         """Image, resources, storage and labels of a step's pod.
 
         ``gpus`` is how many a GPU pod gets, which may be "0"; empty is a pod of another kind.
+        ``launches`` is a pod that makes others, and waits for them.
         """
         options, pods = self._options, self._options.pods
         is_small = task.container_spec.image == CPU_IMAGE
@@ -271,21 +311,23 @@ class _Graph:
                 options.retries,
                 backoff_duration="30s",
                 backoff_factor=2.0,
-                backoff_max_duration=f"{whole}s",
+                backoff_max_duration=_FOREVER if launches else f"{whole}s",
             )
-        kubernetes.set_timeout(task, options.timeout_seconds(step))
+        if not launches:
+            kubernetes.set_timeout(task, options.timeout_seconds(step))
         if gpus:
             self._gpu_pod(task, gpus)
         else:
-            task.set_cpu_request("250m").set_cpu_limit("2")
-            task.set_memory_request("1Gi" if is_small else "4Gi").set_memory_limit("8Gi")
+            some = LOOKING if is_small else READING
+            task.set_cpu_request(some.cpu).set_cpu_limit(some.most_cpu)
+            task.set_memory_request(some.memory).set_memory_limit(some.most_memory)
         self._storage(task)
         kubernetes.set_image_pull_secrets(task, [pods.image_pull_secret])
         kubernetes.set_security_context(task, run_as_non_root=True)
         kubernetes.add_pod_annotation(task, *KILL_COMMAND)
         if options.retries != _RETRIES:
             task.set_env_variable("SAEV_RETRIES", str(options.retries))
-        for key, value in {**LABELS, "app.kubernetes.io/component": step}.items():
+        for key, value in {**LABELS, STEP_LABEL: step}.items():
             kubernetes.add_pod_label(task, key, value)
         return task
 

@@ -69,7 +69,8 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
             kube, namespace, is_multi_user=bool(kfp and kfp.multi_user), pod=pod
         )
         account = settings.service_account
-        yield from doctor_access.service_account(kube, namespace, account)
+        launches = settings.compile.get("launch") == "job"
+        yield from doctor_access.service_account(kube, namespace, account, launches=launches)
         pods, finding = _parameters(settings)
         yield finding
         yield from doctor_nodes.gpus(kube, pods)

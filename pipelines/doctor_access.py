@@ -49,6 +49,14 @@ STEPS = (
 """What the pods of a run need, as k8s/base/role.yaml explains."""
 
 
+JOBS = (
+    *(Right(verb, "jobs", "batch") for verb in ("create", "get", "list", "watch", "delete")),
+    Right("list", "pods"),
+    Right("get", "pods/log"),
+)
+"""What they need beside that with launch = job, as k8s/components/jobs explains."""
+
+
 def permissions(
     kube: Kube, namespace: str, *, is_multi_user: bool, pod: bool
 ) -> collections.abc.Iterator[Finding]:
@@ -75,8 +83,17 @@ def permissions(
             yield ok(what, f"all {len(rights)} in {where}")
 
 
-def service_account(kube: Kube, namespace: str, name: str) -> collections.abc.Iterator[Finding]:
-    """Whether the steps' service account is there, and what it may do."""
+def service_account(
+    kube: Kube, namespace: str, name: str, *, launches: bool = False
+) -> collections.abc.Iterator[Finding]:
+    """Whether the steps' service account is there, and what it may do.
+
+    Args:
+        kube: the cluster.
+        namespace: of the runs.
+        name: of the account.
+        launches: whether steps make Jobs.
+    """
     what = f"service account {name}"
     install = f"`make install OVERLAY=… NAMESPACE={namespace}` makes it and its Role."
     try:
@@ -88,18 +105,24 @@ def service_account(kube: Kube, namespace: str, name: str) -> collections.abc.It
         else:
             yield warn(what, str(err), "")
         return
+    wanted = (*STEPS, *JOBS) if launches else STEPS
     try:
-        refused = [right for right in STEPS if not _may_they(kube, namespace, name, right)]
+        refused = [right for right in wanted if not _may_they(kube, namespace, name, right)]
     except ClusterError as err:
         if err.status == 403:
             yield ok(what, "it exists; you may not ask what it is allowed to do")
         else:
             yield warn(what, str(err), "")
         return
-    if refused:
-        yield fail(what, f"it may not {', '.join(map(str, refused))}", install)
-    else:
-        yield ok(what, f"it exists and may do all {len(STEPS)} things that steps need")
+    if not refused:
+        yield ok(what, f"it exists and may do all {len(wanted)} things that steps need")
+        return
+    if set(refused) <= set(JOBS):
+        install = (
+            f'launch = "job" needs this: `make install OVERLAY=… NAMESPACE={namespace} '
+            'COMPONENTS="… jobs"` gives it; or leave launch at "loop".'
+        )
+    yield fail(what, f"it may not {', '.join(map(str, refused))}", install)
 
 
 def _attributes(namespace: str, right: Right) -> client.V1ResourceAttributes:

@@ -42,6 +42,7 @@ class Kube:
         api = self.new_client()
         self.core = client.CoreV1Api(api)
         self.apps = client.AppsV1Api(api)
+        self.batch = client.BatchV1Api(api)
         self.custom = client.CustomObjectsApi(api)
         self.storage = client.StorageV1Api(api)
         self.authorization = client.AuthorizationV1Api(api)

@@ -17,6 +17,8 @@ from saev.errors import ConfigError, SaevError
 
 RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "app.kubernetes.io/component"
+_KFP_LABEL = "pipelines.kubeflow.org/v2_component"
+"""KFP's label of pods that it has started itself."""
 MAIN = "main"
 """Argo's name of the container that is the step itself."""
 END_LINES = 30
@@ -131,6 +133,8 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
         kube = Kube(kfp.settings)
         pods = _pods(kube, kfp.pods, run.run_id, step)
         failed = [pod for pod in pods if pod.status.phase == "Failed"] or pods
+        # A step that has launched others knows of all of them.
+        failed = [pod for pod in failed if _KFP_LABEL in pod.metadata.labels] or failed
         if failed:
             _head(failed[-1], console)
             lines = without_launcher(_read(kube, failed[-1], _READ_LINES))

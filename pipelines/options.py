@@ -49,6 +49,8 @@ class PodOptions(Config):
     """PersistentVolumeClaim that is mounted at /data (pipelines for a volume only)."""
     image_pull_secret: str = "saev-registry"
     """Secret for a private registry; may be missing."""
+    queue: str = ""
+    """Queue of Kueue in which Jobs wait (launch = job); empty starts them at once."""
 
     @classmethod
     def of(cls, values: tp.Mapping[str, tp.Any]) -> tp.Self:
@@ -86,6 +88,9 @@ class CompileOptions(Config):
     """Hours after which a step is stopped, where the defaults do not fit."""
     shm_size: str = "2Gi"
     """Size limit of /dev/shm in GPU pods; it counts as memory of the pod."""
+    launch: tp.Literal["loop", "job"] = "loop"
+    """loop: KFP starts a pod for each slot. job: one pod of each step makes a Job of Kubernetes for
+    them, for which the component jobs of k8s/ gives the rights."""
     pods: PodOptions = PodOptions()
     """How pods are made; not under [compile], but among the parameters."""
 

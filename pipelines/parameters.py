@@ -227,6 +227,8 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
     if key in ("storage_secret", "config_map", "pvc_name", "image_pull_secret"):
         if not _NAME.fullmatch(value):
             raise wrong("a Kubernetes name: small letters, digits, dashes and dots")
+    elif key == "queue" and value and not _NAME.fullmatch(value):
+        raise wrong("a Kubernetes name, or nothing")
     elif key == "node_selector" and not all(isinstance(v, str) for v in value.values()):
         raise wrong('labels with texts as values, such as {"gpu": "a100"}')
     elif key == "tolerations" and not all(map(_is_toleration, value)):

@@ -45,7 +45,13 @@ def compiled(
     fields = {"storage": settings.storage, **settings.compile}
     fields |= {"image": settings.image, "cpu_image": settings.cpu_image or settings.image}
     options = CompileOptions.from_dict(fields, source="cluster.toml [compile]")
-    return compile_pipeline(name, options.model_copy(update={"pods": pods(settings, pairs)}))
+    how = pods(settings, pairs)
+    if how.queue and options.launch != "job":
+        raise ConfigError(
+            f"Parameter queue is {how.queue!r}, but the pods of a loop wait in no queue. Set "
+            'launch = "job" in cluster.toml, under [compile], or leave queue out.'
+        )
+    return compile_pipeline(name, options.model_copy(update={"pods": how}))
 
 
 def pods(settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None) -> PodOptions:

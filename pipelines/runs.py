@@ -7,7 +7,7 @@ import typing as tp
 import rich.console
 import rich.table
 
-from pipelines import logs, steps, watch
+from pipelines import launched, logs, steps, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 
@@ -146,7 +146,7 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     for name, value in facts.items():
         if value:
             console.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
-    console.print(watch.table(run))
+    console.print(watch.table(run, launched.Looker(kfp).slots(run)))
     if steps.state_of(run) == "failed":
         said = [f"KFP says: {text}" for text in steps.messages(run)]
         if steps.failing(run):

@@ -8,11 +8,12 @@ import rich.live
 import rich.table
 import tenacity
 
-from pipelines import logs, steps
+from pipelines import launched, logs, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError, RunFailedError
 
 T = tp.TypeVar("T")
+_Slots: tp.TypeAlias = tp.Mapping[str, launched.Slots]
 
 POLL_SECONDS = 5.0
 PATIENCE = 600.0
@@ -38,13 +39,14 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
         RunFailedError: it failed or was canceled; the failing step's last lines were shown.
         ClusterError: the API refuses, or has not answered for ten minutes.
     """
+    look = launched.Looker(kfp)
     with _display(console) as show:
         run = _get(kfp, run_id, show)
-        show.update(run)
+        show.update(run, look.slots(run))
         while run.state not in steps.OVER:
             time.sleep(POLL_SECONDS)
             run = _get(kfp, run_id, show)
-            show.update(run)
+            show.update(run, look.slots(run))
     _end(kfp, run, console)
 
 
@@ -107,7 +109,7 @@ def _is_transient(err: BaseException) -> bool:
 class _Display(tp.Protocol):
     def __enter__(self) -> tp.Self: ...
     def __exit__(self, *error: object) -> None: ...
-    def update(self, run: tp.Any) -> None:
+    def update(self, run: tp.Any, slots: _Slots) -> None:
         """Show the run's steps."""
 
     def say(self, text: str) -> None:
@@ -132,8 +134,8 @@ class _Live:
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    def update(self, run: tp.Any) -> None:
-        self._live.update(table(run), refresh=True)
+    def update(self, run: tp.Any, slots: _Slots) -> None:
+        self._live.update(table(run, slots), refresh=True)
 
     def say(self, text: str) -> None:
         self._live.console.print(text, style="yellow", highlight=False)
@@ -151,8 +153,8 @@ class _Lines:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def update(self, run: tp.Any) -> None:
-        for step in steps.of_run(run):
+    def update(self, run: tp.Any, slots: _Slots) -> None:
+        for step in of_run(run, slots):
             before = self._before.get(step.name)
             if step.state != "waiting" and (before is None or _counts(before) != _counts(step)):
                 self.say(line(step))
@@ -175,10 +177,18 @@ def line(step: steps.Step) -> str:
     return ", ".join(parts) + (f", {took}" if took and step.state != "running" else "")
 
 
-def table(run: tp.Any) -> rich.table.Table:
+def of_run(run: tp.Any, slots: _Slots) -> list[steps.Step]:
+    """The steps of a run, with slots that KFP does not see."""
+    return [
+        step._replace(**slots[step.name]._asdict()) if step.total and step.name in slots else step
+        for step in steps.of_run(run)
+    ]
+
+
+def table(run: tp.Any, slots: _Slots) -> rich.table.Table:
     """All steps of a run, for a terminal."""
     rows = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for step in steps.of_run(run):
+    for step in of_run(run, slots):
         notes = _notes(step)[1 if step.running == step.total == 1 else 0 :]
         rows.add_row(
             _MARKS[step.state],

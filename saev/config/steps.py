@@ -123,6 +123,19 @@ class ReportStep(JobStep, ShowingStep):
     """Where the Markdown page is written: the table of SAEs, and where everything is."""
 
 
+class LaunchStep(JobStep):
+    """Do the slots of a step in pods of their own, which a Job of Kubernetes makes; follow them."""
+
+    step: tp.Literal["extract", "train", "infer", "summarise"]
+    """The step."""
+    pods: str
+    """How its pods are made: what `saev.launch.pods.PodSettings` takes, as JSON text."""
+    parallelism: int = pydantic.Field(default=8, ge=1)
+    """Most pods at the same time."""
+    queue: str = ""
+    """Queue of Kueue that says when they may start; empty starts them at once."""
+
+
 class OutcomeStep(Config):
     """Record how a pipeline run ended, and release the claims that it still holds."""
 
@@ -132,6 +145,9 @@ class OutcomeStep(Config):
     """Id of the pipeline run."""
     status: str = "{}"
     """What KFP knows of the steps before, as JSON text."""
+    launched: str = ""
+    """Kinds of objects that steps have made in Kubernetes, such as `jobs`: those of this run that
+    have not ended are deleted, and their pods end with resume points."""
 
 
 class CheckStep(Config):
@@ -152,6 +168,7 @@ STEPS: dict[str, type[Config]] = {
     "infer": InferStep,
     "summarise": SummariseStep,
     "report": ReportStep,
+    "launch": LaunchStep,
     "outcome": OutcomeStep,
     "check": CheckStep,
 }

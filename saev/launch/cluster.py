@@ -76,7 +76,7 @@ class Cluster:
         from kubernetes import client
 
         self.namespace = namespace
-        self._api = api
+        self._pod = ""
         self._custom, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
     @classmethod
@@ -101,22 +101,35 @@ class Cluster:
         """Whom this pod belongs to. Raises LaunchError if the API does not say."""
         environ = os.environ if environ is None else environ
         # A host name is the pod's name, but for long ones.
-        name = environ.get("KFP_POD_NAME") or environ.get("HOSTNAME", "")
-        pod = self._ask(
-            f"get pod {name}",
-            lambda: self._core.read_namespaced_pod(
-                name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
-            ),
-        )
-        if pod is None:
-            raise LaunchError(f"There is no pod {name} in namespace {self.namespace}; expected me.")
-        found = _parsed(pod)
+        self._pod = environ.get("KFP_POD_NAME") or environ.get("HOSTNAME", "")
+        found = self._this_pod()
+        if found is None:
+            raise LaunchError(
+                f"There is no pod {self._pod} in namespace {self.namespace}; expected this one."
+            )
         owners = found["metadata"].get("ownerReferences", [])
         owner = next((o for o in owners if o.get("controller")), None)
         if owner is not None:
             # To block its deletion would need a right to change it.
             owner = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
         return Me(found["spec"].get("serviceAccountName", "default"), owner)
+
+    def is_leaving(self) -> bool:
+        """Whether this pod is being deleted, as by an eviction, so that another one comes.
+
+        A run that is canceled stops its pods and does not delete them.
+        """
+        pod = self._this_pod() if self._pod else None
+        return pod is not None and "deletionTimestamp" in pod["metadata"]
+
+    def _this_pod(self) -> Json | None:
+        found = self._ask(
+            f"get pod {self._pod}",
+            lambda: self._core.read_namespaced_pod(
+                self._pod, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
+            ),
+        )
+        return None if found is None else tp.cast(Json, _parsed(found))
 
     def get(self, resource: Resource, name: str) -> Json | None:
         """An object; None if there is none."""

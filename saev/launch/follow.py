@@ -116,7 +116,8 @@ def manifest(
 def run(cluster: Cluster, workload: Workload, progress: Progress) -> None:
     """Make or adopt an object, and follow it to its end.
 
-    Whoever stops this stops the pods; if this process or the API is lost, the pods go on.
+    Whoever stops this stops the pods. They go on if this process is lost, or its pod is deleted:
+    then the next one follows them, or the exit handler of the run stops them.
 
     Raises:
         LaunchError: it failed, it is gone, or the API refuses.
@@ -126,11 +127,15 @@ def run(cluster: Cluster, workload: Workload, progress: Progress) -> None:
     try:
         found = _ensure(cluster, workload, progress)
         found = _to_the_end(cluster, workload, found, progress, logs)
-    except (KeyboardInterrupt, SystemExit, _Withdrawn) as err:
+    except _Withdrawn as err:
         stop(cluster, workload)
-        logs.finish(1.0)
-        if isinstance(err, _Withdrawn):
-            raise err.why from None
+        raise err.why from None
+    except (KeyboardInterrupt, SystemExit):
+        if cluster.is_leaving():
+            logger.info("This pod is deleted; %s goes on without it.", _name(workload))
+        else:
+            stop(cluster, workload)
+            logs.finish(1.0)
         raise
     logs.finish()
     if workload.state(found).phase == "failed":

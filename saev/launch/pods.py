@@ -9,6 +9,7 @@ import typing as tp
 import pydantic
 
 from saev.config.base import Config
+from saev.config.environment import CONFIG_MOUNT, SECRET_MOUNT
 
 Json = dict[str, tp.Any]
 
@@ -22,14 +23,6 @@ OUTSIDE_THE_MESH = ("sidecar.istio.io/inject", "false")
 MAIN = "main"
 """Name of the container, as Argo calls it."""
 DATA_MOUNT = "/data"
-
-SECRET_ENV = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-CONFIG_ENV = (
-    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_CA_BUNDLE",
-    "HF_ENDPOINT", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "SAEV_LOG_LEVEL",
-)  # fmt: skip
-"""Keys of the secret and of the config map that become environment of the steps. All may be
-missing: on AWS, the service account's role brings credentials of its own."""
 
 
 class Resources(tp.NamedTuple):
@@ -107,7 +100,7 @@ def template(
                 "name": MAIN,
                 "image": settings.image,
                 "command": list(command),
-                "env": _environment(settings),
+                "env": [{"name": "SAEV_RETRIES", "value": str(settings.retries)}],
                 "resources": _resources(settings),
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
@@ -132,34 +125,26 @@ def template(
     return {"metadata": metadata, "spec": spec}
 
 
-def _environment(settings: PodSettings) -> list[Json]:
-    def given(kind: str, name: str, keys: tp.Iterable[str]) -> list[Json]:
-        return [
-            {"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
-            for key in keys
-        ]
-
-    return [
-        {"name": "SAEV_RETRIES", "value": str(settings.retries)},
-        *given("secretKeyRef", settings.storage_secret, SECRET_ENV),
-        *given("configMapKeyRef", settings.config_map, CONFIG_ENV),
-    ]
-
-
 def _resources(settings: PodSettings) -> Json:
     if settings.gpus is None:
         return {
             "requests": {"cpu": READING.cpu, "memory": READING.memory},
             "limits": {"cpu": READING.most_cpu, "memory": READING.most_memory},
         }
-    gpus = {settings.gpu_type: str(settings.gpus)}
-    amounts = {"cpu": settings.cpu, "memory": settings.memory, **gpus}
-    return {"requests": amounts, "limits": dict(amounts)}
+    gpus = {settings.gpu_type: str(settings.gpus)} if settings.gpus else {}
+    # Kubernetes takes the limits for the requests, which are not given.
+    return {"limits": {"cpu": settings.cpu, "memory": settings.memory, **gpus}}
 
 
 def _volumes(settings: PodSettings) -> list[tuple[str, str, Json]]:
     """Name, mount path and source of each."""
-    volumes: list[tuple[str, str, Json]] = [("tmp", "/tmp", {"emptyDir": {}})]
+    secret = {"secret": {"secretName": settings.storage_secret, "optional": True}}
+    config = {"configMap": {"name": settings.config_map, "optional": True}}
+    volumes: list[tuple[str, str, Json]] = [
+        ("tmp", "/tmp", {"emptyDir": {}}),
+        ("secret", SECRET_MOUNT, secret),
+        ("config", CONFIG_MOUNT, config),
+    ]
     if settings.gpus is not None:
         memory = {"medium": "Memory", "sizeLimit": settings.shm_size}
         volumes.append(("shm", "/dev/shm", {"emptyDir": memory}))

@@ -9,7 +9,7 @@ from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
 from saev.progress import Progress
-from saev.steps import advice, check, claims, discover, jobs, outputs, show, table
+from saev.steps import advice, check, claims, discover, jobs, launching, outputs, show, table
 from saev.steps.discover import Dataset
 from saev.steps.jobs import Item, Job, Plan
 from saev.visuals import overview
@@ -95,6 +95,7 @@ def _datasets(cfg: cfgs.DiscoverStep, seen: discover.Seen) -> list[Dataset]:
 
 def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
     status = cfgs.parse_json(cfg.status, "--status")
+    launching.stop(cfg.launched, cfg.owner)  # before others may claim the dataset
     try:
         record = discover.end(cfg.root, cfg.owner, status)
     except StorageError as err:
@@ -348,6 +349,7 @@ _WORK: dict[type, tp.Callable[[tp.Any, Job, Progress], list[str]]] = {
     cfgs.InferStep: _infer,
     cfgs.SummariseStep: _summarise,
     cfgs.ReportStep: _report,
+    cfgs.LaunchStep: launching.launch,
 }
 
 _TABLES: dict[type, tuple[str, ...]] = {

@@ -1,6 +1,6 @@
 """A launching pod's process: makes or adopts an Indexed Job of two slots, and follows it.
 
-python launching.py NAMESPACE RUN_ID      with KUBECONFIG
+KUBECONFIG=… KFP_POD_NAME=… python launching.py NAMESPACE RUN_ID
 """
 
 import sys
@@ -31,7 +31,7 @@ def main(namespace: str, run_id: str) -> None:
     log_to(Progress(quiet=True))
     interrupts.unwind()
     cluster = Cluster(config.new_client_from_config(), namespace)
-    follow.run(cluster, slots(run_id), Progress(quiet=True))
+    follow.run(cluster, slots(run_id, me=cluster.me()), Progress(quiet=True))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`saev.launch` with a real Kubernetes API and the real Job controller; the test is the kubelet."""
 
 import collections
+import json
 import os
 import signal
 import subprocess
@@ -11,18 +12,23 @@ import uuid
 from pathlib import Path
 
 import pytest
+import yaml
 from kubelet import DISRUPTED, RUNNING, SUCCEEDED, Json, Kubelet, exited, until
-from kubernetes import client, config
-from launching import slots
+from kubernetes import client, config, utils
+from launching import slots as some_slots
 from servers import KubernetesApi
 
+from saev.config.steps import LaunchStep
 from saev.errors import ConfigError, LaunchError
 from saev.launch import follow
 from saev.launch.cluster import Cluster, Me, Resource
 from saev.launch.jobs import JOBS
 from saev.launch.pods import RUN_LABEL
 from saev.progress import Progress
+from saev.steps import jobs, launching
+from saev.steps.discover import Dataset
 
+K8S = Path(__file__).parents[2] / "k8s"
 INDEX = "batch.kubernetes.io/job-completion-index"
 
 
@@ -65,7 +71,7 @@ def test_lost_pods_are_replaced_and_what_is_permanent_is_not(
         seen[index] += 1
         return left[index].pop(0)
 
-    work = slots("run", n=5, me=ME)
+    work = some_slots("run", n=5, me=ME)
     with Kubelet(api, cluster.namespace, become).working(), pytest.raises(LaunchError) as caught:
         follow.run(cluster, work, Progress(quiet=True))
     # Retries are 1 (tests/e2e/launching.py), which a disruption does not count against.
@@ -92,7 +98,7 @@ def test_lost_pods_are_replaced_and_what_is_permanent_is_not(
 def launch(kubernetes_api: KubernetesApi, cluster: Cluster) -> "subprocess.Popen[bytes]":
     """A launching pod's process."""
     place = Path(__file__).parent / "launching.py"
-    env = {**os.environ, "KUBECONFIG": str(kubernetes_api.kubeconfig)}
+    env = {**os.environ, "KUBECONFIG": str(kubernetes_api.kubeconfig), "KFP_POD_NAME": "launching"}
     return subprocess.Popen([sys.executable, place, cluster.namespace, "run"], env=env)
 
 
@@ -104,6 +110,7 @@ def uid_of(cluster: Cluster) -> str:
 def test_a_launching_pod_that_is_lost_leaves_the_job_to_the_next(
     cluster: Cluster, api: client.ApiClient, kubernetes_api: KubernetesApi
 ) -> None:
+    workflow(cluster, api)
     first = launch(kubernetes_api, cluster)
     until(lambda: uid_of(cluster) != "")
     uid = uid_of(cluster)
@@ -117,14 +124,26 @@ def test_a_launching_pod_that_is_lost_leaves_the_job_to_the_next(
 def test_a_launching_pod_that_is_stopped_stops_its_pods(
     cluster: Cluster, api: client.ApiClient, kubernetes_api: KubernetesApi
 ) -> None:
-    kubelet = Kubelet(api, cluster.namespace, lambda pod: RUNNING)
+    workflow(cluster, api)
     process = launch(kubernetes_api, cluster)
-    with kubelet.working():
-        until(lambda: len(kubelet.started) == 2)
+    until(lambda: len(cluster.pods(INDEX)) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     assert uid_of(cluster) == ""
-    assert cluster.pods("") == []
+    assert cluster.pods(INDEX) == []
+
+
+def test_a_launching_pod_that_is_deleted_leaves_the_job_to_the_next(
+    cluster: Cluster, api: client.ApiClient, kubernetes_api: KubernetesApi
+) -> None:
+    """As by the eviction API: Argo starts another one."""
+    workflow(cluster, api, finalizers=["saev.test/stays"])
+    process = launch(kubernetes_api, cluster)
+    until(lambda: len(cluster.pods(INDEX)) == 2)
+    client.CoreV1Api(api).delete_namespaced_pod("launching", cluster.namespace)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert len(cluster.pods(INDEX)) == 2
 
 
 def test_work_whose_claim_is_lost_stops(cluster: Cluster) -> None:
@@ -136,7 +155,7 @@ def test_work_whose_claim_is_lost_stops(cluster: Cluster) -> None:
 
     progress.safe_point = check
     with pytest.raises(ConfigError, match="no longer has the claim"):
-        follow.run(cluster, slots("run", me=ME), progress)
+        follow.run(cluster, some_slots("run", me=ME), progress)
     assert uid_of(cluster) == ""
 
 
@@ -145,7 +164,7 @@ def test_a_queue_starts_it(
 ) -> None:
     """As Kueue does: it also changes the pods' node selector."""
     caplog.set_level("INFO")
-    work = slots("run", me=ME, queue="gpus")
+    work = some_slots("run", me=ME, queue="gpus")
     name = work.manifest["metadata"]["name"]
     assert work.manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     failures: list[BaseException] = []
@@ -172,7 +191,7 @@ def test_a_queue_starts_it(
 
 
 def test_somebody_else_deletes_it(cluster: Cluster, api: client.ApiClient) -> None:
-    work = slots("run", me=ME)
+    work = some_slots("run", me=ME)
 
     def become(pod: Json) -> Json:
         cluster.delete(JOBS, work.manifest["metadata"]["name"])
@@ -189,8 +208,8 @@ def test_the_exit_handler_stops_what_its_run_has_started(
     cluster: Cluster, api: client.ApiClient
 ) -> None:
     with Kubelet(api, cluster.namespace, lambda pod: SUCCEEDED).working():
-        follow.run(cluster, slots("over", me=ME), Progress(quiet=True))
-    made = {run: slots(run, me=ME).manifest for run in ("mine", "theirs")}
+        follow.run(cluster, some_slots("over", me=ME), Progress(quiet=True))
+    made = {run: some_slots(run, me=ME).manifest for run in ("mine", "theirs")}
     for manifest in made.values():
         cluster.create(JOBS, manifest)
     unknown = Resource("nobody.test", "v1", "things", "Thing", "thing")
@@ -203,17 +222,27 @@ def test_the_exit_handler_stops_what_its_run_has_started(
 
 
 def test_it_goes_with_the_workflow(cluster: Cluster, api: client.ApiClient) -> None:
-    """A config map is the Workflow here, which the API server does not know."""
-    core, space = client.CoreV1Api(api), cluster.namespace
-    workflow = core.create_namespaced_config_map(space, {"metadata": {"name": "saev-abc"}})
-    reference = {"apiVersion": "v1", "kind": "ConfigMap", "name": "saev-abc"}
-    reference |= {"uid": workflow.metadata.uid}
-    core.create_namespaced_pod(space, launching_pod(reference))
+    reference = workflow(cluster, api)
     me = cluster.me({"KFP_POD_NAME": "launching", "HOSTNAME": "shortened"})
     assert me == Me("steps", reference)
-    cluster.create(JOBS, slots("run", me=me).manifest)
-    core.delete_namespaced_config_map("saev-abc", space)
+    cluster.create(JOBS, some_slots("run", me=me).manifest)
+    client.CoreV1Api(api).delete_namespaced_config_map("saev-abc", cluster.namespace)
     until(lambda: uid_of(cluster) == "")
+
+
+def workflow(cluster: Cluster, api: client.ApiClient, **more: tp.Any) -> Json:
+    """Make a Workflow with its launching pod. Returns a reference to it.
+
+    A config map is the Workflow here, which the API server does not know.
+    """
+    core, space = client.CoreV1Api(api), cluster.namespace
+    made = core.create_namespaced_config_map(space, {"metadata": {"name": "saev-abc"}})
+    reference = {"apiVersion": "v1", "kind": "ConfigMap", "name": "saev-abc"}
+    reference |= {"uid": made.metadata.uid}
+    pod = launching_pod(reference)
+    pod["metadata"] |= more
+    core.create_namespaced_pod(space, pod)
+    return reference
 
 
 def launching_pod(owner: Json) -> Json:
@@ -229,15 +258,60 @@ def launching_pod(owner: Json) -> Json:
     }
 
 
+def test_steps_with_the_component_may_do_all_of_it(
+    cluster: Cluster,
+    api: client.ApiClient,
+    kubernetes_api: KubernetesApi,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The step itself, as the account of k8s/, with its Roles and nothing else."""
+    core, space = client.CoreV1Api(api), cluster.namespace
+    roles = ("base/service-account.yaml", "base/role.yaml", "components/jobs/role.yaml")
+    made = [one for name in roles for one in yaml.safe_load_all((K8S / name).read_text())]
+    utils.create_from_yaml(api, yaml_objects=made, namespace=space)
+    ask = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = core.create_namespaced_service_account_token("saev-steps", space, ask).status.token
+    theirs = client.Configuration(kubernetes_api.url, {"authorization": f"Bearer {token}"})
+    theirs.ssl_ca_cert = str(kubernetes_api.ca)
+    steps = Cluster(client.ApiClient(theirs), space)
+    with pytest.raises(LaunchError, match="refuses to list daemonsets"):
+        steps.listed(Resource("apps", "v1", "daemonsets", "DaemonSet", "name"), {})
+    workflow(cluster, api)
+    monkeypatch.setenv("KFP_POD_NAME", "launching")
+    monkeypatch.setattr(Cluster, "of_this_pod", lambda: steps)
+
+    url = jobs.make(str(tmp_path), "run", {}, Dataset("pets", "s3://b/pets", "f", "k", "", ""))
+    job = jobs.read(url)
+    slots = [[{"name": f"part {i} of 3"}] for i in (1, 2, 3)]
+    jobs.write_plan(job, "plan", jobs.Plan("shards", [], {"extract": slots}))
+    pods = {"step": "extract", "image": "saev:x", "gpus": 1, "timeout_seconds": 60}
+    step = LaunchStep(job=url, step="extract", pods=json.dumps(pods), parallelism=2)
+    commands: dict[str, list[str]] = {}
+
+    def become(pod: Json) -> Json:
+        number = pod["metadata"]["labels"].get(INDEX, "") if "labels" in pod["metadata"] else ""
+        commands[number] = pod["spec"]["containers"][0].get("command", [])
+        return SUCCEEDED
+
+    with Kubelet(api, space, become).working():
+        launching.launch(step, job, Progress(quiet=True))
+    words = ["step", "extract", "--job", url, "--slot", "$(JOB_COMPLETION_INDEX)"]
+    assert {i: command[3:] for i, command in commands.items() if i} == dict.fromkeys("012", words)
+    cluster.create(JOBS, some_slots("run", me=ME).manifest)
+    launching.stop("jobs", "run")
+    assert len(cluster.listed(JOBS, {RUN_LABEL: "run"})) == 1  # the one that is over
+
+
 def test_what_is_refused_is_one_sentence(
     cluster: Cluster, kubernetes_api: KubernetesApi, tmp_path: Path
 ) -> None:
     nobody = config.new_client_from_config(str(kubernetes_api.kubeconfig))
     nobody.set_default_header("Impersonate-User", "nobody")
     with pytest.raises(LaunchError, match="COMPONENTS=jobs") as caught:
-        follow.run(Cluster(nobody, cluster.namespace), slots("run"), Progress(quiet=True))
+        follow.run(Cluster(nobody, cluster.namespace), some_slots("run"), Progress(quiet=True))
     assert not caught.value.passing
-    wrong: dict[str, tp.Any] = slots("run", me=ME).manifest
+    wrong: dict[str, tp.Any] = some_slots("run", me=ME).manifest
     wrong["spec"]["template"]["spec"]["activeDeadlineSeconds"] = -1
     with pytest.raises(LaunchError, match="must be between 1 and"):
         cluster.create(JOBS, wrong)

@@ -14,7 +14,7 @@ from k8s.checks import JOBSET, STEP, VERSIONS, Json, matches, meaning, problems,
 from k8s.conftest import ROOT, Render
 
 K8S = ROOT / "k8s"
-EVERYTHING = ("dedicated", "tensorboard", "priority", "kfp-launcher", "trainer")
+EVERYTHING = ("dedicated", "jobs", "tensorboard", "priority", "kfp-launcher", "trainer")
 IMAGE = "registry.example.com:5000/team/saev:1.2"
 
 

@@ -33,6 +33,7 @@ _KINDS = {
     "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
     "storageclasses": ("storage.k8s.io/v1", "StorageClass"),
     "deployments": ("apps/v1", "Deployment"),
+    "jobs": ("batch/v1", "Job"),
     "workflows": ("argoproj.io/v1alpha1", "Workflow"),
 }
 _PATH = re.compile(

@@ -4,6 +4,7 @@ kfp's compiler and loader let specifications through that the backend refuses, s
 parsed as the backend parses it, and every reference is followed.
 """
 
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from saev.steps.supervisor import Policy
 ROOT = Path(__file__).parents[2]
 OPTIONS = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
 PVC = OPTIONS.model_copy(update={"storage": "pvc"})
+JOB = OPTIONS.model_copy(update={"launch": "job"})
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 
 
@@ -54,8 +56,14 @@ class Ir(tp.NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[("saev", OPTIONS), ("saev", PVC), ("saev-incoming", OPTIONS), ("saev-incoming", PVC)],
-    ids=["one-object", "one-pvc", "incoming-object", "incoming-pvc"],
+    params=[
+        ("saev", OPTIONS),
+        ("saev", PVC),
+        ("saev", JOB),
+        ("saev-incoming", OPTIONS),
+        ("saev-incoming", PVC),
+    ],
+    ids=["one-object", "one-pvc", "one-job", "incoming-object", "incoming-pvc"],
 )
 def ir(request: pytest.FixtureRequest) -> Ir:
     return parse(compile_pipeline(*request.param))
@@ -169,7 +177,8 @@ def test_every_command_is_one_that_the_image_understands(ir: Ir) -> None:
         cfg = cli.parse(words)
         assert isinstance(cfg, STEPS[container.command[4]])
         seen.add(container.command[4])
-    assert seen == set(STEPS) - {"check"}
+    slots = {"extract", "train", "infer", "summarise"}
+    assert seen == set(STEPS) - {"check"} - (slots if ir.compiled.is_launched else {"launch"})
 
 
 def test_pods(ir: Ir) -> None:
@@ -181,10 +190,11 @@ def test_pods(ir: Ir) -> None:
         pod, step = ir.kubernetes[component.executor_label], container.command[4]
         labels = dict(pod.pod_metadata.labels)
         assert labels["app.kubernetes.io/part-of"] == "saev"
-        assert labels["app.kubernetes.io/component"] == step.split("-")[0]
+        launched = dict(itertools.pairwise(container.args)).get("--step")
+        assert labels["app.kubernetes.io/component"] == launched or step
         mounts = {m.mount_path for m in pod.empty_dir_mounts}
         assert "/tmp" in mounts
-        assert pod.active_deadline_seconds > 0
+        assert (pod.active_deadline_seconds > 0) == (step != "launch")
         kill = json.loads(dict(pod.pod_metadata.annotations)["workflows.argoproj.io/kill-cmd-main"])
         assert kill == [*container.command[:3], "--signal", "%d"]
         assert not container.env
@@ -193,7 +203,7 @@ def test_pods(ir: Ir) -> None:
         assert all(volume.optional for volume in volumes)
         assert [volume.mount_path for volume in volumes] == [str(f) for f, _ in FOLDERS]
         assert not [*pod.secret_as_env, *pod.config_map_as_env]
-        is_small = step in ("discover", "report", "outcome")
+        is_small = step in ("discover", "report", "launch", "outcome")
         assert container.image == (OPTIONS.cpu_image if is_small else OPTIONS.image)
         if container.resources.HasField("accelerator"):
             gpu_steps.add(step)
@@ -201,7 +211,7 @@ def test_pods(ir: Ir) -> None:
             assert container.resources.accelerator.resource_count == "1"
             assert "/dev/shm" in mounts
             assert [t.key for t in pod.tolerations] == ["nvidia.com/gpu"]
-    assert gpu_steps == {"extract", "train", "infer"}
+    assert gpu_steps == (set() if ir.compiled.is_launched else {"extract", "train", "infer"})
 
 
 def test_pods_are_as_the_parameters_say() -> None:
@@ -294,6 +304,8 @@ def test_failures_are_tried_again_and_nothing_is_cached(ir: Ir) -> None:
 def test_loops_have_names_and_limits(ir: Ir) -> None:
     loops = {t.task_info.name: t for _, _, t in ir.tasks() if t.HasField("parameter_iterator")}
     expected = {"extract-all", "train-all", "infer-all", "summarise-all"}
+    if ir.compiled.is_launched:
+        expected = set()
     assert set(loops) - {"datasets"} == expected
     assert all(t.iterator_policy.parallelism_limit == 8 for t in loops.values())
 
@@ -330,18 +342,26 @@ def test_the_outcome_is_recorded_whatever_happens(ir: Ir) -> None:
 
 
 def test_everything_waits_for_what_it_reads(ir: Ir) -> None:
-    """Loops have no outputs, so what follows them must name them."""
+    """Loops and steps that launch have no outputs, so what follows them must name them."""
+    found = 0
+    suffix = "" if ir.compiled.is_launched else "-all"
     for dag in ir.dags().values():
         tasks = dag.dag.tasks
         loops = {t.task_info.name: key for key, t in tasks.items() if t.task_info.name}
         for after, before in (
-            ("publish", "extract-all"),
-            ("infer-all", "train-all"),
-            ("summarise-all", "infer-all"),
-            ("report", "summarise-all"),
+            ("publish", f"extract{suffix}"),
+            (f"infer{suffix}", f"train{suffix}"),
+            (f"summarise{suffix}", f"infer{suffix}"),
+            ("report", f"summarise{suffix}"),
+            (f"extract{suffix}", "plan"),
+            (f"train{suffix}", "publish"),
+            (f"infer{suffix}", "publish"),
+            (f"summarise{suffix}", "publish"),
         ):
-            if after in loops:
+            if before in loops:
                 assert loops[before] in tasks[loops[after]].dependent_tasks
+                found += 1
+    assert found == 8
 
 
 def test_parameters_are_documented(ir: Ir) -> None:

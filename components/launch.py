@@ -1,0 +1,42 @@
+"""Another step's slots, in pods that a Job of Kubernetes makes."""
+
+import json
+import typing as tp
+
+from kfp import dsl
+from kfp.dsl import base_component
+
+from components.step import CPU_IMAGE, spec
+
+
+def launch(
+    step: str, pods: tp.Mapping[str, tp.Any], parallelism: int, queue: str
+) -> base_component.BaseComponent:
+    """A component that does all slots of a step and is called like it.
+
+    Args:
+        step: extract, train, infer or summarise.
+        pods: how the pods are made; `saev.launch.pods.PodSettings` says what there is.
+        parallelism: most pods at the same time.
+        queue: Kueue's queue; empty starts them at once.
+    """
+
+    def slots(job: str):  # type: ignore[no-untyped-def] # as kfp has it
+        """Make a Job with a pod for each slot, and follow it to its end.
+
+        Args:
+            job: one of discover's jobs.
+        """
+        constants = {"queue": queue} if queue else {}
+        return spec(
+            CPU_IMAGE,
+            "launch",
+            job=job,
+            step=step,
+            pods=json.dumps(pods, separators=(",", ":")),
+            parallelism=str(parallelism),
+            **constants,
+        )
+
+    slots.__name__ = step  # kfp calls the component so
+    return dsl.container_component(slots)

@@ -1,0 +1,76 @@
+"""The step that starts the pods of another one, and what the exit handler stops of them."""
+
+import logging
+
+from saev.config import steps as cfgs
+from saev.errors import ConfigError, SaevError
+from saev.launch import follow
+from saev.launch.cluster import Cluster, Resource
+from saev.launch.jobs import INDEX, JOBS, Slots
+from saev.launch.pods import GRACE_SECONDS, PodSettings
+from saev.progress import Progress
+from saev.steps import jobs
+from saev.steps.jobs import Job
+
+logger = logging.getLogger(__name__)
+
+SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
+"""The command of a step's pod."""
+KINDS: dict[str, Resource] = {JOBS.plural: JOBS}
+"""Kinds of objects that steps make."""
+
+
+def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
+    """Do all slots of a step in pods of their own.
+
+    Raises:
+        LaunchError: a slot failed, or the Kubernetes API refuses.
+    """
+    slots = jobs.read_plan(job, "plan" if cfg.step == "extract" else "publish").slots[cfg.step]
+    if not slots:
+        logger.info("There is nothing to %s.", cfg.step)
+        return []
+    for text in jobs.numbered(slots):
+        logger.info("slot %s", text)
+    raw = cfgs.parse_json(cfg.pods, "--pods")
+    settings = PodSettings.from_dict(raw, source="--pods")
+    cluster = Cluster.of_this_pod()
+    command = [*SUPERVISOR, "step", cfg.step, "--job", job.url, "--slot", INDEX]
+    work = Slots(
+        settings,
+        command,
+        n_slots=len(slots),
+        parallelism=cfg.parallelism,
+        job=job.url,
+        run_id=job.owner,
+        me=cluster.me(),
+        queue=cfg.queue,
+    )
+    follow.run(cluster, work, progress)
+    return []
+
+
+def stop(kinds: str, run_id: str) -> None:
+    """Delete what a run has started and what has not ended, and wait for its pods.
+
+    What hinders that is said and no more: the run is over, and its claims have to be given back.
+
+    Args:
+        kinds: names of :data:`KINDS`, with commas between them.
+        run_id: the run.
+    """
+    names = list(filter(None, kinds.split(",")))
+    if not names:
+        return
+    unknown = sorted(set(names) - KINDS.keys())
+    if unknown:
+        raise ConfigError(f"--launched names {unknown[0]!r}; there are {', '.join(KINDS)}.")
+    try:
+        cluster = Cluster.of_this_pod()
+        resources = [KINDS[name] for name in names]
+        stopped = follow.stop_all(cluster, resources, run_id, GRACE_SECONDS + 30)
+    except SaevError as err:
+        logger.warning("What this run has started in Kubernetes may go on: %s", err)
+        return
+    if stopped:
+        logger.info("Stopped: %s.", ", ".join(stopped))
