@@ -12,7 +12,7 @@ compiled for.
 from components.discover import discover
 from components.extract import extract
 from components.infer import infer
-from components.launch import launch
+from components.launch import launch, launch_machines
 from components.outcome import outcome
 from components.plan import plan
 from components.publish import publish
@@ -25,6 +25,7 @@ __all__ = [
     "extract",
     "infer",
     "launch",
+    "launch_machines",
     "outcome",
     "plan",
     "publish",

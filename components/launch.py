@@ -1,4 +1,4 @@
-"""Another step's slots, in pods that a Job of Kubernetes makes."""
+"""Another step's slots, in pods that a Job of Kubernetes or a TrainJob of Kubeflow makes."""
 
 import json
 import typing as tp
@@ -40,3 +40,37 @@ def launch(
 
     slots.__name__ = step  # kfp calls the component so
     return dsl.container_component(slots)
+
+
+def launch_machines(
+    pods: tp.Mapping[str, tp.Any], n: int, queue: str
+) -> base_component.BaseComponent:
+    """A component that does one slot of training on several machines, and is called train.
+
+    Args:
+        pods: how the pod of each machine is made.
+        n: how many machines.
+        queue: Kueue's queue; empty starts them at once.
+    """
+
+    @dsl.container_component
+    def train(job: str, slot: str):  # type: ignore[no-untyped-def] # as kfp has it
+        """Make a TrainJob of several machines for one slot, and follow it to its end.
+
+        Args:
+            job: one of discover's jobs.
+            slot: one of publish's slots, such as `2: part 3 of 8`.
+        """
+        constants = {"queue": queue} if queue else {}
+        return spec(
+            CPU_IMAGE,
+            "launch",
+            job=job,
+            slot=slot,
+            step="train",
+            machines=str(n),
+            pods=json.dumps(pods, separators=(",", ":")),
+            **constants,
+        )
+
+    return train

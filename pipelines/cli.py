@@ -117,7 +117,7 @@ def _compile(command: a.Compile) -> int:
 
 
 def _submit(command: a.Submit) -> int:
-    from pipelines import prepare, submit
+    from pipelines import machines, prepare, submit
     from pipelines.connect import connect
 
     cluster = _settings(command)
@@ -127,6 +127,7 @@ def _submit(command: a.Submit) -> int:
     with connect(cluster) as kfp:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"])
+        machines.check(cluster, kfp.pods, job.pods)
         submit.tell_of_others(kfp, job)
         run = submit.start(kfp, job, command.name)
         print(kfp.run_url(run.run_id), flush=True)  # noqa: T201 - the result
@@ -159,7 +160,7 @@ def _wait(kfp: tp.Any, run_id: str) -> int:
 def _schedule(command: a.Schedule) -> int:
     import datetime
 
-    from pipelines import cron, prepare, schedule, submit
+    from pipelines import cron, machines, prepare, schedule, submit
     from pipelines.connect import connect
 
     when = cron.parse(command.cron)
@@ -181,6 +182,7 @@ def _schedule(command: a.Schedule) -> int:
     with connect(cluster) as kfp:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"], is_prefix=True)
+        machines.check(cluster, kfp.pods, job.pods)
         made = schedule.create(kfp, job, name, when, wait=command.wait)
     print(name)  # noqa: T201 - the result
     firings = ", ".join(

@@ -39,7 +39,7 @@ and takes the step with it."""
 
 _RETRIES = CompileOptions.model_fields["retries"].default
 """What a supervisor does if its environment says nothing."""
-JOBS = "jobs"
+JOBS, TRAIN_JOBS = "jobs", "trainjobs"
 """What steps make in Kubernetes where they launch pods, in the words of `saev step outcome`."""
 _FOREVER = "315360000s"
 """Ten years: a step that launches pods may wait for a queue, and its pods have limits."""
@@ -86,7 +86,9 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
         compiler.Compiler().compile(pipeline, str(path))
         text = compact(path.read_text(encoding="utf-8"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Compiled(name, text, digest, _parameters(text), options.launch == "job")
+    # Training on several machines stays a loop, of pods that wait.
+    is_launched = options.launch == "job" and int(options.pods.train_nodes) == 1
+    return Compiled(name, text, digest, _parameters(text), is_launched)
 
 
 def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
@@ -203,9 +205,11 @@ class _Graph:
 
     def outcome(self, root: Channel) -> pipeline_task.PipelineTask:
         """The step that runs whatever becomes of the others."""
-        launched = JOBS if self._options.launch == "job" else ""
+        launched = [JOBS] if self._options.launch == "job" else []
+        if int(self._options.pods.train_nodes) > 1:
+            launched.append(TRAIN_JOBS)
         task = components.outcome(
-            root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=launched
+            root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=",".join(launched)
         )
         return self._pod(task, "outcome")
 
@@ -256,13 +260,17 @@ class _Graph:
     ) -> pipeline_task.PipelineTask:
         """All slots of a step that were planned."""
         options = self._options
-        if options.launch == "job":
-            how = self._settings(step, gpus).model_dump(exclude_unset=True)
+        machines = int(options.pods.train_nodes) if step == "train" else 1
+        how = self._settings(step, gpus).model_dump(exclude_unset=True)
+        if options.launch == "job" and machines == 1:
             make = components.launch(step, how, options.parallelism, options.pods.queue)
             return self._pod(make(job=job).after(planned, *after), step, launches=True)
         with dsl.ParallelFor(
             planned.outputs[step], name=f"{step}-all", parallelism=options.parallelism
         ) as slot:
+            if machines > 1:
+                make = components.launch_machines(how, machines, options.pods.queue)
+                return self._pod(make(job=job, slot=slot).after(*after), step, launches=True)
             task = getattr(components, step)(job=job, slot=slot).after(*after)
             return self._pod(task, step, gpus=gpus)
 

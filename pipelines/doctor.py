@@ -11,7 +11,15 @@ import typing as tp
 import kfp_server_api
 import rich.console
 
-from pipelines import doctor_access, doctor_nodes, doctor_objects, doctor_retries, prepare, probe
+from pipelines import (
+    doctor_access,
+    doctor_nodes,
+    doctor_objects,
+    doctor_retries,
+    machines,
+    prepare,
+    probe,
+)
 from pipelines.connect import Kfp, connect, is_in_cluster
 from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
@@ -74,6 +82,7 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         pods, finding = _parameters(settings)
         yield finding
         yield from doctor_nodes.gpus(kube, pods)
+        yield from machines.findings(kube, namespace, pods)
         yield from doctor_objects.storage(kube, namespace)
         if not pod:
             yield skipped("pod", "image and storage, as --no-pod says")

@@ -107,22 +107,29 @@ def service_account(
         return
     wanted = (*STEPS, *JOBS) if launches else STEPS
     try:
-        refused = [right for right in wanted if not _may_they(kube, namespace, name, right)]
+        lacking = refused(kube, namespace, name, wanted)
     except ClusterError as err:
         if err.status == 403:
             yield ok(what, "it exists; you may not ask what it is allowed to do")
         else:
             yield warn(what, str(err), "")
         return
-    if not refused:
+    if not lacking:
         yield ok(what, f"it exists and may do all {len(wanted)} things that steps need")
         return
-    if set(refused) <= set(JOBS):
+    if set(lacking) <= set(JOBS):
         install = (
             f'launch = "job" needs this: `make install OVERLAY=… NAMESPACE={namespace} '
             'COMPONENTS="… jobs"` gives it; or leave launch at "loop".'
         )
-    yield fail(what, f"it may not {', '.join(map(str, refused))}", install)
+    yield fail(what, f"it may not {', '.join(map(str, lacking))}", install)
+
+
+def refused(
+    kube: Kube, namespace: str, account: str, rights: collections.abc.Iterable[Right]
+) -> list[Right]:
+    """Those of the rights that a service account lacks. Raises ClusterError if nobody tells."""
+    return [right for right in rights if not _may_they(kube, namespace, account, right)]
 
 
 def _attributes(namespace: str, right: Right) -> client.V1ResourceAttributes:

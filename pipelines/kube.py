@@ -55,6 +55,22 @@ class Kube:
         api.seconds = self.settings.timeout
         return api
 
+    def schemas(self, group_version: str) -> dict[str, tp.Any]:
+        """The OpenAPI schemas of a group of the API, by their names.
+
+        Raises what the client does: 404 if the cluster does not serve the group.
+        """
+        api = self.custom.api_client
+        found = api.call_api(
+            f"/openapi/v3/apis/{group_version}",
+            "GET",
+            header_params={"Accept": "application/json"},
+            auth_settings=["BearerToken"],
+            response_type="object",
+            _return_http_data_only=True,
+        )
+        return tp.cast(dict[str, tp.Any], found["components"]["schemas"])
+
     def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """See :func:`pipelines.explain.explained`."""
         return explained(self.server, doing)

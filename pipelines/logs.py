@@ -14,6 +14,7 @@ from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
 from saev.errors import ConfigError, SaevError
+from saev.launch import trainjobs
 
 RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "app.kubernetes.io/component"
@@ -238,13 +239,23 @@ def _read(kube: Kube, pod: tp.Any, tail: int) -> str:
         with kube.explained(f"read the log of pod {name}"):
             # Undecoded, since the library would turn JSON lines into Python.
             answer = kube.core.read_namespaced_pod_log(
-                name, pod.metadata.namespace, container=MAIN, _preload_content=False, **options
+                name,
+                pod.metadata.namespace,
+                container=_container(pod),
+                _preload_content=False,
+                **options,
             )
             return str(answer.data.decode("utf-8", "replace"))
     except ClusterError as err:
         if err.status not in (400, 404):  # its container has not started, or is gone
             raise
     return ""
+
+
+def _container(pod: tp.Any) -> str:
+    """Argo calls the step's container so, and Kubeflow Trainer otherwise."""
+    names = [container.name for container in pod.spec.containers or []]
+    return trainjobs.CONTAINER if trainjobs.CONTAINER in names else MAIN
 
 
 def reasons(pod: tp.Any) -> str:

@@ -29,6 +29,9 @@ class PodOptions(Config):
     """GPUs of a pod that records or measures, which uses one; 0 runs on the CPU."""
     train_gpus: str = "1"
     """GPUs of a pod that trains, which uses all; 0 runs on the CPU. By default gpu_count."""
+    train_nodes: str = "1"
+    """Machines that train one group together, each with train_gpus; more than 1 needs Kubeflow
+    Trainer (docs/multi-node.md)."""
     cpu: str = "4"
     """CPU cores of a GPU pod."""
     memory: str = "32Gi"
@@ -50,7 +53,8 @@ class PodOptions(Config):
     image_pull_secret: str = "saev-registry"
     """Secret for a private registry; may be missing."""
     queue: str = ""
-    """Queue of Kueue in which Jobs wait (launch = job); empty starts them at once."""
+    """Queue of Kueue in which Jobs (launch = job) and TrainJobs (train_nodes) wait; empty starts
+    them at once."""
 
     @classmethod
     def of(cls, values: tp.Mapping[str, tp.Any]) -> tp.Self:

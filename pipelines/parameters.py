@@ -222,6 +222,8 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
         raise wrong("a Kubernetes quantity such as 4, 500m or 32Gi (not 32GB)")
     if key in ("gpu_count", "train_gpus") and not value.isdigit():
         raise wrong("a whole number of GPUs, 0 for none")
+    if key == "train_nodes" and not (value.isdigit() and int(value) >= 1):
+        raise wrong("a whole number of machines, at least 1")
     if key in ("n_parts", "max_datasets") and value < 1:
         raise wrong("at least 1")
     if key in ("storage_secret", "config_map", "pvc_name", "image_pull_secret"):

@@ -20,6 +20,8 @@ class Job(tp.NamedTuple):
 
     compiled: Compiled
     parameters: dict[str, tp.Any]
+    pods: PodOptions
+    """How its pods are made, which is compiled."""
 
 
 def compiled(
@@ -46,10 +48,10 @@ def compiled(
     fields |= {"image": settings.image, "cpu_image": settings.cpu_image or settings.image}
     options = CompileOptions.from_dict(fields, source="cluster.toml [compile]")
     how = pods(settings, pairs)
-    if how.queue and options.launch != "job":
+    if how.queue and options.launch != "job" and how.train_nodes == "1":
         raise ConfigError(
             f"Parameter queue is {how.queue!r}, but the pods of a loop wait in no queue. Set "
-            'launch = "job" in cluster.toml, under [compile], or leave queue out.'
+            'launch = "job" in cluster.toml, under [compile], or train_nodes, or leave queue out.'
         )
     return compile_pipeline(name, options.model_copy(update={"pods": how}))
 
@@ -114,7 +116,8 @@ def job(
         **parameters.check(pipeline, given, _FLAG),
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
-    return Job(pipeline, parameters.complete(pipeline, values, chosen=given))
+    complete = parameters.complete(pipeline, values, chosen=given)
+    return Job(pipeline, complete, pods(settings, given))
 
 
 def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any]:

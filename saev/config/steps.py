@@ -134,6 +134,10 @@ class LaunchStep(JobStep):
     """Most pods at the same time."""
     queue: str = ""
     """Queue of Kueue that says when they may start; empty starts them at once."""
+    slot: str = ""
+    """One slot alone, such as `2: part 3 of 8`, on several machines."""
+    machines: int = pydantic.Field(default=1, ge=1)
+    """Machines that do this slot together, as pods of a TrainJob of Kubeflow Trainer."""
 
 
 class OutcomeStep(Config):

@@ -26,8 +26,8 @@ TRAIN_JOBS = Resource(
 RUNTIME = "saev-train"
 """Name of the TrainingRuntime."""
 
-_NODE = "node"
-"""Name that Trainer expects of the job and of its container."""
+CONTAINER = "node"
+"""Name that Trainer expects of the container, and of the job."""
 _MANAGER = "saev/launch"
 """Trainer wants to know who patches a runtime."""
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -47,7 +47,7 @@ class Machines:
     """
 
     resource = TRAIN_JOBS
-    container = _NODE
+    container = CONTAINER
 
     def __init__(
         self,
@@ -111,9 +111,9 @@ def _spec(template: Json, n_machines: int, settings: pods.PodSettings) -> Json:
     pod, (container,) = template["spec"], template["spec"]["containers"]
     patched = ("nodeSelector", "tolerations", "imagePullSecrets", "volumes", "serviceAccountName")
     patch = {key: pod[key] for key in patched if pod.get(key)}
-    patch["containers"] = [{"name": _NODE, "volumeMounts": container["volumeMounts"]}]
+    patch["containers"] = [{"name": CONTAINER, "volumeMounts": container["volumeMounts"]}]
     job = {"metadata": {"labels": template["metadata"]["labels"]}, "spec": patch}
-    jobs = [{"name": _NODE, "template": {"spec": {"template": job}}}]
+    jobs = [{"name": CONTAINER, "template": {"spec": {"template": job}}}]
     spec = models.TrainerV1alpha1TrainJobSpec.from_dict(
         {
             "runtimeRef": {

@@ -4,10 +4,11 @@ import logging
 
 from saev.config import steps as cfgs
 from saev.errors import ConfigError, SaevError
-from saev.launch import follow
+from saev.launch import follow, trainjobs
 from saev.launch.cluster import Cluster, Resource
 from saev.launch.jobs import INDEX, JOBS, Slots
 from saev.launch.pods import GRACE_SECONDS, PodSettings
+from saev.launch.trainjobs import TRAIN_JOBS, Machines
 from saev.progress import Progress
 from saev.steps import jobs
 from saev.steps.jobs import Job
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
 """The command of a step's pod."""
-KINDS: dict[str, Resource] = {JOBS.plural: JOBS}
+KINDS: dict[str, Resource] = {one.plural: one for one in (JOBS, TRAIN_JOBS)}
 """Kinds of objects that steps make."""
 
 
@@ -26,15 +27,15 @@ def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
     Raises:
         LaunchError: a slot failed, or the Kubernetes API refuses.
     """
+    if cfg.machines > 1:
+        return _on_machines(cfg, job, progress)
     slots = jobs.read_plan(job, "plan" if cfg.step == "extract" else "publish").slots[cfg.step]
     if not slots:
         logger.info("There is nothing to %s.", cfg.step)
         return []
     for text in jobs.numbered(slots):
         logger.info("slot %s", text)
-    raw = cfgs.parse_json(cfg.pods, "--pods")
-    settings = PodSettings.from_dict(raw, source="--pods")
-    cluster = Cluster.of_this_pod()
+    settings, cluster = _settings(cfg), Cluster.of_this_pod()
     command = [*SUPERVISOR, "step", cfg.step, "--job", job.url, "--slot", INDEX]
     work = Slots(
         settings,
@@ -48,6 +49,28 @@ def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
     )
     follow.run(cluster, work, progress)
     return []
+
+
+def _on_machines(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
+    """Do one slot on several machines together."""
+    settings, cluster = _settings(cfg), Cluster.of_this_pod()
+    ranks = str(trainjobs.ranks_of(settings))
+    command = [*SUPERVISOR, "--ranks", ranks, "step", cfg.step, "--job", job.url]
+    machines = Machines(
+        settings,
+        [*command, "--slot", cfg.slot],
+        n_machines=cfg.machines,
+        work=[job.url, cfg.slot],
+        run_id=job.owner,
+        me=cluster.me(),
+        queue=cfg.queue,
+    )
+    trainjobs.run(cluster, machines, progress)
+    return []
+
+
+def _settings(cfg: cfgs.LaunchStep) -> PodSettings:
+    return PodSettings.from_dict(cfgs.parse_json(cfg.pods, "--pods"), source="--pods")
 
 
 def stop(kinds: str, run_id: str) -> None:

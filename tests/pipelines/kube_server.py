@@ -35,11 +35,13 @@ _KINDS = {
     "deployments": ("apps/v1", "Deployment"),
     "jobs": ("batch/v1", "Job"),
     "workflows": ("argoproj.io/v1alpha1", "Workflow"),
+    "trainingruntimes": ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"),
 }
 _PATH = re.compile(
     r"/apis?/(?:v1|[a-z.0-9]+/v1(?:alpha1)?)(?:/namespaces/(?P<ns>[^/]+)(?=/.))?/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|portforward))?"
 )
+_SCHEMAS = "/openapi/v3/apis/"
 CONTROLLER = {
     "workflowDefaults": """
 spec:
@@ -78,6 +80,8 @@ class KubeServer:
         """Connections over which ports are forwarded."""
         self.forward_status = 0
         """If not 0, the status with which forwarding a port is refused."""
+        self.schemas: dict[str, dict[str, tp.Any]] = {}
+        """Group and version → OpenAPI schemas of custom resources."""
         self.forwards: dict[str, int] = {}
         """Pod → local port behind its forwarded one."""
         self.url = ""
@@ -146,6 +150,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             rest = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform")
             version = {"major": "1", "minor": "34", "gitVersion": "v1.34.4"}
             return self._answer(version | dict.fromkeys(rest, ""))
+        if parts.path.startswith(_SCHEMAS):
+            schemas = self.state.schemas.get(parts.path.removeprefix(_SCHEMAS))
+            if schemas is None:
+                return self._refuse(404, "the server could not find the requested resource")
+            return self._answer({"openapi": "3.0.0", "components": {"schemas": schemas}})
         found = _PATH.fullmatch(parts.path)
         if not found:
             self.state.violations.append(f"unknown path {self.command} {self.path}")
@@ -175,6 +184,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if found["sub"] == "portforward":
             return self._forward(name, query)
         if found["sub"] == "log":
+            containers = [one["name"] for one in item.get("spec", {}).get("containers", [])]
+            if containers and query.get("container", containers[0]) not in containers:
+                return self._refuse(400, f"container {query['container']} is not valid for pod")
             if name not in self.state.logs:
                 return self._refuse(400, f'container "main" in pod "{name}" is waiting to start')
             lines = self.state.logs[name].splitlines(keepends=True)

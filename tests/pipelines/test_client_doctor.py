@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import kube_server
@@ -517,3 +518,93 @@ def test_the_test_servers_schemas_can_fail() -> None:
     handler.state, handler.path = state, "/"
     handler._validate({"apiVersion": "v1", "kind": "Pod", "metadata": {}, "spec": {"image": 1}})
     assert state.violations
+
+
+# --- Several machines ----------------------------------------------------------------------------
+
+TRAINER = "trainer.kubeflow.org/v1alpha1"
+
+
+@pytest.fixture
+def trainer(cluster: KubeServer, home: Path) -> KubeServer:
+    """A cluster with all that two machines need; tests/e2e has the same with the real Trainer."""
+    home.joinpath("cluster.toml").write_text("[parameters]\ntrain_nodes = 2\n")
+    properties = {"spec": {"type": "object", "properties": {"runtimePatches": {"type": "array"}}}}
+    name = "org.kubeflow.trainer.v1alpha1.TrainJob"
+    cluster.schemas[TRAINER] = {name: {"properties": properties}}
+    cluster.add("trainingruntimes", "saev-train", "kubeflow", spec={})
+    version = {"kubeflow_trainer_version": "v2.3.0"}
+    cluster.add("configmaps", "kubeflow-trainer-public", "kubeflow-system", data=version)
+    return cluster
+
+
+def test_several_machines(client: Client, trainer: KubeServer) -> None:
+    found = _lines(client, status=0)
+    assert found["Kubeflow Trainer"] == "ok: version 2.3.0"
+    assert found["training runtime saev-train"] == "ok: it exists in kubeflow"
+    assert found["service account saev-steps and TrainJobs"].startswith("ok: it may do all 8")
+
+
+def no_trainer(server: KubeServer) -> None:
+    del server.schemas[TRAINER]
+
+
+def old_trainer(server: KubeServer) -> None:
+    server.schemas[TRAINER]["org.kubeflow.trainer.v1alpha1.TrainJob"]["properties"] = {"spec": {}}
+
+
+def no_runtime(server: KubeServer) -> None:
+    del server.objects["trainingruntimes", "kubeflow", "saev-train"]
+
+
+def no_right(server: KubeServer) -> None:
+    server.denied = {"create trainjobs"}
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "said"),
+    [
+        (no_trainer, "Kubeflow Trainer", "the cluster has none, as it does not serve"),
+        (old_trainer, "Kubeflow Trainer", "too old: its TrainJobs have no runtimePatches"),
+        (no_runtime, "training runtime saev-train", "it does not exist in kubeflow"),
+        (no_right, "service account saev-steps and TrainJobs", "may not create trainjobs.trainer"),
+    ],
+)
+def test_what_several_machines_lack(
+    client: Client,
+    kfp: KfpServer,
+    trainer: KubeServer,
+    change: Callable[[KubeServer], None],
+    what: str,
+    said: str,
+) -> None:
+    """The doctor says it, and nothing is submitted."""
+    change(trainer)
+    found = _lines(client, status=1)
+    assert found[what].startswith("fail: ")
+    assert said in found[what]
+    assert "or set train_nodes to 1" in found[what]
+    submit = ("submit", "--dataset", "s3://bucket/pets", "--config", "config.toml", "--no-check")
+    refused = client.fails(*submit)
+    assert refused.startswith(f"train_nodes is 2, but {what}: ")
+    assert said in refused
+    assert kfp.runs == []
+    client.ok(*submit, "--param", "train_nodes=1")
+
+
+def test_a_volume_of_one_node(client: Client, trainer: KubeServer, home: Path) -> None:
+    text = 'storage = "pvc"\nroot = "/data/saev"\n[parameters]\ntrain_nodes = 2\n'
+    home.joinpath("cluster.toml").write_text(text)
+    for modes, level in ((["ReadWriteOnce"], "fail"), (["ReadWriteMany"], "ok")):
+        spec = {"accessModes": modes, "storageClassName": ""}
+        status = {"phase": "Bound", "capacity": {"storage": "1Ti"}}
+        trainer.add("persistentvolumeclaims", "saev-data", "kubeflow", spec=spec, status=status)
+        found = _lines(client, "--no-pod", status=int(level == "fail"))
+        assert found["volume claim saev-data on several machines"].startswith(f"{level}: ")
+
+
+@pytest.mark.parametrize("value", ["0", "two", "1.5"])
+def test_a_wrong_number_of_machines(client: Client, cluster: KubeServer, value: str) -> None:
+    submit = ("submit", "--dataset", "s3://bucket/pets", "--config", "config.toml", "--no-check")
+    said = client.fails(*submit, "--param", f"train_nodes={value}")
+    assert "expected a whole number of machines, at least 1" in said

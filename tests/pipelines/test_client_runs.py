@@ -373,6 +373,15 @@ def test_logs_of_one_step(client: Client, kfp: KfpServer, kube: KubeServer) -> N
     assert "extract 0\n" in client.ok("logs", "--step", "extract", "--tail", "0").out
 
 
+def test_logs_of_a_machine(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
+    """Kubeflow Trainer wants another name for the container of its pods."""
+    run = kfp.add_run("pets", "RUNNING")
+    _pod(kube, "machine", run["run_id"], "train", phase="Running")
+    kube.objects["pods", "kubeflow", "machine"]["spec"]["containers"][0]["name"] = "node"
+    kube.logs["machine"] = "Continuing at step 20\n"
+    assert "Continuing at step 20" in client.ok("logs", "--step", "train").out
+
+
 def test_logs_are_not_markup(client: Client, kfp: KfpServer, kube: KubeServer) -> None:
     run = kfp.add_run("pets", "RUNNING")
     _pod(kube, "p", run["run_id"], "train", phase="Running")

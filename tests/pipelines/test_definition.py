@@ -25,6 +25,7 @@ from pipelines.options import CompileOptions, PodOptions
 from saev import cli
 from saev.config.environment import CONFIG_ENV, SECRET_ENV
 from saev.config.steps import STEPS
+from saev.launch.pods import PodSettings
 from saev.steps.environment import FOLDERS
 from saev.steps.supervisor import Policy
 
@@ -32,6 +33,9 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = CompileOptions(image="example.org/saev:1", cpu_image="example.org/saev-cpu:1")
 PVC = OPTIONS.model_copy(update={"storage": "pvc"})
 JOB = OPTIONS.model_copy(update={"launch": "job"})
+MACHINES = OPTIONS.model_copy(
+    update={"pods": PodOptions(train_nodes="3", train_gpus="8", queue="big", cpu="16")}
+)
 PLACEHOLDER = re.compile(r"\{\{\$\.inputs\.parameters\['([^']+)'\]\}\}")
 
 
@@ -42,6 +46,12 @@ class Ir(tp.NamedTuple):
     spec: pipeline_spec_pb2.PipelineSpec
     executors: dict[str, tp.Any]
     kubernetes: dict[str, kubernetes_executor_config_pb2.KubernetesExecutorConfig]
+
+    @property
+    def launched(self) -> set[str]:
+        """Steps whose slots are pods that another pod makes."""
+        words = [dict(itertools.pairwise(e.container.args)) for e in self.executors.values()]
+        return {found["--step"] for found in words if "--step" in found}
 
     def dags(self) -> dict[str, pipeline_spec_pb2.ComponentSpec]:
         found = {name: c for name, c in self.spec.components.items() if c.HasField("dag")}
@@ -60,10 +70,11 @@ class Ir(tp.NamedTuple):
         ("saev", OPTIONS),
         ("saev", PVC),
         ("saev", JOB),
+        ("saev", MACHINES),
         ("saev-incoming", OPTIONS),
         ("saev-incoming", PVC),
     ],
-    ids=["one-object", "one-pvc", "one-job", "incoming-object", "incoming-pvc"],
+    ids=["one-object", "one-pvc", "one-job", "one-machines", "incoming-object", "incoming-pvc"],
 )
 def ir(request: pytest.FixtureRequest) -> Ir:
     return parse(compile_pipeline(*request.param))
@@ -177,8 +188,7 @@ def test_every_command_is_one_that_the_image_understands(ir: Ir) -> None:
         cfg = cli.parse(words)
         assert isinstance(cfg, STEPS[container.command[4]])
         seen.add(container.command[4])
-    slots = {"extract", "train", "infer", "summarise"}
-    assert seen == set(STEPS) - {"check"} - (slots if ir.compiled.is_launched else {"launch"})
+    assert seen == set(STEPS) - {"check"} - (ir.launched or {"launch"})
 
 
 def test_pods(ir: Ir) -> None:
@@ -211,7 +221,26 @@ def test_pods(ir: Ir) -> None:
             assert container.resources.accelerator.resource_count == "1"
             assert "/dev/shm" in mounts
             assert [t.key for t in pod.tolerations] == ["nvidia.com/gpu"]
-    assert gpu_steps == (set() if ir.compiled.is_launched else {"extract", "train", "infer"})
+    assert gpu_steps == {"extract", "train", "infer"} - ir.launched
+
+
+def test_a_group_is_trained_on_several_machines() -> None:
+    ir = parse(compile_pipeline("saev", MACHINES))
+    assert ir.launched == {"train"}
+    flags = dict(itertools.pairwise(ir.executors["exec-train"].container.args))
+    assert (flags["--machines"], flags["--queue"]) == ("3", "big")
+    settings = PodSettings.from_dict(json.loads(flags["--pods"]), source="--pods")
+    assert (settings.image, settings.gpus, settings.cpu) == (OPTIONS.image, 8, "16")
+    assert settings.timeout_seconds == MACHINES.timeout_seconds("train")
+    outcome = ir.spec.root.dag.tasks["outcome"].inputs.parameters["launched"]
+    assert outcome.runtime_value.constant.string_value == "trainjobs"
+    both = MACHINES.model_copy(update={"launch": "job"})
+    ir = parse(compile_pipeline("saev", both))
+    assert ir.launched == {"extract", "train", "infer", "summarise"}
+    outcome = ir.spec.root.dag.tasks["outcome"].inputs.parameters["launched"]
+    assert outcome.runtime_value.constant.string_value == "jobs,trainjobs"
+    one = OPTIONS.model_copy(update={"pods": PodOptions(train_nodes="1")})
+    assert compile_pipeline("saev", one).digest == compile_pipeline("saev", OPTIONS).digest
 
 
 def test_pods_are_as_the_parameters_say() -> None:
