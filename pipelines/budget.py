@@ -16,11 +16,11 @@ from saev.errors import ConfigError
 MOST = 900_000
 """Bytes of JSON. What is left of 1 MiB is for pods that are started again, 4 to 6 kB each."""
 
-_RUN = 160_000
+_RUN = 161_000
 """Bytes of what a run has once: the specification, its groups, the steps discover and outcome."""
-_DATASET = 121_000
+_DATASET = 124_000
 """Bytes of what each dataset has once: the steps plan, publish and report, and the loops."""
-_SLOT = 103_000
+_SLOT = 105_000
 """Bytes of one slot of each of the loops over extract, train and infer."""
 _SUMMARY = 41_000
 """Bytes of one slot of summarise, of which there are half as many."""
@@ -32,6 +32,9 @@ _PATCHES, _DRIVERS = 6, 2
 """How often the backend stores what changes a pod, and how often what its driver gets. The root
 stands twice in the first: as the step's argument, and in KFP's own list of inputs."""
 _USUAL_DATASETS = 10
+
+FOR_MORE = 'For more pods, set launch = "job" in cluster.toml, under [compile].'
+"""How a run gets more pods than its Workflow can hold."""
 
 
 def n_bytes(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
@@ -73,10 +76,11 @@ def check(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> None:
     given = " and ".join(f"{name} = {values[name]}" for name in names)
     fitting = [f"{name} = {most}" for name in names if (most := _most(pipeline, values, name))]
     remedy = f"What fits is {' or '.join(fitting)}" if fitting else "Split the sweep"
+    more = "" if pipeline.is_launched else f" {FOR_MORE}"
     raise ConfigError(
         f"With {given}, a run may take {size / 1e3:.0f} kB in Kubernetes, which keeps it in one "
         f"object of 1 MiB; {MOST // 1000} kB leave room for retries. {remedy}: a pod does several "
-        "parts one after the other."
+        f"parts one after the other.{more}"
     )
 
 

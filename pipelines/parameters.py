@@ -164,14 +164,16 @@ def _smaller(
 ) -> dict[str, tp.Any]:
     """The values with an n_parts that fits: earlier versions of saev took larger ones."""
     one = {"max_datasets": 1} if "max_datasets" in defaults else {}
-    wanted, full = values.get("n_parts", defaults.get("n_parts", 0)), {**defaults, **one, **values}
-    most = budget.most_parts(compiled, full) if wanted else 0
-    if not most or most >= wanted:
+    full = {**defaults, **one, **values}
+    if "n_parts" not in full or budget.n_bytes(compiled, full) <= budget.MOST:
+        return values
+    most = budget.most_parts(compiled, full)
+    if not most:
         return values
     logger.warning(
         "n_parts is %d instead of %d: with more pods, a run outgrows what Kubeflow can show of it "
-        "(docs/pipeline.md, the size of a run). A pod does several parts one after the other.",
-        most, wanted,
+        "(docs/pipeline.md, the size of a run). A pod does several parts one after the other. %s",
+        most, full["n_parts"], budget.FOR_MORE,
     )  # fmt: skip
     return {**values, "n_parts": most}
 

@@ -20,6 +20,20 @@ from saev.errors import ConfigError
 SUBMIT = ("submit", "--dataset", "s3://bucket/pets", "--config", "config.toml", "--no-check")
 
 
+CONFIG: dict[str, tp.Any] = {
+    "inference": {},
+    "shards": {
+        "ckpt": "test_vit/random", "family": "timm", "image_size": 64, "layers": [-1],
+        "max_tokens_per_shard": 204,
+    },
+    "train": {
+        "max_parallel": 1, "n_train": 600, "sae": {"d_sae": 64},
+        "train_data": {"val_fraction": 0.25},
+    },
+    "visuals": {"n_latents": 1},
+}  # fmt: skip
+
+
 @functools.cache
 def compiled(name: PipelineName, image: str = "saev:small1") -> Compiled:
     """A pipeline; compiling takes seconds."""
@@ -30,6 +44,16 @@ def complete(name: PipelineName = "saev", **values: tp.Any) -> dict[str, tp.Any]
     """What `make submit` would send."""
     required = {"root": "s3://b/saev", "config": {}, "dataset": "s3://b/x"}
     return parameters.complete(compiled(name), {**required, **values})
+
+
+# Runs on KFP 2.17.0 (stock manifests, Argo 4.0.5) in which every loop had all of its slots: as many
+# parts and SAEs in groups of their own. JSON of the whole Workflow at the end, when it was largest.
+@pytest.mark.parametrize(("n_parts", "measured"), [(4, 795_172)])
+def test_sizes_are_those_of_a_real_backend(n_parts: int, measured: int) -> None:
+    config = {**CONFIG, "sweep": {"sae": {"activation": {"top_k": list(range(2, n_parts + 2))}}}}
+    root = "s3://saev/small/saev-conformance-31aa26/out"
+    values = {"n_parts": n_parts, "root": root, "config": config}
+    assert budget.n_bytes(compiled("saev"), values) == pytest.approx(measured, rel=0.02)
 
 
 def test_the_pods_that_are_counted_are_those_of_the_pipeline() -> None:
@@ -98,5 +122,18 @@ def test_a_setting_of_an_earlier_version_goes_on(
     assert 4 <= sent < 16
     assert "instead of" not in client.ok(*SUBMIT, "--param", "n_parts=2").err
     assert kfp.runs[1]["runtime_config"]["parameters"]["n_parts"] == 2
-    assert f"What fits is n_parts = {sent}" in client.fails(*SUBMIT, "--param", "n_parts=16")
+    refused = client.fails(*SUBMIT, "--param", "n_parts=16")
+    assert f"What fits is n_parts = {sent}" in refused
+    assert 'For more pods, set launch = "job" in cluster.toml' in refused
     assert len(kfp.runs) == 2
+
+
+def test_pods_of_a_job_are_no_part_of_the_object(
+    client: Client, kfp: KfpServer, home: Path
+) -> None:
+    text = '[parameters]\nn_parts = 64\n[compile]\nlaunch = "job"\n'
+    home.joinpath("cluster.toml").write_text(text)
+    assert "instead of" not in client.ok(*SUBMIT).err
+    client.ok(*SUBMIT, "--param", "n_parts=200")
+    sent = [run["runtime_config"]["parameters"]["n_parts"] for run in kfp.runs]
+    assert sent == [64, 200]
