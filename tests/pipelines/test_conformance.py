@@ -1,7 +1,10 @@
 """The conformance suite itself: what it starts, what it says, and that it leaves nothing."""
 
+import base64
 import contextlib
+import gzip
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ import pytest
 import yaml
 from conformance import facts, inside, jobs, probes, schedules, table
 from conformance.cluster import Cluster
+from conformance.table import Failed, NotRun
 from kfp_server import KfpServer
 from kube_server import KubeServer
 
@@ -147,6 +151,38 @@ def test_the_storages_program(tmp_path: Path) -> None:
     assert run(f"{folder}/_SUCCESS", "read") == "yes"
     run(folder, "delete")
     assert run(folder, "list") == []
+
+
+# --- The size of a run ------------------------------------------------------------------------
+
+
+def test_the_size_of_a_runs_object_is_compared(
+    cluster: Cluster, kube: KubeServer, home: Path
+) -> None:
+    """Also where Argo has compressed its nodes: gzip, in base64."""
+    mine = jobs.Jobs(cluster)
+    mine.first = "run-1"
+    with pytest.raises(NotRun, match="Argo has deleted"):
+        mine.size()
+
+    def add(n_bytes: int, *, packed: bool) -> None:
+        nodes = {"a": {"name": "x" * n_bytes}, "b": {"name": "y"}}
+        text = gzip.compress(json.dumps(nodes).encode())
+        status = (
+            {"compressedNodes": base64.b64encode(text).decode()} if packed else {"nodes": nodes}
+        )
+        labels = {"pipeline/runid": "run-1"}
+        kube.add("workflows", "saev-1", "kubeflow", labels=labels, spec={}, status=status)
+
+    for packed in (False, True):
+        add(400_000, packed=packed)
+        assert re.match(r"400 kB in 2 nodes, reckoned 5\d\d kB; n_parts = [45] st", mine.size())
+        found = cluster.workflow("run-1")
+        assert found is not None
+        assert found.is_packed == packed
+        add(700_000, packed=packed)
+        with pytest.raises(Failed, match="700 kB in 2 nodes, reckoned 5"):
+            mine.size()
 
 
 # --- The cluster -------------------------------------------------------------------------------
