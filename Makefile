@@ -135,7 +135,7 @@ schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON=
 schedules: setup ## List the schedules
 	$(PIPELINES) schedules $(MORE)
 
-unschedule: setup ## Delete a schedule: NAME=… [WAIT=1: when its runs are over]
+unschedule: setup ## Delete a schedule: NAME=… [WAIT=1: when its firing is over]
 	$(PIPELINES) unschedule "$$NAME" $$([ "$${WAIT:-0}" = 0 ] || echo --wait) $(MORE)
 
 list: setup ## List the newest runs

@@ -11,6 +11,7 @@ compiled for.
 
 from components.discover import discover
 from components.extract import extract
+from components.fire import fire
 from components.infer import infer
 from components.launch import launch, launch_machines
 from components.outcome import outcome
@@ -23,6 +24,7 @@ from components.train import train
 __all__ = [
     "discover",
     "extract",
+    "fire",
     "infer",
     "launch",
     "launch_machines",

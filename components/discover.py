@@ -1,4 +1,4 @@
-"""Which datasets there are to process."""
+"""Which images there are to process."""
 
 from kfp import dsl
 
@@ -11,31 +11,21 @@ def discover(
     root: str,
     config: dict,
     owner: str,
-    mode: str,
-    marker: str,
-    settle_minutes: float,
+    claim: dict,
     claim_hours: float,
-    max_datasets: int,
     job: dsl.OutputPath(str),
-    jobs: dsl.OutputPath(list),
 ):
-    """Find datasets, fingerprint their listings, claim what is not processed, and write down jobs.
+    """Fingerprint the listing of a dataset, claim it, and write down the job.
 
     Args:
-        dataset: URL of a dataset (mode one), or of the folder whose folders are datasets (mode
-            incoming). Empty: the images that the config's [data] table names.
+        dataset: URL of the dataset; empty: the images that the config's [data] table names.
         root: URL of the storage root.
         config: what `saev run --config` takes, as JSON. It is stored below the root, so that no
             other step has it as an input.
-        owner: id of the pipeline run; claims are made in its name.
-        mode: one or incoming.
-        marker: name of the object whose presence says that a dataset is complete; empty goes by
-            settle_minutes.
-        settle_minutes: a dataset is complete when nothing in it has changed for so long.
+        owner: id of the pipeline run; the claim is made in its name.
+        claim: what a firing has claimed for this run; {} claims now.
         claim_hours: how long a claim holds if its owner is not heard of.
-        max_datasets: most datasets of one firing.
-        job: URL of the first dataset's job.
-        jobs: URLs of all jobs.
+        job: URL of the job.
     """
     return spec(
         CPU_IMAGE,
@@ -44,11 +34,7 @@ def discover(
         root=root,
         config=config,
         owner=owner,
-        mode=mode,
-        marker=marker,
-        settle_minutes=settle_minutes,
+        claim=claim,
         claim_hours=claim_hours,
-        max_datasets=max_datasets,
         to_job=job,
-        to_jobs=jobs,
     )

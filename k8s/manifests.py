@@ -157,7 +157,9 @@ def patches(plan: Plan, components: tp.Sequence[str]) -> list[Json]:
         replace("PersistentVolumeClaim", "saev-data", key, plan.storage_class, "add")
     if plan.kfp_namespace != "kubeflow":
         selector = "namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
-        replace("NetworkPolicy", "saev-kfp", f"/spec/egress/0/to/0/{selector}", plan.kfp_namespace)
+        for policy in ("saev-kfp", "saev-schedule"):
+            key = f"/spec/egress/0/to/0/{selector}"
+            replace("NetworkPolicy", policy, key, plan.kfp_namespace)
         if "dedicated" in components:
             for policy in ("kfp-runs", "kfp-profile"):
                 key = f"/spec/egress/0/to/0/{selector}"

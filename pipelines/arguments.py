@@ -140,7 +140,7 @@ class Unschedule(Config):
     name: tyro.conf.Positional[str]
     """Its name or id."""
     wait: bool = False
-    """Wait until its runs are over, then delete it."""
+    """Wait until its firing is over, then delete it. The runs that firings started stay."""
     force: bool = False
     """Delete it though runs of it go on. KFP before 2.16 ends them, and their claims expire."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)

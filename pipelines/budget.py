@@ -16,10 +16,8 @@ from saev.errors import ConfigError
 MOST = 900_000
 """Bytes of JSON. What is left of 1 MiB is for pods that are started again, 4 to 6 kB each."""
 
-_RUN = 161_000
-"""Bytes of what a run has once: the specification, its groups, the steps discover and outcome."""
-_DATASET = 124_000
-"""Bytes of what each dataset has once: the steps plan, publish and report, and the loops."""
+_RUN = 285_000
+"""Bytes of what a run has once: the specification, its groups and loops, the steps outside them."""
 _SLOT = 105_000
 """Bytes of one slot of each of the loops over extract, train and infer."""
 _SUMMARY = 41_000
@@ -31,7 +29,6 @@ _LOOPS, _STEPS = 3, 5
 _PATCHES, _DRIVERS = 6, 2
 """How often the backend stores what changes a pod, and how often what its driver gets. The root
 stands twice in the first: as the step's argument, and in KFP's own list of inputs."""
-_USUAL_DATASETS = 10
 
 FOR_MORE = 'For more pods, set launch = "job" in cluster.toml, under [compile].'
 """How a run gets more pods than its Workflow can hold."""
@@ -42,14 +39,13 @@ def n_bytes(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
 
     Args:
         pipeline: what is run.
-        values: its parameters, among them n_parts and, of saev-incoming, max_datasets.
+        values: its parameters, among them n_parts.
     """
     # A Job's pods are no part of the Workflow, and the step that launches them is one pod of it.
     n_parts = 1 if pipeline.is_launched else int(values["n_parts"])
-    n_datasets = int(values.get("max_datasets", 1))
     n_summaries = max(1, n_parts // 2)
-    size = _RUN + n_datasets * (_DATASET + n_parts * _SLOT + n_summaries * _SUMMARY)
-    n_pods = n_datasets * (_STEPS + n_parts * _LOOPS + n_summaries)
+    size = _RUN + n_parts * _SLOT + n_summaries * _SUMMARY
+    n_pods = _STEPS + n_parts * _LOOPS + n_summaries
     images = re.findall(r"^ +image: (\S+)$", pipeline.text, re.MULTILINE)
     longer = 2 * _PATCHES * (len(str(values.get("root", ""))) - _ROOT)
     longer += (_PATCHES + _DRIVERS) * (max(map(len, images)) - _IMAGE)
@@ -64,7 +60,9 @@ def _of_config(config: tp.Any) -> int:
 
 def most_parts(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
     """The largest n_parts that fits, 0 if none does. Arguments: as of :func:`n_bytes`."""
-    return _most(pipeline, {**values, "n_parts": MOST // _SLOT}, "n_parts")
+    smaller = range(MOST // _SLOT, 0, -1)
+    fits = (n for n in smaller if n_bytes(pipeline, {**values, "n_parts": n}) <= MOST)
+    return next(fits, 0)
 
 
 def check(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> None:
@@ -72,25 +70,11 @@ def check(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> None:
     size = n_bytes(pipeline, values)
     if size <= MOST:
         return
-    names = [name for name in ("n_parts", "max_datasets") if name in values]
-    given = " and ".join(f"{name} = {values[name]}" for name in names)
-    fitting = [f"{name} = {most}" for name in names if (most := _most(pipeline, values, name))]
-    remedy = f"What fits is {' or '.join(fitting)}" if fitting else "Split the sweep"
+    most = most_parts(pipeline, values)
+    remedy = f"What fits is n_parts = {most}" if most else "Split the sweep"
     more = "" if pipeline.is_launched else f" {FOR_MORE}"
     raise ConfigError(
-        f"With {given}, a run may take {size / 1e3:.0f} kB in Kubernetes, which keeps it in one "
-        f"object of 1 MiB; {MOST // 1000} kB leave room for retries. {remedy}: a pod does several "
-        f"parts one after the other.{more}"
+        f"With n_parts = {values['n_parts']}, a run may take {size / 1e3:.0f} kB in Kubernetes, "
+        f"which keeps it in one object of 1 MiB; {MOST // 1000} kB leave room for retries. "
+        f"{remedy}: a pod does several parts one after the other.{more}"
     )
-
-
-def usual_datasets(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
-    """max_datasets where nobody sets it: as many as fit beside n_parts, at least 1, at most 10."""
-    return _most(pipeline, {**values, "max_datasets": _USUAL_DATASETS}, "max_datasets") or 1
-
-
-def _most(pipeline: Compiled, values: tp.Mapping[str, tp.Any], name: str) -> int:
-    """The largest value of one parameter that fits beside the others; 0 if none does."""
-    smaller = range(int(values[name]), 0, -1)
-    fits = (n for n in smaller if n_bytes(pipeline, {**values, name: n}) <= MOST)
-    return next(fits, 0)

@@ -17,10 +17,10 @@ import kfp_server_api
 import urllib3
 
 from pipelines import forward
-from pipelines.explain import LoginPageError, Server, explained, understood
 from pipelines.kube import Kube
 from pipelines.settings import Settings
 from saev.errors import ConfigError
+from saev.launch.explain import LoginPageError, Server, explained, understood
 
 # The path that KFP documents for tokens that a pod mounts for it.
 POD_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"
@@ -74,7 +74,7 @@ class Kfp:
         self.server = _server(settings, shown)
 
     def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """See :func:`pipelines.explain.explained`."""
+        """See :func:`saev.launch.explain.explained`."""
         return explained(self.server, doing)
 
     def check(self) -> None:
@@ -150,6 +150,11 @@ def _open(settings: Settings, stack: contextlib.ExitStack) -> Kfp:
     address = stack.enter_context(forward.to_service(kube, "ml-pipeline", API_PORT))
     shown = f"service/ml-pipeline in namespace {settings.kfp_namespace} of {kube.server.address}"
     return Kfp(settings, address, settings.ui or FORWARDED_UI, bearer, shown)
+
+
+def in_cluster(settings: Settings) -> str:
+    """URL of the API for pods of its cluster, whatever the cluster's domain is."""
+    return f"http://ml-pipeline.{settings.kfp_namespace}:{API_PORT}"
 
 
 def is_in_cluster() -> bool:

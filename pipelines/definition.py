@@ -2,7 +2,7 @@
 
     saev            discover → plan → extract × slots → publish → train × slots → infer × slots
                     → summarise × slots → report
-    saev-incoming   discover → the same for each new dataset below a prefix
+    saev-incoming   fire, which starts a run of saev for each new dataset below a prefix
 
 A loop runs over the slots that a step before it planned, of which there are at most ``n_parts``
 however much there is to do; an empty list is a loop of no pods, which is how work that is done
@@ -132,6 +132,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
         dataset: str = "",
         n_parts: int = 4,
         claim_hours: float = 24.0,
+        claim: dict = {},  # noqa: B006
     ) -> None:
         """Process one dataset.
 
@@ -141,55 +142,60 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             dataset: URL of the folder of images; empty takes the config's [data] as it is.
             n_parts: most pods of each step; a pod does several parts one after the other.
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
+            claim: what the firing of a schedule that started this run has claimed for it.
         """
         graph = _Graph(options)
         with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
-            found = graph.discover(root, config, dataset, "one", "", 0.0, claim_hours, 1)
+            found = graph.discover(root, config, dataset, claim, claim_hours)
             graph.process(found.outputs["job"], n_parts)
 
     return saev
 
 
 def _incoming(options: CompileOptions) -> base_component.BaseComponent:
-    @dsl.pipeline(name="process-dataset")
-    def process_dataset(job: str, n_parts: int) -> None:
-        _Graph(options).process(job, n_parts)
-
     @dsl.pipeline(
         name="saev-incoming",
-        description="The same as saev, for every complete and new dataset below a prefix.",
+        description="Start a run of saev for every complete and new dataset below a prefix.",
     )
     def saev_incoming(
         dataset: str,
         root: str,
         config: dict,
+        start: dict = {},  # noqa: B006 - KFP reads it
         marker: str = "",
         settle_minutes: float = 60.0,
         claim_hours: float = 24.0,
         max_datasets: int = 4,
-        n_parts: int = 4,
-    ) -> None:
-        """Process what is new below a prefix.
+        max_retries: int = 2,
+    ) -> list:
+        """Start what is new below a prefix.
 
         Args:
             dataset: URL of the folder whose folders are the datasets.
             root: URL of the storage root, such as s3://bucket/saev or /data/saev on a volume.
             config: what `saev run --config` takes, as JSON, with its sweep in the table `sweep`.
+            start: what is started for each dataset, and where; `make schedule` fills it in.
             marker: name of the object that a writer puts into a dataset last, such as _SUCCESS;
                 empty goes by settle_minutes.
             settle_minutes: a dataset is complete when nothing in it has changed for so long.
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
-            max_datasets: most datasets of one firing; the others wait for the next.
-            n_parts: most pods of each step; a pod does several parts one after the other.
+            max_datasets: most runs of datasets that are unfinished at a time; others wait.
+            max_retries: how often later firings retry a run whose pods were lost or that failed
+                for a reason that may pass.
         """
-        graph = _Graph(options)
-        with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
-            found = graph.discover(
-                root, config, dataset, "incoming", marker, settle_minutes, claim_hours, max_datasets
-            )
-            jobs = found.outputs["jobs"]
-            with dsl.ParallelFor(jobs, name="datasets", parallelism=options.parallelism) as job:
-                process_dataset(job=job, n_parts=n_parts).set_caching_options(False)
+        task = components.fire(
+            dataset=dataset,
+            root=root,
+            config=config,
+            owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            marker=marker,
+            settle_minutes=settle_minutes,
+            claim_hours=claim_hours,
+            max_datasets=max_datasets,
+            max_retries=max_retries,
+            start=start,
+        )
+        return _Graph(options).pod(task, "fire").outputs["runs"]
 
     return saev_incoming
 
@@ -211,44 +217,33 @@ class _Graph:
         task = components.outcome(
             root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=",".join(launched)
         )
-        return self._pod(task, "outcome")
+        return self.pod(task, "outcome")
 
     def discover(
-        self,
-        root: Channel,
-        config: Channel,
-        dataset: Channel,
-        mode: str,
-        marker: Channel,
-        settle_minutes: Channel,
-        claim_hours: Channel,
-        max_datasets: Channel,
+        self, root: Channel, config: Channel, dataset: Channel, claim: Channel, hours: Channel
     ) -> pipeline_task.PipelineTask:
-        """Which datasets."""
+        """Which images, and whose they are."""
         task = components.discover(
             root=root,
             config=config,
             owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             dataset=dataset,
-            mode=mode,
-            marker=marker,
-            settle_minutes=settle_minutes,
-            claim_hours=claim_hours,
-            max_datasets=max_datasets,
+            claim=claim,
+            claim_hours=hours,
         )
-        return self._pod(task, "discover")
+        return self.pod(task, "discover")
 
     def process(self, job: Channel, n_parts: Channel) -> None:
         """Everything that is done with one dataset."""
         pods = self._options.pods
-        planned = self._pod(components.plan(job=job, n_parts=n_parts), "plan")
+        planned = self.pod(components.plan(job=job, n_parts=n_parts), "plan")
         extracted = self._slots("extract", job, planned, gpus=pods.gpu_count)
         task = components.publish(job=job, n_parts=n_parts).after(extracted)
-        published = self._pod(task, "publish")
+        published = self.pod(task, "publish")
         trained = self._slots("train", job, published, gpus=pods.train_gpus)
         inferred = self._slots("infer", job, published, trained, gpus=pods.gpu_count)
         summarised = self._slots("summarise", job, published, inferred)
-        self._pod(components.report(job=job).after(summarised), "report")
+        self.pod(components.report(job=job).after(summarised), "report")
 
     def _slots(
         self,
@@ -264,15 +259,15 @@ class _Graph:
         how = self._settings(step, gpus).model_dump(exclude_unset=True)
         if options.launch == "job" and machines == 1:
             make = components.launch(step, how, options.parallelism, options.pods.queue)
-            return self._pod(make(job=job).after(planned, *after), step, launches=True)
+            return self.pod(make(job=job).after(planned, *after), step, launches=True)
         with dsl.ParallelFor(
             planned.outputs[step], name=f"{step}-all", parallelism=options.parallelism
         ) as slot:
             if machines > 1:
                 make = components.launch_machines(how, machines, options.pods.queue)
-                return self._pod(make(job=job, slot=slot).after(*after), step, launches=True)
+                return self.pod(make(job=job, slot=slot).after(*after), step, launches=True)
             task = getattr(components, step)(job=job, slot=slot).after(*after)
-            return self._pod(task, step, gpus=gpus)
+            return self.pod(task, step, gpus=gpus)
 
     def _settings(self, step: str, gpus: str) -> PodSettings:
         """What :meth:`_pod` says to KFP, for pods that a step makes itself."""
@@ -294,7 +289,7 @@ class _Graph:
             **more,
         )
 
-    def _pod(
+    def pod(
         self,
         task: pipeline_task.PipelineTask,
         step: str,

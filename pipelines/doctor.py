@@ -79,6 +79,9 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         account = settings.service_account
         launches = settings.compile.get("launch") == "job"
         yield from doctor_access.service_account(kube, namespace, account, launches=launches)
+        yield from doctor_access.schedule_account(
+            kube, namespace, is_multi_user=bool(kfp and kfp.multi_user)
+        )
         pods, finding = _parameters(settings)
         yield finding
         yield from doctor_nodes.gpus(kube, pods)

@@ -47,6 +47,16 @@ STEPS = (
     Right("get", "secrets", name="mlpipeline-minio-artifact"),
 )
 """What the pods of a run need, as k8s/base/role.yaml explains."""
+STARTING = tuple(
+    Right(verb, "runs", "pipelines.kubeflow.org") for verb in ("create", "get", "list", "retry")
+)
+"""What a multi-user KFP asks Kubernetes about the firings of schedules."""
+
+_IDENTITIES = (
+    "eks.amazonaws.com/role-arn", "iam.gke.io/gcp-service-account",
+    "azure.workload.identity/client-id",
+)  # fmt: skip
+"""Annotations by which clouds give the pods of a service account access to storage."""
 
 
 JOBS = (
@@ -95,34 +105,81 @@ def service_account(
         launches: whether steps make Jobs.
     """
     what = f"service account {name}"
-    install = f"`make install OVERLAY=… NAMESPACE={namespace}` makes it and its Role."
     try:
-        with kube.explained(f"look at service account {name}"):
-            kube.core.read_namespaced_service_account(name, namespace)
+        if _account(kube, namespace, name) is None:
+            yield fail(what, f"it does not exist in {namespace}", _install(namespace))
+            return
     except ClusterError as err:
-        if err.status == 404:
-            yield fail(what, f"it does not exist in {namespace}", install)
-        else:
-            yield warn(what, str(err), "")
+        yield warn(what, str(err), "")
         return
     wanted = (*STEPS, *JOBS) if launches else STEPS
+    yield _rights(kube, namespace, name, wanted, "things that steps need")
+
+
+def schedule_account(
+    kube: Kube, namespace: str, *, is_multi_user: bool
+) -> collections.abc.Iterator[Finding]:
+    """The same of the account of the firings of schedules, and whether it reaches the storage."""
+    name = kube.settings.schedule_account
+    what = f"service account {name}"
+    try:
+        found = _account(kube, namespace, name)
+        steps = _account(kube, namespace, kube.settings.service_account)
+    except ClusterError as err:
+        yield warn(what, str(err), "")
+        return
+    if found is None:
+        missing = f"it does not exist in {namespace}; only schedules need it"
+        yield warn(what, missing, _install(namespace))
+        return
+    token = Right("create", "serviceaccounts/token", name=name)
+    rights = (*STEPS, *STARTING, token) if is_multi_user else STEPS
+    yield _rights(kube, namespace, name, rights, "things that firings of schedules need")
+    theirs, ours = ((account and account.metadata.annotations) or {} for account in (steps, found))
+    lacking = [key for key in _IDENTITIES if key in theirs and key not in ours]
+    if lacking:
+        yield fail(
+            f"storage access of {name}",
+            f"{kube.settings.service_account} has the annotation {lacking[0]}, {name} has not",
+            f"`kubectl annotate serviceaccount -n {namespace} {name} "
+            f"{lacking[0]}={theirs[lacking[0]]}`, and let the role trust it too (docs/cluster.md).",
+        )
+
+
+def _install(namespace: str) -> str:
+    return f"`make install OVERLAY=… NAMESPACE={namespace}` makes it and its Role."
+
+
+def _account(kube: Kube, namespace: str, name: str) -> tp.Any:
+    """A service account, None if there is none of the name. Raises ClusterError."""
+    try:
+        with kube.explained(f"look at service account {name}"):
+            return kube.core.read_namespaced_service_account(name, namespace)
+    except ClusterError as err:
+        if err.status == 404:
+            return None
+        raise
+
+
+def _rights(
+    kube: Kube, namespace: str, name: str, wanted: tuple[Right, ...], purpose: str
+) -> Finding:
+    what = f"service account {name}"
     try:
         lacking = refused(kube, namespace, name, wanted)
     except ClusterError as err:
         if err.status == 403:
-            yield ok(what, "it exists; you may not ask what it is allowed to do")
-        else:
-            yield warn(what, str(err), "")
-        return
+            return ok(what, "it exists; you may not ask what it is allowed to do")
+        return warn(what, str(err), "")
     if not lacking:
-        yield ok(what, f"it exists and may do all {len(wanted)} things that steps need")
-        return
+        return ok(what, f"it exists and may do all {len(wanted)} {purpose}")
+    remedy = _install(namespace)
     if set(lacking) <= set(JOBS):
-        install = (
+        remedy = (
             f'launch = "job" needs this: `make install OVERLAY=… NAMESPACE={namespace} '
             'COMPONENTS="… jobs"` gives it; or leave launch at "loop".'
         )
-    yield fail(what, f"it may not {', '.join(map(str, lacking))}", install)
+    return fail(what, f"it may not {', '.join(map(str, lacking))}", remedy)
 
 
 def refused(

@@ -1,15 +1,8 @@
 """Errors of the client: what a cluster refused, or what a run came to."""
 
-from saev.errors import SaevError
+from saev.errors import ClusterError, SaevError
 
-
-class ClusterError(SaevError):
-    """Kubeflow Pipelines or Kubernetes cannot be reached, or refused a request."""
-
-    def __init__(self, message: str, *, status: int = 0):
-        super().__init__(message)
-        self.status = status
-        """The HTTP status; 0 where there was no answer."""
+__all__ = ["ClusterError", "RunFailedError"]
 
 
 class RunFailedError(SaevError):

@@ -9,9 +9,9 @@ import urllib3
 import yaml
 from kubernetes import client, config
 
-from pipelines.explain import Server, explained, understood
 from pipelines.settings import Settings
 from saev.errors import ConfigError
+from saev.launch.explain import Server, explained, understood
 
 
 class _Client(client.ApiClient):
@@ -72,7 +72,7 @@ class Kube:
         return tp.cast(dict[str, tp.Any], found["components"]["schemas"])
 
     def explained(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """See :func:`pipelines.explain.explained`."""
+        """See :func:`saev.launch.explain.explained`."""
         return explained(self.server, doing)
 
 

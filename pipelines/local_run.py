@@ -32,6 +32,9 @@ from saev.config.run import RunFile
 from saev.config.stages import images_of, resolve
 from saev.errors import ConfigError
 
+_MOST_DATASETS = 10
+"""Of one call, where nobody says how many."""
+
 
 def run(cfg: RunLocal) -> str:
     """Run the pipeline.
@@ -52,14 +55,16 @@ def run(cfg: RunLocal) -> str:
         raise ConfigError(f"The dataset {dataset} does not exist. Check the path.")
     resolve(file, root, images_of(file, dataset), source)
     options = CompileOptions(image=cfg.image, cpu_image=cfg.cpu_image, retries=0)
-    pairs = parameters.parse(cfg.param)
-    arguments = {
+    values: dict[str, tp.Any] = {
         "dataset": dataset,
         "root": root,
         "config": prepare.plain(file, source),
         "n_parts": cfg.n_parts,
-        **parameters.check(compile_pipeline(cfg.pipeline, options), pairs, "--param"),
     }
+    firing, one = (compile_pipeline(name, options) for name in ("saev-incoming", "saev"))
+    pipeline = one if cfg.pipeline == "saev" else prepare.both(firing, one)
+    pairs = parameters.parse(cfg.param)
+    values |= parameters.check(pipeline, pairs, "--param")
     parameters.check_pods(pairs, "--param")  # what pods are like does not count here
     outputs = Path(cfg.outputs).absolute()
     outputs.mkdir(parents=True, exist_ok=True)
@@ -67,8 +72,31 @@ def run(cfg: RunLocal) -> str:
     runner.check()
     # Steps report on standard error; kfp prints its own account of them.
     with runner.stopped_by_signals(), contextlib.redirect_stdout(io.StringIO()):
-        _walk(cfg.pipeline, options, arguments, runner, outputs)
+        if cfg.pipeline == "saev":
+            _walk("saev", options, values, runner, outputs)
+        else:
+            of_firing, of_run = prepare.divided(firing, one, values)
+            of_run |= {k: values[k] for k in ("root", "config", "claim_hours") if k in values}
+            _fire(options, of_firing, of_run, runner, outputs)
     return storage.join(root, "index.html")
+
+
+def _fire(
+    options: CompileOptions,
+    of_firing: dict[str, tp.Any],
+    of_run: dict[str, tp.Any],
+    runner: Runner,
+    outputs: Path,
+) -> None:
+    """What a firing and Kubeflow do on a cluster. A dataset is claimed when its turn has come."""
+    for _ in range(of_firing.get("max_datasets", _MOST_DATASETS)):
+        one_more = {**of_firing, "max_datasets": 1}
+        started = _walk("saev-incoming", options, one_more, runner, outputs)
+        if not started:
+            return
+        for run in started:
+            own = {key: run[key] for key in ("dataset", "claim")}
+            _walk("saev", options, {**of_run, **own}, runner, outputs)
 
 
 def _runner(cfg: RunLocal, mounts: list[docker.types.Mount]) -> Runner:
@@ -90,7 +118,9 @@ def _walk(
     arguments: dict[str, tp.Any],
     runner: Runner,
     outputs: Path,
-) -> None:
+) -> tp.Any:
+    """Run a pipeline. Returns its output, None if it has none."""
+
     def run_task(handler: docker_task_handler.DockerTaskHandler) -> kfp_status.Status:
         code = runner.run(handler.image, handler.full_command, handler.pipeline_root)
         return kfp_status.Status.SUCCESS if code == 0 else kfp_status.Status.FAILURE
@@ -109,7 +139,7 @@ def _walk(
         # kfp warns of settings that only a cluster heeds.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build(name, options)(**arguments)
+            done = build(name, options)(**arguments)
     except RuntimeError as err:
         if runner.interrupted:
             raise KeyboardInterrupt from err
@@ -122,6 +152,7 @@ def _walk(
             setattr(module, attribute, original)
     if runner.interrupted:
         raise KeyboardInterrupt
+    return next(iter(done.outputs.values()), None)
 
 
 # --- What the containers see ---------------------------------------------------------------------

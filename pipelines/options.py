@@ -11,7 +11,7 @@ PIPELINES: tuple[str, ...] = ("saev", "saev-incoming")
 PipelineName = tp.Literal["saev", "saev-incoming"]
 
 _HOURS: dict[str, float] = {
-    "discover": 1, "plan": 2, "extract": 48, "publish": 6, "train": 168, "infer": 48,
+    "fire": 1, "discover": 1, "plan": 2, "extract": 48, "publish": 6, "train": 168, "infer": 48,
     "summarise": 24, "report": 2, "outcome": 1,
 }  # fmt: skip
 

@@ -41,6 +41,8 @@ PODS: dict[str, Parameter] = {
     for default in [field.get_default(call_default_factory=True)]
 }
 """What users set like parameters, and what is compiled into the pipeline."""
+_INTERNAL = ("claim", "start")
+"""What schedules and their firings say to the runs that they start; no user does."""
 _LARGEST = 100_000
 """Characters of the config: a pod gets it as one argument, which Linux limits to 128 KiB."""
 
@@ -103,17 +105,17 @@ def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[st
         ConfigError: an unknown name or a value of the wrong kind.
     """
     checked = {}
+    known = {key: p for key, p in compiled.parameters.items() if key not in _INTERNAL}
     for key, value in values.items():
         if key in PODS:
             continue
-        parameter = compiled.parameters.get(key)
-        if parameter is None:
-            known = [*compiled.parameters, *PODS]
+        if key not in known:
+            names = [*known, *PODS]
             raise ConfigError(
                 f"Pipeline {compiled.name} has no parameter {key!r} ({source})."
-                f"{did_you_mean(key, known)} It has: {', '.join(known)}."
+                f"{did_you_mean(key, names)} It has: {', '.join(names)}."
             )
-        checked[key] = _value(key, value, parameter, source)
+        checked[key] = _value(key, value, known[key], source)
     return checked
 
 
@@ -127,7 +129,7 @@ def check_pods(values: tp.Mapping[str, tp.Any], source: str) -> dict[str, tp.Any
 def complete(
     compiled: Compiled, values: dict[str, tp.Any], *, chosen: tp.Container[str] = ("n_parts",)
 ) -> dict[str, tp.Any]:
-    """The checked values, if none is missing; ``max_datasets`` is as many as fit into one run.
+    """The checked values, if none is missing.
 
     Args:
         compiled: the pipeline.
@@ -152,9 +154,6 @@ def complete(
     defaults = {key: p.default for key, p in compiled.parameters.items() if not p.required}
     if "n_parts" not in chosen:
         values = _smaller(compiled, values, defaults)
-    if "max_datasets" in defaults and "max_datasets" not in values:
-        usual = budget.usual_datasets(compiled, {**defaults, **values})
-        values = {**values, "max_datasets": usual}
     budget.check(compiled, {**defaults, **values})
     return values
 
@@ -163,8 +162,7 @@ def _smaller(
     compiled: Compiled, values: dict[str, tp.Any], defaults: dict[str, tp.Any]
 ) -> dict[str, tp.Any]:
     """The values with an n_parts that fits: earlier versions of saev took larger ones."""
-    one = {"max_datasets": 1} if "max_datasets" in defaults else {}
-    full = {**defaults, **one, **values}
+    full = {**defaults, **values}
     if "n_parts" not in full or budget.n_bytes(compiled, full) <= budget.MOST:
         return values
     most = budget.most_parts(compiled, full)
@@ -228,6 +226,8 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
         raise wrong("a whole number of machines, at least 1")
     if key in ("n_parts", "max_datasets") and value < 1:
         raise wrong("at least 1")
+    if key == "max_retries" and value < 0:
+        raise wrong("at least 0")
     if key in ("storage_secret", "config_map", "pvc_name", "image_pull_secret"):
         if not _NAME.fullmatch(value):
             raise wrong("a Kubernetes name: small letters, digits, dashes and dots")

@@ -13,6 +13,8 @@ from saev.errors import ConfigError
 
 _FILE = "cluster.toml [parameters]"
 _FLAG = "--param"
+_OF_FIRINGS = frozenset({"root", "dataset", "config", "claim", "claim_hours"})
+"""Parameters that a firing gives to the runs that it starts, as it knows them itself."""
 
 
 class Job(tp.NamedTuple):
@@ -22,6 +24,8 @@ class Job(tp.NamedTuple):
     parameters: dict[str, tp.Any]
     pods: PodOptions
     """How its pods are made, which is compiled."""
+    started: "Job | None" = None
+    """What each firing of a schedule starts: of it, only the parameters that no firing knows."""
 
 
 def compiled(
@@ -108,7 +112,9 @@ def job(
         place(str(images.root), f"data.root of {source}", settings)
     resolve(file, root, images, source)
     given = parameters.parse(pairs)
-    pipeline = compiled(name, settings, given)
+    own = compiled(name, settings, given)
+    started = compiled("saev", settings, given) if name == "saev-incoming" else None
+    pipeline = both(own, started) if started else own
     usual = usual_parameters(pipeline, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
     values = {
@@ -116,8 +122,27 @@ def job(
         **parameters.check(pipeline, given, _FLAG),
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
-    complete = parameters.complete(pipeline, values, chosen=given)
-    return Job(pipeline, complete, pods(settings, given))
+    values = parameters.complete(pipeline, values, chosen=given)
+    how = pods(settings, given)
+    if started is None:
+        return Job(own, values, how)
+    of_firing, of_run = divided(own, started, values)
+    return Job(own, of_firing, how, Job(started, of_run, how))
+
+
+def both(firing: Compiled, started: Compiled) -> Compiled:
+    """A schedule's pipeline as its user sees it: with the parameters of the runs that it starts."""
+    parameters_of_both = {**started.parameters, **firing.parameters}
+    return started._replace(name=firing.name, parameters=parameters_of_both)
+
+
+def divided(
+    firing: Compiled, started: Compiled, values: dict[str, tp.Any]
+) -> tuple[dict[str, tp.Any], dict[str, tp.Any]]:
+    """Of values for both, those of a firing and those of the runs that it starts."""
+    own = {key: value for key, value in values.items() if key in firing.parameters}
+    theirs = {key: value for key, value in values.items() if key in started.parameters}
+    return own, {key: value for key, value in theirs.items() if key not in _OF_FIRINGS}
 
 
 def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any]:

@@ -95,6 +95,32 @@ def find(kfp: Kfp, which: str) -> tp.Any:
     return get(kfp, found[0].run_id)
 
 
+def started_by(kfp: Kfp, firing: tp.Any) -> list[tp.Any]:
+    """The runs that a firing of a schedule started, newest first."""
+    found: list[tp.Any] = []
+    token = ""
+    while True:
+        with kfp.explained("list the runs that it started"):
+            answer = kfp.runs.run_service_list_runs(
+                page_size=_PAGE, page_token=token, sort_by="created_at desc", **kfp.in_namespace
+            )
+        for run in answer.runs or []:
+            if run.created_at < firing.created_at:
+                return found
+            if _claim(run).get("run") == firing.run_id:
+                found.append(run)
+        token = answer.next_page_token or ""
+        if not token:
+            return found
+
+
+def _claim(run: tp.Any) -> dict[str, tp.Any]:
+    """What a firing said to a run that it started; empty for other runs."""
+    values = (run.runtime_config and run.runtime_config.parameters) or {}
+    claim = values.get("claim")
+    return claim if isinstance(claim, dict) else {}
+
+
 def get(kfp: Kfp, run_id: str) -> tp.Any:
     """A run with its tasks."""
     with kfp.explained(f"look at run {run_id}"):
@@ -135,6 +161,21 @@ def show_list(kfp: Kfp, runs: list[tp.Any], console: rich.console.Console) -> No
     console.print(f"{kfp.ui}/#/runs", style="dim", highlight=False)
 
 
+def show_started(kfp: Kfp, firing: tp.Any, console: rich.console.Console) -> None:
+    """The runs that a firing started."""
+    found = started_by(kfp, firing)
+    if not found:
+        over = firing.state in steps.OVER
+        console.print("It started no runs." if over else "It has started no runs yet.")
+    for run in found:
+        made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
+        console.print(
+            f"started  {run.display_name} ({run.run_id}): {steps.state_of(run)}, "
+            f"{steps.duration(made, ended)}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     """A run and its steps."""
     made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
@@ -147,6 +188,8 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
         if value:
             console.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
     console.print(watch.table(run, launched.Looker(kfp).slots(run)))
+    if steps.is_firing(run):
+        show_started(kfp, run, console)
     if steps.state_of(run) == "failed":
         said = [f"KFP says: {text}" for text in steps.messages(run)]
         if steps.failing(run):

@@ -1,8 +1,9 @@
 """Recurring runs: a schedule has a name, and there is one of each name.
 
-KFP makes a recurring run the owner of the Workflows that it starts. Whoever deletes it deletes them
-with their pods: no exit handler runs, claims stay, and KFP calls the runs running for ever. So a
-schedule is switched off first, and deleted when none of its runs is active.
+KFP makes a recurring run the owner of the Workflows that it starts: its firings, not the runs on
+datasets, which those start. Whoever deletes it deletes them with their pods, and KFP calls the
+firings running for ever. So a schedule is switched off first, and deleted when no firing is active.
+(In version 0.1.0 a firing processed the datasets itself; such schedules may still be there.)
 """
 
 import datetime
@@ -15,11 +16,13 @@ import kfp_server_api
 import rich.console
 import rich.table
 
-from pipelines import cron, prepare, runs, steps, submit, watch
+from pipelines import connect, cron, prepare, runs, steps, submit, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
+from pipelines.kube import Kube
 from pipelines.settings import did_you_mean
 from saev import storage
+from saev.config.steps import Start
 from saev.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -43,16 +46,20 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool
         ClusterError: KFP refuses; the message says what there is now.
     """
     old = [item for item in existing(kfp) if item.display_name == name]
+    _check_account(kfp)
     version = submit.upload(kfp, job.compiled)
+    experiment = submit.experiment(kfp)
     body = kfp_server_api.V2beta1RecurringRun(
         display_name=name,
         description=submit.describe(job),
-        experiment_id=submit.experiment(kfp),
+        experiment_id=experiment,
         pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
             pipeline_id=version.pipeline_id, pipeline_version_id=version.version_id
         ),
-        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=job.parameters),
-        service_account=kfp.settings.service_account,
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(
+            parameters={**job.parameters, "start": _start(kfp, job, experiment)}
+        ),
+        service_account=kfp.settings.schedule_account,
         trigger=kfp_server_api.V2beta1Trigger(
             cron_schedule=kfp_server_api.V2beta1CronSchedule(cron=when.text)
         ),
@@ -74,13 +81,48 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool
         ) from err
     if busy:
         logger.warning(
-            "The old schedule %s is switched off and fires no more. It stays until its runs are "
+            "The old schedule %s is switched off and fires no more. It stays until its firings are "
             "over, as KFP would end them with it: %s. Then `make schedule` or `make unschedule` "
             "with this name deletes it.",
             name,
             _names(busy),
         )
     return made
+
+
+def _check_account(kfp: Kfp) -> None:
+    """Raise ClusterError if the firings' service account is certainly not there.
+
+    Who reaches KFP without a kubeconfig, or may not look, is told nothing.
+    """
+    name = kfp.settings.schedule_account
+    try:
+        kube = Kube(kfp.settings)
+        with kube.explained(f"look at service account {name}"):
+            kube.core.read_namespaced_service_account(name, kfp.pods)
+    except ClusterError as err:
+        if err.status == 404:
+            raise ClusterError(
+                f"There is no service account {name} in namespace {kfp.pods}, which the firings of "
+                f"schedules run as. `make install OVERLAY=… NAMESPACE={kfp.pods}` makes it."
+            ) from err
+    except ConfigError:
+        return
+
+
+def _start(kfp: Kfp, job: prepare.Job, experiment: str) -> dict[str, tp.Any]:
+    """What the firings start, and where: `saev.config.steps.Start`."""
+    assert job.started is not None
+    version = submit.upload(kfp, job.started.compiled)
+    start = Start(
+        endpoint=connect.in_cluster(kfp.settings),
+        experiment_id=experiment,
+        pipeline_id=version.pipeline_id,
+        version_id=version.version_id,
+        service_account=kfp.settings.service_account,
+        arguments=job.started.parameters,
+    )
+    return start.model_dump()
 
 
 def existing(kfp: Kfp) -> list[tp.Any]:
@@ -119,8 +161,9 @@ def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> l
     if busy:
         raise ClusterError(
             f"Schedule {name} is switched off and fires no more, but is not deleted yet: KFP would "
-            f"end its runs with it, and these go on: {_names(busy)}. `make unschedule NAME={name} "
-            f"WAIT=1` waits for them and deletes it; `make cancel RUN={busy[0].run_id}` stops one."
+            f"end its firings with it, and these go on: {_names(busy)}. "
+            f"`make unschedule NAME={name} WAIT=1` waits for them and deletes it; "
+            f"`make cancel RUN={busy[0].run_id}` stops one."
         )
     return [item.recurring_run_id for item in chosen]
 

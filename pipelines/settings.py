@@ -69,6 +69,8 @@ class Settings(Config):
     """Experiment in which runs are started."""
     service_account: str = "saev-steps"
     """Service account of the steps' pods."""
+    schedule_account: str = "saev-schedule"
+    """Service account of the firings of schedules, which start runs."""
     root: str = ""
     """URL of the storage root, as the pods see it."""
     image: str = ""

@@ -11,18 +11,21 @@ import datetime
 import re
 import typing as tp
 
+from saev.launch import runs as api
+from saev.launch.runs import OVER
+
 STEPS = (
     "discover", "plan", "extract", "publish", "train", "infer", "summarise", "report", "outcome",
 )  # fmt: skip
-"""Names of the steps of all pipelines, in their order."""
+"""Names of the steps of a run on a dataset, in their order."""
+
+FIRING = ("fire",)
+"""Those of a firing of a schedule."""
 
 EARLIER = {
     "plan-shards": "extract", "plan-training": "train", "plan-inference": "infer",
 }  # fmt: skip
 """Steps that pipelines of version 0.1.0 have before others; a schedule may still run such a one."""
-
-OVER = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
-"""States in which a run, or a task, stays."""
 
 _LOOPS = frozenset({"extract", "train", "infer", "summarise"})
 """Steps that run once for each item of a list, which may be empty."""
@@ -76,7 +79,8 @@ def of_run(run: tp.Any) -> list[Step]:
         if not _ATTEMPT.search(name) and not _never_started(task):
             by_name.setdefault(name, []).append(task)
     before = {name: earlier for earlier, name in EARLIER.items() if earlier in by_name}
-    names = [n for name in STEPS for n in (before.get(name), name) if n]
+    known = FIRING if is_firing(run) else STEPS
+    names = [n for name in known for n in (before.get(name), name) if n]
     if before:  # their publishing plans nothing, and their first step is called otherwise
         names.remove("plan")
     steps = [_step(name, by_name, is_over=run.state in OVER) for name in names]
@@ -87,6 +91,11 @@ def of_run(run: tp.Any) -> list[Step]:
     if run.state in OVER:  # what never started never will
         steps = [step for step in steps if step.total or step.is_empty]
     return steps
+
+
+def is_firing(run: tp.Any) -> bool:
+    """Whether a run is a firing of a schedule, which starts the runs on datasets."""
+    return "start" in ((run.runtime_config and run.runtime_config.parameters) or {})
 
 
 def _never_started(task: tp.Any) -> bool:
@@ -122,23 +131,19 @@ def failing(run: tp.Any) -> str:
 def is_idle(run: tp.Any) -> bool:
     """Whether a run that succeeded found no dataset to process."""
     ran = {step.name for step in of_run(run) if step.total}
+    # That is how schedules of version 0.1.0 end; of a firing, the runs that it started tell.
     return run.state == "SUCCEEDED" and ran in ({"discover"}, {"discover", "outcome"})
 
 
 def state_of(run: tp.Any) -> str:
     """A run's state in small letters.
 
-    KFP ends a run that was canceled as failed. That it was canceling is only in its history, of
-    which the part after an earlier end counts, since a run can be retried.
+    KFP ends a run that was canceled as failed.
     """
     state = (run.state or "PENDING").replace("RUNTIME_STATE_UNSPECIFIED", "PENDING")
-    if state == "FAILED":
-        history = [status.state for status in run.state_history or []]
-        if history and history[-1] in OVER:
-            history.pop()
-        ends = [i for i, earlier in enumerate(history) if earlier in OVER]
-        if "CANCELING" in history[ends[-1] + 1 if ends else 0 :]:
-            state = "CANCELED"
+    history = [status.state for status in run.state_history or []]
+    if state == "FAILED" and api.was_canceled(history):
+        state = "CANCELED"
     return state.lower()
 
 

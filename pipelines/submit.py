@@ -89,10 +89,10 @@ def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
 
 
 def _does_the_same(run: tp.Any, job: prepare.Job) -> str:
-    """`is processing`, `may be processing` for a schedule's, or nothing."""
+    """`is processing`, `may be processing` for a firing of version 0.1.0, or nothing."""
     theirs = (run.runtime_config and run.runtime_config.parameters) or {}
     ours = job.parameters
-    if any(theirs.get(key) != ours[key] for key in ("root", "config")):
+    if "start" in theirs or any(theirs.get(key) != ours[key] for key in ("root", "config")):
         return ""
     place, dataset = str(theirs.get("dataset") or ""), ours["dataset"]
     if place == dataset:

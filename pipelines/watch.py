@@ -55,6 +55,8 @@ def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     state = steps.state_of(run)
     if state in ("succeeded", "skipped"):
         idle = " There was nothing to process." if steps.is_idle(run) else ""
+        if steps.is_firing(run):
+            idle = f" `make status RUN={run.run_id}` names the runs that it started."
         console.print(f"{run.display_name} succeeded after {took}.{idle}", highlight=False)
         return
     if state == "canceled":

@@ -65,3 +65,17 @@ class LaunchError(SaevError):
     def __init__(self, text: str, *, passing: bool = False, spent: bool = False):
         super().__init__(text)
         self.passing, self.spent = passing, spent
+
+
+class ClusterError(SaevError):
+    """Kubeflow Pipelines or Kubernetes cannot be reached, or refused a request."""
+
+    def __init__(self, message: str, *, status: int = 0):
+        super().__init__(message)
+        self.status = status
+        """The HTTP status; 0 where there was no answer."""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later, without anybody mending anything."""
+        return self.status in (0, 429) or self.status >= 500

@@ -36,6 +36,12 @@ class Walk:
         self.job = Path(self._place("job")).read_text()
         return self.job
 
+    def fire(self, *words: str) -> list[dict]:
+        """A firing of a schedule, which starts nothing. Returns what it would start."""
+        self._run("fire", "--root", self.root, "--config", self._config,
+                  "--owner", self._owner, "--to-runs", self._place("runs"), *words)  # fmt: skip
+        return json.loads(Path(self._place("runs")).read_text())
+
     def plan(self, step: str, *words: str) -> list[str]:
         """`plan` or `publish`. Returns what was written of slots, for `slots`."""
         names = [name for name, planner in self.PLANNERS.items() if planner == step]

@@ -19,8 +19,8 @@ def parse_json(text: str, flag: str) -> tp.Any:
         raise ConfigError(f"{flag} is {shown!r}, which is not JSON ({err}).") from err
 
 
-class DiscoverStep(Config):
-    """Find datasets, fingerprint their listings, and claim what is not processed yet."""
+class _Claiming(Config):
+    """What the steps have in common that claim datasets."""
 
     root: str
     """URL of the storage root."""
@@ -28,28 +28,66 @@ class DiscoverStep(Config):
     """What `saev run --config` takes, as JSON text."""
     owner: str = ""
     """Id of the pipeline run, in whose name datasets are claimed; empty claims nothing."""
-    dataset: str = ""
-    """URL of a dataset, or with --mode incoming of the folder whose folders are datasets; empty
-    takes the images that the config's [data] table names."""
-    mode: tp.Literal["one", "incoming"] = "one"
-    """one: the dataset itself. incoming: the complete and new datasets in it."""
-    marker: str = ""
-    """Name of the object that says that a dataset is complete; empty goes by --settle-minutes."""
-    settle_minutes: float = pydantic.Field(default=60.0, ge=0.0)
-    """A dataset is complete when nothing in it has changed for so long."""
     claim_hours: float = pydantic.Field(default=24.0, gt=0.0)
     """How long a claim holds if its owner is not heard of."""
-    max_datasets: int = pydantic.Field(default=10, ge=1)
-    """Most datasets of one call."""
-    to_job: str = ""
-    """Where the URL of the first dataset's job is written; nothing if there is none."""
-    to_jobs: str = ""
-    """Where the URLs of all jobs are written, as JSON."""
 
     @property
     def file(self) -> RunFile:
         """The config. Raises ConfigError that names a wrong key."""
         return RunFile.from_dict(parse_json(self.config, "--config"), source="--config")
+
+
+class DiscoverStep(_Claiming):
+    """Fingerprint a dataset's listing, claim it, and write down the job."""
+
+    dataset: str = ""
+    """URL of the dataset; empty takes the images that the config's [data] table names."""
+    claim: str = "{}"
+    """What a firing has claimed for this run, as JSON text; {} claims the dataset now."""
+    to_job: str = ""
+    """Where the URL of the job is written."""
+
+
+class Start(Config):
+    """What a firing starts for each dataset, and where; `make schedule` writes it."""
+
+    endpoint: str
+    """URL of Kubeflow Pipelines' API inside the cluster."""
+    experiment_id: str
+    """Experiment of the runs."""
+    pipeline_id: str
+    """Pipeline of the runs."""
+    version_id: str
+    """Version of that pipeline; its steps have the images that it was compiled for."""
+    service_account: str
+    """Service account of the runs' pods."""
+    arguments: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
+    """Parameters of the runs, beside those that a firing knows itself."""
+
+
+class FireStep(_Claiming):
+    """Find complete and new datasets below a prefix, claim them, and start a run of each."""
+
+    dataset: str
+    """URL of the folder whose folders are datasets."""
+    marker: str = ""
+    """Name of the object that says that a dataset is complete; empty goes by --settle-minutes."""
+    settle_minutes: float = pydantic.Field(default=60.0, ge=0.0)
+    """A dataset is complete when nothing in it has changed for so long."""
+    max_datasets: int = pydantic.Field(default=4, ge=1)
+    """Most runs of datasets below the prefix that may be unfinished at a time."""
+    max_retries: int = pydantic.Field(default=2, ge=0)
+    """How often a failed run is retried, if it did not fail for good."""
+    start: str = "{}"
+    """What is started, as JSON text; {} starts nothing."""
+    to_runs: str = ""
+    """Where the ids, datasets and claims of the runs that were started are written, as JSON."""
+
+    @property
+    def target(self) -> Start | None:
+        """What is started; None if nothing is. Raises ConfigError that names a wrong key."""
+        raw = parse_json(self.start, "--start")
+        return Start.from_dict(raw, source="--start") if raw else None
 
 
 class JobStep(Config):
@@ -164,6 +202,7 @@ class CheckStep(Config):
 
 
 STEPS: dict[str, type[Config]] = {
+    "fire": FireStep,
     "discover": DiscoverStep,
     "plan": PlanStep,
     "extract": ExtractStep,

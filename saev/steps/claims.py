@@ -39,6 +39,8 @@ class Claim(tp.NamedTuple):
     released: bool
     tries: int
     """How often it was taken until now, by any owner."""
+    retries: int = 0
+    """How often the owner's run was started again since it was taken."""
 
     @property
     def is_held(self) -> bool:
@@ -100,9 +102,40 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
             "The claim of %s is taken over. That run stops at its next safe point.",
             found.describe(),
         )
-    first = Claim("", 0, owner, _now(), hours, released=True, tries=0)
-    before = found or first
-    return _create_next(folder, before, owner=owner, hours=hours, tries=before.tries + 1)
+    return take_from(folder, found, owner, hours)
+
+
+def take_from(folder: str, before: Claim | None, owner: str, hours: float) -> Claim | None:
+    """Claim something, whoever holds it, unless anything changed since ``before`` was read.
+
+    Args:
+        folder: as in :func:`take`.
+        before: what :func:`current` gave.
+        owner: who asks.
+        hours: how long the claim holds without renewal.
+
+    Returns:
+        The claim, or None if another claim counts by now.
+    """
+    before = before or Claim("", 0, owner, _now(), hours, released=True, tries=0)
+    return _create_next(folder, before, owner=owner, hours=hours, tries=before.tries + 1, retries=0)
+
+
+def hand_over(before: Claim, owner: str, hours: float, *, again: bool = False) -> Claim | None:
+    """Give the work that was claimed to another owner, unless anything changed in between.
+
+    Args:
+        before: what :func:`current` gave.
+        owner: who goes on with it.
+        hours: how long the claim holds without renewal.
+        again: whether that owner's run is started again, which is counted.
+
+    Returns:
+        The new owner's claim, or None if another claim counts by now.
+    """
+    retries = before.retries + 1 if again else before.retries
+    folder = storage.parent(before.url)
+    return _create_next(folder, before, owner=owner, hours=hours, retries=retries)
 
 
 def renew(claim: Claim) -> Claim | None:
@@ -237,6 +270,7 @@ def _encode(claim: Claim, **more: str) -> bytes:
         "hours": claim.hours,
         "released": claim.released,
         "tries": claim.tries,
+        "retries": claim.retries,
         **more,
     }
     return storage.canonical_json(storage.seal(raw)).encode()
@@ -253,6 +287,7 @@ def _read(url: str) -> Claim:
             float(raw["hours"]),
             bool(raw["released"]),
             int(raw.get("tries", storage.name(url).removesuffix(".json"))),
+            int(raw.get("retries", 0)),
         )
     except (KeyError, TypeError, ValueError) as err:
         raise CorruptDataError(f"{url} is no claim ({err}). Delete it.") from err

@@ -20,7 +20,8 @@ from saev import storage
 from saev.config.run import RunFile
 from saev.config.stages import images_of
 from saev.errors import ConfigError, CorruptDataError, StorageError
-from saev.steps import claims, last_word
+from saev.launch import outcomes
+from saev.steps import claims
 
 logger = logging.getLogger(__name__)
 
@@ -103,34 +104,79 @@ def one(
     else:
         found = Found(file.data.kind, "", [])
     chosen = _identify(root, found, file, "")
-    _claim(root, chosen, owner, hours, force=True)
-    _remember(root, owner, [chosen])
+    _insist(root, chosen, owner, hours)
+    remember(root, owner, [chosen])
     return chosen
 
 
-def incoming(
+def handed(
+    root: str, claim: tp.Any, dataset: str, file: RunFile, owner: str, hours: float
+) -> Dataset:
+    """The dataset that a firing has claimed for this run, whose claim this run takes over.
+
+    Args:
+        root: URL of the storage root.
+        claim: what the firing said of it, see :func:`claim_for`.
+        dataset: URL of the dataset.
+        file: the config.
+        owner: this run.
+        hours: how long the claim holds.
+
+    Raises:
+        ConfigError: the claim is of another dataset or config, another run has it by now, or the
+            dataset has changed.
+    """
+    chosen, firing = Dataset.from_dict(claim), claim.get("run")
+    key = _hash({"fingerprint": chosen.fingerprint, "config": plain_numbers(file.identity())})
+    if not isinstance(firing, str) or chosen.url != storage.normalize(dataset) or chosen.key != key:
+        raise ConfigError(
+            f"The parameter claim is for {chosen.url} with another config, or for another dataset "
+            f"than {dataset}. Leave it away, as `make submit` does, to process this one."
+        )
+    folder = claims_of(root, chosen)
+    while True:
+        found = claims.current(folder)
+        if found is not None and found.owner in (firing, owner):
+            taken = claims.hand_over(found, owner, hours)
+        elif found is None or not found.is_held:  # whoever took it over has ended
+            taken = claims.take_from(folder, found, owner, hours)
+        else:
+            raise ConfigError(
+                f"{chosen.name} is being processed by {found.describe()}, which took over the "
+                f"claim of the firing {firing} that started this run. This run has nothing to do."
+            )
+        if taken is not None:
+            break
+    remember(root, owner, [chosen])
+    check_unchanged(chosen)
+    return chosen
+
+
+def claim_for(dataset: Dataset, firing: str) -> dict[str, str]:
+    """What a firing says to the run that it starts of a dataset."""
+    return {"run": firing, **dataset._asdict()}
+
+
+def candidates(
     root: str,
     prefix: str,
     file: RunFile,
-    owner: str,
     *,
     marker: str,
     settle_minutes: float,
-    hours: float,
-    limit: int,
     seen: Seen = lambda n: None,
 ) -> list[Dataset]:
-    """Datasets below a prefix that are complete, not processed with this config, and now claimed.
+    """Datasets below a prefix that are complete and not processed with this config.
+
+    What was tried less often comes first, so that datasets that always fail do not keep the others
+    from their turn.
 
     Args:
         root: URL of the storage root. If it lies below the prefix, it is no dataset.
         prefix: URL of the folder whose folders are the datasets.
         file: the config.
-        owner: in whose name they are claimed; "" only looks.
         marker: name of the object that says that a dataset is complete; "" goes by settle_minutes.
         settle_minutes: how long nothing in a dataset may have changed.
-        hours: how long a claim holds.
-        limit: most datasets that are taken.
         seen: told of files while they are listed.
 
     Returns:
@@ -140,27 +186,6 @@ def incoming(
         StorageError: the bucket does not exist, or cannot be listed.
     """
     images_of(file, storage.normalize(prefix))
-    taken: list[Dataset] = []
-    for dataset in _candidates(root, prefix, file, marker, settle_minutes, seen):
-        if len(taken) == limit:
-            logger.info("%s waits: %d datasets are enough for one firing.", dataset.name, limit)
-        elif _claim(root, dataset, owner, hours):
-            # Between the look and the claim, another firing may have finished it.
-            if _is_processed(root, dataset):
-                claims.release(claims_of(root, dataset), owner)
-            else:
-                taken.append(dataset)
-    _remember(root, owner, taken)
-    return taken
-
-
-def _candidates(
-    root: str, prefix: str, file: RunFile, marker: str, settle_minutes: float, seen: Seen
-) -> list[Dataset]:
-    """What is complete and not processed; what was tried less often comes first.
-
-    So datasets that always fail do not keep the others from their turn.
-    """
     found = []
     for folder in _folders(root, prefix, seen):
         reason = _incomplete(folder, marker, settle_minutes)
@@ -168,7 +193,7 @@ def _candidates(
             logger.info("%s is not complete: %s.", folder.name, reason)
             continue
         dataset = _identify(root, folder, file, marker)
-        if _is_processed(root, dataset):
+        if is_processed(root, dataset):
             logger.info("%s is processed already.", folder.name)
             continue
         n_bytes = sum(o.size for o in folder.objects)
@@ -207,18 +232,19 @@ def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
     Returns:
         What is recorded: the datasets that are done, and those that are not.
     """
-    place = _run_record(root, owner)
+    place = outcomes.record_of(root, owner)
     found = storage.find_sealed(place, remedy=_CLAIMS_EXPIRE)
     record = found.record if found else {"datasets": []}
     datasets = [Dataset.from_dict(raw) for raw in record["datasets"]]
-    done = [d.name for d in datasets if _is_processed(root, d)]
+    done = [d.name for d in datasets if is_processed(root, d)]
     failed = [d.name for d in datasets if d.name not in done]
     for dataset in datasets:
         claims.release(claims_of(root, dataset), owner)
-    record |= {"done": done, "failed": failed, "failures": last_word.all_of(root, owner)}
+    failures = [failure._asdict() for failure in outcomes.last_words(root, owner)]
+    record |= {"done": done, "failed": failed, "failures": failures}
     record |= {"status": status, "finished": _timestamp()}
     storage.write_json(place, storage.seal(record))
-    storage.clean_up(last_word.folder_of(root, owner), recursive=True)
+    storage.clean_up(outcomes.folder_of(root, owner), recursive=True)
     return record
 
 
@@ -336,28 +362,22 @@ def plain_numbers(obj: tp.Any) -> tp.Any:
 # --- Records -------------------------------------------------------------------------------------
 
 
-def _claim(root: str, dataset: Dataset, owner: str, hours: float, *, force: bool = False) -> bool:
+def _insist(root: str, dataset: Dataset, owner: str, hours: float) -> None:
+    """Claim a dataset, whoever holds it."""
     if not owner:
-        return True
+        return
     folder = claims_of(root, dataset)
     for _ in range(3):  # a person who insists may meet another who does
-        if claims.take(folder, owner, hours, force=force) is not None:
-            return True
-        if not force:
-            break
-    else:
-        raise StorageError(f"The dataset {dataset.url} could not be claimed in {folder}.")
-    holder = claims.current(folder)
-    who = holder.describe() if holder else "another run"
-    logger.info("%s is being processed by %s.", dataset.name, who)
-    return False
+        if claims.take(folder, owner, hours, force=True) is not None:
+            return
+    raise StorageError(f"The dataset {dataset.url} could not be claimed in {folder}.")
 
 
 def _processed(root: str, dataset: Dataset) -> str:
     return storage.join(folder_of(root, dataset), "processed", f"{dataset.key}.json")
 
 
-def _is_processed(root: str, dataset: Dataset) -> bool:
+def is_processed(root: str, dataset: Dataset) -> bool:
     """Whether a dataset was processed in this state with this config.
 
     A damaged record does not count. To process the dataset again costs little, because everything
@@ -375,16 +395,12 @@ def _is_processed(root: str, dataset: Dataset) -> bool:
     return found is not None
 
 
-def _run_record(root: str, owner: str) -> str:
-    return storage.join(root, FOLDER, "runs", f"{owner}.json")
-
-
-def _remember(root: str, owner: str, datasets: list[Dataset]) -> None:
+def remember(root: str, owner: str, datasets: list[Dataset]) -> None:
     """So that the end of the run finds its claims without a search."""
     if not owner:
         return
     record = {"owner": owner, "started": _timestamp(), "datasets": [d._asdict() for d in datasets]}
-    storage.write_json(_run_record(root, owner), storage.seal(record))
+    storage.write_json(outcomes.record_of(root, owner), storage.seal(record))
 
 
 def _timestamp() -> str:

@@ -1,9 +1,7 @@
 """Why a step failed, and whether trying again may help: what is said last, and kept in storage.
 
 KFP's launcher ends with status 1 whatever happened, so the status tells nobody anything. A step
-that fails writes a small record here instead::
-
-    <root>/datasets/runs/<owner>/<step>-<hash of its flags>.json
+that fails writes a small record instead, which `saev.launch.outcomes` reads.
 """
 
 import hashlib
@@ -14,7 +12,8 @@ import typing as tp
 from pathlib import Path
 
 from saev import storage
-from saev.errors import LaunchError, RankError, SaevError, StorageError
+from saev.errors import ClusterError, LaunchError, RankError, SaevError, StorageError
+from saev.launch import outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ def of(error: BaseException) -> LastWord:
     # A rank that died takes the others with it, and the error says which one it was.
     is_echo = isinstance(error, RankError)
     passes = storage.is_passing(error) or is_echo
+    passes = passes or (isinstance(error, ClusterError) and error.passing)
     if not isinstance(error, SaevError | ModuleNotFoundError):
         return LastWord("passing", f"{type(error).__name__}: {error}", is_unexpected=True)
     return LastWord("passing" if passes else "permanent", str(error), is_echo=is_echo)
@@ -83,11 +83,6 @@ def heard(folder: Path) -> LastWord | None:
 # --- In storage ----------------------------------------------------------------------------------
 
 
-def folder_of(root: str, owner: str) -> str:
-    """Where the last words of a pipeline run's steps are."""
-    return storage.join(root, "datasets", "runs", owner)
-
-
 def keep(word: LastWord, root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
     """Write a record. What hinders it is a warning, as the step has failed for another reason."""
     try:
@@ -106,16 +101,6 @@ def withdraw(root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
         logger.warning("The record of an earlier failure stays: %s", err)
 
 
-def all_of(root: str, owner: str) -> list[dict[str, str]]:
-    """Last words of a run's steps: step, kind, error."""
-    found = []
-    for entry in storage.list_dir(folder_of(root, owner), missing_ok=True):
-        raw = storage.read_json(entry.url)
-        if isinstance(raw, dict):
-            found.append({key: str(raw.get(key, "")) for key in ("step", "kind", "error")})
-    return found
-
-
 def _place(root: str, owner: str, step: str, flags: tp.Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(flags).encode()).hexdigest()[:12]
-    return storage.join(folder_of(root, owner), f"{step}-{digest}.json")
+    return storage.join(outcomes.folder_of(root, owner), f"{step}-{digest}.json")

@@ -8,9 +8,20 @@ from saev import storage, torchrun
 from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
+from saev.launch.runs import Kubeflow, Runs, Target
 from saev.progress import Progress
-from saev.steps import advice, check, claims, discover, jobs, launching, outputs, show, table
-from saev.steps.discover import Dataset
+from saev.steps import (
+    advice,
+    check,
+    claims,
+    discover,
+    fire,
+    jobs,
+    launching,
+    outputs,
+    show,
+    table,
+)  # fmt: skip
 from saev.steps.jobs import Item, Job, Plan
 from saev.visuals import overview
 
@@ -42,6 +53,8 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
 def _run(cfg: tp.Any, progress: Progress) -> list[str]:
     if isinstance(cfg, cfgs.DiscoverStep):
         return _discover(cfg, progress)
+    if isinstance(cfg, cfgs.FireStep):
+        return _fire(cfg, progress)
     if isinstance(cfg, cfgs.OutcomeStep):
         return _outcome(cfg)
     if isinstance(cfg, cfgs.CheckStep):
@@ -65,32 +78,35 @@ def _run(cfg: tp.Any, progress: Progress) -> list[str]:
 
 def _discover(cfg: cfgs.DiscoverStep, progress: Progress) -> list[str]:
     storage.check_writable(cfg.root)
+    claim = cfgs.parse_json(cfg.claim, "--claim")
     with progress.task("list the images", total=None, unit="file") as task:
-        found = _datasets(cfg, task.advance)
-    logger.info("%d dataset%s to process.", len(found), "" if len(found) == 1 else "s")
+        if claim:
+            dataset = discover.handed(
+                cfg.root, claim, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours
+            )
+        else:
+            dataset = discover.one(
+                cfg.root, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours, task.advance
+            )
     raw = cfgs.parse_json(cfg.config, "--config")
-    made = [jobs.make(cfg.root, cfg.owner, raw, dataset) for dataset in found]
-    outputs.write_parameter(cfg.to_job, made[0] if made else "")
-    outputs.write_parameter(cfg.to_jobs, made)
-    return [dataset.url or dataset.name for dataset in found]
+    outputs.write_parameter(cfg.to_job, jobs.make(cfg.root, cfg.owner, raw, dataset))
+    return [dataset.url or dataset.name]
 
 
-def _datasets(cfg: cfgs.DiscoverStep, seen: discover.Seen) -> list[Dataset]:
-    if cfg.mode == "one":
-        return [discover.one(cfg.root, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours, seen)]
-    if not cfg.dataset:
-        raise ConfigError("--mode incoming needs --dataset, the folder of the datasets.")
-    return discover.incoming(
-        cfg.root,
-        cfg.dataset,
-        cfg.file,
-        cfg.owner,
-        marker=cfg.marker,
-        settle_minutes=cfg.settle_minutes,
-        hours=cfg.claim_hours,
-        limit=cfg.max_datasets,
-        seen=seen,
-    )
+def _fire(cfg: cfgs.FireStep, progress: Progress) -> list[str]:
+    storage.check_writable(cfg.root)
+    target = cfg.target
+    runs: Runs = fire.Nothing()
+    if target is not None:
+        fields = {name: getattr(target, name) for name in Target._fields}
+        runs = Kubeflow(Target(**fields))
+    firing = fire.Firing(cfg, runs, target.version_id if target else "")
+    with progress.task("list the datasets", total=None, unit="file") as task:
+        firing.run(task.advance)
+    n = len(firing.started)
+    logger.info("%d run%s started.", n, "" if n == 1 else "s")
+    outputs.write_parameter(cfg.to_runs, firing.started)
+    return [run["dataset"] for run in firing.started]
 
 
 def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:

@@ -410,36 +410,47 @@ DENIED = [
     ("get", "argoproj.io", "workflows", ""),
     ("create", "rbac.authorization.k8s.io", "rolebindings", ""),
 ]
+SCHEDULE = [
+    ("create", "pipelines.kubeflow.org", "runs", ""),
+    ("get", "pipelines.kubeflow.org", "runs", "saev-x7k2p"),
+    ("list", "pipelines.kubeflow.org", "runs", ""),
+    ("retry", "pipelines.kubeflow.org", "runs", "saev-x7k2p"),
+    ("create", "", "serviceaccounts/token", "saev-schedule"),
+]
+OF_NEITHER = [
+    ("delete", "pipelines.kubeflow.org", "runs", "saev-x7k2p"),
+    ("create", "", "serviceaccounts/token", "saev-steps"),
+    ("create", "", "serviceaccounts/token", "default"),
+]
+STEPS_ACCOUNT, SCHEDULE_ACCOUNT = "saev-steps", "saev-schedule"
 
 
-@pytest.mark.parametrize(
-    ("verb", "group", "resource", "name", "allowed"),
-    [(*asked, True) for asked in ALLOWED] + [(*asked, False) for asked in DENIED],
-)
-def test_role(
-    cluster: Cluster,
-    dedicated: str,
-    verb: str,
-    group: str,
-    resource: str,
-    name: str,
-    allowed: bool,
-) -> None:
+def may(cluster: Cluster, space: str, account: str, *asked: str) -> bool:
+    """What the API server says of a service account."""
+    verb, group, resource, name = asked
     kind, _, part = resource.partition("/")
-    attributes = {"namespace": dedicated, "verb": verb, "group": group, "resource": kind}
+    attributes = {"namespace": space, "verb": verb, "group": group, "resource": kind}
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
         "spec": {
-            "user": f"system:serviceaccount:{dedicated}:saev-steps",
+            "user": account,
             "resourceAttributes": {**attributes, "subresource": part, "name": name},
         },
     }
     done = cluster.kubectl("create", "-o", "json", "-f", "-", stdin=review)
-    assert json.loads(done.stdout)["status"]["allowed"] == allowed
-    review["spec"]["resourceAttributes"]["namespace"] = "kube-system"
-    done = cluster.kubectl("create", "-o", "json", "-f", "-", stdin=review)
-    assert json.loads(done.stdout)["status"]["allowed"] is False
+    return json.loads(done.stdout)["status"]["allowed"]
+
+
+@pytest.mark.parametrize("name", [STEPS_ACCOUNT, SCHEDULE_ACCOUNT])
+def test_roles(cluster: Cluster, dedicated: str, name: str) -> None:
+    """A firing may start runs; a step may not, nor become what may."""
+    account = f"system:serviceaccount:{dedicated}:{name}"
+    found = {a: may(cluster, dedicated, account, *a) for a in (*ALLOWED, *DENIED, *OF_NEITHER)}
+    assert found == {a: a in ALLOWED for a in found}
+    starting = {a: may(cluster, dedicated, account, *a) for a in SCHEDULE}
+    assert starting == dict.fromkeys(SCHEDULE, name == SCHEDULE_ACCOUNT)
+    assert not any(may(cluster, "kube-system", account, *a) for a in (*ALLOWED, *SCHEDULE))
 
 
 def test_an_editor_lacks_permissions(cluster: Cluster, tree: Path, tmp_path: Path) -> None:

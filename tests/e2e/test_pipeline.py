@@ -187,12 +187,10 @@ def test_ten_thousand_keys(s3: S3Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         urls = [storage.join(prefix, "big", f"{i:05d}.png") for i in range(10_000)]
         list(pool.map(lambda url: storage.write_bytes(url, b"x"), urls))
-    file = RunFile()
-    arguments = {"marker": "", "settle_minutes": 0.0, "hours": 1.0, "limit": 10}
-    (found,) = discover.incoming(root, prefix, file, "one", **arguments)
+    (found,) = discover.candidates(root, prefix, RunFile(), marker="", settle_minutes=0.0)
     discover.check_unchanged(found)
     discover.mark_processed(root, found, "one", {})
-    assert discover.incoming(root, prefix, file, "two", **arguments) == []
+    assert discover.candidates(root, prefix, RunFile(), marker="", settle_minutes=0.0) == []
 
 
 def wait_for(step: str, process: "subprocess.Popen[str]") -> docker_sdk.models.containers.Container:

@@ -46,6 +46,8 @@ STEP = {
     COMPONENT: "train",
 }
 """Labels of a step's pod; test_pipelines_use_these_names compares them."""
+FIRING = {**STEP, COMPONENT: "fire"}
+"""Labels of the pod of a schedule's firing."""
 
 ENUMS: dict[str, set[tp.Any]] = {
     "accessModes": {"ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany", "ReadWriteOncePod"},
@@ -155,7 +157,7 @@ def selectors(objects: list[Json]) -> Iterator[str]:
             selector = {"matchLabels": spec["selector"]}
             chosen = any(matches(selector, one) for one in templates)
         elif item["kind"] == "NetworkPolicy":
-            pods = [*templates, STEP, *NOT_OURS]
+            pods = [*templates, STEP, FIRING, *NOT_OURS]
             chosen = any(matches(spec["podSelector"], one) for one in pods)
         else:
             continue
@@ -243,10 +245,13 @@ def roles(objects: list[Json]) -> Iterator[str]:
             for key in ("apiGroups", "resources", "verbs"):
                 if "*" in rule[key]:
                     yield f"{_id(item)}: {key} *"
-            named = {"secrets", "configmaps"} & set(rule["resources"])
+            named = {"secrets", "configmaps", "serviceaccounts/token"} & set(rule["resources"])
             if named and not rule.get("resourceNames"):
                 yield f"{_id(item)}: all {', '.join(named)}"
-            if "" in rule["apiGroups"] and set(rule["verbs"]) - {"get", "list"}:
+            most = {"get", "list"}
+            if rule["resources"] == ["serviceaccounts/token"]:
+                most = {"create"}
+            if "" in rule["apiGroups"] and set(rule["verbs"]) - most:
                 yield f"{_id(item)}: more than a look at {', '.join(rule['resources'])}"
 
 

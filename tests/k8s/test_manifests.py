@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from k8s.checks import JOBSET, STEP, VERSIONS, Json, matches, meaning, problems, schemas
+from k8s.checks import FIRING, JOBSET, STEP, VERSIONS, Json, matches, meaning, problems, schemas
 from k8s.conftest import ROOT, Render
 
 K8S = ROOT / "k8s"
@@ -67,14 +67,14 @@ def test_private_files(render: Render, tree: Path) -> None:
     }
     secret = find(objects, "Secret", "saev-storage")
     assert secret["data"]["AWS_SECRET_ACCESS_KEY"] == "c2VjcmV0Lys9"  # secret/+=
-    reads = [rule.get("resourceNames") for rule in find(objects, "Role")["rules"]]
+    reads = [rule.get("resourceNames") for rule in find(objects, "Role", "saev-steps")["rules"]]
     assert ["saev-storage"] in reads
 
     (tree / "components" / "storage-secret" / "storage.env").unlink()
     objects = render("--overlay", "s3")
     assert not [item for item in objects if item["kind"] == "Secret"]
     assert ["saev-storage"] not in [
-        rule.get("resourceNames") for rule in find(objects, "Role")["rules"]
+        rule.get("resourceNames") for rule in find(objects, "Role", "saev-steps")["rules"]
     ]
 
 
@@ -231,6 +231,7 @@ MUTATIONS = {
     "no volume tmp": (*BOARD, f"{POD}|volumes|1|name", "temp"),
     "verbs *": ("Role", "saev-steps", "rules|0|verbs", ["*"]),
     "all secrets": ("Role", "saev-steps", "rules|3|resourceNames", []),
+    "all serviceaccounts/token": ("Role", "saev-schedule", "rules|1|resourceNames", ...),
     "more than a look at pods": ("Role", "saev-steps", "rules|1|verbs", ["get", "create"]),
     "port 'http'": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports|0|port", "http"),
     "rule of all ports": ("NetworkPolicy", "saev-kfp", "spec|egress|0|ports", ...),
@@ -249,6 +250,24 @@ MUTATIONS = {
     ),
     "priority is not the class's": ("PriorityClass", "saev-batch", "value", -1),
 }  # fmt: skip
+
+
+def test_only_firings_reach_the_api_that_starts_runs(objects: list[Json]) -> None:
+    """A single-user KFP lets everybody start runs, as any service account of the namespace."""
+
+    def ports(pod: dict[str, str]) -> set[int]:
+        """To the namespace of KFP."""
+        return {
+            port["port"]
+            for item in objects
+            if item["kind"] == "NetworkPolicy" and matches(item["spec"]["podSelector"], pod)
+            for rule in item["spec"].get("egress", [])
+            if any("namespaceSelector" in place for place in rule["to"])
+            for port in rule["ports"]
+        }
+
+    kfp = {"pipelines.kubeflow.org/v2_component": "true"}
+    assert ports({**FIRING, **kfp}) - ports({**STEP, **kfp}) == {8888}
 
 
 @pytest.fixture

@@ -149,6 +149,14 @@ class KfpServer:
         self.runs.append(run)
         return run
 
+    def end(self, run_id: str, *states: str) -> None:
+        """End a run, in these states one after the other."""
+        run = next(run for run in self.runs if run["run_id"] == run_id)
+        for state in states:
+            entry = {"state": state, "update_time": self.now()}
+            run.setdefault("state_history", []).append(entry)
+        run.update(state=states[-1], finished_at=self.now())
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -409,6 +417,16 @@ def _terminate(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.A
     return {}
 
 
+def _retry(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
+    """As resource_manager.go, RetryRun: pods that did not succeed run again, in the same run."""
+    run = _one(state.runs, "run_id", path["run_id"], "Run")
+    if run["state"] != "FAILED":
+        raise Refusal(500, "Workflow must be Failed/Error to retry")
+    run.update(state="RUNNING", finished_at=NEVER)
+    run.setdefault("state_history", []).append({"state": "RUNNING", "update_time": state.now()})
+    return {}
+
+
 def _list_recurring(state: KfpServer, path: Path, query: Query, body: tp.Any) -> tp.Any:
     _namespace(state, query.get("namespace", ""))
     return _page(state.recurring, query, "recurringRuns")
@@ -464,6 +482,7 @@ _OPERATIONS: dict[str, tp.Callable[[KfpServer, Path, Query, tp.Any], tp.Any]] = 
     "RunService_ListRuns": _list_runs,
     "RunService_GetRun": _get_run,
     "RunService_TerminateRun": _terminate,
+    "RunService_RetryRun": _retry,
     "RecurringRunService_ListRecurringRuns": _list_recurring,
     "RecurringRunService_CreateRecurringRun": _create_recurring,
     "RecurringRunService_DisableRecurringRun": _disable_recurring,

@@ -34,6 +34,7 @@ def cluster(kube: KubeServer, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch) -
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     kube.add("namespaces", "kubeflow", labels=labels)
     kube.add("serviceaccounts", "saev-steps", "kubeflow")
+    kube.add("serviceaccounts", "saev-schedule", "kubeflow")
     keys = {"AWS_ACCESS_KEY_ID": "eA==", "AWS_SECRET_ACCESS_KEY": "eA=="}
     kube.add("secrets", "saev-storage", "kubeflow", data=keys)
     data = {"AWS_ENDPOINT_URL": "http://minio:9000"}
@@ -182,6 +183,7 @@ def test_a_volume_is_looked_at_and_mounted(
     [
         ("namespaces", "kubeflow", "namespace kubeflow", "fail", "Set KFP_NAMESPACE"),
         ("serviceaccounts", "saev-steps", "service account saev-steps", "fail", "`make install"),
+        ("serviceaccounts", "saev-schedule", "service account saev-schedule", "warn", "`make inst"),
         ("secrets", "saev-storage", "secret saev-storage", "warn", "IRSA"),
         ("configmaps", "saev-config", "config map saev-config", "warn", "`make install`"),
     ],
@@ -239,7 +241,20 @@ def test_permissions_of_the_service_account(client: Client, cluster: KubeServer)
     found = _lines(client, status=1)["service account saev-steps"]
     assert "it may not patch workflowtaskresults.argoproj.io, get configmaps/kfp-launcher" in found
     asked = [r["spec"] for r in cluster.reviews if r["spec"].get("user")]
-    assert {spec["user"] for spec in asked} == {"system:serviceaccount:kubeflow:saev-steps"}
+    names = ("saev-steps", "saev-schedule")
+    assert {spec["user"] for spec in asked} == {
+        f"system:serviceaccount:kubeflow:{name}" for name in names
+    }
+
+
+def test_the_service_account_of_schedules(client: Client, cluster: KubeServer) -> None:
+    """It has the steps' permissions, and must reach the storage as they do."""
+    assert _lines(client, status=0)["service account saev-schedule"].startswith("ok: ")
+    steps = cluster.objects["serviceaccounts", "kubeflow", "saev-steps"]
+    steps["metadata"]["annotations"] = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/saev"}
+    found = _lines(client, status=1)["storage access of saev-schedule"]
+    assert "saev-steps has the annotation eks.amazonaws.com/role-arn" in found
+    assert "`kubectl annotate serviceaccount -n kubeflow saev-schedule eks.amazonaws.com/" in found
 
 
 def test_forwarding_needs_permissions_too(

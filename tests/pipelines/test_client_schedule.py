@@ -9,9 +9,11 @@ from client import Client
 from hypothesis import given
 from hypothesis import strategies as st
 from kfp_server import KfpServer
+from kube_server import KubeServer
 
 from pipelines import cron, watch
 from saev import storage
+from saev.config.steps import Start
 from saev.errors import ConfigError
 
 SCHEDULE = (
@@ -30,13 +32,66 @@ def test_a_schedule_is_made(client: Client, kfp: KfpServer) -> None:
     assert made["max_concurrency"] == "1"
     assert made["no_catchup"] is True
     assert made["mode"] == "ENABLE"
-    assert made["service_account"] == "saev-steps"
+    assert made["service_account"] == "saev-schedule"
     parameters = made["runtime_config"]["parameters"]
     assert parameters["dataset"] == "s3://bucket/incoming"
     assert parameters["marker"] == "_SUCCESS"
     assert parameters["claim_hours"] == 12.0
     assert "settle_minutes" not in parameters
     assert kfp.pipelines[0]["display_name"] == "saev-incoming"
+
+
+def test_a_schedule_says_what_its_firings_start(client: Client, kfp: KfpServer) -> None:
+    """The version, image and parameters of the runs on datasets are those of this moment."""
+    client.ok(*SCHEDULE, DAILY, "--param", "n_parts=3", "gpu_count=0", "max_datasets=7")
+    parameters = kfp.recurring[0]["runtime_config"]["parameters"]
+    start = Start.from_dict(parameters["start"], source="start")
+    ids = {p["display_name"]: p["pipeline_id"] for p in kfp.pipelines}
+    (version,) = [v for v in kfp.versions if v["pipeline_id"] == ids["saev"]]
+    assert (start.pipeline_id, start.version_id) == (ids["saev"], version["pipeline_version_id"])
+    assert start.experiment_id == kfp.experiments[0]["experiment_id"]
+    assert start.endpoint == "http://ml-pipeline.kubeflow:8888"
+    assert start.service_account == "saev-steps"
+    assert start.arguments == {"n_parts": 3}, "what pods are like is compiled"
+    assert parameters["max_datasets"] == 7
+    assert "n_parts" not in parameters
+    # What a firing adds is all that is missing.
+    given = {**start.arguments, "root": "r", "dataset": "d", "config": {}, "claim_hours": 24.0}
+    wanted = version["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]
+    assert set(given) <= set(wanted)
+    said = client.fails(*SCHEDULE, DAILY, "--param", "n_prts=3")
+    assert "no parameter 'n_prts' (--param). Did you mean n_parts?" in said
+    assert "claim," not in said, "no user says that"
+
+
+def test_the_runs_that_a_firing_started_are_shown(client: Client, kfp: KfpServer) -> None:
+    kfp.add_run("saev a 1", "RUNNING", runtime_config={"parameters": {"claim": {"run": "x"}}})
+    firing = kfp.add_run("nightly-7", runtime_config={"parameters": {"start": {}}})
+    of_it = {"parameters": {"dataset": "s3://b/a", "claim": {"run": firing["run_id"]}}}
+    child = kfp.add_run("saev b 2", "RUNNING", runtime_config=of_it)
+    for i in range(101):
+        kfp.add_run(f"other-{i}")
+    out = client.ok("status", "nightly-7").out
+    assert f"started  saev b 2 ({child['run_id']}): running, " in out
+    assert "saev a 1" not in out
+    firing["created_at"] = kfp.now()
+    assert "It started no runs." in client.ok("status", "nightly-7").out
+    assert "discover" not in out, "a firing has one step"
+
+
+def test_a_schedule_needs_its_service_account(
+    client: Client, kfp: KfpServer, kube: KubeServer
+) -> None:
+    """Version 0.1.0 installed none; firings would fail without a word here."""
+    kube.add("namespaces", "kubeflow")
+    said = client.fails(*SCHEDULE, DAILY)
+    assert "There is no service account saev-schedule in namespace kubeflow" in said
+    assert "`make install" in said
+    assert kfp.recurring == []
+    kube.add("serviceaccounts", "saev-schedule", "kubeflow")
+    client.ok(*SCHEDULE, DAILY)
+    kube.statuses["serviceaccounts"] = 403
+    client.ok(*SCHEDULE, DAILY)
 
 
 def test_a_schedule_may_come_before_its_data(

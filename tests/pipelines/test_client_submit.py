@@ -466,7 +466,7 @@ def test_the_steps_are_those_of_the_pipelines() -> None:
             for key, node in dag["tasks"].items():
                 if "executorLabel" in spec["components"][node["componentRef"]["name"]]:
                     found.add(key)
-    assert found == set(steps.STEPS)
+    assert found == {*steps.STEPS, *steps.FIRING}
 
 
 @pytest.mark.parametrize(

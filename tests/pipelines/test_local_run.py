@@ -180,7 +180,7 @@ def test_what_is_new_below_a_prefix(run_local: Callable[..., list[str]], base: s
     fire = {"pipeline": "saev-incoming", "param": ["settle_minutes=0", "marker=_SUCCESS"]}
     storage.write_bytes(storage.join(incoming, "a", "_SUCCESS"), b"")
     assert sum(step == "report" for step in run_local(root, incoming, **fire)) == 1
-    assert run_local(root, incoming, **fire) == ["discover", "outcome"]
+    assert run_local(root, incoming, **fire) == ["fire"]
     storage.write_bytes(storage.join(incoming, "b", "_SUCCESS"), b"")
     assert sum(step == "report" for step in run_local(root, incoming, **fire)) == 1
     html = storage.read_text(storage.join(root, "index.html"))

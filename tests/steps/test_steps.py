@@ -112,7 +112,9 @@ def test_no_path_no_output() -> None:
         (["discover", "--config", "{"], "--config is '{', which is not JSON"),
         (["discover", "--config", '{"shard": {}}'], "shard: unknown key"),
         (["discover", "--config", "{}"], "No images"),
-        (["discover", "--config", "{}", "--mode", "incoming"], "needs --dataset"),
+        (["fire", "--config", "{}", "--dataset", "s3://b/x"], "--owner is empty"),
+        (["fire", "--config", "{}", "--dataset", "/x", "--start", "{"], "--start is '{', which is"),
+        (["fire", "--config", "{}", "--dataset", "/x", "--start", '{"a": 1}'], "a: unknown key"),
     ],
 )
 def test_mistakes(
@@ -158,17 +160,20 @@ def test_flags_become_keys(flag: str, tables: tuple[str, ...], key: str) -> None
     assert str(err).startswith(f"It is wrong. Change {key}")
 
 
-def test_discover_writes_for_kfp_and_prints_for_people(
+def test_steps_write_for_kfp_and_print_for_people(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     place.put("a/1.png")
-    to = tmp_path / "jobs"
-    command = f"step discover --mode incoming --owner run --settle-minutes 0 --to-jobs {to}"
-    words = [*command.split(), "--config", "{}"]
-    cli.main([*words, "--root", place.root, "--dataset", place.incoming])
-    assert capsys.readouterr().out.split() == [storage.join(place.incoming, "a")]
-    (url,) = json.loads(to.read_text())
-    job = jobs.read(url)
+    to, url = tmp_path / "out", storage.join(place.incoming, "a")
+    more = ["--config", "{}", "--root", place.root]
+    command = f"step fire --owner firing --settle-minutes 0 --to-runs {to}"
+    cli.main([*command.split(), *more, "--dataset", place.incoming])
+    assert capsys.readouterr().out.split() == [url]
+    (started,) = json.loads(to.read_text())
+    command = f"step discover --owner run --to-job {to} --dataset"
+    cli.main([*command.split(), started["dataset"], *more, "--claim", json.dumps(started["claim"])])
+    assert capsys.readouterr().out.split() == [url]
+    job = jobs.read(to.read_text())
     assert (job.root, job.owner, job.dataset.name) == (place.root, "run", "a")
     (entry,) = storage.list_dir(storage.join(place.root, "datasets", "configs"))
     assert job.config == entry.url

@@ -14,6 +14,7 @@ from walk import Walk
 
 from saev import interrupts
 from saev.errors import ConfigError, RankError
+from saev.launch import outcomes
 from saev.steps import last_word, memory, supervisor
 from saev.steps.last_word import LastWord
 from saev.steps.supervisor import Policy, Supervisor
@@ -81,9 +82,9 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("saev: permanent error: ")
     assert "dta" in last
-    (kept,) = last_word.all_of(str(tmp_path), "run-1")
-    assert (kept["step"], kept["kind"]) == ("discover", "permanent")
-    assert kept["error"] in last
+    (kept,) = outcomes.last_words(str(tmp_path), "run-1")
+    assert (kept.step, kept.kind) == ("discover", "permanent")
+    assert kept.error in last
     assert ended.stderr.count("saev: error: ") == 1
 
 
@@ -179,7 +180,7 @@ def test_a_stopped_step_writes_its_resume_point(tmp_path: Path) -> None:
     assert process.returncode == supervisor.STOPPED
     assert err.strip().splitlines()[-1].startswith("saev: stopped: ")
     assert max(steps_of(root)) > before
-    assert last_word.all_of(root, "run-1") == []
+    assert outcomes.last_words(root, "run-1") == []
 
 
 def steps_of(root: str) -> list[int]:
@@ -227,10 +228,10 @@ def test_success_takes_an_earlier_failure_back(tmp_path: Path) -> None:
     flags = ["--root", root, "--owner", "a"]
     last_word.keep(LastWord("passing", "no answer"), root, "a", "train", flags)
     last_word.keep(LastWord("passing", "no answer"), root, "a", "train", [*flags, "--item", "2"])
-    assert len(last_word.all_of(root, "a")) == 2
+    assert len(outcomes.last_words(root, "a")) == 2
     last_word.withdraw(root, "a", "train", flags)
-    assert len(last_word.all_of(root, "a")) == 1
-    assert last_word.all_of(root, "b") == []
+    assert len(outcomes.last_words(root, "a")) == 1
+    assert outcomes.last_words(root, "b") == []
 
 
 def test_memory_that_runs_out_ends_the_process_and_not_the_pod(tmp_path: Path) -> None:

@@ -45,10 +45,6 @@ def walk_of(base: str, to: Path) -> Walk:
     return Walk(storage.join(base, "saev"), CONFIG, to, owner="firing-2")
 
 
-def written(path: Path) -> list[str]:
-    return json.loads(path.read_text())
-
-
 def kinds(urls: list[str]) -> list[str]:
     """Activations of the runs, in order."""
     configs = [storage.read_json(storage.join(url, "config.json")) for url in urls]
@@ -71,10 +67,8 @@ TRAINED_ANEW = {"batch-top-k", "jump-relu"}
 
 
 def test_a_schedule_knows_what_it_has_processed(base: str, tmp_path: Path) -> None:
-    to = tmp_path / "jobs"
-    words = ["--mode", "incoming", "--settle-minutes", "0", "--to-jobs", str(to)]
-    walk_of(base, tmp_path).discover(*words, "--dataset", storage.join(base, "incoming"))
-    assert written(to) == []
+    words = ["--settle-minutes", "0", "--dataset", storage.join(base, "incoming")]
+    assert walk_of(base, tmp_path).fire(*words) == []
 
 
 def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import typing as tp
 
 import urllib3.exceptions as http
 
-from pipelines.errors import ClusterError
+from saev.errors import ClusterError
 
 _LONGEST = 300
 
@@ -38,6 +38,14 @@ class LoginPageError(Exception):
 
 class OtherServerError(Exception):
     """The answer is not one of the API."""
+
+
+class AnswerError(Exception):
+    """The answer is an error, with its HTTP status and what it says."""
+
+    def __init__(self, status: int, body: bytes):
+        super().__init__(f"HTTP status {status}")
+        self.status, self.body, self.reason = status, body, ""
 
 
 @contextlib.contextmanager
@@ -74,7 +82,8 @@ def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
         raise _no_answer(server, doing, err) from err
     except Exception as err:
         # Both libraries raise an ApiException of their own, generated from the same template.
-        if type(err).__name__ == "ApiException" and hasattr(err, "status"):
+        is_answer = type(err).__name__ == "ApiException" and hasattr(err, "status")
+        if is_answer or isinstance(err, AnswerError):
             raise _refused(server, doing, err) from err
         raise
 
