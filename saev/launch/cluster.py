@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, tp.Any]
 
-COMPONENT = "jobs"
-"""The component of k8s/ that gives the rights which are used here."""
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT = (10.0, 60.0)
 """Seconds to connect, and between two bytes of an answer."""
@@ -90,8 +88,8 @@ class Cluster:
             namespace = (_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
         except (config.ConfigException, OSError) as err:
             raise LaunchError(
-                f'`launch = "job"` needs a pod in Kubernetes with a service account ({err}). '
-                'Elsewhere, leave it at "loop".'
+                'Pods are started (launch = "job", train_nodes) from a pod in Kubernetes with a '
+                f"service account ({err}). Elsewhere, leave these at their defaults."
             ) from err
         configuration.connection_pool_maxsize = 256  # a log is a connection
         configuration.retries = 0
@@ -278,11 +276,12 @@ class Cluster:
         text = f"The Kubernetes API refuses to {doing} in namespace {self.namespace}: {said}."
         if err.status in (401, 403):
             text += (
-                f" Whoever installed saev gives this right with `make install … COMPONENTS="
-                f'{COMPONENT}`; without it, set launch = "loop".'
+                " Whoever installed saev gives this right with `make install … COMPONENTS=jobs`, "
+                'for launch = "job", or COMPONENTS=trainer, for train_nodes; without it, leave '
+                "these at their defaults."
             )
         elif err.status == 404:
-            text += " The cluster does not have what this needs (docs/pipeline.md)."
+            text += " The cluster does not have what this needs (docs/pipeline.md, multi-node.md)."
         return LaunchError(text, passing=_passes(err))
 
 

@@ -25,6 +25,10 @@ from machines import NODE, Machines, ranks
 from servers import KubernetesApi, kubernetes_server
 from trainer_server import install_crds, trainer_controllers
 
+from pipelines import machines as doctor
+from pipelines.kube import Kube
+from pipelines.options import PodOptions
+from pipelines.settings import Settings
 from saev.errors import LaunchError
 from saev.launch import follow, pods, trainjobs
 from saev.launch.cluster import Cluster, Me
@@ -230,8 +234,9 @@ def test_a_machine_gets_what_a_pod_of_a_run_gets(place: Place) -> None:
     )
     assert want["metadata"]["labels"].items() <= made["metadata"]["labels"].items()
     assert want["metadata"]["annotations"].items() <= made["metadata"]["annotations"].items()
-    for key in ("image", "command", "resources"):
+    for key in ("image", "command"):
         assert container[key] == wanted[key]
+    assert container["resources"]["limits"] == wanted["resources"]["limits"]
     both = spec["securityContext"] | container["securityContext"]
     assert {key: both[key] for key in wanted["securityContext"]} == wanted["securityContext"]
     env = {one["name"]: one for one in container["env"]}
@@ -245,11 +250,18 @@ def test_a_machine_gets_what_a_pod_of_a_run_gets(place: Place) -> None:
         of_both = [(spec, want["spec"]), (container, wanted)]
         (found, right), *_ = ((a[key], b[key]) for a, b in of_both if key in b)
         there = {one.get(name): one for one in found}
-        assert {one[name]: one for one in right}.items() <= there.items()
+        assert all(is_part(one, there[one[name]]) for one in right)
     for key in ("nodeSelector", "imagePullSecrets", "serviceAccountName", "restartPolicy"):
         assert spec[key] == want["spec"][key]
     assert spec["automountServiceAccountToken"] is False
     assert place.objects("trainjob")[0]["spec"]["activeDeadlineSeconds"] == 100
+
+
+def is_part(want: tp.Any, found: tp.Any) -> bool:
+    """Whether it is the same but for what Kubernetes has filled in."""
+    if isinstance(want, dict):
+        return all(is_part(value, found.get(key)) for key, value in want.items())
+    return bool(want == found)
 
 
 # --- What becomes of them ---
@@ -355,3 +367,12 @@ def test_uninstalling_takes_the_runtime_away(place: Place, api: KubernetesApi) -
     assert done.returncode == 0, done.stderr
     assert "delete  TrainingRuntime/saev-train" in done.stdout
     until(lambda: place.objects("trainingruntime") == [])
+
+
+def test_the_doctor_finds_it(place: Place, api: KubernetesApi) -> None:
+    kube = Kube(Settings(kubeconfig=str(api.kubeconfig)))
+    found = list(doctor.findings(kube, place.namespace, PodOptions(train_nodes="2")))
+    assert [one.level for one in found] == ["ok", "ok", "ok"]
+    elsewhere = list(doctor.findings(kube, "default", PodOptions(train_nodes="2")))
+    assert [one.level for one in elsewhere] == ["ok", "fail", "fail"]
+    assert "create trainjobs.trainer.kubeflow.org" in elsewhere[2].found
