@@ -93,6 +93,8 @@ class Submit(Config):
     """Name of the run; by default the dataset's name and the time."""
     wait: bool = False
     """Show the steps until the run is over; exit with 1 if it fails, after its last log lines."""
+    max_retries: int = pydantic.Field(default=2, ge=0)
+    """How often --wait retries a run whose failure a new pod may mend, such as an eviction."""
     check: bool = True
     """Look from here whether dataset and root are there, where this machine has credentials."""
     job: _Job = pydantic.Field(default_factory=Job)

@@ -134,16 +134,20 @@ def _submit(command: a.Submit) -> int:
         if kfp.hint:
             _say(f"To open it: {kfp.hint}")
         if command.wait:
-            return _wait(kfp, run.run_id)
+            return _wait(kfp, run.run_id, command.max_retries)
         _say(f"make status RUN={run.run_id}   shows its steps")
+        _say(
+            "If a pod is lost and Kubernetes does not replace it, nobody retries the run: press "
+            "Retry in Kubeflow, or submit it again; WAIT=1 retries by itself."
+        )
         return 0
 
 
-def _wait(kfp: tp.Any, run_id: str) -> int:
+def _wait(kfp: tp.Any, run_id: str, max_retries: int = 0) -> int:
     from pipelines import watch
 
     try:
-        watch.wait(kfp, run_id, _ERR)
+        watch.wait(kfp, run_id, _ERR, max_retries)
     except ClusterError as err:
         raise ClusterError(
             f"{err} The run goes on; `make watch RUN={run_id}` watches it again."

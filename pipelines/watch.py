@@ -8,7 +8,7 @@ import rich.live
 import rich.table
 import tenacity
 
-from pipelines import launched, logs, steps
+from pipelines import launched, logs, retries, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError, RunFailedError
 
@@ -27,18 +27,42 @@ _STYLES = {
 }  # fmt: skip
 
 
-def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
+def wait(kfp: Kfp, run_id: str, console: rich.console.Console, max_retries: int = 0) -> None:
     """Show a run's steps until it is over.
 
     Args:
         kfp: the connection.
         run_id: which run.
         console: where the steps are shown: live on a terminal, else one line per change.
+        max_retries: how often a run is retried that failed and may succeed.
 
     Raises:
         RunFailedError: it failed or was canceled; the failing step's last lines were shown.
         ClusterError: the API refuses, or has not answered for ten minutes.
     """
+    run = _follow(kfp, run_id, console)
+    for i in range(max_retries):
+        if run.state != "FAILED":
+            break
+        against = retries.reason_against(run)
+        if against:
+            console.print(
+                f"{run.display_name} is not retried: {against}.",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+            break
+        console.print(
+            f"{run.display_name} failed in step {steps.failing(run) or 'unknown'}, for a reason "
+            f"that a new pod may mend. Retry {i + 1} of {max_retries}: what is done is kept.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+        retries.retry(kfp, run)
+        run = _follow(kfp, run_id, console)
+    _end(kfp, run, console)
+
+
+def _follow(kfp: Kfp, run_id: str, console: rich.console.Console) -> tp.Any:
+    """Show a run's steps until it is over. Returns the run."""
     look = launched.Looker(kfp)
     with _display(console) as show:
         run = _get(kfp, run_id, show)
@@ -47,7 +71,7 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console) -> None:
             time.sleep(POLL_SECONDS)
             run = _get(kfp, run_id, show)
             show.update(run, look.slots(run))
-    _end(kfp, run, console)
+    return run
 
 
 def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
