@@ -144,7 +144,7 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
             claim_hours: how long a dataset stays claimed when its run is not heard of any more.
             claim: what the firing of a schedule that started this run has claimed for it.
         """
-        graph = _Graph(options)
+        graph = Graph(options)
         with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
             found = graph.discover(root, config, dataset, claim, claim_hours)
             graph.process(found.outputs["job"], n_parts)
@@ -195,7 +195,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             max_retries=max_retries,
             start=start,
         )
-        return _Graph(options).pod(task, "fire").outputs["runs"]
+        return Graph(options).pod(task, "fire").outputs["runs"]
 
     return saev_incoming
 
@@ -203,7 +203,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
 # --- Their steps -------------------------------------------------------------------------------
 
 
-class _Graph:
+class Graph:
     """Makes the steps of one pipeline, each with its pod's settings."""
 
     def __init__(self, options: CompileOptions):

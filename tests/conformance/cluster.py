@@ -144,7 +144,9 @@ class Cluster:
             )  # fmt: skip
 
     def upload(self, job: prepare.Job) -> None:
-        """Upload a pipeline, and note what was not there before."""
+        """Upload a pipeline and the one that it starts, and note what was not there before."""
+        if job.started is not None:
+            self.upload(job.started)
         with self._lock:
             before = self._pipeline(job.compiled.name)
             had = before is not None and self._has_version(before, job.compiled.digest)

@@ -47,9 +47,9 @@ def compiled(settings: Settings) -> str:
 
     @dsl.pipeline(name="saev-conformance-probe")
     def probe(fault: str, folder: str) -> None:
-        graph = definition._Graph(options)
-        task = graph._pod(first(fault=fault, folder=folder), FIRST, gpus="0")
-        graph._pod(second(given=task.outputs["given"]), SECOND, gpus="0")
+        graph = definition.Graph(options)
+        task = graph.pod(first(fault=fault, folder=folder), FIRST, gpus="0")
+        graph.pod(second(given=task.outputs["given"]), SECOND, gpus="0")
 
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")

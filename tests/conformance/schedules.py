@@ -52,6 +52,12 @@ class Incoming:
         mine = [run for run in self.cluster.mine() if run.recurring_run_id == recurring]
         return sorted(mine, key=lambda run: run.created_at)
 
+    def started(self) -> dict[str, int]:
+        """Dataset → how many runs the firings started for it."""
+        given = [run.runtime_config.parameters or {} for run in self.cluster.mine()]
+        names = [storage.name(values["dataset"]) for values in given if values.get("claim")]
+        return {name: names.count(name) for name in sorted(set(names))}
+
     def fired(self) -> str:
         """New and growing datasets are processed once per state, the others never."""
         cluster = self.cluster
@@ -81,9 +87,12 @@ class Incoming:
             raise Failed(f"runs overlapped: {overlap}")
         if self.processed() != wanted:
             raise Failed(f"processed: {self.processed()}, expected {wanted}")
+        started, expected = self.started(), {"broken": 1, "growing": 2, "new": 1}
+        if started != expected:
+            raise Failed(f"runs that the firings started: {started}, expected {expected}")
         return (
-            f"{len(runs)} firings, none side by side; new once, growing once per state, "
-            "broken and unmarked never"
+            f"{len(runs)} firings, none side by side; a run for new, for each state of growing "
+            "and for broken, which fails for good and is not tried again; none for unmarked"
         )
 
     def _reach(self, wanted: dict[str, int]) -> None:
@@ -106,9 +115,10 @@ class Incoming:
         ids = [item.recurring_run_id for item in mine]
         if ids != [new.recurring_run_id]:
             raise Failed(f"schedules of this name: {ids}, expected {new.recurring_run_id}")
-        before, after = (item.pipeline_version_reference.pipeline_version_id for item in (old, new))
+        starts = [item.runtime_config.parameters["start"] for item in (old, new)]
+        before, after = (start["version_id"] for start in starts)
         if before == after:
-            raise Failed("the schedule still has the old pipeline's version")
+            raise Failed("the schedule still starts runs of the old pipeline's version")
         schedule.delete(cluster.kfp, self.name)
         if any(s.display_name == self.name for s in schedule.existing(cluster.kfp)):
             raise Failed("the deleted schedule is still listed")

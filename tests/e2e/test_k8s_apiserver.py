@@ -3,6 +3,7 @@
 Nothing runs here: there is no node. Network policies are stored, not enforced.
 """
 
+import base64
 import contextlib
 import copy
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import typing as tp
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,9 @@ from pathlib import Path
 import compiled
 import pytest
 from servers import KubernetesApi, kubernetes_server
+
+from saev.errors import ClusterError
+from saev.launch import runs
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, tp.Any]
@@ -451,6 +456,45 @@ def test_roles(cluster: Cluster, dedicated: str, name: str) -> None:
     starting = {a: may(cluster, dedicated, account, *a) for a in SCHEDULE}
     assert starting == dict.fromkeys(SCHEDULE, name == SCHEDULE_ACCOUNT)
     assert not any(may(cluster, "kube-system", account, *a) for a in (*ALLOWED, *SCHEDULE))
+
+
+@pytest.fixture
+def in_a_pod(
+    cluster: Cluster, dedicated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Gives this process the token, certificate and variables of a pod of a service account."""
+
+    def enter(account: str) -> None:
+        done = cluster.kubectl("create", "token", account, "-n", dedicated)
+        assert done.returncode == 0, done.stderr
+        view = cluster.kubectl("config", "view", "--raw", "--flatten", "-o", "json")
+        server = json.loads(view.stdout)["clusters"][0]["cluster"]
+        address = urllib.parse.urlsplit(server["server"])
+        (tmp_path / "token").write_text(done.stdout)
+        (tmp_path / "ca.crt").write_bytes(base64.b64decode(server["certificate-authority-data"]))
+        monkeypatch.setattr(runs, "_ACCOUNT", tmp_path)
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address.hostname or "")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
+
+    return enter
+
+
+def test_a_firing_gets_the_token_that_kubeflow_wants(
+    dedicated: str, in_a_pod: Callable[[str], None]
+) -> None:
+    in_a_pod(SCHEDULE_ACCOUNT)
+    namespace, token = runs._own_token()
+    payload = token.split(".")[1]
+    claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    assert namespace == dedicated
+    assert claims["aud"] == [runs.AUDIENCE]
+    assert claims["sub"] == f"system:serviceaccount:{dedicated}:{SCHEDULE_ACCOUNT}"
+
+
+def test_a_step_does_not_get_it(in_a_pod: Callable[[str], None]) -> None:
+    in_a_pod(STEPS_ACCOUNT)
+    with pytest.raises(ClusterError, match="gives saev-steps this permission"):
+        runs._own_token()
 
 
 def test_an_editor_lacks_permissions(cluster: Cluster, tree: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def prepared(kube: KubeServer) -> None:
     """Pods end at once and print `null`."""
     kube.pod_statuses, kube.pod_log = [ENDED], "null\n"
     kube.add("serviceaccounts", "saev-steps", "kubeflow")
+    kube.add("serviceaccounts", "saev-schedule", "kubeflow")
     kube.add_kfp(8888)
 
 
