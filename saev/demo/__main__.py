@@ -1,5 +1,6 @@
 """`make demo`: photographs and weights → `saev run` → where to look, and whether it is any good."""
 
+import collections.abc
 import importlib.resources
 import logging
 import sys
@@ -13,7 +14,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from saev import run, storage
+import saev.shards.extract as extract
+from saev import inference, run, storage, train
 from saev.config import TrainConfig
 from saev.config.base import Config
 from saev.config.run import RunConfig
@@ -24,6 +26,7 @@ from saev.inference.results import Results
 from saev.progress import Progress
 from saev.shards import Shards
 from saev.shards.protocol import in_validation
+from saev.visuals import overview
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class DemoConfig(Config):
 
     root: str = "demo-out"
     """URL of the folder for everything."""
-    n_examples: int = pydantic.Field(default=560, ge=photos.N_CLASSES)
+    n_examples: int = pydantic.Field(default=600, ge=photos.N_CLASSES)
     """Crops of photographs."""
     n_train: int = pydantic.Field(default=400_000, ge=1)
     """Tokens to train on."""
@@ -41,15 +44,25 @@ class DemoConfig(Config):
     """Latents in each report."""
 
 
-class Measured(tp.NamedTuple):
-    """One SAE beside what it has to beat."""
+class Side(tp.NamedTuple):
+    """An SAE on images that it was not trained on, beside what it has to beat."""
 
-    name: str
     l0: float
     nmse: float
-    n_dead: int
-    d_sae: int
+    silent: int
+    """Latents that fire on no token of these images."""
     baselines: baselines.Baselines
+
+
+class Measured(tp.NamedTuple):
+    """One SAE."""
+
+    name: str
+    d_sae: int
+    crops: Side
+    """Other crops of the photographs that it was trained on."""
+    unseen: Side
+    """Crops of other photographs."""
 
 
 def main() -> None:
@@ -60,8 +73,9 @@ def main() -> None:
     logging.getLogger("saev").setLevel("INFO")
     try:
         with progress:
-            page = run.run(prepare(cfg), progress=progress)
-        measured = measure(cfg.root)
+            config = prepare(cfg)
+            run.run(config, progress=progress)
+            measured, page = measure(config, progress)
     except SaevError as err:
         sys.exit(f"saev: error: {err}")
     except KeyboardInterrupt:
@@ -74,7 +88,7 @@ def main() -> None:
 def prepare(cfg: DemoConfig) -> RunConfig:
     """Write photographs, weights and a config file that `saev run` takes; returns its flags."""
     root = storage.normalize(cfg.root)
-    crops = photos.write_crops(storage.join(root, "photos"), cfg.n_examples)
+    crops = photos.write_crops(storage.join(root, "photographs"), cfg.n_examples)
     ckpt = weights.write_weights(storage.join(root, "weights", "dinov2_vits14.safetensors"))
     folder = importlib.resources.files("saev.demo")
     template = jinja2.Template(
@@ -93,64 +107,95 @@ def prepare(cfg: DemoConfig) -> RunConfig:
     return RunConfig(config=config, root=root)
 
 
-def measure(root: str) -> list[Measured]:
-    """Held-out error of every SAE, and of a PCA and a random dictionary of the same rank.
+def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]:
+    """Errors on images that no SAE was trained on: other crops, and other photographs.
 
-    SAEs are judged by what `saev train` measured on the validation split after training; the
-    baselines get the same split, and PCA is fitted on the training side.
+    On other crops, SAEs are judged by what `saev train` measured on its validation split; on other
+    photographs, by `saev inference`. A PCA of the training side and a random dictionary get the
+    same tokens.
+
+    Returns:
+        The SAEs, and the URL of the page that lists them.
     """
-    (shards_entry,) = (e for e in storage.list_dir(storage.join(root, "shards")) if e.is_dir)
-    shards = Shards.open(shards_entry.url)
-    train, val = _read(shards, 0.1)
-    mean, basis = baselines.pca_basis(train)
+    stages = run.resolve(config)
+    shards = Shards.open(extract.run(stages.shards, progress=progress))
+    data = stages.shards.data.model_copy(update={"split": "validation"})
+    others = stages.shards.model_copy(update={"data": data})
+    unseen = Shards.open(extract.run(others, progress=progress))
+    known, crops = _sides(shards, 0.1)
+    photographs = _tokens(unseen)
+    pca = baselines.pca_basis(known)
     rows = []
-    for entry in storage.list_dir(storage.join(root, "runs")):
-        if not storage.exists(storage.join(entry.url, "run.json")):
-            continue
-        cfg = TrainConfig.of_run(entry.url)
-        metrics = storage.read_sealed(storage.join(entry.url, "run.json")).record["metrics"]
-        d_sae, k = cfg.sae.d_sae or 0, max(1, round(metrics["l0"]))
-        beside = baselines.Baselines(
-            k,
-            baselines.pca_nmse(val, mean, basis, k),
-            baselines.random_nmse(val, mean, k, d_sae),
-        )
+    for url in train.run(stages.training(shards.url), progress=progress, table=stages.sweep):
+        cfg = TrainConfig.of_run(url)
+        d_sae = cfg.sae.d_sae or 0
+        held_out = storage.read_sealed(storage.join(url, "run.json")).record["metrics"]
+        results = Results.open(inference.run(stages.measuring(url, unseen.url), progress=progress))
         is_plain = cfg.objective.kind == "vanilla"
         name = cfg.sae.activation.kind + ("" if is_plain else f" {cfg.objective.kind}")
-        # Held-out tokens are few; a latent is dead if it fires on no token at all.
-        n_dead = Results.find(entry.url, shards.metadata.hash).metrics["n_dead"]
-        rows.append(Measured(name, metrics["l0"], metrics["normalized_mse"], n_dead, d_sae, beside))
-    return sorted(rows, key=lambda row: (row.name, row.l0), reverse=True)
+        on_crops = _beside(held_out, crops, pca, d_sae)
+        rows.append(
+            Measured(name, d_sae, on_crops, _beside(results.metrics, photographs, pca, d_sae))
+        )
+    rows.sort(key=lambda row: (row.name, row.crops.l0), reverse=True)
+    return rows, overview.write(config.root)
 
 
-def _read(shards: Shards, val_fraction: float, n_max: int = 40_000) -> tuple[Tensor, Tensor]:
-    """Content tokens of the only layer, both sides of the split; at most ``n_max`` of each."""
+def _beside(
+    metrics: tp.Mapping[str, float], acts: Tensor, pca: tuple[Tensor, Tensor], d_sae: int
+) -> Side:
+    """An SAE's metrics beside the baselines at the same number of coefficients."""
+    k = max(1, round(metrics["l0"]))
+    beside = baselines.Baselines(
+        k, baselines.pca_nmse(acts, *pca, k), baselines.random_nmse(acts, pca[0], k, d_sae)
+    )
+    return Side(metrics["l0"], metrics["normalized_mse"], int(metrics["n_dead"]), beside)
+
+
+def _tokens(shards: Shards) -> Tensor:
+    """All content tokens of the only layer."""
+    return torch.cat([acts.flatten(0, 1) for acts, _ in _examples(shards)])
+
+
+def _sides(shards: Shards, val_fraction: float, n_max: int = 40_000) -> tuple[Tensor, Tensor]:
+    """Content tokens of both sides of the split; at most ``n_max`` of the training side."""
     sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for acts, examples in _examples(shards):
+        held_out = in_validation(examples, val_fraction)
+        for side, chosen in zip(sides, (~held_out, held_out), strict=True):
+            side.append(acts[torch.from_numpy(chosen)].flatten(0, 1))
+    train_side, val = map(torch.cat, sides)
+    return train_side[:: max(1, len(train_side) // n_max)], val
+
+
+def _examples(shards: Shards) -> collections.abc.Iterator[tuple[Tensor, np.ndarray]]:
+    """Content tokens of each shard's examples, and the examples' numbers."""
     first = int(shards.metadata.cls_token)
     for i, info in enumerate(shards.infos):
-        acts = shards.read(i, None, 0, info.n_examples)[:, first:]
         start = int(shards.shard_starts[i])
-        held_out = in_validation(np.arange(start, start + info.n_examples), val_fraction)
-        for side, chosen in zip(sides, (~held_out, held_out), strict=True):
-            side.append(acts[torch.from_numpy(chosen)].flatten(0, 1).float())
-    train, val = (torch.cat(side) for side in sides)
-    return train[:: max(1, len(train) // n_max)], val[:: max(1, len(val) // n_max)]
+        acts = shards.read(i, None, 0, info.n_examples)[:, first:].float()
+        yield acts, np.arange(start, start + info.n_examples)
 
 
 def show(rows: list[Measured]) -> None:
-    """Print the comparison to standard error."""
-    table = rich.table.Table(
-        title="Normalised MSE on held-out images, beside a PCA of rank L0\n"
-        "and L0 atoms of a random dictionary: lower is better"
-    )
-    for column in ("SAE", "L0", "NMSE", "PCA", "random", "dead"):
-        table.add_column(column, justify="left" if column == "SAE" else "right")
-    for row in rows:
-        table.add_row(
-            row.name, f"{row.l0:.1f}", f"{row.nmse:.4f}", f"{row.baselines.pca:.4f}",
-            f"{row.baselines.random:.4f}", f"{row.n_dead} of {row.d_sae}",
-        )  # fmt: skip
-    Console(stderr=True).print(table)
+    """Print both comparisons to standard error."""
+    for title, side in (
+        (f"other crops of the {photos.N_CLASSES - len(photos.UNSEEN)} photographs", "crops"),
+        (f"{len(photos.UNSEEN)} photographs that nothing was trained on", "unseen"),
+    ):
+        table = rich.table.Table(
+            title=f"Normalised MSE on {title},\nbeside a PCA of rank L0 and L0 atoms of a random "
+            "dictionary: lower is better"
+        )
+        for column in ("SAE", "L0", "NMSE", "PCA", "random", "silent"):
+            table.add_column(column, justify="left" if column == "SAE" else "right")
+        for row in rows:
+            found: Side = getattr(row, side)
+            table.add_row(
+                row.name, f"{found.l0:.1f}", f"{found.nmse:.4f}", f"{found.baselines.pca:.4f}",
+                f"{found.baselines.random:.4f}", f"{found.silent} of {row.d_sae}",
+            )  # fmt: skip
+        Console(stderr=True).print(table)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ PHOTOS: tp.Final = (
 )  # fmt: skip
 """One class per photograph. Sources and licences: scikit-image's data/README.txt."""
 
+UNSEEN: tp.Final = PHOTOS[3::4]
+"""Photographs that nothing is trained on: every fourth by name, so that nobody chose them."""
+
 N_CLASSES = len(PHOTOS)
 CROP = 224
 _SMALLEST = 0.35
@@ -31,12 +34,13 @@ _SMALLEST = 0.35
 def write_crops(root: str, n_examples: int, seed: int = 0) -> str:
     """Make a segmentation dataset of square crops; a pixel's label is its photograph.
 
-    Labels start at 1: 0 means background, as in ADE20K. Each photograph gives equally many crops
-    of random place and size, resized to 224 × 224.
+    Labels start at 1: 0 means background, as in ADE20K. Each photograph gives about equally many
+    crops of random place and size, resized to 224 × 224. The split "training" has no crop of
+    :data:`UNSEEN`, the split "validation" has no others.
 
     Args:
         root: URL of the folder.
-        n_examples: crops in all.
+        n_examples: crops in all, of both splits.
         seed: what places and sizes are drawn from.
 
     Returns:
@@ -57,8 +61,9 @@ def write_crops(root: str, n_examples: int, seed: int = 0) -> str:
         for i in range(n_examples * label // len(PHOTOS) - n_examples * (label - 1) // len(PHOTOS)):
             stem = f"{name}_{i:03d}"
             crop = _random_crop(photo, rng)
-            storage.write_bytes(storage.join(root, "images/training", f"{stem}.jpg"), _jpeg(crop))
-            storage.write_bytes(storage.join(root, "annotations/training", f"{stem}.png"), mask)
+            split = "validation" if file in UNSEEN else "training"
+            storage.write_bytes(storage.join(root, "images", split, f"{stem}.jpg"), _jpeg(crop))
+            storage.write_bytes(storage.join(root, "annotations", split, f"{stem}.png"), mask)
             rows.append(f"{stem},{name}")
     names = [f"{label},{Path(file).stem}" for label, file in enumerate(PHOTOS, start=1)]
     storage.write_text(storage.join(root, "classes.csv"), "\n".join(["label,name", *names]) + "\n")

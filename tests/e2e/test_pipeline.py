@@ -32,7 +32,7 @@ class Job:
 
     def __init__(self, folder: Path, images: Images, base: str, env: dict[str, str]):
         self.folder, self.images = folder, images
-        self.dataset = storage.join(base, "photos")
+        self.dataset = storage.join(base, "photographs")
         self.root = storage.join(base, "out")
         self.config = folder / "demo.toml"
         # Threads that wait for each other by spinning make a busy machine many times slower.
@@ -87,8 +87,8 @@ def make_job(folder: Path, images: Images, base: str, env: dict[str, str]) -> Jo
     text = text.replace("[shards]\n", "[shards]\nmax_tokens_per_shard = 2570\n", 1)
     config.write_text(text)
     job = Job(folder, images, base, env)
-    if job.dataset != str(folder / "photos"):
-        photos = folder / "photos"
+    if job.dataset != str(folder / "photographs"):
+        photos = folder / "photographs"
         for path in photos.rglob("*"):
             if path.is_file():
                 url = storage.join(job.dataset, str(path.relative_to(photos)))
