@@ -187,7 +187,7 @@ def test_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
 
 def test_without_the_extra_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds if it is missing
-    with pytest.raises(ConfigError, match=r"data:cifar10 needs .*pip install 'saev\[hf\]'"):
+    with pytest.raises(ConfigError, match=r"data:cifar10 needs .*pip install 'saevit\[hf\]'"):
         open_dataset(Cifar10())
 
 

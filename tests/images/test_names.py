@@ -262,7 +262,7 @@ def test_heic_without_pillow_heif(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"pip install 'saev\[heic\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'saevit\[heic\]'"):
         open_dataset(ImgFolder(root=str(tmp_path), heic=True))
 
 

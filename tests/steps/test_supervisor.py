@@ -218,9 +218,9 @@ def test_machines_do_not_overwrite_each_others_words(
     supervisor._keep(LastWord("permanent", "wrong"), words)
     monkeypatch.setenv("PET_NODE_RANK", "1")
     supervisor._keep(LastWord("passing", "gone", is_echo=True), words)
-    assert {word["error"] for word in last_word.all_of(str(tmp_path), "a")} == {"wrong", "gone"}
+    assert {word.error for word in outcomes.last_words(str(tmp_path), "a")} == {"wrong", "gone"}
     supervisor._keep(None, words)
-    assert [word["error"] for word in last_word.all_of(str(tmp_path), "a")] == ["wrong"]
+    assert [word.error for word in outcomes.last_words(str(tmp_path), "a")] == ["wrong"]
 
 
 def test_success_takes_an_earlier_failure_back(tmp_path: Path) -> None:

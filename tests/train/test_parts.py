@@ -92,7 +92,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 def test_wandb_is_asked_for_before_training(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     curves.check_wandb("")
-    with pytest.raises(ConfigError, match="pip install 'saev\\[wandb\\]'"):
+    with pytest.raises(ConfigError, match="pip install 'saevit\\[wandb\\]'"):
         curves.check_wandb("my-project")
 
 
