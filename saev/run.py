@@ -29,7 +29,8 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
         measured = inference.run(stages.measuring(run_url, shards), progress=progress)
         visuals.run(stages.showing(run_url, shards, measured), progress=progress)
     sections = overview.collect(cfg.root)
-    for section in sections:
+    # A run may have been measured on other shards, too.
+    for section in (s for s in sections if s.shards == storage.name(shards)):
         for row in (row for row in section.rows if row.run in runs):
             logger.info(
                 "%s: normalized_mse %.4f, l0 %.1f, dead %d of %d",
