@@ -1,7 +1,5 @@
 """Ranges of S3 objects: who reads them, with which endpoint and credentials, and what can fail."""
 
-import datetime
-import ipaddress
 import itertools
 import os
 import socket
@@ -15,13 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import botocore.session
+import certificates
 import pytest
 import s3_proxy
 import s3fs
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from saev import storage
 from saev.errors import CorruptDataError, StorageError
@@ -277,7 +272,9 @@ def test_where_the_bucket_stands(url, proxy, clean, monkeypatch, tmp_path, style
 
 def test_certificates_of_our_own(url, endpoint, clean, monkeypatch, no_s3fs, tmp_path) -> None:
     """https with a bundle that AWS_CA_BUNDLE names, and without it."""
-    make_certificate(tmp_path)
+    certificate = certificates.for_loopback("saev test")
+    (tmp_path / "cert.pem").write_bytes(certificate.pem)
+    (tmp_path / "key.pem").write_bytes(certificate.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     with s3_proxy.before(endpoint, context) as proxy:
@@ -293,33 +290,6 @@ def test_certificates_of_our_own(url, endpoint, clean, monkeypatch, no_s3fs, tmp
             reader.read(0, 5)
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "cert.pem"))
         through(proxy, url, "tls")
-
-
-def make_certificate(folder: Path) -> None:
-    """For 127.0.0.1, signed by itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "saev test")])
-    now = datetime.datetime.now(datetime.UTC)
-    loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    (folder / "key.pem").write_bytes(private)
 
 
 def test_one_connection_a_thread(url, proxy, no_s3fs) -> None:

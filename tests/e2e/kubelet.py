@@ -61,22 +61,27 @@ class Kubelet:
             with contextlib.suppress(client.ApiException):  # it was deleted meanwhile
                 self._core.patch_namespaced_pod_status(name, self._namespace, {"status": status})
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> contextlib.AbstractContextManager[None]:
         """Look all the time while the block runs."""
-        stop = threading.Event()
+        return looking(self.look)
 
-        def work() -> None:
-            while not stop.wait(0.1):
-                self.look()
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+@contextlib.contextmanager
+def looking(look: Callable[[], None]) -> Iterator[None]:
+    """Call a function ten times a second while the block runs."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(0.1):
+            look()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def until(ready: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import typing as tp
 from collections.abc import Iterator
 from pathlib import Path
 
-from kubelet import RUNNING, exited
+from kubelet import RUNNING, exited, looking
 from kubernetes import client
 from processes import free_port
 
@@ -56,19 +55,10 @@ class Machines:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Look all the time while the block runs; kill in the end what is left."""
-        stop = threading.Event()
-
-        def work() -> None:
-            while not stop.wait(0.1):
-                self.look()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
         try:
-            yield
+            with looking(self.look):
+                yield
         finally:
-            stop.set()
-            thread.join()
             for pod in self.pods:
                 for pid in [*ranks(pod), pod.process.pid]:
                     with contextlib.suppress(ProcessLookupError):

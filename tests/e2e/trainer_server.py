@@ -7,8 +7,6 @@ status of pods.
 
 import base64
 import contextlib
-import datetime
-import ipaddress
 import json
 import subprocess
 import tempfile
@@ -17,12 +15,9 @@ import typing as tp
 from collections.abc import Iterator
 from pathlib import Path
 
+import certificates
 import compiled
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from processes import answers, child, free_port, wait_until
 from servers import LOOPBACK, KubernetesApi
 
@@ -157,28 +152,7 @@ def _kubectl(api: KubernetesApi, *words: str, stdin: str = "") -> str:
 def _write_certificates(folder: Path) -> bytes:
     """A certificate for the loopback address. Returns what to trust."""
     folder.mkdir(parents=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "webhooks")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(address, critical=False)
-        .sign(key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
-    )
-    (folder / "tls.crt").write_bytes(certificate)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    (folder / "tls.key").write_bytes(secret)
-    return certificate
+    certificate = certificates.for_loopback("webhooks")
+    (folder / "tls.crt").write_bytes(certificate.pem)
+    (folder / "tls.key").write_bytes(certificate.key)
+    return certificate.pem

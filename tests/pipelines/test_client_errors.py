@@ -1,19 +1,14 @@
 """Every command against every way in which a server, or the way to it, fails."""
 
-import datetime
-import ipaddress
 import socket
 import ssl
 import typing as tp
 from pathlib import Path
 
+import certificates
 import kfp_server
 import pytest
 from client import Client
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from kfp_server import KfpServer
 
 RUN = "11111111-2222-3333-4444-555555555555"
@@ -201,26 +196,9 @@ class Tls(tp.NamedTuple):
 
 @pytest.fixture
 def tls(home: Path, monkeypatch: pytest.MonkeyPatch) -> tp.Iterator[Tls]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kubeflow.test")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
-    home.joinpath("ca.pem").write_bytes(pem)
-    home.joinpath("key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
+    certificate = certificates.for_loopback("kubeflow.test")
+    home.joinpath("ca.pem").write_bytes(certificate.pem)
+    home.joinpath("key.pem").write_bytes(certificate.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(home / "ca.pem", home / "key.pem")
     with kfp_server.running(tls=context) as server:
