@@ -27,16 +27,7 @@ def launch(
         Args:
             job: one of discover's jobs.
         """
-        constants = {"queue": queue} if queue else {}
-        return spec(
-            CPU_IMAGE,
-            "launch",
-            job=job,
-            step=step,
-            pods=json.dumps(pods, separators=(",", ":")),
-            parallelism=str(parallelism),
-            **constants,
-        )
+        return _spec(pods, queue, job=job, step=step, parallelism=str(parallelism))
 
     slots.__name__ = step  # kfp calls the component so
     return dsl.container_component(slots)
@@ -61,16 +52,13 @@ def launch_machines(
             job: one of discover's jobs.
             slot: one of publish's slots, such as `2: part 3 of 8`.
         """
-        constants = {"queue": queue} if queue else {}
-        return spec(
-            CPU_IMAGE,
-            "launch",
-            job=job,
-            slot=slot,
-            step="train",
-            machines=str(n),
-            pods=json.dumps(pods, separators=(",", ":")),
-            **constants,
-        )
+        return _spec(pods, queue, job=job, slot=slot, step="train", machines=str(n))
 
     return train
+
+
+def _spec(pods: tp.Mapping[str, tp.Any], queue: str, **flags: tp.Any) -> dsl.ContainerSpec:
+    """`saev step launch`, with the pods as JSON, and a queue if there is one."""
+    if queue:
+        flags["queue"] = queue
+    return spec(CPU_IMAGE, "launch", pods=json.dumps(pods, separators=(",", ":")), **flags)

@@ -71,10 +71,11 @@ def check(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> None:
     if size <= MOST:
         return
     most = most_parts(pipeline, values)
-    remedy = f"What fits is n_parts = {most}" if most else "Split the sweep"
+    fits = f"What fits is n_parts = {most}: a pod does several parts one after the other."
+    remedy = fits if most else "Split the sweep into several runs."
     more = "" if pipeline.is_launched else f" {FOR_MORE}"
     raise ConfigError(
         f"With n_parts = {values['n_parts']}, a run may take {size / 1e3:.0f} kB in Kubernetes, "
         f"which keeps it in one object of 1 MiB; {MOST // 1000} kB leave room for retries. "
-        f"{remedy}: a pod does several parts one after the other.{more}"
+        f"{remedy}{more}"
     )

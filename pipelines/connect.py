@@ -95,6 +95,24 @@ class Kfp:
         data = api.last_response.data
         return data if isinstance(data, str) else data.decode("utf-8", "replace")
 
+    def pages(
+        self, doing: str, fetch: collections.abc.Callable[[str], tp.Any]
+    ) -> collections.abc.Iterator[tp.Any]:
+        """The pages of a list.
+
+        Args:
+            doing: what errors call it, such as "list runs".
+            fetch: asks for the page of a token; "" is the first.
+        """
+        token = ""
+        while True:
+            with self.explained(doing):
+                answer = fetch(token)
+            yield answer
+            token = answer.next_page_token or ""
+            if not token:
+                return
+
     @property
     def in_namespace(self) -> dict[str, str]:
         """Keyword arguments of requests about a namespace; a single-user API takes none."""

@@ -15,13 +15,10 @@ from pipelines.errors import ClusterError
 from pipelines.kube import Kube
 from saev.errors import ConfigError, SaevError
 from saev.launch import trainjobs
+from saev.launch.pods import MAIN, RUN_LABEL, STEP_LABEL
 
-RUN_LABEL = "pipeline/runid"
-STEP_LABEL = "app.kubernetes.io/component"
 _KFP_LABEL = "pipelines.kubeflow.org/v2_component"
 """KFP's label of pods that it has started itself."""
-MAIN = "main"
-"""Argo's name of the container that is the step itself."""
 END_LINES = 30
 """Lines that are shown of a failed step."""
 _READ_LINES = 1000

@@ -1,5 +1,7 @@
 """Runs that there are: listing them, finding one, showing it, canceling it."""
 
+import collections.abc
+import itertools
 import json
 import re
 import typing as tp
@@ -44,21 +46,19 @@ def unfinished(kfp: Kfp, **equal: str) -> list[tp.Any]:
 
 def recent(kfp: Kfp, n: int) -> list[tp.Any]:
     """The newest runs, newest first."""
-    runs: list[tp.Any] = []
-    token = ""
-    while len(runs) < n:
-        with kfp.explained("list runs"):
-            answer = kfp.runs.run_service_list_runs(
-                page_size=min(n - len(runs), _PAGE),
-                page_token=token,
-                sort_by="created_at desc",
-                **kfp.in_namespace,
-            )
-        runs += answer.runs or []
-        token = answer.next_page_token or ""
-        if not token:
-            break
-    return runs[:n]
+    return list(itertools.islice(_newest(kfp, min(n, _PAGE), "list runs"), n))
+
+
+def _newest(kfp: Kfp, page_size: int, doing: str) -> collections.abc.Iterator[tp.Any]:
+    """All runs, newest first; a page is asked for when it is needed."""
+    pages = kfp.pages(
+        doing,
+        lambda token: kfp.runs.run_service_list_runs(
+            page_size=page_size, page_token=token, sort_by="created_at desc", **kfp.in_namespace
+        ),
+    )
+    for page in pages:
+        yield from page.runs or []
 
 
 def find(kfp: Kfp, which: str) -> tp.Any:
@@ -97,21 +97,11 @@ def find(kfp: Kfp, which: str) -> tp.Any:
 
 def started_by(kfp: Kfp, firing: tp.Any) -> list[tp.Any]:
     """The runs that a firing of a schedule started, newest first."""
-    found: list[tp.Any] = []
-    token = ""
-    while True:
-        with kfp.explained("list the runs that it started"):
-            answer = kfp.runs.run_service_list_runs(
-                page_size=_PAGE, page_token=token, sort_by="created_at desc", **kfp.in_namespace
-            )
-        for run in answer.runs or []:
-            if run.created_at < firing.created_at:
-                return found
-            if _claim(run).get("run") == firing.run_id:
-                found.append(run)
-        token = answer.next_page_token or ""
-        if not token:
-            return found
+    newest = itertools.takewhile(
+        lambda run: run.created_at >= firing.created_at,
+        _newest(kfp, _PAGE, "list the runs that it started"),
+    )
+    return [run for run in newest if _claim(run).get("run") == firing.run_id]
 
 
 def _claim(run: tp.Any) -> dict[str, tp.Any]:

@@ -127,17 +127,13 @@ def _start(kfp: Kfp, job: prepare.Job, experiment: str) -> dict[str, tp.Any]:
 
 def existing(kfp: Kfp) -> list[tp.Any]:
     """All schedules of the namespace, newest first."""
-    found: list[tp.Any] = []
-    token = ""
-    while True:
-        with kfp.explained("list schedules"):
-            answer = kfp.recurring.recurring_run_service_list_recurring_runs(
-                page_size=_PAGE, page_token=token, sort_by="created_at desc", **kfp.in_namespace
-            )
-        found += answer.recurring_runs or []
-        token = answer.next_page_token or ""
-        if not token:
-            return found
+    pages = kfp.pages(
+        "list schedules",
+        lambda token: kfp.recurring.recurring_run_service_list_recurring_runs(
+            page_size=_PAGE, page_token=token, sort_by="created_at desc", **kfp.in_namespace
+        ),
+    )
+    return [item for page in pages for item in page.recurring_runs or []]
 
 
 def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> list[str]:

@@ -5,6 +5,7 @@ package, which has a package ``saev`` too. Installed into one environment, each 
 the other.
 """
 
+import functools
 import importlib.metadata
 import platform
 
@@ -34,6 +35,7 @@ def version() -> str:
     return ", ".join(found)
 
 
+@functools.cache
 def conflict() -> str:
     """What is wrong with this environment, in one sentence; "" if nothing is."""
     try:

@@ -20,7 +20,7 @@ from saev.config.base import Config
 from saev.config.images import ImgFolder
 from saev.config.loaders import DataConfig, LoaderConfig
 from saev.config.run import RunConfig
-from saev.config.sae import Matryoshka, SaeConfig, TopK, Vanilla
+from saev.config.sae import SaeConfig, TopK, Vanilla
 
 LONG_HELP = "--help-all"
 
@@ -162,8 +162,6 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-assert Matryoshka.model_fields.keys() >= {"target_l0"}, "--target-l0 belongs to both objectives"
-
 
 def expand(argv: tp.Sequence[str]) -> list[str]:
     """A command line without short flags. One that has none is returned as it is."""
@@ -185,7 +183,7 @@ def expand(argv: tp.Sequence[str]) -> list[str]:
         else:
             *subcommands, flag = long.split()
             chosen += subcommands
-            rest += [f"{flag if flag.startswith('--') else f'--{flag}'}{equals}{value}"]
+            rest.append(f"--{flag.removeprefix('--')}{equals}{value}")
     chosen.sort(reverse=True)  # sae.activation: before objective:, as tyro wants them
     return [argv[0], *chosen, *rest]
 

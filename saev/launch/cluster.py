@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 Json = dict[str, tp.Any]
 
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where a pod finds namespace, token and certificate of its service account."""
 _TIMEOUT = (10.0, 60.0)
 """Seconds to connect, and between two bytes of an answer."""
 _PATIENCE = 600.0
@@ -85,7 +86,7 @@ class Cluster:
         configuration = client.Configuration()
         try:
             config.load_incluster_config(client_configuration=configuration)
-            namespace = (_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+            namespace = (ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
         except (config.ConfigException, OSError) as err:
             raise LaunchError(
                 'Pods are started (launch = "job", train_nodes) from a pod in Kubernetes with a '

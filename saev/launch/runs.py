@@ -10,11 +10,11 @@ import json
 import os
 import typing as tp
 import urllib.parse
-from pathlib import Path
 
 import urllib3
 
 from saev.errors import ClusterError
+from saev.launch import cluster
 from saev.launch.explain import AnswerError, LoginPageError, OtherServerError, Server, explained
 
 AUDIENCE = "pipelines.kubeflow.org"
@@ -22,7 +22,6 @@ AUDIENCE = "pipelines.kubeflow.org"
 OVER = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
 """States in which a run, or a task, stays."""
 
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _RUNS = "/apis/v2beta1/runs"
 _PAGE = 100
 _SECONDS = 30.0
@@ -252,7 +251,7 @@ def _own_token() -> tuple[str, str]:
     https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-request-v1/
     """
     try:
-        mounted = (_ACCOUNT / "token").read_text(encoding="utf-8").strip()
+        mounted = (cluster.ACCOUNT / "token").read_text(encoding="utf-8").strip()
         claims = mounted.split(".")[1]
         subject = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["sub"]
         namespace, name = str(subject).split(":")[2:]
@@ -266,7 +265,8 @@ def _own_token() -> tuple[str, str]:
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     address = f"https://{f'[{host}]' if ':' in host else host}:{port}"
     http = urllib3.PoolManager(
-        ca_certs=str(_ACCOUNT / "ca.crt"), timeout=urllib3.Timeout(connect=10.0, read=_SECONDS)
+        ca_certs=str(cluster.ACCOUNT / "ca.crt"),
+        timeout=urllib3.Timeout(connect=10.0, read=_SECONDS),
     )
     body = {
         "apiVersion": "authentication.k8s.io/v1",

@@ -22,6 +22,7 @@ import pytest
 from servers import KubernetesApi, kubernetes_server
 
 from saev.errors import ClusterError
+from saev.launch import cluster as cluster_api
 from saev.launch import runs
 
 ROOT = Path(__file__).parents[2]
@@ -472,7 +473,7 @@ def in_a_pod(
         address = urllib.parse.urlsplit(server["server"])
         (tmp_path / "token").write_text(done.stdout)
         (tmp_path / "ca.crt").write_bytes(base64.b64decode(server["certificate-authority-data"]))
-        monkeypatch.setattr(runs, "_ACCOUNT", tmp_path)
+        monkeypatch.setattr(cluster_api, "ACCOUNT", tmp_path)
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address.hostname or "")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
 
