@@ -2,7 +2,9 @@
 
 import datetime
 import ipaddress
+import ssl
 import typing as tp
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -15,6 +17,14 @@ class Certificate(tp.NamedTuple):
 
     pem: bytes
     key: bytes
+
+    def server(self, folder: Path) -> ssl.SSLContext:
+        """TLS settings of a server with this certificate; leaves cert.pem and key.pem in folder."""
+        (folder / "cert.pem").write_bytes(self.pem)
+        (folder / "key.pem").write_bytes(self.key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        return context
 
 
 def for_loopback(name: str) -> Certificate:

@@ -2,15 +2,15 @@
 
 import logging
 import re
-import ssl
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import certificates
 import pytest
 import s3_proxy
 import s3fs
-from test_storage_s3 import clean, endpoint, make_certificate, proxy  # noqa: F401 - fixtures
+from test_storage_s3 import clean, endpoint, proxy  # noqa: F401 - fixtures
 
 from saev import storage
 from saev.errors import StorageError
@@ -197,9 +197,7 @@ def test_what_is_wrong_before_a_store_answers(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("SAEV_PATIENCE_S", "0.5")
-    make_certificate(tmp_path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context = certificates.for_loopback("saev test").server(tmp_path)
     with s3_proxy.before(endpoint, context) as tls:
         place, expected = {
             "unknown CA": (tls.url, r"cannot be trusted \(self-signed .*AWS_CA_BUNDLE has to name"),

@@ -3,7 +3,6 @@
 import itertools
 import os
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -272,11 +271,7 @@ def test_where_the_bucket_stands(url, proxy, clean, monkeypatch, tmp_path, style
 
 def test_certificates_of_our_own(url, endpoint, clean, monkeypatch, no_s3fs, tmp_path) -> None:
     """https with a bundle that AWS_CA_BUNDLE names, and without it."""
-    certificate = certificates.for_loopback("saev test")
-    (tmp_path / "cert.pem").write_bytes(certificate.pem)
-    (tmp_path / "key.pem").write_bytes(certificate.key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context = certificates.for_loopback("saev test").server(tmp_path)
     with s3_proxy.before(endpoint, context) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tls")
