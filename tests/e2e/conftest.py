@@ -15,11 +15,6 @@ __all__ = ["kubernetes_api"]  # a fixture of several files: one server serves th
 _HERE = Path(__file__).parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker."""
-    config.addinivalue_line("markers", "e2e: needs docker or a server; `make e2e` runs these")
-
-
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is in this folder."""
