@@ -1,4 +1,7 @@
-"""KFP components: one container step each, around `python -m saev step …` of the project's image.
+"""KFP components, one for each step of `saev step …`, made from the steps' configs.
+
+A flag of a step is an input of its component, called like it, and a file that it writes (a flag
+``to_…``) is an output. So a new flag of `saev.config.steps` is all that a new input takes.
 
 A step gets the URL of its job and the number of its slot, and looks up everything else below the
 root (`saev.steps.jobs`): what is an input is repeated about ten times for each pod in the one
@@ -9,29 +12,99 @@ The images named here are placeholders: `pipelines.definition` sets the ones tha
 compiled for.
 """
 
-from components.discover import discover
-from components.extract import extract
-from components.fire import fire
-from components.infer import infer
-from components.launch import launch, launch_machines
-from components.outcome import outcome
-from components.plan import plan
-from components.publish import publish
-from components.report import report
-from components.summarise import summarise
-from components.train import train
+import collections.abc
+import inspect
+import typing as tp
 
-__all__ = [
-    "discover",
-    "extract",
-    "fire",
-    "infer",
-    "launch",
-    "launch_machines",
-    "outcome",
-    "plan",
-    "publish",
-    "report",
-    "summarise",
-    "train",
-]
+from kfp import dsl
+from kfp.dsl import base_component
+
+from saev.config.steps import SMALL, STEPS
+
+GPU_IMAGE = "saev"
+"""The runtime image: torch and all of saev."""
+CPU_IMAGE = "saev-cpu"
+"""The small one, for steps that read listings, JSON and pictures; it has no torch."""
+SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
+"""The command of every step: it runs `saev` as its child, and tries passing failures again.
+
+The command is whole, not an addition to the image's entry point: on a cluster, KFP's launcher takes
+the entry point's place.
+"""
+
+_EXECUTOR_INPUT = "executor_input"
+"""The flag for KFP's inputs and outputs of a step, which say where its metrics go."""
+_FROM_KFP = {_EXECUTOR_INPUT: "{{$}}"}
+"""Flags that KFP fills in by itself, with its placeholder."""
+_TYPES: dict[str, tp.Any] = {
+    "config": dict, "claim": dict, "start": dict, "status": dsl.PipelineTaskFinalStatus,
+}  # fmt: skip
+"""Flags that take JSON text, and KFP's type of them; others have the type of the config."""
+_TEXTS = ("to_job",)
+"""Files that hold one text. Others hold a JSON list of texts: the compiler declares the items of
+a list to be texts, and the backend refuses a text where a component expects something else."""
+_PAGES: dict[tuple[str, str], tuple[str, type[dsl.Artifact]]] = {
+    ("summarise", "to_page"): ("picture_book", dsl.HTML),
+    ("report", "to_page"): ("sae_overview", dsl.HTML),
+    ("report", "to_table"): ("sae_table", dsl.Markdown),
+}
+"""Files that Kubeflow's UI shows: step and flag → name and type of the artifact."""
+
+
+def component(
+    step: str,
+    *,
+    inputs: collections.abc.Container[str] | None = None,
+    constants: tp.Mapping[str, tp.Any] | None = None,
+    called: str = "",
+) -> base_component.BaseComponent:
+    """The component of a step.
+
+    Args:
+        step: the step, a key of `saev.config.steps.STEPS`.
+        inputs: those flags that are inputs; by default all.
+        constants: flag → value that is compiled into the pipeline.
+        called: name of the component, by default the step's.
+    """
+    cfg = STEPS[step]
+    constants = constants or {}
+    parameters: list[inspect.Parameter] = []
+    named: dict[str, str] = {}
+    for flag, field in cfg.model_fields.items():
+        if flag in constants or flag in _FROM_KFP or (inputs is not None and flag not in inputs):
+            continue
+        if (step, flag) in _PAGES:
+            named[flag], artifact = _PAGES[step, flag]
+            kind: tp.Any = dsl.Output[artifact]  # type: ignore[valid-type] # a value of kfp's
+        elif flag.startswith("to_"):
+            named[flag] = flag.removeprefix("to_")
+            kind = dsl.OutputPath(str if flag in _TEXTS else list)
+        else:
+            named[flag] = flag
+            kind = _TYPES.get(flag, field.annotation)
+        parameters.append(
+            inspect.Parameter(named[flag], inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        )
+    if _EXECUTOR_INPUT in cfg.model_fields:
+        metrics = inspect.Parameter(
+            "metrics", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=dsl.Output[dsl.Metrics]
+        )
+        parameters.append(metrics)
+
+    def run(*arguments: tp.Any) -> dsl.ContainerSpec:
+        given = dict(zip((parameter.name for parameter in parameters), arguments, strict=True))
+        values = {flag: given[name] for flag, name in named.items()}
+        values |= {flag: given[named[flag]].path for of, flag in _PAGES if of == step}
+        values |= {flag: text for flag, text in _FROM_KFP.items() if flag in cfg.model_fields}
+        words = [
+            word
+            for flag, value in {**values, **constants}.items()
+            for word in (f"--{flag.replace('_', '-')}", value)
+        ]
+        image = CPU_IMAGE if step in SMALL else GPU_IMAGE
+        return dsl.ContainerSpec(image=image, command=[*SUPERVISOR, "step", step], args=words)
+
+    run.__name__ = called or step  # kfp calls the component so
+    run.__doc__ = cfg.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return dsl.container_component(run)

@@ -23,12 +23,12 @@ import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl import base_component, pipeline_task
 
-import components
-from components.step import CPU_IMAGE, SUPERVISOR
+from components import SUPERVISOR, component
+from pipelines import kfp_pods
 from pipelines.compact import compact
 from pipelines.options import CompileOptions, PipelineName
-from saev.config.environment import CONFIG_ENV, CONFIG_MOUNT, SECRET_ENV, SECRET_MOUNT
-from saev.launch.pods import DATA_MOUNT, LABELS, LOOKING, READING, STEP_LABEL, PodSettings
+from saev.config.steps import SMALL
+from saev.launch.pods import PodParameters, PodSettings
 
 KILL_COMMAND = (
     "workflows.argoproj.io/kill-cmd-main",
@@ -43,8 +43,6 @@ JOBS, TRAIN_JOBS = "jobs", "trainjobs"
 """What steps make in Kubernetes where they launch pods, in the words of `saev step outcome`."""
 _FOREVER = "315360000s"
 """Ten years: a step that launches pods may wait for a queue, and its pods have limits."""
-_TOLERATION = {"tolerationSeconds": "toleration_seconds"}
-"""Kubernetes' names of a toleration's keys → those of kfp."""
 
 Channel = tp.Any
 """A value that is known when the pipeline runs."""
@@ -183,7 +181,7 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
             max_retries: how often later firings retry a run whose pods were lost or that failed
                 for a reason that may pass.
         """
-        task = components.fire(
+        task = component("fire")(
             dataset=dataset,
             root=root,
             config=config,
@@ -214,7 +212,7 @@ class Graph:
         launched = [JOBS] if self._options.launch == "job" else []
         if int(self._options.pods.train_nodes) > 1:
             launched.append(TRAIN_JOBS)
-        task = components.outcome(
+        task = component("outcome")(
             root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=",".join(launched)
         )
         return self.pod(task, "outcome")
@@ -223,7 +221,7 @@ class Graph:
         self, root: Channel, config: Channel, dataset: Channel, claim: Channel, hours: Channel
     ) -> pipeline_task.PipelineTask:
         """Which images, and whose they are."""
-        task = components.discover(
+        task = component("discover")(
             root=root,
             config=config,
             owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
@@ -236,14 +234,14 @@ class Graph:
     def process(self, job: Channel, n_parts: Channel) -> None:
         """Everything that is done with one dataset."""
         pods = self._options.pods
-        planned = self.pod(components.plan(job=job, n_parts=n_parts), "plan")
+        planned = self.pod(component("plan")(job=job, n_parts=n_parts), "plan")
         extracted = self._slots("extract", job, planned, gpus=pods.gpu_count)
-        task = components.publish(job=job, n_parts=n_parts).after(extracted)
+        task = component("publish")(job=job, n_parts=n_parts).after(extracted)
         published = self.pod(task, "publish")
         trained = self._slots("train", job, published, gpus=pods.train_gpus)
         inferred = self._slots("infer", job, published, trained, gpus=pods.gpu_count)
         summarised = self._slots("summarise", job, published, inferred)
-        self.pod(components.report(job=job).after(summarised), "report")
+        self.pod(component("report")(job=job).after(summarised), "report")
 
     def _slots(
         self,
@@ -256,37 +254,41 @@ class Graph:
         """All slots of a step that were planned."""
         options = self._options
         machines = int(options.pods.train_nodes) if step == "train" else 1
-        how = self._settings(step, gpus).model_dump(exclude_unset=True)
         if options.launch == "job" and machines == 1:
-            make = components.launch(step, how, options.parallelism, options.pods.queue)
+            make = self._launcher(step, gpus, parallelism=str(options.parallelism))
             return self.pod(make(job=job).after(planned, *after), step, launches=True)
         with dsl.ParallelFor(
             planned.outputs[step], name=f"{step}-all", parallelism=options.parallelism
         ) as slot:
             if machines > 1:
-                make = components.launch_machines(how, machines, options.pods.queue)
+                make = self._launcher(step, gpus, machines=str(machines))
                 return self.pod(make(job=job, slot=slot).after(*after), step, launches=True)
-            task = getattr(components, step)(job=job, slot=slot).after(*after)
+            task = component(step)(job=job, slot=slot).after(*after)
             return self.pod(task, step, gpus=gpus)
 
+    def _launcher(self, step: str, gpus: str, **constants: str) -> base_component.BaseComponent:
+        """A component, called like a step, that does its slots in pods which it makes itself."""
+        settings = self._settings(step, gpus).model_dump()
+        constants |= {"step": step, "pods": json.dumps(settings, separators=(",", ":"))}
+        if self._options.pods.queue:
+            constants["queue"] = self._options.pods.queue
+        inputs = ("job", "slot") if "machines" in constants else ("job",)
+        return component("launch", inputs=inputs, constants=constants, called=step)
+
     def _settings(self, step: str, gpus: str) -> PodSettings:
-        """What :meth:`_pod` says to KFP, for pods that a step makes itself."""
-        options, pods = self._options, self._options.pods
-        same = ("storage_secret", "config_map", "image_pull_secret")
-        more: dict[str, tp.Any] = {name: getattr(pods, name) for name in same}
-        if gpus:
-            more["gpus"] = int(gpus)
-            for name in ("gpu_type", "cpu", "memory", "node_selector", "tolerations"):
-                more[name] = getattr(pods, name)
-        if options.storage == "pvc":
-            more["pvc_name"] = pods.pvc_name
+        """How the pods of a step are made; ``gpus`` is empty for pods of another kind."""
+        options = self._options
+        is_small = step in SMALL
         return PodSettings(
+            **{name: getattr(options.pods, name) for name in PodParameters.model_fields},
             step=step,
-            image=options.image,
+            image=options.cpu_image if is_small else options.image,
+            gpus=int(gpus) if gpus else None,
+            is_small=is_small,
+            mounts_volume=options.storage == "pvc",
             timeout_seconds=options.timeout_seconds(step),
             retries=options.retries,
             shm_size=options.shm_size,
-            **more,
         )
 
     def pod(
@@ -297,19 +299,25 @@ class Graph:
         gpus: str = "",
         launches: bool = False,
     ) -> pipeline_task.PipelineTask:
-        """Image, resources, storage and labels of a step's pod.
+        """Image, resources, storage, labels, time limit and retries of a step's pod.
 
-        ``gpus`` is how many a GPU pod gets, which may be "0"; empty is a pod of another kind.
-        ``launches`` is a pod that makes others, and waits for them.
+        Args:
+            task: the step.
+            step: its name.
+            gpus: how many a GPU pod gets, which may be "0"; empty is a pod of another kind.
+            launches: whether the pod makes others, and waits for them.
         """
-        options, pods = self._options, self._options.pods
-        is_small = task.container_spec.image == CPU_IMAGE
-        task.set_container_image(options.cpu_image if is_small else options.image)
+        options = self._options
+        settings = self._settings(step, gpus)
+        if launches:
+            small = {"is_small": True, "image": options.cpu_image}
+            settings = settings.model_copy(update=small)
+        kfp_pods.shape(task, settings)
         task.set_caching_options(False)
         if options.retries:
             # Argo counts this from the start of the first attempt and does not retry after it: with
             # kfp's default of an hour, a step that is evicted after two would not be run again.
-            whole = (options.retries + 1) * (options.timeout_seconds(step) + 3600)
+            whole = (options.retries + 1) * (settings.timeout_seconds + 3600)
             task.set_retry(
                 options.retries,
                 backoff_duration="30s",
@@ -317,52 +325,8 @@ class Graph:
                 backoff_max_duration=_FOREVER if launches else f"{whole}s",
             )
         if not launches:
-            kubernetes.set_timeout(task, options.timeout_seconds(step))
-        if gpus:
-            self._gpu_pod(task, gpus)
-        else:
-            some = LOOKING if is_small else READING
-            task.set_cpu_request(some.cpu).set_cpu_limit(some.most_cpu)
-            task.set_memory_request(some.memory).set_memory_limit(some.most_memory)
-        self._storage(task)
-        kubernetes.set_image_pull_secrets(task, [pods.image_pull_secret])
-        kubernetes.set_security_context(task, run_as_non_root=True)
+            kubernetes.set_timeout(task, settings.timeout_seconds)
         kubernetes.add_pod_annotation(task, *KILL_COMMAND)
         if options.retries != _RETRIES:
             task.set_env_variable("SAEV_RETRIES", str(options.retries))
-        for key, value in {**LABELS, STEP_LABEL: step}.items():
-            kubernetes.add_pod_label(task, key, value)
         return task
-
-    def _gpu_pod(self, task: pipeline_task.PipelineTask, gpus: str) -> None:
-        pods = self._options.pods
-        if gpus != "0":
-            task.set_accelerator_type(pods.gpu_type).set_accelerator_limit(gpus)
-        # Kubernetes takes the limits for the requests, which are not given.
-        task.set_cpu_limit(pods.cpu).set_memory_limit(pods.memory)
-        for key, value in pods.node_selector.items():
-            kubernetes.add_node_selector(task, key, value)
-        for toleration in pods.tolerations:
-            kubernetes.add_toleration(
-                task, **{_TOLERATION.get(key, key): value for key, value in toleration.items()}
-            )
-        kubernetes.empty_dir_mount(
-            task, "shm", "/dev/shm", medium="Memory", size_limit=self._options.shm_size
-        )
-
-    def _storage(self, task: pipeline_task.PipelineTask) -> None:
-        """Where a pod keeps things, and where its supervisor finds its environment."""
-        pods = self._options.pods
-        kubernetes.empty_dir_mount(task, "tmp", "/tmp")
-        if pods.volume_names_differ():
-            kubernetes.use_secret_as_volume(task, pods.storage_secret, SECRET_MOUNT, optional=True)
-            kubernetes.use_config_map_as_volume(task, pods.config_map, CONFIG_MOUNT, optional=True)
-        else:
-            kubernetes.use_secret_as_env(
-                task, pods.storage_secret, {key: key for key in SECRET_ENV}, optional=True
-            )
-            kubernetes.use_config_map_as_env(
-                task, pods.config_map, {key: key for key in CONFIG_ENV}, optional=True
-            )
-        if self._options.storage == "pvc":
-            kubernetes.mount_pvc(task, pvc_name=pods.pvc_name, mount_path=DATA_MOUNT)

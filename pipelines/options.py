@@ -5,10 +5,10 @@ import typing as tp
 import pydantic
 
 from saev.config import Config
+from saev.launch.pods import PodParameters
 
-PIPELINES: tuple[str, ...] = ("saev", "saev-incoming")
-"""The pipelines there are: one dataset, and every new dataset below a prefix."""
 PipelineName = tp.Literal["saev", "saev-incoming"]
+"""The pipelines there are: one dataset, and every new dataset below a prefix."""
 
 _HOURS: dict[str, float] = {
     "fire": 1, "discover": 1, "plan": 2, "extract": 48, "publish": 6, "train": 168, "infer": 48,
@@ -16,15 +16,13 @@ _HOURS: dict[str, float] = {
 }  # fmt: skip
 
 
-class PodOptions(Config):
+class PodOptions(PodParameters):
     """How pods are made: constants of the compiled pipeline that users set like parameters.
 
     As parameters of a run they would be repeated for each pod in the one object in which Kubernetes
     keeps it. :mod:`pipelines.parameters` checks the values.
     """
 
-    gpu_type: str = "nvidia.com/gpu"
-    """Resource name of the GPUs."""
     gpu_count: str = "1"
     """GPUs of a pod that records or measures, which uses one; 0 runs on the CPU."""
     train_gpus: str = "1"
@@ -32,26 +30,6 @@ class PodOptions(Config):
     train_nodes: str = "1"
     """Machines that train one group together, each with train_gpus; more than 1 needs Kubeflow
     Trainer (docs/multi-node.md)."""
-    cpu: str = "4"
-    """CPU cores of a GPU pod."""
-    memory: str = "32Gi"
-    """Memory of a GPU pod; other pods get at most 8Gi."""
-    node_selector: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Labels that the nodes of GPU pods must have."""
-    tolerations: list[dict[str, tp.Any]] = pydantic.Field(
-        default_factory=lambda: [
-            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-        ]
-    )
-    """Tolerations of GPU pods."""
-    storage_secret: str = "saev-storage"
-    """Secret with the storage's keys; may be missing."""
-    config_map: str = "saev-config"
-    """ConfigMap with environment of the steps; may be missing."""
-    pvc_name: str = "saev-data"
-    """PersistentVolumeClaim that is mounted at /data (pipelines for a volume only)."""
-    image_pull_secret: str = "saev-registry"
-    """Secret for a private registry; may be missing."""
     queue: str = ""
     """Queue of Kueue in which Jobs (launch = job) and TrainJobs (train_nodes) wait; empty starts
     them at once."""
@@ -63,15 +41,6 @@ class PodOptions(Config):
         if "gpu_count" in given:
             given.setdefault("train_gpus", given["gpu_count"])
         return cls.from_dict(given, source="parameters")
-
-    def volume_names_differ(self) -> bool:
-        """Whether Secret and ConfigMap can be volumes, which KFP names after them.
-
-        A volume's name has no dot and no more than 63 characters, and each is there once.
-        """
-        names = [self.storage_secret, self.config_map, self.pvc_name, "tmp", "shm"]
-        are_labels = all("." not in name and len(name) <= 63 for name in names)
-        return are_labels and len(set(names)) == len(names)
 
 
 class CompileOptions(Config):

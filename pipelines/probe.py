@@ -9,13 +9,14 @@ import typing as tp
 
 from kubernetes import client
 
-from pipelines import definition, logs
+from pipelines import logs
 from pipelines.errors import ClusterError
 from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings
 from saev.config.environment import CONFIG_ENV, SECRET_ENV
+from saev.launch.pods import DATA_MOUNT, LABELS
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 600
@@ -204,7 +205,7 @@ def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
         claim = names["pvc_name"]
         source = client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
         volumes.append(client.V1Volume(name="data", persistent_volume_claim=source))
-        mounts.append(client.V1VolumeMount(name="data", mount_path=definition.DATA_MOUNT))
+        mounts.append(client.V1VolumeMount(name="data", mount_path=DATA_MOUNT))
     container = client.V1Container(
         name=logs.MAIN,
         image=trial.image,
@@ -225,7 +226,7 @@ def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
         kind="Pod",
         metadata=client.V1ObjectMeta(
             name=f"saev-doctor-{secrets.token_hex(4)}",
-            labels={**definition.LABELS, logs.STEP_LABEL: "doctor"},
+            labels={**LABELS, logs.STEP_LABEL: "doctor"},
         ),
         spec=client.V1PodSpec(
             containers=[container],

@@ -19,7 +19,7 @@ import docker.errors
 import docker.models.containers
 import docker.types
 
-from pipelines.definition import CONFIG_ENV, SECRET_ENV
+from saev.config.environment import CONFIG_ENV, SECRET_ENV
 from saev.errors import ConfigError
 
 LABEL = "saev.run-local"

@@ -216,3 +216,5 @@ STEPS: dict[str, type[Config]] = {
     "check": CheckStep,
 }
 """The steps by name."""
+SMALL = frozenset({"fire", "discover", "report", "launch", "outcome"})
+"""Those that need no torch, and whose pods have the small image."""

@@ -1,7 +1,7 @@
 """A step's pod: what its container may use, where it finds its storage, whom it belongs to.
 
-The pipeline's definition says the same to KFP in the words of its SDK, with the constants that
-stand here (`pipelines/definition.py`). tests/launch compares the two.
+`pipelines/kfp_pods.py` says the same to KFP in the words of its SDK; tests/launch compares the pods
+that come out.
 """
 
 import typing as tp
@@ -43,25 +43,49 @@ GRACE_SECONDS = 300
 """How long a pod that is deleted may take to write its resume points."""
 
 
-class PodSettings(Config):
-    """The settings of a run that say how pods of one step are made."""
+class PodParameters(Config):
+    """How pods are made: what users set, and what is the same for all pods of a run.
+
+    A pod parameter is declared here and nowhere else. `pipelines.options` adds what the client
+    alone reads, :class:`PodSettings` what differs between steps.
+    """
+
+    gpu_type: str = "nvidia.com/gpu"
+    """Resource name of the GPUs."""
+    cpu: str = "4"
+    """CPU cores of a GPU pod."""
+    memory: str = "32Gi"
+    """Memory of a GPU pod; other pods get at most 8Gi."""
+    node_selector: dict[str, str] = pydantic.Field(default_factory=dict)
+    """Labels that the nodes of GPU pods must have."""
+    tolerations: list[dict[str, tp.Any]] = pydantic.Field(
+        default_factory=lambda: [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
+    )
+    """Tolerations of GPU pods."""
+    storage_secret: str = "saev-storage"
+    """Secret with the storage's keys; may be missing."""
+    config_map: str = "saev-config"
+    """ConfigMap with environment of the steps; may be missing."""
+    pvc_name: str = "saev-data"
+    """PersistentVolumeClaim that is mounted at /data (pipelines for a volume only)."""
+    image_pull_secret: str = "saev-registry"
+    """Secret for a private registry; may be missing."""
+
+
+class PodSettings(PodParameters):
+    """How the pods of one step are made."""
 
     step: str
     """The step's name."""
     image: str
     gpus: int | None = pydantic.Field(default=None, ge=0)
-    """GPUs of a GPU pod, which gets `cpu` and `memory`; None is a pod of `READING`."""
-    gpu_type: str = "nvidia.com/gpu"
-    cpu: str = "4"
-    memory: str = "32Gi"
-    node_selector: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Of GPU pods, as the next one."""
-    tolerations: list[dict[str, tp.Any]] = pydantic.Field(default_factory=list)
-    storage_secret: str = "saev-storage"
-    config_map: str = "saev-config"
-    image_pull_secret: str = "saev-registry"
-    pvc_name: str = ""
-    """Claim that is mounted at /data; empty mounts nothing."""
+    """GPUs of a GPU pod, which gets `cpu` and `memory`; None is a pod without."""
+    is_small: bool = False
+    """Of pods without GPUs: whether the image is the small one, so `LOOKING` and not `READING`."""
+    mounts_volume: bool = False
+    """Whether the claim is mounted."""
     timeout_seconds: int = pydantic.Field(ge=1)
     """How long a pod may run."""
     retries: int = pydantic.Field(default=3, ge=0)
@@ -127,9 +151,10 @@ def template(
 
 def _resources(settings: PodSettings) -> Json:
     if settings.gpus is None:
+        some = LOOKING if settings.is_small else READING
         return {
-            "requests": {"cpu": READING.cpu, "memory": READING.memory},
-            "limits": {"cpu": READING.most_cpu, "memory": READING.most_memory},
+            "requests": {"cpu": some.cpu, "memory": some.memory},
+            "limits": {"cpu": some.most_cpu, "memory": some.most_memory},
         }
     gpus = {settings.gpu_type: str(settings.gpus)} if settings.gpus else {}
     # Kubernetes takes the limits for the requests, which are not given.
@@ -140,15 +165,16 @@ def _volumes(settings: PodSettings) -> list[tuple[str, str, Json]]:
     """Name, mount path and source of each."""
     secret = {"secret": {"secretName": settings.storage_secret, "optional": True}}
     config = {"configMap": {"name": settings.config_map, "optional": True}}
-    volumes: list[tuple[str, str, Json]] = [
+    volumes: list[tuple[str, str, Json]] = []
+    if settings.gpus is not None:
+        memory = {"medium": "Memory", "sizeLimit": settings.shm_size}
+        volumes.append(("shm", "/dev/shm", {"emptyDir": memory}))
+    volumes += [
         ("tmp", "/tmp", {"emptyDir": {}}),
         ("secret", SECRET_MOUNT, secret),
         ("config", CONFIG_MOUNT, config),
     ]
-    if settings.gpus is not None:
-        memory = {"medium": "Memory", "sizeLimit": settings.shm_size}
-        volumes.append(("shm", "/dev/shm", {"emptyDir": memory}))
-    if settings.pvc_name:
+    if settings.mounts_volume:
         claim = {"persistentVolumeClaim": {"claimName": settings.pvc_name}}
         volumes.append(("data", DATA_MOUNT, claim))
     return volumes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kfp import compiler, dsl
 
-from components.step import GPU_IMAGE, SUPERVISOR
+from components import GPU_IMAGE, SUPERVISOR
 from conformance.inside import code
 from pipelines import definition, prepare
 from pipelines.compact import compact

@@ -149,7 +149,7 @@ def test_nothing_remote_and_nothing_secret() -> None:
 
 
 def test_pipelines_use_these_names(build: Render) -> None:
-    definition = pytest.importorskip("pipelines.definition")
+    pods = pytest.importorskip("saev.launch.pods")
     options = pytest.importorskip("pipelines.options").PodOptions()
     environment = pytest.importorskip("saev.config.environment")
     objects = build(K8S / "overlays" / "pvc")
@@ -157,7 +157,7 @@ def test_pipelines_use_these_names(build: Render) -> None:
     assert find(objects, "PersistentVolumeClaim")["metadata"]["name"] == options.pvc_name
     generator = yaml.safe_load((K8S / "components/storage-secret/kustomization.yaml").read_text())
     assert generator["secretGenerator"][0]["name"] == options.storage_secret
-    assert definition.LABELS.items() <= STEP.items()
+    assert pods.LABELS.items() <= STEP.items()
     example = (K8S / "components" / "settings" / "config.env.example").read_text()
     keys = set(re.findall(r"^#?([A-Z][A-Z0-9_]*)=", example, re.MULTILINE))
     assert keys - {"SAEV_ROOT"} <= set(environment.CONFIG_ENV)
