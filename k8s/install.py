@@ -14,7 +14,7 @@ import os
 import sys
 
 from kubectl import InstallError, Json, items, key_of, kubectl, meaning
-from manifests import COMPONENTS, OVERLAYS, STORAGE_ENV, Plan, check, render, shown
+from manifests import COMPONENTS, CONFIG_ENV, OVERLAYS, STORAGE_ENV, Plan, check, render, shown
 
 MANAGER = "saev-install"
 PART_OF = "app.kubernetes.io/part-of"
@@ -45,7 +45,8 @@ def install(plan: Plan, *, dry_run: bool) -> None:
     """Dry run, say what changes, apply."""
     check(plan)
     where = locate(plan)
-    text = render(as_it_is(plan))
+    plan = as_it_is(plan)
+    text = render(plan)
     live = {key_of(item): item for item in items(_live(text))}
     apply = ("apply", "--server-side", f"--field-manager={MANAGER}", "-f", "-", "-o", "json")
     accepted = items(kubectl(*apply, "--dry-run=server", stdin=text, warnings=True))
@@ -55,6 +56,8 @@ def install(plan: Plan, *, dry_run: bool) -> None:
         same = before is not None and meaning(before) == meaning(item)
         verb = "create" if before is None else "keep" if same else "change"
         say(f"  {verb:<7} {item['kind']}/{item['metadata']['name']}")
+    if plan.settings:
+        say(f"  keep    {', '.join(sorted(plan.settings))} (there is no {shown(CONFIG_ENV)} here)")
     left = left_behind(plan, {key_of(item) for item in accepted})
     for kind, name in left:
         say(f"  delete  {kind}/{name} (of another overlay)")
@@ -86,14 +89,20 @@ def left_behind(plan: Plan, wanted: set[tuple[str, str]]) -> list[tuple[str, str
 
 
 def as_it_is(plan: Plan) -> Plan:
-    """The plan, with what it does not say about quota and volume as the cluster has it."""
+    """The plan, with what it does not say of quota, volume and settings as the cluster has it."""
 
-    def live(kind: str, name: str) -> Json:
+    def live(kind: str, name: str, part: str = "spec") -> Json:
         found = items(
             kubectl("get", kind, name, "-n", plan.namespace, "--ignore-not-found", "-o", "json")
         )
-        return found[0]["spec"] if found else {}
+        return found[0].get(part, {}) if found else {}
 
+    if not CONFIG_ENV.exists():  # of this checkout: a colleague's may have one
+        found = live("configmap", "saev-config", "data")
+        root = found.get("SAEV_ROOT", "")
+        if plan.has_volume or root.startswith("/"):
+            found.pop("SAEV_ROOT", None)  # the overlay knows where data is
+        plan = plan._replace(settings=found)
     hard = live("resourcequota", "saev-gpus").get("hard", {})
     if plan.gpus is None and "requests.nvidia.com/gpu" in hard:
         plan = plan._replace(gpus=int(hard["requests.nvidia.com/gpu"]))

@@ -32,6 +32,8 @@ class Plan(tp.NamedTuple):
     gpus: int | None
     size: str
     storage_class: str
+    settings: tp.Mapping[str, str] = {}
+    """Environment of the steps that the cluster has, where no config.env says it anew."""
 
     @property
     def has_volume(self) -> bool:
@@ -155,6 +157,11 @@ def patches(plan: Plan, components: tp.Sequence[str]) -> list[Json]:
     if plan.has_volume and plan.storage_class:
         key = "/spec/storageClassName"
         replace("PersistentVolumeClaim", "saev-data", key, plan.storage_class, "add")
+    if plan.settings:
+        merged = {"data": dict(plan.settings)}
+        target = {"kind": "ConfigMap", "name": "saev-config"}
+        head = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "saev-config"}}
+        made.append({"target": target, "patch": json.dumps({**head, **merged})})
     if plan.kfp_namespace != "kubeflow":
         selector = "namespaceSelector/matchLabels/kubernetes.io~1metadata.name"
         for policy in ("saev-kfp", "saev-schedule"):

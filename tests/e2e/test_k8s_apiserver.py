@@ -166,6 +166,32 @@ def test_what_is_not_given_stays(cluster: Cluster, tree: Path) -> None:
     assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "5"}
 
 
+def test_settings_stay_where_no_file_says_them_anew(cluster: Cluster, tree: Path) -> None:
+    """A colleague's checkout has no config.env, and runs must not lose their object store."""
+    space = cluster.namespace()
+    words = f"install --namespace {space} --overlay".split()
+    file = tree / "components" / "settings" / "config.env"
+    file.write_text("SAEV_ROOT=s3://bucket/saev\nAWS_ENDPOINT_URL=http://minio:9000\n")
+    assert cluster.install(tree, *words, "s3").returncode == 0
+    text = file.read_text()
+
+    def data() -> dict[str, str]:
+        return cluster.get("configmap", "saev-config", "-n", space)["data"]
+
+    before = data()
+    file.unlink()
+    done = cluster.install(tree, *words, "s3")
+    assert done.returncode == 0, done.stderr
+    assert "keep    ConfigMap/saev-config" in done.stdout
+    assert "AWS_ENDPOINT_URL, SAEV_LOG_LEVEL, SAEV_ROOT (there is no k8s/comp" in done.stdout
+    assert data() == before
+    assert cluster.install(tree, *words, "pvc").returncode == 0
+    assert data() == {**before, "SAEV_ROOT": "/data/saev"}
+    file.write_text(text.splitlines()[0] + "\n")
+    assert cluster.install(tree, *words, "s3").returncode == 0
+    assert data().keys() == before.keys() - {"AWS_ENDPOINT_URL"}
+
+
 def test_another_overlay_takes_back_what_the_first_made(cluster: Cluster, tree: Path) -> None:
     """Its quota and its network policies; not data, keys, components, or what others made."""
     space = cluster.namespace()
