@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
-from conformance import facts, faults, installing, jobs, mistakes, schedules, volumes  # noqa: E402
+from conformance import facts, faults, installing, jobs, launching, mistakes, schedules, volumes  # noqa: E402
 from conformance.cluster import Cluster  # noqa: E402
 from conformance.table import Check, Failed, Table  # noqa: E402
 from pipelines import doctor, settings  # noqa: E402
@@ -89,9 +89,11 @@ def make(table: Table, cluster: Cluster, args: argparse.Namespace) -> None:
     table.run(*installing.checks(cluster), Check("doctor", lambda: examined(cluster)))
     table.run(*faults.checks(cluster), side_by_side=many)
     table.run(*mistakes.checks(cluster), side_by_side=many)
-    first, *rest = jobs.checks(cluster, quick=quick)
-    table.run(first)
-    table.run(*rest)
+    runs = jobs.Jobs(cluster)
+    table.run(*jobs.checks(runs, quick=quick))
+    if not quick:
+        table.run(*launching.checks(runs))
+    table.run(Check("gc", runs.collected))
     table.run(*schedules.checks(cluster, quick=quick))
     if not quick:
         table.run(*volumes.checks(cluster))

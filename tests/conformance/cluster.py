@@ -17,12 +17,13 @@ from kubernetes import client
 
 from conformance.inside import code
 from conformance.table import Failed
-from pipelines import definition, logs, prepare, probe, runs, schedule, steps, submit
+from pipelines import logs, prepare, probe, runs, schedule, steps, submit
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
 from pipelines.settings import Settings
 from saev import storage
+from saev.launch.pods import LABELS
 
 T = tp.TypeVar("T")
 
@@ -259,7 +260,7 @@ class Cluster:
         image = self.settings.cpu_image or self.settings.image
         pod = probe.manifest(self.kube, probe.Trial("", image, tuple(command), True))
         pod.metadata.name = f"{NAME}-{self.id}-{secrets.token_hex(3)}"
-        pod.metadata.labels = {**definition.LABELS, logs.STEP_LABEL: NAME, LABEL: self.id}
+        pod.metadata.labels = {**LABELS, logs.STEP_LABEL: NAME, LABEL: self.id}
         name = pod.metadata.name
         with self.kube.explained("start a pod"):
             self.kube.core.create_namespaced_pod(self.namespace, pod)

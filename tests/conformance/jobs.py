@@ -48,6 +48,16 @@ checkpoint_minutes = 0
 """
 
 
+class _Canceled(tp.NamedTuple):
+    """A run that was canceled while it trained."""
+
+    before: set[int]
+    """Steps of its resume points when it was canceled."""
+    after: set[int]
+    """The same when it was over."""
+    run_id: str
+
+
 class Jobs:
     """Runs that share a dataset.
 
@@ -155,12 +165,27 @@ class Jobs:
 
     def canceled(self) -> str:
         """Training writes where it is, the claim is given back."""
-        cluster = self.cluster
         self._needs_first()
-        points, newest, run_id = self._cancel_training("cancel")
-        if not newest - points:
+        return self.cancel("cancel")[0]
+
+    def resumed(self) -> str:
+        """Submitted again after a cancel, training goes on where it was."""
+        self._needs_first()
+        before = max(self.points())
+        run_id = self._cancel_training("resume").run_id
+        said = self.cluster.logs(run_id)
+        found = re.search(r"Continuing at step (\d+)", said)
+        if not found or int(found[1]) != before:
+            raise Failed(f"it did not continue at step {before}: {found and found[0]}")
+        return f"continued at step {before}"
+
+    def cancel(self, name: str) -> tuple[str, str]:
+        """Cancel a run while it trains. Returns what was found, and the run's id."""
+        cluster = self.cluster
+        before, after, run_id = self._cancel_training(name)
+        if not after - before:
             raise Failed(
-                f"no resume point was written when it was stopped; the newest was {max(points)}",
+                f"no resume point was written when it was stopped; the newest was {max(before)}",
                 "See whether the log of the step's container `wait` names kill-cmd-main.",
             )
         place = cluster.at("out/datasets/runs", f"{run_id}.json")
@@ -170,24 +195,14 @@ class Jobs:
         if held:
             raise Failed(f"the claim {held[0]} is still held")
         last = cluster.last_word(run_id)
-        return f"resume point at step {max(newest)}, claim given back; the log ends: {last}"
+        found = f"resume point at step {max(after)}, claim given back; the log ends: {last}"
+        return found, run_id
 
-    def resumed(self) -> str:
-        """Submitted again after a cancel, training goes on where it was."""
-        self._needs_first()
-        before = max(self._points())
-        _, newest, run_id = self._cancel_training("resume", beyond=before)
-        del newest
-        said = self.cluster.logs(run_id)
-        found = re.search(r"Continuing at step (\d+)", said)
-        if not found or int(found[1]) != before:
-            raise Failed(f"it did not continue at step {before}: {found and found[0]}")
-        return f"continued at step {before}"
-
-    def _cancel_training(self, name: str, beyond: int = 0) -> tuple[set[int], set[int], str]:
-        """Steps of resume points before a cancel and after it."""
+    def _cancel_training(self, name: str) -> "_Canceled":
+        """Cancel a run after its first new resume point."""
         cluster = self.cluster
         config = self.config("long", LONG, CONFIG.replace("4000", "400_000_000"))
+        known = self.points()
         run_id = cluster.submit(f"{self.name}-{name}", self.dataset, config)
 
         def look() -> set[int] | None:
@@ -196,15 +211,15 @@ class Jobs:
                 raise Failed(f"the run was over before it trained: {cluster.last_word(run_id)}")
             if not cluster.pods(run_id, "train"):
                 return None
-            points = {n for n in self._points() if n > beyond}
-            return points or None
+            return self.points() - known or None
 
-        points = cluster.until(RUN_SECONDS, "training wrote no resume point", look)
+        before = cluster.until(RUN_SECONDS, "training wrote no resume point", look)
         runs.cancel(cluster.kfp, cluster.run(run_id))
         cluster.end(run_id, 300)
-        return points, self._points(), run_id
+        return _Canceled(before, self.points() - known, run_id)
 
-    def _points(self) -> set[int]:
+    def points(self) -> set[int]:
+        """Steps of the resume points that are on storage."""
         keys = self.cluster.keys("out")
         found = (re.search(r"resume/[^/]+/step-(\d+)\.json$", key) for key in keys)
         return {int(match[1]) for match in found if match}
@@ -245,9 +260,8 @@ class Jobs:
         return f"{len(gone)} objects of unfinished work, none of what is complete"
 
 
-def checks(cluster: Cluster, *, quick: bool) -> list[Check]:
+def checks(jobs: Jobs, *, quick: bool) -> list[Check]:
     """In their order, each after the one before."""
-    jobs = Jobs(cluster)
     found = [
         Check("job: images to pages", jobs.whole),
         Check("job: size of the run's object", jobs.size),
@@ -260,7 +274,7 @@ def checks(cluster: Cluster, *, quick: bool) -> list[Check]:
             Check("job: continued", jobs.resumed),
             Check("upgrade: a changed pipeline", jobs.upgraded),
         ]
-    return [*found, Check("gc", jobs.collected)]
+    return found
 
 
 def seconds(run: tp.Any) -> str:
