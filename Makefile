@@ -67,9 +67,10 @@ docs: setup ## Build the documentation's site into site/
 torture: setup ## Kill runs, break requests, flip bits (docs/reliability.md): [TORTURE="--kills 100"]
 	@set -f; $(BIN)/python tests/torture $$TORTURE
 
-lint: setup ## Check style
+lint: setup ## Check style, and that all code is used
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 
 typecheck: setup ## Check types
 	$(BIN)/mypy

@@ -33,6 +33,11 @@ def list_again(place: Path, closing: str) -> None:
     storage.write_json(place.parent / closing, storage.seal(found.record, files))
 
 
+def files_below(url: str | Path) -> list[str]:
+    """URLs of all files below a folder, sorted; none if the folder is missing."""
+    return sorted(storage.join(url, o.key) for o in storage.walk(url, missing_ok=True))
+
+
 def list_files(url: str) -> None:
     """Write files.json, as `saev shards` does before it publishes."""
     files = {

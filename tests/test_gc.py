@@ -77,7 +77,7 @@ def anywhere(request: pytest.FixtureRequest, root: Path) -> str:
         return str(root)
     bucket = "memory://" if request.param == "memory" else request.getfixturevalue("s3")
     url = storage.join(bucket, uuid.uuid4().hex)
-    for o in storage.listing(root):
+    for o in sorted(storage.walk(root)):
         storage.write_bytes(storage.join(url, o.key), (root / o.key).read_bytes())
     return url
 
@@ -121,12 +121,12 @@ def forget(root: Path | str, *keys: str) -> None:
 
 def keys(root: Path | str) -> list[str]:
     """All files."""
-    return [o.key for o in storage.listing(root, temporary=True)]
+    return [o.key for o in sorted(storage.walk(root, temporary=True))]
 
 
 def interrupted(root: Path | str, name: str) -> None:
     """Make a run one that was stopped while it trained, with a resume point."""
-    for o in storage.listing(storage.join(root, "runs", name)):
+    for o in sorted(storage.walk(storage.join(root, "runs", name))):
         if o.key not in ("metrics.jsonl", "timings.jsonl"):
             forget(root, f"runs/{name}/{o.key}")
     point = storage.join(root, "runs/resume/0123456789ab/step-000000000001")

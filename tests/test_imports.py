@@ -1,11 +1,15 @@
 """The arrows of docs/design: imports point one way, and importing saev is cheap."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from saev import storage
 
 ROOT = Path(__file__).parents[1] / "saev"
 
@@ -146,6 +150,14 @@ def test_only_storage_opens_files() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "open", f"{path}:{node.lineno} opens a file itself"
+
+
+def test_what_storage_offers_is_used() -> None:
+    """vulture takes a name in ``__all__`` for one that is used."""
+    others = [p for name in ("saev", "pipelines") for p in (ROOT.parent / name).rglob("*.py")]
+    text = "".join(p.read_text() for p in others if p.parent != ROOT / "storage")
+    offered = [name for name in storage.__all__ if inspect.isfunction(getattr(storage, name))]
+    assert [name for name in offered if not re.search(rf"\bstorage\.{name}\b", text)] == []
 
 
 def test_nothing_is_unpickled() -> None:

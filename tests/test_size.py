@@ -100,7 +100,7 @@ def test_training(job: Path) -> None:
     assert found["checkpoint_bytes"] == max(weights)
     assert found["checkpoints_bytes"] == sum(weights)
     (folder,) = (job / "root" / "shards").iterdir()
-    cfg = resolve.TrainConfig.from_url(str(runs[0] / "config.json"))
+    cfg = resolve.TrainConfig.of_run(str(runs[0]))
     with Shards.open(str(folder)) as shards:
         loader = ShuffledLoader(shards, cfg.train_data, 7, epochs=1)
         with loader:

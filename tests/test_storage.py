@@ -21,6 +21,7 @@ import fsspec
 import pytest
 import s3_proxy
 import s3fs
+from described import files_below
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +73,7 @@ def test_listing_sees_what_was_just_written_and_deleted(root: str) -> None:
         storage.list_dir(root)  # would fill a cache, if there were one
     rows = [(e.name, e.size, e.is_dir) for e in storage.list_dir(root)]
     assert rows == [("a.txt", 5, False), ("b.txt", 5, False), ("sub", 0, True)]
-    assert storage.find(root) == [storage.join(root, n) for n in ("a.txt", "b.txt", "sub/c.txt")]
+    assert files_below(root) == [storage.join(root, n) for n in ("a.txt", "b.txt", "sub/c.txt")]
     storage.delete(storage.join(root, "b.txt"))
     storage.delete(storage.join(root, "sub"), recursive=True)
     assert [e.name for e in storage.list_dir(root)] == ["a.txt"]
@@ -214,7 +215,7 @@ def test_reading_past_the_end_says_truncated(root: str) -> None:
     "ask",
     [
         storage.read_bytes, storage.read_json, storage.size, storage.checksum, storage.list_dir,
-        storage.walk, storage.listing, storage.RangeReader,
+        lambda url: next(storage.walk(url)), storage.RangeReader,
     ],
 )  # fmt: skip
 def test_a_missing_object_is_one_clear_error(root: str, ask) -> None:
@@ -238,7 +239,7 @@ def test_json_round_trip_and_truncation(root: str) -> None:
 def test_check_writable_leaves_nothing(root: str) -> None:
     storage.write_bytes(storage.join(root, "x"), b"")
     storage.check_writable(root)
-    assert [storage.name(u) for u in storage.find(root)] == ["x"]
+    assert [storage.name(u) for u in files_below(root)] == ["x"]
 
 
 def test_check_writable_deletes_what_a_killed_process_left(
@@ -248,9 +249,9 @@ def test_check_writable_deletes_what_a_killed_process_left(
     with monkeypatch.context() as killed:
         killed.setattr(deleting, "clean_up", lambda url: None)
         storage.check_writable(root)
-    assert len(storage.listing(root, temporary=True)) == 2
+    assert len(sorted(storage.walk(root, temporary=True))) == 2
     storage.check_writable(root)
-    assert [found.key for found in storage.listing(root, temporary=True)] == ["x"]
+    assert [found.key for found in sorted(storage.walk(root, temporary=True))] == ["x"]
 
 
 def test_concurrent_writers_of_one_object_leave_one_whole(root: str) -> None:
@@ -275,14 +276,14 @@ def test_listing_tells_what_changed(root: str) -> None:
     begin = time.time() - 2  # object stores keep whole seconds
     for key in ("b/c.txt", "a.txt", "b/d/e.txt"):
         storage.write_text(storage.join(root, key), key)
-    first = storage.listing(root)
+    first = sorted(storage.walk(root))
     assert [(o.key, o.size) for o in first] == [("a.txt", 5), ("b/c.txt", 7), ("b/d/e.txt", 9)]
     assert all(begin <= o.modified <= time.time() + 2 for o in first)
-    assert [o.key for o in storage.listing(storage.join(root, "b"))] == ["c.txt", "d/e.txt"]
+    assert [o.key for o in sorted(storage.walk(storage.join(root, "b")))] == ["c.txt", "d/e.txt"]
 
     storage.write_text(storage.join(root, "a.txt"), "other")  # of the same size
     storage.delete(storage.join(root, "b", "c.txt"))
-    second = storage.listing(root)
+    second = sorted(storage.walk(root))
     assert [o.key for o in second] == ["a.txt", "b/d/e.txt"]
     assert second[0] != first[0]
     assert second[1] == first[2]
@@ -298,9 +299,8 @@ def test_listing_tells_what_changed(root: str) -> None:
 
 def test_listing_of_a_file_is_an_error(root: str) -> None:
     storage.write_text(storage.join(root, "x.txt"), "x")
-    for look in (storage.listing, storage.walk):
-        with pytest.raises(StorageError, match="a file stands where a folder is needed"):
-            look(storage.join(root, "x.txt"))
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        next(storage.walk(storage.join(root, "x.txt")))
 
 
 def test_listing_is_one_listing_however_many_keys(s3: str) -> None:
@@ -313,7 +313,7 @@ def test_listing_is_one_listing_however_many_keys(s3: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", proxy.url)
             s3fs.S3FileSystem.clear_instance_cache()
-            objects = storage.listing(f"{s3}/{folder}")
+            objects = sorted(storage.walk(f"{s3}/{folder}"))
         s3fs.S3FileSystem.clear_instance_cache()
     assert [o.key for o in objects] == sorted(f"{i % 7}/{i:05d}" for i in range(200))
     assert len(proxy.requests) <= 2
@@ -327,10 +327,10 @@ def test_listing_follows_links_and_sees_changed_permissions(tmp_path: Path) -> N
     (tmp_path / "data" / "cycle").symlink_to("..")
     (tmp_path / "broken").symlink_to("nowhere")
     (tmp_path / f"{storage.TMP_PREFIX}1-y").write_text("y")
-    objects = storage.listing(tmp_path)
+    objects = sorted(storage.walk(tmp_path))
     assert [o.key for o in objects] == ["data/x.txt", "link/x.txt"]
     assert all(o.modified > 1_000_000 for o in objects)  # ctime cannot be set back
-    keys = [o.key for o in storage.listing(tmp_path, temporary=True)]
+    keys = [o.key for o in sorted(storage.walk(tmp_path, temporary=True))]
     assert keys == [f"{storage.TMP_PREFIX}1-y", "data/x.txt", "link/x.txt"]
 
 
@@ -345,7 +345,7 @@ def test_create_is_for_the_first(root: str) -> None:
     assert storage.create(url, b"mine")  # as after a request whose answer was lost
     storage.delete(url)
     assert storage.create(url, b"yours")
-    assert [o.key for o in storage.listing(root, temporary=True)] == ["claims/1.json"]
+    assert [o.key for o in sorted(storage.walk(root, temporary=True))] == ["claims/1.json"]
 
 
 def test_of_racing_threads_one_creates(root: str) -> None:
@@ -645,7 +645,7 @@ def test_temporaries_go_when_their_writer_is_dead_and_only_then(tmp_path: Path) 
     assert writer.stdout.readline() == b"writing\n"
     (left,) = os.listdir(tmp_path)
     assert left.startswith(storage.TMP_PREFIX)
-    assert storage.list_dir(tmp_path) == storage.find(tmp_path) == storage.walk(tmp_path) == []
+    assert storage.list_dir(tmp_path) == [*storage.walk(tmp_path)] == []
     storage.clean_temporary(tmp_path)
     assert os.listdir(tmp_path) == [left]
     writer.send_signal(signal.SIGKILL)

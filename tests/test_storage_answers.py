@@ -24,7 +24,7 @@ WAYS: dict[str, Callable[[str], object]] = {
     "size": storage.size,
     "exists": storage.exists,
     "list": lambda url: storage.list_dir(storage.parent(url)),
-    "find": lambda url: storage.find(storage.parent(url)),
+    "walk": lambda url: [*storage.walk(storage.parent(url))],
     "create": lambda url: storage.create(url, b"x"),
     "delete": storage.delete,
     "delete all": lambda url: storage.delete(storage.parent(url), recursive=True),
@@ -85,7 +85,7 @@ ANSWERS = {
 PERMISSIONS = {
     "write": "PutObject", "write much": "PutObject", "create": "PutObject",
     "read": "GetObject", "range": "GetObject", "size": "GetObject", "exists": "GetObject",
-    "list": "ListBucket", "find": "ListBucket", "delete all": "DeleteObject",
+    "list": "ListBucket", "walk": "ListBucket", "delete all": "DeleteObject",
     "delete": "DeleteObject",
 }  # fmt: skip
 NOTHING_THERE = ("exists", "delete", "delete all")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from described import files_below
 
 from saev import storage
 from saev.config.base import Config
@@ -45,11 +46,8 @@ def test_a_folder_of_any_name_works_everywhere(root: str, folder: str) -> None:
     with storage.RangeReader(url) as reader:
         assert reader.read(1, 3) == b"ell"
     assert [e.name for e in storage.list_dir(base)] == ["made", "sub", "z"]
-    assert [e.url for e in storage.walk(base)] == [
-        storage.join(base, n) for n in ("made", "sub/x::y.bin", "z")
-    ]
-    assert storage.find(base) == [e.url for e in storage.walk(base)]
-    assert [o.key for o in storage.listing(base)] == ["made", "sub/x::y.bin", "z"]
+    assert files_below(base) == [storage.join(base, n) for n in ("made", "sub/x::y.bin", "z")]
+    assert [o.key for o in sorted(storage.walk(base))] == ["made", "sub/x::y.bin", "z"]
     storage.check_writable(base)
     storage.delete(url)
     assert not storage.exists(url)
@@ -60,9 +58,9 @@ def test_a_folder_of_any_name_works_everywhere(root: str, folder: str) -> None:
 def test_a_relative_path_with_two_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage.write_bytes("a::b/x", b"1")
-    assert [e.name for e in storage.walk("a::b")] == ["x"]
+    assert [o.key for o in storage.walk("a::b")] == ["x"]
     assert [e.name for e in storage.list_dir("a::b")] == ["x"]
-    assert storage.glob("a::b/*") == [str(tmp_path / "a::b" / "x")]
+    assert [e.url for e in storage.glob("a::b/*")] == [str(tmp_path / "a::b" / "x")]
 
 
 def test_a_chain_of_protocols_is_one(tmp_path: Path) -> None:
@@ -82,7 +80,7 @@ def test_deleting_removes_that_name_and_not_what_it_matches(root: str, recursive
     for folder in ("run[1]", "run*"):
         name = [folder] if recursive else [folder, "x"]
         storage.delete(storage.join(root, *name), recursive=recursive)
-    left = [o.key for o in storage.listing(root)]
+    left = [o.key for o in sorted(storage.walk(root))]
     assert left == ["run1/x"]
 
 
@@ -113,17 +111,16 @@ def hides_nothing(s3: str, marker: str, content: bytes) -> None:
         place = storage.normalize(url)
         assert storage.exists(url)
         assert storage.is_dir(url)
-        assert [e.url for e in storage.walk(url)] == [f"{place}/sub/y.png", f"{place}/x.png"]
-        assert storage.find(url) == [f"{place}/sub/y.png", f"{place}/x.png"]
-        assert [o.key for o in storage.listing(url)] == ["sub/y.png", "x.png"]
+        assert files_below(url) == [f"{place}/sub/y.png", f"{place}/x.png"]
+        assert [o.key for o in sorted(storage.walk(url))] == ["sub/y.png", "x.png"]
         assert [(e.name, e.is_dir) for e in storage.list_dir(url)] == [
             ("sub", True),
             ("x.png", False),
         ]
-    found = {(e.name, e.is_dir) for e in storage.glob_entries(f"{s3}/{prefix}/**")}
+    found = {(e.name, e.is_dir) for e in storage.glob(f"{s3}/{prefix}/**")}
     assert {("x.png", False), ("y.png", False), ("sub", True)} <= found
     storage.delete(f"{s3}/{prefix}/m1", recursive=True)
-    assert storage.find(f"{s3}/{prefix}") == []
+    assert files_below(f"{s3}/{prefix}") == []
 
 
 def test_a_folder_that_only_its_marker_makes_is_empty(s3: str) -> None:
@@ -133,15 +130,14 @@ def test_a_folder_that_only_its_marker_makes_is_empty(s3: str) -> None:
     )
     url = f"{s3}/{prefix}/empty"
     assert storage.is_dir(url)
-    assert storage.walk(url) == storage.list_dir(url) == storage.find(url) == []
+    assert [*storage.walk(url)] == storage.list_dir(url) == []
 
 
 def test_a_file_is_no_folder(root: str) -> None:
     url = storage.join(root, "x")
     storage.write_bytes(url, b"1")
-    for look in (storage.walk, storage.listing):
-        with pytest.raises(StorageError, match="a file stands where a folder is needed"):
-            look(url)
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        next(storage.walk(url))
 
 
 # --- Keys inside URLs -------------------------------------------------------------------------
@@ -220,7 +216,7 @@ def test_a_config_that_was_stored_with_a_key_is_read(tmp_path: Path) -> None:
 
     url = "https://user:pw@host/x"
     storage.write_json(tmp_path / "c.json", {"data": {"kind": "img-folder", "root": url}})
-    assert Stored.from_url(str(tmp_path / "c.json")).data.root == url
+    assert Stored.from_dict(storage.read_json(tmp_path / "c.json"), stored=True).data.root == url
 
 
 @pytest.mark.parametrize("module", ["saev", "pipelines"])

@@ -23,7 +23,6 @@ PATIENCE_S = 0.8
 NO_PARTS = [way for way in WAYS if way != "write much"]
 MORE: dict[str, Callable[[str], object]] = {
     "bucket": lambda url: storage.exists(storage.parent(storage.parent(url))),
-    "scan": lambda url: list(storage.scan(storage.parent(url))),
     "glob": lambda url: storage.glob(f"{storage.parent(url)}/*"),
     "is_dir": storage.is_dir,
 }
@@ -116,7 +115,7 @@ def test_an_upload_in_parts_ends(url, small_limits, proxy, query) -> None:  # no
     assert [r for r in proxy.requests if query in r.path]
 
 
-@pytest.mark.parametrize("way", ["range", "read", "find", "scan"])
+@pytest.mark.parametrize("way", ["range", "read", "walk"])
 def test_an_answer_that_stops(url, small_limits, proxy, way) -> None:  # noqa: F811
     """Half of it comes, and then nothing."""
     storage.write_bytes(url, bytes(10))

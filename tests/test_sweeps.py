@@ -152,6 +152,7 @@ def test_data_sets_both_sides(sweep):
         ("device = ['cpu', 'cuda']", "device does not change what is trained"),
         ("[grid]\nlr = 1e-4", r"\[\[grid\]\]"),
         ("lr = ", "not valid TOML"),
+        ("lr = " + "[" * 100_000, "not valid TOML"),
         (
             "[sae.activation]\nkind = ['relu', 'top-k']\ntop_k = [4, 8]",
             "sae.activation.top_k is set, but sae.activation is relu",

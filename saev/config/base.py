@@ -111,11 +111,6 @@ class Config(pydantic.BaseModel):
         except pydantic.ValidationError as err:
             raise ConfigError(describe_validation_error(err, source)) from err
 
-    @classmethod
-    def from_url(cls, url: str) -> tp.Self:
-        """Read a JSON config that was stored."""
-        return cls.from_dict(storage.read_json(url), source=storage.normalize(url), stored=True)
-
 
 def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
     """The identity of a value, which is ``plain`` as JSON, and of the configs inside it."""

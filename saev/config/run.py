@@ -1,6 +1,5 @@
 """The config of `saev run`: all stages from one file."""
 
-import tomllib
 import typing as tp
 
 import pydantic
@@ -92,8 +91,6 @@ def beside(config: str, sweep: str) -> str:
 def read_toml(url: str) -> dict[str, tp.Any]:
     """A TOML file. Raises ConfigError that says where it does not parse."""
     try:
-        return tomllib.loads(storage.read_text(url))
-    except tomllib.TOMLDecodeError as err:
-        raise ConfigError(f"{storage.normalize(url)} is not valid TOML: {err}.") from err
+        return storage.parse_toml(storage.read_bytes(url), storage.normalize(url), ConfigError)
     except CorruptDataError as err:
         raise ConfigError(str(err)) from err

@@ -26,7 +26,7 @@ def remove(item: Item) -> Outcome:
     if not storage.exists(item.url):
         return "gone"
     if storage.is_dir(item.url):
-        found = storage.listing(item.url, temporary=True)
+        found = sorted(storage.walk(item.url, temporary=True))
         # Fewer files than before: another clean-up is at work, or an earlier one was interrupted.
         if len(found) > item.n_files or any(o.modified > item.modified for o in found):
             return "changed"

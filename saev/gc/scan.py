@@ -94,7 +94,7 @@ def scan(root: str) -> Snapshot:
     parts = {
         name: Folder.of(storage.join(url, name), ())
         if name not in there
-        else Folder.of(there[name].url, storage.listing(there[name].url, temporary=True))
+        else Folder.of(there[name].url, sorted(storage.walk(there[name].url, temporary=True)))
         for name in (SHARDS, RUNS, DATASETS)
     }
     temporaries = {

@@ -33,7 +33,7 @@ from saev.images.decode import (
     turned,
 )
 from saev.images.listed import File, Files, in_order
-from saev.images.masks import MASK_SUFFIXES, MaskMap, decode_upright_mask, read_mask_map
+from saev.images.masks import MASK_SUFFIXES, MaskMap, decode_mask, read_mask_map
 from saev.once import say_once
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class SegFolder(ImageDataset):
     def _upright_mask(self, index: int, data: bytes, orientation: int) -> Image.Image:
         """A mask, turned as its image was turned if that is necessary."""
         url = self._masks[index].url
-        mask, own = decode_upright_mask(data, url, self._limits, mask_map=self._mask_map)
+        mask, own = decode_mask(data, url, self._limits, mask_map=self._mask_map)
         if own != 1 or orientation == 1:  # the mask says how it lies, or its image is not turned
             return mask
         return self._turning.turn(mask, orientation, self._files[index].url)
@@ -273,7 +273,7 @@ def list_files(root: str, suffixes: Sequence[str], *, what: str, files: str = "i
     _check_folder(root, what)
     base = storage.normalize(root)
     left: set[str] = set()
-    found = in_order(_select(storage.scan(base), base, suffixes, left))
+    found = in_order(_select(_files(base), base, suffixes, left))
     _say_left_out(base, base, found, left, suffixes, files)
     return found
 
@@ -311,6 +311,11 @@ def _nothing_found(
     )
 
 
+def _files(folder: str) -> Iterator[tuple[str, int]]:
+    """URL and size of every file below a folder."""
+    return ((storage.join(folder, found.key), found.size) for found in storage.walk(folder))
+
+
 def _select(
     listed: Iterable[tuple[str, int]], base: str, suffixes: Sequence[str], left: set[str]
 ) -> Iterator[File]:
@@ -341,7 +346,7 @@ def _list_pattern(pattern: str, suffixes: Sequence[str]) -> Files:
     components = text.split("/")
     magic = next(i for i, part in enumerate(components) if re.search(r"[*?\[]", part))
     base = "/".join(components[:magic])
-    matches = storage.glob_entries(text)
+    matches = storage.glob(text)
     if not matches:
         raise StorageError(f"data.root is the pattern {text}, which matches nothing. Check it.")
     left: set[str] = set()
@@ -357,7 +362,7 @@ def _matched(
     """Images below the folders that match, and images that match the pattern themselves."""
     for match in matches:
         if match.is_dir and not _is_hidden(match.url, base):
-            for file in _select(storage.scan(match.url), match.url, suffixes, left):
+            for file in _select(_files(match.url), match.url, suffixes, left):
                 # The label is a path below the matched folder, the key one below the fixed part.
                 yield file._replace(key=_key(file.url, base))
     yield from _select(((m.url, m.size) for m in matches if not m.is_dir), base, suffixes, left)

@@ -77,12 +77,8 @@ def _shown(pixel: list[int]) -> str:
 
 
 def decode_mask(
-    data: bytes,
-    name: str,
-    limits: Limits | None = None,
-    *,
-    mask_map: MaskMap | None = None,
-) -> Image.Image:
+    data: bytes, name: str, limits: Limits | None = None, *, mask_map: MaskMap | None = None
+) -> Upright:
     """The labels of a segmentation mask: its stored values, or what the map makes of them.
 
     The values of an indexed image are its indices, those of a 1-bit image are 0 and 1. Transparency
@@ -95,19 +91,12 @@ def decode_mask(
         mask_map: which colours or values are which labels.
 
     Returns:
-        PIL image of mode L whose pixels are labels.
+        A PIL image of mode L whose pixels are labels, and the EXIF orientation of the file.
 
     Raises:
         ImageError: it is empty, damaged or too large, or cannot be a map of labels.
         ConfigError: the mask needs a map of labels, or the map that is given does not fit it.
     """
-    return decode_upright_mask(data, name, limits, mask_map=mask_map).image
-
-
-def decode_upright_mask(
-    data: bytes, name: str, limits: Limits | None = None, *, mask_map: MaskMap | None = None
-) -> Upright:
-    """As :func:`decode_mask`, together with the EXIF orientation of the file."""
     with explained(name, _REMEDY):
         mask, orientation = open_upright(data, limits or Limits())
         if mask_map is not None and mask_map.n_channels == 3:

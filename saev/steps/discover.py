@@ -96,7 +96,7 @@ def one(
     images_of(file, dataset)
     if dataset:
         url = storage.normalize(dataset)
-        found = Found(storage.name(url), url, storage.listing(url, seen=seen))
+        found = Found(storage.name(url), url, sorted(storage.walk(url, seen=seen)))
         if not found.objects:
             raise ConfigError(f"The dataset {url} holds no files.")
     elif file.data is None:
@@ -212,7 +212,7 @@ def check_unchanged(dataset: Dataset, seen: Seen = lambda n: None) -> None:
     """
     if not dataset.url:
         return
-    found = Found(dataset.name, dataset.url, storage.listing(dataset.url, seen=seen))
+    found = Found(dataset.name, dataset.url, sorted(storage.walk(dataset.url, seen=seen)))
     if _fingerprint(_without(found, dataset.marker)) != dataset.fingerprint:
         raise ConfigError(
             f"The dataset {dataset.url} has changed since it was discovered, so what was recorded "
@@ -270,7 +270,7 @@ def _folders(root: str, prefix: str, seen: Seen) -> Iterator[Found]:
     """The datasets below a prefix with their files, from one listing."""
     base = storage.normalize(prefix)
     own = storage.normalize(root) + "/"
-    objects = storage.listing(base, missing_ok=True, seen=seen)
+    objects = sorted(storage.walk(base, missing_ok=True, seen=seen))
     if not objects:
         logger.info("Nothing is below %s yet.", base)
     for name, group in itertools.groupby(objects, key=lambda o: o.key.split("/", 1)[0]):

@@ -25,7 +25,7 @@ from saev.storage.urls import (
 )
 
 _PAGE = 1000
-"""Files of a listing that are told of at a time: as many as S3 gives in one answer."""
+"""Files between two reports of progress: as many as S3 lists in one answer."""
 
 
 class Entry(tp.NamedTuple):
@@ -51,8 +51,19 @@ class Object(tp.NamedTuple):
     etag: str
     """The object store's entity tag without quotes; on disks the time of the last write, which
     copies may preserve; empty where there is neither. It differs where the content was replaced."""
-    modified: float
-    """Seconds since the epoch, UTC; on disks the later of mtime and ctime."""
+    changed: float | None
+    """When it was written: seconds since the epoch, UTC; on disks the later of mtime and ctime.
+    None if its store does not say."""
+
+    @property
+    def modified(self) -> float:
+        """When it was written. Raises StorageError if its store does not say."""
+        if self.changed is None:
+            raise StorageError(
+                f"The store of {self.key} does not say when it was changed. Use a path, s3:// or "
+                "gs://."
+            )
+        return self.changed
 
 
 def exists(url: str | os.PathLike) -> bool:
@@ -173,68 +184,44 @@ def _child(fs: tp.Any, url: str, key: str, found: str) -> str:
     return with_scheme(fs, found)
 
 
-def find(url: str | os.PathLike) -> list[str]:
-    """URLs of all files below a folder, sorted. Empty if the folder is empty or missing."""
-    text = normalize(url)
-    fs, key = filesystem(text)
-    with explained(text, "list"):
-        fs.invalidate_cache(key)
-        keys = retry(fs.find)(key)
-    urls = (with_scheme(fs, k) for k in keys if not is_marker(k))
-    return sorted(u for u in urls if not name(u).startswith(TMP_PREFIX))
-
-
-def scan(url: str | os.PathLike) -> Iterator[tuple[str, int]]:
-    """URL and size of every file below a folder, one by one as they are found, also of millions.
-
-    Symbolic links are followed. Unlike :func:`find`, this leaves nothing out unnoticed.
-
-    Raises:
-        StorageError: the folder, or one further down, is missing, is a file, or may not be read.
-    """
-    text = normalize(url)
-    path = local_path(text)
-    if path is not None:
-        for file, status in _walk_local(path):
-            yield file, status.st_size
-    else:
-        for file, row in _walk_remote(text):
-            yield file, int(row["size"])
-
-
-def walk(url: str | os.PathLike) -> list[Entry]:
-    """All files below a folder with their sizes, sorted by URL. Fails where :func:`scan` does."""
-    return sorted(Entry(file, name(file), size_, False) for file, size_ in scan(url))
-
-
-def listing(
+def walk(
     url: str | os.PathLike,
     *,
     temporary: bool = False,
     missing_ok: bool = False,
     seen: Callable[[int], object] = lambda n: None,
-) -> list[Object]:
-    """All files below a folder, sorted by key; symbolic links are followed.
+) -> Iterator[Object]:
+    """All files below a folder, one by one as they are found, also of millions.
 
-    On an object store it is one recursive listing, whatever the number of keys, and never one from
-    a cache. It fails where :func:`walk` does.
+    They come in no promised order; ``sorted`` orders them by key. Symbolic links are followed. On
+    an object store it is one recursive listing, whatever the number of keys, and never one from a
+    cache.
 
     Args:
         url: the folder.
         temporary: whether unfinished local writes are listed too.
         missing_ok: whether a folder that does not exist is an empty one. A bucket that does not
             exist is an error all the same.
-        seen: told of files while they are listed, a thousand at a time.
+        seen: told how many files were found, a thousand at a time.
+
+    Raises:
+        StorageError: the folder, or one further down, is missing, is a file, or may not be read.
     """
-    text = normalize(url)
+    return _walk(normalize(url), temporary, missing_ok, seen)
+
+
+def _walk(
+    text: str, temporary: bool, missing_ok: bool, seen: Callable[[int], object]
+) -> Iterator[Object]:
+    objects = _objects(text, temporary)
     try:
-        return _listing(text, temporary, seen)
+        while group := list(itertools.islice(objects, _PAGE)):
+            seen(len(group))
+            yield from group
     except StorageError as err:
-        if not missing_ok or not isinstance(err.__cause__, FileNotFoundError):
+        is_missing = isinstance(err.__cause__, FileNotFoundError)
+        if not missing_ok or not is_missing or _bucket_is_missing(text):
             raise
-        if _bucket_is_missing(text):
-            raise
-        return []
 
 
 def _bucket_is_missing(url: str) -> bool:
@@ -251,33 +238,19 @@ def _bucket_is_missing(url: str) -> bool:
     return False
 
 
-def _listing(text: str, temporary: bool, seen: Callable[[int], object]) -> list[Object]:
+def _objects(text: str, temporary: bool) -> Iterator[Object]:
     path = local_path(text)
     start = len(join(text, "x")) - 1
-    found: Iterator[Object]
-    if path is not None:
-        found = (
-            Object(
-                file[start:],
-                status.st_size,
-                f"mtime:{status.st_mtime_ns}",
-                max(status.st_mtime, status.st_ctime),
-            )
-            for file, status in _walk_local(path, temporary=temporary)
-        )
-    else:
-        found = (
-            Object(file[start:], int(row["size"]), entity_tag(row), _modified(row, file))
-            for file, row in _walk_remote(text)
-        )
-    objects: list[Object] = []
-    while group := list(itertools.islice(found, _PAGE)):
-        objects += group
-        seen(len(group))
-    return sorted(objects, key=lambda o: o.key)
+    if path is None:
+        for file, row in _walk_remote(text):
+            yield Object(file[start:], int(row["size"]), entity_tag(row), _modified(row))
+        return
+    for file, status in _walk_local(path, temporary=temporary):
+        changed = max(status.st_mtime, status.st_ctime)
+        yield Object(file[start:], status.st_size, f"mtime:{status.st_mtime_ns}", changed)
 
 
-def _modified(row: dict[str, tp.Any], url: str) -> float:
+def _modified(row: dict[str, tp.Any]) -> float | None:
     """When an object was written, from whichever field its store's listing has."""
     for field in ("LastModified", "updated", "last_modified", "mtime", "created"):
         value = row.get(field)
@@ -287,9 +260,7 @@ def _modified(row: dict[str, tp.Any], url: str) -> float:
             return value.timestamp()
         if value is not None:
             return float(value)
-    raise StorageError(
-        f"Cannot list {url}: its store does not say when it was changed. Use a path, s3:// or gs://."
-    )
+    return None
 
 
 def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
@@ -359,8 +330,8 @@ def _walk_local(
             yield str(place), status
 
 
-def glob_entries(pattern: str) -> list[Entry]:
-    """Files and folders that match a glob pattern, with sizes, sorted by URL."""
+def glob(pattern: str) -> list[Entry]:
+    """Files and folders that match a pattern (``*``, ``?``, ``[]``, ``**``), sorted by URL."""
     text = normalize(pattern)
     fs, key = filesystem(text)
     with explained(text, "list"):
@@ -375,11 +346,3 @@ def glob_entries(pattern: str) -> list[Entry]:
             size_ = 0 if is_folder else int(row["size"])
             entries.append(Entry(place, name(place), size_, is_folder))
     return sorted(entries, key=lambda e: e.url)
-
-
-def glob(pattern: str) -> list[str]:
-    """URLs that match a glob pattern (``*``, ``?``, ``[]``, ``**``), sorted."""
-    text = normalize(pattern)
-    fs, key = filesystem(text)
-    with explained(text, "list"):
-        return sorted(with_scheme(fs, k) for k in retry(fs.glob)(key))

@@ -18,8 +18,6 @@ class Choice:
 
     latents: tuple[int, ...]
     explicit: frozenset[int]
-    n_candidates: int
-    """Latents inside the ranges that the drawn ones were drawn from."""
 
 
 def choose(
@@ -77,7 +75,7 @@ def choose(
             "--log-freq-range or --log-value-range to see more.",
             cfg.n_latents, len(drawn), *cfg.log_freq_range, *cfg.log_value_range, span,
         )  # fmt: skip
-    return Choice((*explicit, *drawn), frozenset(explicit), len(candidates))
+    return Choice((*explicit, *drawn), frozenset(explicit))
 
 
 def _spread_draw(

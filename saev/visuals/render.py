@@ -33,24 +33,6 @@ _FIRST_COLOURS = (
 )  # fmt: skip
 
 
-def patch_rect(
-    row: int, col: int, grid: tuple[int, int], size: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Pixels of one patch in a picture: (left, top, right, bottom), the last two exclusive.
-
-    The rectangles of all patches tile the picture: no gap, no overlap, also where the picture's
-    sides are no multiples of the grid's.
-
-    Args:
-        row: row of the patch, from the top.
-        col: column of the patch, from the left.
-        grid: rows and columns of patches.
-        size: height and width of the picture in pixels.
-    """
-    tops, lefts = _edges(size[0], grid[0]), _edges(size[1], grid[1])
-    return int(lefts[col]), int(tops[row]), int(lefts[col + 1]), int(tops[row + 1])
-
-
 def _edges(length: int, n: int) -> np.ndarray:
     """The n + 1 boundaries of n patches along a side of `length` pixels."""
     return (np.arange(n + 1) * length + n // 2) // n

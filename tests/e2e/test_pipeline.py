@@ -15,6 +15,7 @@ from pathlib import Path
 import docker as docker_sdk
 import pytest
 from containers import ROOT, Images
+from described import files_below
 from servers import S3Server, s3_server
 
 from pipelines.runners import LABEL
@@ -73,7 +74,7 @@ class Job:
         prefix = len(storage.normalize(self.root)) + 1
         return {
             url[prefix:]: storage.read_bytes(url)
-            for url in storage.find(self.root)
+            for url in files_below(self.root)
             if not url[prefix:].startswith(("datasets/", "jobs/"))
             and not any(u in url for u in UNEQUAL)
         }

@@ -17,7 +17,7 @@ from saev.images.masks import MaskMap, decode_mask, read_mask_map
 
 
 def mask(data: bytes, mask_map: MaskMap | None = None) -> np.ndarray:
-    image = decode_mask(data, "m", mask_map=mask_map)
+    image = decode_mask(data, "m", mask_map=mask_map).image
     assert image.mode == "L"
     return np.asarray(image)
 

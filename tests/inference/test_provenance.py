@@ -306,7 +306,7 @@ def test_the_overview_says_so(world: World, tmp_path: Path) -> None:
     run = str(root / "runs/0123456789ab")
     storage.write_json(f"{run}/run.json", {})
     shutil.rmtree(f"{run}/inference", ignore_errors=True)
-    cfg = TrainConfig.from_url(f"{run}/config.json")
+    cfg = TrainConfig.of_run(run)
     storage.write_json(f"{run}/config.json", cfg.to_dict())
     other = described(world.shards, tmp_path / "other", weights="sha256:<b>ee</b>")
     inference.run(config(run, world.shards))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import s3_proxy
 import torch
+from described import files_below
 from nn.small_saes import ACTIVATIONS, IDS, D, S, equal_saes, inputs, make_sae
 from nn.test_published import HEADERS, write_published
 
@@ -109,9 +110,9 @@ def test_save_and_load_are_exact_on_any_storage(act, root, tmp_path):
     assert equal_saes(sae, loaded)
     assert loaded.cfg == sae.cfg
     assert torch.equal(loaded(inputs()).x_hat, sae(inputs()).x_hat)
-    first = {u: storage.read_bytes(u) for u in storage.find(url)}
+    first = {u: storage.read_bytes(u) for u in files_below(url)}
     loaded.save(url, metadata={"layer": 11})
-    assert {u: storage.read_bytes(u) for u in storage.find(url)} == first
+    assert {u: storage.read_bytes(u) for u in files_below(url)} == first
     assert storage.read_json(storage.join(url, "config.json"))["metadata"] == {"layer": 11}
 
 

@@ -15,7 +15,6 @@ from nn.test_published import write_published
 from saev.config import BatchTopK, JumpRelu, Relu, TopK
 from saev.errors import CheckpointError
 from saev.nn import load_sae, load_saelens, to_saelens
-from saev.nn.foreign.saelens import load_sparsity
 
 # --- SAELens ---------------------------------------------------------------------------------
 
@@ -48,7 +47,8 @@ def test_saelens_round_trip(act, architecture, back, tmp_path):
         "W_dec": (S, D),
         "b_dec": (D,),
     } | ({"threshold": (S,)} if architecture == "jumprelu" else {})
-    assert torch.allclose(load_sparsity(str(tmp_path)), torch.log10(frequency + 1e-10))
+    stored = safetensors.torch.load_file(tmp_path / "sparsity.safetensors")
+    assert torch.allclose(stored["sparsity"], torch.log10(frequency + 1e-10))
     again = load_sae(str(tmp_path))
     assert again.cfg.activation.kind == back
     assert torch.equal(again(inputs()).acts, sae(inputs()).acts)
@@ -95,7 +95,6 @@ def test_saelens_before_version_six(tmp_path):
     }
     write_saelens(tmp_path, cfg)
     assert load_sae(str(tmp_path)).cfg.activation == TopK(top_k=2)
-    assert load_sparsity(str(tmp_path)) is None
 
 
 SIX = {"metadata": {"sae_lens_version": "6.54.12"}}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from described import files_below
 from forker import Forker
 from PIL import Image
 
@@ -110,7 +111,7 @@ def contents(root: str) -> dict[str, bytes]:
     prefix = len(storage.normalize(root)) + 1
     return {
         url[prefix:]: storage.read_bytes(url)
-        for url in storage.find(root)
+        for url in files_below(root)
         if not url[prefix:].startswith(("datasets/", "jobs/"))
         and not any(u in url for u in UNEQUAL)
     }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from described import files_below
 from forker import Forker
 from PIL import Image
 from torch import Tensor
@@ -122,7 +123,7 @@ def test_parts_in_any_order(tmp_path: Path, reference: dict[str, bytes], of: int
         assert not storage.exists(storage.join(url, "shards.json"))
         with pytest.raises(IncompleteError):
             Shards.open(url)
-    written = {u: Path(u).stat().st_mtime_ns for u in storage.find(url) if "acts" in u}
+    written = {u: Path(u).stat().st_mtime_ns for u in files_below(url) if "acts" in u}
     assert extract.run(config(tmp_path)) == url
     assert tree(tmp_path) == reference
     for acts, when in written.items():  # nothing was recorded a second time
@@ -162,7 +163,7 @@ def test_other_storage(
     extract.run(config(root, part="1/2"))
     url = extract.run(config(root))
     found = {
-        storage.name(url) + u.removeprefix(url): storage.read_bytes(u) for u in storage.find(url)
+        storage.name(url) + u.removeprefix(url): storage.read_bytes(u) for u in files_below(url)
     }
     assert found == reference
     assert extract.run(config(root)) == url
@@ -172,12 +173,12 @@ def test_other_storage(
 def test_a_published_folder_is_left_alone_and_tidied(tmp_path: Path) -> None:
     url = extract.run(config(tmp_path))
     before = tree(tmp_path)
-    when = {u: Path(u).stat().st_mtime_ns for u in storage.find(url)}
+    when = {u: Path(u).stat().st_mtime_ns for u in files_below(url)}
     storage.write_bytes(parts.part_url(url, 2), b"left by a pod that was killed")
     (Path(url) / f"{storage.TMP_PREFIX}acts").write_bytes(b"so is this")
     assert extract.run(config(tmp_path)) == url
     assert tree(tmp_path) == before
-    assert {u: Path(u).stat().st_mtime_ns for u in storage.find(url)} == when
+    assert {u: Path(u).stat().st_mtime_ns for u in files_below(url)} == when
     (Path(url) / "acts000003.bin").unlink()
     with pytest.raises(CorruptDataError, match=r"acts000003\.bin is missing"):
         extract.run(config(tmp_path))

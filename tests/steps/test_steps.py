@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from described import files_below
 from walk import Walk
 
 from saev import cli, storage
@@ -37,7 +38,7 @@ def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
 def test_check_uses_the_storage_and_leaves_nothing(place: Place) -> None:
     place.put("a/1.png")
     assert check.run(place.root, place.incoming) == [place.root, place.incoming]
-    assert storage.find(place.root) == []
+    assert files_below(place.root) == []
 
 
 def test_check_says_what_failed_first(tmp_path: Path, s3: str) -> None:

@@ -166,7 +166,7 @@ def contents(url: str) -> dict[str, bytes]:
         files = {str(p.relative_to(path)): p for p in path.rglob("*") if p.is_file()}
         found = {name: file.read_bytes() for name, file in files.items()}
     else:
-        found = {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.listing(url)}
+        found = {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.walk(url)}
     timed = ("tb/", "timings.jsonl")
     return {name: data for name, data in found.items() if not any(t in name for t in timed)}
 

@@ -101,7 +101,7 @@ def test_jump_relu_and_its_penalty(cfg):
 def test_a_saved_sae_takes_activations_as_recorded(cfg):
     """The evaluation in run.json is what the saved weights give on the raw validation split."""
     (url,) = train.run(cfg)
-    config = TrainConfig.from_url(storage.join(url, "config.json"))
+    config = TrainConfig.of_run(url)
     sae = load_sae(url)
     with Shards.open(config.val_data.shards) as shards:
         batches = list(OrderedLoader(shards, config.val_data, 4096))
@@ -152,7 +152,7 @@ def test_a_run_folder(cfg):
         "train/lr", "loader/example_entropy", "loader/token_entropy_normalized",
     } <= rows[0].keys()  # fmt: skip
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
-    config = TrainConfig.from_url(storage.join(url, "config.json"))
+    config = TrainConfig.of_run(url)
     assert rows[-1]["train/lr"] < config.lr
     assert (config.sae.d_model, config.val_data.split) == (32, "val")
 
@@ -235,7 +235,7 @@ def test_options(cfg, optim, scaled):
     cfg = update(cfg, optim=optim, scale_mean=scaled, scale_norm=scaled, n_val=0)
     (url,) = train.run(cfg)
     assert metrics_of(url) == {}
-    assert TrainConfig.from_url(storage.join(url, "config.json")).train_data.split == "all"
+    assert TrainConfig.of_run(url).train_data.split == "all"
 
 
 # --- Interruption ---
@@ -429,7 +429,7 @@ def test_a_folder_of_one_or_two_images(cfg, tmp_path, truth, n_examples, caplog)
     assert caplog.text.count("too few to keep 10% of them for evaluation") == 1
     for run in urls:
         assert metrics_of(run) == {}
-        config = TrainConfig.from_url(storage.join(run, "config.json"))
+        config = TrainConfig.of_run(run)
         assert (config.train_data.split, config.n_val) == ("all", 0)
 
 

@@ -38,7 +38,7 @@ def base(s3: str) -> Iterator[str]:
 
 def contents(url: str) -> dict[str, bytes]:
     """Every object below a URL, by key."""
-    return {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.listing(url)}
+    return {o.key: storage.read_bytes(storage.join(url, o.key)) for o in storage.walk(url)}
 
 
 def walk_of(base: str, to: Path) -> Walk:
@@ -109,7 +109,7 @@ def test_saev_run_computes_nothing(
 def test_a_stored_config_is_run_again(base: str, kind: str) -> None:
     """Version 0.1.0 wrote a penalty into each of them, though these activations have none."""
     url = old_runs(base)[kind]
-    config = TrainConfig.from_url(f"{url}/config.json")
+    config = TrainConfig.of_run(url)
     assert config.objective.sparsity_coeff == 1e-3
     (item,) = train.plan(config)
     (member,) = item["members"]

@@ -16,17 +16,14 @@ sizes = st.integers(1, 70)
 @hypothesis.given(rows=st.integers(1, 20), cols=st.integers(1, 20), h=sizes, w=sizes)
 def test_patches_tile_the_picture(rows: int, cols: int, h: int, w: int) -> None:
     h, w = max(h, rows), max(w, cols)
-    covered = np.zeros((h, w), int)
     numbers = np.arange(rows * cols).reshape(rows, cols)
     spread = render.spread(numbers, (h, w))
-    for row in range(rows):
-        for col in range(cols):
-            left, top, right, bottom = render.patch_rect(row, col, (rows, cols), (h, w))
-            assert left < right
-            assert top < bottom
-            covered[top:bottom, left:right] += 1
-            assert (spread[top:bottom, left:right] == numbers[row, col]).all()
-    assert (covered == 1).all()
+    for axis, (length, n) in enumerate([(h, rows), (w, cols)]):
+        # A pixel belongs to the patch in which its middle lies; a tie goes to the later one.
+        middles = (2 * np.arange(length) + 1) / (2 * length) * n
+        index = spread[:, 0] // cols if axis == 0 else spread[0]
+        assert (np.abs(index + 0.5 - middles) <= 0.5 + 1e-9).all()
+    assert (spread == spread[:, :1] + spread[:1] - spread[0, 0]).all()  # rectangles
 
 
 @pytest.mark.parametrize(
@@ -46,7 +43,12 @@ def test_rectangle_of_a_patch(
     size: tuple[int, int],
     expected: tuple[int, int, int, int],
 ) -> None:
-    assert render.patch_rect(row, col, grid, size) == expected
+    left, top, right, bottom = expected
+    only = np.zeros(grid)
+    only[row, col] = 1
+    pixels = np.zeros(size)
+    pixels[top:bottom, left:right] = 1
+    assert (render.spread(only, size) == pixels).all()
 
 
 def grey(size: tuple[int, int] = (96, 96)) -> Image.Image:
@@ -57,8 +59,7 @@ def test_highlight_tints_the_patch_outlines_it_and_dims_the_rest() -> None:
     acts = np.zeros((4, 4), np.float32)
     acts[1, 2] = 2.0
     out = np.asarray(render.highlight(grey(), acts, max_value=2.0)).astype(int)
-    left, top, right, bottom = render.patch_rect(1, 2, (4, 4), (96, 96))
-    assert (left, top, right, bottom) == (48, 24, 72, 48)
+    left, top, right, bottom = 48, 24, 72, 48
     assert (out[top, left:right] == 255).all()  # a white line inside the patch, at its border
     assert (out[top:bottom, left] == 255).all()
     assert (out[top:bottom, right - 1] == 255).all()

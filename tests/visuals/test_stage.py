@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from described import described
+from described import described, files_below
 from PIL import Image
 
 from saev import inference, storage, visuals
@@ -44,7 +44,7 @@ class Reader(html.parser.HTMLParser):
 
 def snapshot(url: str) -> dict[str, bytes]:
     base = storage.normalize(url)
-    return {u.removeprefix(base): storage.read_bytes(u) for u in storage.find(base)}
+    return {u.removeprefix(base): storage.read_bytes(u) for u in files_below(base)}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from described import files_below
 from dinov2 import dinov2_url  # noqa: F401 - a fixture
 from PIL import Image
 from torch import Tensor
@@ -71,7 +72,7 @@ def nearest_neighbour_accuracy(embeddings: Tensor, labels: list[str]) -> float:
 
 def test_class_token_knows_photographs(tmp_path: tp.Any, dinov2_url: str):  # noqa: F811
     photos.write_crops(str(tmp_path), 5 * photos.N_CLASSES, seed=1)
-    urls = storage.find(storage.join(tmp_path, "images"))
+    urls = files_below(storage.join(tmp_path, "images"))
     labels = [storage.name(url).rsplit("_", 1)[0] for url in urls]
     assert len(set(labels)) == photos.N_CLASSES
     accuracy = {}

@@ -288,15 +288,4 @@ def to_saelens(
     storage.write_json(storage.join(url, CONFIG), cfg)
 
 
-def load_sparsity(url: str) -> Float[Tensor, " d_sae"] | None:
-    """log10(frequency + 1e-10) per latent of a SAELens folder, or None if it has none."""
-    location = storage.join(url, SPARSITY)
-    if not storage.exists(location):
-        return None
-    tensors = files.read_safetensors(location)
-    if "sparsity" not in tensors:
-        raise CheckpointError(f"{location} has {files.names(tensors)}, expected 'sparsity'.")
-    return tensors["sparsity"]
-
-
 READER = Reader("SAELens", (CONFIG, WEIGHTS), read)

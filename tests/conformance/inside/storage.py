@@ -35,7 +35,7 @@ def main() -> None:
     elif verb == "read":
         found = storage.read_text(url)
     elif verb == "list":
-        found = [[o.key, o.size] for o in storage.listing(url, missing_ok=True)]
+        found = [[o.key, o.size] for o in sorted(storage.walk(url, missing_ok=True))]
     elif verb == "delete":
         storage.clean_up(url, recursive=True)
     else:
