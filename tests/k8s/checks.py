@@ -4,12 +4,12 @@ import ipaddress
 import typing as tp
 from collections.abc import Iterator
 
-import kubernetes_validate
+import k8s_schemas
 from kubernetes.utils.quantity import parse_quantity
 
 Json = dict[str, tp.Any]
 
-VERSIONS = ("1.34", kubernetes_validate.latest_version())
+VERSIONS = ("1.34", k8s_schemas.latest_version())
 NO_SCHEMA = {
     # Stable from 1.36 on.
     ("1.34", "MutatingAdmissionPolicy"),
@@ -89,10 +89,10 @@ def schemas(objects: list[Json]) -> Iterator[str]:
                 job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata}
                 item = job | {"spec": _job(item)["spec"]}
             try:
-                kubernetes_validate.validate(item, version, strict=True)
-            except kubernetes_validate.ValidationError as error:
+                k8s_schemas.validate(item, version)
+            except k8s_schemas.ValidationError as error:
                 yield f"{_id(item)}, Kubernetes {version}: {error.message}"
-            except kubernetes_validate.SchemaNotFoundError:
+            except k8s_schemas.SchemaNotFoundError:
                 if (version, item["kind"]) not in NO_SCHEMA:
                     yield f"{_id(item)}: no schema in Kubernetes {version}"
 

@@ -45,7 +45,7 @@ def build(path: str) -> Render:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        return list(yaml.safe_load_all(done.stdout))
+        return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
     return run
 
@@ -91,6 +91,6 @@ def render(tree: Path, installer: Callable[..., subprocess.CompletedProcess[str]
     def run(*arguments: str) -> list[Json]:
         done = installer(tree, "render", *arguments)
         assert done.returncode == 0, done.stderr
-        return list(yaml.safe_load_all(done.stdout))
+        return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
     return run

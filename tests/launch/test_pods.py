@@ -5,8 +5,8 @@ import typing as tp
 
 import pytest
 import yaml
+from compiling import compile_pipeline
 
-from pipelines.definition import compile_pipeline
 from pipelines.options import CompileOptions, PodOptions
 from saev.launch import pods
 
@@ -36,7 +36,7 @@ def kfps_pod(text: str, step: str) -> Json:
 
     After backend/src/v2/driver/k8s.go and driver.go of KFP 2.17.
     """
-    spec, platforms = yaml.safe_load_all(text)
+    spec, platforms = yaml.load_all(text, yaml.CSafeLoader)
     container = spec["deploymentSpec"]["executors"][f"exec-{step}"]["container"]
     more = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{step}"]
     asked = container["resources"]
@@ -129,7 +129,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def launching(text: str, step: str) -> dict[str, str]:
     """The flags of a step that launches another one."""
-    spec = next(yaml.safe_load_all(text))
+    spec = next(yaml.load_all(text, yaml.CSafeLoader))
     container = spec["deploymentSpec"]["executors"][f"exec-{step}"]["container"]
     assert container["command"][-2:] == ["step", "launch"]
     return dict(zip(container["args"][::2], container["args"][1::2], strict=True))
@@ -148,7 +148,7 @@ def test_a_launched_pod_is_as_kfps(case: Case, step: str) -> None:
 @pytest.mark.parametrize("step", STEPS)
 def test_who_launches_needs_little_and_has_time(case: Case, step: str) -> None:
     """Its pods may wait for nodes, or in a queue."""
-    spec, platforms = yaml.safe_load_all(case.job)
+    spec, platforms = yaml.load_all(case.job, yaml.CSafeLoader)
     container = spec["deploymentSpec"]["executors"][f"exec-{step}"]["container"]
     more = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{step}"]
     assert container["image"] == "example.org/saev-cpu:1"

@@ -9,10 +9,9 @@ import kfp_server
 import kube_server
 import pytest
 from client import Client
+from compiling import compile_pipeline
 
 from pipelines import prepare, settings
-from pipelines.definition import Compiled, compile_pipeline
-from pipelines.options import CompileOptions, PipelineName
 
 CONFIG = """\
 [data]
@@ -37,7 +36,11 @@ top_k = [8, 16]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home and working folder with a config, and none of the machine's settings."""
+    """An empty home and working folder with a config, and none of the machine's settings.
+
+    A pipeline is compiled once for all tests.
+    """
+    monkeypatch.setattr(prepare, "compile_pipeline", compile_pipeline)
     for name in (*settings.ENVIRONMENT.values(), "KUBERNETES_SERVICE_HOST", "SAEV_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     for name in list(os.environ):
@@ -50,22 +53,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-_COMPILED: dict[str, Compiled] = {}
-
-
-def _compile_once(name: PipelineName, options: CompileOptions) -> Compiled:
-    key = f"{name} {options.model_dump_json()}"
-    if key not in _COMPILED:
-        _COMPILED[key] = compile_pipeline(name, options)
-    return _COMPILED[key]
-
-
 @pytest.fixture
-def client(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Client:
-    """Runs commands. A pipeline is compiled once for all tests, which takes a second each time."""
-    monkeypatch.setattr(prepare, "compile_pipeline", _compile_once)
+def client(home: Path, capsys: pytest.CaptureFixture[str]) -> Client:
+    """Runs commands."""
     return Client(capsys)
 
 

@@ -253,7 +253,7 @@ def _upload(kind: str, raw: bytes) -> dict[str, tp.Any]:
     name = parts[0].get_filename() or ""
     if not name.endswith((".yaml", ".zip", ".tar.gz")):
         raise ViolationError(f"the backend does not read files called {name!r}")
-    spec, platform = yaml.safe_load_all(parts[0].get_payload(decode=True))
+    spec, platform = yaml.load_all(parts[0].get_payload(decode=True), yaml.CSafeLoader)
     json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
     json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
     return {"pipeline_spec": spec, "platform_spec": platform}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compiling import from_short_stack
 from conformance import facts, inside, jobs, probes, schedules, table
 from conformance.cluster import Cluster
 from conformance.table import Failed, NotRun
@@ -64,7 +65,7 @@ def test_the_probe_has_the_pods_of_the_product(home: Path) -> None:
         'node_selector = { disk = "ssd" }\n'
     )
     cluster = settings.load({"image": "registry.test/saev:1", "root": "s3://bucket/saev"})
-    spec, platform = yaml.safe_load_all(probes.compiled(cluster))
+    spec, platform = yaml.safe_load_all(from_short_stack(lambda: probes.compiled(cluster)))
     product, of_product = yaml.safe_load_all(prepare.compiled("saev", cluster).text)
 
     def pods(of: dict[str, tp.Any], name: str) -> tp.Any:
@@ -197,7 +198,7 @@ def test_what_it_did_not_make_stays(kfp: KfpServer, kube: KubeServer, home: Path
         theirs = submit.start(connection, job, "theirs")
     before = kept(kfp)
     with opened() as cluster:
-        pipeline = probes.compiled(cluster.settings)
+        pipeline = from_short_stack(lambda: probes.compiled(cluster.settings))
         values = {"fault": "none", "folder": "s3://bucket/y"}
         kfp.script = [{"state": "SUCCEEDED"}]
         probed = cluster.start("probe", pipeline, values)

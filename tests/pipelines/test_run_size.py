@@ -1,6 +1,5 @@
 """How large a run may become: figures of a real backend, and what is refused."""
 
-import functools
 import json
 import typing as tp
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from client import Client
+from compiling import compile_pipeline
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 from kfp_server import KfpServer
 
 from pipelines import budget, parameters
-from pipelines.definition import Compiled, compile_pipeline
+from pipelines.definition import Compiled
 from pipelines.options import CompileOptions, PipelineName
 from saev.errors import ConfigError
 
@@ -34,9 +34,7 @@ CONFIG: dict[str, tp.Any] = {
 }  # fmt: skip
 
 
-@functools.cache
 def compiled(name: PipelineName, image: str = "saev:small1") -> Compiled:
-    """A pipeline; compiling takes seconds."""
     return compile_pipeline(name, CompileOptions(image=image, cpu_image=image))
 
 
@@ -57,7 +55,7 @@ def test_sizes_are_those_of_a_real_backend(n_parts: int, measured: int) -> None:
 
 
 def test_the_pods_that_are_counted_are_those_of_the_pipeline() -> None:
-    raw = next(yaml.safe_load_all(compiled("saev").text))
+    raw = next(yaml.load_all(compiled("saev").text, yaml.CSafeLoader))
     spec = json_format.ParseDict(raw, pipeline_spec_pb2.PipelineSpec())
 
     def count(dag: tp.Any) -> int:
