@@ -150,7 +150,7 @@ def checks(jobs: Jobs) -> list[Check]:
 
 def _execute(cluster: Cluster, pod: tp.Any, program: str) -> None:
     """Run a Python program in a step's container, as `kubectl exec` does."""
-    core = client.CoreV1Api(cluster.kube.new_client())
+    core = client.CoreV1Api(client.ApiClient(cluster.kube.configuration))
     with cluster.kube.explained(f"run a command in pod {pod.metadata.name}"):
         stream.stream(
             core.connect_get_namespaced_pod_exec, pod.metadata.name, cluster.namespace,
