@@ -7,7 +7,7 @@ that need them.
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from saev.version import __version__
 
 # MKL splits the sums of some matrix products among however many threads there are. In its strict
 # mode a product has the same bits for any number of threads, at no measured cost

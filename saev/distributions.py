@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import platform
 
-import saev
+from saev.version import __version__
 
 NAME = "saevit"
 OTHER = "saev"
@@ -26,7 +26,7 @@ def install(extra: str) -> str:
 
 def version() -> str:
     """The versions that a report of a mistake needs, in one line."""
-    found = [f"{NAME} {saev.__version__}", f"Python {platform.python_version()}"]
+    found = [f"{NAME} {__version__}", f"Python {platform.python_version()}"]
     for other in ("torch", "timm"):
         try:
             found.append(f"{other} {importlib.metadata.version(other)}")

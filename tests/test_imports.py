@@ -1,6 +1,7 @@
 """The arrows of docs/design: imports point one way, and importing saev is cheap."""
 
 import ast
+import graphlib
 import inspect
 import re
 import subprocess
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "saev"
 # the pairs named in ALLOWED.
 LEVELS = {
     "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "eta": 0, "interrupts": 0,
-    "once": 0,
+    "once": 0, "version": -2,
     "storage": 1,
     "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2, "workers": 2,
     "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
@@ -65,6 +66,22 @@ def test_imports_point_one_way(path: Path) -> None:
         if there is None or there == here or there not in LEVELS or (here, there) in ALLOWED:
             continue
         assert LEVELS[there] < LEVELS[here], f"{module} ({here}) imports {name} ({there})"
+
+
+def test_no_circles() -> None:
+    """Inside rooms too, and wherever in a file an import stands."""
+    modules = {
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in FILES
+    }
+    graph = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        for module, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as err:
+        pytest.fail(f"modules import each other in a circle: {' ← '.join(err.args[1])}")
 
 
 def test_every_room_has_a_level() -> None:

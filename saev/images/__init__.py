@@ -2,7 +2,8 @@
 
 import typing as tp
 
-from saev.images.datasets import ExampleInfo, ImageDataset, open_dataset
+from saev.images.datasets import ExampleInfo, ImageDataset
+from saev.images.opening import open_dataset
 
 if tp.TYPE_CHECKING:
     from saev.images.stream import Decoded, Unreadable, iter_examples

@@ -9,8 +9,6 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 
-from saev.images.transforms import ImageSpec
-
 PIXELS_PER_WORKER = 16 << 20
 """What each thread may hold on average; photographs of this size never wait."""
 
@@ -21,16 +19,6 @@ _ADMIT: contextvars.ContextVar[Callable[[int, int], None] | None] = contextvars.
 
 Cost = Callable[[int, int], int]
 """Pixels that an example needs, by width and height of its image."""
-
-
-def cost_of(spec: ImageSpec, *, has_mask: bool) -> Cost:
-    """What an example needs: its image, its mask of the same size, and the resized image."""
-
-    def cost(width: int, height: int) -> int:
-        resized_height, resized_width = spec.resized(height, width)
-        return width * height * (2 if has_mask else 1) + resized_height * resized_width
-
-    return cost
 
 
 def admit(width: int, height: int) -> None:

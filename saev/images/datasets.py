@@ -1,4 +1,4 @@
-"""One interface to every image dataset, and :func:`open_dataset` that chooses among them."""
+"""The interface of every image dataset, and how examples and classes are named."""
 
 import abc
 import functools
@@ -11,17 +11,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 from saev import storage
-from saev.config.images import (
-    MAX_PIXELS,
-    Cifar10,
-    FakeImg,
-    FakeImgSeg,
-    ImageData,
-    Imagenet,
-    ImgFolder,
-    ImgSegFolder,
-    PixelAgg,
-)
+from saev.config.images import MAX_PIXELS, PixelAgg
 from saev.errors import ImageError
 
 Form = tp.Literal["NFC", "NFD"]
@@ -136,38 +126,6 @@ class ImageDataset(abc.ABC):
     def notes(self) -> list[str]:
         """Sentences about the examples that were loaded so far, to be logged once."""
         return []
-
-
-def open_dataset(cfg: ImageData) -> ImageDataset:
-    """The dataset that a config describes. Lists it, and reads no image.
-
-    Raises:
-        StorageError: a folder is missing, unreadable, empty or not a folder.
-        ConfigError: the config does not fit what is there, or a package is not installed.
-    """
-    match cfg:
-        case ImgSegFolder():
-            from saev.images.folders import SegFolder
-
-            return SegFolder(cfg)
-        case ImgFolder():
-            from saev.images.folders import Folder
-
-            return Folder(cfg)
-        case Imagenet() | Cifar10():
-            from saev.images.hub import HubDataset
-
-            return HubDataset(cfg)
-        case FakeImgSeg():
-            from saev.images.fake import FakeSegmentation
-
-            return FakeSegmentation(cfg)
-        case FakeImg():
-            from saev.images.fake import Fake
-
-            return Fake(cfg)
-        case _:
-            tp.assert_never(cfg)
 
 
 def one_name(text: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saev import cores
 from saev.errors import ConfigError, ImageError
-from saev.images.budget import PixelBudget, cost_of
+from saev.images.budget import Cost, PixelBudget
 from saev.images.datasets import ImageDataset
 from saev.images.transforms import ImageSpec, token_labels
 
@@ -157,3 +157,13 @@ def load_example(
     except ImageError as err:
         raise ImageError(f"Cannot use {dataset.example(index).url}: {err}") from err
     return Decoded(index, pixels, labels, image.height, image.width)
+
+
+def cost_of(spec: ImageSpec, *, has_mask: bool) -> Cost:
+    """What an example needs: its image, its mask of the same size, and the resized image."""
+
+    def cost(width: int, height: int) -> int:
+        resized_height, resized_width = spec.resized(height, width)
+        return width * height * (2 if has_mask else 1) + resized_height * resized_width
+
+    return cost

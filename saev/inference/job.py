@@ -18,7 +18,7 @@ from saev.inference import files, provenance
 from saev.inference.encode import count_fires
 from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
-from saev.nn.checkpoints import HUB_PREFIX, load_sae
+from saev.nn.io.load import HUB_PREFIX, load_sae
 from saev.nn.sae import SparseAutoencoder
 from saev.shards import Shards
 

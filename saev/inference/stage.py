@@ -10,7 +10,7 @@ from saev.errors import ConfigError
 from saev.inference import files, part, publish
 from saev.inference.job import Job, open_shards
 from saev.inference.provenance import read_run
-from saev.nn.checkpoints import HUB_PREFIX
+from saev.nn.io.load import HUB_PREFIX
 from saev.progress import Progress
 from saev.shards import Shards
 from saev.workers import unless_done

@@ -4,9 +4,9 @@
 """
 
 from saev.nn.bank import SaeBank, StepMetrics
-from saev.nn.checkpoints import load_sae
 from saev.nn.folding import fold_normalization
-from saev.nn.foreign.saelens import load_saelens, to_saelens
+from saev.nn.io.load import load_sae
+from saev.nn.io.saelens import load_saelens, to_saelens
 from saev.nn.sae import EncoderOutput, SaeOutput, SparseAutoencoder, TopLatents
 
 __all__ = [

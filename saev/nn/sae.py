@@ -20,6 +20,7 @@ from saev import storage
 from saev.config.sae import BatchTopK, JumpRelu, Relu, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn import activations
+from saev.nn.io import native
 
 
 class TopLatents(tp.NamedTuple):
@@ -177,9 +178,7 @@ class SparseAutoencoder(nn.Module):
         Returns:
             Size and checksum of both objects, by name.
         """
-        from saev.nn import checkpoints
-
-        return checkpoints.save_sae(self, url, metadata)
+        return native.write(url, self.cfg, self.state_dict(), metadata)
 
     def _checked(self, x: tp.Any) -> Tensor:
         """x as a tensor of the right width."""

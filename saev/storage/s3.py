@@ -26,9 +26,10 @@ import fsspec
 
 from saev.errors import CorruptDataError, StorageError
 from saev.storage import answers, waiting
+from saev.storage.endpoints import check_endpoint
 from saev.storage.faults import retry
 from saev.storage.sources import FsspecObject, entity_tag
-from saev.storage.urls import check_endpoint, is_s3
+from saev.storage.urls import is_s3
 
 _SIGNATURE_LIVES_S = 240.0
 """Stores take a signature for 15 minutes, and botocore renews credentials 10 minutes before their

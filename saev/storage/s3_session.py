@@ -15,7 +15,7 @@ from aiobotocore.httpsession import AIOHTTPSession
 from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
 
 from saev.storage import waiting
-from saev.storage.urls import check_endpoint
+from saev.storage.endpoints import check_endpoint
 
 
 class Session(AIOHTTPSession):

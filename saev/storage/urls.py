@@ -137,20 +137,6 @@ def _set_up(fs: tp.Any) -> None:
         fs.config_kwargs = ours | fs.config_kwargs
 
 
-def check_endpoint(url: str) -> None:
-    """Refuse a store's address that has a key in it, wherever botocore found it.
-
-    Args:
-        url: the address, or one of a request to it.
-    """
-    if secrets.holds_key(url.partition("?")[0]):
-        raise StorageError(
-            f"The endpoint {secrets.redact(url.partition('?')[0])} has a user or a password in it "
-            "(*** here). Take them out of AWS_ENDPOINT_URL (or endpoint_url of the profile); keys "
-            "go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or into a profile."
-        )
-
-
 def with_scheme(fs: fsspec.AbstractFileSystem, key: str) -> str:
     return (
         normalize(key) if isinstance(fs, LocalFileSystem) else normalize(fs.unstrip_protocol(key))

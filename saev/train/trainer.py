@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import torch
 
-import saev
 from saev import storage
 from saev.config import TrainConfig
 from saev.config.source import ActivationSource
@@ -33,6 +32,7 @@ from saev.train.members import RUN, Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
 from saev.train.team import Team
+from saev.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -393,7 +393,7 @@ class Trainer:
             record = {
                 "run_id": member.run_id,
                 "tag": member.config.tag,
-                "saev": saev.__version__,
+                "saev": __version__,
                 "rules": member.rules,
                 **self._points.history(),
                 "n_steps": self.n_steps,

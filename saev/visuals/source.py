@@ -17,8 +17,10 @@ from PIL import Image
 from saev import cores, storage
 from saev.config import Cifar10, ImageData, Imagenet, ImgFolder, ImgSegFolder
 from saev.errors import ConfigError, CorruptDataError, SaevError
-from saev.images.budget import PixelBudget, cost_of
-from saev.images.datasets import ImageDataset, open_dataset
+from saev.images.budget import PixelBudget
+from saev.images.datasets import ImageDataset
+from saev.images.opening import open_dataset
+from saev.images.stream import cost_of
 from saev.images.transforms import ImageSpec
 from saev.once import say_once
 from saev.shards import Shards, protocol

@@ -17,8 +17,8 @@ from torch import Tensor
 from saev.config.sae import Activation, JumpRelu, TopK
 from saev.errors import CheckpointError
 from saev.nn.folding import Weights
-from saev.nn.foreign import files
-from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.nn.io import files
+from saev.nn.io.imported import Imported, Options, Reader
 
 _LINEAR = {"encoder.final_block.0.weight": "SD", "encoder.final_block.0.bias": "S"}
 _SPHERE = {"dictionary._weights": "SD", "dictionary.multiplier": ""}

@@ -7,8 +7,8 @@ Gemma Scope's transcoders have the same arrays: a file does not tell them apart 
 
 from saev.config.sae import JumpRelu
 from saev.nn.folding import fold_rectifier
-from saev.nn.foreign import files
-from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.nn.io import files
+from saev.nn.io.imported import Imported, Options, Reader
 
 FILE = "params.npz"
 _ARRAYS = {"W_enc": "DS", "b_enc": "S", "W_dec": "SD", "b_dec": "D", "threshold": "S"}

@@ -10,8 +10,8 @@ from saev import storage
 from saev.config.sae import TopK
 from saev.errors import CheckpointError
 from saev.nn.folding import fold_shift
-from saev.nn.foreign import files
-from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.nn.io import files
+from saev.nn.io.imported import Imported, Options, Reader
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"

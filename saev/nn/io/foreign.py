@@ -4,7 +4,7 @@ import typing as tp
 
 from saev import storage
 from saev.errors import CheckpointError
-from saev.nn.foreign import (
+from saev.nn.io import (
     dictionary_learning,
     files,
     gemma_scope,
@@ -13,7 +13,7 @@ from saev.nn.foreign import (
     saelens,
     sparsify,
 )
-from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.nn.io.imported import Imported, Options, Reader
 
 READERS = tuple(
     module.READER

@@ -19,8 +19,8 @@ from saev import storage
 from saev.config.sae import BatchTopK, JumpRelu, Relu, TopK
 from saev.errors import CheckpointError
 from saev.nn.folding import Weights, fold_decoder_norm, fold_gate, fold_rectifier, fold_shift
-from saev.nn.foreign import files
-from saev.nn.foreign.imported import Imported, Options, Reader
+from saev.nn.io import files
+from saev.nn.io.imported import Imported, Options, Reader
 
 FILE = "ae.pt"
 CONFIG = "config.json"

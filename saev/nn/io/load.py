@@ -1,65 +1,22 @@
-"""Reading and writing SAEs.
-
-A checkpoint is a folder of two objects, the second published last:
-
-    sae.safetensors   W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, threshold?
-    config.json       {"format": "saev-sae", "version": 1, "sae": …, "files": …, "checksum": …}
-
-config.json lists the weights and has a checksum of its own (:mod:`saev.storage.manifest`), so a
-damaged or mixed-up pair is an error. `weights` is what version 0.1.0 had instead, and still reads.
-"""
+"""``load_sae``: an SAE from a run, a checkpoint folder, files of other projects, or the hub."""
 
 import logging
-import typing as tp
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
-import saev
 from saev import storage
-from saev.config.sae import SaeConfig
-from saev.errors import CheckpointError, ConfigError, CorruptDataError, StorageError
-from saev.nn import foreign
-from saev.nn.foreign.files import parse_safetensors, read_vector
-from saev.nn.foreign.imported import Options
+from saev.errors import CheckpointError, ConfigError, StorageError
+from saev.nn.io import foreign, native
+from saev.nn.io.files import read_vector
+from saev.nn.io.imported import Options
+from saev.nn.io.native import CONFIG, WEIGHTS
 from saev.nn.sae import SparseAutoencoder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "saev-sae"
-VERSION = 1
-CONFIG = "config.json"
-WEIGHTS = "sae.safetensors"
 HUB_PREFIX = "hf-hub:"
-
-
-_REMEDY = "Copy the folder again, or train the SAE again."
-
-
-def save_sae(
-    sae: SparseAutoencoder, url: str, metadata: dict[str, tp.Any] | None = None
-) -> dict[str, storage.Listed]:
-    """Write a checkpoint folder. See :meth:`SparseAutoencoder.save`."""
-    tensors = {
-        name: t.detach().to("cpu", torch.float32).contiguous()
-        for name, t in sae.state_dict().items()
-    }
-    data = safetensors.torch.save(tensors)
-    storage.write_bytes(storage.join(url, WEIGHTS), data)
-    weights = storage.Listed.of(data)
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "saev": saev.__version__,
-        "sae": sae.cfg.to_dict(),
-        "weights": {"name": WEIGHTS, "n_bytes": weights.n_bytes, "checksum": weights.checksum},
-        "metadata": metadata or {},
-    }
-    config = storage.json_bytes(storage.seal(record, {WEIGHTS: weights}))
-    storage.write_bytes(storage.join(url, CONFIG), config)
-    return {WEIGHTS: weights, CONFIG: storage.Listed.of(config)}
 
 
 def load_sae(
@@ -109,7 +66,10 @@ def load_sae(
             f"{' and '.join(options.given())} are for SAEs of other projects, but {found} was "
             "written by saev, which folds them into the weights. Leave them out."
         )
-    return _load_native(found).to(device)
+    stored = native.read(found)
+    sae = SparseAutoencoder.from_tensors(stored.cfg, stored.tensors, source=stored.source)
+    sae.metadata = stored.metadata
+    return sae.to(device)
 
 
 def _vector(centre: "Tensor | np.ndarray | str | None") -> Tensor | None:
@@ -153,44 +113,6 @@ def _locate(url: str) -> str | foreign.Found:
         f"{url} holds no SAE: expected {WEIGHTS} and {CONFIG} (here or in checkpoint/), or "
         f"{expected}. {seems or 'If it is a run, it is not finished.'}"
     )
-
-
-def _load_native(url: str) -> SparseAutoencoder:
-    config_url, weights_url = storage.join(url, CONFIG), storage.join(url, WEIGHTS)
-    try:
-        sealed = storage.read_sealed(config_url, remedy=_REMEDY)
-    except CorruptDataError as err:
-        raise CheckpointError(str(err)) from err
-    record = sealed.record
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f'{config_url} is not an SAE config: expected "format": "{FORMAT}".')
-    if record.get("version") != VERSION:
-        raise CheckpointError(
-            f"{config_url} has format version {record.get('version')}, this saev reads {VERSION}. "
-            "Install the saev that wrote it."
-        )
-    cfg = SaeConfig.from_dict(record.get("sae"), source=config_url)
-    listed = (sealed.files or {}).get(WEIGHTS)
-    try:
-        if listed is None:
-            listed = _of_0_1_0(record.get("weights"), config_url)
-        data = storage.read_listed(weights_url, listed, _REMEDY)
-    except CorruptDataError as err:
-        raise CheckpointError(f"{err} Or the weights belong to another {CONFIG}.") from err
-    sae = SparseAutoencoder.from_tensors(
-        cfg, parse_safetensors(data, weights_url), source=weights_url
-    )
-    metadata = record.get("metadata")
-    sae.metadata = metadata if isinstance(metadata, dict) else {}
-    return sae
-
-
-def _of_0_1_0(weights: tp.Any, url: str) -> storage.Listed:
-    """What version 0.1.0 recorded of the weights, which had no checksums of parts."""
-    keys = ("n_bytes", "checksum")
-    if not isinstance(weights, dict) or set(keys) - set(weights):
-        raise CorruptDataError(f"{url} does not record the size and checksum of {WEIGHTS}.")
-    return storage.Listed.whole(weights["n_bytes"], weights["checksum"], f"{url}: weights")
 
 
 def _download(name: str) -> str:
