@@ -76,7 +76,7 @@ def main() -> int:
                 make(table, cluster, args)
             finally:
                 clean(cluster, keep=args.keep)
-    except SaevError as err:
+    except (SaevError, Failed) as err:
         say(f"conformance: error: {err}")
         return 2
     say(f"\n{table.summary} in {(time.monotonic() - started) / 60:.0f} min")
