@@ -63,3 +63,20 @@ def test_nothing_names_a_machine() -> None:
                 continue
             found = forbidden.search(path.read_text(errors="replace"))
             assert not found, f"{path.relative_to(ROOT)}: {found and found.group()}"
+
+
+def test_the_architecture_names_what_there_is() -> None:
+    """The page and its picture: every package, and nothing that is gone."""
+    packages = {f"saev/{path.parent.name}" for path in (ROOT / "saev").glob("*/__init__.py")}
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text()
+    in_page = set(re.findall(r"`((?:saev|pipelines|tests)/[\w/.]+)`", page))
+    in_picture = set(re.findall(r">((?:saev/)?\w+)</text>", picture)) - {"STAGES", "COMMANDS"}
+    for names in (in_page, in_picture):
+        assert packages <= {name.removesuffix(".py") for name in names}
+    gone = [
+        name
+        for name in {*in_page, *(name for name in in_picture if "/" in name)}
+        if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()
+    ]
+    assert not gone
