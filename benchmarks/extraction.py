@@ -27,7 +27,7 @@ import torch
 from harness import Report, alternate, invocation, parser
 from PIL import Image
 
-from saev import storage, vit
+from saev import driver, storage, vit
 from saev.config import ShardsConfig
 from saev.images import open_dataset
 from saev.shards import Metadata, extract
@@ -77,9 +77,7 @@ def recording_runs(cfg: ShardsConfig) -> dict[str, Callable[[], float]]:
         recording = extract.Recording(cfg)
         recording.model, recording.dataset = model, dataset  # loading them is not recording
         start = time.perf_counter()
-        for item in recording.plan():
-            recording.work(item)
-        url = recording.finish()
+        (url,) = driver.run(recording).urls
         seconds = time.perf_counter() - start
         storage.delete(url, recursive=True)
         return n / seconds

@@ -136,8 +136,8 @@ def plan(url: str, root: str) -> dict[str, float]:
     recording = extract.Recording(cfg)
     _ = recording.model.weights
     before, memory = time.process_time(), Memory()
-    items = recording.plan()
-    n = sum(item["stop"] - item["start"] for item in items)
+    items = recording.items()
+    n = round(sum(item.cost for item in items))
     status = Path("/proc/self/status").read_text()
     peak = float(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     return {

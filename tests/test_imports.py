@@ -20,11 +20,11 @@ LEVELS = {
     "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "eta": 0, "interrupts": 0,
     "once": 0, "version": -2,
     "storage": 1,
-    "config": 2, "cores": 2, "device": 2, "progress": 2, "torchrun": 2, "workers": 2,
-    "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
-    "shards.extract": 4, "train": 4, "inference": 4, "visuals": 4,
-    "run": 5, "shorthand": 5, "size": 5, "steps": 5, "gc": 6,
-    "cli": 7, "demo": 8, "entry": 8, "__main__": 9,
+    "config": 2, "cores": 2, "device": 2, "known": 2, "progress": 2, "torchrun": 2, "workers": 2,
+    "stage": 3, "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
+    "driver": 4, "shards.extract": 5, "train": 5, "inference": 5, "visuals": 5,
+    "run": 7, "shorthand": 7, "size": 7, "steps": 7, "gc": 8,
+    "cli": 9, "demo": 10, "entry": 10, "__main__": 11,
 }  # fmt: skip
 ALLOWED = {
     ("vit", "images"), ("loaders", "shards"), ("nn", "config"), ("visuals", "inference"),

@@ -75,7 +75,7 @@ def item_of(root: Root) -> dict[str, tp.Any]:
 
 ASKING: dict[str, list[Callable[[Root], object]]] = {
     "shards": [
-        lambda root: extract.Recording(root.stages.shards).published,
+        lambda root: extract.Recording(root.stages.shards).published(),
         lambda root: extract.work(root.stages.shards, {"shard": 0}),
         lambda root: extract.run(root.stages.shards),
     ],

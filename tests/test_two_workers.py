@@ -14,7 +14,7 @@ from saev import inference, storage, train
 from saev.config import InferenceConfig, LoaderConfig, SaeConfig, TopK, TrainConfig
 from saev.errors import StorageError
 from saev.progress import Progress
-from saev.shards.extract import Recording
+from saev.shards import extract
 
 
 def in_the_middle(do: Callable[[], object], at: int) -> Progress:
@@ -34,9 +34,9 @@ def in_the_middle(do: Callable[[], object], at: int) -> Progress:
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_shards(tmp_path: Path, at: int) -> None:
     whole = config(tmp_path / "whole")
-    Recording(whole).run()
+    extract.run(whole)
     cfg = config(tmp_path / "two")
-    url = Recording(cfg).run(in_the_middle(lambda: Recording(cfg).run(), at))
+    url = extract.run(cfg, in_the_middle(lambda: extract.run(cfg), at))
     assert storage.exists(storage.join(url, "shards.json"))
     assert tree(tmp_path / "two") == tree(tmp_path / "whole")
 
@@ -44,7 +44,7 @@ def test_shards(tmp_path: Path, at: int) -> None:
 def test_one_part_of_shards_that_were_published(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     part = cfg.model_copy(update={"part": "2/2"})
-    Recording(part).run(in_the_middle(lambda: Recording(cfg).run(), 1))
+    extract.run(part, in_the_middle(lambda: extract.run(cfg), 1))
     assert not [name for name in tree(tmp_path) if "parts" in name]
 
 

@@ -1,7 +1,7 @@
 """The shards stage: images in, a folder of recorded activations out.
 
-A work item is one shard. It writes its activations, then a small record under parts/ that says the
-shard is done; `finish` merges the records into the dataset's files and publishes shards.json.
+An item is one shard. It writes its activations, then a small record under parts/ that says the
+shard is done; publishing merges the records into the dataset's files and writes shards.json.
 """
 
 import contextlib
@@ -10,18 +10,18 @@ import functools
 import importlib.metadata
 import json
 import logging
-import re
 import typing as tp
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from saev import storage, vit
+from saev import driver, known, storage, vit
 from saev.config import ShardsConfig
 from saev.device import choose_device
-from saev.errors import ConfigError, CorruptDataError, IncompleteError, StorageError
+from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
+from saev.once import say_once
 from saev.progress import Progress
 from saev.shards import earlier, parts, protocol
 from saev.shards.forward import Forward
@@ -29,35 +29,36 @@ from saev.shards.parts import ExampleRow, Part, Skipped
 from saev.shards.protocol import Metadata, shard_name
 from saev.shards.reader import TORCH_DTYPES, Shards
 from saev.shards.writer import ShardWriter
-from saev.workers import unless_done
+from saev.stage import Context, DoneMeanwhileError, Item, Job, Result
 
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("saev", "torch", "timm", "open_clip_torch", "numpy", "pillow")
+_HOW = ("shards_root", "batch_size", "n_workers", "device", "part", "data")
+"""Keys of a config that leave the activations alone, and `data`, which is asked for by itself."""
 
-Item = dict[str, tp.Any]
-"""One shard: {"shard": number, "start": first dataset index, "stop": last + 1}."""
 
+def plan(cfg: ShardsConfig) -> list[dict[str, tp.Any]]:
+    """The work items: ``{"shard": number, "start": first dataset index, "stop": last + 1}``.
 
-def plan(cfg: ShardsConfig) -> list[Item]:
-    """The work items, one per shard. Lists the dataset and loads the model; decodes no image.
+    Lists the dataset and loads the model; decodes no image.
 
     Raises:
         ConfigError, ModelError, StorageError: the images or the model are not as configured.
     """
-    _recording.cache_clear()
-    return _recording(cfg).plan()
+    return [item.spec for item in Recording(cfg).items()]
 
 
-def work(cfg: ShardsConfig, item: Item) -> None:
-    """Record one shard, unless it is done.
+def work(cfg: ShardsConfig, item: tp.Mapping[str, tp.Any]) -> None:
+    """Record one shard, unless it is done. Loads the model: see :func:`run` for many shards.
 
     Raises:
         ImageError: an image cannot be decoded, and `skip_unreadable` is off.
         StorageError: something cannot be read or written.
         ModelError: an activation is not finite.
     """
-    _recording(cfg).work(item)
+    job = Recording(cfg)
+    driver.do(job, [job.item(int(item["shard"]))])
 
 
 def finish(cfg: ShardsConfig) -> str:
@@ -67,9 +68,7 @@ def finish(cfg: ShardsConfig) -> str:
         IncompleteError: a shard is not recorded yet.
         CorruptDataError: a shard or its record is damaged.
     """
-    url = _recording(cfg).finish()
-    _recording.cache_clear()  # the model's memory is for the next stage
-    return url
+    return driver.finish(Recording(cfg)).urls[0]
 
 
 def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
@@ -82,55 +81,19 @@ def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
         SaevError: see :func:`plan`, :func:`work` and :func:`finish`. What was finished is kept;
             the same call goes on from there.
     """
-    return Recording(cfg).run(progress)
+    return driver.run(Recording(cfg), cfg.part, progress).urls[0]
 
 
-def _record(
-    recording: "Recording", items: list[Item], part: tuple[int, int] | None, progress: Progress
-) -> None:
-    if part is not None:
-        number, of = part
-        items = items[len(items) * (number - 1) // of : len(items) * number // of]
-    missing = [item for item in items if not recording.is_done(item["shard"])]
-    total = sum(item["stop"] - item["start"] for item in items)
-    done = total - sum(item["stop"] - item["start"] for item in missing)
-    if done:
-        logger.info("%d of %d images are recorded already.", done, total)
-    with progress.task("shards", total=total, unit="img", done=done, is_main=True) as task:
-        for item in missing:
-            recording.work(item, lambda n, n_bytes: task.advance(n, n_bytes=n_bytes))
-    for note in recording.dataset.notes():
-        logger.warning(note)
-
-
-def _parse_part(text: str) -> tuple[int, int] | None:
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    number, of = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= of:
-        raise ConfigError(
-            f"--part is {text!r}, expected I/N with I from 1 to N, such as 1/4 to 4/4."
-        )
-    return number, of
-
-
-@functools.lru_cache(maxsize=1)
-def _recording(cfg: ShardsConfig) -> "Recording":
-    """So that one process loads model and dataset once for all its items."""
-    return Recording(cfg)
-
-
-class _DoneMeanwhileError(Exception):
-    """Another worker was faster: nothing is written."""
-
-
-class Recording:
+class Recording(Job):
     """A config with everything it refers to: dataset, model and the metadata they make.
 
     Args:
         cfg: the config.
     """
+
+    name = "shards"
+    opening = "load the model, list the images"
+    unit = "img"
 
     def __init__(self, cfg: ShardsConfig):
         self.cfg = cfg
@@ -160,10 +123,7 @@ class Recording:
     @functools.cached_property
     def wanted(self) -> Metadata:
         """What this config records, with this version of saev."""
-        cfg, dataset, model = self.cfg, self.dataset, self.model
-        data = earlier.located(cfg.data.identity())
-        if not data.get("version"):
-            data.pop("version", None)  # data of no version has the name that it always had
+        cfg, dataset, model, data = self.cfg, self.dataset, self.model, self._data
         return Metadata(
             family=cfg.family,
             ckpt=cfg.ckpt,
@@ -190,9 +150,43 @@ class Recording:
             dtype=cfg.dtype,
         )
 
+    @property
+    def _data(self) -> dict[str, tp.Any]:
+        """The dataset's config, with places that do not depend on the working directory."""
+        data = earlier.located(self.cfg.data.identity())
+        if not data.get("version"):
+            data.pop("version", None)  # data of no version has the name that it always had
+        return data
+
+    @functools.cached_property
+    def _question(self) -> known.Question | None:
+        """What decides about the folder's name, as far as it is known without the model."""
+        weights = vit.identity(self.cfg.family, self.cfg.ckpt)
+        if weights is None:
+            return None
+        dataset = self.dataset
+        config = {k: v for k, v in self.cfg.identity().items() if k not in _HOW}
+        images = [self._data, dataset.digest, len(dataset), dataset.has_masks, dataset.pixel_agg]
+        return {"config": config, "weights": weights, "images": images, "versions": versions()}
+
+    @functools.cached_property
+    def _known(self) -> Shards | None:
+        """The complete folder that an equal config has named before."""
+        root = self.cfg.shards_root
+        entries = storage.list_dir(root) if storage.is_dir(root) else []
+        folders = [entry.url for entry in entries if entry.is_dir]
+        question = self._question if folders else None
+        found = known.find(folders, question) if question is not None else None
+        if found is None or not storage.exists(storage.join(found.url, protocol.SHARDS)):
+            return None
+        shards = Shards.open(found.url)
+        return shards if shards.metadata.hash == found.key else None
+
     @functools.cached_property
     def _folder(self) -> tuple[str, Metadata]:
         """Where it is recorded, and what is: in a folder of version 0.1.0 if there is one."""
+        if self._known is not None:
+            return self._known.url, self._known.metadata
         url = storage.join(self.cfg.shards_root, self.wanted.hash)
         if not storage.exists(storage.join(url, protocol.METADATA)):
             old = earlier.find(self.cfg.shards_root, self.wanted, self.model.network_before)
@@ -206,6 +200,14 @@ class Recording:
         return self._folder[0]
 
     @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.url,)
+
+    @property
+    def key(self) -> str:
+        return storage.name(self.url)
+
+    @property
     def metadata(self) -> Metadata:
         """The folder's metadata."""
         return self._folder[1]
@@ -215,40 +217,40 @@ class Recording:
         """What the records of all shards must agree on; untrained weights are told by name."""
         return None if self.wanted.is_random else self.model.weights
 
-    @property
     def published(self) -> bool:
-        """Whether the folder is complete.
-
-        Raises:
-            CorruptDataError: it was published and is damaged.
-        """
-        return storage.exists(storage.join(self.url, protocol.SHARDS)) and self._is_intact
+        is_there = storage.exists(storage.join(self.url, protocol.SHARDS))
+        return is_there and self._complete is not None
 
     @functools.cached_property
-    def _is_intact(self) -> bool:
-        """True; raises if the lists of the published folder, or its files' sizes, are wrong."""
-        Shards.open(self.url)
-        return True
+    def _complete(self) -> Shards:
+        """The published folder; raises if its lists, or its files' sizes, are wrong."""
+        return self._known or Shards.open(self.url)
 
-    def run(self, progress: Progress | None = None) -> str:
-        """See the module's :func:`run`."""
-        part, progress = _parse_part(self.cfg.part), progress or Progress(quiet=True)
-        with progress.doing("load the model, list the images"):
-            is_published = self.published
-        if not is_published:
-            self.prepare()
-            _record(self, self.plan(), part, progress)
-            if part is not None:
-                logger.info("Part %s of %s is recorded.", self.cfg.part, self.url)
-                return self.url
-        return self.finish(progress)
+    def result(self) -> Result:
+        shards = self._complete
+        figures = {
+            "n_examples": shards.n_examples,
+            "n_tokens": shards.n_examples * shards.tokens_per_example,
+            "n_layers": len(shards.metadata.layers),
+            "d_model": shards.metadata.d_model,
+            "n_shards": len(shards.infos),
+            "gigabytes": sum(info.n_bytes or 0 for info in shards.infos) / 1e9,
+        }
+        return Result(self.urls, figures)
 
-    def plan(self) -> list[Item]:
-        """One work item per shard."""
-        ranges = map(self.metadata.shard_range, range(self.metadata.n_shards))
-        return [{"shard": i, "start": a, "stop": b} for i, (a, b) in enumerate(ranges)]
+    def items(self) -> list[Item]:
+        """One per shard."""
+        return [self.item(shard) for shard in range(self.metadata.n_shards)]
 
-    def prepare(self) -> None:
+    def item(self, shard: int) -> Item:
+        """One shard. Raises ConfigError if there is no such shard."""
+        if not 0 <= shard < self.metadata.n_shards:
+            raise ConfigError(f"There is no shard {shard}: there are {self.metadata.n_shards}.")
+        start, stop = self.metadata.shard_range(shard)
+        spec = {"shard": shard, "start": start, "stop": stop}
+        return Item(shard_name(shard), stop - start, spec)
+
+    def begin(self, todo: Sequence[Item] = ()) -> None:
         """Begin the folder: fails at once where nothing can be written."""
         place = storage.join(self.url, protocol.METADATA)
         if not storage.exists(place):
@@ -256,8 +258,9 @@ class Recording:
         for folder in (self.url, storage.join(self.url, protocol.PARTS)):
             storage.clean_temporary(folder)
 
-    def is_done(self, shard: int) -> bool:
+    def done(self, item: Item) -> bool:
         """Whether a shard and its record are there and fit together; a damaged one is not."""
+        shard = item.spec["shard"]
         try:
             parts.read_part(self.url, shard, self.metadata, self._weights)
         except CorruptDataError as err:
@@ -267,30 +270,14 @@ class Recording:
             return False
         return True
 
-    def work(self, item: Item, advance: Callable[[int, int], None] | None = None) -> None:
-        """Record one shard, unless it is done.
+    def work(self, item: Item, context: Context) -> None:
+        if not self.published():
+            part = self._write_shard(item, lambda n, b: context.bar.advance(n, n_bytes=b))
+            parts.write_part(self.url, item.spec["shard"], part)
 
-        Args:
-            item: from :meth:`plan`.
-            advance: told the number of images and of bytes after each batch.
-        """
-        shard = int(item["shard"])
-        if not 0 <= shard < self.metadata.n_shards:
-            raise ConfigError(f"There is no shard {shard}: there are {self.metadata.n_shards}.")
-        if self.published or self.is_done(shard):
-            return
-        with unless_done(
-            logger,
-            lambda: self.published or self.is_done(shard),
-            said=f"{shard_name(shard)} of {self.url} was recorded by another worker meanwhile",
-            errors=(StorageError, _DoneMeanwhileError),
-        ):
-            self.prepare()
-            parts.write_part(self.url, shard, self._write_shard(shard, advance))
-
-    def _write_shard(self, shard: int, advance: Callable[[int, int], None] | None) -> Part:
+    def _write_shard(self, item: Item, advance: Callable[[int, int], None]) -> Part:
         meta = self.metadata
-        start, stop = meta.shard_range(shard)
+        shard, start, stop = (item.spec[key] for key in ("shard", "start", "stop"))
         examples: list[ExampleRow] = []
         skipped: list[Skipped] = []
         labels: list[np.ndarray] = []
@@ -304,11 +291,10 @@ class Recording:
                 writer.write(acts)
                 examples.extend(map(self._row, group))
                 labels.extend(one.labels for one in group if one.labels is not None)
-                if advance is not None:
-                    advance(len(examples) + len(skipped) - n_reported, acts.nbytes)
-                    n_reported = len(examples) + len(skipped)
-            if self.published or self.is_done(shard):  # its bytes may differ from ours, on a GPU
-                raise _DoneMeanwhileError
+                advance(len(examples) + len(skipped) - n_reported, acts.nbytes)
+                n_reported = len(examples) + len(skipped)
+            if self.published() or self.done(item):  # its bytes may differ from ours, on a GPU
+                raise DoneMeanwhileError
         return Part(
             writer.written,
             examples,
@@ -358,28 +344,30 @@ class Recording:
             example.index, info.url, info.label, info.target, example.height, example.width, digest
         )
 
-    def finish(self, progress: Progress | None = None) -> str:
-        """Publish, if that is still to be done, and remove what only unfinished folders need."""
-        progress = progress or Progress(quiet=True)
-        if not self.published:
-            n = self.metadata.n_shards
-            with (
-                unless_done(logger, lambda: self.published),
-                progress.task("verify", total=n, unit="shard") as task,
-            ):
-                parts.publish(
-                    self.url,
-                    self.metadata,
-                    n,
-                    self._weights,
-                    ready=progress.publish_point,
-                    seen=task.advance,
-                )
-            _ = self._is_intact
-        logger.info("%s is complete.", self.url)
+    def publish(self, progress: Progress) -> None:
+        n = self.metadata.n_shards
+        with progress.task("verify", total=n, unit="shard") as task:
+            parts.publish(
+                self.url,
+                self.metadata,
+                n,
+                self._weights,
+                ready=progress.publish_point,
+                seen=task.advance,
+            )
+
+    def tidy(self, items: Sequence[Item]) -> None:
+        for note in self.dataset.notes():
+            say_once(logger, note)
+        if not self.published():
+            return
         storage.clean_up(storage.join(self.url, protocol.PARTS), recursive=True)
         storage.clean_temporary(self.url)
-        return self.url
+        if self._known is None and self._question is not None:
+            known.note(self.url, self._question, self.metadata.hash)
+
+    def close(self) -> None:
+        self.__dict__.pop("model", None)  # its memory is for the next stage
 
 
 def versions() -> dict[str, str]:

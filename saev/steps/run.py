@@ -4,12 +4,13 @@ import contextlib
 import logging
 import typing as tp
 
-from saev import storage, torchrun
+from saev import driver, storage, torchrun
 from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
 from saev.launch.runs import Kubeflow, Runs, Target
 from saev.progress import Progress
+from saev.stage import Part
 from saev.steps import (
     advice,
     check,
@@ -144,8 +145,8 @@ def _plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
 
     recording = _opened(extract.Recording(_on_cpu(job)), progress)
     n = 0
-    if not recording.published:
-        recording.prepare()
+    if not recording.published():
+        recording.begin()
         n = min(cfg.n_parts, recording.metadata.n_shards)
     parts = [{"name": f"part {i} of {n}", "part": f"{i}/{n}"} for i in range(1, n + 1)]
     logger.info(
@@ -173,15 +174,16 @@ def _on_cpu(job: Job) -> ShardsConfig:
 def _extract(cfg: cfgs.ExtractStep, job: Job, progress: Progress) -> list[str]:
     import saev.shards.extract as extract
 
-    plan, shards = jobs.read_plan(job, "plan"), job.stages().shards
+    plan = jobs.read_plan(job, "plan")
+    items = _items(cfg, plan, "extract")
+    recording = _opened(extract.Recording(job.stages().shards), progress)
+    _check_same(job.shards(plan), recording.url, job)
 
     def record(item: Item) -> list[str]:
-        part = shards.model_copy(update={"part": item["part"]})
-        recording = _opened(extract.Recording(part), progress)
-        _check_same(job.shards(plan), recording.url, job)
-        return [recording.run(progress)]
+        driver.do(recording, Part.parse(item["part"]).slice(recording.items()), progress)
+        return [recording.url]
 
-    return jobs.each(_items(cfg, plan, "extract"), record, progress)
+    return jobs.each(items, record, progress)
 
 
 def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
@@ -190,10 +192,10 @@ def _publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
 
     recording = _opened(extract.Recording(_on_cpu(job)), progress)
     _check_same(job.shards(jobs.read_plan(job, "plan")), recording.url, job)
-    if not recording.published:  # what is complete was checked when it was published
+    if not recording.published():  # what is complete was checked when it was published
         with progress.task("list the images again", total=None, unit="file") as task:
             discover.check_unchanged(job.dataset, task.advance)
-    shards = Shards.open(recording.finish(progress))
+    shards = Shards.open(driver.finish(recording, progress).urls[0])
     outputs.write_metrics(cfg.executor_input, show.of_shards(shards, job.dataset.name))
     with progress.doing("plan the SAEs"):
         plan = _plan_saes(job, shards, cfg.n_parts)

@@ -6,7 +6,7 @@ import saev.vit.timm_models  # noqa: F401 - these register their families
 from saev.vit import checkpoints
 from saev.vit.layers import check_expectations, resolve_layers
 from saev.vit.model import Tower, VisionModel
-from saev.vit.registry import families, load, register_family
+from saev.vit.registry import families, identity, load, register_family
 
 __all__ = [
     "Tower",
@@ -14,6 +14,7 @@ __all__ = [
     "check_expectations",
     "checkpoints",
     "families",
+    "identity",
     "load",
     "register_family",
     "resolve_layers",

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 
+from saev import storage
 from saev.errors import ModelError
+from saev.vit import checkpoints
 from saev.vit.model import Tower, VisionModel
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,25 @@ def load(
         "yes" if model.has_cls_token else "no",
     )
     return model
+
+
+def identity(family: str, ckpt: str) -> str | None:
+    """What tells a checkpoint's weights from others without loading a network.
+
+    Returns:
+        Its name and, if the weights are in a file, the checksum of that. None if only the network
+        itself can tell: those of families that are not saev's own, and of folders.
+
+    Raises:
+        ModelError: there is no such family, or the name is incomplete.
+        StorageError: the weights file cannot be read.
+    """
+    if not _find(family).__module__.startswith("saev.") or ckpt.startswith(checkpoints.LOCAL_DIR):
+        return None
+    url = checkpoints.parse(ckpt).url
+    if url is None:
+        return ckpt
+    return f"{ckpt} {storage.format_checksum(storage.crc32c(storage.read_bytes(url)))}"
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:

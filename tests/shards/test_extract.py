@@ -88,7 +88,7 @@ def test_examples_and_labels(tmp_path: Path) -> None:
     names = {name for name in os.listdir(shards.url) if not name.startswith("acts")}
     assert names == {
         "metadata.json", "shards.json", "examples.parquet", "labels.bin", "stats.safetensors",
-        "checksums.bin", "files.json",
+        "checksums.bin", "files.json", "asked",
     }  # fmt: skip
 
 

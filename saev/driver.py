@@ -1,0 +1,148 @@
+"""Runs a job: does what is missing of its items, then publishes.
+
+One function serves a command that does all, a command with ``--part``, a pod with its slot, and the
+ranks of a training. The items of a part are always the same; those that are done are skipped.
+"""
+
+import concurrent.futures
+import contextlib
+import logging
+import typing as tp
+from collections.abc import Callable, Iterator, Sequence
+
+from saev.errors import CheckpointError, RankError, StorageError
+from saev.progress import Progress
+from saev.stage import Context, DoneMeanwhileError, Item, Job, Part, Result
+
+logger = logging.getLogger(__name__)
+
+_N_LOOKS = 16
+"""Items that are looked for at a time."""
+_T = tp.TypeVar("_T")
+
+
+def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
+    """Do what is missing, publish, and close the job.
+
+    Args:
+        job: what to do.
+        part: ``I/N`` does only that part of the items and does not publish.
+        progress: where progress is shown.
+
+    Returns:
+        What was published, or found. Of a part, where it will be.
+
+    Raises:
+        ConfigError: ``part`` is no part.
+        SaevError: as the job's methods do. What was finished is kept; the same call goes on.
+    """
+    wanted, progress = Part.parse(part), progress or Progress(quiet=True)
+    with contextlib.closing(job):
+        with progress.doing(job.opening):
+            items = wanted.slice(job.items())
+        do(job, items, progress)
+        if not part:
+            return finish(job, progress)
+        logger.info("Part %s of %s is done.", part, ", ".join(job.urls))
+        return Result(job.urls)
+
+
+def do(job: Job, items: Sequence[Item], progress: Progress | None = None) -> None:
+    """Do those items of an opened job that are not done; none if its result is published.
+
+    Raises:
+        SaevError: the first item that fails ends the work.
+    """
+    progress = progress or Progress(quiet=True)
+    ranks = job.ranks
+    todo = [Item(*row) for row in ranks.tell(_todo(job, items) if ranks.first else None)]
+    if todo:
+        if ranks.first:
+            job.begin(todo)
+        with _context(job, items, todo, progress) as context:
+            (_in_threads if job.threads > 1 else _in_turn)(job, todo, context)
+    if ranks.first:
+        job.tidy(items)
+
+
+def finish(job: Job, progress: Progress | None = None) -> Result:
+    """Publish the result of an opened job unless it is published, and tidy up.
+
+    Raises:
+        IncompleteError: an item is not done.
+    """
+    progress = progress or Progress(quiet=True)
+    if job.ranks.first:
+        if not job.published():
+            with unless_done(job.published, "Another worker has published it meanwhile"):
+                job.publish(progress)
+        job.tidy(job.items())
+    return job.result()
+
+
+def _todo(job: Job, items: Sequence[Item]) -> list[Item]:
+    if job.published():  # which opens what the threads would otherwise open once each
+        return []
+    with concurrent.futures.ThreadPoolExecutor(_N_LOOKS, "saev-items") as pool:
+        done = list(pool.map(job.done, items))
+    return [item for item, is_done in zip(items, done, strict=True) if not is_done]
+
+
+@contextlib.contextmanager
+def _context(
+    job: Job, items: Sequence[Item], todo: Sequence[Item], progress: Progress
+) -> Iterator[Context]:
+    total = round(sum(item.cost for item in items))
+    done = total - round(sum(item.cost for item in todo))
+    if not job.unit:
+        with progress.task(job.name, total=None, unit="") as bar:
+            yield Context(progress, bar)
+        return
+    if done:
+        logger.info("%d of %d %s are done already.", done, total, job.unit)
+    with progress.task(job.name, total=total, unit=job.unit, done=done, is_main=True) as bar:
+        yield Context(progress, bar)
+
+
+def _in_turn(job: Job, todo: Sequence[Item], context: Context) -> None:
+    for item in todo:
+        _one(job, item, context)
+
+
+def _in_threads(job: Job, todo: Sequence[Item], context: Context) -> None:
+    pool = concurrent.futures.ThreadPoolExecutor(job.threads, "saev-work")
+    with pool:
+        futures = {pool.submit(_one, job, item, context): item for item in todo}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                context.bar.advance(round(futures[future].cost))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one(job: Job, item: Item, context: Context) -> None:
+    with unless_done(
+        lambda: job.done(item) or job.published(),
+        f"{item.name} of {', '.join(job.urls)} was done by another worker meanwhile",
+    ):
+        job.work(item, context)
+
+
+@contextlib.contextmanager
+def unless_done(done: Callable[[], bool], said: str) -> Iterator[None]:
+    """Errors that another worker may be the cause of count only if the work is not done.
+
+    Another worker may have done the same work, and removed what this one needed.
+
+    Args:
+        done: looks at the storage.
+        said: how the log line begins.
+    """
+    try:
+        yield
+    except (StorageError, CheckpointError, RankError, DoneMeanwhileError) as err:
+        if not done():
+            raise
+        logger.warning("%s%s", said, f". Here: {err}" if str(err) else ".")
