@@ -81,8 +81,9 @@ def finish(job: Job, progress: Progress | None = None) -> Result:
 
 
 def _todo(job: Job, items: Sequence[Item]) -> list[Item]:
-    if job.published():  # which opens what the threads would otherwise open once each
+    if job.published():
         return []
+    _ = job.key  # opens what the threads would otherwise open once each
     with concurrent.futures.ThreadPoolExecutor(_N_LOOKS, "saev-items") as pool:
         done = list(pool.map(job.done, items))
     return [item for item, is_done in zip(items, done, strict=True) if not is_done]

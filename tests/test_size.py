@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev import cli, run, storage, train, vit
+from saev import cli, inference, run, storage, train, vit
 from saev.config import BatchTopK, JumpRelu, Relu, SaeConfig, TopK, Vanilla
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
@@ -134,14 +134,8 @@ def test_measuring(job: Path) -> None:
     kept = sum(size_of(f, "token_acts.npz", "*.safetensors") for f in folders)
     kept += found["checkpoints_bytes"]
     assert 0.5 * found["storage_runs_bytes"] < kept <= found["storage_runs_bytes"]
-    from saev.config import InferenceConfig
-    from saev.inference.stage import plan
-
     (shards,) = (job / "root" / "shards").iterdir()
-    items = plan(
-        InferenceConfig.from_dict({"run": "x", "data": {"shards": str(shards), "layer": 5}})
-    )
-    assert found["inference_items"] == len(items)
+    assert found["inference_items"] == inference.n_pieces(Shards.open(str(shards)))
 
 
 def test_groups_are_those_of_training(job: Path) -> None:

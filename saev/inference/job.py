@@ -1,13 +1,13 @@
 """What one inference run is about: SAE, tokens, and the folder that their hash names."""
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import typing as tp
 
 import numpy as np
 
-from saev import storage
+from saev import known, storage
 from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
 from saev.config.source import ActivationSource, check, compare
@@ -32,72 +32,142 @@ _SAMPLE_TOKENS = 8192
 _HASH_DIGITS = 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-    """Everything resolved and opened. Use :meth:`open`."""
+class Pass:
+    """An SAE and the activations that it is run over. Each is opened when it is first needed.
 
-    cfg: InferenceConfig
-    data: DataConfig
-    """With shards and layer filled in."""
-    shards: Shards
-    sae: SparseAutoencoder
-    source: TokenSource
-    trained_on: ActivationSource | None
-    """What the SAE was trained on; None if that was not recorded."""
-    other_model: tuple[str, ...]
-    """How these activations differ from those of training, if such a difference was allowed."""
-    has_concepts: bool
-    """Whether tokens have labels to align latents with."""
-    url: str
-    """The folder of the results."""
-    key: str
-    """Hash of all that the results depend on."""
+    Args:
+        cfg: the config.
 
-    @classmethod
-    def open(cls, cfg: InferenceConfig) -> "Job":
-        """Open shards and SAE and check that they fit.
+    Raises:
+        ConfigError: there is no such device. Other methods: layer, widths, tokens or labels do not
+            fit, or --out is needed.
+        StorageError: shards or SAE are missing or damaged.
+    """
 
-        Raises:
-            ConfigError: layer, widths, tokens or labels do not fit, or --out is needed.
-            StorageError: shards or SAE are missing or damaged.
-        """
-        run = cfg.run if cfg.run.startswith(HUB_PREFIX) else storage.normalize(cfg.run)
-        trained = read_run(run)
-        shards, data = open_shards(cfg, trained)
-        has_concepts = cfg.concepts and data.tokens != "special" and shards.has_labels
-        source = TokenSource(shards, data, labels=has_concepts)
+    def __init__(self, cfg: InferenceConfig):
+        self.cfg = cfg
+        self.run = cfg.run if cfg.run.startswith(HUB_PREFIX) else storage.normalize(cfg.run)
+        self._device = choose_device(cfg.device)
+
+    @functools.cached_property
+    def _trained(self) -> TrainConfig | None:
+        return read_run(self.run)
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Shards, DataConfig]:
+        return open_shards(self.cfg, self._trained)
+
+    @property
+    def shards(self) -> Shards:
+        """The activations."""
+        return self._opened[0]
+
+    @property
+    def data(self) -> DataConfig:
+        """Which of them, with shards and layer filled in."""
+        return self._opened[1]
+
+    @functools.cached_property
+    def has_concepts(self) -> bool:
+        """Whether tokens have labels to align latents with."""
+        return self.cfg.concepts and self.data.tokens != "special" and self.shards.has_labels
+
+    @functools.cached_property
+    def source(self) -> TokenSource:
+        """Reads the tokens."""
+        return TokenSource(self.shards, self.data, labels=self.has_concepts)
+
+    @functools.cached_property
+    def sae(self) -> SparseAutoencoder:
+        """The SAE, which fits the activations."""
+        cfg = self.cfg
         sae = load_sae(
-            run,
-            choose_device(cfg.device),
+            self.run,
+            self._device,
             subtract_b_dec=cfg.subtract_b_dec,
             centre=cfg.centre or None,
             scale=cfg.scale,
             top_k=cfg.top_k,
         )
-        if sae.d_model != shards.d_model:
+        if sae.d_model != self.shards.d_model:
             raise ConfigError(
-                f"The SAE at {run} reads activations of width {sae.d_model}, those in {shards.url} "
-                f"have width {shards.d_model}. Use shards of the model that it was trained on."
+                f"The SAE at {self.run} reads activations of width {sae.d_model}, those in "
+                f"{self.shards.url} have width {self.shards.d_model}. Use shards of the model that "
+                "it was trained on."
             )
-        trained_on = provenance.trained_on(run, sae.metadata)
-        other_model: tuple[str, ...] = ()
-        if trained_on is not None:
-            used = shards.metadata.source(source.layer, data.tokens)
-            other_model = check(
-                trained_on, used, sae=f"The SAE at {run}", shards=shards.url,
-                allow=cfg.allow_other_model,
-            )  # fmt: skip
-        key = _key(cfg, data, shards, sae, is_other=bool(other_model))
-        if cfg.out:
-            url = storage.normalize(cfg.out)
-        elif trained is not None:
-            url = storage.join(run, "inference", key)
-        else:
-            raise ConfigError(
-                f"{run} is not a run folder (no config.json and checkpoint/), so the results have "
-                "no place of their own. Say where they go with --out URL."
-            )
-        return cls(cfg, data, shards, sae, source, trained_on, other_model, has_concepts, url, key)
+        return sae
+
+    @functools.cached_property
+    def trained_on(self) -> ActivationSource | None:
+        """What the SAE was trained on; None if that was not recorded."""
+        metadata = self.sae.metadata if self._trained is None else None
+        return provenance.trained_on(self.run, metadata)
+
+    @property
+    def _used(self) -> ActivationSource:
+        layer = tp.cast(int, self.data.layer)
+        return self.shards.metadata.source(layer, self.data.tokens)
+
+    @functools.cached_property
+    def other_model(self) -> tuple[str, ...]:
+        """How these activations differ from those of training, if such a difference was allowed."""
+        if self.trained_on is None:
+            return ()
+        return check(
+            self.trained_on, self._used, sae=f"The SAE at {self.run}", shards=self.shards.url,
+            allow=self.cfg.allow_other_model,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _question(self) -> known.Question | None:
+        """What decides about the key, as far as it is known without the SAE; None if it is not."""
+        if self._trained is None or self.cfg.centre or not storage.exists(self._run_json):
+            return None
+        run = storage.Folder.open(self.run, "run.json")  # lists the checksum of the weights
+        is_other = bool(self.trained_on and compare(self.trained_on, self._used).refused)
+        if run.files is None or (is_other and not self.cfg.allow_other_model):
+            return None
+        sae = [run.checksum, {name: row.checksum for name, row in run.files.items()}]
+        given = {k: getattr(self.cfg, k) for k in ("subtract_b_dec", "scale", "top_k")}
+        return {**given, **_inputs(self.cfg, self.data, self.shards, sae, is_other=is_other)}
+
+    @property
+    def _run_json(self) -> str:
+        return storage.join(self.run, "run.json")
+
+    @functools.cached_property
+    def _known(self) -> known.Known | None:
+        """The complete results that an equal config has named before."""
+        folders = [storage.normalize(self.cfg.out)] if self.cfg.out else []
+        if not folders and self._trained is not None:
+            entries = storage.list_dir(storage.join(self.run, "inference"), missing_ok=True)
+            folders = [entry.url for entry in entries if entry.is_dir]
+        question = self._question if folders else None
+        found = known.find(folders, question) if question is not None else None
+        is_there = found is not None and storage.exists(storage.join(found.url, files.METRICS))
+        return found if is_there else None
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of all that the results depend on."""
+        if self._known is not None:
+            return self._known.key
+        sae, is_other = sae_checksum(self.sae), bool(self.other_model)
+        inputs = _inputs(self.cfg, self.data, self.shards, sae, is_other=is_other)
+        return storage.content_hash(inputs, _HASH_DIGITS)
+
+    @functools.cached_property
+    def url(self) -> str:
+        """The folder of the results."""
+        if self.cfg.out:
+            return storage.normalize(self.cfg.out)
+        if self._trained is not None:
+            return self._known.url if self._known else storage.join(self.run, "inference", self.key)
+        _ = self.sae  # that there is no SAE at all comes first
+        raise ConfigError(
+            f"{self.run} is not a run folder (no config.json and checkpoint/), so the results have "
+            "no place of their own. Say where they go with --out URL."
+        )
 
     def place(self, name: str) -> str:
         """URL of one of the results."""
@@ -126,13 +196,7 @@ class Job:
         place = self.place(files.CONFIG)
         if not storage.exists(place):
             storage.write_json(place, storage.seal(self._describe(self._choose_dists())))
-        found = storage.read_sealed(place, remedy=files.REMEDY).record
-        if found.get("key") != self.key:
-            raise ConfigError(
-                f"{self.url} holds the results of other inputs (key {found.get('key')}, expected "
-                f"{self.key}). Choose another --out, or delete that folder."
-            )
-        latents = found.get("dist_latents")
+        latents = self.recorded().get("dist_latents")
         if not isinstance(latents, list) or not all(
             type(n) is int and 0 <= n < self.sae.d_sae for n in latents
         ):
@@ -141,6 +205,20 @@ class Job:
                 f"{files.REMEDY}"
             )
         return tuple(latents)
+
+    def recorded(self) -> dict[str, tp.Any]:
+        """What config.json says.
+
+        Raises:
+            ConfigError: the folder belongs to other inputs.
+        """
+        found = storage.read_sealed(self.place(files.CONFIG), remedy=files.REMEDY).record
+        if found.get("key") != self.key:
+            raise ConfigError(
+                f"{self.url} holds the results of other inputs (key {found.get('key')}, expected "
+                f"{self.key}). Choose another --out, or delete that folder."
+            )
+        return found
 
     def _describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
         resolved = self.cfg.model_copy(update={"data": self.data}).to_dict()
@@ -212,17 +290,18 @@ def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shar
     return shards, data.model_copy(update={"shards": shards.url, "layer": layer})
 
 
-def _key(
+def _inputs(
     cfg: InferenceConfig,
     data: DataConfig,
     shards: Shards,
-    sae: SparseAutoencoder,
+    sae: tp.Any,
     *,
     is_other: bool,
-) -> str:
-    inputs = {
+) -> dict[str, tp.Any]:
+    """All that results depend on; ``sae`` is what tells the SAE from others."""
+    return {
         "format": FORMAT,
-        "sae": sae_checksum(sae),
+        "sae": sae,
         "shards": shards.metadata.hash,
         "n_examples": shards.n_examples,
         "data": {k: v for k, v in data.identity().items() if k != "shards"},
@@ -231,7 +310,6 @@ def _key(
         # not pass for ones that name the difference.
         **({"other_model": True} if is_other else {}),
     }
-    return storage.content_hash(inputs, _HASH_DIGITS)
 
 
 def current_keys(
@@ -250,7 +328,7 @@ def current_keys(
         its own.
     """
     trained, sae = read_run(run), load_sae(run)
-    trained_on = provenance.trained_on(run, sae.metadata)
+    trained_on, checksum = provenance.trained_on(run, sae.metadata), sae_checksum(sae)
 
     def key(config: tp.Mapping[str, tp.Any]) -> str:
         cfg = InferenceConfig.from_dict({**config, "run": run})
@@ -258,7 +336,8 @@ def current_keys(
         shards, data = open_shards(cfg.model_copy(update={"data": data}), trained)
         used = shards.metadata.source(tp.cast(int, data.layer), data.tokens)
         is_other = trained_on is not None and bool(compare(trained_on, used).refused)
-        return _key(cfg, data, shards, sae, is_other=is_other)
+        inputs = _inputs(cfg, data, shards, checksum, is_other=is_other)
+        return storage.content_hash(inputs, _HASH_DIGITS)
 
     current = []
     for name, raw in recorded.items():

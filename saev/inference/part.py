@@ -15,7 +15,7 @@ from saev.errors import ConfigError, CorruptDataError
 from saev.inference import files
 from saev.inference.codes import CodesInfo, CodesWriter, Columns, TokenRows
 from saev.inference.encode import Encoded, encode
-from saev.inference.job import Job
+from saev.inference.job import Pass
 from saev.inference.topk import Entries, TopExamples
 from saev.nn.metrics import ReconstructionMetrics
 from saev.progress import Task
@@ -110,11 +110,11 @@ class PartStats:
 # --- Storing -------------------------------------------------------------------------------
 
 
-def _place(job: Job, shard: int, suffix: str) -> str:
+def _place(job: Pass, shard: int, suffix: str) -> str:
     return storage.join(job.url, files.PARTS, f"{shard:06d}.{suffix}")
 
 
-def find_record(job: Job, shard: int) -> PartRecord | None:
+def find_record(job: Pass, shard: int) -> PartRecord | None:
     """A shard's record for these inputs; None if the shard is not done.
 
     Raises:
@@ -132,7 +132,7 @@ def find_record(job: Job, shard: int) -> PartRecord | None:
     return record if record.key == job.key else None
 
 
-def read_stats(job: Job, record: PartRecord) -> PartStats:
+def read_stats(job: Pass, record: PartRecord) -> PartStats:
     """A shard's statistics. Raises CorruptDataError."""
     place = _place(job, record.shard, "safetensors")
     remedy = f"Delete {_place(job, record.shard, 'json')} and run the same command again."
@@ -143,7 +143,7 @@ def read_stats(job: Job, record: PartRecord) -> PartStats:
 # --- Computing -----------------------------------------------------------------------------
 
 
-def compute(job: Job, shard: int, dist_latents: tuple[int, ...], task: Task) -> None:
+def compute(job: Pass, shard: int, dist_latents: tuple[int, ...], task: Task) -> None:
     """Run the SAE over one shard and store its part, the record last.
 
     Raises:
@@ -195,7 +195,7 @@ def compute(job: Job, shard: int, dist_latents: tuple[int, ...], task: Task) -> 
 
 
 def _open_codes(
-    stack: contextlib.ExitStack, job: Job, shard: int, suffix: str, n_latents: int
+    stack: contextlib.ExitStack, job: Pass, shard: int, suffix: str, n_latents: int
 ) -> CodesWriter:
     place = _place(job, shard, suffix)
     handle = stack.enter_context(storage.open_write(place))
@@ -205,7 +205,7 @@ def _open_codes(
 _Step = tuple[Encoded, TokenRows]
 
 
-def _pieces(job: Job, shard: int, stats: PartStats, task: Task) -> tp.Iterator[list[_Step]]:
+def _pieces(job: Pass, shard: int, stats: PartStats, task: Task) -> tp.Iterator[list[_Step]]:
     """Codes of a shard in pieces; reconstruction errors go into ``stats`` meanwhile."""
     steps: list[_Step] = []
     held = 0

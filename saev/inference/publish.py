@@ -11,7 +11,7 @@ from saev import storage
 from saev.errors import CorruptDataError, IncompleteError
 from saev.inference import concepts, files, npz, part
 from saev.inference.codes import CodesInfo, StoredCodes
-from saev.inference.job import Job
+from saev.inference.job import Pass
 from saev.inference.part import PartRecord, PartStats
 from saev.inference.topk import Entries
 
@@ -22,11 +22,11 @@ LOG_FLOOR = 1e-10
 
 
 def publish(
-    job: Job,
+    job: Pass,
     ready: Callable[[], None] = lambda: None,
     seen: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Verify all parts, merge them in shard order, write everything, remove the parts.
+    """Verify all parts, merge them in shard order, and write everything.
 
     Args:
         job: what was done.
@@ -71,17 +71,16 @@ def publish(
         listed[files.TOKEN_ACTS] = npz.write_codes(job.place(files.TOKEN_ACTS), codes)
     ready()
     storage.write_json(job.place(files.METRICS), storage.seal(metrics | _identity(job), listed))
-    remove_parts(job)
 
 
-def remove_parts(job: Job) -> None:
+def remove_parts(job: Pass) -> None:
     """Remove what only an unfinished run needs."""
     place = storage.join(job.url, files.PARTS)
     if storage.exists(place):
         storage.clean_up(place, recursive=True)
 
 
-def _read_records(job: Job) -> list[PartRecord]:
+def _read_records(job: Pass) -> list[PartRecord]:
     n_shards = len(job.shards.infos)
     found = [part.find_record(job, shard) for shard in range(n_shards)]
     missing = [shard for shard, record in enumerate(found) if record is None]
@@ -106,7 +105,7 @@ def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> lis
     return [info for info in infos if info is not None]
 
 
-def _listed_config(job: Job) -> storage.Listed:
+def _listed_config(job: Pass) -> storage.Listed:
     """The entry for config.json, which was written before everything else, in the list of files."""
     job.claim()  # raises if it is damaged
     return storage.Listed.of(storage.read_bytes(job.place(files.CONFIG)))
@@ -128,7 +127,7 @@ def _latents(stats: PartStats) -> dict[str, bytes]:
     }
 
 
-def _top(job: Job, top: Entries) -> bytes:
+def _top(job: Pass, top: Entries) -> bytes:
     counts = np.bincount(top.latent, minlength=job.sae.d_sae)
     return safetensors.numpy.save(
         {
@@ -149,7 +148,7 @@ def _concepts(codes: StoredCodes, counts: np.ndarray) -> list[concepts.ClassAlig
     return classes
 
 
-def _identity(job: Job) -> dict[str, tp.Any]:
+def _identity(job: Pass) -> dict[str, tp.Any]:
     return {
         "d_model": job.sae.d_model,
         "d_sae": job.sae.d_sae,

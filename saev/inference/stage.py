@@ -1,73 +1,57 @@
-"""plan, work, finish, run of the inference stage."""
+"""The inference stage: run one SAE over all activations.
 
-import logging
-import re
+An item is one shard. It writes sums, best examples and sparse codes under parts/; publishing merges
+them in shard order and writes metrics.json last.
+"""
+
+import functools
+import math
 import typing as tp
+from collections.abc import Sequence
 
-from saev import storage
+from saev import driver, known, storage
 from saev.config.inference import InferenceConfig
-from saev.errors import ConfigError
 from saev.inference import files, part, publish
-from saev.inference.job import Job, open_shards
-from saev.inference.provenance import read_run
-from saev.nn.io.load import HUB_PREFIX
+from saev.inference.job import Pass
+from saev.inference.results import Results
 from saev.progress import Progress
 from saev.shards import Shards
-from saev.workers import unless_done
-
-logger = logging.getLogger(__name__)
+from saev.stage import Context, Item, Job, Result
+from saev.stage import Part as Slice
 
 _ITEM_TOKENS = 4_000_000
-"""Tokens that are worth a work item (a pod has to load the SAE for it)."""
+"""Tokens that are worth a pod, which has to load the SAE for them."""
+_FIGURES = (
+    "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
+    "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
+)  # fmt: skip
+"""Keys of metrics.json that are shown; the last four are there only where there are labels."""
 
 
 def plan(cfg: InferenceConfig) -> list[dict[str, tp.Any]]:
-    """Work items: ranges of shards, ``{"first": i, "last": j}`` for shards i to j - 1.
-
-    With ``cfg.part`` there is one item, that part of the shards (none if there are fewer shards
-    than parts).
+    """Work items, ``{"shard": number}``; with ``cfg.part`` those of that part. Opens no SAE.
 
     Raises:
         ConfigError: the shards are unknown, or --part is no I/N.
         StorageError: the shards cannot be read.
     """
-    run = cfg.run if cfg.run.startswith(HUB_PREFIX) else storage.normalize(cfg.run)
-    shards, _ = open_shards(cfg, read_run(run))
-    n_shards = len(shards.infos)
-    if cfg.part:
-        i, n = parse_part(cfg.part)
-        spans = [((i - 1) * n_shards // n, i * n_shards // n)]
-    else:
-        spans = _spans(shards)
-    return [{"first": first, "last": last} for first, last in spans if first < last]
+    return [item.spec for item in Slice.parse(cfg.part).slice(Measuring(cfg).items())]
 
 
 def n_pieces(shards: Shards) -> int:
     """In how many pieces a pass over a shards folder is worth being cut, at least one."""
-    return max(1, len(_spans(shards)))
-
-
-def _spans(shards: Shards) -> list[tuple[int, int]]:
     n_shards = len(shards.infos)
     largest = max((info.n_examples for info in shards.infos), default=0)
     step = max(1, _ITEM_TOKENS // max(1, largest * shards.tokens_per_example))
-    return [(i, min(i + step, n_shards)) for i in range(0, n_shards, step)]
+    return max(1, math.ceil(n_shards / step))
 
 
-def parse_part(text: str) -> tuple[int, int]:
-    """``I/N`` as two integers. Raises ConfigError unless 1 ≤ I ≤ N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise ConfigError(f"--part is {text!r}, expected I/N with I from 1 to N, such as 2/8.")
-    return i, n
-
-
-def work(cfg: InferenceConfig, item: dict[str, tp.Any], progress: Progress | None = None) -> None:
-    """Do the shards of one item that are not done. Writes only objects of these shards."""
-    job = Job.open(cfg)
-    if not _is_published(job):
-        _work(job, [item], progress)
+def work(
+    cfg: InferenceConfig, item: tp.Mapping[str, tp.Any], progress: Progress | None = None
+) -> None:
+    """Do one shard, unless it is done. Loads the SAE: see :func:`run` for many shards."""
+    job = Measuring(cfg)
+    driver.do(job, [job.items()[int(item["shard"])]], progress)
 
 
 def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
@@ -79,13 +63,13 @@ def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     Raises:
         IncompleteError: a shard is not done.
     """
-    return _finish(Job.open(cfg), progress)
+    return driver.finish(Measuring(cfg), progress).urls[0]
 
 
 def find(cfg: InferenceConfig) -> str:
     """URL of the results' folder if it is complete, else ""."""
-    job = Job.open(cfg)
-    return job.url if _is_published(job) else ""
+    job = Measuring(cfg)
+    return job.url if job.published() else ""
 
 
 def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
@@ -94,53 +78,72 @@ def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     Returns:
         URL of the results' folder.
     """
-    items = plan(cfg)
-    job = Job.open(cfg)
-    if not _is_published(job):
-        _work(job, items, progress)
-    return job.url if cfg.part else _finish(job, progress)
+    return driver.run(Measuring(cfg), cfg.part, progress).urls[0]
 
 
-def _is_published(job: Job) -> bool:
-    """Whether the results are complete.
+class Measuring(Pass, Job):
+    """One SAE on one shards folder. See :class:`saev.inference.job.Pass`."""
 
-    Raises:
-        ConfigError: they are those of other inputs.
-        CorruptDataError: metrics.json is damaged, or the config that it lists.
-    """
-    if not storage.exists(job.place(files.METRICS)):
-        return False
-    folder = storage.Folder.open(job.url, files.METRICS, files.REMEDY)
-    if folder.files is not None:
-        folder.read_bytes(files.CONFIG)
-    job.claim()  # compares the key that this config has
-    return True
+    name = "inference"
+    unit = "tok"
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.url,)
 
-def _work(job: Job, items: list[dict[str, tp.Any]], progress: Progress | None) -> None:
-    dist_latents = job.claim()
-    progress = progress or Progress(quiet=True)
-    shards = [shard for item in items for shard in range(int(item["first"]), int(item["last"]))]
-    todo = [shard for shard in shards if part.find_record(job, shard) is None]
-    total = sum(map(job.source.shard_tokens, shards))
-    done = total - sum(map(job.source.shard_tokens, todo))
-    with (
-        progress.task("inference", total=total, unit="tok", done=done, is_main=True) as task,
-        unless_done(logger, lambda: _is_published(job)),
-    ):
-        for shard in todo:
-            part.compute(job, shard, dist_latents, task)
+    def published(self) -> bool:
+        """Whether the results are complete.
 
+        Raises:
+            ConfigError: they are those of other inputs.
+            CorruptDataError: metrics.json is damaged, or the config that it lists.
+        """
+        if not storage.exists(self.place(files.METRICS)):
+            return False
+        folder = storage.Folder.open(self.url, files.METRICS, files.REMEDY)
+        if folder.files is not None:
+            folder.read_bytes(files.CONFIG)
+        self.recorded()  # compares the key that this config has
+        return True
 
-def _finish(job: Job, progress: Progress | None) -> str:
-    progress = progress or Progress(quiet=True)
-    if _is_published(job):
-        publish.remove_parts(job)  # an earlier run may have been killed just before this
-    else:
-        n = len(job.shards.infos)
-        with (
-            unless_done(logger, lambda: _is_published(job)),
-            progress.task("merge", total=n, unit="part") as task,
-        ):
-            publish.publish(job, progress.publish_point, task.advance)
-    return job.url
+    def result(self) -> Result:
+        metrics = Results.open(self.url).metrics
+        figures = {k: metrics[k] for k in _FIGURES if isinstance(metrics.get(k), int | float)}
+        return Result(self.urls, figures)
+
+    def items(self) -> list[Item]:
+        """One per shard."""
+        return [
+            Item(f"shard {shard}", self.source.shard_tokens(shard), {"shard": shard})
+            for shard in range(len(self.shards.infos))
+        ]
+
+    def done(self, item: Item) -> bool:
+        return part.find_record(self, item.spec["shard"]) is not None
+
+    @functools.cached_property
+    def _dist_latents(self) -> tuple[int, ...]:
+        return self.claim()
+
+    def begin(self, todo: Sequence[Item]) -> None:
+        _ = self._dist_latents
+
+    def work(self, item: Item, context: Context) -> None:
+        if not storage.exists(self.place(files.METRICS)):  # another worker may have published
+            part.compute(self, item.spec["shard"], self._dist_latents, context.bar)
+
+    def publish(self, progress: Progress) -> None:
+        with progress.task("merge", total=len(self.shards.infos), unit="part") as task:
+            publish.publish(self, progress.publish_point, task.advance)
+
+    def tidy(self, items: Sequence[Item]) -> None:
+        if not self.published():
+            return
+        publish.remove_parts(self)  # an earlier process may have been killed just before this
+        if self._known is None and self._question is not None:
+            known.note(self.url, self._question, self.key)
+
+    def close(self) -> None:
+        self.__dict__.pop("sae", None)
+        if "_opened" in self.__dict__:
+            self.shards.close()

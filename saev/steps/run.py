@@ -296,14 +296,20 @@ def _train(cfg: cfgs.TrainStep, job: Job, progress: Progress) -> list[str]:
 
 
 def _infer(cfg: cfgs.InferStep, job: Job, progress: Progress) -> list[str]:
-    from saev import inference
+    from saev.inference.stage import Measuring
 
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
+    opened: dict[str, Measuring] = {}
 
     def measure(item: Item) -> list[str]:
-        measuring = stages.measuring(job.run(item["run"]), job.shards(plan))
-        part = measuring.model_copy(update={"part": item["part"]})
-        return [inference.run(part, progress=progress)]
+        if item["run"] not in opened:  # pieces of one SAE follow each other
+            while opened:
+                opened.popitem()[1].close()
+            cfg = stages.measuring(job.run(item["run"]), job.shards(plan))
+            opened[item["run"]] = Measuring(cfg)
+        measuring = opened[item["run"]]
+        driver.do(measuring, Part.parse(item["part"]).slice(measuring.items()), progress)
+        return list(measuring.urls)
 
     return jobs.each(_items(cfg, plan, "infer"), measure, progress)
 

@@ -335,6 +335,7 @@ def as_0_1_0(url: str, **places: tp.Any) -> str:
     Path(url).rename(target)
     storage.write_json(str(target / "metadata.json"), plain)
     (target / "files.json").unlink(missing_ok=True)
+    shutil.rmtree(target / "asked", ignore_errors=True)
     for shard in range(metadata.n_shards):
         if storage.exists(parts.part_url(str(target), shard)):
             part = parts.read_part(str(target), shard, metadata)
