@@ -1,4 +1,4 @@
-"""Starts `saev` commands as real processes in milliseconds, for tests that kill many of them.
+"""Starts `saev` commands and scripts as real processes in milliseconds.
 
 Importing torch takes seconds. A process that has imported everything, and computed nothing, forks:
 each child is a process of its own, which runs the command line and may be killed like any other.
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import typing as tp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 DEADLY = ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -37,7 +37,8 @@ class Forker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # More threads than cores must not spin.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         )
         if self._ask({"ask": "ready"}) != "yes":
             raise RuntimeError("the warm process did not start")
@@ -49,17 +50,31 @@ class Forker:
         self._warm.wait(timeout=60)
         self._folder.cleanup()
 
-    def start(self, argv: Sequence[str], *, die_at: int | None = None) -> int:
-        """Run `saev ARGV`; returns the process id.
+    def start(
+        self,
+        argv: Sequence[object],
+        *,
+        script: str | None = None,
+        die_at: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> int:
+        """Run `saev ARGV`, or a script as `python -c SCRIPT ARGV` does; returns the process id.
 
         Args:
             argv: the command line.
+            script: Python code.
             die_at: the process kills itself (SIGKILL) just before its die_at-th deadly event,
                 counted from 0.
+            env: more environment variables. What is read when torch is imported comes too late.
         """
         # A server of a test may have started after the warm process.
-        env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        return self._ask({"ask": "start", "argv": list(argv), "die_at": die_at, "env": env})
+        own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return self._ask(
+            {
+                "ask": "start", "argv": [str(word) for word in argv], "script": script,
+                "die_at": die_at, "env": {**own, **(env or {})},
+            }
+        )  # fmt: skip
 
     def wait(self, pid: int) -> Ended:
         """Wait for the end of a process."""
@@ -68,9 +83,15 @@ class Forker:
         # A process that is killed before its first statement has not made its files.
         return Ended(status, *(f.read_text() if f.exists() else "" for f in (out, err)))
 
-    def run(self, argv: Sequence[str], *, die_at: int | None = None) -> Ended:
-        """Start and wait."""
+    def run(self, argv: Sequence[object], *, die_at: int | None = None) -> Ended:
+        """Start a command and wait for its end."""
         return self.wait(self.start(argv, die_at=die_at))
+
+    def output(self, script: str, *argv: object, env: Mapping[str, str] | None = None) -> str:
+        """What a script prints that must succeed."""
+        ended = self.wait(self.start(argv, script=script, env=env))
+        assert ended.status == 0, ended.stderr
+        return ended.stdout
 
     def _ask(self, question: dict[str, tp.Any]) -> tp.Any:
         assert self._warm.stdin is not None
@@ -132,7 +153,11 @@ def _child(question: dict[str, tp.Any]) -> tp.NoReturn:
         sys.addaudithook(count)
     status = 0
     try:
-        cli.main(question["argv"])
+        if question["script"] is None:
+            cli.main(question["argv"])
+        else:
+            sys.argv = ["-c", *question["argv"]]
+            exec(compile(question["script"], "<script>", "exec"), {"__name__": "__main__"})
     except SystemExit as err:
         status = err.code if isinstance(err.code, int) else int(err.code is not None)
     except BaseException:

@@ -1,13 +1,12 @@
 """Decoding in parallel holds a bounded number of pixels, whatever the number of threads."""
 
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forker import Forker
 from pictures import encode
 from PIL import Image
 
@@ -64,23 +63,22 @@ PEAK = """
 import resource, sys
 from saev.config import ImgFolder
 from saev.images import ImageSpec, iter_examples, open_dataset
-dataset = open_dataset(ImgFolder(root=sys.argv[1], max_pixels=64_000_000))
+dataset = open_dataset(ImgFolder(root=sys.argv[1], max_pixels=16_000_000))
 spec = ImageSpec(image_size=(8, 8), resize=8)
 from saev.images import budget
+budget.PIXELS_PER_WORKER = 4 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 n = len(list(iter_examples(dataset, range(len(dataset)), spec, n_workers=int(sys.argv[2]))))
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
-def test_memory_of_large_images_is_that_of_few(tmp_path: Path):
-    """Four images of 40 megapixels, which take 160 MB each: not four at once in four threads."""
-    data = encode(Image.new("L", (8_000, 5_000)))
+def test_memory_of_large_images_is_that_of_few(tmp_path: Path, forker: Forker):
+    """Four images of 10 megapixels, which take 40 MB each: not four at once in four threads."""
+    data = encode(Image.new("L", (4_000, 2_500)))
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(data)
-    command = [sys.executable, "-c", PEAK, str(tmp_path), "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    n, megabytes = map(int, done.stdout.split())
+    n, megabytes = map(int, forker.output(PEAK, tmp_path, 4).split())
     assert n == 4
-    # 16 million pixels for each of 4 threads: one such image at a time, 40 MB grey and 160 in RGB.
-    assert megabytes < 600  # all four at once take 1230
+    # 4 million pixels for each of 4 threads: one such image at a time, 10 MB grey and 40 in RGB.
+    assert megabytes < 150  # all four at once take 300

@@ -4,8 +4,6 @@ import contextlib
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forker import Forker
 
 from saev import storage
 from saev.config import LoaderConfig
@@ -150,7 +149,7 @@ def child(url, how, running):
             time.sleep(0.01)
         sys.exit(5 if threading.active_count() == 1 else 6)
 
-for how in sys.argv[2:]:  # torch is imported once, every case has a process of its own
+for how in sys.argv[2:]:  # every case has a process of its own
     reading, running = os.pipe()
     pid = os.fork()
     if not pid:
@@ -166,16 +165,10 @@ for how in sys.argv[2:]:  # torch is imported once, every case has a process of 
 """
 
 
-def test_a_process_ends_at_once(folder):
+def test_a_process_ends_at_once(folder, forker: Forker):
     expected = {"default": -signal.SIGTERM, "handler": 3, "interrupt": 5, "exit": 4, "leave": 0}
-    process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, folder.url, *expected],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
+    process = forker.wait(forker.start([folder.url, *expected], script=PROGRAM))
+    assert process.status == 0, process.stderr
     lines = [line.split() for line in process.stdout.splitlines()]
     assert {how: int(status) for how, status, _ in lines} == expected
     assert max(float(seconds) for *_, seconds in lines) < 15

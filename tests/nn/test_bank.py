@@ -1,12 +1,9 @@
 """The bank as a whole: independence of its members, resume, threads, optimisers, thresholds."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import safetensors.torch
 import torch
+from forker import Forker
 
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.errors import CheckpointError, ConfigError
@@ -137,6 +134,7 @@ def test_a_state_of_another_bank_is_an_error_that_names_the_tensor():
 THREADS = """
 import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
+assert torch.get_num_threads() == int(sys.argv[1])
 from saev.config import *
 from saev.nn import SaeBank
 torch.manual_seed(0)
@@ -157,15 +155,8 @@ for act in (TopK(top_k=6), BatchTopK(top_k=6), Relu(), JumpRelu()):
 """
 
 
-def test_the_number_of_threads_does_not_change_a_bit():
-    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    env["OMP_WAIT_POLICY"] = "PASSIVE"  # more threads than cores must not spin
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", THREADS, n], env=env, check=True, capture_output=True, text=True
-        ).stdout
-        for n in ("1", "3")
-    }
+def test_the_number_of_threads_does_not_change_a_bit(forker: Forker):
+    outputs = {forker.output(THREADS, n_threads) for n_threads in (1, 3)}
     assert len(outputs) == 1, outputs
 
 

@@ -1,35 +1,27 @@
 """Ranks that share batches train what one process trains on the whole of them."""
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rank_cases
 import safetensors.torch
 import torch
+from forker import Forker
 from rank_cases import CASES
 
 EXACT = ("since_fired", "counters", "rng", "metric.n_dead")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ended(request, tmp_path_factory) -> tuple[int, Path]:
+def ended(request, forker: Forker, tmp_path_factory) -> tuple[int, Path]:
     """Number of ranks, and the folder of what each of them had at the end."""
     size, folder = request.param, tmp_path_factory.mktemp("ranks")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    script = str(Path(rank_cases.__file__))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(size), str(store.port), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [p.returncode for p in processes] == [0] * size, "\n".join(errors)
+    script = Path(rank_cases.__file__).read_text()
+    pids = [forker.start([rank, size, store.port, folder], script=script) for rank in range(size)]
+    ends = [forker.wait(pid) for pid in pids]
+    assert [end.status for end in ends] == [0] * size, "\n".join(end.stderr for end in ends)
     return size, folder
 
 
