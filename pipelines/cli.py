@@ -117,8 +117,9 @@ def _compile(command: a.Compile) -> int:
 
 
 def _submit(command: a.Submit) -> int:
-    from pipelines import machines, prepare, submit
+    from pipelines import prepare, submit
     from pipelines.connect import connect
+    from pipelines.doctor import machines
 
     cluster = _settings(command)
     job = prepare.job(
@@ -164,8 +165,9 @@ def _wait(kfp: tp.Any, run_id: str, max_retries: int = 0) -> int:
 def _schedule(command: a.Schedule) -> int:
     import datetime
 
-    from pipelines import cron, machines, prepare, schedule, submit
+    from pipelines import cron, prepare, schedule, submit
     from pipelines.connect import connect
+    from pipelines.doctor import machines
 
     when = cron.parse(command.cron)
     cluster = _settings(command)

@@ -17,8 +17,9 @@ from kubernetes import client
 
 from conformance.inside import code
 from conformance.table import Failed
-from pipelines import logs, prepare, probe, runs, schedule, steps, submit
+from pipelines import logs, prepare, runs, schedule, steps, submit
 from pipelines.connect import Kfp
+from pipelines.doctor import probe
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
 from pipelines.settings import Settings

@@ -10,7 +10,8 @@ from kubernetes import client, stream
 from conformance.cluster import Cluster, with_settings
 from conformance.jobs import CONFIG, LONG, RUN_SECONDS, Jobs, seconds
 from conformance.table import Check, Failed, NotRun
-from pipelines import doctor_access, logs, machines, watch
+from pipelines import logs, watch
+from pipelines.doctor import access, machines
 from pipelines.errors import ClusterError
 from pipelines.options import PodOptions
 from saev.launch import follow
@@ -115,9 +116,7 @@ class Launching:
         cluster = self._jobs.cluster
         account = cluster.settings.service_account
         try:
-            lacking = doctor_access.refused(
-                cluster.kube, cluster.namespace, account, doctor_access.JOBS
-            )
+            lacking = access.refused(cluster.kube, cluster.namespace, account, access.JOBS)
         except ClusterError as err:
             raise NotRun(f"nobody says whether {account} may make Jobs: {err}") from err
         if lacking:

@@ -25,7 +25,7 @@ from machines import NODE, Machines, ranks
 from servers import KubernetesApi, kubernetes_server
 from trainer_server import install_crds, trainer_controllers
 
-from pipelines import machines as doctor
+from pipelines.doctor import machines as doctor
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings

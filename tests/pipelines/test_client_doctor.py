@@ -12,7 +12,7 @@ from client import Client
 from kfp_server import KfpServer
 from kube_server import KubeServer
 
-from pipelines import probe
+from pipelines.doctor import probe
 
 GPU = "nvidia.com/gpu"
 TAINT = {"key": GPU, "effect": "NoSchedule", "value": "present"}

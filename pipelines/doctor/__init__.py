@@ -11,17 +11,10 @@ import typing as tp
 import kfp_server_api
 import rich.console
 
-from pipelines import (
-    doctor_access,
-    doctor_nodes,
-    doctor_objects,
-    doctor_retries,
-    machines,
-    prepare,
-    probe,
-)
+from pipelines import prepare
 from pipelines.connect import Kfp, connect, is_in_cluster
-from pipelines.findings import Finding, fail, ok, skipped, warn
+from pipelines.doctor import access, machines, nodes, objects, probe, retries
+from pipelines.doctor.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings
@@ -64,7 +57,7 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
         if kube is None:
             yield skipped("cluster", "the checks that need the Kubernetes API")
             return
-        yield doctor_retries.retries(kube, _version(kube, settings.kfp_namespace))
+        yield retries.retries(kube, _version(kube, settings.kfp_namespace))
         namespace = kfp.pods if kfp else settings.namespace or settings.kfp_namespace
         if settings.namespace not in ("", namespace):
             yield warn(
@@ -72,21 +65,21 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
                 f"no runs are there: this KFP is single-user and runs them in {namespace}",
                 f"Remove KFP_NAMESPACE, or set it to {namespace}.",
             )
-        yield doctor_objects.namespace(kube, namespace)
-        yield from doctor_access.permissions(
+        yield objects.namespace(kube, namespace)
+        yield from access.permissions(
             kube, namespace, is_multi_user=bool(kfp and kfp.multi_user), pod=pod
         )
         account = settings.service_account
         launches = settings.compile.get("launch") == "job"
-        yield from doctor_access.service_account(kube, namespace, account, launches=launches)
-        yield from doctor_access.schedule_account(
+        yield from access.service_account(kube, namespace, account, launches=launches)
+        yield from access.schedule_account(
             kube, namespace, is_multi_user=bool(kfp and kfp.multi_user)
         )
         pods, finding = _parameters(settings)
         yield finding
-        yield from doctor_nodes.gpus(kube, pods)
+        yield from nodes.gpus(kube, pods)
         yield from machines.findings(kube, namespace, pods)
-        yield from doctor_objects.storage(kube, namespace)
+        yield from objects.storage(kube, namespace)
         if not pod:
             yield skipped("pod", "image and storage, as --no-pod says")
         elif not settings.image or not settings.root:

@@ -9,8 +9,8 @@ import typing as tp
 
 import yaml
 
+from pipelines.doctor.findings import Finding, ok, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, ok, warn
 from pipelines.kube import Kube
 
 CONFIG_MAP = "workflow-controller-configmap"

@@ -3,8 +3,8 @@
 import collections.abc
 import typing as tp
 
+from pipelines.doctor.findings import Finding, fail, ok, skipped, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, fail, ok, skipped, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 

@@ -5,8 +5,8 @@ import typing as tp
 
 from kubernetes import client
 
+from pipelines.doctor.findings import Finding, fail, ok, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
 
 

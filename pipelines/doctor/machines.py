@@ -5,10 +5,10 @@ import collections.abc
 import logging
 import typing as tp
 
-from pipelines import doctor_access
-from pipelines.doctor_access import Right
+from pipelines.doctor import access
+from pipelines.doctor.access import Right
+from pipelines.doctor.findings import Finding, fail, ok, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings
@@ -125,7 +125,7 @@ def _rights(kube: Kube, namespace: str) -> Finding:
     account = kube.settings.service_account
     what = f"service account {account} and TrainJobs"
     try:
-        refused = doctor_access.refused(kube, namespace, account, RIGHTS)
+        refused = access.refused(kube, namespace, account, RIGHTS)
     except ClusterError as err:
         if err.status == 403:
             return ok(what, "you may not ask what it is allowed to do")

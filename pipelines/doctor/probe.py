@@ -10,8 +10,8 @@ import typing as tp
 from kubernetes import client
 
 from pipelines import logs
+from pipelines.doctor.findings import Finding, fail, ok, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings

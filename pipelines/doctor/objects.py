@@ -4,8 +4,8 @@ import collections.abc
 import re
 import typing as tp
 
+from pipelines.doctor.findings import Finding, fail, ok, warn
 from pipelines.errors import ClusterError
-from pipelines.findings import Finding, fail, ok, warn
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from saev.config.environment import SECRET_ENV
