@@ -3,6 +3,7 @@
 Stages are imported only when they run, so that `saev --help` answers at once.
 """
 
+import difflib
 import itertools
 import os
 import sys
@@ -15,6 +16,7 @@ import tyro
 
 from saev import cores, interrupts, secrets, shorthand, torchrun
 from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config.base import FlagError, of_flags
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
@@ -56,6 +58,30 @@ COMMANDS["step"] = step
 
 def parse(argv: tp.Sequence[str]) -> tp.Any:
     """The config object that a command line stands for. Exits with status 2 if it is wrong."""
+    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        _fail(f"There is no command {argv[0]!r}.{meant} There are {', '.join(COMMANDS)}.", 2)
+    try:
+        with of_flags():
+            return _parse(argv)
+    except FlagError as err:
+        _fail(_about_flags(err, argv), 2)
+
+
+def _about_flags(err: FlagError, argv: tp.Sequence[str]) -> str:
+    """What is wrong with flags, under the names by which the user called them."""
+    names = [word.split("=", 1)[0] for word in argv if word.startswith("--")]
+    typed = {name[2:].rpartition(".")[2].replace("-", "_"): name for name in names}
+    lines = []
+    for key, text in err.wrong:
+        name = typed.get(key.partition(".")[0])
+        lines.append(f"{name}: {text}" if name else f"{key}: {text}" if key else text)
+    command = " ".join(argv[: 2 if argv[0] == "step" else 1])
+    return f"{'; '.join(lines).rstrip('.')}. `saev {command} --help-all` explains the flags."
+
+
+def _parse(argv: tp.Sequence[str]) -> tp.Any:
     if shorthand.wants_help(argv):
         shorthand.show_help(argv[0])
     argv = [_HELP if word == shorthand.LONG_HELP else word for word in shorthand.expand(argv)]
@@ -156,8 +182,8 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     with interrupts.readers_may_leave():
         secrets.refuse_in(argv)
-        argv = shorthand.expand(argv)
         cfg = parse(argv or [_HELP])
+        argv = shorthand.expand(argv)
     cores.limit_threads()
     try:
         rank = _rank()
@@ -207,5 +233,6 @@ def _rank() -> int:
 
 
 def _fail(message: str, status: int) -> tp.NoReturn:
-    sys.stderr.write(f"saev: error: {message}\n" if status == 1 else f"saev: {message}\n")
+    kind = "error: " if status in (1, 2) else ""
+    sys.stderr.write(f"saev: {kind}{message}\n")
     sys.exit(status)

@@ -111,6 +111,33 @@ def test_a_wrong_command_line_exits_with_2(
     assert "pydantic.dev" not in err
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("trian --shards x", "There is no command 'trian'. Did you mean train? There are shards,"),
+        ("train --shards x --lr -1", "--lr: Input should be greater than 0 (found -1.0). `saev t"),
+        ("train --train-data.shards x --top-k 0", "--top-k: Input should be greater than or equ"),
+        ("train --train-data.val-fraction=2 --shards x", "--train-data.val-fraction: Input shou"),
+        ("run --config dinov2-smal", "--config: there is no file 'dinov2-smal', and none of this"),
+        ("inference --run x --shards y --batch-size 0", "--batch-size: Input should be greater t"),
+        ("step plan --job x --n-parts 0", "--n-parts: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_names_its_flag_and_whose_help_explains_it(
+    line: str, expected: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Under the name that the user typed, in one line, without pydantic's own words."""
+    status, out, err = saev(*line.split(), capsys=capsys)
+    assert status == 2
+    assert out == ""
+    assert err.startswith(f"saev: error: {expected}")
+    assert "type=" not in err
+    if "trian" not in line:
+        command = " ".join(line.split()[: 1 + line.startswith("step")])
+        assert err.endswith(f"`saev {command} --help-all` explains the flags.")
+        assert saev(*command.split(), "--help-all", capsys=capsys)[0] == 0
+
+
 # --- Whole stages ----------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The base of all config models."""
 
+import contextlib
+import contextvars
 import json
 import typing as tp
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,35 @@ FileName = tp.Annotated[str, pydantic.AfterValidator(_check_file_name)]
 """The name that a stored record gives to a file of its own folder."""
 
 
+_are_flags = contextvars.ContextVar("saev_are_flags", default=False)
+
+
+class FlagError(Exception):
+    """Values of flags that a config refuses.
+
+    Args:
+        wrong: the key of each (the last part of the flag's name; empty if it is about several
+            flags), and what is wrong with it.
+    """
+
+    def __init__(self, wrong: list[tuple[str, str]]):
+        super().__init__("; ".join(text for _, text in wrong))
+        self.wrong = wrong
+
+
+@contextlib.contextmanager
+def of_flags() -> Iterator[None]:
+    """Until the block ends, configs that refuse their values raise FlagError.
+
+    A parser of command lines takes pydantic's error for one of its own, and prints it as it is.
+    """
+    token = _are_flags.set(True)
+    try:
+        yield
+    finally:
+        _are_flags.reset(token)
+
+
 class Config(pydantic.BaseModel):
     """Immutable, and an unknown key is an error.
 
@@ -45,6 +76,19 @@ class Config(pydantic.BaseModel):
     hides_keys: tp.ClassVar[bool] = False
     """Whether secret keys in URLs are hidden instead of refused: for records that saev makes of
     texts that others stored, such as labels."""
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _of_flags(
+        cls, raw: tp.Any, handler: pydantic.ModelWrapValidatorHandler[tp.Self]
+    ) -> tp.Self:
+        """Give errors of flags to whoever knows the flags."""
+        try:
+            return handler(raw)
+        except pydantic.ValidationError as err:
+            if _are_flags.get():
+                raise FlagError([_wrong(item) for item in err.errors()]) from err
+            raise
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -148,19 +192,18 @@ def _texts(value: tp.Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:
     """One line per wrong key: where it stands, what was found, what is wrong with it."""
-    lines = []
-    for item in err.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
-        found = (
-            ""
-            if item["type"] in ("missing", "value_error")
-            else f" (found {_short(item['input'])})"
-        )
-        lines.append(f"{key}: {message}{found}")
+    lines = [f"{key or '(top level)'}: {text}" for key, text in map(_wrong, err.errors())]
     return f"Invalid {source}: " + "; ".join(lines)
+
+
+def _wrong(item: tp.Any) -> tuple[str, str]:
+    """The dotted key of one of pydantic's errors, and what is wrong with its value."""
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        message = "unknown key"
+    if item["type"] not in ("missing", "value_error"):
+        message += f" (found {_short(item['input'])})"
+    return ".".join(str(part) for part in item["loc"]), message
 
 
 def _short(value: tp.Any) -> str:
