@@ -43,7 +43,7 @@ def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
         do(job, items, progress)
         if not part:
             return finish(job, progress)
-        logger.info("Part %s of %s is done.", part, ", ".join(job.urls))
+        logger.info("Part %s of %s is done.", part, _named(job))
         return Result(job.urls)
 
 
@@ -77,7 +77,14 @@ def finish(job: Job, progress: Progress | None = None) -> Result:
             with unless_done(job.published, "Another worker has published it meanwhile"):
                 job.publish(progress)
         job.tidy(job.items())
+        logger.info("%s is complete.", _named(job))
     return job.result()
+
+
+def _named(job: Job) -> str:
+    """The result in a log line: its place, or the first of its places and their number."""
+    first, *others = job.urls
+    return f"{first} (and {len(others)} more)" if others else first
 
 
 def _todo(job: Job, items: Sequence[Item]) -> list[Item]:
@@ -126,7 +133,7 @@ def _in_threads(job: Job, todo: Sequence[Item], context: Context) -> None:
 def _one(job: Job, item: Item, context: Context) -> None:
     with unless_done(
         lambda: job.done(item) or job.published(),
-        f"{item.name} of {', '.join(job.urls)} was done by another worker meanwhile",
+        f"{item.name} of {_named(job)} was done by another worker meanwhile",
     ):
         job.work(item, context)
 

@@ -83,8 +83,11 @@ class Job(abc.ABC):
     """What it takes to learn whether the result is published, for the log."""
     unit: tp.ClassVar[str] = ""
     """What the costs of items count, such as images; empty if each item has a bar of its own."""
-    threads: tp.ClassVar[int] = 1
-    """How many items are done at a time."""
+
+    @property
+    def threads(self) -> int:
+        """How many items are done at a time; one by default."""
+        return 1
 
     @property
     def ranks(self) -> Ranks:
@@ -136,8 +139,7 @@ class Job(abc.ABC):
             IncompleteError: an item is not done.
         """
 
-    @abc.abstractmethod
-    def tidy(self, items: Sequence[Item]) -> None:
+    def tidy(self, items: Sequence[Item]) -> None:  # noqa: B027 - nothing may be left
         """Remove what is left of these items and nobody needs any more, as of killed workers."""
 
     def close(self) -> None:  # noqa: B027 - most jobs have nothing to close

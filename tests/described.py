@@ -55,5 +55,5 @@ def as_0_1_0(shards: str) -> str:
     plain = {key: raw[key] for key in raw if key not in ("network", "weights", "versions")}
     (old / "metadata.json").write_text(json.dumps(plain))
     (old / "files.json").unlink()
-    shutil.rmtree(old / "asked")
+    shutil.rmtree(old / "asked", ignore_errors=True)
     return str(old)

@@ -1,4 +1,4 @@
-"""The visuals stage: plan -> work items (groups of latents) -> finish (the page)."""
+"""The visuals stage: pictures of each latent, then the page."""
 
 import base64
 import concurrent.futures
@@ -6,16 +6,18 @@ import functools
 import importlib.resources
 import logging
 import typing as tp
+from collections.abc import Sequence
 
 import numpy as np
 
-from saev import cores, storage
+from saev import cores, driver, storage
 from saev.config import VisualsConfig
 from saev.config.source import ActivationSource, check
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.inference.results import Results, TopExamples
-from saev.progress import Progress, Task
+from saev.progress import Progress
 from saev.shards import Shards, protocol
+from saev.stage import Context, Item, Job, Result
 from saev.visuals import page, render
 from saev.visuals.choose import Choice, choose
 from saev.visuals.records import (
@@ -40,37 +42,34 @@ _REMEDY = f"Delete the {RECORD} of its latent and run the same command again."
 
 _N_READERS = 16
 """Records that are read at a time."""
-GROUP = 8
-"""Latents per work item: latents share images, and opening the dataset has a price."""
 VALUE_BINS = 32
 _MAX_CODES_BYTES = 256 << 20
 _SMALLEST_SHARE = 0.005  # classes that cover less of a picture are left out of its legend
 
 
 def plan(cfg: VisualsConfig) -> list[dict[str, tp.Any]]:
-    """The work items: ``{"latents": [...]}``, groups of latents to draw.
+    """The work items, ``{"latent": number}``.
 
     Raises:
-        ConfigError: a latent does not exist, or shards, inference and images do not fit together.
+        ConfigError: a latent does not exist, or shards and inference do not fit together.
         StorageError: one of them is missing.
     """
-    return _Stage(cfg).plan()
+    return [item.spec for item in Drawing(cfg).items()]
 
 
-def work(cfg: VisualsConfig, item: dict[str, tp.Any]) -> None:
-    """Draw the latents of one item. Latents that are drawn already are left alone.
+def work(cfg: VisualsConfig, item: tp.Mapping[str, tp.Any]) -> None:
+    """Draw one latent, unless it is drawn. Opens the images: see :func:`run` for many latents.
 
     Raises:
         ImageError: an original image cannot be decoded or is not the recorded one.
         StorageError: one is gone, or the result cannot be written.
     """
-    stage = _Stage(cfg)
-    for latent in item["latents"]:
-        stage.draw(int(latent))
+    job = Drawing(cfg)
+    driver.do(job, [job.item(int(item["latent"]))])
 
 
 def finish(cfg: VisualsConfig) -> str:
-    """Write the page, and publish.
+    """Write the page, and publish, unless that was done.
 
     Returns:
         URL of index.html.
@@ -78,7 +77,7 @@ def finish(cfg: VisualsConfig) -> str:
     Raises:
         IncompleteError: a latent was not drawn.
     """
-    return _Stage(cfg).finish()
+    return driver.finish(Drawing(cfg)).urls[0]
 
 
 def find(cfg: VisualsConfig) -> str:
@@ -88,8 +87,8 @@ def find(cfg: VisualsConfig) -> str:
         ConfigError: shards and inference do not fit together.
         StorageError: one of them is missing.
     """
-    stage = _Stage(cfg)
-    return stage.index_url if stage.published else ""
+    job = Drawing(cfg)
+    return job.index_url if job.published() else ""
 
 
 def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
@@ -102,7 +101,7 @@ def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
     Raises:
         IncompleteError: the report is not finished.
     """
-    return _Stage(cfg).book(max_bytes)
+    return Drawing(cfg).book(max_bytes)
 
 
 def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
@@ -111,37 +110,7 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     Returns:
         URL of index.html.
     """
-    stage = _Stage(cfg)
-    if stage.published:
-        logger.info("%s is complete; nothing to do.", stage.index_url)
-        return stage.index_url
-    storage.check_writable(stage.out)
-    items = stage.plan()
-    progress = progress or Progress(quiet=True)
-    latents = [latent for item in items for latent in item["latents"]]
-    found = stage.find_drawn(latents)
-    todo = [latent for latent, drawn in zip(latents, found, strict=True) if drawn is None]
-    done = len(latents) - len(todo)
-    with progress.task(
-        "visuals", total=len(latents), unit="latent", done=done, is_main=True
-    ) as task:
-        if todo:
-            _in_threads(stage, todo, task)
-    return stage.finish(progress)
-
-
-def _in_threads(stage: "_Stage", latents: list[int], task: Task) -> None:
-    stage.prepare(latents)
-    pool = concurrent.futures.ThreadPoolExecutor(cores.available(), thread_name_prefix="visuals")
-    with pool:
-        futures = [pool.submit(stage.draw, latent) for latent in latents]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                task.advance(1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return driver.run(Drawing(cfg), progress=progress).urls[0]
 
 
 class _Drawn(tp.NamedTuple):
@@ -152,8 +121,19 @@ class _Drawn(tp.NamedTuple):
     """Of the record's bytes."""
 
 
-class _Stage:
-    """What plan, work and finish share; each part is opened when it is first needed."""
+class Drawing(Job):
+    """The report of one SAE. An item is one latent; images are opened when one is to be drawn.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        ConfigError: shards and inference do not fit together.
+        StorageError: one of them is missing.
+    """
+
+    name = "visuals"
+    unit = "latent"
 
     def __init__(self, cfg: VisualsConfig):
         self.cfg = cfg
@@ -203,7 +183,7 @@ class _Stage:
         return Source(self.shards, self.cfg.data)
 
     @functools.cached_property
-    def key(self) -> str:
+    def _pictures_key(self) -> str:
         """Hash of everything that a latent's pictures depend on, the choice of latents apart."""
         return _hash(
             {
@@ -226,14 +206,13 @@ class _Stage:
         return None if plain == recorded else plain
 
     @functools.cached_property
-    def report_key(self) -> str:
+    def key(self) -> str:
         """Hash of everything that the page depends on."""
         folder = importlib.resources.files("saev.visuals").joinpath("templates")
         templates = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
         cfg = {**self.cfg.identity(), "data": None}  # the pictures' key has what matters of it
-        return _hash({"pictures": self.key, "templates": templates, "config": cfg})
+        return _hash({"pictures": self._pictures_key, "templates": templates, "config": cfg})
 
-    @property
     def published(self) -> bool:
         """Whether the whole report is there and up to date."""
         done = storage.join(self.out, DONE)
@@ -246,26 +225,43 @@ class _Stage:
         except CorruptDataError as err:
             logger.warning("%s The page is written again.", err)
             return False
-        return folder.record.get("key") == self.report_key
+        return folder.record.get("key") == self.key
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return (self.index_url,)
+
+    def result(self) -> Result:
+        return Result(self.urls, page=functools.partial(book, self.cfg))
 
     # --- Work ------------------------------------------------------------------------------
 
-    def plan(self) -> list[dict[str, tp.Any]]:
-        latents = self.choice.latents
-        alive = [latent for latent in latents if self.results.frequency[latent] > 0]
-        if None in self.find_drawn(alive):
-            _ = self.source  # fail now, not in every work item, if the images are gone
-        return [{"latents": list(latents[i : i + GROUP])} for i in range(0, len(latents), GROUP)]
+    @property
+    def threads(self) -> int:
+        return cores.available()
 
-    def prepare(self, latents: tp.Sequence[int]) -> None:
-        """Open now what threads that draw these latents would otherwise open once each."""
-        if any(self.results.frequency[latent] > 0 for latent in latents):
+    def items(self) -> list[Item]:
+        """One per latent."""
+        return list(map(self.item, self.choice.latents))
+
+    def item(self, latent: int) -> Item:
+        """One latent."""
+        return Item(f"latent {latent}", 1, {"latent": latent})
+
+    def done(self, item: Item) -> bool:
+        return self._find_drawn(item.spec["latent"]) is not None
+
+    def begin(self, todo: Sequence[Item]) -> None:
+        """Open now what the threads that draw these latents would otherwise open once each."""
+        storage.check_writable(self.out)
+        if any(self.results.frequency[item.spec["latent"]] > 0 for item in todo):
             _ = (self.source, self._all_values)
+
+    def work(self, item: Item, context: Context) -> None:
+        self.draw(item.spec["latent"])
 
     def draw(self, latent: int) -> None:
         """Write a latent's pictures, and its record last."""
-        if self._find_drawn(latent) is not None:
-            return
         frequency = float(self.results.frequency[latent])
         max_value = float(self.results.max_values[latent])
         examples: list[ExamplePictures] = []
@@ -280,7 +276,7 @@ class _Stage:
             values = self._values(latent, top)
         mean = float(self.results.mean_values[latent])
         record = LatentRecord(
-            key=self.key,
+            key=self._pictures_key,
             latent=latent,
             frequency=frequency,
             mean_value=mean if frequency > 0 and np.isfinite(mean) else None,
@@ -294,14 +290,14 @@ class _Stage:
 
     def find_drawn(self, latents: tp.Sequence[int]) -> list["_Drawn | None"]:
         """The records of latents; None for one that is not drawn or not up to date."""
-        _ = self.key  # opens what threads would otherwise open once each
+        _ = self._pictures_key  # opens what threads would otherwise open once each
         with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-records") as pool:
             return list(pool.map(self._find_drawn, latents))
 
     def _find_drawn(self, latent: int) -> "_Drawn | None":
         url = self._record_url(latent)
         found = storage.find_sealed(url, remedy=_REMEDY)
-        if found is None or found.record.get("key") != self.key:
+        if found is None or found.record.get("key") != self._pictures_key:
             return None
         try:
             record = LatentRecord.from_dict(found.record, source=url)
@@ -412,8 +408,7 @@ class _Stage:
 
     # --- Finish ----------------------------------------------------------------------------
 
-    def finish(self, progress: Progress | None = None) -> str:
-        progress = progress or Progress(quiet=True)
+    def publish(self, progress: Progress) -> None:
         drawn = self._drawn()
         report = self._report([record for record, _ in drawn], self._note())
         text = page.build(report).encode()
@@ -423,14 +418,16 @@ class _Stage:
         for record, row in drawn:
             listed[f"{folder_name(record.latent)}/{RECORD}"] = row
         done = {
-            "key": self.report_key,
+            "key": self.key,
             "config": self.cfg.to_dict(),
             "latents": list(self.choice.latents),
         }
         storage.clean_temporary(self.out)
         progress.publish_point()
         storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
-        return self.index_url
+
+    def close(self) -> None:
+        self.shards.close()
 
     def _drawn(self) -> list["_Drawn"]:
         """What is known of all latents, which have to be drawn."""

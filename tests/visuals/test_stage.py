@@ -211,8 +211,7 @@ def test_pieces_make_the_same_report_in_any_order(chain: Chain, report: str) -> 
     items = visuals.plan(cfg)
     assert json.loads(json.dumps(items)) == items
     for item in reversed(items):
-        for latent in item["latents"]:
-            visuals.work(cfg, {"latents": [latent]})
+        visuals.work(cfg, item)
     assert visuals.finish(cfg) == f"{out}/index.html"
     made, expected = snapshot(out), snapshot(report)
     del made["/visuals.json"], expected["/visuals.json"]  # its config names the place
@@ -221,7 +220,7 @@ def test_pieces_make_the_same_report_in_any_order(chain: Chain, report: str) -> 
 
 def test_finish_names_what_is_missing(chain: Chain, tmp_path: Path) -> None:
     cfg = chain.config(latents=(1, 2), n_latents=0, out=str(tmp_path))
-    visuals.work(cfg, {"latents": [1]})
+    visuals.work(cfg, {"latent": 1})
     with pytest.raises(IncompleteError, match="latent 2 was not drawn"):
         visuals.finish(cfg)
     assert not (tmp_path / "index.html").exists()
@@ -230,7 +229,7 @@ def test_finish_names_what_is_missing(chain: Chain, tmp_path: Path) -> None:
 
 def test_interrupted_run_keeps_what_is_drawn(chain: Chain, tmp_path: Path) -> None:
     cfg = chain.config(latents=(1, 2), n_latents=0, out=str(tmp_path))
-    visuals.work(cfg, {"latents": [1]})
+    visuals.work(cfg, {"latent": 1})
     done = tmp_path / folder_name(1) / "latent.json"
     before = done.stat().st_mtime_ns
     (tmp_path / folder_name(2)).mkdir()
@@ -303,7 +302,7 @@ def test_moved_images_are_found_by_the_override(
 
 def test_missing_folder_names_it_and_the_remedy(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"gone.*does not exist.*data:img-folder --data.root"):
-        visuals.plan(with_photos(chain, tmp_path / "gone", tmp_path / "out"))
+        visuals.run(with_photos(chain, tmp_path / "gone", tmp_path / "out"))
 
 
 def test_missing_image_is_named(chain: Chain, moved: Path, tmp_path: Path) -> None:
