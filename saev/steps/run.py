@@ -4,7 +4,7 @@ import contextlib
 import logging
 import typing as tp
 
-from saev import driver, storage, torchrun
+from saev import driver, stage, storage, torchrun
 from saev.config import steps as cfgs
 from saev.config.shards import ShardsConfig
 from saev.errors import ConfigError, SaevError, StorageError
@@ -273,21 +273,14 @@ def _plan_saes(job: Job, shards: "Shards", n_slots: int) -> Plan:
 
 
 def _train(cfg: cfgs.TrainStep, job: Job, progress: Progress) -> list[str]:
-    from saev import train
+    from saev.train.stage import Training
 
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
-    training = stages.training(job.shards(plan))
-    groups = train.plan(training, table=stages.sweep)
-    members = {member["run_id"]: member for group in groups for member in group["members"]}
+    training = Training(stages.training(job.shards(plan)), table=stages.sweep)
 
     def work(item: Item) -> list[str]:
-        if not members.keys() >= set(item["runs"]):
-            raise ConfigError(
-                f"There is no group {item['group']}: the config or the version of saev changed "
-                "since it was planned. Submit the dataset again."
-            )
-        group = {"group": item["group"], "members": [members[run_id] for run_id in item["runs"]]}
-        return train.work(training, group, progress)
+        driver.do(training, [stage.Item(item["name"], 0, item)], progress)
+        return [job.run(run_id) for run_id in item["runs"]]
 
     return jobs.each(_items(cfg, plan, "train"), work, progress)
 

@@ -1,7 +1,7 @@
 """The training stage: many SAEs on the same batches.
 
-``plan`` → work items (groups of SAEs that share their batches), ``work`` trains and publishes one
-group, ``finish`` checks that all are there. ``run`` is all three.
+``run`` does all of it. ``plan`` lists the work items (groups of SAEs that share their batches),
+``work`` trains and publishes one of them, ``finish`` checks that all are there.
 """
 
 from saev.train.stage import finish, plan, run, work

@@ -1,18 +1,21 @@
-"""plan → work → finish."""
+"""The training stage. An item is a group of SAEs that share their batches."""
 
+import functools
 import logging
 import typing as tp
+from collections.abc import Sequence
 
-from saev import storage, torchrun
+from saev import driver, storage, torchrun
 from saev.config import TrainConfig
-from saev.errors import CheckpointError, IncompleteError, RankError, StorageError
+from saev.errors import ConfigError, IncompleteError
+from saev.nn.ranks import ALONE, Ranks
 from saev.progress import Progress
+from saev.stage import Context, Item, Job, Result
 from saev.train import curves, launch, resume
-from saev.train.members import RUN, Group, Member, unpublished
+from saev.train.members import RUN, Group, Member, digest, unpublished
 from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer
-from saev.workers import unless_done
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +40,7 @@ def plan(
         ConfigError: a key, a value or a combination is wrong.
         StorageError: the shards cannot be read.
     """
-    curves.check_wandb(cfg.wandb_project)
-    return [group.to_item() for group in groups(cfg, explicit, table)]
+    return [group.to_item() for group in Training(cfg, explicit, table).groups]
 
 
 def work(
@@ -58,35 +60,149 @@ def work(
         RankError: another rank ended.
     """
     del cfg  # an item has the resolved configs of its members
-    progress = progress or Progress(quiet=True)
     group = Group.from_item(item)
-    with unless_done(
-        logger,
-        lambda: not unpublished(group.members),
-        said="Another worker has published this group meanwhile",
-        errors=(StorageError, CheckpointError, RankError),
+    job = Training(group.members[0].config)
+    job.groups = [group]
+    driver.do(job, job.items(), progress)
+    return list(job.urls)
+
+
+def finish(
+    cfg: TrainConfig,
+    explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
+) -> list[str]:
+    """URLs of all runs, in the sweep's order.
+
+    Raises:
+        IncompleteError: names the runs that are not published.
+    """
+    return list(driver.finish(Training(cfg, explicit, table)).urls)
+
+
+def run(
+    cfg: TrainConfig,
+    progress: Progress | None = None,
+    explicit: tp.Collection[str] = (),
+    table: tp.Mapping[str, tp.Any] | None = None,
+) -> list[str]:
+    """Train everything that ``cfg`` asks for and is not there yet; returns the run folders."""
+    return list(driver.run(Training(cfg, explicit, table), progress=progress).urls)
+
+
+class Training(Job):
+    """Every SAE that a config and its sweep ask for, each published as a run of its own.
+
+    Args:
+        cfg, explicit, table: see :func:`plan`.
+    """
+
+    name = "train"
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        explicit: tp.Collection[str] = (),
+        table: tp.Mapping[str, tp.Any] | None = None,
     ):
-        _train(group, item, progress)
-    return [m.url for m in group.members]
+        self.cfg, self._explicit, self._table = cfg, explicit, table
 
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The SAEs, grouped by the batches that they share. Raises as :func:`plan` does."""
+        curves.check_wandb(self.cfg.wandb_project)
+        return groups(self.cfg, self._explicit, self._table)
 
-def _train(group: Group, item: tp.Mapping[str, tp.Any], progress: Progress) -> None:
-    config, place = group.members[0].config, torchrun.place()
-    if place is not None:
-        train_group(group, join(place, config), progress)
-        return
-    torchrun.refuse_to_be_alone()
-    if (n := n_ranks(config)) > 1:
-        if not unpublished(group.members):
-            _clear(group)
+    @property
+    def _members(self) -> list[Member]:
+        return [member for group in self.groups for member in group.members]
+
+    @functools.cached_property
+    def _team(self) -> Team | None:
+        """The ranks that torchrun or the like started; None if this process was started alone."""
+        place = torchrun.place()
+        if place is not None:
+            return join(place, self.cfg)
+        torchrun.refuse_to_be_alone()
+        return None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self._team.ranks if self._team else ALONE
+
+    @property
+    def key(self) -> str:
+        return digest([member.run_id for member in self._members])
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the runs, in the sweep's order."""
+        return tuple(member.url for member in self._members)
+
+    def published(self) -> bool:
+        return not unpublished(self._members)
+
+    def result(self) -> Result:
+        return Result(self.urls)
+
+    def items(self) -> list[Item]:
+        """One per group, which costs as much as it has SAEs."""
+        items = []
+        for number, group in enumerate(self.groups, start=1):
+            runs = [member.run_id for member in group.members]
+            name = f"group {number} of {len(self.groups)}: {len(runs)} SAE{'s' * (len(runs) != 1)}"
+            items.append(Item(name, len(runs), {"group": group.group_id, "runs": runs}))
+        return items
+
+    def _group(self, item: Item) -> Group:
+        """The group of an item; by its runs, since groups may be others once training has begun.
+
+        Raises:
+            ConfigError: the item is of another config.
+        """
+        known = {member.run_id: member for member in self._members}
+        name, runs = item.spec["group"], item.spec["runs"]
+        if not known.keys() >= set(runs):
+            raise ConfigError(
+                f"There is no group {name}: the config or the version of saev changed since it was "
+                "planned. Submit the dataset again."
+            )
+        return Group(name, tuple(known[run_id] for run_id in runs))
+
+    def done(self, item: Item) -> bool:
+        return not unpublished(self._group(item).members)
+
+    def begin(self, todo: Sequence[Item]) -> None:
+        storage.check_writable(self.cfg.runs_root)
+
+    def work(self, item: Item, context: Context) -> None:
+        group = self._group(item)
+        config = group.members[0].config
+        if self._team is None and (n := n_ranks(config)) > 1:
+            launch.train(group.to_item(), n, context.progress)
         else:
-            launch.train(item, n, progress)
-    else:
-        train_group(group, alone(config), progress)
+            train_group(group, self._team or alone(config), context.progress)
+
+    def publish(self, progress: Progress) -> None:
+        members = self._members
+        missing = [m.url for m in unpublished(members)]
+        if missing:
+            raise IncompleteError(
+                f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}. Run the same `saev train` command again."
+            )
+
+    def tidy(self, items: Sequence[Item]) -> None:
+        """Delete what killed workers left of the resume points of finished groups."""
+        place = storage.join(self.cfg.runs_root, resume.FOLDER)
+        left = {entry.name for entry in storage.list_dir(place, missing_ok=True)}
+        for item in items:
+            if item.spec["group"] in left and self.done(item):
+                _clear(self._group(item))
 
 
 def train_group(group: Group, team: Team, progress: Progress) -> None:
-    """:func:`work` of one rank, and its return to the others at the end."""
+    """Train a group as one of its ranks; returns when all of them are at the end."""
     ranks = team.ranks
     points = resume.Points(_resume_folder(group))
     # Rank 0 looks at the storage and tells the others, who might see it change.
@@ -130,45 +246,3 @@ def _pending(
         trained = set(point.meta["run_ids"])
         pending = tuple(m for m in group.members if m.run_id in trained)
     return pending, point
-
-
-def finish(
-    cfg: TrainConfig,
-    explicit: tp.Collection[str] = (),
-    table: tp.Mapping[str, tp.Any] | None = None,
-) -> list[str]:
-    """URLs of all runs, in the sweep's order.
-
-    Raises:
-        IncompleteError: names the runs that are not published.
-    """
-    return _finished(plan(cfg, explicit, table))
-
-
-def _finished(items: tp.Iterable[tp.Mapping[str, tp.Any]]) -> list[str]:
-    """Check that all runs are there, and delete what killed workers left of their resume points."""
-    planned = [Group.from_item(item) for item in items]
-    members = [member for group in planned for member in group.members]
-    missing = [m.url for m in unpublished(members)]
-    if missing:
-        raise IncompleteError(
-            f"{len(missing)} of {len(members)} runs have no {RUN}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}. Run the same `saev train` command again."
-        )
-    for group in planned:
-        _clear(group)
-    return [m.url for m in members]
-
-
-def run(
-    cfg: TrainConfig,
-    progress: Progress | None = None,
-    explicit: tp.Collection[str] = (),
-    table: tp.Mapping[str, tp.Any] | None = None,
-) -> list[str]:
-    """Train everything that ``cfg`` asks for and is not there yet; returns the run folders."""
-    items = plan(cfg, explicit, table)
-    storage.check_writable(cfg.runs_root)
-    for item in items:
-        work(cfg, item, progress)
-    return _finished(items)
