@@ -134,7 +134,7 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
     print("\t".join(COLUMNS.split()))
     for url in urls:
         print("\t".join(row(url)))
-    config = TrainConfig.from_url(storage.join(urls[0], "config.json"))
+    config = TrainConfig.of_run(urls[0])
     fit, held_out = (read(side) for side in (config.train_data, config.val_data.decided()))
     mean, basis = baselines.pca_basis(fit)
     print(f"PCA of rank {TOP_K}: {baselines.pca_nmse(held_out, mean, basis, TOP_K):.4f}")
@@ -144,7 +144,7 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
 def row(url: str) -> list[str]:
     """One line of a table. NMSE and L0 are of the held-out tokens; dead and dense of all of them,
     because a latent for a rare thing need not fire on the few that are held out."""
-    c = TrainConfig.from_url(storage.join(url, "config.json"))
+    c = TrainConfig.of_run(url)
     held_out = storage.read_json(storage.join(url, "run.json"))["metrics"]
     everything = c.train_data.model_copy(update={"split": "all"})
     sae = load_sae(url)

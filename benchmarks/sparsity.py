@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, shards: str, root: str) -> dict[tuple[str,
     found: dict[tuple[str, int], list[Found]] = {}
     with Progress() as progress:
         for url in train.run(cfg, progress=progress, table=sweep(args.targets)):
-            config = TrainConfig.from_url(storage.join(url, "config.json"))
+            config = TrainConfig.of_run(url)
             record = storage.read_json(storage.join(url, "run.json"))
             held_out, calibration = record["metrics"], record["calibration"]
             key = (config.sae.activation.kind, int(calibration["target_l0"]))

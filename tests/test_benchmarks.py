@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forker import Ended, Forker
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FLAGS = {
@@ -20,18 +21,24 @@ FLAGS = {
 }
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+def run(forker: Forker, script: Path, *flags: object) -> Ended:
+    """A benchmark, to its end."""
+    code = f"""
+import runpy, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+sys.argv[0] = {str(script)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return forker.wait(forker.start(flags, script=code))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_trial_gives_every_row(name, tmp_path) -> None:
+def test_a_trial_gives_every_row(forker: Forker, name, tmp_path) -> None:
     found = tmp_path / f"{name}.json"
     flags = [flag.format(tmp_path) for flag in FLAGS[name]]
-    ran = run(BENCHMARKS / f"{name}.py", "--small", "--repeats=1", "--json", found, *flags)
-    assert ran.returncode == 0, ran.stderr
+    ran = run(forker, BENCHMARKS / f"{name}.py", "--small", "--repeats=1", "--json", found, *flags)
+    assert ran.status == 0, ran.stderr
     record = json.loads(found.read_text())
     assert record["rows"]
     for row in record["rows"]:
@@ -42,14 +49,14 @@ def test_a_trial_gives_every_row(name, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_l0_on_unseen_images_is_what_was_asked_for(tmp_path) -> None:
+def test_l0_on_unseen_images_is_what_was_asked_for(forker: Forker, tmp_path) -> None:
     """300,000 tokens, three seeds: JumpReLU had an L0 of 678 whatever its penalty was, BatchTopK
     with k = 32 one of 40.5."""
     found = tmp_path / "found.json"
     flags = "--n-train 300_000 --d-model 32 --d-sae 192 --n-images 600 --targets 12".split()
     script = BENCHMARKS / "sparsity.py"
-    ran = run(script, "--device=cpu", f"--root={tmp_path}", "--json", found, *flags)
-    assert ran.returncode == 0, ran.stderr
+    ran = run(forker, script, "--device=cpu", f"--root={tmp_path}", "--json", found, *flags)
+    assert ran.status == 0, ran.stderr
     misses = [row for row in json.loads(found.read_text())["rows"] if "largest miss" in row["what"]]
     assert len(misses) == 3
     for row in misses:
@@ -75,8 +82,8 @@ def test_the_page_holds_the_tables(tmp_path) -> None:
     assert "| w | 2 GB/s | 1 – 3 | ≥ 4 | **no** |" in ran.stdout, ran.stderr
 
 
-def test_a_benchmark_that_is_not_there_is_an_error(tmp_path) -> None:
-    ran = run(BENCHMARKS, "loaderr", "--out", tmp_path / "out")
-    assert ran.returncode == 2
+def test_a_benchmark_that_is_not_there_is_an_error(forker: Forker, tmp_path) -> None:
+    ran = run(forker, BENCHMARKS / "__main__.py", "loaderr", "--out", tmp_path / "out")
+    assert ran.status == 2
     assert "no benchmark 'loaderr'" in ran.stderr
     assert not (tmp_path / "out").exists()

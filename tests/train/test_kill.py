@@ -4,27 +4,17 @@ TensorBoard's event files and timings.jsonl hold wall times, so they are not com
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forker import Forker
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # half a minute on two idle cores
-def test_killed_20_times(shards_url, tmp_path):
-    script = Path(__file__).with_name("kill_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), shards_url, str(tmp_path), "20", "0"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout)
+def test_killed_20_times(forker: Forker, shards_url, tmp_path):
+    script = Path(__file__).with_name("kill_runs.py").read_text()
+    report = json.loads(forker.output(script, shards_url, tmp_path, 20, 0))
     assert len(report["kills"]) == 20
     assert report["different"] == []
     assert report["left"] == []

@@ -6,13 +6,12 @@ Every command is real: processes that find each other through gloo on this machi
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forker import Ended, Forker
 
 from saev import storage, torchrun, train
 from saev.config import LoaderConfig, SaeConfig, TrainConfig
@@ -49,24 +48,14 @@ def command(cfg: TrainConfig, **flags: object) -> list[str]:
     }  # fmt: skip
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     kind = ["sae.activation:top-k", "--sae.activation.top-k", "3"]
-    return ["saev", "train", *words, *([] if "sweep" in values else ["--sae.d-sae", "96", *kind])]
+    return ["train", *words, *([] if "sweep" in values else ["--sae.d-sae", "96", *kind])]
 
 
-def start(argv: list[str], *before: str) -> subprocess.Popen:
-    """Start a command, by default with this Python; its output is one text."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *before, *([] if before else argv[:1]), *argv[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def run(argv: list[str], *before: str) -> subprocess.CompletedProcess:
-    process = start(argv, *before)
-    out, err = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(argv, process.returncode, out, err)
+def torchrun_of(forker: Forker, size: int, argv: list[str]) -> Ended:
+    """A command under torchrun, to its end."""
+    script = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__')"
+    pid = forker.start([f"--nproc-per-node={size}", "-m", "saev", *argv], script=script)
+    return forker.wait(pid)
 
 
 def results_of(url: str) -> dict[str, bytes]:
@@ -104,7 +93,7 @@ def points(cfg: TrainConfig) -> list[Path]:
 @pytest.fixture
 def long(cfg) -> TrainConfig:
     """Several seconds of steps, with many resume points."""
-    return update(cfg, n_train=400 * 256, checkpoint_every=20, log_every=20)
+    return update(cfg, n_train=250 * 256, checkpoint_every=20, log_every=20)
 
 
 # --- The same SAEs ---
@@ -112,19 +101,17 @@ def long(cfg) -> TrainConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_train_the_same_saes(cfg, tmp_path, size):
+def test_ranks_train_the_same_saes(cfg, forker, tmp_path, size):
     """All kinds in one sweep; 3 ranks as torchrun starts them, 2 as this program does."""
     sweep = tmp_path / "sweep.toml"
     sweep.write_text(SWEEP)
     cfg = update(cfg, n_train=30 * 250, batch_size=250, sweep=str(sweep), sae=SaeConfig())
     alone = train.run(update(cfg, runs_root=str(tmp_path / "alone")))
     if size == 2:
-        done = run(command(cfg, sweep=sweep, n_ranks=2))
+        done = forker.run(command(cfg, sweep=sweep, n_ranks=2))
     else:
-        done = run(
-            command(cfg, sweep=sweep), "torch.distributed.run", "--nproc-per-node=3", "-m", "saev"
-        )
-    assert done.returncode == 0, done.stderr
+        done = torchrun_of(forker, 3, command(cfg, sweep=sweep))
+    assert done.status == 0, done.stderr
     assert done.stderr.count(f"{size} ranks share batches of 250 tokens") == 1  # rank 0 alone logs
     together = done.stdout.split()
     assert [storage.name(u) for u in together] == [storage.name(u) for u in alone]
@@ -149,10 +136,10 @@ def test_ranks_train_the_same_saes(cfg, tmp_path, size):
 
 
 @pytest.mark.slow
-def test_one_rank_of_torchrun_is_plain(cfg, tmp_path):
+def test_one_rank_of_torchrun_is_plain(cfg, forker, tmp_path):
     plain = train.run(update(cfg, runs_root=str(tmp_path / "plain")))
-    done = run(command(cfg), "torch.distributed.run", "--nproc-per-node=1", "-m", "saev")
-    assert done.returncode == 0, done.stderr
+    done = torchrun_of(forker, 1, command(cfg))
+    assert done.status == 0, done.stderr
     (url,) = done.stdout.split()
     assert results_of(url) == results_of(plain[0])
 
@@ -172,16 +159,16 @@ def test_two_gpus_train_what_one_trains(cfg, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_all_and_the_same_command_completes(long, tmp_path):
-    whole = run(command(update(long, runs_root=str(tmp_path / "whole")), n_ranks=2))
-    assert whole.returncode == 0, whole.stderr
-    process = start(command(long, n_ranks=2))
+def test_a_rank_that_is_killed_ends_all_and_the_same_command_completes(long, forker, tmp_path):
+    whole = forker.run(command(update(long, runs_root=str(tmp_path / "whole")), n_ranks=2))
+    assert whole.status == 0, whole.stderr
+    pid = forker.start(command(long, n_ranks=2))
     wait_for(lambda: len(points(long)) > 1)
-    ranks = children(process.pid)
+    ranks = children(pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    status, out, err = forker.wait(pid)
+    assert status == 1
     assert out == ""
     assert err.count("saev: error: ") == 1
     assert "Traceback" not in err
@@ -189,31 +176,31 @@ def test_a_rank_that_is_killed_ends_all_and_the_same_command_completes(long, tmp
     assert "same command continues" in err
     assert not any(alive(pid) for pid in ranks)
     assert points(long)
-    again = run(command(long, n_ranks=2))
-    assert again.returncode == 0, again.stderr
+    again = forker.run(command(long, n_ranks=2))
+    assert again.status == 0, again.stderr
     assert "Continuing at step" in again.stderr
     assert results_of(again.stdout.strip()) == results_of(whole.stdout.strip())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_writes_a_resume_point(long, tmp_path, number):
-    long = update(long, n_train=1000 * 256, checkpoint_every=300)
-    process = start(command(long, n_ranks=2))
+def test_a_signal_finishes_the_step_and_writes_a_resume_point(long, forker, tmp_path, number):
+    long = update(long, n_train=500 * 256, checkpoint_every=100)
+    pid = forker.start(command(long, n_ranks=2))
     wait_for(lambda: points(long))
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
+    os.kill(pid, number)
+    status, _, err = forker.wait(pid)
+    assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
     assert "Traceback" not in err
     step = json.loads(points(long)[-1].read_text())["step"]
-    assert 300 < step < 1000
-    assert step % 300  # written because of the signal
+    assert 100 < step < 500
+    assert step % 100  # written because of the signal
     if number == signal.SIGINT:
         return
     # Another number of ranks goes on, with the same rows in every batch.
-    again = run(command(long, n_ranks=3))
-    assert again.returncode == 0, again.stderr
-    assert f"Continuing at step {step} of 1000" in again.stderr
+    again = forker.run(command(long, n_ranks=3))
+    assert again.status == 0, again.stderr
+    assert f"Continuing at step {step} of 500" in again.stderr
     (alone,) = train.run(update(long, runs_root=str(tmp_path / "alone")))
     found, want = rows_of(again.stdout.strip()), rows_of(alone)
     assert [r["step"] for r in found] == [r["step"] for r in want]
@@ -224,12 +211,12 @@ def test_a_signal_finishes_the_step_and_writes_a_resume_point(long, tmp_path, nu
 
 
 @pytest.mark.slow
-def test_ranks_end_with_what_started_them(long):
-    process = start(command(long, n_ranks=2))
+def test_ranks_end_with_what_started_them(long, forker):
+    pid = forker.start(command(long, n_ranks=2))
     wait_for(lambda: points(long))
-    ranks = children(process.pid)
-    process.kill()
-    process.communicate()
+    ranks = children(pid)
+    os.kill(pid, signal.SIGKILL)
+    forker.wait(pid)
     wait_for(lambda: not any(alive(pid) for pid in ranks), 20)
 
 
