@@ -36,7 +36,7 @@ $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
 	@touch $@
 
 test: setup ## Set up, then run all tests but those of tests/e2e
-	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 -m "not e2e"
+	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/e2e
 
 interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop
 

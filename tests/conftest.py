@@ -34,6 +34,11 @@ def forker() -> Iterator[Forker]:
         yield forker
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup() -> None:
     """Tests share a process, in which some warnings are said once."""
     once.forget()

@@ -431,7 +431,7 @@ def test_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         check=False, capture_output=True,
     )  # fmt: skip
     if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
+        pytest.skip("mounting a tmpfs is not allowed here; root may do it")
     try:
         argv = ["shards", "--shards-root", str(disk), *TINY, "--layers", "0", "1", "2"]
         argv += ["--max-tokens-per-shard", "60", "data:fake-img", "--data.n-examples", "200"]
@@ -454,7 +454,7 @@ def test_read_only_root(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], check=False, capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
+        pytest.skip("mounting a tmpfs is not allowed here; root may do it")
     try:
         argv = ["shards", "--shards-root", str(disk), *TINY, "data:fake-img"]
         status, _, err = saev(*argv, capsys=capsys)

@@ -78,7 +78,19 @@ def served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.skipif(chromium.BINARY is None, reason="Chromium is not installed")
+def test_the_last_lines_say_what_was_skipped_and_how_to_have_it() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "function"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": ""}
+    )
+    assert done.returncode == 0, done.stdout
+    reason, total = done.stdout.splitlines()[-2:]
+    assert reason.startswith("SKIPPED [1] tests/test_site.py")
+    assert reason.endswith(chromium.MISSING)
+    assert "1 skipped" in total
+
+
+@pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
 def test_the_search_finds_a_function(site: Path) -> None:
     with served(site) as url, chromium.browser() as page:
         page.open(f"{url}/index.html?q=load_sae")

@@ -144,7 +144,7 @@ def test_one_rank_of_torchrun_is_plain(cfg, forker, tmp_path):
     assert results_of(url) == results_of(plain[0])
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a machine with two GPUs")
 def test_two_gpus_train_what_one_trains(cfg, tmp_path):
     """Through NCCL, one process per GPU without being asked for."""
     cfg = update(cfg, device="auto", bf16=False, n_train=30 * 256)

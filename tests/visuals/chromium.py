@@ -18,6 +18,12 @@ BINARY = next(
 )
 
 
+MISSING = (
+    "no browser is installed: `sudo apt-get install chromium`, or put Google Chrome on the PATH"
+)
+"""Why tests are skipped."""
+
+
 class Page:
     """One tab. Commands are those of the Chrome DevTools protocol."""
 

@@ -8,7 +8,7 @@ from saev import visuals
 from visuals import chromium
 from visuals.chain import DEAD, Chain
 
-pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason="Chromium is not installed")
+pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
 
 
 @pytest.fixture(scope="module")
