@@ -44,6 +44,9 @@ class ImageError(SaevError):
 class ModelError(SaevError):
     """A model family, checkpoint or layer does not exist or does not fit."""
 
+    passing = False
+    """As of StorageError: true where the model hub could not be reached."""
+
 
 class CheckpointError(SaevError):
     """An SAE checkpoint or resume state cannot be read or does not fit the config."""

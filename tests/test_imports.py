@@ -20,7 +20,7 @@ LEVELS = {
     "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "eta": 0, "interrupts": 0,
     "once": 0, "version": -2,
     "storage": 1,
-    "config": 2, "cores": 2, "device": 2, "known": 2, "progress": 2, "torchrun": 2,
+    "config": 2, "cores": 2, "device": 2, "hub": 2, "known": 2, "progress": 2, "torchrun": 2,
     "stage": 3, "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
     "driver": 4, "shards.extract": 5, "train": 5, "inference": 5, "visuals": 5,
     "run": 7, "shorthand": 7, "size": 7, "steps": 7, "gc": 8,

@@ -11,7 +11,7 @@ import typing as tp
 
 from PIL import Image
 
-from saev import distributions, storage
+from saev import distributions, hub, storage
 from saev.config.images import Cifar10, Imagenet
 from saev.errors import ConfigError, ImageError, StorageError
 from saev.images.datasets import ExampleInfo, Form, ImageDataset, digest_of, index_classes
@@ -114,6 +114,8 @@ class HubDataset(ImageDataset):
 
 
 def _load(cfg: Imagenet | Cifar10) -> tp.Any:
+    if storage.local_path(cfg.name) is None or not storage.exists(cfg.name):
+        hub.problem()  # before the library is imported, which looks then whether it is offline
     try:
         import datasets
     except ImportError as err:

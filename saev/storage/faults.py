@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import tenacity
 
-from saev.errors import StorageError
+from saev.errors import ModelError, StorageError
 from saev.storage import answers, waiting
 
 _BROKEN_TLS = (
@@ -205,7 +205,7 @@ def is_passing(err: BaseException) -> bool:
 
     For errors of every kind: what :mod:`saev.storage` raises, and what libraries do.
     """
-    if isinstance(err, StorageError):
+    if isinstance(err, StorageError | ModelError):
         return err.passing
     answer = answer_of(err)
     if answer is not None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from saev import storage
+from saev import hub, storage
 from saev.errors import ModelError
 from saev.images.transforms import ImageSpec
 from saev.vit import checkpoints, tags, timm_models
@@ -195,13 +195,15 @@ def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) ->
         options["force_quick_gelu"] = True
     if image_size is not None:
         options["force_image_size"] = image_size
+    away = hub.problem()
     try:
         model = open_clip.create_model(
             arch, pretrained=tag, require_pretrained=True, pretrained_text=False, **options
         )
     except Exception as err:
         # The hub's clients raise dozens of types; open_clip wraps some of them in RuntimeError.
-        raise timm_models.hub_error(f"{arch}/{tag}" if tag else arch, err) from err
+        name = f"{arch}/{tag}" if tag else arch
+        raise timm_models.hub_error(name, err, away) from err
     visual = model.visual
     if image_size is not None:
         _check_patch(visual, arch, image_size)

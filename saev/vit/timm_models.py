@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from saev import hub
 from saev.errors import ModelError
 from saev.images.transforms import ImageSpec
 from saev.vit import checkpoints, tags
@@ -259,6 +260,7 @@ def _create(name: str, image_size: tuple[int, int] | None, *, pretrained: bool) 
     import timm
 
     size: dict[str, tp.Any] = {} if image_size is None else {"img_size": image_size}
+    away = hub.problem() if pretrained else None
     try:
         net: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
     except (TypeError, AssertionError) as err:
@@ -272,20 +274,29 @@ def _create(name: str, image_size: tuple[int, int] | None, *, pretrained: bool) 
         # The hub's clients raise dozens of types (httpx, huggingface_hub, urllib, OSError …).
         if not pretrained:
             raise
-        raise hub_error(name, err) from err
+        raise hub_error(name, err, away) from err
     return net
 
 
-def hub_error(name: str, err: Exception) -> ModelError:
-    """The one error for weights that the model hub does not give."""
+def hub_error(name: str, err: Exception, away: Exception | None) -> ModelError:
+    """The one error for weights that the model hub does not give.
+
+    Args:
+        name: whose weights.
+        err: what its client raised.
+        away: why the hub cannot be reached, if it cannot.
+    """
+    err = away or err
     reason = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
     arch = "ARCH" if name.startswith(_HUB) else name
-    return ModelError(
+    error = ModelError(
         f"Cannot get the weights of {name} from the model hub ({type(err).__name__}: "
         f"{reason[:200]}). Without internet access name a weights file, {arch}@URL "
         f"(safetensors or a torch state dict on a volume or object storage), or set HF_HOME to a "
         "folder that holds the hub's cache."
     )
+    error.passing = away is not None
+    return error
 
 
 def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str) -> None:

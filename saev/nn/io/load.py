@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev import storage
+from saev import hub, storage
 from saev.errors import CheckpointError, ConfigError, StorageError
 from saev.nn.io import foreign, native
 from saev.nn.io.files import read_vector
@@ -135,10 +135,11 @@ def _download(name: str) -> str:
             f"{name} needs huggingface_hub: pip install huggingface_hub."
         ) from err
     logger.info("downloading %s from the hub", name)
+    away = hub.problem()
     try:
         folder = huggingface_hub.snapshot_download(repo, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as err:
-        reason = str(err).strip().split("\n")[0]
+        reason = str(away or err).strip().split("\n")[0]
         raise CheckpointError(
             f"Cannot download {name}: {reason}. Check the name, your access and the network."
         ) from err
