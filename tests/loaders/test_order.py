@@ -114,6 +114,13 @@ def test_blocks_are_large_where_that_costs_no_mixing():
     assert large.block_examples == MAX_BLOCK_BYTES // read
 
 
+def test_a_block_is_one_read_and_lies_in_one_shard():
+    """Its size is what is read, of which little may be kept."""
+    sizes = {"n_examples": 100, "read_bytes": 1000, "kept_bytes": 10, "buffer_bytes": 500}
+    assert choose_sizes(**sizes, block_bytes=4000).block_examples == 4
+    assert choose_sizes(**sizes, block_bytes=4000, shard_examples=3).block_examples == 3
+
+
 # --- blocks and windows --------------------------------------------------------------------
 
 
@@ -196,3 +203,10 @@ def test_shares_are_equal_and_hold_every_slot_once(n, world):
     sizes = [b - a for a, b in shares]
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) == math.ceil(n / world)
+
+
+def test_two_windows_hold_other_blocks_in_every_epoch():
+    order = Order(make_blocks([8], np.ones(8, int), 1, 1), 4)
+    assert order.n_windows == 2
+    assert not order.resident
+    assert len({tuple(sorted(order.window_blocks(epoch, 0))) for epoch in range(6)}) > 1

@@ -140,6 +140,14 @@ def check_batch(folder: Folder, batch) -> None:
 SMALL = {"buffer_mb": 0.004}  # several windows
 
 
+def test_a_batch_of_several_windows_has_all_its_labels(tmp_path):
+    folder = write_shards(str(tmp_path / "f"), labels=True)
+    with folder.open() as shards:
+        (batch,) = ShuffledLoader(shards, LoaderConfig(**SMALL), 1000, epochs=1, labels=True)
+        assert len(batch.act) == 23 * 6
+        check_batch(folder, batch)
+
+
 def test_the_order_does_not_depend_on_threads(folder):
     with folder.open() as shards:
         runs = [
@@ -362,11 +370,13 @@ def test_a_state_of_something_else_is_refused(folder, change, word):
 
 
 def test_a_state_of_other_shards_is_refused(folder, tmp_path):
-    other = write_shards(str(tmp_path / "other"), n_examples=24)
-    with folder.open() as shards, other.open() as others:
+    more = write_shards(str(tmp_path / "more"), n_examples=24)
+    coarse = write_shards(str(tmp_path / "coarse"), dtype="float16")
+    with folder.open() as shards:
         state = ShuffledLoader(shards, LoaderConfig(), 10).state_dict()
-        with pytest.raises(ConfigError, match="its data is"):
-            ShuffledLoader(others, LoaderConfig(), 10).load_state_dict(state)
+        for other in (more, coarse):
+            with other.open() as others, pytest.raises(ConfigError, match="its data is"):
+                ShuffledLoader(others, LoaderConfig(), 10).load_state_dict(state)
         with pytest.raises(ConfigError, match="lacks"):
             ShuffledLoader(shards, LoaderConfig(), 10).load_state_dict({"epoch": 1})
         with pytest.raises(ConfigError, match="position 999"):
