@@ -14,8 +14,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import cores, interrupts, secrets, shorthand, torchrun
-from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
 from saev.config.base import FlagError, of_flags
 from saev.config.gc import GcConfig
 from saev.config.run import RunConfig
@@ -25,10 +24,7 @@ from saev.errors import SaevError
 from saev.progress import Progress, log_to
 
 COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
-    "shards": ShardsConfig,
-    "train": TrainConfig,
-    "inference": InferenceConfig,
-    "visuals": VisualsConfig,
+    **{stage.name: stage.config for stage in chain.STAGES},
     "run": RunConfig,
     "size": SizeConfig,
     "gc": GcConfig,
@@ -119,22 +115,11 @@ _HELP = "--help"
 
 def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:
     """Import the code of a config's command. Returns a function that runs it and gives its URLs."""
-    if isinstance(cfg, ShardsConfig):
-        import saev.shards.extract as extract
-
-        return lambda: [extract.run(cfg, progress=progress)]
-    if isinstance(cfg, TrainConfig):
-        from saev import train
-
-        return lambda: list(train.run(cfg, progress=progress, explicit=explicit_keys(argv)))
-    if isinstance(cfg, InferenceConfig):
-        from saev import inference
-
-        return lambda: [inference.run(cfg, progress=progress)]
-    if isinstance(cfg, VisualsConfig):
-        from saev import visuals
-
-        return lambda: [visuals.run(cfg, progress=progress)]
+    for one in chain.STAGES:
+        if isinstance(cfg, one.config):
+            kind, part = one.kind, getattr(cfg, "part", "")
+            sweep = {"explicit": explicit_keys(argv)} if one.swept else {}
+            return lambda: list(driver.run(kind(cfg, **sweep), part, progress).urls)
     if isinstance(cfg, tuple(STEPS.values())):
         from saev.steps import run as step_runner
 

@@ -2,8 +2,7 @@
 
 import logging
 
-import saev.shards.extract as extract
-from saev import inference, storage, train, visuals
+from saev import chain, driver, storage
 from saev.config.run import RunConfig, RunFile
 from saev.config.stages import Stages
 from saev.config.stages import resolve as resolve_stages
@@ -23,11 +22,16 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
         ConfigError: a key of the file is wrong; nothing has been started then.
     """
     stages = resolve(cfg)
-    shards = extract.run(stages.shards, progress=progress)
-    runs = train.run(stages.training(shards), progress=progress, table=stages.sweep)
+    found: dict[str, str] = {}
+    runs: tuple[str, ...] = ()
+    for stage in chain.OF_ALL:
+        runs = driver.run(stage.of(stages, found), progress=progress).urls
+        found[stage.name] = runs[0]
+    shards = found[chain.FIRST.name]
     for run_url in runs:
-        measured = inference.run(stages.measuring(run_url, shards), progress=progress)
-        visuals.run(stages.showing(run_url, shards, measured), progress=progress)
+        found[chain.RUNS] = run_url
+        for stage in chain.OF_RUN:
+            found[stage.name] = driver.run(stage.of(stages, found), progress=progress).urls[0]
     sections = overview.collect(cfg.root)
     # A run may have been measured on other shards, too.
     for section in (s for s in sections if s.shards == storage.name(shards)):

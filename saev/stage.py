@@ -84,6 +84,16 @@ class Job(abc.ABC):
     unit: tp.ClassVar[str] = ""
     """What the costs of items count, such as images; empty if each item has a bar of its own."""
 
+    @classmethod
+    def pieces(cls, found: Mapping[str, str]) -> int:
+        """In how many pieces, for so many pods, a job is worth being cut; it need not be there yet.
+
+        Args:
+            found: URLs of results that it reads, by the names of stages.
+        """
+        del found
+        return 1
+
     @property
     def threads(self) -> int:
         """How many items are done at a time; one by default."""
@@ -111,6 +121,10 @@ class Job(abc.ABC):
         Raises:
             CorruptDataError: it is complete, and damaged.
         """
+
+    def there(self) -> Sequence[str]:
+        """Those of the URLs where a result is complete."""
+        return self.urls if self.published() else ()
 
     @abc.abstractmethod
     def result(self) -> Result:

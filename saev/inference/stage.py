@@ -87,6 +87,11 @@ class Measuring(Pass, Job):
     name = "inference"
     unit = "tok"
 
+    @classmethod
+    def pieces(cls, found: tp.Mapping[str, str]) -> int:
+        with Shards.open(found["shards"]) as shards:
+            return n_pieces(shards)
+
     @property
     def urls(self) -> tuple[str, ...]:
         return (self.url,)

@@ -7,20 +7,12 @@ values stand in the tables of its config.
 import re
 import typing as tp
 
+from saev import chain
 from saev.config.base import Config
-from saev.config.inference import InferenceConfig
-from saev.config.shards import ShardsConfig
-from saev.config.train import TrainConfig
-from saev.config.visuals import VisualsConfig
 from saev.errors import SaevError
 
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9]*(?:[.-][a-z0-9]+)*)")
-_TABLES: dict[str, type[Config]] = {
-    "shards": ShardsConfig,
-    "train": TrainConfig,
-    "inference": InferenceConfig,
-    "visuals": VisualsConfig,
-}
+_TABLES: dict[str, type[Config]] = {stage.name: stage.config for stage in chain.STAGES}
 _SET_BY_STEPS = frozenset({"part", "shards", "out", "run", "runs", "device"})
 """Keys that a step sets itself, whatever stands in the config."""
 

@@ -75,6 +75,9 @@ class Plan(tp.NamedTuple):
     """Names of all runs of the sweep, in its order; empty before they are planned."""
     slots: dict[str, list[list[Item]]]
     """The items of each slot, by the step that does them."""
+    keys: dict[str, str] = {}  # noqa: RUF012 - of a tuple, which is not changed
+    """Keys of the jobs that the slots are of, by the names of their stages, as far as they are
+    known: that of a pass over the activations depends on an SAE that may not be trained yet."""
 
 
 def make(root: str, owner: str, raw_config: tp.Any, dataset: Dataset) -> str:
@@ -126,7 +129,7 @@ def write_plan(job: Job, step: str, plan: Plan) -> None:
 def read_plan(job: Job, step: str) -> Plan:
     """What a planning step found. Raises StorageError if it was not there yet."""
     record = storage.read_sealed(_place(job, step), remedy=_RESTORE).record
-    return Plan(**{field: record[field] for field in Plan._fields})
+    return Plan(**{field: record[field] for field in Plan._fields if field in record})
 
 
 def _place(job: Job, step: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 
+from saev import chain
 from saev.config import steps as cfgs
 from saev.errors import ConfigError, SaevError
 from saev.launch import follow, trainjobs
@@ -29,7 +30,8 @@ def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
     """
     if cfg.machines > 1:
         return _on_machines(cfg, job, progress)
-    slots = jobs.read_plan(job, "plan" if cfg.step == "extract" else "publish").slots[cfg.step]
+    planner = "plan" if cfg.step == chain.FIRST.slots else "publish"
+    slots = jobs.read_plan(job, planner).slots[cfg.step]
     if not slots:
         logger.info("There is nothing to %s.", cfg.step)
         return []

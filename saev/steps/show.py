@@ -9,20 +9,14 @@ import html
 import typing as tp
 
 from saev import storage
-from saev.inference.results import Results
+from saev.stage import Result
 
 if tp.TYPE_CHECKING:
-    from saev.shards import Shards
     from saev.visuals.overview import Row, Section
 
 Figures = dict[str, str | float]
 """What an artifact of figures holds."""
 
-_FIGURES = (
-    "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
-    "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
-)  # fmt: skip
-"""Keys of metrics.json; the last four only where there are labels."""
 _FEW = (
     ("normalized_mse", "NMSE {:.4f}"), ("l0", "L0 {:.1f}"),
     ("explained_variance", "explained variance {:.2%}"), ("n_dead", "{:,} dead latents"),
@@ -31,19 +25,6 @@ _FEW = (
 """What is said of an SAE in one line."""
 _PAGE_BYTES = 3_000_000
 """About what the UI can show."""
-
-
-def of_shards(shards: "Shards", dataset: str) -> Figures:
-    """Figures of a shards folder."""
-    return {
-        "dataset": dataset,
-        "n_examples": shards.n_examples,
-        "n_tokens": shards.n_examples * shards.tokens_per_example,
-        "n_layers": len(shards.metadata.layers),
-        "d_model": shards.metadata.d_model,
-        "n_shards": len(shards.infos),
-        "gigabytes": sum(info.n_bytes or 0 for info in shards.infos) / 1e9,
-    }
 
 
 def of_run(section: "Section", dataset: str) -> Figures:
@@ -70,20 +51,18 @@ class Saes:
 
     def __init__(self, dataset: str) -> None:
         self._dataset = dataset
-        self._metrics: dict[str, dict[str, float]] = {}
+        self._metrics: dict[str, Figures] = {}
         self._books: dict[str, tp.Callable[[int], str]] = {}
 
-    def add(self, run: str, results: str, book: tp.Callable[[int], str]) -> None:
+    def add(self, run: str, results: tp.Sequence[Result]) -> None:
         """Add an SAE.
 
         Args:
             run: name of its run.
-            results: URL of its results.
-            book: makes its picture book of at most so many bytes.
+            results: what stages have published of it.
         """
-        raw = Results.open(results).metrics
-        self._metrics[run] = {k: raw[k] for k in _FIGURES if isinstance(raw.get(k), int | float)}
-        self._books[run] = book
+        self._metrics[run] = {k: v for result in results for k, v in result.figures.items()}
+        self._books[run] = next(result.page for result in results if result.page)
 
     def figures(self, names: tp.Mapping[str, str]) -> Figures:
         """Of one SAE, all figures; of several, a line each.

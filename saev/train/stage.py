@@ -142,6 +142,10 @@ class Training(Job):
     def published(self) -> bool:
         return not unpublished(self._members)
 
+    def there(self) -> list[str]:
+        missing = {member.url for member in unpublished(self._members)}
+        return [url for url in self.urls if url not in missing]
+
     def result(self) -> Result:
         return Result(self.urls)
 

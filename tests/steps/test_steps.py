@@ -203,7 +203,9 @@ def job(tmp_path: Path) -> jobs.Job:
 def test_mistakes_in_a_job(
     job: jobs.Job, words: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
-    jobs.write_plan(job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}))
+    jobs.write_plan(
+        job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}, {"shards": "s"})
+    )
     argv = [job.url if word == "JOB" else word for word in words]
     assert message.replace("\\", "") in fails(capsys, "extract", *argv)
 
@@ -211,7 +213,9 @@ def test_mistakes_in_a_job(
 def test_other_activations_than_planned_are_refused(
     job: jobs.Job, capsys: pytest.CaptureFixture
 ) -> None:
-    jobs.write_plan(job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}))
+    jobs.write_plan(
+        job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}, {"shards": "s"})
+    )
     said = fails(capsys, "extract", "--job", job.url, "--slot", "0")
     assert "was planned: the dataset, the weights or the version of saev changed" in said
 

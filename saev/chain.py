@@ -1,0 +1,102 @@
+"""The stages in their order. `saev run`, the command line and the pipeline's steps go by this list.
+
+A new stage is a config, a module with a :class:`saev.stage.Job`, and an entry here.
+"""
+
+import importlib
+import typing as tp
+from collections.abc import Callable, Mapping
+
+from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config.base import Config
+from saev.config.stages import Stages
+from saev.stage import Job
+
+Found = Mapping[str, str]
+"""URLs of the results of the stages before, by their names; of training, that of one run."""
+
+
+class Stage(tp.NamedTuple):
+    """What is known of a stage without its code, which is imported when a job is opened."""
+
+    name: str
+    """That of its command, and of its table in the file of `saev run`."""
+    config: type[Config]
+    job: str
+    """Where its class of jobs is, ``module:class``."""
+    slots: str
+    """The step of the pipeline whose pods do its items."""
+    asks: Callable[[Stages, Found], Config]
+    """Makes the config of a job."""
+    of_run: bool = False
+    """Whether there is one job for each run of training, and not one for all."""
+    whole: bool = False
+    """Whether one pod does all of a job. It finishes the jobs of this run's stages before, too."""
+    swept: bool = False
+    """Whether its jobs take a sweep, too: its `table`, and the keys that are `explicit`."""
+
+    @property
+    def kind(self) -> tp.Any:
+        """Its class of jobs, which are made of a config; imports the stage's code."""
+        module, _, name = self.job.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def of(self, stages: Stages, found: Found, device: str = "") -> Job:
+        """A job of the chain.
+
+        Args:
+            stages: the configs of all stages.
+            found: the results that it reads.
+            device: instead of the config's.
+        """
+        cfg = self.asks(stages, found)
+        if device and "device" in type(cfg).model_fields:
+            cfg = cfg.model_copy(update={"device": device})
+        job: Job = self.kind(cfg, **({"table": stages.sweep} if self.swept else {}))
+        return job
+
+
+STAGES = (
+    Stage(
+        "shards", ShardsConfig, "saev.shards.extract:Recording", "extract",
+        lambda stages, found: stages.shards,
+    ),
+    Stage(
+        "train", TrainConfig, "saev.train.stage:Training", "train",
+        lambda stages, found: stages.training(found["shards"]), swept=True,
+    ),
+    Stage(
+        "inference", InferenceConfig, "saev.inference.stage:Measuring", "infer",
+        lambda stages, found: stages.measuring(found["train"], found["shards"]), of_run=True,
+    ),
+    Stage(
+        "visuals", VisualsConfig, "saev.visuals.stage:Drawing", "summarise",
+        lambda stages, found: stages.showing(found["train"], found["shards"], found["inference"]),
+        of_run=True, whole=True,
+    ),
+)  # fmt: skip
+OF_ALL = tuple(stage for stage in STAGES if not stage.of_run)
+OF_RUN = tuple(stage for stage in STAGES if stage.of_run)
+FIRST = OF_ALL[0]
+RUNS = OF_ALL[-1].name
+"""The stage whose results are the runs."""
+
+
+def of_slots(step: str) -> Stage:
+    """The stage whose items a step does."""
+    return next(stage for stage in STAGES if stage.slots == step)
+
+
+def before(stage: Stage) -> tuple[Stage, ...]:
+    """The stages whose jobs a pod of this one finishes first; none if other pods do that."""
+    return OF_RUN[: OF_RUN.index(stage)] if stage.whole else ()
+
+
+def tables(step: str) -> tuple[str, ...]:
+    """The tables of the file that a step of the pipeline goes by, the likeliest first."""
+    if step == "plan":
+        return (FIRST.name,)
+    if step == "publish":
+        return tuple(stage.name for stage in STAGES if not stage.whole)
+    found = [stage for stage in STAGES if stage.slots == step]
+    return tuple(s.name for stage in found for s in (*before(stage), stage))

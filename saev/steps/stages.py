@@ -1,0 +1,202 @@
+"""The steps that do the work of stages. They know `saev.chain`, and no stage by its name."""
+
+import contextlib
+import logging
+import typing as tp
+
+from saev import chain, driver, storage
+from saev.chain import Stage
+from saev.config import steps as cfgs
+from saev.config.stages import Stages
+from saev.errors import ConfigError
+from saev.progress import Progress
+from saev.stage import Item, Part
+from saev.stage import Job as StageJob
+from saev.steps import discover, jobs, outputs, show
+from saev.steps.jobs import Job, Plan
+from saev.visuals import overview
+
+logger = logging.getLogger(__name__)
+
+_CPU = "cpu"
+"""For pods that have no GPU; shapes and checksums do not depend on the device."""
+
+
+def plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
+    """Name the result of the first stage, and cut its items into slots."""
+    with contextlib.closing(chain.FIRST.of(job.stages(), {}, _CPU)) as first:
+        key, items, n = _key(first, progress), first.items(), 0
+        if not first.published():
+            first.begin(items)
+            n = min(cfg.n_parts, len(items))
+        (url,) = first.urls
+    parts = [{"name": f"part {i} of {n}", "part": f"{i}/{n}"} for i in range(1, n + 1)]
+    logger.info(
+        "%s: %d %s in %d items, %d parts to do.",
+        url, sum(item.cost for item in items), first.unit, len(items), n,
+    )  # fmt: skip
+    slots = {chain.FIRST.slots: jobs.cut(parts, cfg.n_parts)}
+    keys = {chain.FIRST.name: key}
+    jobs.write_plan(job, "plan", Plan(storage.name(url), [], slots, keys))
+    _tell_slots(cfg, slots)
+    return [url]
+
+
+def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
+    """Do the items of one slot. Items of one job follow each other, and open it once."""
+    stage = chain.of_slots(_step(cfg))
+    plan = jobs.read_plan(job, "plan" if stage is chain.FIRST else "publish")
+    assigned, stages = jobs.items_of(plan, stage.slots, cfg.slot), job.stages()
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, StageJob] = {}
+
+        def work(one: jobs.Item) -> list[str]:
+            run = one.get("run", "")
+            if run not in opened:
+                stack.close()  # of the job before, whose memory this one needs
+                opened.clear()
+                found = _found(job, plan, run) if stage is not chain.FIRST else {}
+                opened[run] = stack.enter_context(contextlib.closing(stage.of(stages, found)))
+                _check(opened[run], plan, job, progress)
+            driver.do(opened[run], _items(opened[run], one), progress)
+            return list(opened[run].urls) if len(opened[run].urls) == 1 else []
+
+        return list(dict.fromkeys(jobs.each(assigned, work, progress)))
+
+
+def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
+    """Publish the result of the first stage, and plan all that follows."""
+    stages = job.stages()
+    with contextlib.closing(chain.FIRST.of(stages, {}, _CPU)) as first:
+        _check(first, jobs.read_plan(job, "plan"), job, progress)
+        if not first.published():  # what is complete was checked when it was published
+            with progress.task("list the images again", total=None, unit="file") as task:
+                discover.check_unchanged(job.dataset, task.advance)
+        result = driver.finish(first, progress)
+    outputs.write_metrics(cfg.executor_input, {"dataset": job.dataset.name, **result.figures})
+    with progress.doing("plan the SAEs"):
+        plan = _plan_all(stages, result.urls[0], cfg.n_parts)
+    jobs.write_plan(job, "publish", plan)
+    _tell_slots(cfg, plan.slots)
+    return [*result.urls, *map(job.run, plan.runs)]
+
+
+def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
+    """Finish what other pods began for the SAEs of one slot, and do the stage that follows."""
+    stage = chain.of_slots(_step(cfg))
+    stages, plan = job.stages(), jobs.read_plan(job, "publish")
+    shown = show.Saes(job.dataset.name)
+
+    def work(one: jobs.Item) -> list[str]:
+        found, results = _found(job, plan, one["run"]), []
+        for earlier in chain.before(stage):
+            with contextlib.closing(earlier.of(stages, found, _CPU)) as begun:
+                results.append(driver.finish(begun, progress))
+            found[earlier.name] = results[-1].urls[0]
+        results.append(driver.run(stage.of(stages, found, _CPU), progress=progress))
+        shown.add(one["run"], results)
+        return [url for result in results for url in result.urls]
+
+    made = jobs.each(jobs.items_of(plan, stage.slots, cfg.slot), work, progress)
+    if cfg.executor_input or cfg.to_page:
+        names = overview.names_of([job.run(name) for name in plan.runs])
+        outputs.write_metrics(cfg.executor_input, shown.figures(names))
+        outputs.write_page(cfg.to_page, shown.page(names))
+    return made
+
+
+# --- Plans ---------------------------------------------------------------------------------------
+
+
+def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
+    """What there is to do after the first stage; all of it is known before any of it is done."""
+    found = {chain.FIRST.name: first}
+    plan = Plan(storage.name(first), [], {}, {})
+    there: set[str] = set()
+    for stage in chain.OF_ALL[1:]:
+        with contextlib.closing(stage.of(stages, found)) as one:
+            items = one.items()
+            todo = [item for item in items if not one.done(item)]
+            if not todo:
+                driver.finish(one)  # removes what killed workers left
+            runs, there = one.urls, set(one.there())
+            plan.keys[stage.name] = one.key
+        assigned = [{"name": item.name, "item": item.spec} for item in todo]
+        plan.slots[stage.slots] = jobs.cut(assigned, n_slots, [item.cost for item in todo])
+        logger.info("%s: %d of %d items to do.", stage.name, len(todo), len(items))
+    plan.runs.extend(map(storage.name, runs))
+    left = _left(stages, found, runs, there)
+    for stage in chain.OF_RUN:
+        plan.slots[stage.slots] = _cut(stage, left[stage.name], found, n_slots)
+        logger.info("%s: %d of %d SAEs to do.", stage.name, len(left[stage.name]), len(runs))
+    return plan
+
+
+def _left(
+    stages: Stages, found: chain.Found, runs: tp.Sequence[str], there: tp.Collection[str]
+) -> dict[str, list[str]]:
+    """Names of the runs that a stage has no result of, by the stage's name."""
+    left: dict[str, list[str]] = {stage.name: [] for stage in chain.OF_RUN}
+    for run in runs:
+        here, is_there = {**found, chain.RUNS: run}, run in there
+        for stage in chain.OF_RUN:
+            if is_there:
+                with contextlib.closing(stage.of(stages, here, _CPU)) as one:
+                    is_there = one.published()
+                    here[stage.name] = one.urls[0] if is_there else ""
+            if not is_there:  # then the stages after it are not done, either
+                left[stage.name].append(storage.name(run))
+    return left
+
+
+def _cut(stage: Stage, runs: tp.Sequence[str], found: chain.Found, n_slots: int) -> list:
+    if stage.whole:
+        items = [{"name": f"SAE {run}", "run": run} for run in runs]
+        # Fewer pods, since each of them counts in the one object in which Kubernetes keeps a run.
+        return jobs.cut(items, max(1, n_slots // 2))
+    n = jobs.n_pieces(len(runs), n_slots, stage.kind.pieces(found))
+    pieces = [
+        {"name": f"SAE {run}, part {i} of {n}", "run": run, "part": f"{i}/{n}"}
+        for run in runs
+        for i in range(1, n + 1)
+    ]
+    return jobs.cut(pieces, n_slots)
+
+
+# --- Jobs ----------------------------------------------------------------------------------------
+
+
+def _step(cfg: tp.Any) -> str:
+    return next(name for name, kind in cfgs.STEPS.items() if kind is type(cfg))
+
+
+def _tell_slots(cfg: tp.Any, slots: tp.Mapping[str, list[list[jobs.Item]]]) -> None:
+    for step, of_step in slots.items():
+        outputs.write_parameter(getattr(cfg, f"to_{step}"), jobs.numbered(of_step))
+
+
+def _found(job: Job, plan: Plan, run: str) -> dict[str, str]:
+    found = {chain.FIRST.name: job.shards(plan)}
+    return {**found, chain.RUNS: job.run(run)} if run else found
+
+
+def _items(opened: StageJob, one: jobs.Item) -> tp.Sequence[Item]:
+    if "item" in one:
+        return [Item(one["name"], 0, one["item"])]
+    return Part.parse(one["part"]).slice(opened.items())
+
+
+def _key(opened: StageJob, progress: Progress) -> str:
+    with progress.doing(opened.opening):
+        return opened.key
+
+
+def _check(opened: StageJob, plan: Plan, job: Job, progress: Progress) -> None:
+    """Refuse a job of other inputs than those that were planned, as far as these were known."""
+    planned = plan.keys.get(opened.name)
+    if planned is not None and (found := _key(opened, progress)) != planned:
+        raise ConfigError(
+            f"The result of `{opened.name}` on {job.dataset.url or job.dataset.name} has the key "
+            f"{found}, but {planned} was planned: the dataset, the weights or the version of saev "
+            "changed in between. Submit it again."
+        )
