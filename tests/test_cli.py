@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forker import Forker
 
 from saev import cli, shorthand
 from saev.config import ImgSegFolder, Matryoshka, Relu, ShardsConfig, TrainConfig
@@ -206,19 +207,17 @@ def test_python_m_saev_keeps_logs_off_standard_output(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_stage_at_once_and_without_a_traceback(
-    tmp_path: Path, signum: signal.Signals
+    forker: Forker, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    argv = [sys.executable, "-m", "saev", "shards", "--shards-root", str(tmp_path), *TINY]
-    argv += ["--max-tokens-per-shard", "50", "data:fake-img", "--data.n-examples", "100000"]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    argv = ["shards", "--shards-root", str(tmp_path), *TINY, "--max-tokens-per-shard", "50"]
+    pid = forker.start([*argv, "data:fake-img", "--data.n-examples", "100000"])
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/acts*.bin")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.05)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if signum == signal.SIGINT else 143)
-    assert "Traceback" not in err
+    os.kill(pid, signum)
+    ended = forker.wait(pid)
+    assert ended.status == (130 if signum == signal.SIGINT else 143), ended.stderr
+    assert "Traceback" not in ended.stderr
     assert not list(tmp_path.glob("*/.tmp-*")), "a temporary was left behind"
 
 

@@ -26,7 +26,7 @@ from saev.errors import ConfigError, ImageError
 from saev.images.budget import PIXELS_PER_WORKER
 from saev.shards import Shards, extract
 from saev.visuals.source import Source, read_class_names, recorded_data
-from visuals.chain import Chain, write_photos, write_png
+from visuals.chain import Chain, png, write_photos, write_png
 
 
 def published(root: Path, d_model: int, n: int = 8) -> str:
@@ -170,15 +170,13 @@ def test_threads_hold_a_bounded_number_of_pixels(
     """Eight threads ask at once; the images that are alive are counted from load to collection."""
     monkeypatch.setattr(cores, "available", lambda: 1)
     size = (3_000, 2_500) if has_masks else (4_000, 3_000)
-    image, mask = Image.new("RGB", size, (9, 99, 199)), Image.new("L", size, 3)
+    image = png(np.full((size[1], size[0], 3), (9, 99, 199), np.uint8))
+    mask = png(np.full((size[1], size[0]), 3, np.uint8))
     for i in range(8):
         place = tmp_path / "photos" / "images/training" if has_masks else tmp_path / "photos"
-        place.mkdir(parents=True, exist_ok=True)
-        image.save(place / f"{i}.png", compress_level=1)
+        storage.write_bytes(place / f"{i}.png", image)
         if has_masks:
-            place = tmp_path / "photos/annotations/training"
-            place.mkdir(parents=True, exist_ok=True)
-            mask.save(place / f"{i}.png", compress_level=1)
+            storage.write_bytes(tmp_path / "photos/annotations/training" / f"{i}.png", mask)
     kind = ImgSegFolder if has_masks else ImgFolder
     source = Source(recorded(tmp_path, kind(root=str(tmp_path / "photos"), max_pixels=13_000_000)))
     lock = threading.Lock()
