@@ -106,7 +106,7 @@ def child(args: argparse.Namespace) -> None:
 
 def memory(report: Report, sae_url: str, root: str, args: argparse.Namespace) -> None:
     """Rows about memory."""
-    few, many = (5_000, 50_000) if args.small else (50_000, args.most_tokens)
+    few, many = (2_000, 8_000) if args.small else (50_000, args.most_tokens)
     added = {}
     for n in (few, many):
         place = storage.join(root, f"tokens-{n}")
@@ -149,7 +149,7 @@ def main() -> None:
         child(args)
         return
     if args.small:
-        args.tokens, args.d_sae = 20_000, 1536
+        args.tokens, args.d_sae = 4_000, 1536
     report = Report(invocation(), args.json)
     with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
         shards_url, sae_url = write(root, folder(args.tokens, args)), write_sae(root, args)
