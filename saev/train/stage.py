@@ -178,6 +178,7 @@ class Training(Job):
 
     def begin(self, todo: Sequence[Item]) -> None:
         storage.check_writable(self.cfg.runs_root)
+        storage.clean_temporary(self.cfg.runs_root)  # of a process that was killed
 
     def work(self, item: Item, context: Context) -> None:
         group = self._group(item)
