@@ -48,12 +48,20 @@ checkpoint_minutes = 0
 """
 
 
+class Point(tp.NamedTuple):
+    """A resume point."""
+
+    step: int
+    group: str
+    """Name of the group of SAEs that trains."""
+
+
 class _Canceled(tp.NamedTuple):
     """A run that was canceled while it trained."""
 
-    before: set[int]
-    """Steps of its resume points when it was canceled."""
-    after: set[int]
+    before: set[Point]
+    """Its resume points when it was canceled."""
+    after: set[Point]
     """The same when it was over."""
     run_id: str
 
@@ -169,15 +177,15 @@ class Jobs:
         return self.cancel("cancel")[0]
 
     def resumed(self) -> str:
-        """Submitted again after a cancel, training goes on where it was."""
+        """Submitted again after a cancel, each group goes on where it was."""
         self._needs_first()
-        before = max(self.points())
+        newest = {point.group: point.step for point in sorted(self.points())}
         run_id = self._cancel_training("resume").run_id
-        said = self.cluster.logs(run_id)
-        found = re.search(r"Continuing at step (\d+)", said)
-        if not found or int(found[1]) != before:
-            raise Failed(f"it did not continue at step {before}: {found and found[0]}")
-        return f"continued at step {before}"
+        said = self.cluster.logs(run_id, "train")
+        found = {int(step) for step in re.findall(r"Continuing at step (\d+)", said)}
+        if not found or not found <= set(newest.values()):
+            raise Failed(f"it continued at {found or 'no step'}; expected {set(newest.values())}")
+        return f"continued at step {' and '.join(map(str, sorted(found)))}"
 
     def cancel(self, name: str) -> tuple[str, str]:
         """Cancel a run while it trains. Returns what was found, and the run's id."""
@@ -185,7 +193,8 @@ class Jobs:
         before, after, run_id = self._cancel_training(name)
         if not after - before:
             raise Failed(
-                f"no resume point was written when it was stopped; the newest was {max(before)}",
+                "no resume point was written when it was stopped; the newest was "
+                f"{max(before).step}",
                 "See whether the log of the step's container `wait` names kill-cmd-main.",
             )
         place = cluster.at("out/datasets/runs", f"{run_id}.json")
@@ -195,7 +204,7 @@ class Jobs:
         if held:
             raise Failed(f"the claim {held[0]} is still held")
         last = cluster.last_word(run_id)
-        found = f"resume point at step {max(after)}, claim given back; the log ends: {last}"
+        found = f"resume point at step {max(after).step}, claim given back; the log ends: {last}"
         return found, run_id
 
     def _cancel_training(self, name: str) -> "_Canceled":
@@ -205,7 +214,7 @@ class Jobs:
         known = self.points()
         run_id = cluster.submit(f"{self.name}-{name}", self.dataset, config)
 
-        def look() -> set[int] | None:
+        def look() -> set[Point] | None:
             run = cluster.run(run_id)
             if run.state in steps.OVER:
                 raise Failed(f"the run was over before it trained: {cluster.last_word(run_id)}")
@@ -218,11 +227,11 @@ class Jobs:
         cluster.end(run_id, 300)
         return _Canceled(before, self.points() - known, run_id)
 
-    def points(self) -> set[int]:
-        """Steps of the resume points that are on storage."""
+    def points(self) -> set[Point]:
+        """The resume points that are on storage."""
         keys = self.cluster.keys("out")
-        found = (re.search(r"resume/[^/]+/step-(\d+)\.json$", key) for key in keys)
-        return {int(match[1]) for match in found if match}
+        found = (re.search(r"resume/([^/]+)/step-(\d+)\.json$", key) for key in keys)
+        return {Point(int(match[2]), match[1]) for match in found if match}
 
     def _held(self, run_id: str) -> list[str]:
         """Newest claims that the run holds."""
