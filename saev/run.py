@@ -3,13 +3,27 @@
 import logging
 
 from saev import chain, driver, storage
+from saev.config.images import ImageData, ImgFolder, ImgSegFolder
+from saev.config.named import FIRST_LOOK, named_config
 from saev.config.run import RunConfig, RunFile
 from saev.config.stages import Stages
 from saev.config.stages import resolve as resolve_stages
+from saev.config.train import TrainConfig
+from saev.errors import ConfigError
 from saev.progress import Progress
+from saev.shards import Shards
 from saev.visuals import overview
 
 logger = logging.getLogger(__name__)
+
+_MODEL = "DINOv2 ViT-S/14 (Apache License 2.0)"
+"""The model of the config first-look."""
+_EPOCHS = 10
+"""Of a first look. Where they are more than the config's tokens, there are fewer."""
+_LEAST_TOKENS = 300_000
+"""A run of fewer tokens has too few steps; this many take about 20 s on two cores."""
+_TOKENS_PER_LATENT = 100
+"""Below this, `saev run` warns: an active latent fires on about k / d_sae of all tokens."""
 
 
 def run(cfg: RunConfig, progress: Progress | None = None) -> str:
@@ -22,11 +36,16 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
         ConfigError: a key of the file is wrong; nothing has been started then.
     """
     stages = resolve(cfg)
+    is_first_look = cfg.config == named_config(FIRST_LOOK)
+    if is_first_look:
+        logger.info("Config %s: %s, from the model hub.", FIRST_LOOK, _MODEL)
     found: dict[str, str] = {}
     runs: tuple[str, ...] = ()
     for stage in chain.OF_ALL:
         runs = driver.run(stage.of(stages, found), progress=progress).urls
         found[stage.name] = runs[0]
+        if is_first_look and stage is chain.FIRST:
+            stages = stages._replace(train=sized(stages.train, runs[0]))
     shards = found[chain.FIRST.name]
     for run_url in runs:
         found[chain.RUNS] = run_url
@@ -47,4 +66,65 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
 def resolve(cfg: RunConfig) -> Stages:
     """Read the file and check every table of it."""
     source = storage.normalize(cfg.config)
-    return resolve_stages(RunFile.read(cfg.config), cfg.root, cfg.data, source)
+    data = cfg.data
+    if cfg.pictures:
+        if data is not None:
+            raise ConfigError(
+                f"The images are named twice: {cfg.pictures}, and with data:{data.kind}. Keep one."
+            )
+        data = recognised(cfg.pictures)
+    return resolve_stages(RunFile.read(cfg.config), cfg.root, data, source)
+
+
+def recognised(url: str) -> ImageData:
+    """What a folder is: images with masks (ADE20K's layout), or images.
+
+    Args:
+        url: the folder. Images with masks are in ``images/SPLIT``, and ``annotations`` is beside.
+    """
+    images = storage.join(url, "images")
+    if not (storage.is_dir(images) and storage.is_dir(storage.join(url, "annotations"))):
+        return ImgFolder(root=url)
+    splits = sorted(storage.name(entry.url) for entry in storage.list_dir(images))
+    usual = ImgSegFolder.model_fields["split"].default
+    split = usual if usual in splits or not splits else splits[0]
+    logger.info("%s holds images and masks; the split %s is taken.", url, split)
+    return ImgSegFolder(root=url, split=split)
+
+
+def sized(training: TrainConfig, shards: str) -> TrainConfig:
+    """A first look's training, as long and as wide as suits the activations at a URL."""
+    with Shards.open(shards) as opened:
+        n_images = opened.n_examples
+        n_tokens = n_images * opened.metadata.content_tokens_per_example
+        d_model = opened.d_model
+    found = suited(training, n_tokens, d_model)
+    d_sae = found.sae.exp_factor * d_model
+    logger.info(
+        "%d images are %s tokens. One SAE of %d latents sees %s of them (%.1f epochs).",
+        n_images, f"{n_tokens:,}", d_sae, f"{found.n_train:,}", found.n_train / max(1, n_tokens),
+    )  # fmt: skip
+    wanted = _TOKENS_PER_LATENT * d_sae
+    if n_tokens < wanted:
+        logger.warning(
+            "That is little for %d latents: many will never fire, and the others know these "
+            "pictures only. Some %d images or more make a dictionary.",
+            d_sae, wanted * n_images // max(1, n_tokens),
+        )  # fmt: skip
+    return found
+
+
+def suited(training: TrainConfig, n_tokens: int, d_model: int) -> TrainConfig:
+    """A training of ten epochs within limits, and of half the width where tokens are few.
+
+    Args:
+        training: the training of the config; its ``n_train`` is the most.
+        n_tokens: content tokens of one layer.
+        d_model: width of the activations.
+    """
+    n_train = min(training.n_train, max(_EPOCHS * n_tokens, _LEAST_TOKENS))
+    factor = training.sae.exp_factor
+    if n_tokens < _TOKENS_PER_LATENT * factor * d_model:
+        factor = max(1, factor // 2)
+    sae = training.sae.model_copy(update={"exp_factor": factor})
+    return training.model_copy(update={"n_train": n_train, "sae": sae})

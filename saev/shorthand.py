@@ -19,6 +19,7 @@ from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfi
 from saev.config.base import Config
 from saev.config.images import ImgFolder
 from saev.config.loaders import DataConfig, LoaderConfig
+from saev.config.named import FIRST_LOOK
 from saev.config.run import RunConfig
 from saev.config.sae import SaeConfig, TopK, Vanilla
 
@@ -149,12 +150,13 @@ COMMANDS: dict[str, Command] = {
     "run": Command(
         RunConfig,
         (
-            "saev run --config dinov2-small --images ~/pictures --root out",
+            "saev run ~/pictures",
+            "saev run ~/pictures --config dinov2-small --root out",
             "saev run --config job.toml --root s3://bucket/saev",
         ),
         {
             "common": (
-                Flag("config", "config", RunConfig, "required"),
+                Flag("config", "config", RunConfig, FIRST_LOOK),
                 IMAGES._replace(default="[data] of the file; or data:…, see --help-all"),
                 Flag("root", "root", RunConfig),
             ),

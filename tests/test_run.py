@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from saev import run, storage
-from saev.config import FakeImgSeg, LoaderConfig, TrainConfig
+from saev.config import FakeImgSeg, ImgSegFolder, LoaderConfig, TrainConfig
+from saev.config.named import named_config
 from saev.config.run import RunConfig, RunFile
 from saev.config.stages import resolve
 from saev.errors import ConfigError
@@ -163,3 +164,81 @@ def test_warnings_are_printed_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert len(said) == len(set(said)), said
     for text in ("combinations are repeated", "masks in", "have no label", "used on all tokens"):
         assert [text in message for message in said].count(True) in (1, 2), (text, said)
+
+
+# --- saev run ~/pictures -----------------------------------------------------------------------
+
+
+def pictures(folder: Path, n: int) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The config that comes with saev, with a network that needs no hub."""
+    ours = Path(named_config("first-look"))
+    text = ours.read_text().replace('"dinov2"', '"timm"').replace('"vits14"', '"test_vit/random"')
+    file = tmp_path / "first-look.toml"
+    file.write_text(text.replace("image_size = 224", "image_size = 32"))
+    monkeypatch.setattr(run, "named_config", {"first-look": str(file)}.__getitem__)
+    monkeypatch.setattr(run, "_LEAST_TOKENS", 4_000)
+    return file
+
+
+def test_a_folder_of_pictures_is_enough(
+    first_look: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = pictures(tmp_path / "pictures", 3)
+    cfg = RunConfig(pictures=str(folder), config=str(first_look), root=str(tmp_path / "out"))
+    page = run.run(cfg)
+    assert storage.exists(page)
+    (found,) = (tmp_path / "out" / "runs").iterdir()
+    config = TrainConfig.of_run(found)
+    # 3 pictures of 2 x 2 patches; the test network is 64 wide.
+    assert (config.n_train, config.sae.d_sae) == (4_000, 128)
+    assert "DINOv2 ViT-S/14 (Apache License 2.0), from the model hub" in caplog.text
+    assert "3 images are 12 tokens. One SAE of 128 latents sees 4,000 of them" in caplog.text
+    assert "That is little for 128 latents" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_train", "d_sae"),
+    [
+        (1_536, 300_000, 768),  # six pictures
+        (100_000, 1_000_000, 768),
+        (153_599, 1_535_990, 768),
+        (153_600, 1_536_000, 1_536),  # 100 tokens for each latent
+        (40_000_000, 10_000_000, 1_536),
+    ],
+)
+def test_a_first_look_suits_the_data(n_tokens: int, n_train: int, d_sae: int) -> None:
+    """Ten epochs, between 300,000 tokens and the config's 10 million."""
+    training = TrainConfig.from_dict(RunFile.read(named_config("first-look")).train)
+    found = run.suited(training, n_tokens, 384)
+    assert (found.n_train, found.sae.exp_factor * 384) == (n_train, d_sae)
+
+
+def test_masks_are_recognised(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "plain", 1)
+    assert run.recognised(str(folder)).kind == "img-folder"
+    for split in ("validation", "training"):
+        pictures(tmp_path / "seg" / "images" / split, 1)
+        found = run.recognised(str(tmp_path / "seg"))
+        assert found.kind == "img-folder"  # there are no masks yet
+    (tmp_path / "seg" / "annotations").mkdir()
+    found = run.recognised(str(tmp_path / "seg"))
+    assert isinstance(found, ImgSegFolder)
+    assert found.split == "training"
+
+
+def test_images_are_named_once(config: Path, tmp_path: Path) -> None:
+    cfg = RunConfig(
+        pictures=str(tmp_path), config=str(config), data=FakeImgSeg(n_examples=3), root="out"
+    )
+    with pytest.raises(ConfigError, match="named twice"):
+        run.resolve(cfg)

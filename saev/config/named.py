@@ -14,6 +14,8 @@ from saev import storage
 
 _CONFIGS = storage.join(str(importlib.resources.files("saev")), "configs")
 _SWEEPS = storage.join(_CONFIGS, "sweeps")
+FIRST_LOOK = "first-look"
+"""Name of the config of `saev run` where none is named."""
 _NAME = re.compile(r"(?:configs/)?(?:sweep-)?(?P<name>[a-z0-9-]+)(?:\.toml)?")
 """A name, or the path at which version 0.1.0 kept the file in its checkout."""
 

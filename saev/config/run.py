@@ -3,21 +3,24 @@
 import typing as tp
 
 import pydantic
+import tyro
 
 from saev import storage
 from saev.config.base import Config
 from saev.config.images import ImageData
-from saev.config.named import ConfigFile, named_sweep
+from saev.config.named import FIRST_LOOK, ConfigFile, named_sweep
 from saev.errors import ConfigError, CorruptDataError
 
 
 class RunConfig(Config):
     """Images in, a picture book of features out: all four stages, skipping what is done."""
 
-    config: ConfigFile
+    pictures: tyro.conf.Positional[str] = ""
+    """URL of a folder of images, or of one with masks: `images` and `annotations` below it."""
+    config: ConfigFile = pydantic.Field(default=FIRST_LOOK, validate_default=True)
     """Name of a config that comes with saev (such as dinov2-small), or URL of a TOML file (or JSON,
     if it is called so) with the tables [shards], [train], [inference] and [visuals]; their keys are
-    the flags of those commands."""
+    the flags of those commands. first-look is one SAE of DINOv2 ViT-S/14, in minutes."""
     root: str = "./saev-out"
     """URL of the folder for everything: root/shards, root/runs and root/index.html."""
     data: ImageData | None = None
