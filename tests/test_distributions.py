@@ -16,8 +16,8 @@ from saev.config.run import RunFile
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("saev/*/__init__.py"))
 FIRST = {
-    "demo": "demo.photos", "launch": "launch.runs", "steps": "steps.run",
-    "visuals": "visuals.choose",
+    "demo": "demo.photos", "inference": "inference.stage", "launch": "launch.runs",
+    "steps": "steps.run", "visuals": "visuals.choose",
 }  # fmt: skip
 """A module of those packages that import nothing by themselves."""
 
