@@ -131,6 +131,11 @@ def _in_threads(job: Job, todo: Sequence[Item], context: Context) -> None:
 
 
 def _one(job: Job, item: Item, context: Context) -> None:
+    ranks = job.ranks
+    if ranks.tell(job.done(item) if ranks.first else None):  # two workers share what is left
+        if job.unit and job.threads == 1:
+            context.bar.advance(round(item.cost))
+        return
     with unless_done(
         lambda: job.done(item) or job.published(),
         f"{item.name} of {_named(job)} was done by another worker meanwhile",
