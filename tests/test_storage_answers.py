@@ -15,6 +15,7 @@ from test_storage_s3 import clean, endpoint, proxy  # noqa: F401 - fixtures
 from saev import storage
 from saev.errors import StorageError
 from saev.storage import waiting
+from saev.storage.answers import Answer
 
 WAYS: dict[str, Callable[[str], object]] = {
     "write": lambda url: storage.write_bytes(url, b"x"),
@@ -225,3 +226,14 @@ def test_no_credentials(url, endpoint, clean, monkeypatch) -> None:  # noqa: F81
         s3fs.S3FileSystem.clear_instance_cache()
         assert "no credentials were found" in refused(way, url)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_status_that_passes_is_asked_again(status: int) -> None:
+    """Those of RFC 9110, section 15, that may be of the moment, and 429 of RFC 6585."""
+    assert Answer(status, "", "").passes
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 412, 501, 505])
+def test_a_status_that_stays_is_not(status: int) -> None:
+    assert not Answer(status, "", "").passes

@@ -162,3 +162,13 @@ def test_a_million_files_are_scanned_one_by_one(tmp_path: Path) -> None:
     n, peak = map(int, ran.stdout.split())
     assert n == 30_000
     assert peak / n < 150  # a name and its place in a list
+
+
+def test_a_walk_finds_finished_files_only(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"x")
+    (tmp_path / "a" / ".tmp-1").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    assert [found.key for found in storage.walk(tmp_path)] == ["a/file"]
+    found = storage.walk(tmp_path, temporary=True)
+    assert [one.key for one in sorted(found)] == ["a/.tmp-1", "a/file"]
