@@ -27,7 +27,7 @@ from saev.config import LoaderConfig, Matryoshka, SaeConfig, TopK
 from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank, activations
 from saev.nn.encode import pre_activations
-from saev.nn.gradients import Weights
+from saev.nn.weights import Weights
 from saev.shards import Shards
 
 N_PREFIXES = 10

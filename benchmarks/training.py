@@ -22,8 +22,9 @@ from harness import Report, alternate, invocation, parser, per_second
 
 from saev.config import BatchTopK, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.config.sae import Activation, Objective
-from saev.nn import SaeBank, activations, sparse
+from saev.nn import SaeBank, activations
 from saev.nn.encode import largest
+from saev.nn.kernels import sparse
 
 MANY = 8
 KINDS: dict[str, tuple[Activation, Objective, dict[int, float]]] = {

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from saev.config.sae import TopK
 from saev.nn.encode import largest
+from saev.nn.kernels.sparse import sum_bags
 from saev.nn.sae import SparseAutoencoder
-from saev.nn.sparse import sum_bags
 
 _SPARSE_BELOW = 1 / 32
 """Density below which adding up decoder rows beats a dense product."""

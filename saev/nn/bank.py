@@ -21,14 +21,15 @@ from torch import Tensor
 from saev.config.sae import JumpRelu, Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
 from saev.nn.folding import fold_normalization
-from saev.nn.gradients import Weights, squared_norm, total, variation
 from saev.nn.group import DeadLatents, Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
-from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities
+from saev.nn.kernels.errors import squared_norm, total
+from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities, variation
 from saev.nn.optim import Adam, Muon, Optimizer
 from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sae import SparseAutoencoder
 from saev.nn.sparsity import Coefficient, SparsityControl, stacked
+from saev.nn.weights import Weights
 
 _CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
 """Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saev.device import upload
-from saev.nn.gradients import Weights
+from saev.nn.kernels.sparse import Codes
 from saev.nn.ranks import ALONE, Ranks
-from saev.nn.sparse import Codes
+from saev.nn.weights import Weights
 
 _BOUND = 0.75
 """BatchTopK looks for its k·B largest among values above this share of the moving threshold, which

@@ -1,17 +1,22 @@
-"""Gradients of a group of members of a bank on one batch: codes, reconstruction, AuxK."""
+"""Forward, losses and backward of a group of members of a bank on one batch."""
 
+import functools
 import typing as tp
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
+from saev.config.sae import Activation, BatchTopK, Objective, TopK
 from saev.device import upload
-from saev.nn import encode, gradients, sparse
-from saev.nn.gradients import Weights
-from saev.nn.objectives import Prefixes, default_k_aux
+from saev.nn import encode
+from saev.nn.kernels import sparse
+from saev.nn.kernels.errors import nested_errors, squared_error, squared_norm, total
+from saev.nn.latents import Latents, SparseLatents, dense_latents
+from saev.nn.objectives import Prefixes, default_k_aux, reconstruction_loss
 from saev.nn.ranks import Ranks
+from saev.nn.weights import Weights
 
 
 class Group(tp.NamedTuple):
@@ -81,7 +86,10 @@ def group_gradients(
     dead: DeadLatents | None,
     variance: Tensor,
 ) -> GroupSums:
-    """Add the gradients of a group's loss (:mod:`saev.nn.objectives`) to ``group.grads``.
+    """Forward, losses and backward of a group: adds the gradients of its loss
+    (:mod:`saev.nn.objectives`) to ``group.grads``.
+
+    Nothing of size [B, d_sae] outlives a chunk of rows: each chunk goes backward at once.
 
     Args:
         group: the members.
@@ -89,30 +97,84 @@ def group_gradients(
         dead: the group's; None if none can be.
         variance: v of the AuxK term.
     """
+    weights = group.weights.leaves(group.grads)
     codes = _codes(group, x)
     reviving = _reviving(group, dead)
-    sums: gradients.Totals | None = None
-    residuals = []
+    measured, residuals = [], []
+    parts: list[sparse.Part] = []
+    grads_of_values: list[Tensor] = []
     for start in range(0, max(1, x.shape[0]), group.chunk):
         x_c = x[start : start + group.chunk]
-        if codes is None:
-            part, residual = _dense_chunk(group, x_c, group.n_tokens)
-        else:
-            rows = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
-            part, residual = gradients.sparse_chunk(
-                group.weights, group.grads, x_c, rows, group.prefixes, group.n_tokens
+        with torch.enable_grad():
+            if codes is None:
+                f: Latents = dense_latents(weights, x_c, group.activations[0], group.bf16)
+            else:
+                parts.append(_part(group, x_c, codes, start))
+                f = _leaf(parts[-1])
+            blocks = f.decode(weights.W_dec, group.prefixes)
+            errors, residual = nested_errors(
+                blocks, weights.b_dec, x_c, group.prefixes.lengths.shape[1]
             )
+            loss = reconstruction_loss(errors, group.prefixes, group.n_tokens, x.shape[1])
+            if f.penalty is not None:
+                loss = loss + f.penalty.sum() * (group.coeffs[0] / group.n_tokens)
+        loss.backward()
+        measured.append((errors.detach(), *f.per_latent(group.weights.b_enc)))
+        if isinstance(f, SparseLatents):
+            assert f.codes.values.grad is not None
+            grads_of_values.append(f.codes.values.grad)
         if reviving:
             residuals.append(residual)
-        sums = part if sums is None else gradients.Totals(*map(torch.add, sums, part))
-    assert sums is not None
+    if parts:
+        _encoder_backward(weights, parts, torch.cat(grads_of_values))
+    error, n_active, value = (
+        functools.reduce(torch.add, sums) for sums in zip(*measured, strict=True)
+    )
+    return GroupSums(
+        mse=(error * group.prefixes.weights).sum(-1),
+        error=error[:, -1],
+        n_active=n_active,
+        l0=total(n_active),
+        l1=total(value),
+        aux=_aux_k(group, x, dead, reviving, residuals, variance),
+    )
+
+
+def _part(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.Part:
+    rows = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
+    return sparse.Part.of(x_c, rows, group.weights.b_enc.numel())
+
+
+def _leaf(part: sparse.Part) -> SparseLatents:
+    """Codes whose gradient is kept until that of the encoder is computed for all chunks."""
+    values = part.codes.values.detach().requires_grad_()
+    return SparseLatents(part.codes._replace(values=values), part.grouped, part.x.shape[0])
+
+
+def _encoder_backward(weights: Weights, parts: list[sparse.Part], grad_values: Tensor) -> None:
+    with torch.enable_grad():
+        w_enc, b_enc = weights.W_enc.flatten(0, 1), weights.b_enc.flatten()
+        values = sparse.encode(w_enc, b_enc, parts)
+    values.backward(grad_values)
+
+
+def _aux_k(
+    group: Group,
+    x: Tensor,
+    dead: DeadLatents | None,
+    reviving: list[int],
+    residuals: list[Tensor],
+    variance: Tensor,
+) -> Float[Tensor, " g"]:
+    """AuxK terms; their gradients are added to ``group.grads``."""
     aux = torch.zeros(len(group), dtype=x.dtype, device=x.device)
     whole = [torch.cat([r[g] for r in residuals]) for g in reviving]
-    energies = [gradients.total(gradients.squared_norm(residual)) for residual in whole]
+    energies = [total(squared_norm(residual)) for residual in whole]
     group.ranks.add_(*energies)
     for g, residual, energy in zip(reviving, whole, energies, strict=True):
         assert dead is not None
-        aux[g] = gradients.aux_k(
+        objective = group.objectives[g]
+        aux[g] = aux_k(
             group.weights.member(g),
             group.grads.member(g),
             x,
@@ -120,26 +182,11 @@ def group_gradients(
             energy,
             dead.candidates[g],
             dead.mask[g],
-            group.objectives[g].k_aux or default_k_aux(x.shape[1]),
-            variance * group.objectives[g].aux_coeff,
+            objective.k_aux or default_k_aux(x.shape[1]),
+            variance * objective.aux_coeff,
             group.chunk,
         )
-    return GroupSums(
-        mse=(sums.error * group.prefixes.weights).sum(-1),
-        error=sums.error[:, -1],
-        n_active=sums.n_active,
-        l0=gradients.total(sums.n_active),
-        l1=gradients.total(sums.value),
-        aux=aux,
-    )
-
-
-def _dense_chunk(group: Group, x_c: Tensor, n_tokens: int) -> tuple[gradients.Totals, Tensor]:
-    (activation,), (coeff,) = group.activations, group.coeffs
-    width = activation.kernel_width if isinstance(activation, JumpRelu) else 1.0
-    return gradients.dense_chunk(
-        group.weights, group.grads, x_c, group.prefixes, n_tokens, coeff, width, group.bf16
-    )
+    return aux
 
 
 def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
@@ -181,3 +228,54 @@ def _reviving(group: Group, dead: DeadLatents | None) -> list[int]:
         return []
     some = zip(dead.candidates, group.objectives, strict=True)
     return [g for g, (index, o) in enumerate(some) if len(index) and o.aux_coeff > 0]
+
+
+def aux_k(
+    weights: Weights,
+    grads: Weights,
+    x: Float[Tensor, "b d"],
+    residual: Float[Tensor, "b d"],
+    energy: Tensor,
+    candidates: Int[Tensor, " c"],
+    dead: Bool[Tensor, " s"],
+    k_aux: int,
+    coeff: Tensor,
+    chunk: int,
+) -> Tensor:
+    """Add the gradient of one member's AuxK term (see :mod:`saev.nn.objectives`); returns the term.
+
+    Args:
+        weights: of the member (a group of one).
+        grads: added to.
+        x: the batch (of several ranks, the rows of this one).
+        residual: e = x - x̂ of these rows, a constant.
+        energy: Σ ‖e‖² over the batch of all ranks.
+        candidates: latents among which all dead ones are; at least one.
+        dead: which latents are dead.
+        k_aux: dead latents used per token.
+        coeff: α·v.
+        chunk: rows at a time.
+    """
+    rows = [t[0].index_select(0, candidates).requires_grad_() for t in weights[:3]]
+    w_enc, b_enc, w_dec = rows
+    is_dead = dead.index_select(0, candidates)
+    share = (is_dead.sum().to(coeff.dtype) / k_aux).clamp(max=1.0)
+    # Where nothing is left over there is nothing to learn.
+    factor = torch.where(energy == 0, 0.0, coeff * share / energy)
+    error = torch.zeros((), dtype=x.dtype, device=x.device)
+    for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):
+        with torch.enable_grad():
+            z = F.linear(x_c, w_enc, b_enc)
+            kept = is_dead
+            if candidates.shape[0] > k_aux:
+                top = z.detach().masked_fill(~is_dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
+                kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top.indices, True)
+                kept &= is_dead
+            left_over = squared_error(torch.where(kept, z, 0.0) @ w_dec - e_c)
+            loss = factor * left_over
+        loss.backward()
+        error += left_over.detach()
+    for grad, row in zip((grads.W_enc, grads.b_enc, grads.W_dec), rows, strict=True):
+        if row.grad is not None:  # a rank may have no rows
+            grad[0].index_add_(0, candidates, row.grad)
+    return factor * error

@@ -27,6 +27,8 @@ from torch import Tensor
 from saev.config.sae import Matryoshka, Objective
 from saev.device import upload
 from saev.errors import ConfigError
+from saev.nn.kernels.errors import squared_norm, total
+from saev.nn.ranks import Ranks
 
 
 class Prefixes(tp.NamedTuple):
@@ -43,6 +45,20 @@ class Prefixes(tp.NamedTuple):
         """On another tensor's device, with weights of its type."""
         lengths = self.lengths.to(like.device, non_blocking=True)
         return Prefixes(lengths, upload(self.weights, like), self.cuts)
+
+
+def reconstruction_loss(
+    errors: Float[Tensor, "g p"], prefixes: Prefixes, n_tokens: int, d_model: int
+) -> Float[Tensor, ""]:
+    """The mse of some rows of a batch, summed over members.
+
+    Args:
+        errors: Σ ‖x - x̂_j‖² of each prefix over these rows.
+        prefixes: of the members.
+        n_tokens: B.
+        d_model: width.
+    """
+    return (errors * prefixes.weights).sum() * (1 / (n_tokens * d_model))
 
 
 def default_k_aux(d_model: int) -> int:
@@ -113,3 +129,15 @@ def draw_prefixes(
             )
         weights[g, :count] = 1 / count
     return Prefixes(lengths, weights, lengths.tolist())
+
+
+def variation(x: Float[Tensor, "b d"], ranks: Ranks, n_tokens: int) -> Tensor:
+    """Σ ‖x - x̄‖² over a batch of n_tokens, of which x is this rank's share."""
+    if ranks.alone:
+        return total(squared_norm(x - x.mean(0)))
+    # In float64, where Σ‖x‖² - B·‖x̄‖² loses nothing that float32 has; one sum serves for both.
+    wide = x.double()
+    sums = torch.stack([wide.sum(0), wide.square().sum(0)])
+    ranks.add_(sums)
+    squares = (sums[1] - sums[0].square() / n_tokens).sum()
+    return squares.clamp(min=0).to(x.dtype)

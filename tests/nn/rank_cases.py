@@ -16,8 +16,8 @@ import torch
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.nn import SaeBank
 from saev.nn.encode import batch_top_k_codes
-from saev.nn.gradients import Weights
 from saev.nn.ranks import ALONE, Agreement, Ranks
+from saev.nn.weights import Weights
 
 D, S, STEPS = 23, 71, 12
 SIZES = (130, 97, 5)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.errors import ConfigError
-from saev.nn import activations, objectives, sparse
+from saev.nn import activations, objectives
 from saev.nn.encode import largest
 from saev.nn.init import initial_weights, least_error_scale
+from saev.nn.kernels import sparse
 from saev.nn.sae import SparseAutoencoder
 
 

@@ -16,7 +16,7 @@ from saev.config import BatchTopK, JumpRelu, Matryoshka, Objective, Relu, SaeCon
 from saev.inference.encode import encode
 from saev.nn import SaeBank, SparseAutoencoder
 from saev.nn.encode import batch_top_k_codes, largest, top_k_codes
-from saev.nn.gradients import Weights
+from saev.nn.weights import Weights
 
 # Tolerances are for rounding, so the same examples every time: a rare coincidence is no news.
 properties = settings(deadline=None, derandomize=True, max_examples=60)

@@ -108,25 +108,99 @@ def sum_bags_vjp(
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: tp.Any, values: Tensor, w_dec: Tensor, latents: Tensor, row_ptr: Tensor
+        ctx: tp.Any,
+        values: Tensor,
+        table: Tensor,
+        latents: Tensor,
+        ptr: Tensor,
+        grouped: ByLatent | None,
     ) -> Tensor:
-        out, ctx.pull_back = sum_bags_vjp(w_dec, latents, values, row_ptr)
-        ctx.save_for_backward(values, latents, row_ptr)
-        ctx.n_latents = w_dec.shape[0]
+        out, ctx.pull_back = sum_bags_vjp(table, latents, values, ptr)
+        ctx.save_for_backward(values, latents, ptr)
+        ctx.grouped, ctx.n_latents = grouped, table.shape[0]
         return out
 
     @staticmethod
-    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        values, latents, row_ptr = ctx.saved_tensors
+    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        values, latents, ptr = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_w = None
+        grad_table = None
         if ctx.needs_input_grad[1]:
-            grouped = group_by_latent(latents, ctx.n_latents)
-            rows = bag_of_entry(row_ptr, latents.shape[0])[grouped.order]
-            grad_w = sum_bags(grad, rows, values[grouped.order], grouped.ptr)
-        return ctx.pull_back(grad), grad_w, None, None
+            grouped = ctx.grouped or group_by_latent(latents, ctx.n_latents)
+            bags = bag_of_entry(ptr, latents.shape[0])[grouped.order]
+            grad_table = sum_bags(grad, bags, values[grouped.order], grouped.ptr)
+        return ctx.pull_back(grad), grad_table, None, None, None
 
 
-def decode(codes: Codes, w_dec: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, "rows d_model"]:
-    """f·W_dec for sparse f; differentiable in the values and in W_dec, both sparsely."""
-    return tp.cast(Tensor, _Decode.apply(codes.values, w_dec, codes.latents, codes.row_ptr))
+def decode(
+    codes: Codes,
+    w_dec: Float[Tensor, "d_sae d_model"],
+    ptr: Int[Tensor, " bags_plus_1"] | None = None,
+    grouped: ByLatent | None = None,
+) -> Float[Tensor, "bags d_model"]:
+    """f·W_dec for sparse f; differentiable in the values and in W_dec, both sparsely.
+
+    Args:
+        codes: f.
+        w_dec: decoder.
+        ptr: int32; sums the entries ptr[i] : ptr[i+1], instead of one row of the codes.
+        grouped: the entries by latent, if they are known already.
+    """
+    ends = codes.row_ptr if ptr is None else ptr
+    return tp.cast(Tensor, _Decode.apply(codes.values, w_dec, codes.latents, ends, grouped))
+
+
+class Part(tp.NamedTuple):
+    """Some rows of a batch: whole tokens of all members."""
+
+    x: Float[Tensor, "c d"]
+    """Their input, the same for all members."""
+    codes: Codes
+    """Of g·c rows, member by member."""
+    grouped: ByLatent
+    """The entries by latent."""
+    rows: Int[Tensor, " nnz"]
+    """int32 row of x of each entry, by latent."""
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "c d"], codes: Codes, n_latents: int) -> "Part":
+        """Group the entries of some rows by latent."""
+        grouped = group_by_latent(codes.latents, n_latents)
+        rows = bag_of_entry(codes.row_ptr, codes.latents.shape[0])[grouped.order]
+        one = codes.n_rows == x.shape[0]  # one member
+        return cls(x, codes, grouped, rows if one else rows.remainder(x.shape[0]))
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: tp.Any, w_enc: Tensor, b_enc: Tensor, parts: tp.Sequence[Part]) -> Tensor:
+        ctx.parts, ctx.shape = parts, w_enc.shape
+        return torch.cat([part.codes.values for part in parts])
+
+    @staticmethod
+    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_b = grad.new_zeros(ctx.shape[0])
+        grad_w: Tensor | None = None
+        lengths = [len(part.codes.values) for part in ctx.parts]
+        for part, g in zip(ctx.parts, grad.split(lengths), strict=True):
+            codes, grouped = part.codes, part.grouped
+            grad_z = g * (codes.values > 0)
+            own = sum_bags(part.x, part.rows, grad_z[grouped.order], grouped.ptr)
+            grad_w = own if grad_w is None else grad_w.add_(own)
+            grad_b.index_add_(0, codes.latents, grad_z)
+        assert grad_w is not None
+        return grad_w, grad_b, None
+
+
+def encode(
+    w_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], parts: tp.Sequence[Part]
+) -> Float[Tensor, " nnz"]:
+    """The values of codes, max(0, x·W_enc + b_enc) of the selected latents, which the parts hold
+    already. Differentiable in W_enc and b_enc, sparsely; which latents are selected is a constant.
+
+    Args:
+        w_enc: encoder, transposed.
+        b_enc: its bias.
+        parts: all rows.
+    """
+    return tp.cast(Tensor, _Encode.apply(w_enc, b_enc, parts))

@@ -1,0 +1,128 @@
+"""Dense latents: their decoder block by block, and the two activations that have a penalty."""
+
+import itertools
+import typing as tp
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saev.nn.activations import rectangle
+
+
+def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
+    """a·b, multiplied in bfloat16 if asked for. Differentiable."""
+    return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if bf16 else a @ b
+
+
+class _DecodeBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: tp.Any, f: Tensor, w_dec: Tensor, cuts: tp.Sequence[int], bf16: bool
+    ) -> Tensor:
+        ctx.save_for_backward(f, w_dec)
+        ctx.ranges, ctx.bf16 = list(itertools.pairwise([0, *cuts])), bf16
+        if len(ctx.ranges) == 1:
+            return product(f, w_dec, bf16)
+        out = f.new_empty(f.shape[0] * len(ctx.ranges), w_dec.shape[1])
+        blocks = out.view(f.shape[0], len(ctx.ranges), w_dec.shape[1])
+        for j, (a, b) in enumerate(ctx.ranges):
+            blocks[:, j] = product(f[:, a:b], w_dec[a:b], bf16)
+        return out
+
+    @staticmethod
+    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        f, w_dec = ctx.saved_tensors
+        if len(ctx.ranges) == 1:
+            grads = product(grad, w_dec.T, ctx.bf16), product(f.T, grad, ctx.bf16)
+            return *grads, None, None
+        grad = grad.view(f.shape[0], len(ctx.ranges), w_dec.shape[1])
+        grad_f, grad_w = torch.empty_like(f), torch.empty_like(w_dec)
+        for j, (a, b) in enumerate(ctx.ranges):
+            grad_f[:, a:b] = product(grad[:, j], w_dec[a:b].T, ctx.bf16)
+            grad_w[a:b] = product(f[:, a:b].T, grad[:, j], ctx.bf16)
+        return grad_f, grad_w, None, None
+
+
+def decode_blocks(
+    f: Float[Tensor, "c s"], w_dec: Float[Tensor, "s d"], cuts: tp.Sequence[int], bf16: bool
+) -> Float[Tensor, "c*p d"]:
+    """f[:, a:b]·W_dec[a:b] of each token and block of latents. Differentiable in f and W_dec.
+
+    Args:
+        f: latents.
+        w_dec: decoder.
+        cuts: where blocks end, ascending; the last is d_sae.
+        bf16: multiply in bfloat16.
+    """
+    return tp.cast(Tensor, _DecodeBlocks.apply(f, w_dec, cuts, bf16))
+
+
+class Activated(tp.NamedTuple):
+    """Dense latents, and sums over the tokens for each of them."""
+
+    f: Float[Tensor, "c s"]
+    l0: Float[Tensor, " s"]
+    """Tokens on which it is active."""
+    l1: Float[Tensor, " s"]
+    """Σ f."""
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: tp.Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        active = z > 0
+        f, l0 = z * active, active.to(z.dtype).sum(0)
+        ctx.save_for_backward(active)
+        ctx.mark_non_differentiable(l0)
+        return f, l0, f.sum(0)
+
+    @staticmethod
+    def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> Tensor:
+        (active,) = ctx.saved_tensors
+        # In place: new memory of this size costs as much as half the product before it. The
+        # gradient is of decode_blocks, which made it for this and keeps nothing.
+        return grad_f.add_(grad_l1).mul_(active)
+
+
+def relu(z: Float[Tensor, "c s"]) -> Activated:
+    """f = max(0, z). f and l1 are differentiable in z; f may be decoded once, by decode_blocks."""
+    return Activated(*_Relu.apply(z))
+
+
+class _JumpRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: tp.Any, z: Tensor, log_theta: Tensor, width: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # A copy, because MKL's exp rounds differently for another alignment in memory.
+        theta = log_theta.clone().exp()
+        active = z > theta
+        f = z * active
+        ctx.save_for_backward(z, theta, active)
+        ctx.width = width
+        l1 = f.sum(0)
+        ctx.mark_non_differentiable(l1)
+        return f, active.to(z.dtype).sum(0), l1
+
+    @staticmethod
+    def backward(
+        ctx: tp.Any, grad_f: Tensor, grad_l0: Tensor, _: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        z, theta, active = ctx.saved_tensors
+        near = rectangle(z, theta, ctx.width).to(z.dtype)
+        # ∂/∂ln θ = θ·∂/∂θ; the θ of ε = width·θ cancels.
+        grad = theta * (grad_f * near).sum(0) + grad_l0 * near.sum(0)
+        return grad_f.mul_(active), grad / -ctx.width, None  # in place, as above
+
+
+def jump_relu(z: Float[Tensor, "c s"], log_theta: Float[Tensor, " s"], width: float) -> Activated:
+    """f = z·[z > θ]. f and l0 are differentiable in z and ln θ, by the pseudo-derivatives of
+    :mod:`saev.nn.activations`; f may be decoded once, by decode_blocks.
+
+    Args:
+        z: pre-activations.
+        log_theta: ln θ.
+        width: ε/θ of the kernel.
+    """
+    return Activated(*_JumpRelu.apply(z, log_theta, width))

@@ -1,0 +1,159 @@
+"""Each kernel beside the lines of torch that it stands for: values and gradients, in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from saev.nn import activations
+from saev.nn.kernels import dense, errors, sparse
+
+D = 5
+
+
+def rows(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def same(kernel, plain, inputs: list[torch.Tensor], n_out: int) -> None:
+    """Compare the first outputs of two functions, and their gradients for random weights."""
+    found, want = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
+    outputs = kernel(*found)[:n_out], plain(*want)[:n_out]
+    for side in outputs:
+        sum((o * rows(*o.shape, seed=i + 7)).sum() for i, o in enumerate(side)).backward()
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach())
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("n", [7, 0])
+@pytest.mark.parametrize("cuts", [[12], [3, 12], [1, 4, 9, 12]])
+def test_dense_decoder(cuts: list[int], n: int) -> None:
+    def plain(f, w):
+        parts = [f[:, a:b] @ w[a:b] for a, b in itertools.pairwise([0, *cuts])]
+        return (torch.stack(parts, dim=1).flatten(0, 1),)
+
+    same(
+        lambda f, w: (dense.decode_blocks(f, w, cuts, False),), plain, [rows(7, 12), rows(12, D)], 1
+    )
+
+
+@pytest.mark.parametrize("n_prefixes", [1, 3])
+@pytest.mark.parametrize("n_members", [1, 2])
+@pytest.mark.parametrize("n", [7, 0])
+def test_nested_errors(n: int, n_members: int, n_prefixes: int) -> None:
+    x, shape = rows(n, D, seed=3), (n_members, n, n_prefixes, D)
+
+    def kernel(blocks, b_dec):
+        return errors.nested_errors(blocks.clone(), b_dec, x, n_prefixes)
+
+    def plain(blocks, b_dec):
+        x_hats = blocks.view(shape).cumsum(2) + b_dec[:, None, None]
+        missing = x[:, None] - x_hats
+        return missing.square().sum((1, 3)), missing[:, :, -1]
+
+    blocks, b_dec = rows(n_members * n * n_prefixes, D), rows(n_members, D, seed=1)
+    same(kernel, plain, [blocks, b_dec], 1)
+    residual = kernel(blocks, b_dec).residual
+    torch.testing.assert_close(residual, plain(blocks, b_dec)[1])
+    assert not residual.requires_grad
+
+
+def test_squared_error() -> None:
+    same(lambda r: (errors.squared_error(r),), lambda r: (r.square().sum(),), [rows(9, D)], 1)
+    zero = torch.zeros(3, D, dtype=torch.float64, requires_grad=True)
+    errors.squared_error(zero).backward()
+    assert (zero.grad == 0).all()  # a norm's derivative is not a number there
+
+
+def decoded(act: dense.Activated, w: torch.Tensor) -> torch.Tensor:
+    return dense.decode_blocks(act.f, w, [len(w)], False)
+
+
+def test_relu_and_its_l1() -> None:
+    w = rows(12, D, seed=2)
+
+    def kernel(z):
+        act = dense.relu(z)
+        torch.testing.assert_close(act.l0, (z > 0).double().sum(0))
+        return decoded(act, w), act.l1
+
+    def plain(z):
+        f = activations.relu(z)
+        return f @ w, f.sum(0)
+
+    same(kernel, plain, [rows(40, 12)], 2)
+
+
+def test_jump_relu_and_its_l0() -> None:
+    """The plain functions have the pseudo-derivatives by θ; autograd makes them those by ln θ."""
+    w, width = rows(12, D, seed=2), 0.8
+
+    def kernel(z, log_theta):
+        act = dense.jump_relu(z, log_theta, width)
+        torch.testing.assert_close(act.l1, (z * (z > log_theta.exp())).sum(0))
+        return decoded(act, w), act.l0
+
+    def plain(z, log_theta):
+        theta = log_theta.exp()
+        f = activations.jump_relu(z, theta, width)
+        return f @ w, activations.step(z, theta, width).sum(0)
+
+    z, log_theta = rows(40, 12), 0.3 * rows(12, seed=1) - 1
+    near = activations.rectangle(z, log_theta.exp(), width)
+    assert 0 < near.sum() < z.numel()
+    same(kernel, plain, [z, log_theta], 2)
+
+
+@pytest.mark.parametrize("n_members", [1, 2])
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_sparse_encoder(cut: int, n_members: int) -> None:
+    """Of the selected latents, of which some are off; in parts of some rows each."""
+    d_sae, k, x = 12, 3, rows(7, D, seed=4)
+
+    def plain(w, b):
+        z = torch.einsum("cd,gsd->gcs", x, w.view(n_members, d_sae, D)) + b.view(-1, 1, d_sae)
+        latents = z.detach().topk(k, dim=-1).indices.sort(-1).values
+        values = torch.relu(z.gather(-1, latents) - 1.0)
+        return values, latents
+
+    w, b = rows(n_members * d_sae, D), rows(n_members * d_sae, seed=1)
+    found, want = ([t.clone().requires_grad_() for t in (w, b)] for _ in range(2))
+    # A bias that is 1 lower switches some of the selected off.
+    values, latents = plain(want[0], want[1])
+    assert (values == 0).any()
+    offset = torch.arange(n_members)[:, None, None] * d_sae
+    ends = [*range(0, 7, cut), 7] if n_members == 1 else [0, 7]
+    parts, order = [], []
+    for start, stop in itertools.pairwise(ends):
+        held, chosen = values[:, start:stop].detach(), (latents + offset)[:, start:stop]
+        ptr = torch.arange(n_members * (stop - start) + 1, dtype=torch.int32) * k
+        codes = sparse.Codes(held.flatten(), chosen.flatten().to(torch.int32), ptr)
+        parts.append(sparse.Part.of(x[start:stop], codes, n_members * d_sae))
+        order.append(values[:, start:stop].flatten())
+    out, expected = sparse.encode(*found, parts), torch.cat(order)
+    torch.testing.assert_close(out.detach(), expected.detach())
+    for side in (out, expected):
+        (side * rows(*side.shape, seed=9)).sum().backward()
+    for a, c in zip(found, want, strict=True):
+        torch.testing.assert_close(a.grad, c.grad)
+
+
+@pytest.mark.parametrize("ends", [[0, 4, 9], [0, 0, 2, 9, 9]])
+def test_sparse_decoder_of_other_sums(ends: list[int]) -> None:
+    """Bags that are no rows, as blocks of latents are; the gradients of values and decoder."""
+    latents = torch.tensor([0, 3, 5, 1, 4, 2, 3, 4, 5], dtype=torch.int32)
+    ptr = torch.tensor(ends, dtype=torch.int32)
+
+    def kernel(values, w):
+        grouped = sparse.group_by_latent(latents, len(w))
+        codes = sparse.Codes(values, latents, torch.tensor([0, 9], dtype=torch.int32))
+        return (sparse.decode(codes, w, ptr, grouped),)
+
+    def plain(values, w):
+        products = values[:, None] * w[latents.long()]
+        return (torch.stack([products[a:b].sum(0) for a, b in itertools.pairwise(ends)]),)
+
+    same(kernel, plain, [rows(9), rows(6, D)], 1)
