@@ -210,7 +210,7 @@ def _aged(snapshot, fresh: str, now: float):
 
     def age(folder):
         objects = [
-            o._replace(modified=now if f"{folder.url}/{o.key}".endswith(fresh) else now - 3 * DAY)
+            o._replace(changed=now if f"{folder.url}/{o.key}".endswith(fresh) else now - 3 * DAY)
             for o in folder.objects
         ]
         return type(folder).of(folder.url, objects)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from described import other_digit
 
-from saev import inference, run, storage, train, visuals
+from saev import driver, inference, run, storage, train, visuals
 from saev.config.run import RunConfig
 from saev.config.stages import Stages
 from saev.errors import CorruptDataError
@@ -76,7 +76,7 @@ def item_of(root: Root) -> dict[str, tp.Any]:
 ASKING: dict[str, list[Callable[[Root], object]]] = {
     "shards": [
         lambda root: extract.Recording(root.stages.shards).published(),
-        lambda root: extract.work(root.stages.shards, {"shard": 0}),
+        lambda root: driver.finish(extract.Recording(root.stages.shards)),
         lambda root: extract.run(root.stages.shards),
     ],
     "run": [

@@ -38,39 +38,6 @@ _HOW = ("shards_root", "batch_size", "n_workers", "device", "part", "data")
 """Keys of a config that leave the activations alone, and `data`, which is asked for by itself."""
 
 
-def plan(cfg: ShardsConfig) -> list[dict[str, tp.Any]]:
-    """The work items: ``{"shard": number, "start": first dataset index, "stop": last + 1}``.
-
-    Lists the dataset and loads the model; decodes no image.
-
-    Raises:
-        ConfigError, ModelError, StorageError: the images or the model are not as configured.
-    """
-    return [item.spec for item in Recording(cfg).items()]
-
-
-def work(cfg: ShardsConfig, item: tp.Mapping[str, tp.Any]) -> None:
-    """Record one shard, unless it is done. Loads the model: see :func:`run` for many shards.
-
-    Raises:
-        ImageError: an image cannot be decoded, and `skip_unreadable` is off.
-        StorageError: something cannot be read or written.
-        ModelError: an activation is not finite.
-    """
-    job = Recording(cfg)
-    driver.do(job, [job.item(int(item["shard"]))])
-
-
-def finish(cfg: ShardsConfig) -> str:
-    """Check that all shards are there and publish; returns the URL of the folder.
-
-    Raises:
-        IncompleteError: a shard is not recorded yet.
-        CorruptDataError: a shard or its record is damaged.
-    """
-    return driver.finish(Recording(cfg)).urls[0]
-
-
 def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
     """Do whatever is missing and publish; with `cfg.part` only that part, without publishing.
 
@@ -78,8 +45,10 @@ def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
         URL of the shards folder.
 
     Raises:
-        SaevError: see :func:`plan`, :func:`work` and :func:`finish`. What was finished is kept;
-            the same call goes on from there.
+        ConfigError, ModelError: the images or the model are not as configured.
+        ImageError: an image cannot be decoded, and `skip_unreadable` is off.
+        StorageError: something cannot be read or written, or a shard is damaged. What was finished
+            is kept; the same call goes on from there.
     """
     return driver.run(Recording(cfg), cfg.part, progress).urls[0]
 

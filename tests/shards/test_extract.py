@@ -1,6 +1,5 @@
 """The stage: what it records, in which pieces, with which errors, and that nothing changes bits."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from forker import Forker
 from PIL import Image
 from torch import Tensor
 
-from saev import storage, vit
+from saev import driver, storage, vit
 from saev.config import ShardsConfig
 from saev.errors import (
     ConfigError,
@@ -139,18 +138,23 @@ def test_without_part_does_what_is_missing(tmp_path: Path, reference: dict[str, 
 
 def test_work_items_one_by_one(tmp_path: Path, reference: dict[str, bytes]) -> None:
     cfg = config(tmp_path)
-    items = json.loads(json.dumps(extract.plan(cfg)))
-    assert [(i["start"], i["stop"]) for i in items] == [(0, 5), (5, 10), (10, 15), (15, 17)]
+    items = extract.Recording(cfg).items()
+    assert [(i["start"], i["stop"]) for i in (item.spec for item in items)] == [
+        (0, 5),
+        (5, 10),
+        (10, 15),
+        (15, 17),
+    ]
     for item in reversed(items):
         with pytest.raises(IncompleteError, match=r"acts000000\.bin of .* is not recorded yet"):
-            extract.finish(cfg)
-        extract.work(cfg, {key: float(value) for key, value in item.items()})  # as KFP's runner
+            driver.finish(extract.Recording(cfg))
+        driver.do(extract.Recording(cfg), [item])
     with pytest.raises(ConfigError, match="no shard 4: there are 4"):
-        extract.work(cfg, {"shard": 4})
-    url = extract.finish(cfg)
+        extract.Recording(cfg).item(4)
+    (url,) = driver.finish(extract.Recording(cfg)).urls
     assert tree(tmp_path) == reference
-    extract.work(cfg, items[0])  # late: a no-op
-    assert extract.finish(cfg) == url
+    driver.do(extract.Recording(cfg), items[:1])  # late: a no-op
+    assert driver.finish(extract.Recording(cfg)).urls == (url,)
     assert tree(tmp_path) == reference
 
 
@@ -200,7 +204,7 @@ def test_damaged_pieces_are_recorded_again(
     else:
         acts.unlink()
     with pytest.raises(CorruptDataError, match=r"acts000001\.bin"):
-        extract.finish(config(tmp_path))
+        driver.finish(extract.Recording(config(tmp_path)))
     extract.run(config(tmp_path))
     assert tree(tmp_path) == reference
 

@@ -124,8 +124,11 @@ def test_a_stored_config_is_run_again(base: str, kind: str) -> None:
 
 
 def may_change(key: str) -> bool:
-    """Pages are drawn anew, since version 0.1.0 did not compare the images' names and labels."""
-    return "/report/" in key or key == "index.html"
+    """Pages are drawn anew, since version 0.1.0 did not compare the images' names and labels.
+
+    Shards and results get a record of what they are the answer to.
+    """
+    return "/report/" in key or "/asked/" in key or key == "index.html"
 
 
 def test_old_folders_are_read(base: str) -> None:
