@@ -1,6 +1,7 @@
 """A store that takes connections and does not answer: each way to it ends, and is told once."""
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -175,8 +176,8 @@ def test_an_outage_is_told_once_while_requests_hang(
                 with pytest.raises(StorageError, match="there is no answer"):
                     call.result()
     (line,) = [record.message for record in caplog.records]
-    assert line.startswith(f"The store at {place} does not answer (nothing came for 0 s, to ")
-    assert line.endswith("It is tried again for 2 s.")
+    assert line.startswith(f"The store at {place} does not answer (nothing came for ")
+    assert re.search(r" It is tried again for \d s\.$", line)
 
 
 @pytest.mark.parametrize("way", [*WAYS, *MORE])

@@ -84,6 +84,7 @@ def test_a_completion_after_its_writer_gave_up_is_harmless(url, proxy, monkeypat
     with pytest.raises(StorageError, match=r"Cannot write .*x\.bin"):
         storage.write_bytes(url, FIRST)
     proxy.fault = lambda request: ""
+    monkeypatch.setenv("SAEV_PATIENCE_S", "60")
     storage.write_bytes(url, SECOND)
     assert min(proxy.release()) >= 400
     assert storage.read_bytes(url) == SECOND

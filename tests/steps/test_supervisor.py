@@ -144,7 +144,7 @@ def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         # Until there is a bucket, its absence would be a mistake: so it comes with the server.
         request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
         urllib.request.urlopen(request, timeout=10).close()
-        thread.join(60)
+        thread.join(200)
         assert found == [None]
     finally:
         supervised.stop()
