@@ -248,6 +248,17 @@ def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
     return record
 
 
+def end_again(root: str, owner: str) -> None:
+    """What :func:`end` does, for a run that had ended and was retried.
+
+    Kubeflow does not run its exit handler again, so the last step does this: a claim would stay
+    held for hours, and what the run left would count as work in progress.
+    """
+    found = storage.find_sealed(outcomes.record_of(root, owner), remedy=_CLAIMS_EXPIRE)
+    if found is not None and "finished" in found.record:
+        end(root, owner, found.record["status"])
+
+
 def claims_of(root: str, dataset: Dataset) -> str:
     """Where the claims of a dataset's state and config are."""
     return storage.join(folder_of(root, dataset), "claims", dataset.key)

@@ -63,10 +63,13 @@ def _run(cfg: tp.Any, progress: Progress) -> list[str]:
             holding = stack.enter_context(claims.held(place, job.owner))
             progress.safe_point, progress.may_publish = holding.check, holding.look
         try:
-            return work(cfg, job, progress)
+            made = work(cfg, job, progress)
         except SaevError as err:
             advice.for_config(err, *chain.tables(_NAMES[type(cfg)]))
             raise
+    if isinstance(cfg, cfgs.ReportStep) and job.owner:
+        discover.end_again(job.root, job.owner)
+    return made
 
 
 # --- Which datasets ------------------------------------------------------------------------------

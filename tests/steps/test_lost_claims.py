@@ -10,6 +10,7 @@ from walk import Walk
 
 from saev import cli, storage
 from saev.errors import ConfigError
+from saev.launch import outcomes
 from saev.progress import Progress
 from saev.steps import claims, discover, jobs
 from saev.steps import run as steps
@@ -98,3 +99,33 @@ def test_nothing_is_published(
         steps.run(cli.parse(["step", name, "--job", job_of(root), *words]), Progress(quiet=True))
     assert list(Path(root).rglob(at))
     assert not list(Path(root).glob(marker))
+
+
+def test_a_run_that_had_ended_and_was_retried_holds_nothing(
+    before: dict[str, Path], tmp_path: Path
+) -> None:
+    """Kubeflow runs the exit handler once; the last step of the retried run has to end it."""
+    root = str(shutil.copytree(before["report"], tmp_path / "now"))
+    job = jobs.read(job_of(root))
+    folder = discover.claims_of(root, job.dataset)
+    report = ["step", "report", "--job", job.url]
+
+    def claim() -> claims.Claim:
+        found = claims.current(folder)
+        assert found is not None
+        return found
+
+    storage.write_json(
+        outcomes.record_of(root, "a"), storage.seal({"datasets": [job.dataset._asdict()]})
+    )
+    steps.run(cli.parse(report))
+    assert claim().is_held, "the exit handler gives it back"
+    for processed in Path(root).glob("datasets/*/processed/*.json"):
+        processed.unlink()
+    assert discover.end(root, "a", {"state": "FAILED"})["done"] == []
+    assert not claim().is_held
+
+    steps.run(cli.parse(report))
+    assert (claim().owner, claim().is_held) == ("a", False)
+    record = storage.read_json(outcomes.record_of(root, "a"))
+    assert record["done"] == [job.dataset.name]
