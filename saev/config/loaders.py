@@ -7,6 +7,8 @@ import pydantic
 from saev.config.base import Config, Tokens
 
 Label = tp.Annotated[int, pydantic.Field(ge=0, le=255)]
+NO_LABEL = -1
+"""Label of a token that has none: the class token, or any token of an unlabelled dataset."""
 
 
 class DataConfig(Config):

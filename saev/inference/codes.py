@@ -20,9 +20,6 @@ from saev import storage
 from saev.config.base import Config, FileName
 from saev.errors import CorruptDataError
 
-NO_LABEL = -1
-"""Label of a token that has none: the class token, or any token of an unlabelled dataset."""
-
 _READERS = 8
 """Pieces that are read at once."""
 

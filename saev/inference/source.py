@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saev.config.loaders import DataConfig
-from saev.inference.codes import NO_LABEL, TokenRows
+from saev.config.loaders import NO_LABEL, DataConfig
+from saev.inference.codes import TokenRows
 from saev.loaders.selection import Selection
 from saev.shards import Shards
 

@@ -1,6 +1,7 @@
 """Activations in batches: shuffled, in dataset order, or by index."""
 
-from saev.loaders.batches import NO_LABEL, Batch
+from saev.config.loaders import NO_LABEL
+from saev.loaders.batches import Batch
 from saev.loaders.indexed import IndexedActivations, Item
 from saev.loaders.metrics import batch_metrics
 from saev.loaders.ordered import OrderedLoader

@@ -11,13 +11,11 @@ import typing as tp
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
+from saev.config.loaders import NO_LABEL
 from saev.loaders.windows import Window
-
-NO_LABEL = 255
-"""`token_labels` of a class token, which has no label."""
 
 _CONVERT_VALUES = 1 << 15
 """float16 is converted so many values at a time: torch does not wake other threads for them."""
@@ -34,8 +32,8 @@ class Batch(tp.NamedTuple):
     """Row of `Shards.examples()`."""
     token_idx: Int64[Tensor, "batch"]
     """Content token, 0 to content_tokens - 1, or -1 for the class token."""
-    token_labels: UInt8[Tensor, "batch"] | None
-    """Labels (255 for the class token), if the loader was asked for them."""
+    token_labels: Int16[Tensor, "batch"] | None
+    """Labels (NO_LABEL for the class token), if the loader was asked for them."""
     layer: Int64[Tensor, "batch"]
     """Block number."""
 
@@ -126,7 +124,7 @@ class Cutter:
                 layer = window.slot_layers.index_select(0, slot)
             if window.slot_labels is not None:
                 place = slot * self._content + token.clamp(min=0)
-                labels = window.slot_labels.flatten().index_select(0, place)
+                labels = window.slot_labels.flatten().index_select(0, place).to(torch.int16)
                 labels.masked_fill_(token < 0, NO_LABEL)
         return Batch(out, window.example_idx[start:stop], token, labels, layer)
 

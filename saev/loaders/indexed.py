@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from saev.config.loaders import DataConfig
+from saev.config.loaders import NO_LABEL, DataConfig
 from saev.errors import ConfigError
-from saev.loaders.batches import NO_LABEL, Batch
+from saev.loaders.batches import Batch
 from saev.loaders.selection import Selection
 from saev.shards import Shards
 
@@ -27,7 +27,7 @@ class Item(tp.NamedTuple):
     token_idx: int
     """Content token, or -1 for the class token."""
     token_label: int
-    """Label; 255 for the class token, -1 if labels were not asked for."""
+    """Label; NO_LABEL for the class token, and if labels were not asked for."""
     layer: int
     """Block number."""
 
@@ -96,7 +96,9 @@ class IndexedActivations(Dataset[Item]):
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """Several vectors at once, read in the order in which they lie in the files."""
         batch = self.gather(indices)
-        labels = [-1] * len(indices) if batch.token_labels is None else batch.token_labels.tolist()
+        labels = (
+            [NO_LABEL] * len(indices) if batch.token_labels is None else batch.token_labels.tolist()
+        )
         columns = (
             batch.example_idx.tolist(),
             batch.token_idx.tolist(),
@@ -128,7 +130,7 @@ class IndexedActivations(Dataset[Item]):
         labels = None
         if self._labels and selection.labels is not None:
             labels = np.where(
-                token < 0, np.uint8(NO_LABEL), selection.labels[example, np.maximum(token, 0)]
+                token < 0, np.int16(NO_LABEL), selection.labels[example, np.maximum(token, 0)]
             )
         numbers = np.asarray(selection.layers, dtype=np.int64)
         return Batch(

@@ -75,7 +75,7 @@ def collated(loader) -> Batch:
     """All batches of a DataLoader as one."""
     rows = list(loader)
     columns = [torch.cat([row[i] for row in rows]) for i in range(5)]
-    return Batch(columns[0], columns[1], columns[2], columns[3].to(torch.uint8), columns[4])
+    return Batch(columns[0], columns[1], columns[2], columns[3].to(torch.int16), columns[4])
 
 
 @pytest.mark.parametrize("method", ["in process", "fork", "spawn"])

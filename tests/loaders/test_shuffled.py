@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saev.config import LoaderConfig
 from saev.errors import ConfigError
-from saev.loaders import NO_LABEL, OrderedLoader, ShuffledLoader, batch_metrics
+from saev.loaders import OrderedLoader, ShuffledLoader, batch_metrics
 from saev.loaders.windows import INDEX_BYTES_PER_TOKEN
 from saev.shards.protocol import in_validation
 
@@ -131,9 +131,9 @@ def check_batch(folder: Folder, batch) -> None:
     assert torch.equal(batch.act, folder.vectors(batch).float())
     assert batch.example_idx.dtype == batch.token_idx.dtype == batch.layer.dtype == torch.int64
     if batch.token_labels is not None:
-        assert batch.token_labels.dtype == torch.uint8
-        labels = folder.labels[batch.example_idx, batch.token_idx.clamp(min=0)]
-        right = np.where(batch.token_idx.numpy() < 0, NO_LABEL, labels)
+        assert batch.token_labels.dtype == torch.int16
+        labels = folder.labels[batch.example_idx, batch.token_idx.clamp(min=0)].astype(np.int16)
+        right = np.where(batch.token_idx.numpy() < 0, -1, labels)
         assert np.array_equal(batch.token_labels.numpy(), right)
 
 
