@@ -56,8 +56,9 @@ def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
                 stack.close()  # of the job before, whose memory this one needs
                 opened.clear()
                 found = _found(job, plan, run) if stage is not chain.FIRST else {}
-                opened[run] = stack.enter_context(contextlib.closing(stage.of(stages, found)))
-                _check(opened[run], plan, job, progress)
+                one_job = stack.enter_context(contextlib.closing(stage.of(stages, found)))
+                _check(one_job, plan, job, progress)  # which other items of it must not pass over
+                opened[run] = one_job
             driver.do(opened[run], _items(opened[run], one), progress)
             return list(opened[run].urls) if len(opened[run].urls) == 1 else []
 

@@ -214,10 +214,18 @@ def test_other_activations_than_planned_are_refused(
     job: jobs.Job, capsys: pytest.CaptureFixture
 ) -> None:
     jobs.write_plan(
-        job, "plan", Plan("s", [], {"extract": [[{"name": "p", "part": "1/1"}]]}, {"shards": "s"})
+        job,
+        "plan",
+        Plan(
+            "s",
+            [],
+            {"extract": [[{"name": f"p{i}", "part": f"{i}/2"} for i in (1, 2)]]},
+            {"shards": "s"},
+        ),
     )
     said = fails(capsys, "extract", "--job", job.url, "--slot", "0")
     assert "was planned: the dataset, the weights or the version of saev changed" in said
+    assert not storage.exists(storage.join(job.root, "shards"))  # none of the slot's items is done
 
 
 def test_a_run_without_its_claim_does_nothing(
