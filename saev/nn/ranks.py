@@ -1,4 +1,4 @@
-"""What processes that train together tell each other: sums of tensors, and small plain objects.
+"""Communication of processes that train together: sums of tensors, and small plain objects.
 
 Every rank holds the whole of every bank and computes the gradients of its share of a batch; the
 sums over ranks are the same bits on all of them, so their weights stay the same bits too. Tensors
@@ -110,9 +110,9 @@ ALONE = Ranks()
 
 
 class Agreement:
-    """Whether any rank says yes, asked once per step: all get the same answer at the same step.
+    """Whether any rank says yes. All ranks ask once per step and get the same answer.
 
-    The answer is that to the question before, so that nobody waits for the slowest to ask.
+    The answer is that of the previous step, so that the all-reduce overlaps with compute.
     """
 
     def __init__(self, ranks: Ranks):
@@ -120,7 +120,7 @@ class Agreement:
         self._asked: tuple[tp.Any, Tensor] | None = None
 
     def ask(self, yes: bool) -> bool:
-        """Ask, and hear the answer to the question before; alone, the answer is one's own."""
+        """Ask. Returns the answer to the previous question; ``yes`` if there is only one rank."""
         if self._ranks.alone:
             return yes
         answer = self.finish()
@@ -130,7 +130,7 @@ class Agreement:
         return answer
 
     def finish(self) -> bool:
-        """Hear the answer to the last question."""
+        """Wait for the answer to the last question."""
         if self._asked is None:
             return False
         (work, flag), self._asked = self._asked, None

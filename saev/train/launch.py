@@ -5,6 +5,16 @@ wrong. Each rank is `python -m saev.train.worker`. It reads its job from standar
 open, so that a rank notices if this process is killed; it writes how it ended to standard output;
 its log goes where this process's goes. Ranks have a session of their own: Ctrl-C in a terminal
 reaches this process alone.
+
+Why not torch's elastic launcher (torch.distributed.elastic, as torchrun uses it; read in the source
+of torch 2.14.1):
+
+- If the launcher is killed by SIGKILL, ranks that it started as commands go on. Ranks that it
+  started as functions get SIGINT, on Linux only, and train until their next safe point.
+- If one rank fails, the others get SIGTERM at once. They cannot say what they know, and the error
+  that is reported is the earliest one by time. That may be the error of a rank that lost another.
+- After SIGTERM the ranks have 30 seconds (LaunchConfig.shutdown_timeout), or another fixed time.
+  Rank 0 may need longer for a large resume point. Here only Kubernetes limits that time.
 """
 
 import contextlib
