@@ -213,16 +213,8 @@ def test_mistakes_in_a_job(
 def test_other_activations_than_planned_are_refused(
     job: jobs.Job, capsys: pytest.CaptureFixture
 ) -> None:
-    jobs.write_plan(
-        job,
-        "plan",
-        Plan(
-            "s",
-            [],
-            {"extract": [[{"name": f"p{i}", "part": f"{i}/2"} for i in (1, 2)]]},
-            {"shards": "s"},
-        ),
-    )
+    slot = [{"name": f"p{i}", "part": f"{i}/2"} for i in (1, 2)]
+    jobs.write_plan(job, "plan", Plan("s", [], {"extract": [slot]}, {"shards": "s"}))
     said = fails(capsys, "extract", "--job", job.url, "--slot", "0")
     assert "was planned: the dataset, the weights or the version of saev changed" in said
     assert not storage.exists(storage.join(job.root, "shards"))  # none of the slot's items is done
