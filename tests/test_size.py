@@ -15,11 +15,11 @@ from saev.config import BatchTopK, JumpRelu, Relu, SaeConfig, TopK, Vanilla
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.errors import ConfigError
-from saev.loaders import ShuffledLoader, windows
-from saev.nn import SaeBank, bank
+from saev.loaders import ShuffledLoader
+from saev.nn import SaeBank
 from saev.shards import Shards
 from saev.size import estimate, formats, inputs, models
-from saev.train import resolve, resume, sides
+from saev.train import resolve, resume
 from saev.vit import registry
 
 FILE = """
@@ -200,11 +200,7 @@ def test_resume_point_of_a_group_with_several_banks() -> None:
 def test_constants_are_those_of_the_stages() -> None:
     from saev.inference import stage
 
-    assert estimate.INDEX_BYTES == windows.INDEX_BYTES_PER_TOKEN
-    assert resume.N_KEPT == estimate.N_RESUME_POINTS
-    assert sides.VAL_FRACTION == estimate.VAL_FRACTION
     assert stage._ITEM_TOKENS == estimate._ITEM_TOKENS
-    assert bank._GPU_CHUNK == estimate._CHUNK
     assert torch.Generator().get_state().nbytes == formats.RNG_BYTES
 
 

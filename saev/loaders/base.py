@@ -10,12 +10,12 @@ import torch
 from saev import cores, storage
 from saev.config.loaders import DataConfig
 from saev.errors import ConfigError
+from saev.limits import INDEX_BYTES_PER_TOKEN
 from saev.loaders.batches import Batch, Cutter, join
 from saev.loaders.order import ORDER_VERSION, Order, Sizes, cut_blocks
 from saev.loaders.prefetch import Prefetcher
 from saev.loaders.selection import Selection
 from saev.loaders.windows import (
-    INDEX_BYTES_PER_TOKEN,
     N_BUFFERS,
     Buffers,
     Reading,

@@ -20,9 +20,6 @@ N_BUFFERS = 2
 """One is read into while batches are cut from the other."""
 _TASK_BYTES = 2 << 20
 """Small blocks are read several in a row, because handing out a task takes a lock."""
-INDEX_BYTES_PER_TOKEN = 32
-"""Most bytes that a token takes in a window beside its vector, while the index is made: its place
-in the order and in the window, its example, and its number in the example."""
 
 
 class Span(tp.NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saev.config.sae import JumpRelu, Matryoshka, Objective, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError
+from saev.limits import GPU_CHUNK_BYTES
 from saev.nn.folding import fold_normalization
 from saev.nn.group import DeadLatents, Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
@@ -31,8 +32,8 @@ from saev.nn.sae import SparseAutoencoder
 from saev.nn.sparsity import Coefficient, SparsityControl, stacked
 from saev.nn.weights import Weights
 
-_CPU_CHUNK, _GPU_CHUNK = 32 << 20, 2 << 30
-"""Bytes of the largest temporary: pre-activations or reconstructions of a chunk of rows."""
+_CPU_CHUNK = 32 << 20
+"""GPU_CHUNK_BYTES of a CPU."""
 _MIN_ROWS = 64
 DEAD_FALL = 2.0
 """How fast ln θ of dead latents falls, as a multiple of its learning rate."""
@@ -313,13 +314,13 @@ class SaeBank:
         if self.device.type != "cuda" or self.kind not in ("top-k", "batch-top-k"):
             return 1
         n_p = max(n_prefixes(o, self.d_sae) for o in self.objectives)
-        return max(1, _GPU_CHUNK // (self._row_bytes(n_p) * n_rows))
+        return max(1, GPU_CHUNK_BYTES // (self._row_bytes(n_p) * n_rows))
 
     def _chunk(self, n_rows: int, n_p: int, n_members: int) -> int:
         """Rows at a time. Depends on the member and the batch only, as its bits do."""
         if n_members > 1:
             return max(1, n_rows)
-        budget = _GPU_CHUNK if self.device.type == "cuda" else _CPU_CHUNK
+        budget = GPU_CHUNK_BYTES if self.device.type == "cuda" else _CPU_CHUNK
         return max(_MIN_ROWS, min(n_rows, budget // self._row_bytes(n_p)))
 
     def _remove_parallel(self) -> None:

@@ -7,23 +7,16 @@ import numpy as np
 
 from saev.config.size import SizeConfig
 from saev.config.train import TrainConfig, default_batch_size
+from saev.limits import GPU_CHUNK_BYTES, INDEX_BYTES_PER_TOKEN, N_RESUME_POINTS, VAL_FRACTION
 from saev.shards.protocol import Layout, in_validation
 from saev.size import formats
 from saev.size.inputs import Inputs
 from saev.size.rows import Row, Section, Sure
 
-VAL_FRACTION = 0.1
-"""What training keeps for validation unless it is told."""
-N_RESUME_POINTS = 2
-"""The last two are kept."""
-INDEX_BYTES = 32
-"""What a token takes in a window beside its vector."""
 _ITEM_TOKENS = 4_000_000
 """Tokens that inference takes for one work item."""
 _EXAMPLE_BYTES = 100
 """A row of examples.parquet, mostly the image's name."""
-_CHUNK = 2 << 30
-"""What pre-activations may take at once on a GPU."""
 _EXACT_EXAMPLES = 20_000_000
 """Up to so many images, the split is counted rather than expected."""
 
@@ -157,7 +150,7 @@ class Estimate:
         special = sae.train_data.tokens == "special"
         kept = 1 if special else self.meta.tokens_per_example
         vector = self.meta.d_model * self.layout.itemsize
-        return self.n_train_examples(sae) * kept * (vector + INDEX_BYTES)
+        return self.n_train_examples(sae) * kept * (vector + INDEX_BYTES_PER_TOKEN)
 
     def batch_size(self, sae: TrainConfig) -> int:
         """Tokens per step."""
@@ -206,7 +199,7 @@ class Estimate:
         most = 0
         for (d_sae, _, _), n in self.banks(members).items():
             rows = 4 * d_sae * self.batch_size(self.inputs.saes[members[0]])
-            most = max(most, min(n * rows, _CHUNK))
+            most = max(most, min(n * rows, GPU_CHUNK_BYTES))
         return most
 
     def training(self) -> list[Row]:

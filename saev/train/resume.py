@@ -21,6 +21,7 @@ from time import monotonic, sleep
 
 from saev import storage
 from saev.errors import CorruptDataError, StorageError
+from saev.limits import N_RESUME_POINTS
 from saev.train import point as points
 from saev.train.point import ResumePoint
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "resume"
 """Below the runs' root."""
-N_KEPT = 2
-
 _T = tp.TypeVar("_T")
 
 
@@ -206,7 +205,7 @@ def _delete_older(before: tp.Sequence[storage.Entry], newest: str) -> None:
     """Delete what was there before the newest point was written, except the point before it."""
     others = [e for e in before if e.name.startswith("step-") and points.stem_of(e.name) != newest]
     lower = {points.stem_of(e.name) for e in others if points.is_pointer(e.name)}
-    kept = sorted(stem for stem in lower if stem < newest)[1 - N_KEPT :]
+    kept = sorted(stem for stem in lower if stem < newest)[1 - N_RESUME_POINTS :]
     # Pointers go first: a pointer without tensors would look like damage.
     for entry in sorted(others, key=lambda e: not points.is_pointer(e.name)):
         if points.stem_of(entry.name) not in kept:

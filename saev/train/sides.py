@@ -7,14 +7,13 @@ from saev import storage
 from saev.config import DataConfig, LoaderConfig, TrainConfig, ValDataConfig
 from saev.config.source import ActivationSource, check, compare
 from saev.errors import ConfigError
+from saev.limits import VAL_FRACTION
 from saev.loaders.selection import Selection
 from saev.once import say_once
 from saev.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-VAL_FRACTION = 0.1
-"""Share of examples kept for evaluation when training and evaluation name the same folder."""
 _MOST_LABELS = 1 << 28
 """Bytes of labels.bin that are read to count tokens exactly."""
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from saev.config import LoaderConfig
 from saev.errors import ConfigError
+from saev.limits import INDEX_BYTES_PER_TOKEN
 from saev.loaders import OrderedLoader, ShuffledLoader, batch_metrics
-from saev.loaders.windows import INDEX_BYTES_PER_TOKEN
 from saev.shards.protocol import in_validation
 
 from .folders import Folder, keys, write_shards
