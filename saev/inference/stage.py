@@ -67,9 +67,16 @@ def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
 
 
 def find(cfg: InferenceConfig) -> str:
-    """URL of the results' folder if it is complete, else ""."""
+    """URL of the results' folder if it is complete, else "".
+
+    Raises:
+        ConfigError: the SAE was trained on activations of another model.
+    """
     job = Measuring(cfg)
-    return job.url if job.published() else ""
+    if job.published():
+        return job.url
+    job.refuse()
+    return ""
 
 
 def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
@@ -137,7 +144,12 @@ class Measuring(Pass, Job):
         if not storage.exists(self.place(files.METRICS)):  # another worker may have published
             part.compute(self, item.spec["shard"], self._dist_latents, context.bar)
 
+    def refuse(self) -> None:
+        """Raise ConfigError if the SAE was trained on activations of another model."""
+        _ = self.key
+
     def publish(self, progress: Progress) -> None:
+        self.refuse()
         with progress.task("merge", total=len(self.shards.infos), unit="part") as task:
             publish.publish(self, progress.publish_point, task.advance)
 
