@@ -1,12 +1,16 @@
 """A step that fails is run again, or is not, and says why."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -116,14 +120,36 @@ def test_a_wrong_flag_is_not_tried_again() -> None:
     assert ended.stderr.strip().splitlines()[-1].startswith("saev: permanent error: ")
 
 
+class Relay(socketserver.BaseRequestHandler):
+    """Passes bytes on to the server at the port ``behind``."""
+
+    behind = 0
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.behind)) as server:
+            thread = threading.Thread(target=self.copy, args=(self.request, server))
+            thread.start()
+            self.copy(server, self.request)
+            thread.join()
+
+    @staticmethod
+    def copy(source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                to.sendall(data)
+        with contextlib.suppress(OSError):
+            to.shutdown(socket.SHUT_WR)
+
+
 def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its bucket: a store without one would be a mistake, which is not tried again."""
     from s3_server import SERVE, free_port, wait_for
 
-    port = free_port()
-    endpoint = f"http://127.0.0.1:{port}"
+    port, Relay.behind = free_port(), free_port()
     for key, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "SAEV_PATIENCE_S": "0.5",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "SAEV_PATIENCE_S": "0.5",
     }.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     supervised = Supervisor(
@@ -132,19 +158,20 @@ def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     found: list[LastWord | None] = []
     thread = threading.Thread(target=lambda: found.append(supervised.run()))
-    thread.start()
-    while supervised.n_runs < 2:  # once it has met the outage
-        time.sleep(0.05)
-    command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVE, "-H", "127.0.0.1", "-p", str(Relay.behind)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        import urllib.request
-
-        wait_for(endpoint, server)
-        # Until there is a bucket, its absence would be a mistake: so it comes with the server.
-        request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
+        behind = f"http://127.0.0.1:{Relay.behind}"
+        wait_for(behind, server)
+        request = urllib.request.Request(f"{behind}/bucket", method="PUT")
         urllib.request.urlopen(request, timeout=10).close()
-        thread.join(200)
+        thread.start()
+        while supervised.n_runs < 2:  # once it has met the outage
+            time.sleep(0.05)
+        with socketserver.ThreadingTCPServer(("127.0.0.1", port), Relay) as relay:
+            threading.Thread(target=relay.serve_forever, daemon=True).start()
+            thread.join(200)
+            relay.shutdown()
         assert found == [None]
     finally:
         supervised.stop()
