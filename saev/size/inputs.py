@@ -12,7 +12,6 @@ from saev.config.stages import resolve as resolve_stages
 from saev.config.sweeps import resolve as resolve_sweep
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
-from saev.images import open_dataset
 from saev.shards.protocol import Metadata
 from saev.size import models
 
@@ -92,6 +91,8 @@ def _count(cfg: SizeConfig, images: ImageData | None) -> int:
         raise ConfigError(
             "How many images? Give --n-images, or name them: data:img-folder --data.root URL."
         )
+    from saev.images import open_dataset  # the small image has no decoder
+
     return len(open_dataset(images))
 
 
