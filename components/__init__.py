@@ -33,9 +33,8 @@ the entry point's place.
 """
 
 _EXECUTOR_INPUT = "executor_input"
-"""The flag for KFP's inputs and outputs of a step, which say where its metrics go."""
-_FROM_KFP = {_EXECUTOR_INPUT: "{{$}}"}
-"""Flags that KFP fills in by itself, with its placeholder."""
+"""The flag for KFP's inputs and outputs of a step, which say where its metrics go. It is no input:
+KFP fills it in, for a placeholder."""
 _TYPES: dict[str, tp.Any] = {
     "config": dict, "claim": dict, "start": dict, "status": dsl.PipelineTaskFinalStatus,
 }  # fmt: skip
@@ -70,8 +69,9 @@ def component(
     constants = constants or {}
     parameters: list[inspect.Parameter] = []
     named: dict[str, str] = {}
+    no_inputs = {_EXECUTOR_INPUT, *constants}
     for flag, field in cfg.model_fields.items():
-        if flag in constants or flag in _FROM_KFP or (inputs is not None and flag not in inputs):
+        if flag in no_inputs or (inputs is not None and flag not in inputs):
             continue
         if (step, flag) in _PAGES:
             named[flag], artifact = _PAGES[step, flag]
@@ -85,7 +85,8 @@ def component(
         parameters.append(
             inspect.Parameter(named[flag], inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
         )
-    if _EXECUTOR_INPUT in cfg.model_fields:
+    has_metrics = _EXECUTOR_INPUT in cfg.model_fields
+    if has_metrics:
         metrics = inspect.Parameter(
             "metrics", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=dsl.Output[dsl.Metrics]
         )
@@ -95,7 +96,8 @@ def component(
         given = dict(zip((parameter.name for parameter in parameters), arguments, strict=True))
         values = {flag: given[name] for flag, name in named.items()}
         values |= {flag: given[named[flag]].path for of, flag in _PAGES if of == step}
-        values |= {flag: text for flag, text in _FROM_KFP.items() if flag in cfg.model_fields}
+        if has_metrics:
+            values[_EXECUTOR_INPUT] = "{{$}}"
         words = [
             word
             for flag, value in {**values, **constants}.items()

@@ -275,10 +275,10 @@ class Graph:
         inputs = ("job", "slot") if "machines" in constants else ("job",)
         return component("launch", inputs=inputs, constants=constants, called=step)
 
-    def _settings(self, step: str, gpus: str) -> PodSettings:
-        """How the pods of a step are made; ``gpus`` is empty for pods of another kind."""
+    def _settings(self, step: str, gpus: str, *, launches: bool = False) -> PodSettings:
+        """How the pods of a step are made; see :meth:`pod`."""
         options = self._options
-        is_small = step in SMALL
+        is_small = launches or step in SMALL
         return PodSettings(
             **{name: getattr(options.pods, name) for name in PodParameters.model_fields},
             step=step,
@@ -308,10 +308,7 @@ class Graph:
             launches: whether the pod makes others, and waits for them.
         """
         options = self._options
-        settings = self._settings(step, gpus)
-        if launches:
-            small = {"is_small": True, "image": options.cpu_image}
-            settings = settings.model_copy(update=small)
+        settings = self._settings(step, gpus, launches=launches)
         kfp_pods.shape(task, settings)
         task.set_caching_options(False)
         if options.retries:

@@ -87,6 +87,14 @@ def of_slots(step: str) -> Stage:
     return next(stage for stage in STAGES if stage.slots == step)
 
 
+def planner(step: str) -> str:
+    """The step that plans the slots of a step.
+
+    Slots of the first stage are planned at the start, all others when its result is published.
+    """
+    return "plan" if step == FIRST.slots else "publish"
+
+
 def before(stage: Stage) -> tuple[Stage, ...]:
     """The stages whose jobs a pod of this one finishes first; none if other pods do that."""
     return OF_RUN[: OF_RUN.index(stage)] if stage.whole else ()

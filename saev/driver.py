@@ -7,7 +7,6 @@ ranks of a training. The items of a part are always the same; those that are don
 import concurrent.futures
 import contextlib
 import logging
-import typing as tp
 from collections.abc import Callable, Iterator, Sequence
 
 from saev.errors import CheckpointError, RankError, StorageError
@@ -18,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _N_LOOKS = 16
 """Items that are looked for at a time."""
-_T = tp.TypeVar("_T")
 
 
 def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:

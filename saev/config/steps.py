@@ -216,5 +216,7 @@ STEPS: dict[str, type[Config]] = {
     "check": CheckStep,
 }
 """The steps by name."""
+NAMES: dict[type[Config], str] = {kind: name for name, kind in STEPS.items()}
+"""The name of a step by its config."""
 SMALL = frozenset({"fire", "discover", "report", "launch", "outcome"})
 """Those that need no torch, and whose pods have the small image."""

@@ -30,8 +30,7 @@ def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
     """
     if cfg.machines > 1:
         return _on_machines(cfg, job, progress)
-    planner = "plan" if cfg.step == chain.FIRST.slots else "publish"
-    slots = jobs.read_plan(job, planner).slots[cfg.step]
+    slots = jobs.read_plan(job, chain.planner(cfg.step)).slots[cfg.step]
     if not slots:
         logger.info("There is nothing to %s.", cfg.step)
         return []

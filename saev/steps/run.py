@@ -42,7 +42,7 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
         SaevError: as the stage's functions do. What was finished is kept.
     """
     progress = progress or Progress(quiet=True)
-    with progress.doing(_NAMES[type(cfg)]):
+    with progress.doing(cfgs.NAMES[type(cfg)]):
         return _run(cfg, progress)
 
 
@@ -65,7 +65,7 @@ def _run(cfg: tp.Any, progress: Progress) -> list[str]:
         try:
             made = work(cfg, job, progress)
         except SaevError as err:
-            advice.for_config(err, *chain.tables(_NAMES[type(cfg)]))
+            advice.for_config(err, *chain.tables(cfgs.NAMES[type(cfg)]))
             raise
     if isinstance(cfg, cfgs.ReportStep) and job.owner:
         discover.end_again(job.root, job.owner)
@@ -161,7 +161,6 @@ def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
     return [url]
 
 
-_NAMES = {type_: name for name, type_ in cfgs.STEPS.items()}
 _WORK: dict[type, tp.Callable[[tp.Any, Job, Progress], list[str]]] = {
     cfgs.PlanStep: stages.plan,
     cfgs.ExtractStep: stages.slot,

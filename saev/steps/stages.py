@@ -44,8 +44,8 @@ def plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
 
 def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
     """Do the items of one slot. Items of one job follow each other, and open it once."""
-    stage = chain.of_slots(_step(cfg))
-    plan = jobs.read_plan(job, "plan" if stage is chain.FIRST else "publish")
+    stage = chain.of_slots(cfgs.NAMES[type(cfg)])
+    plan = jobs.read_plan(job, chain.planner(stage.slots))
     assigned, stages = jobs.items_of(plan, stage.slots, cfg.slot), job.stages()
     with contextlib.ExitStack() as stack:
         opened: dict[str, StageJob] = {}
@@ -84,7 +84,7 @@ def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
 
 def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
     """Finish what other pods began for the SAEs of one slot, and do the stage that follows."""
-    stage = chain.of_slots(_step(cfg))
+    stage = chain.of_slots(cfgs.NAMES[type(cfg)])
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
     shown = show.Saes(job.dataset.name)
 
@@ -165,10 +165,6 @@ def _cut(stage: Stage, runs: tp.Sequence[str], found: chain.Found, n_slots: int)
 
 
 # --- Jobs ----------------------------------------------------------------------------------------
-
-
-def _step(cfg: tp.Any) -> str:
-    return next(name for name, kind in cfgs.STEPS.items() if kind is type(cfg))
 
 
 def _tell_slots(cfg: tp.Any, slots: tp.Mapping[str, list[list[jobs.Item]]]) -> None:

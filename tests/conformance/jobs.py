@@ -102,7 +102,7 @@ class Jobs:
 
     def size(self) -> str:
         """Whether the run's object is as large as `make submit` reckons: KFP's part may grow."""
-        self._needs_first()
+        self.needs_first()
         found = self.cluster.workflow(self.first)
         if found is None:
             raise NotRun("you may not read Workflows, or Argo has deleted this one")
@@ -122,7 +122,7 @@ class Jobs:
     def results(self) -> str:
         """What it left: metrics, pages, the record; and that the API knows its steps."""
         cluster = self.cluster
-        self._needs_first()
+        self.needs_first()
         keys = cluster.keys("out")
         wanted = {
             "shards": r"shards/[^/]+/shards\.json",
@@ -152,12 +152,12 @@ class Jobs:
 
     def again(self) -> str:
         """Submitted once more, nothing is computed."""
-        self._needs_first()
+        self.needs_first()
         return self._without_work(self.cluster, "again")
 
     def upgraded(self) -> str:
         """A changed pipeline is a new version, and what the old one made is found."""
-        self._needs_first()
+        self.needs_first()
         compiled = {**self.cluster.settings.compile, "parallelism": 3, "retries": 2}
         return self._without_work(with_settings(self.cluster, compile=compiled), "upgraded")
 
@@ -173,12 +173,12 @@ class Jobs:
 
     def canceled(self) -> str:
         """Training writes where it is, the claim is given back."""
-        self._needs_first()
+        self.needs_first()
         return self.cancel("cancel")[0]
 
     def resumed(self) -> str:
         """Submitted again after a cancel, each group goes on where it was."""
-        self._needs_first()
+        self.needs_first()
         newest = {point.group: point.step for point in sorted(self.points())}
         run_id = self._cancel_training("resume").run_id
         said = self.cluster.logs(run_id, "train")
@@ -247,7 +247,8 @@ class Jobs:
             if run_id in text and not json.loads(text).get("released", False)
         ]  # fmt: skip
 
-    def _needs_first(self) -> None:
+    def needs_first(self) -> None:
+        """Raise NotRun where the check that records has not succeeded."""
         if not self.first:
             raise NotRun("it needs the check `job: images to pages`")
 
@@ -256,7 +257,7 @@ class Jobs:
     def collected(self) -> str:
         """`saev gc` deletes what unfinished work left, and nothing else."""
         cluster = self.cluster
-        self._needs_first()
+        self.needs_first()
         before = set(cluster.keys("out"))
         command = ("python", "-m", "saev", "gc", "--root", cluster.root)
         cluster.pod([*command, "--grace", "0m", "--delete", "--yes"], "saev gc")

@@ -68,7 +68,7 @@ class Launching:
     def retried(self) -> str:
         """A pod that is lost ends the run, and `make submit WAIT=1` goes on with it."""
         cluster = self._jobs.cluster
-        self._needs_first()
+        self._jobs.needs_first()
         jobs = self._jobs
         config = jobs.config("lost", f"seed = 2\n{LONG}", CONFIG.replace("4000", "2_000_000"))
         before = jobs.points()
@@ -87,7 +87,7 @@ class Launching:
     def machines(self) -> str:
         """One group is trained by two pods of a TrainJob, which is deleted when it has."""
         cluster = self._jobs.cluster
-        self._needs_first()
+        self._jobs.needs_first()
         pods = PodOptions(train_nodes="2", train_gpus="0", gpu_count="0")
         for finding in machines.findings(cluster.kube, cluster.namespace, pods):
             if finding.level == "fail":
@@ -100,9 +100,8 @@ class Launching:
         said = cluster.logs(run_id, "train")
         if "2 machines have trained" not in said or "2 ranks share" not in said:
             raise Failed(f"the step's log does not say that two ranks trained: {said[-300:]!r}")
-        api = client.CustomObjectsApi(cluster.kube.new_client())
         with cluster.kube.explained("list TrainJobs"):
-            left = api.list_namespaced_custom_object(
+            left = cluster.kube.custom.list_namespaced_custom_object(
                 TRAIN_JOBS.group, TRAIN_JOBS.version, cluster.namespace, TRAIN_JOBS.plural,
                 label_selector=f"{logs.RUN_LABEL}={run_id}",
             )["items"]  # fmt: skip
@@ -112,7 +111,7 @@ class Launching:
 
     def _with_jobs(self) -> Cluster:
         """The cluster with launch = "job"."""
-        self._needs_first()
+        self._jobs.needs_first()
         cluster = self._jobs.cluster
         account = cluster.settings.service_account
         try:
@@ -122,10 +121,6 @@ class Launching:
         if lacking:
             raise NotRun(f"{account} may not {lacking[0]}: COMPONENTS='… jobs' gives it that")
         return with_settings(cluster, compile={**cluster.settings.compile, "launch": "job"})
-
-    def _needs_first(self) -> None:
-        if not self._jobs.first:
-            raise NotRun("it needs the check `job: images to pages`")
 
     def _listed(self, cluster: Cluster, run_id: str) -> dict[str, tp.Any]:
         """The Jobs of a run, by their steps."""
