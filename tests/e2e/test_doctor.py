@@ -28,8 +28,7 @@ NAMESPACE = "kubeflow"
 @pytest.fixture(scope="module")
 def core(kubernetes_api: KubernetesApi) -> client.CoreV1Api:
     """A cluster with KFP's namespace, in which only restricted pods may run, and saev's objects."""
-    config.load_kube_config(str(kubernetes_api.kubeconfig))
-    core = client.CoreV1Api()
+    core = client.CoreV1Api(config.new_client_from_config(str(kubernetes_api.kubeconfig)))
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     metadata = client.V1ObjectMeta(name=NAMESPACE, labels=labels)
     core.create_namespace(client.V1Namespace(metadata=metadata))

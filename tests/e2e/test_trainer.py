@@ -117,7 +117,7 @@ def place(api: KubernetesApi) -> Place:
     token = core.create_namespaced_service_account_token(
         "saev-steps", namespace, {"spec": {"audiences": []}}
     )
-    steps = client.Configuration.get_default_copy()
+    steps = client.Configuration()
     steps.host, steps.ssl_ca_cert = api.url, str(api.ca)
     steps.api_key = {"authorization": f"Bearer {token.status.token}"}
     return Place(admin, namespace, Cluster(client.ApiClient(steps), namespace))
