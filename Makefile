@@ -100,7 +100,8 @@ image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=
 
 # --- The cluster's side: docs/cluster.md. Needs kubectl and python3, not .venv. ---
 # OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated jobs tensorboard priority kfp-launcher"]
-# [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; uninstall: [FORCE=1] [DELETE_PVC=…]
+# [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; install: [PRUNE=1];
+# uninstall: [FORCE=1] [DELETE_PVC=…]
 override CLUSTER = set -f; "$$PYTHON" k8s/install.py
 override CLUSTER_FLAGS = --overlay "$$OVERLAY" $${NAMESPACE:+--namespace "$$NAMESPACE"} \
   $${COMPONENTS:+--components $$COMPONENTS} $${GPUS:+--gpus "$$GPUS"} \
@@ -108,7 +109,7 @@ override CLUSTER_FLAGS = --overlay "$$OVERLAY" $${NAMESPACE:+--namespace "$$NAME
   $${IMAGE:+--image "$$IMAGE"} $${DRY_RUN:+--dry-run}
 
 install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local (docs/cluster.md)
-	@$(CLUSTER) install $(CLUSTER_FLAGS)
+	@$(CLUSTER) install $(CLUSTER_FLAGS) $${PRUNE:+--prune}
 
 uninstall: ## Remove that again, except data
 	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $${FORCE:+--force} $${DELETE_PVC:+--delete-pvc "$$DELETE_PVC"}

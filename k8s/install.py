@@ -1,9 +1,20 @@
 #!/usr/bin/env python3
 """Installs and uninstalls saev's part of a cluster: `make install`, `make uninstall`.
 
-Needs kubectl and Python's standard library only. Nothing is changed before the API server has
-accepted all of it in a dry run; nothing that somebody else made is taken over; data is deleted only
-when its claim is named.
+Needs kubectl and Python's standard library only. The API server has to accept all objects in a dry
+run before anything is changed. Objects that somebody else made are not taken over. Data is deleted
+only when its claim is named.
+
+Kustomize makes the objects and server-side apply writes them. This module deletes what an earlier
+installation left behind, because kubectl's own pruning does not keep these promises (tried with
+kubectl 1.36 and an API server 1.34):
+
+* `kubectl apply --prune -l …` does not delete objects that server-side apply made ("--prune is in
+  alpha and doesn't currently work on objects created by server-side apply"). Client-side apply
+  overwrites fields that others set.
+* `kubectl apply --prune --applyset=…` (alpha, behind KUBECTL_APPLYSET) deletes the claim with the
+  data when the overlay changes from pvc to s3, and cannot be told to spare a kind. It also does not
+  delete what was installed before the set existed, so an upgrade would leave things behind.
 """
 
 from __future__ import annotations
@@ -13,15 +24,26 @@ import json
 import os
 import sys
 
-from kubectl import InstallError, Json, items, key_of, kubectl, meaning
-from manifests import COMPONENTS, CONFIG_ENV, OVERLAYS, STORAGE_ENV, Plan, check, render, shown
+from kubectl import InstallError, Json, Key, Unreachable, items, key_of, kubectl, meaning
+from manifests import (
+    COMPONENTS,
+    CONFIG_ENV,
+    OVERLAYS,
+    STORAGE_ENV,
+    Plan,
+    check,
+    keys_in,
+    keys_of_component,
+    render,
+    shown,
+)
 
 MANAGER = "saev-install"
 PART_OF = "app.kubernetes.io/part-of"
-_MADE_HERE = (f"{PART_OF}=saev", "app.kubernetes.io/managed-by=kustomize")
-MADE_HERE = ",".join(_MADE_HERE)
+MADE_HERE = f"{PART_OF}=saev,app.kubernetes.io/managed-by=kustomize"
+"""Labels of everything that is installed."""
 DATA = ("PersistentVolumeClaim", "Secret")
-"""Kinds that only a person deletes by name: files, and keys that may be nowhere else."""
+"""Kinds that an installation never deletes: they hold files, and keys that may be nowhere else."""
 KINDS = (
     "deployment",
     "service",
@@ -35,16 +57,28 @@ KINDS = (
     "secret",
     "persistentvolumeclaim",
 )
-"""Of all that install makes in a namespace."""
+"""Kinds of the objects that an installation has in a namespace."""
 RUNTIME_GROUP = "trainer.kubeflow.org"
 RUNTIME = f"trainingruntime.{RUNTIME_GROUP}"
-"""The same, in clusters that have Kubeflow Trainer."""
+"""One more kind, in clusters that have Kubeflow Trainer."""
 
 
-def install(plan: Plan, *, dry_run: bool) -> None:
-    """Dry run, say what changes, apply."""
+def install(plan: Plan, *, dry_run: bool, prune: bool = False) -> None:
+    """Show what changes, in a dry run of the server, and apply it.
+
+    Args:
+        plan: what to install where.
+        dry_run: change nothing. Then a cluster that cannot be reached is no error.
+        prune: also delete objects of components that the plan does not name.
+    """
     check(plan)
-    where = locate(plan)
+    try:
+        where = locate(plan)
+    except Unreachable as error:
+        if not dry_run:
+            raise
+        preview(plan, error)
+        return
     plan = as_it_is(plan)
     text = render(plan)
     live = {key_of(item): item for item in items(_live(text))}
@@ -58,38 +92,65 @@ def install(plan: Plan, *, dry_run: bool) -> None:
         say(f"  {verb:<7} {item['kind']}/{item['metadata']['name']}")
     if plan.settings:
         say(f"  keep    {', '.join(sorted(plan.settings))} (there is no {shown(CONFIG_ENV)} here)")
-    left = left_behind(plan, {key_of(item) for item in accepted})
-    for kind, name in left:
-        say(f"  delete  {kind}/{name} (of another overlay)")
+    delete = []
+    for (kind, name), component in left_behind(plan, {key_of(item) for item in accepted}).items():
+        if not component:
+            say(f"  delete  {kind}/{name} (of another overlay or version)")
+        elif prune:
+            say(f"  delete  {kind}/{name} (of component {component})")
+        else:
+            say(f"  keep    {kind}/{name} (of component {component}; PRUNE=1 deletes it)")
+        if prune or not component:
+            delete.append((kind, name))
     if dry_run:
         say("Nothing was changed (DRY_RUN).")
         return
     kubectl(*apply, stdin=text)
-    _delete(plan.namespace, left)
+    _delete(plan.namespace, delete)
     say("Done.")
     advise(plan)
 
 
-def left_behind(plan: Plan, wanted: set[tuple[str, str]]) -> list[tuple[str, str]]:
-    """What an installation with another overlay made, and this one does without. No data.
+def preview(plan: Plan, error: Unreachable) -> None:
+    """Show what an installation applies, without a cluster to compare it with."""
+    say(str(error).strip())
+    say(f"Not compared with any cluster: for namespace {plan.namespace}, this is applied")
+    for kind, name in sorted(keys_in(render(plan))):
+        say(f"  apply   {kind}/{name}")
+    say("Nothing was changed (DRY_RUN).")
 
-    Components that are not named stay: leaving one out by mistake must not open a namespace.
+
+def left_behind(plan: Plan, wanted: set[Key]) -> dict[Key, str]:
+    """The objects of earlier installations that this one does without, except data.
+
+    Another overlay made them, an earlier version, or a component that is not named now. The last
+    ones are told apart, because a component left out by mistake must not open a namespace.
+
+    Args:
+        plan: what is installed.
+        wanted: its objects.
+
+    Returns:
+        Each object's component, or "" where it is of none.
     """
-    found = set()
-    for overlay in OVERLAYS:
-        if overlay == plan.overlay:
-            continue
-        other = Plan(overlay, plan.namespace, (), plan.kfp_namespace, "", None, "", "")
-        for item in items(_live(render(other))):
-            labels = item["metadata"].get("labels", {})
-            is_ours = all(labels.get(k) == v for k, _, v in (p.partition("=") for p in _MADE_HERE))
-            if is_ours and item["kind"] not in DATA:
-                found.add(key_of(item))
-    return sorted(found - wanted)
+    owners = {key: name for name in COMPONENTS for key in keys_of_component(name)}
+    found = {}
+    for item in installed(plan.namespace):
+        managers = {one.get("manager") for one in item["metadata"].get("managedFields", ())}
+        key = key_of(item)
+        if key not in wanted and item["kind"] not in DATA and MANAGER in managers:
+            found[key] = owners.get(key, "")
+    return dict(sorted(found.items()))
+
+
+def installed(namespace: str) -> list[Json]:
+    """The objects in a namespace that have the labels of an installation."""
+    chosen = ("-n", namespace, "-l", MADE_HERE)
+    return items(kubectl("get", ",".join(kinds()), *chosen, "--show-managed-fields", "-o", "json"))
 
 
 def as_it_is(plan: Plan) -> Plan:
-    """The plan, with what it does not say of quota, volume and settings as the cluster has it."""
+    """Fill in quota, volume and settings from the cluster, where the plan does not set them."""
 
     def live(kind: str, name: str, part: str = "spec") -> Json:
         found = items(
@@ -97,11 +158,11 @@ def as_it_is(plan: Plan) -> Plan:
         )
         return found[0].get(part, {}) if found else {}
 
-    if not CONFIG_ENV.exists():  # of this checkout: a colleague's may have one
+    if not CONFIG_ENV.exists():  # a colleague may have installed from a checkout that has one
         found = live("configmap", "saev-config", "data")
         root = found.get("SAEV_ROOT", "")
         if plan.has_volume or root.startswith("/"):
-            found.pop("SAEV_ROOT", None)  # the overlay knows where data is
+            found.pop("SAEV_ROOT", None)  # the overlay sets it
         plan = plan._replace(settings=found)
     hard = live("resourcequota", "saev-gpus").get("hard", {})
     if plan.gpus is None and "requests.nvidia.com/gpu" in hard:
@@ -115,15 +176,16 @@ def as_it_is(plan: Plan) -> Plan:
 
 
 def locate(plan: Plan) -> str:
-    """Which cluster and namespace, in words.
+    """The cluster and the namespace, in words.
 
     Raises:
-        InstallError: if the namespace does not exist.
+        InstallError: the namespace does not exist.
+        Unreachable: the cluster cannot be reached.
     """
     try:
         context = os.environ.get("KUBE_CONTEXT") or kubectl("config", "current-context").strip()
     except InstallError:
-        context = "the cluster"  # of a pod, which has no contexts
+        context = "the cluster"  # a pod has no contexts
     try:
         kubectl("get", "namespace", plan.namespace, "-o", "name")
     except InstallError as error:
@@ -138,7 +200,7 @@ def locate(plan: Plan) -> str:
 
 
 def advise(plan: Plan) -> None:
-    """What is still missing."""
+    """Say what is still missing, and what to do next."""
     if plan.overlay == "s3" and not _exists("secret", "saev-storage", plan.namespace):
         say(
             f"There is no Secret saev-storage. Unless pods get credentials by their service "
@@ -151,22 +213,20 @@ def advise(plan: Plan) -> None:
 
 
 def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> None:
-    """Delete what install made in the namespace, except data and what is cluster-wide.
+    """Delete what is installed in the namespace, except data and cluster-wide objects.
 
     Raises:
-        InstallError: while runs have pods, unless forced.
+        InstallError: runs still have pods, and `force` is not set.
     """
     where = locate(plan)
     running = _step_pods(plan.namespace)
     if running and not force:
         raise InstallError(
-            f"{len(running)} pods of saev's runs are still there ({running[0]}, …), and would be "
-            f"left without service account and network rules; cancel the runs, or set FORCE=1."
+            f"{len(running)} pods of saev's runs are still there ({running[0]}, …). They would "
+            f"lose their service account and network rules; cancel the runs, or set FORCE=1."
         )
-    found = items(
-        kubectl("get", ",".join(kinds()), "-n", plan.namespace, "-l", MADE_HERE, "-o", "json")
-    )
-    delete: list[tuple[str, str]] = []
+    found = installed(plan.namespace)
+    delete: list[Key] = []
     say(f"{where}:")
     for kind, name in sorted(map(key_of, found)):
         if kind == "PersistentVolumeClaim" and name != delete_pvc:
@@ -185,13 +245,13 @@ def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> Non
 
 
 def kinds() -> tuple[str, ...]:
-    """Of what may have been made in a namespace of this cluster."""
+    """The kinds of objects that an installation can have in this cluster."""
     served = kubectl("api-resources", f"--api-group={RUNTIME_GROUP}", "-o", "name")
     return (*KINDS, RUNTIME) if "trainingruntimes." in served else KINDS
 
 
 def say(line: str) -> None:
-    """One line for the reader."""
+    """Print one line."""
     sys.stdout.write(line + "\n")
 
 
@@ -199,7 +259,7 @@ def _live(text: str) -> str:
     return kubectl("get", "-f", "-", "-o", "json", "--ignore-not-found", stdin=text)
 
 
-def _delete(namespace: str, found: list[tuple[str, str]]) -> None:
+def _delete(namespace: str, found: list[Key]) -> None:
     if found:
         named = {"TrainingRuntime": RUNTIME}
         names = [f"{named.get(kind, kind.lower())}/{name}" for kind, name in found]
@@ -221,7 +281,7 @@ def _step_pods(namespace: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     made.add_argument("command", choices=("install", "uninstall", "render"))
     made.add_argument("--overlay", default="", help=f"where data is kept: {', '.join(OVERLAYS)}")
@@ -235,13 +295,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", default="", help="size of the volume, such as 2Ti")
     made.add_argument("--storage-class", default="", help="storage class of the volume")
     made.add_argument("--dry-run", action="store_true", help="change nothing")
+    made.add_argument("--prune", action="store_true", help="delete components that are not named")
     made.add_argument("--force", action="store_true", help="uninstall under running pods")
     made.add_argument("--delete-pvc", default="", help="name of the claim to delete with its data")
     return made
 
 
 def main() -> int:
-    """Exit status."""
+    """Run the command. Returns the exit status."""
     given = parser().parse_args()
     plan = Plan(
         given.overlay,
@@ -258,7 +319,7 @@ def main() -> int:
             check(plan)
             sys.stdout.write(render(plan))
         elif given.command == "install":
-            install(plan, dry_run=given.dry_run)
+            install(plan, dry_run=given.dry_run, prune=given.prune)
         else:
             uninstall(plan, dry_run=given.dry_run, force=given.force, delete_pvc=given.delete_pvc)
     except InstallError as error:

@@ -1,4 +1,4 @@
-"""Which objects an installation consists of."""
+"""The objects of an installation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import tempfile
 import typing as tp
 from pathlib import Path
 
-from kubectl import InstallError, Json, kustomize
+from kubectl import InstallError, Json, Key, kustomize
 
 HERE = Path(__file__).resolve().parent
 OVERLAYS = sorted(path.parent.name for path in HERE.glob("overlays/*/kustomization.yaml"))
 COMPONENTS = ("dedicated", "jobs", "kfp-launcher", "priority", "tensorboard", "trainer")
-"""What can be asked for; the other components follow from what is there."""
+"""Components that a user can name. The others are added where their files exist."""
 
 CONFIG_ENV = HERE / "components" / "settings" / "config.env"
 STORAGE_ENV = HERE / "components" / "storage-secret" / "storage.env"
@@ -33,7 +33,7 @@ class Plan(tp.NamedTuple):
     size: str
     storage_class: str
     settings: tp.Mapping[str, str] = {}
-    """Environment of the steps that the cluster has, where no config.env says it anew."""
+    """The steps' environment as the cluster has it, if this checkout has no config.env."""
 
     @property
     def has_volume(self) -> bool:
@@ -42,10 +42,10 @@ class Plan(tp.NamedTuple):
 
 
 def check(plan: Plan) -> None:
-    """Refuse what cannot work.
+    """Refuse a plan that cannot work.
 
     Raises:
-        InstallError: with the remedy.
+        InstallError: the message names the remedy.
     """
     if plan.overlay not in OVERLAYS:
         found = f"{plan.overlay!r} is unknown" if plan.overlay else "OVERLAY is not set"
@@ -83,10 +83,10 @@ def check(plan: Plan) -> None:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """The KEY=VALUE lines of a file; none if it is missing.
+    """The KEY=VALUE lines of a file; none if the file is missing.
 
     Raises:
-        InstallError: on any other line.
+        InstallError: another line is no comment and not empty.
     """
     values = {}
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
@@ -105,10 +105,10 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def kustomizations(plan: Plan, folder: Path) -> dict[str, Json]:
-    """The kustomizations that make all of a plan's objects: sub-folder of a folder → its content.
+    """The kustomizations of a plan: sub-folder of ``folder`` → content of its kustomization.yaml.
 
-    Two, because kustomize would put the namespace into cluster-wide objects of kinds that it does
-    not know.
+    There are two. In a single one, kustomize would write the namespace into cluster-wide objects of
+    kinds that it does not know.
     """
     inner = folder / "namespaced"
 
@@ -141,7 +141,7 @@ def kustomizations(plan: Plan, folder: Path) -> dict[str, Json]:
 
 
 def patches(plan: Plan, components: tp.Sequence[str]) -> list[Json]:
-    """What the variables of `make install` change."""
+    """The patches for the variables of `make install`."""
     made = []
 
     def replace(kind: str, name: str, path: str, value: str, operation: str = "replace") -> None:
@@ -180,7 +180,7 @@ def split_image(image: str) -> tuple[str, str, str]:
     """Name, tag and digest of an image's address.
 
     Raises:
-        InstallError: if it has neither, or the tag latest.
+        InstallError: it has no digest, and no tag but latest.
     """
     name, _, digest = image.partition("@")
     slash = name.rfind("/")
@@ -191,10 +191,10 @@ def split_image(image: str) -> tuple[str, str, str]:
 
 
 def render(plan: Plan) -> str:
-    """All objects, as YAML.
+    """All objects of a plan, as YAML.
 
     Raises:
-        InstallError: if kubectl refuses.
+        InstallError: kubectl refuses a kustomization.
     """
     with tempfile.TemporaryDirectory(prefix="saev-") as made:
         folder = Path(made).resolve()
@@ -205,6 +205,26 @@ def render(plan: Plan) -> str:
         return kustomize(folder)
 
 
+def keys_in(text: str) -> list[Key]:
+    """Kind and name of each object in YAML that is laid out as kustomize and k8s/ do it.
+
+    Python's standard library cannot read YAML, and kubectl needs a cluster to convert it.
+    """
+    found = []
+    for one in text.split("\n---\n"):
+        kind = re.search(r"^kind: (\S+)$", one, re.MULTILINE)
+        name = re.search(r"^metadata:\n(?: .*\n)*?  name: (\S+)$", one, re.MULTILINE)
+        if kind and name:
+            found.append((kind[1], name[1]))
+    return found
+
+
+def keys_of_component(name: str) -> set[Key]:
+    """Kind and name of each object that a component has or changes."""
+    files = (HERE / "components" / name).glob("*.yaml")
+    return {key for path in files for key in keys_in(path.read_text(encoding="utf-8"))}
+
+
 def shown(path: Path) -> str:
-    """A path as the reader knows it."""
+    """A path as it is called in the documentation."""
     return f"k8s/{path.relative_to(HERE)}"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import compiled
 import pytest
+import yaml
 from servers import KubernetesApi, kubernetes_server
 
 from saev.errors import ClusterError
@@ -192,6 +193,77 @@ def test_settings_stay_where_no_file_says_them_anew(cluster: Cluster, tree: Path
     assert data().keys() == before.keys() - {"AWS_ENDPOINT_URL"}
 
 
+def test_a_component_left_out_stays_until_it_is_pruned(cluster: Cluster, tree: Path) -> None:
+    """Leaving one out by mistake must not open a namespace; what others made always stays."""
+    space = cluster.namespace()
+    words = f"install --overlay s3 --namespace {space}".split()
+    assert cluster.install(tree, *words, "--components", "dedicated", "jobs").returncode == 0
+    labels = {"part-of": "saev", "managed-by": "kustomize"}
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": "theirs",
+            "namespace": space,
+            "labels": {f"app.kubernetes.io/{key}": value for key, value in labels.items()},
+        },
+    }
+    assert cluster.kubectl("create", "-f", "-", stdin=theirs).returncode == 0
+
+    def names() -> set[str]:
+        kinds = "quota,netpol,limits,cm,sa,role,rolebinding"
+        return {item["metadata"]["name"] for item in cluster.get(kinds, "-n", space)["items"]}
+
+    before = names()
+    done = cluster.install(tree, *words, "--components", "jobs")
+    assert done.returncode == 0, done.stderr
+    says = "keep    LimitRange/saev-defaults (of component dedicated; PRUNE=1 deletes it)"
+    assert says in done.stdout
+    assert names() == before
+    dry = cluster.install(tree, *words, "--components", "jobs", "--prune", "--dry-run")
+    assert "delete  NetworkPolicy/default-deny (of component dedicated)" in dry.stdout
+    assert names() == before
+    done = cluster.install(tree, *words, "--components", "jobs", "--prune")
+    assert done.returncode == 0, done.stderr
+    gone = {"saev-defaults", "saev-compute", "default-deny", "dns", "kfp-runs", "kfp-profile"}
+    assert before - names() == gone
+    again = cluster.install(tree, *words, "--components", "jobs", "--prune")
+    assert "  delete  " not in again.stdout
+
+
+def test_what_version_0_1_0_installed_is_upgraded(cluster: Cluster, tree: Path) -> None:
+    """Its objects are changed and not made a second time; what it alone has is deleted."""
+    space = cluster.namespace()
+    text = (Path(__file__).parent / "installed-0.1.0.yaml").read_text()
+    old = [item for item in yaml.safe_load_all(text.replace("team", space)) if item]
+    # In 0.1.0 and in no later version; nothing else of 0.1.0 is gone until now.
+    renamed = copy.deepcopy(next(item for item in old if item["kind"] == "NetworkPolicy"))
+    renamed["metadata"]["name"] = "saev-former-name"
+    everything = {"apiVersion": "v1", "kind": "List", "items": [*old, renamed]}
+    apply = "apply --server-side --field-manager=saev-install -f -".split()
+    assert cluster.kubectl(*apply, stdin=everything).returncode == 0
+    assert cluster.kubectl("get", "sa", "saev-schedule", "-n", space).returncode == 1
+
+    words = f"install --overlay local --namespace {space} --components dedicated".split()
+    done = cluster.install(tree, *words)
+    assert done.returncode == 0, done.stderr
+    assert "create  ServiceAccount/saev-schedule" in done.stdout
+    deleted = {line.split()[1] for line in done.stdout.splitlines() if "  delete  " in line}
+    assert deleted == {
+        "ResourceQuota/saev-gpus", "NetworkPolicy/saev-storage", "NetworkPolicy/saev-former-name",
+    }  # fmt: skip
+    kinds = "netpol,quota,limits,role,rolebinding,sa"
+    mine = cluster.get(kinds, "-n", space, "-l", "app.kubernetes.io/part-of=saev")["items"]
+    rendered = cluster.install(tree, "render", *words[1:]).stdout
+    wanted = {(item["kind"], item["metadata"]["name"]) for item in yaml.safe_load_all(rendered)}
+    found = {(item["kind"], item["metadata"]["name"]) for item in mine}
+    others = ("Namespace", "ConfigMap", "PersistentVolumeClaim")
+    assert found == {key for key in wanted if key[0] not in others}
+    again = cluster.install(tree, *words)
+    verbs = {line.split()[0] for line in again.stdout.splitlines() if line.startswith("  ")}
+    assert verbs == {"keep"}
+
+
 def test_another_overlay_takes_back_what_the_first_made(cluster: Cluster, tree: Path) -> None:
     """Its quota and its network policies; not data, keys, components, or what others made."""
     space = cluster.namespace()
@@ -213,7 +285,8 @@ def test_another_overlay_takes_back_what_the_first_made(cluster: Cluster, tree: 
 
     before = names("quota,netpol,secret,limits,cm,sa,role")
     dry = cluster.install(tree, *words, "local", "--dry-run")
-    assert "delete  ResourceQuota/saev-gpus (of another overlay)" in dry.stdout, dry.stderr
+    assert dry.returncode == 0, dry.stderr
+    assert "delete  ResourceQuota/saev-gpus (of another overlay or version)" in dry.stdout
     assert "saev-gpus" in names("quota")
     done = cluster.install(tree, *words, "local")
     assert done.returncode == 0, done.stderr
@@ -224,7 +297,7 @@ def test_another_overlay_takes_back_what_the_first_made(cluster: Cluster, tree: 
     assert {"theirs", "saev-compute"} <= names("quota")
     back = cluster.install(tree, *words, "s3")
     assert back.returncode == 0, back.stderr
-    assert "delete" not in back.stdout
+    assert "  delete  " not in back.stdout
     assert "saev-data" in names("pvc")
     assert "saev-gpus" in names("quota")
 

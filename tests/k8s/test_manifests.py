@@ -1,7 +1,10 @@
 """Every overlay builds, and what it makes is right; and the checks that say so can fail."""
 
 import copy
+import importlib
+import os
 import re
+import shutil
 import subprocess
 import typing as tp
 from collections.abc import Callable
@@ -11,11 +14,18 @@ import pytest
 import yaml
 
 from k8s.checks import FIRING, JOBSET, STEP, VERSIONS, Json, matches, meaning, problems, schemas
-from k8s.conftest import ROOT, Render
+from k8s.conftest import FETCHED, ROOT, Render
 
 K8S = ROOT / "k8s"
 EVERYTHING = ("dedicated", "jobs", "tensorboard", "priority", "kfp-launcher", "trainer")
 IMAGE = "registry.example.com:5000/team/saev:1.2"
+UNREACHABLE = """\
+apiVersion: v1
+kind: Config
+clusters: [{name: a, cluster: {server: "http://127.0.0.1:9"}}]
+contexts: [{name: a, context: {cluster: a}}]
+current-context: a
+"""
 
 
 @pytest.mark.parametrize("overlay", ["s3", "pvc", "local"])
@@ -123,6 +133,55 @@ def test_tensorboard_on_s3_needs_the_root(tree: Path, installer: Callable) -> No
     (tree / "components" / "settings" / "config.env").unlink()
     words = f"render --overlay s3 --components tensorboard --image {IMAGE}".split()
     assert "set SAEV_ROOT in k8s/components/settings/config.env" in installer(tree, *words).stderr
+
+
+@pytest.mark.parametrize("overlay", ["s3", "pvc"])
+def test_keys_are_read_as_a_yaml_parser_reads_them(
+    tree: Path, installer: Callable, monkeypatch: pytest.MonkeyPatch, overlay: str
+) -> None:
+    monkeypatch.syspath_prepend(str(K8S))
+    manifests = importlib.import_module("manifests")
+    words = f"render --overlay {overlay} --namespace team-a --image {IMAGE}".split()
+
+    def keys(*components: str) -> tuple[set, set]:
+        text = installer(tree, *words, "--components", *components).stdout
+        objects = yaml.load_all(text, yaml.CSafeLoader)
+        parsed = [(item["kind"], item["metadata"]["name"]) for item in objects]
+        read = manifests.keys_in(text)
+        assert sorted(read) == sorted(parsed)
+        return set(read), manifests.keys_of_component(components[-1]) if components else set()
+
+    plain = keys()[0] | {("Namespace", "saev")}
+    for name in EVERYTHING:
+        more, of_component = keys(name)
+        made = more - plain - {("Namespace", "team-a")}  # its name is not that of the file
+        assert made == of_component - plain, name
+        assert made
+
+
+@pytest.mark.parametrize("config", ["", UNREACHABLE], ids=["no kubeconfig", "no server"])
+def test_a_dry_run_without_a_cluster_is_a_preview(
+    tree: Path, installer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
+) -> None:
+    (tmp_path / "kubeconfig").write_text(config)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    if not shutil.which("kubectl", path=f"{FETCHED}{os.pathsep}{os.environ['PATH']}"):
+        pytest.skip("kubectl is not installed")
+    words = "--overlay pvc --namespace team-a --components dedicated".split()
+    done = installer(tree, "install", *words, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "The cluster cannot be reached" in done.stdout
+    objects = yaml.safe_load_all(installer(tree, "render", *words).stdout)
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  apply ")]
+    assert listed == sorted(f"{item['kind']}/{item['metadata']['name']}" for item in objects)
+    assert "Nothing was changed" in done.stdout
+
+    real = installer(tree, "install", *words)
+    assert real.returncode == 1
+    assert "The cluster cannot be reached" in real.stderr
+    for said in (done.stdout, real.stderr):
+        assert "memcache.go" not in said  # of the libraries of kubectl
+        assert len(said.splitlines()[0]) < 100
 
 
 def test_digests_stay(render: Render) -> None:
