@@ -7,6 +7,7 @@ import difflib
 import itertools
 import os
 import sys
+import time
 import typing as tp
 
 # Pydantic's links to its website do not help the user of a command.
@@ -14,20 +15,24 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
-from saev.config.base import FlagError, of_flags
+from saev import chain, cores, driver, interrupts, secrets, shorthand, storage, torchrun
+from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
+from saev.config.pages import OpenConfig, ReportConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
 from saev.errors import SaevError
 from saev.progress import Progress, log_to
+from saev.stage import Job
 
 COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     **{stage.name: stage.config for stage in chain.STAGES},
     "run": RunConfig,
     "size": SizeConfig,
     "gc": GcConfig,
+    "open": OpenConfig,
+    "report": ReportConfig,
 }
 
 DESCRIPTION = """\
@@ -35,8 +40,9 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure an SAE (inference), show its features (visuals). \
-`run` does all four. `size` says beforehand how much a job takes, `gc` cleans up. Every location \
-is a path or a URL (s3://…). The URL of the result is the only thing on standard output."""
+`run` does all four, `open` shows a page in the browser, `report` writes the page of a root. \
+`size` says beforehand how much a job takes, `gc` cleans up. Every location is a path or a URL \
+(s3://…). The URL of the result is the only thing on standard output."""
 
 
 STEP_DESCRIPTION = """\
@@ -109,21 +115,32 @@ def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
     return words
 
 
+_WITHOUT_BARS = (GcConfig, OpenConfig)
+"""Commands that ask a question, or wait for somebody."""
 _TRUTH = ("True", "False", "None")
 _HELP = "--help"
 
 
-def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], list[str]]:
-    """Import the code of a config's command. Returns a function that runs it and gives its URLs."""
+class Made(tp.NamedTuple):
+    """What a command has made."""
+
+    urls: tp.Sequence[str] = ()
+    """The results."""
+    go_on: str = ""
+    """The command that goes on from there."""
+
+
+def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], Made]:
+    """Import the code of a config's command. Returns a function that runs it."""
     for one in chain.STAGES:
         if isinstance(cfg, one.config):
-            kind, part = one.kind, getattr(cfg, "part", "")
+            kind = one.kind
             sweep = {"explicit": explicit_keys(argv)} if one.swept else {}
-            return lambda: list(driver.run(kind(cfg, **sweep), part, progress).urls)
+            return lambda: _one_stage(kind(cfg, **sweep), cfg, progress)
     if isinstance(cfg, tuple(STEPS.values())):
         from saev.steps import run as step_runner
 
-        return lambda: step_runner.run(cfg, progress=progress)
+        return lambda: Made(step_runner.run(cfg, progress=progress))
     if isinstance(cfg, SizeConfig):
         from saev import size
 
@@ -132,15 +149,41 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
         from saev import gc
 
         return lambda: _no_urls(gc.run, cfg)
+    if isinstance(cfg, OpenConfig):
+        from saev import opened
+
+        return lambda: _no_urls(opened.run, cfg)
+    if isinstance(cfg, ReportConfig):
+        from saev.visuals import overview
+
+        return lambda: _page(overview.write(storage.normalize(cfg.root)), cfg)
     from saev import run
 
-    return lambda: [run.run(cfg, progress=progress)]
+    return lambda: _page(run.run(cfg, progress=progress), cfg)
 
 
-def _no_urls(command: tp.Callable[[tp.Any], None], cfg: tp.Any) -> list[str]:
+def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
+    """Run a stage, and say what it has made."""
+    from saev import after
+
+    started, part = time.monotonic(), getattr(cfg, "part", "")
+    urls = driver.run(job, part, progress).urls
+    if part or progress.quiet:
+        return Made(urls)
+    progress.say(after.figures(cfg, urls, time.monotonic() - started))
+    return Made(urls, after.go_on(cfg, urls))
+
+
+def _page(page: str, cfg: Config) -> Made:
+    from saev import after
+
+    return Made([page], after.go_on(cfg, [page]))
+
+
+def _no_urls(command: tp.Callable[[tp.Any], None], cfg: tp.Any) -> Made:
     """Run a command that prints by itself."""
     command(cfg)
-    return []
+    return Made()
 
 
 def explicit_keys(argv: tp.Sequence[str]) -> frozenset[str]:
@@ -172,9 +215,9 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     cores.limit_threads()
     try:
         rank = _rank()
-        progress = Progress(quiet=rank > 0 or isinstance(cfg, GcConfig))  # gc asks a question
+        progress = Progress(quiet=rank > 0 or isinstance(cfg, _WITHOUT_BARS))
         log_to(progress, rank)
-        urls = _work(cfg, argv, progress)
+        made = _work(cfg, argv, progress)
     except SaevError as err:
         _fail(str(err), 1)
     except KeyboardInterrupt:
@@ -192,11 +235,14 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
             1,
         )
     with interrupts.readers_may_leave():
-        for url in urls if rank == 0 else ():
+        for url in made.urls if rank == 0 else ():
             print(url)  # noqa: T201 - the one thing on standard output
+        sys.stdout.flush()  # before what is said on stderr
+    if made.go_on:
+        progress.say(f"Next: {made.go_on}")
 
 
-def _work(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> list[str]:
+def _work(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> Made:
     """Run a config's command. In a pod, tell the supervisor why it fails."""
     try:
         with progress:

@@ -147,6 +147,12 @@ class Progress:
                 console=console,
             )
 
+    def say(self, text: str) -> None:
+        """Print lines for a person as they are: without a time, and never broken, so that a
+        command in them can be pasted."""
+        if not self.quiet and text:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     def publish_point(self) -> None:
         """The safe point right before something is published."""
         self.safe_point()

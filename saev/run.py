@@ -1,8 +1,9 @@
 """`saev run`: the four stages one after another, from one file, skipping what is done."""
 
 import logging
+import time
 
-from saev import chain, driver, storage
+from saev import after, chain, driver, storage
 from saev.config.images import ImageData, ImgFolder, ImgSegFolder
 from saev.config.named import FIRST_LOOK, named_config
 from saev.config.run import RunConfig, RunFile
@@ -35,32 +36,34 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
     Raises:
         ConfigError: a key of the file is wrong; nothing has been started then.
     """
-    stages = resolve(cfg)
+    stages, progress = resolve(cfg), progress or Progress(quiet=True)
     is_first_look = cfg.config == named_config(FIRST_LOOK)
     if is_first_look:
         logger.info("Config %s: %s, from the model hub.", FIRST_LOOK, _MODEL)
     found: dict[str, str] = {}
     runs: tuple[str, ...] = ()
     for stage in chain.OF_ALL:
-        runs = driver.run(stage.of(stages, found), progress=progress).urls
+        runs = _do(stage, stages, found, progress)
         found[stage.name] = runs[0]
         if is_first_look and stage is chain.FIRST:
             stages = stages._replace(train=sized(stages.train, runs[0]))
-    shards = found[chain.FIRST.name]
     for run_url in runs:
         found[chain.RUNS] = run_url
         for stage in chain.OF_RUN:
-            found[stage.name] = driver.run(stage.of(stages, found), progress=progress).urls[0]
-    sections = overview.collect(cfg.root)
-    # A run may have been measured on other shards, too.
-    for section in (s for s in sections if s.shards == storage.name(shards)):
-        for row in (row for row in section.rows if row.run in runs):
-            logger.info(
-                "%s: normalized_mse %.4f, l0 %.1f, dead %d of %d",
-                storage.name(row.run), row.nmse, row.metrics["l0"],
-                row.metrics["n_dead"], row.metrics["d_sae"],
-            )  # fmt: skip
-    return overview.write(cfg.root, sections)
+            found[stage.name] = _do(stage, stages, found, progress)[0]
+    return overview.write(cfg.root)
+
+
+def _do(
+    stage: chain.Stage, stages: Stages, found: chain.Found, progress: Progress
+) -> tuple[str, ...]:
+    """Run a stage and say what it has made; returns where that is."""
+    started = time.monotonic()
+    urls = driver.run(stage.of(stages, found), progress=progress).urls
+    if not progress.quiet:
+        cfg = stage.asks(stages, found)
+        progress.say(after.figures(cfg, urls, time.monotonic() - started))
+    return urls
 
 
 def resolve(cfg: RunConfig) -> Stages:

@@ -254,12 +254,12 @@ class Trainer:
         )
         timing = {"train/tokens_per_s": tokens_per_s, **self.loader.metrics()}
         done = {"step": self.step, "tokens": self.step * self.batch_size}
-        losses = []
+        rows: list[dict[str, float]] = []
         for part, m in zip(self.banks, metrics, strict=True):
             named = {**m._asdict(), "loss": m.loss}
             values = torch.stack([v.double() for v in named.values()]).cpu().T.tolist()
-            for index, config, row in zip(part.indices, part.configs, values, strict=True):
-                got = dict(zip(named, row, strict=True))
+            for index, config, figures in zip(part.indices, part.configs, values, strict=True):
+                got = dict(zip(named, figures, strict=True))
                 factor = lr_scale(self.step - 1, self.n_steps, config.n_lr_warmup or 0)
                 aims = config.objective.target_l0 is not None
                 coefficient = {"train/sparsity_coeff": got["coeff"]} if aims else {}
@@ -284,8 +284,8 @@ class Trainer:
                 )
                 if self._wandb:
                     self._wandb[index].log({**timing, **stored})
-                losses.append(got["nmse"])
-        return f"NMSE {min(losses):.4f}" + (f"–{max(losses):.4f}" if len(losses) > 1 else "")
+                rows.append(got)
+        return _note(rows)
 
     def _of_all_ranks(self, batch: Batch) -> Batch:
         """With the examples and tokens of the whole batch."""
@@ -440,6 +440,16 @@ class Trainer:
         val = sides.sources(member.config, places)[1]
         other = sides.other_model(member.config, places)
         return {**found, "val_source": val.to_dict(), **({"other_model": other} if other else {})}
+
+
+def _note(rows: tp.Sequence[tp.Mapping[str, float]]) -> str:
+    """What stands behind the progress bar: from the least to the most of all SAEs."""
+    words = []
+    for key, form in (("nmse", "NMSE {:.3f}"), ("l0", "L0 {:.0f}"), ("n_dead", "dead {:.0f}")):
+        said = [form.format(end(row[key] for row in rows)) for end in (min, max)]
+        least, most = said
+        words.append(least if least == most else f"{least}–{most.partition(' ')[2]}")
+    return ", ".join(words)
 
 
 def _say_what_was_found(

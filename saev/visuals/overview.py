@@ -9,13 +9,13 @@ import logging
 import math
 import typing as tp
 
-from saev import storage
+from saev import names, storage
 from saev.config import TrainConfig
 from saev.errors import CorruptDataError
 from saev.inference import files
 from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
-from saev.visuals import names, pages
+from saev.visuals import pages
 from saev.visuals.records import DONE
 
 logger = logging.getLogger(__name__)

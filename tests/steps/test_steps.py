@@ -98,7 +98,7 @@ def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: P
     expected = ("normalized_mse", "l0", "n_dead", "mean_average_precision", "purity_at_16")
     wanted = {*expected, "coverage_at_0.3", "probe_r"}
     assert written.keys() >= wanted
-    assert (written["run"], written["sae"]) == (run, "top-k, top_k 32, layer 5")
+    assert (written["run"], written["sae"]) == (run, "topk32-s64")
 
 
 def test_no_path_no_output() -> None:

@@ -1,34 +1,53 @@
-"""What SAEs are called beside each other: by what their configs differ in."""
+"""What SAEs are called: short names such as ``topk32-s6144``, which say in what they differ."""
 
 import typing as tp
 
 from saev.config import TrainConfig
 
+_BASE = ("sae.activation.kind", "sae.activation.top_k", "objective.target_l0", "sae.d_sae")
+"""In every name."""
 _FIRST = (
-    "train_data.layer", "sae.activation.kind", "sae.activation.top_k", "objective.target_l0",
-    "objective.sparsity_coeff", "sae.d_sae", "objective.kind", "lr",
+    *_BASE, "objective.kind", "train_data.layer", "objective.sparsity_coeff", "lr",
 )  # fmt: skip
 """What people compare, most wanted first. All other keys come after them."""
 _SECOND = frozenset({"seed", "data_seed"})
 """What is named last, where nothing else differs: a sweep gives each SAE its own seed."""
 _NEVER = frozenset({"runs_root", "tag", "sweep", "device", "wandb_project", "sae.exp_factor"})
+_SHORT = {
+    "objective.target_l0": "l", "sae.d_sae": "s", "train_data.layer": "layer",
+    "objective.sparsity_coeff": "coeff",
+}  # fmt: skip
+"""What stands before the value of a key; by default its last part."""
+_PLAIN = "vanilla"
+"""The objective that is not named, unless others are."""
 
 
 def of(configs: tp.Sequence[TrainConfig]) -> list[str]:
-    """One name for each SAE, such as ``top_k 32, lr 0.001``.
+    """One name for each SAE, such as ``topk32-s6144`` or ``relu-s6144-coeff0.001``.
 
-    A name has as few keys as tell the SAEs apart, so that values that follow from others, such as a
-    learning rate that was chosen from d_sae, are in none. SAEs whose configs are equal have equal
-    names.
+    A name has the activation, k or the target L0, and the number of latents. Beyond that it has as
+    few keys as tell the SAEs apart, so that values that follow from others, such as a learning rate
+    that was chosen from d_sae, are in none. SAEs whose configs are equal have equal names.
 
     Args:
         configs: resolved, as they stand in run folders.
     """
     plain = [_flat(config.to_dict()) for config in configs]
-    chosen = _telling(plain)
-    if not chosen:
-        chosen = ["sae.activation.kind", "sae.activation.top_k", "train_data.layer"]
-    return [", ".join(_said(key, one[key]) for key in chosen if key in one) for one in plain]
+    telling = _telling(plain)
+    return ["-".join(_words(one, telling)) for one in plain]
+
+
+def _words(one: dict[str, str], telling: tp.Sequence[str]) -> tp.Iterator[str]:
+    kind = one["sae.activation.kind"].replace("-", "")
+    yield kind + one.get("sae.activation.top_k", "")
+    for key in _BASE[2:]:
+        if key in one:
+            yield _said(key, one[key])
+    if one["objective.kind"] != _PLAIN:
+        yield one["objective.kind"]
+    for key in telling:
+        if key in one and key not in _BASE and key != "objective.kind":
+            yield _said(key, one[key])
 
 
 def _telling(plain: tp.Sequence[dict[str, str]]) -> list[str]:
@@ -62,5 +81,6 @@ def _flat(value: tp.Any, prefix: str = "") -> dict[str, str]:
 
 
 def _said(key: str, value: str) -> str:
-    name = key.rsplit(".", 1)[-1]
-    return value if name == "kind" else f"{name} {value}"
+    word = _SHORT.get(key, key.rsplit(".", 1)[-1])
+    # A name like n_prefixes needs something between it and its number.
+    return f"{word}{'=' if '_' in word else ''}{value}"

@@ -1,0 +1,202 @@
+"""What a person is told after a stage: its figures, and the command that goes on from there.
+
+Both are read from what the stage has published, so a stage that was done before says the same.
+"""
+
+import contextlib
+import json
+import math
+import shlex
+import typing as tp
+from collections.abc import Sequence
+
+from saev import eta, names, storage
+from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config.base import Config
+from saev.errors import SaevError
+from saev.inference import files
+from saev.inference.results import Results
+from saev.shards import Shards
+
+_MOST_ROWS = 20
+"""SAEs in the table; a page has all of them."""
+_NO_NUMBER = "–"
+_RUN = "run.json"
+
+Figures = tp.Mapping[str, tp.Any]
+
+
+class Sae(tp.NamedTuple):
+    """An SAE that was trained."""
+
+    url: str
+    """Of its run folder."""
+    name: str
+    config: TrainConfig
+    held_out: Figures
+    """What training measured on images that it has not seen; empty if there were none."""
+    trained_on: Figures
+    """The same on images of training, or of the last batch where nothing was measured."""
+
+    @property
+    def order(self) -> tuple[float, float, str]:
+        """Best first: by the held-out error, or that of training."""
+        found = [_value(side, "normalized_mse") for side in (self.held_out, self.trained_on)]
+        return (*found, self.url)  # type: ignore[return-value]
+
+
+def figures(cfg: Config, urls: Sequence[str], seconds: float) -> str:
+    """What a stage made, in lines for people; empty for other commands.
+
+    Args:
+        cfg: the config of the stage.
+        urls: its results.
+        seconds: how long it took now.
+    """
+    if isinstance(cfg, ShardsConfig):
+        text = _shards(urls[0])
+    elif isinstance(cfg, TrainConfig):
+        text = _train(urls)
+    elif isinstance(cfg, InferenceConfig):
+        text = _inference(urls[0])
+    elif isinstance(cfg, VisualsConfig):
+        text = f"The picture book is {urls[0]}"
+    else:
+        return ""
+    head, *rest = text.splitlines()
+    return "\n".join([f"{head} ({eta.span(seconds)})", *rest])
+
+
+def go_on(cfg: Config, urls: Sequence[str]) -> str:
+    """The command that goes on from a stage's result, ready to be pasted; empty if there is none.
+
+    Args:
+        cfg: the config of the stage.
+        urls: its results.
+    """
+    if isinstance(cfg, ShardsConfig):
+        return _command("train", *_train_flags(cfg, urls[0]))
+    if isinstance(cfg, TrainConfig):
+        best = min(_saes(urls), key=lambda sae: sae.order)
+        shards = best.config.train_data.shards
+        return _command("inference", "--run", best.url, "--shards", shards)
+    if isinstance(cfg, InferenceConfig):
+        return _command("visuals", *_visuals_flags(cfg, urls[0]))
+    return _command("open", urls[0])
+
+
+# --- Each stage ----------------------------------------------------------------------------------
+
+
+def _shards(url: str) -> str:
+    with Shards.open(url) as shards:
+        meta = shards.metadata
+        megabytes = sum(info.n_bytes or 0 for info in shards.infos) / 1e6
+        n_tokens = shards.n_examples * meta.content_tokens_per_example
+    layers = ", ".join(map(str, meta.layers))
+    return (
+        f"Recorded {shards.n_examples:,} images: {n_tokens:,} patches of {meta.d_model} numbers, "
+        f"layer{'s' * (len(meta.layers) > 1)} {layers}, {megabytes:,.1f} MB"
+    )
+
+
+def _train(urls: Sequence[str]) -> str:
+    saes = sorted(_saes(urls), key=lambda sae: sae.order)
+    n = len(saes)
+    shown = saes[:_MOST_ROWS]
+    width = max(len(sae.name) for sae in shown)
+    lines = [
+        f"Trained {n} SAE{'s' * (n != 1)}",
+        "NMSE: squared error over variance, 0 is perfect. L0: latents that fire per token.",
+        "Held out: images that training has not seen.",
+        f"{'':{width}}      held out        training side",
+        f"{'SAE':{width}}    NMSE     L0     NMSE     L0   dead, held out",
+        *(_row(sae, width) for sae in shown),
+    ]
+    if n > len(shown):
+        lines.append(f"… and {n - len(shown)} more")
+    if not all(sae.held_out for sae in saes):
+        lines.append(
+            f"{_NO_NUMBER} Nothing is held out: too few images, or --n-val 0. The training side is "
+            "that of the last batch."
+        )
+    return "\n".join(lines)
+
+
+def _row(sae: Sae, width: int) -> str:
+    dead = sae.held_out.get("n_dead", sae.trained_on.get("n_dead"))
+    words = [f"{sae.name:{width}}"]
+    for side in (sae.held_out, sae.trained_on):
+        words.append(f"{_number(side.get('normalized_mse'), '.4f'):>8}")
+        words.append(f"{_number(side.get('l0'), '.1f'):>6}")
+    words.append(f"  {_number(dead, ',')} of {sae.config.sae.d_sae:,}")
+    return " ".join(words)
+
+
+def _saes(urls: Sequence[str]) -> list[Sae]:
+    configs = [TrainConfig.of_run(url) for url in urls]
+    saes = []
+    for url, name, config in zip(urls, names.of(configs), configs, strict=True):
+        record = storage.read_sealed(storage.join(url, _RUN)).record
+        trained_on = record.get("train_metrics") or _last_batch(url)
+        saes.append(Sae(url, name, config, record.get("metrics") or {}, trained_on))
+    return saes
+
+
+def _last_batch(url: str) -> dict[str, tp.Any]:
+    """Figures of the last row of a run's curve."""
+    with contextlib.suppress(SaevError, ValueError, IndexError):
+        row = json.loads(storage.read_text(storage.join(url, "metrics.jsonl")).splitlines()[-1])
+        return {key.removeprefix("train/"): value for key, value in row.items()}
+    return {}
+
+
+def _inference(url: str) -> str:
+    metrics = Results.open(url).metrics
+    return (
+        f"Measured on {metrics['n_tokens']:,} tokens, those of training among them if there are "
+        f"any: NMSE {_number(metrics['normalized_mse'], '.4f')} at L0 {metrics['l0']:.1f}, dead "
+        f"{metrics['n_dead']:,} of {metrics['d_sae']:,}"
+    )
+
+
+# --- Flags of the next command -------------------------------------------------------------------
+
+
+def _train_flags(cfg: ShardsConfig, url: str) -> list[str]:
+    with Shards.open(url) as shards:
+        layers = shards.metadata.layers
+    flags = ["--shards", url]
+    if len(layers) > 1:
+        flags += ["--layer", str(layers[-1])]
+    root = storage.normalize(cfg.shards_root)
+    if storage.name(root) == "shards":  # its usual place beside the runs
+        flags += ["--runs-root", storage.join(storage.parent(root), "runs")]
+    return flags
+
+
+def _visuals_flags(cfg: InferenceConfig, url: str) -> list[str]:
+    recorded = storage.read_sealed(storage.join(url, files.CONFIG), remedy=files.REMEDY).record
+    shards = cfg.data.shards or recorded["config"]["data"]["shards"]
+    flags = ["--run", cfg.run, "--shards", shards]
+    if cfg.out:
+        flags += ["--inference", url]
+    if cfg.allow_other_model:
+        flags += ["--allow-other-model"]
+    return flags
+
+
+def _command(name: str, *words: str) -> str:
+    return shlex.join(["saev", name, *words])
+
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+
+def _number(value: tp.Any, form: str) -> str:
+    return _NO_NUMBER if value is None else format(value, form)
+
+
+def _value(side: Figures, key: str) -> float:
+    found = side.get(key)
+    return math.inf if found is None else float(found)

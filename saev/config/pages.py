@@ -1,0 +1,24 @@
+"""The configs of `saev open` and `saev report`."""
+
+import pydantic
+import tyro
+
+from saev.config.base import Config
+
+
+class OpenConfig(Config):
+    """Show a page of saev in the browser, also one on object storage. Ctrl-C ends it."""
+
+    url: tyro.conf.Positional[str]
+    """URL of a page (index.html), or of its folder: a root, a run, results, or a report."""
+    port: int = pydantic.Field(default=0, ge=0, le=65535)
+    """Port on 127.0.0.1; 0 takes one that is free."""
+    browser: bool = True
+    """Open the browser. Without it (--no-browser), the address is printed only."""
+
+
+class ReportConfig(Config):
+    """Write the page that lists all SAEs of a root, measured or not."""
+
+    root: str = "./saev-out"
+    """URL of the folder that holds runs and shards; the page is root/index.html."""

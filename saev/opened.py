@@ -1,0 +1,157 @@
+"""`saev open`: serves the pages below a root on 127.0.0.1, from wherever they are stored."""
+
+import functools
+import http
+import http.server
+import logging
+import sys
+import typing as tp
+import urllib.parse
+import webbrowser
+
+from saev import storage
+from saev.config.pages import OpenConfig
+from saev.errors import ConfigError, SaevError, StorageError
+
+logger = logging.getLogger(__name__)
+
+INDEX = "index.html"
+_HOST = "127.0.0.1"
+_TYPES = {".html": "text/html; charset=utf-8", ".webp": "image/webp", ".json": "application/json"}
+"""What pages are made of. Nothing else of the root is served."""
+_POLICY = (
+    "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+)
+"""A page may be somebody else's: its scripts reach nothing, not even the files beside it."""
+
+
+class Place(tp.NamedTuple):
+    """A page, and what is served for it."""
+
+    base: str
+    """URL of the folder below which files are served."""
+    path: str
+    """Of the page, relative to that folder."""
+
+
+def run(cfg: OpenConfig) -> None:
+    """Serve a page until Ctrl-C; prints its address on standard output.
+
+    Raises:
+        ConfigError: there is no page, or the port is taken.
+        StorageError: the storage cannot be read.
+    """
+    place = find(cfg.url)
+    with serve(place, cfg.port) as server:
+        address = f"http://{_HOST}:{server.server_port}/{urllib.parse.quote(place.path)}"
+        sys.stdout.write(f"{address}\n")
+        sys.stdout.flush()
+        logger.info("Serving %s. Ctrl-C ends it.", place.base)
+        if cfg.browser and not webbrowser.open(address):
+            logger.info("No browser was found: open %s.", address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            logger.info("Ended.")
+
+
+def find(url: str) -> Place:
+    """The page that is meant by a URL: itself, or that of a root, a run, results or a report.
+
+    All of the root is served where the page is below one, because pages link to each other.
+
+    Raises:
+        ConfigError: there is no page.
+    """
+    url = storage.normalize(url).rstrip("/")
+    page = url if storage.name(url) == INDEX else _page_of(url)
+    if not page or not storage.exists(page):
+        raise ConfigError(
+            f"There is no page {page or storage.join(url, INDEX)}. Give the URL that "
+            "`saev visuals` or `saev run` printed, or write the page of a root with `saev report`."
+        )
+    base = _root_of(storage.parent(page))
+    return Place(base, page.removeprefix(base.rstrip("/") + "/"))
+
+
+def _page_of(folder: str) -> str:
+    """URL of the page of a folder; "" if it has none."""
+    for name in (INDEX, f"report/{INDEX}"):
+        if storage.exists(page := storage.join(folder, name)):
+            return page
+    results = storage.list_dir(storage.join(folder, "inference"), missing_ok=True)
+    pages = (storage.join(entry.url, "report", INDEX) for entry in results if entry.is_dir)
+    return next((page for page in pages if storage.exists(page)), "")
+
+
+def _root_of(folder: str) -> str:
+    """The root that a report's folder is below (ROOT/runs/ID/inference/HASH/report), or itself."""
+    above = folder
+    for _ in range(5):
+        above = storage.parent(above)
+    runs = storage.join(above, "runs")
+    is_below = folder.startswith(runs + "/") and storage.exists(storage.join(above, INDEX))
+    return above if is_below else folder
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers with files below a folder."""
+
+    def __init__(self, *args: tp.Any, base: str):
+        self._base = base
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        """A file."""
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        """The same without its bytes."""
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host not in (_HOST, "localhost"):  # another site's name that leads here
+            return self.send_error(http.HTTPStatus.FORBIDDEN)
+        path = urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/") or INDEX
+        kind = _TYPES.get(path[path.rfind(".") :])
+        try:
+            if kind is None:
+                raise StorageError("no part of a page")
+            data = storage.read_bytes(storage.inside(self._base, *path.split("/")))
+        except SaevError as err:
+            logger.debug("%s: %s", path, err)
+            return self.send_error(http.HTTPStatus.NOT_FOUND)
+        self.send_response(http.HTTPStatus.OK)
+        headers = {
+            "Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-cache",
+            "Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff",
+        }  # fmt: skip
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+        return None
+
+    def log_message(self, form: str, *args: tp.Any) -> None:
+        """Only for those who look for a mistake."""
+        logger.debug(form, *args)
+
+
+def serve(place: Place, port: int = 0) -> http.server.ThreadingHTTPServer:
+    """A server of the files of a page, which listens and does not answer yet.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    try:
+        return http.server.ThreadingHTTPServer(
+            (_HOST, port), functools.partial(_Handler, base=place.base)
+        )
+    except OSError as err:
+        raise ConfigError(
+            f"--port {port} on {_HOST} cannot be used ({err.strerror}). Choose another one, or "
+            "leave the flag out."
+        ) from err

@@ -1,0 +1,115 @@
+"""What a person is told after a stage: its figures, and a command that can be pasted."""
+
+import json
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+from saev import after, cli, storage
+from saev.config import LoaderConfig, TrainConfig
+
+
+def saev(line: str, capsys: pytest.CaptureFixture) -> tuple[str, str]:
+    """Run a pasted line; returns standard output and standard error."""
+    program, *argv = shlex.split(line)
+    assert program == "saev"
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        cli.main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return capsys.readouterr()
+
+
+def next_of(err: str) -> str:
+    (line,) = re.findall(r"^Next: (.*)$", err, re.MULTILINE)
+    return line
+
+
+def run_json(url: str) -> dict:
+    return json.loads((Path(url) / "run.json").read_text())
+
+
+def test_each_stage_says_its_figures_and_the_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From the images to the page by pasting alone, in a folder whose name a shell would cut."""
+    root = tmp_path / "it's a root"
+    first = shlex.join(
+        ["saev", "shards", "--shards-root", str(root / "shards"), "--family", "timm", "--ckpt",
+         "test_vit/random", "--image-size", "32", "--layers", "-2", "-1", "data:fake-img",
+         "--data.n-examples", "24"]
+    )  # fmt: skip
+    shards, err = saev(first, capsys)
+    # 24 images of 2 x 2 patches; the network is 64 wide and has 6 blocks.
+    assert "Recorded 24 images: 96 patches of 64 numbers, layers 4, 5, " in err
+
+    line = next_of(err)
+    assert shlex.split(line)[:4] == ["saev", "train", "--shards", shards.strip()]
+    runs, err = saev(f"{line} --n-train 600 --sae.d-sae 64", capsys)
+    (run,) = runs.split("\n")[:-1]
+    assert Path(run).parent == root / "runs"
+    record = run_json(run)
+    held_out, own = record["metrics"], record["train_metrics"]
+    row = (
+        rf"topk32-s64 +{held_out['normalized_mse']:.4f} +{held_out['l0']:.1f} +"
+        rf"{own['normalized_mse']:.4f} +{own['l0']:.1f} +{held_out['n_dead']} of 64"
+    )
+    assert re.search(row, err), err
+    assert TrainConfig.of_run(run).train_data.layer == 5
+
+    measured, err = saev(next_of(err), capsys)
+    metrics = json.loads((Path(measured.strip()) / "metrics.json").read_text())
+    assert f"dead {metrics['n_dead']} of 64" in err
+
+    page, err = saev(next_of(err), capsys)
+    assert next_of(err) == shlex.join(["saev", "open", page.strip()])
+
+
+def test_what_was_done_before_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    line = (
+        f"saev shards --shards-root {tmp_path}/shards --family timm --ckpt test_vit/random "
+        "--image-size 32 --layers -1 data:fake-img --data.n-examples 3"
+    )
+    first, again = (saev(line, capsys)[1].splitlines()[-2:] for _ in range(2))
+    assert [re.sub(r"\(\d+ s\)", "", text) for text in first] == [
+        re.sub(r"\(\d+ s\)", "", text) for text in again
+    ]
+
+
+def test_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two images are too few for that, so there are figures of the last batch alone."""
+    shards, _ = saev(
+        f"saev shards --shards-root {tmp_path}/shards --family timm --ckpt test_vit/random "
+        "--image-size 32 --layers -1 data:fake-img --data.n-examples 2", capsys,
+    )  # fmt: skip
+    run, err = saev(
+        f"saev train --shards {shards.strip()} --runs-root {tmp_path}/runs --n-train 100 "
+        "--sae.d-sae 32", capsys,
+    )  # fmt: skip
+    last = json.loads((Path(run.strip()) / "metrics.jsonl").read_text().splitlines()[-1])
+    own = rf"{last['train/normalized_mse']:.4f} +{last['train/l0']:.1f} "
+    assert re.search(rf"topk32-s32 +– +– +{own}", err), err
+    assert "Nothing is held out" in err
+
+
+def test_the_best_of_a_sweep_goes_on(tmp_path: Path) -> None:
+    """By the held-out error. Others may have fitted their training images better."""
+    urls = []
+    for name, held_out, own in (("a", 0.3, 0.1), ("b", 0.2, 0.15), ("c", None, 0.05)):
+        url = str(tmp_path / name)
+        data = LoaderConfig(shards=str(tmp_path / "shards"), layer=1)
+        config = storage.json_bytes(TrainConfig(train_data=data).to_dict())
+        storage.write_bytes(f"{url}/config.json", config)
+        metrics = {"normalized_mse": held_out, "l0": 2.0, "n_dead": 0} if held_out else {}
+        record = {"metrics": metrics, "train_metrics": {"normalized_mse": own, "l0": 2.0}}
+        storage.write_json(
+            f"{url}/run.json", storage.seal(record, {"config.json": storage.Listed.of(config)})
+        )
+        urls.append(url)
+    line = after.go_on(TrainConfig(), urls)
+    assert line == f"saev inference --run {tmp_path}/b --shards {tmp_path}/shards"
