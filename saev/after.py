@@ -5,6 +5,7 @@ Both are read from what the stage has published, so a stage that was done before
 
 import contextlib
 import json
+import logging
 import math
 import shlex
 import typing as tp
@@ -16,7 +17,11 @@ from saev.config.base import Config
 from saev.errors import SaevError
 from saev.inference import files
 from saev.inference.results import Results
+from saev.nn.io.load import HUB_PREFIX
 from saev.shards import Shards
+from saev.visuals import overview
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 20
 """SAEs in the table; a page has all of them."""
@@ -58,7 +63,7 @@ def figures(cfg: Config, urls: Sequence[str], seconds: float) -> str:
     elif isinstance(cfg, TrainConfig):
         text = _train(urls)
     elif isinstance(cfg, InferenceConfig):
-        text = _inference(urls[0])
+        text = _inference(urls)
     elif isinstance(cfg, VisualsConfig):
         text = f"The picture book is {urls[0]}"
     else:
@@ -83,6 +88,20 @@ def go_on(cfg: Config, urls: Sequence[str]) -> str:
     if isinstance(cfg, InferenceConfig):
         return _command("visuals", *_visuals_flags(cfg, urls[0]))
     return _command("open", urls[0])
+
+
+def update_page(cfg: Config, urls: Sequence[str]) -> None:
+    """Write the page of the root that a stage has added an SAE, results or a report to."""
+    if isinstance(cfg, TrainConfig):
+        run = urls[0]
+    elif isinstance(cfg, InferenceConfig | VisualsConfig) and not cfg.run.startswith(HUB_PREFIX):
+        run = cfg.run
+    else:
+        return
+    try:
+        overview.update(run)
+    except SaevError as err:  # what the command was asked for is done
+        logger.warning("The page of the root is not up to date: %s", err)
 
 
 # --- Each stage ----------------------------------------------------------------------------------
@@ -151,13 +170,34 @@ def _last_batch(url: str) -> dict[str, tp.Any]:
     return {}
 
 
-def _inference(url: str) -> str:
-    metrics = Results.open(url).metrics
-    return (
-        f"Measured on {metrics['n_tokens']:,} tokens, those of training among them if there are "
-        f"any: NMSE {_number(metrics['normalized_mse'], '.4f')} at L0 {metrics['l0']:.1f}, dead "
-        f"{metrics['n_dead']:,} of {metrics['d_sae']:,}"
-    )
+def _inference(urls: Sequence[str]) -> str:
+    lines = []
+    for url in urls:
+        metrics = Results.open(url).metrics
+        words = [
+            f"NMSE {_number(metrics['normalized_mse'], '.4f')} at L0 {metrics['l0']:.1f}",
+            f"dead {metrics['n_dead']:,} of {metrics['d_sae']:,}",
+        ]
+        if "dense_share" in metrics:
+            above = f"latents that fire on over {metrics['dense_above']:.2g} of the tokens"
+            words.append(f"dense {metrics['dense_share']:.1%} ({above})")
+        lines += [
+            f"Measured on {metrics['n_tokens']:,} tokens of {metrics['n_examples']:,} images",
+            *_held_out(storage.parent(storage.parent(url)), metrics),
+            f"all images: {', '.join(words)}",
+        ]
+    return "\n".join(lines)
+
+
+def _held_out(run: str, metrics: Figures) -> list[str]:
+    """The headline of a run, if the results are in its folder and on its own images."""
+    if storage.exists(storage.join(run, _RUN)):
+        found = storage.read_sealed(storage.join(run, _RUN)).record.get("metrics") or {}
+        trained_on = storage.name(TrainConfig.of_run(run).train_data.shards)
+        if found and trained_on == metrics["shards_hash"]:
+            nmse = _number(found.get("normalized_mse"), ".4f")
+            return [f"held out:   NMSE {nmse} at L0 {found['l0']:.1f} (as training measured it)"]
+    return []
 
 
 # --- Flags of the next command -------------------------------------------------------------------

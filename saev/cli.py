@@ -171,6 +171,7 @@ def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
     if part or progress.quiet:
         return Made(urls)
     progress.say(after.figures(cfg, urls, time.monotonic() - started))
+    after.update_page(cfg, urls)
     return Made(urls, after.go_on(cfg, urls))
 
 

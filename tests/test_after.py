@@ -10,6 +10,7 @@ import pytest
 
 from saev import after, cli, storage
 from saev.config import LoaderConfig, TrainConfig
+from saev.visuals import overview
 
 
 def saev(line: str, capsys: pytest.CaptureFixture) -> tuple[str, str]:
@@ -113,3 +114,42 @@ def test_the_best_of_a_sweep_goes_on(tmp_path: Path) -> None:
         urls.append(url)
     line = after.go_on(TrainConfig(), urls)
     assert line == f"saev inference --run {tmp_path}/b --shards {tmp_path}/shards"
+
+
+def test_the_page_of_a_root_grows_with_each_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "root"
+    _, err = saev(
+        f"saev shards --shards-root {root}/shards --family timm --ckpt test_vit/random "
+        "--image-size 32 --layers -1 data:fake-img --data.n-examples 20", capsys,
+    )  # fmt: skip
+    page = root / "index.html"
+    assert not page.exists()
+    run, err = saev(f"{next_of(err)} --n-train 100 --sae.d-sae 32 --tag first", capsys)
+    held_out = run_json(run.strip())["metrics"]
+    html = page.read_text()
+    for text in ("topk32-s32", "not measured yet", f"{held_out['normalized_mse']:.4f}", "first"):
+        assert text in html
+    _, err = saev(next_of(err), capsys)
+    assert "not drawn yet" in page.read_text()
+    report, err = saev(next_of(err), capsys)
+    link = Path(report.strip()).relative_to(root)
+    assert f'href="{link}"' in page.read_text()
+    (back,) = re.findall(r'href="([^"]*)">‹ all SAEs', Path(report.strip()).read_text())
+    assert (Path(report.strip()).parent / back).resolve() == page
+    # The same as the command that writes it.
+    before = page.read_bytes()
+    page.unlink()
+    written, _ = saev(f"saev report --root {root}", capsys)
+    assert (written.strip(), page.read_bytes()) == (str(page), before)
+
+
+def test_another_programs_page_stays(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "0123"
+    run.mkdir(parents=True)
+    (tmp_path / "index.html").write_text("<title>My site</title>")
+    assert overview.root_of(str(run)) == "", "no shards beside the runs"
+    (tmp_path / "shards").mkdir()
+    assert overview.update(str(run)) == ""
+    assert (tmp_path / "index.html").read_text() == "<title>My site</title>"

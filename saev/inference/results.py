@@ -414,7 +414,8 @@ def _check_metrics(metrics: tp.Mapping[str, tp.Any], place: str) -> None:
 
 
 _FIGURES = ("normalized_mse", "explained_variance", "mse_per_token", "mse_per_dim", "l0", "l1",
-            "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r")  # fmt: skip
+            "dense_share", "dense_above", "mean_average_precision", "purity_at_16",
+            "coverage_at_0.3", "probe_r")  # fmt: skip
 
 
 def _is_indptr(indptr: np.ndarray, n: int) -> bool:

@@ -22,7 +22,7 @@ from saev.stage import Part as Slice
 _ITEM_TOKENS = 4_000_000
 """Tokens that are worth a pod, which has to load the SAE for them."""
 _FIGURES = (
-    "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "n_dense",
+    "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "dense_share",
     "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
 )  # fmt: skip
 """Keys of metrics.json that are shown; the last four are there only where there are labels."""

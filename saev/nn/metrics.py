@@ -20,8 +20,10 @@ Metrics = dict[str, float | int | None]
 
 ALMOST_DEAD = 1e-7
 """A latent that fires on a smaller share of tokens than this is dead or almost dead."""
-DENSE = 1e-2
-"""A latent that fires on a larger share of tokens than this is dense."""
+DENSE = 10.0
+"""A latent is dense that fires so many times as often as the mean latent, which fires on L0 / d_sae
+of the tokens; or on more than MOST_DENSE of them, where that is less."""
+MOST_DENSE = 0.5
 
 
 class ReconstructionMetrics:
@@ -133,7 +135,8 @@ class ReconstructionMetrics:
         normalized_mse and explained_variance (1 − normalized_mse), both None if all tokens are the
         same vector, whose variance is 0; mse_per_token (E/N), mse_per_dim
         (E/(N·d_model)), l0 and l1 (means over tokens), n_dead (never fires), n_almost_dead
-        (p < 1e-7, the dead ones too), n_dense (p > 1e-2), n_latents, n_tokens.
+        (p < 1e-7, the dead ones too), dense_share (share of all latents with p > dense_above),
+        dense_above (the smaller of 10·l0/d_sae and 0.5), n_latents, n_tokens.
 
         Raises:
             ConfigError: there were no tokens.
@@ -145,16 +148,19 @@ class ReconstructionMetrics:
         spread = float(self.sq_norm) - float(self.total.square().sum()) / n
         nmse = error / spread if spread > 1e-12 * float(self.sq_norm) else None
         p = self.frequency()
+        l0 = int(self.fired.sum()) / n
+        dense_above = min(DENSE * l0 / self.d_sae, MOST_DENSE)
         return {
             "normalized_mse": nmse,
             "explained_variance": None if nmse is None else 1.0 - nmse,
             "mse_per_token": error / n,
             "mse_per_dim": error / (n * self.d_model),
-            "l0": int(self.fired.sum()) / n,
+            "l0": l0,
             "l1": float(self.l1_total) / n,
             "n_dead": int((p == 0).sum()),
             "n_almost_dead": int((p < ALMOST_DEAD).sum()),
-            "n_dense": int((p > DENSE).sum()),
+            "dense_share": int((p > dense_above).sum()) / self.d_sae,
+            "dense_above": dense_above,
             "n_latents": self.d_sae,
             "n_tokens": n,
         }

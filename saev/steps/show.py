@@ -18,11 +18,15 @@ Figures = dict[str, str | float]
 """What an artifact of figures holds."""
 
 _FEW = (
-    ("normalized_mse", "NMSE {:.4f}"), ("l0", "L0 {:.1f}"),
-    ("explained_variance", "explained variance {:.2%}"), ("n_dead", "{:,} dead latents"),
+    ("held_out_nmse", "held out: NMSE {:.4f}"), ("all_images_nmse", "all images: NMSE {:.4f}"),
+    ("held_out_l0", "L0 {:.1f}"), ("all_images_l0", "L0 {:.1f}"),
+    ("held_out_dead", "{:,} dead"), ("all_images_dead", "{:,} dead"),
+    ("training_nmse", "training: NMSE {:.4f}"), ("training_l0", "L0 {:.1f}"),
     ("mean_average_precision", "mAP {:.3f}"),
 )  # fmt: skip
 """What is said of an SAE in one line."""
+_IN_SIDES = ("normalized_mse", "explained_variance", "l0", "l1", "n_dead")
+"""Figures of all images. Those of each side stand in their place."""
 _PAGE_BYTES = 3_000_000
 """About what the UI can show."""
 
@@ -36,10 +40,22 @@ def of_run(section: "Section", dataset: str) -> Figures:
         "best_sae": best.name,
         "best_run": storage.name(best.run),
     }
-    if best.held_out_nmse is not None:
-        figures["held_out_nmse"] = best.held_out_nmse
-    wanted = ("normalized_mse", "explained_variance", "l0", "n_dead")
-    return figures | {k: best.metrics[k] for k in wanted if best.metrics[k] is not None}
+    return figures | _sides(best)
+
+
+def _sides(row: "Row") -> Figures:
+    """What is said of an SAE first, with the images that it is of in the names of the figures.
+
+    Where nothing is held out, or the SAE was trained on another folder, they are of all images.
+    """
+    held_out, prefix = row.held_out, "held_out"
+    if row.elsewhere or not held_out:
+        held_out, prefix = row.metrics, "all_images"
+    found: Figures = {}
+    for side, name in ((held_out, prefix), (row.trained_on, "training")):
+        keys = {"normalized_mse": "nmse", "l0": "l0", "n_dead": "dead"}
+        found |= {f"{name}_{s}": side[k] for k, s in keys.items() if side.get(k) is not None}
+    return found
 
 
 class Saes:
@@ -54,14 +70,16 @@ class Saes:
         self._metrics: dict[str, Figures] = {}
         self._books: dict[str, tp.Callable[[int], str]] = {}
 
-    def add(self, run: str, results: tp.Sequence[Result]) -> None:
+    def add(self, row: "Row", results: tp.Sequence[Result]) -> None:
         """Add an SAE.
 
         Args:
-            run: name of its run.
+            row: what was measured.
             results: what stages have published of it.
         """
-        self._metrics[run] = {k: v for result in results for k, v in result.figures.items()}
+        run = storage.name(row.run)
+        more = {k: v for result in results for k, v in result.figures.items()}
+        self._metrics[run] = _sides(row) | {k: v for k, v in more.items() if k not in _IN_SIDES}
         self._books[run] = next(result.page for result in results if result.page)
 
     def figures(self, names: tp.Mapping[str, str]) -> Figures:

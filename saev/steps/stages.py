@@ -95,7 +95,7 @@ def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
                 results.append(driver.finish(begun, progress))
             found[earlier.name] = results[-1].urls[0]
         results.append(driver.run(stage.of(stages, found, _CPU), progress=progress))
-        shown.add(one["run"], results)
+        shown.add(overview.row(job.run(one["run"]), plan.shards), results)
         return [url for result in results for url in result.urls]
 
     made = jobs.each(jobs.items_of(plan, stage.slots, cfg.slot), work, progress)

@@ -13,11 +13,12 @@ import urllib.parse
 
 from saev import storage
 from saev.secrets import redact
-from saev.visuals.overview import Row, Section
+from saev.visuals.overview import ALL, ELSEWHERE, HELD_OUT, Row, Section
 
 _MOST_ROWS = 500
 _ROOM = "\u2002"
 _NO_BREAK = "\u00a0"
+_NO_BREAK_HYPHEN = "\u2011"
 _FRONT = "◆"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 _OTHER_CLOUDS = ("cn-", "us-gov-", "us-iso")
@@ -39,17 +40,16 @@ def render(section: Section, page: str, owner: str) -> str:
     lines = [
         f"## {n} sparse autoencoder{'s' * (n != 1)} of {_plain(dataset_of(section))}",
         "",
-        *_table(rows[:_MOST_ROWS]),
+        *_table(section, rows[:_MOST_ROWS]),
         "",
     ]
     if n > _MOST_ROWS:
         lines += [f"The best {_MOST_ROWS} of {n}; all of them are on the page below.", ""]
     lines += [
-        "Best first, by the normalised mean squared error (NMSE); 0 is perfect. *Held-out*: of "
-        "images that training has not seen; all else is of all images. The explained variance is "
-        "1 − NMSE. The error falls as L0 "
-        f"rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other has "
-        "both a lower L0 and a lower NMSE.",
+        "Best first, by the normalised mean squared error (NMSE); 0 is perfect. "
+        f"{_SIDES[section.side]} *Training*: of images that training has seen. The error falls as "
+        f"L0 rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other "
+        "has both a lower L0 and a lower NMSE.",
         "",
         "### Where it is",
         "",
@@ -68,20 +68,31 @@ def dataset_of(section: Section) -> str:
     return place.rsplit("/", 1)[-1] or f"activations {section.shards}"
 
 
-def _table(rows: tp.Sequence[Row]) -> tp.Iterator[str]:
-    yield _line(["", "SAE", "held\u2011out NMSE", "L0", "explained variance", "dead", "run"])
-    yield "|--:|:--|--:|--:|--:|--:|:--|"
+_SIDES = {
+    HELD_OUT: "*Held out*: of images that training has not seen.",
+    ELSEWHERE: "*These images*: of all images here, on which nothing was trained.",
+    ALL: "*All images*: those of training among them.",
+}
+
+
+def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
+    side = re.findall(r"\*(.*?)\*", _SIDES[section.side])[0].lower().replace(" ", _NO_BREAK)
+    columns = [f"NMSE, {side}", f"L0, {side}", f"dead, {side}", "NMSE, training", "L0, training"]
+    yield _line(["", "SAE", *columns, "run"])
+    yield "|--:|:--|--:|--:|--:|--:|--:|:--|"
     for number, row in enumerate(rows, start=1):
         best = number == 1 and len(rows) > 1
-        name = _plain(row.name).replace(" ", _NO_BREAK).replace(f",{_NO_BREAK}", ", ")
+        name = _plain(row.name).replace("-", _NO_BREAK_HYPHEN)
+        found = section.headline(row)
         yield _line(
             [
                 f"{_FRONT * row.on_front}{_NO_BREAK}{number}",
                 f"**{name}** (best)" if best else name,
-                _number(row.held_out_nmse, ".4f"),
-                _number(row.metrics["l0"], ".1f"),
-                _number(row.metrics["explained_variance"], ".2%"),
-                f"{row.metrics['n_dead']}/{row.metrics['d_sae']}",
+                _number(found.nmse, ".4f"),
+                _number(found.l0, ".1f"),
+                f"{_number(found.n_dead, ',')}/{row.config.sae.d_sae}",
+                _number(row.training.nmse, ".4f"),
+                _number(row.training.l0, ".1f"),
                 _code(storage.name(row.run)),
             ]
         )

@@ -11,7 +11,7 @@ import typing as tp
 
 from saev import names, storage
 from saev.config import TrainConfig
-from saev.errors import CorruptDataError
+from saev.errors import CorruptDataError, IncompleteError
 from saev.inference import files
 from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
@@ -22,13 +22,50 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
 RUN = "run.json"
+_MARK = "<title>saev:"
+"""In the head of every page of a root, also of those of version 0.1.0."""
+_HEAD = 1000
 _REMEDY = "Restore the run folder from a copy, or train it again."
 _N_READERS = 16
 
 
+HELD_OUT = "held-out"
+"""Images of the folder of training that training has not seen."""
+ELSEWHERE = "elsewhere"
+"""Images of another folder than that of training, all of them."""
+ALL = "all"
+"""All images of the folder, also those of training."""
+
+
+_SIDES = {
+    HELD_OUT: "of held-out images, which training has not seen",
+    ELSEWHERE: "of all images of this folder, on which nothing was trained",
+    ALL: "of all images of this folder, those of training among them",
+}
+_SHORT = {HELD_OUT: "held out", ELSEWHERE: "images not trained on", ALL: "all images"}
+
+
+class Figures(tp.NamedTuple):
+    """What is said of an SAE first. None is not known, or not a number (see docs/metrics)."""
+
+    nmse: float | None = None
+    l0: float | None = None
+    n_dead: int | None = None
+
+    @classmethod
+    def of(cls, raw: tp.Mapping[str, tp.Any]) -> tp.Self:
+        """From the metrics that training or inference stored."""
+        return cls(raw.get("normalized_mse"), raw.get("l0"), raw.get("n_dead"))
+
+    @property
+    def order(self) -> float:
+        """Lower is better; what is not known is last."""
+        return math.inf if self.nmse is None else self.nmse
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One SAE, measured on one shards folder."""
+    """One SAE, and what was measured on one shards folder."""
 
     run: str
     """URL of the run folder."""
@@ -36,26 +73,25 @@ class Row:
     """URL of the report's first page, "" if the report is not complete."""
     config: TrainConfig
     """The resolved training config."""
-    metrics: dict[str, tp.Any]
-    """What inference measured, on the whole shards folder."""
+    metrics: tp.Mapping[str, tp.Any]
+    """What inference measured, on the whole shards folder; empty if it did not."""
     held_out: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
     """What training measured in the end, on images that it had not seen; empty if it did not."""
+    trained_on: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
+    """The same on images that it had seen; empty if it did not, as in runs of version 0.1.0."""
     name: str = ""
     """What tells the SAE from the others of its section."""
     other_model: tp.Sequence[str] = ()
     """How the activations differ from those of training, if such a difference was allowed."""
     on_front: bool = False
     """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
+    elsewhere: bool = False
+    """Whether the folder is another one than that of training."""
 
     @property
-    def nmse(self) -> float:
-        """Of the shards folder; infinite where it is not a number (see docs/metrics)."""
-        return _nmse_of(self.metrics)
-
-    @property
-    def held_out_nmse(self) -> float | None:
-        """Of held-out images; None if that was not measured."""
-        return None if self.held_out.get("normalized_mse") is None else _nmse_of(self.held_out)
+    def training(self) -> Figures:
+        """Of the training side."""
+        return Figures.of(self.trained_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +104,39 @@ class Section:
     """Where its images are, as recorded; "" if the folder is gone."""
     rows: tuple[Row, ...]
 
+    @property
+    def side(self) -> str:
+        """What the figures are of: HELD_OUT, ELSEWHERE, or ALL if not all SAEs have one of these.
+
+        SAEs beside each other are compared on the same images.
+        """
+        if all(row.elsewhere for row in self.rows):
+            return ELSEWHERE
+        is_known = all(row.held_out and not row.elsewhere for row in self.rows)
+        return HELD_OUT if is_known else ALL
+
+    def headline(self, row: Row) -> Figures:
+        """The figures of one of its SAEs, of :attr:`side`."""
+        return Figures.of(row.held_out if self.side == HELD_OUT else row.metrics)
+
     def best_first(self) -> list[Row]:
-        """By NMSE: the held-out one, or that of all images if some SAE has no other."""
-        if any(row.held_out_nmse is None for row in self.rows):
-            return sorted(self.rows, key=lambda row: (row.nmse, row.run))
-        return sorted(self.rows, key=lambda row: (row.held_out_nmse or 0.0, row.run))
+        """By NMSE."""
+        return sorted(self.rows, key=lambda row: (self.headline(row).order, row.run))
+
+    def ordered(self) -> tp.Self:
+        """By L0, with the Pareto front marked: its members have a lower NMSE than all before."""
+
+        def by_l0(row: Row) -> tuple[float, float, str]:
+            found = self.headline(row)
+            return (math.inf if found.l0 is None else found.l0), found.order, row.run
+
+        lowest = math.inf
+        rows = []
+        for row in sorted(self.rows, key=by_l0):
+            nmse = self.headline(row).order
+            rows.append(dataclasses.replace(row, on_front=nmse < lowest))
+            lowest = min(lowest, nmse)
+        return dataclasses.replace(self, rows=tuple(rows))
 
 
 class _Point(tp.NamedTuple):
@@ -99,8 +163,42 @@ def write(root: str, sections: tp.Sequence[Section] | None = None) -> str:
     return url
 
 
+def root_of(run: str) -> str:
+    """The root that a run folder is in, ROOT/runs/ID; "" if there are no shards beside its runs."""
+    runs = storage.parent(storage.normalize(run))
+    root = storage.parent(runs)
+    is_root = storage.name(runs) == "runs" and storage.is_dir(storage.join(root, "shards"))
+    return root if is_root else ""
+
+
+def home_of(report: str) -> str:
+    """The link from a report to the page of its root; "" if it is in no root.
+
+    Args:
+        report: URL of the report's folder, mostly ROOT/runs/ID/inference/HASH/report.
+    """
+    run = storage.parent(storage.parent(storage.parent(report)))
+    is_usual = report == storage.join(run, "inference", *report.rsplit("/", 2)[1:])
+    return f"../../../../../{INDEX}" if is_usual and root_of(run) else ""
+
+
+def update(run: str) -> str:
+    """Write the page of the root that a run is in, as every stage does that adds to one.
+
+    Returns:
+        URL of the page; "" if the run is in no root, or another program's page is in its place.
+    """
+    root = root_of(run)
+    if not root:
+        return ""
+    place = storage.join(root, INDEX)
+    if storage.exists(place) and _MARK not in storage.read_text(place)[:_HEAD]:
+        return ""
+    return write(root)
+
+
 def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
-    """What was measured below a root.
+    """What was measured below a root, or only trained.
 
     Args:
         root: URL of the folder that holds `shards` and `runs`.
@@ -111,14 +209,30 @@ def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
         entries = storage.list_dir(folder) if storage.exists(folder) else []
         runs = [entry.url for entry in entries if entry.is_dir]
     with concurrent.futures.ThreadPoolExecutor(_N_READERS) as pool:
-        rows = [row for found in pool.map(_rows_of, runs) for row in found]
+        found = [pair for pairs in pool.map(_rows_of, runs) for pair in pairs]
     by_shards: dict[str, list[Row]] = {}
-    for row in rows:
-        by_shards.setdefault(str(row.metrics["shards_hash"]), []).append(row)
+    for shards, row in found:
+        by_shards.setdefault(shards, []).append(row)
     return [
-        Section(shards, _dataset(root, shards), tuple(_ordered(_named(by_shards[shards]))))
+        Section(shards, _dataset(root, shards), tuple(_named(by_shards[shards]))).ordered()
         for shards in sorted(by_shards)
     ]
+
+
+def row(run: str, shards: str) -> Row:
+    """What was measured of one SAE on a shards folder.
+
+    Args:
+        run: URL of the run folder.
+        shards: name of the shards folder.
+
+    Raises:
+        IncompleteError: nothing was.
+    """
+    for of, found in _rows_of(run):
+        if of == shards:
+            return found
+    raise IncompleteError(f"{run} has no results on {shards}. Run `saev inference` first.")
 
 
 def names_of(runs: tp.Sequence[str]) -> dict[str, str]:
@@ -137,21 +251,25 @@ def _named(rows: tp.Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, name=name) for row, name in zip(rows, said, strict=True)]
 
 
-def _rows_of(run: str) -> list[Row]:
-    folder = storage.join(run, "inference")
-    if not storage.exists(storage.join(run, RUN)) or not storage.exists(folder):
+def _rows_of(run: str) -> list[tuple[str, Row]]:
+    """An SAE on each shards folder that it was measured on, or else on that of its training."""
+    if not storage.exists(storage.join(run, RUN)):
         return []
     config = TrainConfig.of_run(run)
-    held_out = storage.Folder.open(run, RUN, _REMEDY).record.get("metrics") or {}
+    record = storage.Folder.open(run, RUN, _REMEDY).record
+    of_training = storage.name(config.train_data.shards)
+    row = Row(run, "", config, {}, record.get("metrics") or {}, record.get("train_metrics") or {})
     rows = []
-    for entry in storage.list_dir(folder):
+    for entry in storage.list_dir(storage.join(run, "inference"), missing_ok=True):
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
-            report = _report_of(storage.join(entry.url, "report"))
             results = Results.open(entry.url)
-            rows.append(
-                Row(run, report, config, results.metrics, held_out, other_model=results.other_model)
-            )
-    return rows
+            shards = str(results.metrics["shards_hash"])
+            one = dataclasses.replace(
+                row, report=_report_of(storage.join(entry.url, "report")), metrics=results.metrics,
+                other_model=results.other_model, elsewhere=shards != of_training,
+            )  # fmt: skip
+            rows.append((shards, one))
+    return rows or [(of_training, row)]
 
 
 def _report_of(folder: str) -> str:
@@ -171,14 +289,6 @@ def _dataset(root: str, shards: str) -> str:
     return Metadata.read(url).dataset if storage.exists(storage.join(url, METADATA)) else ""
 
 
-def _ordered(rows: tp.Sequence[Row]) -> tp.Iterator[Row]:
-    """By L0, with the Pareto front marked: each of its members has a lower NMSE than all before."""
-    lowest = float("inf")
-    for row in sorted(rows, key=lambda r: (r.metrics["l0"], r.nmse, r.run)):
-        yield dataclasses.replace(row, on_front=row.nmse < lowest)
-        lowest = min(lowest, row.nmse)
-
-
 def render(sections: tp.Sequence[Section], base: str = "") -> str:
     """The page.
 
@@ -194,9 +304,11 @@ def render(sections: tp.Sequence[Section], base: str = "") -> str:
         .render(
             n_rows=sum(len(section.rows) for section in sections),
             sections=[
-                (section, _plot(section.rows), section.best_first()[0].run) for section in sections
+                (section, _plot(section), section.best_first()[0].run) for section in sections
             ],
             links=bool(base),
+            sides=_SIDES,
+            short=_SHORT,
             relative=lambda url: url.removeprefix(prefix),
         )
     )
@@ -208,18 +320,13 @@ class _Plot(tp.NamedTuple):
     y_max: float
 
 
-def _plot(rows: tp.Sequence[Row]) -> _Plot:
-    x_max = max(row.metrics["l0"] for row in rows) or 1.0
-    known = [row.nmse for row in rows if math.isfinite(row.nmse)]
-    y_max = max(known, default=0.0) or 1.0
+def _plot(section: Section) -> _Plot:
+    found = [section.headline(row) for row in section.rows]
+    x_max = max((one.l0 for one in found if one.l0 is not None), default=0.0) or 1.0
+    y_max = max((one.nmse for one in found if one.nmse is not None), default=0.0) or 1.0
     points = [
-        _Point(100 * row.metrics["l0"] / x_max, 100 - 100 * row.nmse / y_max, i, row.on_front)
-        for i, row in enumerate(rows, start=1)
-        if math.isfinite(row.nmse)
+        _Point(100 * one.l0 / x_max, 100 - 100 * one.nmse / y_max, i, row.on_front)
+        for i, (row, one) in enumerate(zip(section.rows, found, strict=True), start=1)
+        if one.l0 is not None and one.nmse is not None
     ]
     return _Plot(points, x_max, y_max)
-
-
-def _nmse_of(metrics: tp.Mapping[str, tp.Any]) -> float:
-    value = metrics["normalized_mse"]
-    return math.inf if value is None else float(value)

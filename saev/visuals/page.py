@@ -36,15 +36,21 @@ class Metric:
     """What it means, in a sentence."""
 
 
-_METRICS: tuple[tuple[str, str, str, str], ...] = (
+FIGURES: tuple[tuple[str, str, str, str], ...] = (
     ("normalized_mse", "NMSE", "{:.4f}", "Squared error over the variance; 0 is perfect."),
-    ("explained_variance", "Explained variance", "{:.1%}", "1 − NMSE."),
     ("l0", "L0", "{:.1f}", "Latents that fire per token, on average."),
-    ("d_sae", "Latents", "{:,.0f}", "Size of the dictionary."),
-    ("n_dead", "Dead latents", "{:,.0f}", "Latents that never fire on this dataset."),
-    ("n_dense", "Dense latents", "{:,.0f}", "Latents that fire on more than 1% of the tokens."),
-    ("n_tokens", "Tokens", "{:,.0f}", "Tokens that the numbers were measured on."),
+    ("n_dead", "Dead", "{:,.0f}", "Latents that never fire."),
 )
+"""Of one side: of held-out images, or of those of training."""
+_METRICS: tuple[tuple[str, str, str, str], ...] = (
+    ("d_sae", "Latents", "{:,.0f}", "Size of the dictionary."),
+    (
+        "dense_share", "Dense", "{:.1%}",
+        "Share of the latents that fire more than ten times as often as the mean of all latents "
+        "(L0 ÷ number of latents), or on more than half of the tokens.",
+    ),
+    ("n_tokens", "Tokens", "{:,.0f}", "Tokens that this page's pictures were chosen from."),
+)  # fmt: skip
 
 
 def metrics(raw: tp.Mapping[str, tp.Any]) -> list[Metric]:
@@ -74,6 +80,8 @@ class Report:
     """What the activations are, in words, shown below everything."""
     note: str = ""
     """Shown above the latents, for example why there are few."""
+    home: str = ""
+    """Link to the page of all SAEs; "" if there is none."""
 
 
 def build(report: Report, source: tp.Callable[[str], str] = str) -> str:

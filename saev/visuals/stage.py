@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import dataclasses
 import functools
 import importlib.resources
 import logging
@@ -18,7 +19,7 @@ from saev.inference.results import Results, TopExamples
 from saev.progress import Progress
 from saev.shards import Shards, protocol
 from saev.stage import Context, Item, Job, Result
-from saev.visuals import page, render
+from saev.visuals import heading, overview, page, render
 from saev.visuals.choose import Choice, choose
 from saev.visuals.records import (
     DONE,
@@ -411,6 +412,7 @@ class Drawing(Job):
     def publish(self, progress: Progress) -> None:
         drawn = self._drawn()
         report = self._report([record for record, _ in drawn], self._note())
+        report = dataclasses.replace(report, home=overview.home_of(self.out))
         text = page.build(report).encode()
         progress.publish_point()
         storage.write_bytes(self.index_url, text)
@@ -442,9 +444,7 @@ class Drawing(Job):
 
     def _report(self, records: list[LatentRecord], note: str) -> page.Report:
         return page.Report(
-            title=f"Latents of {storage.name(self.cfg.run)}",
-            subtitle=self._subtitle(),
-            metrics=page.metrics(self.results.metrics),
+            **heading.of(self.cfg.run, self.results, self.shards, self.activations)._asdict(),
             records=records,
             explicit=self.choice.explicit,
             frequency=self.results.frequency,
@@ -481,13 +481,6 @@ class Drawing(Job):
         place = storage.join(self.out, folder_name(record.latent))
         folder = storage.Folder.open(place, RECORD, _REMEDY)
         return {f"{folder_name(record.latent)}/{name}": _inline(folder, name) for name in names}
-
-    def _subtitle(self) -> str:
-        metadata = self.shards.metadata
-        n = self.shards.n_examples
-        layer = self.results.metrics.get("layer")
-        where = f"layer {layer} of " if layer is not None else ""
-        return f"{where}{self.activations.model} · {n:,} images · shards {metadata.hash}"
 
     def _note(self) -> str:
         if self.choice.latents:

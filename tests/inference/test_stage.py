@@ -87,7 +87,8 @@ def check_metrics(results: Results, truth) -> None:
     assert m["n_tokens"] == n
     assert m["n_examples"] == len(np.unique(truth.example_idx))
     assert m["n_dead"] == (p == 0).sum() >= 2
-    assert m["n_dense"] == (p > 1e-2).sum()
+    assert m["dense_above"] == pytest.approx(min(10 * p.mean(), 0.5))  # mean p is L0 / d_sae
+    assert m["dense_share"] == (p > min(10 * p.mean(), 0.5)).mean()
     assert (m["d_sae"], m["d_model"], m["layer"]) == (f.shape[1], d_model, LAYER)
 
 

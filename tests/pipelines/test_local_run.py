@@ -157,7 +157,7 @@ def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) 
     kfp = tmp_path / "kfp"
     (book,) = kfp.rglob("picture_book")  # one pod summarises both SAEs
     assert "data:image/webp;base64," in book.read_text()
-    assert all(f"top_k {k}" in book.read_text() for k in (2, 4))
+    assert all(f"topk{k}-s" in book.read_text() for k in (2, 4))
     for page in (book, *kfp.rglob("sae_overview")):
         html = page.read_text()
         assert html.startswith("<!doctype html>")

@@ -95,8 +95,8 @@ def test_a_labelled_dataset_shows_how_well_latents_match_its_classes(tmp_path: P
     walk.all_of("summarise", "--executor-input", executor_input)
     (run,) = (e.name for e in storage.list_dir(f"{root}/runs") if e.name != "resume")
     written = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-    expected = ("normalized_mse", "l0", "n_dead", "mean_average_precision", "purity_at_16")
-    wanted = {*expected, "coverage_at_0.3", "probe_r"}
+    expected = ("held_out_nmse", "held_out_l0", "held_out_dead", "training_nmse", "training_l0")
+    wanted = {*expected, "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r"}
     assert written.keys() >= wanted
     assert (written["run"], written["sae"]) == (run, "topk32-s64")
 
@@ -348,7 +348,7 @@ def test_a_slot_holds_many_saes(tmp_path: Path) -> None:
     walk.all_of("summarise", *flags)
     shown = json.loads(to.read_text())["artifacts"]["metrics"]["artifacts"][0]["metadata"]
     for k in (2, 3, 4):
-        assert f", L0 {k}.0, " in shown[f"top_k {k}"]
+        assert f", L0 {k}.0, " in shown[f"topk{k}-s64"]
     assert {line.rpartition("(run ")[2].rstrip(")") for line in map(str, shown.values())} >= runs
     html = page.read_text()
     assert html.startswith("<!doctype html>")
@@ -366,10 +366,12 @@ def test_a_slot_holds_many_saes(tmp_path: Path) -> None:
     best = min(held_out, key=lambda run: held_out[run])
     assert shown["best_run"] == best
     assert shown["held_out_nmse"] == pytest.approx(held_out[best], rel=1e-4)
-    rows = [r for r in (tmp_path / "table.md").read_text().splitlines() if "top\\_k" in r]
+    rows = [r for r in (tmp_path / "table.md").read_text().splitlines() if "topk" in r]
     assert [f"{value:.4f}" for value in sorted(held_out.values())] == [
         row.split("|")[3].strip(" \u2002") for row in rows
     ]
+    own = {run: record["train_metrics"]["normalized_mse"] for run, record in records.items()}
+    assert shown["training_nmse"] == pytest.approx(own[best], rel=1e-4)
     assert "(best)" in rows[0]
     assert best in rows[0]
 

@@ -41,14 +41,16 @@ def test_the_best_of_held_out_images_is_first() -> None:
     assert len(head) == len(first) == len(second)
     assert first[1].endswith("(best)")
     assert (first[2], second[2]) == ("0.2000", "0.3000")
+    assert head[2] == "NMSE, held\u00a0out"
     assert (first[0], second[0]) == ("\u00a01", "◆\u00a02")
     assert first[-1] == "`b`"
 
 
 def test_without_held_out_images_all_of_them_decide() -> None:
-    _, first, second = rows_of(render(row("a", 0.2, 0.1), row("b", 0.1, None)))
-    assert (first[-1], first[2]) == ("`b`", "–")
-    assert second[2] == "0.1000"
+    head, first, second = rows_of(render(row("a", 0.2, 0.1), row("b", 0.1, None)))
+    assert (first[-1], first[2]) == ("`b`", "0.1000")
+    assert (second[-1], second[2]) == ("`a`", "0.2000")
+    assert head[2] == "NMSE, all\u00a0images"
 
 
 def test_texts_of_users_are_no_markup() -> None:

@@ -121,8 +121,25 @@ def test_metrics_do_not_depend_on_batches_and_are_the_definition():
     assert found["mse_per_dim"] == pytest.approx(float(ed) / 12000)
     assert found["l0"] == float((f != 0).sum()) / 1000
     assert found["l1"] == pytest.approx(float(f.double().sum()) / 1000)
-    assert (found["n_dead"], found["n_almost_dead"], found["n_dense"]) == (1, 1, 28)
+    assert (found["n_dead"], found["n_almost_dead"]) == (1, 1)
+    often = (f != 0).double().mean(0)
+    assert often.mean() > 0.05  # so ten times that is more than the most, one half
+    assert found["dense_above"] == 0.5
+    assert found["dense_share"] == pytest.approx(int((often > 0.5).sum()) / 30)
     assert merged.frequency()[4].item() == pytest.approx(1e-3)
+
+
+def test_a_dense_latent_fires_ten_times_as_often_as_the_mean():
+    """Of 100 latents 99 fire on 1% of the tokens and one on 30%. The mean is 1.29%."""
+    f = torch.zeros(1000, 100)
+    f[:10, :99] = 1
+    f[:300, 99] = 1
+    metrics = ReconstructionMetrics(4, 100)
+    x = torch.randn(1000, 4)
+    metrics.update(x, x, f)
+    found = metrics.to_dict()
+    assert found["dense_above"] == pytest.approx(0.129)
+    assert found["dense_share"] == pytest.approx(0.01)
 
 
 def test_metrics_of_nothing_or_of_other_widths():

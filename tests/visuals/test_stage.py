@@ -17,7 +17,7 @@ from saev.config import DataConfig, InferenceConfig
 from saev.errors import ConfigError, ImageError, IncompleteError, StorageError
 from saev.inference.results import Results
 from saev.shards import Shards
-from saev.visuals import render
+from saev.visuals import overview, render
 from saev.visuals.records import LatentRecord, folder_name
 from saev.visuals.source import image_spec
 from visuals.chain import DEAD, HOSTILE_CLASS, HOSTILE_LABEL, Chain
@@ -148,7 +148,8 @@ def test_dead_latents_are_shown_as_such(report: str, page: Reader) -> None:
 # --- The page --------------------------------------------------------------------------------
 
 
-def test_all_links_resolve(report: str, page: Reader) -> None:
+def test_all_links_resolve(chain: Chain, report: str, page: Reader) -> None:
+    overview.update(chain.run)  # as `saev visuals` does in the end
     ids = set(page.attributes("id"))
     targets = page.attributes("src") + page.attributes("href")
     latents = storage.read_json(storage.join(report, "visuals.json"))["latents"]
@@ -189,8 +190,8 @@ def test_images_are_lazy_and_described(page: Reader) -> None:
 def test_header_has_the_metrics(chain: Chain, page: Reader) -> None:
     measured = Results.open(chain.inference).metrics
     for text in (
-        "NMSE", f"{measured['normalized_mse']:.4f}", "Explained variance", "L0", "4.0",
-        "Dead latents", "Tokens", "128",
+        "NMSE, all images", f"{measured['normalized_mse']:.4f}", "L0, all images", "4.0",
+        "Dead, all images", "Tokens", "128",
     ):  # fmt: skip
         assert text in page.text
     assert f"example {Results.open(chain.inference).top(1).example_idx[0]}" in page.text
@@ -214,7 +215,8 @@ def test_pieces_make_the_same_report_in_any_order(chain: Chain, report: str) -> 
         visuals.work(cfg, item)
     assert visuals.finish(cfg) == f"{out}/index.html"
     made, expected = snapshot(out), snapshot(report)
-    del made["/visuals.json"], expected["/visuals.json"]  # its config names the place
+    for name in ("/visuals.json", "/index.html"):  # the config names the place, the page links home
+        del made[name], expected[name]
     assert made == expected
 
 

@@ -1,0 +1,104 @@
+"""What a report is headed by: the SAE, its model, images, tag and date, and its figures."""
+
+import datetime
+import math
+import typing as tp
+
+from saev import names, storage
+from saev.config import TrainConfig
+from saev.config.source import ActivationSource
+from saev.errors import SaevError
+from saev.inference.results import Results
+from saev.secrets import redact
+from saev.shards import Shards
+from saev.visuals import overview, page
+
+_SIDES = {
+    "held out": "of images that training has not seen",
+    "training": "of images that training has seen",
+    "all images": "of all images of the folder, also those of training",
+    "these images": "of images of another folder than that of training",
+}
+
+
+class Heading(tp.NamedTuple):
+    """The texts of a report's header."""
+
+    title: str
+    subtitle: str
+    metrics: list[page.Metric]
+
+
+def of(run: str, results: Results, shards: Shards, activations: ActivationSource) -> Heading:
+    """The heading of the report of an SAE on a shards folder.
+
+    Args:
+        run: URL of the SAE, mostly a run folder.
+        results: what inference measured.
+        shards: what it was measured on.
+        activations: what these are.
+    """
+    metrics = results.metrics
+    row = _row(run, results)
+    layer = metrics.get("layer")
+    where = "" if layer is None else f", layer {layer}"
+    dataset = storage.name(redact(shards.metadata.dataset).rstrip("/"))
+    words = [dataset, f"{shards.n_examples:,} images", f"shards {shards.metadata.hash}"]
+    if row is None:
+        name = storage.name(run)
+    else:
+        (name,) = names.of([row.config])
+        words += [f"run {storage.name(run)}"]
+        words += [f"tag {row.config.tag}"] if row.config.tag else []
+        words += [f"trained {day}"] if (day := _day(run)) else []
+    title = f"{name} of {activations.model}{where}"
+    return Heading(title, " · ".join(filter(None, words)), _figures(metrics, row))
+
+
+def _row(run: str, results: Results) -> overview.Row | None:
+    """What is known of the run; None if it is no run folder."""
+    try:
+        config = TrainConfig.of_run(run)
+        record = storage.read_sealed(storage.join(run, overview.RUN)).record
+    except SaevError:
+        return None
+    elsewhere = results.metrics.get("shards_hash") != storage.name(config.train_data.shards)
+    return overview.Row(
+        run, "", config, results.metrics, record.get("metrics") or {},
+        record.get("train_metrics") or {}, elsewhere=elsewhere,
+    )  # fmt: skip
+
+
+def _day(run: str) -> str:
+    """When the run was trained, as its curve says; "" if that is not known."""
+    try:
+        rows = storage.read_text(storage.join(run, "timings.jsonl")).splitlines()
+        seconds = storage.parse_json(rows[-1].encode(), run)["wall_time"]
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
+    except (SaevError, LookupError, TypeError, ValueError, OverflowError):
+        return ""
+
+
+def _figures(metrics: tp.Mapping[str, tp.Any], row: overview.Row | None) -> list[page.Metric]:
+    """The header's numbers: those of images that training has not seen first."""
+    sides: list[tuple[str, tp.Mapping[str, tp.Any]]] = [("all images", metrics)]
+    if row is not None and row.elsewhere:
+        sides = [("these images", metrics)]
+    elif row is not None and row.held_out:
+        sides = [("held out", row.held_out)]
+    if row is not None and row.trained_on:
+        sides.append(("training", row.trained_on))
+    shown = []
+    for number, (side, figures) in enumerate(sides):
+        for key, label, form, hint in page.FIGURES:
+            value = figures.get(key)
+            if (
+                isinstance(value, int | float)
+                and math.isfinite(value)
+                and not (
+                    number and key == "n_dead"  # said once
+                )
+            ):
+                hint_of_side = f"{hint.rstrip('.')}, {_SIDES[side]}."
+                shown.append(page.Metric(f"{label}, {side}", form.format(value), hint_of_side))
+    return shown + page.metrics(metrics)
