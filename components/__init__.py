@@ -20,17 +20,12 @@ from kfp import dsl
 from kfp.dsl import base_component
 
 from saev.config.steps import SMALL, STEPS
+from saev.launch.pods import SUPERVISOR
 
 GPU_IMAGE = "saev"
 """The runtime image: torch and all of saev."""
 CPU_IMAGE = "saev-cpu"
 """The small one, for steps that read listings, JSON and pictures; it has no torch."""
-SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
-"""The command of every step: it runs `saev` as its child, and tries passing failures again.
-
-The command is whole, not an addition to the image's entry point: on a cluster, KFP's launcher takes
-the entry point's place.
-"""
 
 _EXECUTOR_INPUT = "executor_input"
 """The flag for KFP's inputs and outputs of a step, which say where its metrics go. It is no input:

@@ -104,7 +104,8 @@ def _compile(command: a.Compile) -> int:
 
     from pipelines import prepare
 
-    pipeline = prepare.compiled(command.pipeline, _settings(command))
+    cluster = _settings(command)
+    pipeline = prepare.compiled(command.pipeline, cluster, prepare.pods(cluster))
     if command.out == "-":
         sys.stdout.write(pipeline.text)
         return 0
@@ -122,9 +123,7 @@ def _submit(command: a.Submit) -> int:
     from pipelines.doctor import machines
 
     cluster = _settings(command)
-    job = prepare.job(
-        "saev", cluster, dataset=command.dataset, config=command.job.config, pairs=command.job.param
-    )
+    job = prepare.job("saev", cluster, command.job, dataset=command.dataset)
     with connect(cluster) as kfp:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"])
@@ -176,14 +175,7 @@ def _schedule(command: a.Schedule) -> int:
         for key in ("marker", "settle_minutes", "claim_hours")
         if (value := getattr(command, key)) not in (None, "")
     }
-    job = prepare.job(
-        "saev-incoming",
-        cluster,
-        dataset=command.dataset,
-        config=command.job.config,
-        pairs=command.job.param,
-        extra=extra,
-    )
+    job = prepare.job("saev-incoming", cluster, command.job, dataset=command.dataset, extra=extra)
     name = command.name or schedule.default_name(job.parameters["dataset"])
     with connect(cluster) as kfp:
         if command.check:

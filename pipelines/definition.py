@@ -23,12 +23,12 @@ import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl import base_component, pipeline_task
 
-from components import SUPERVISOR, component
+from components import component
 from pipelines import kfp_pods
 from pipelines.compact import compact
 from pipelines.options import CompileOptions, PipelineName
 from saev.config.steps import SMALL
-from saev.launch.pods import PodParameters, PodSettings
+from saev.launch.pods import SUPERVISOR, PodParameters, PodSettings
 
 KILL_COMMAND = (
     "workflows.argoproj.io/kill-cmd-main",
@@ -144,8 +144,15 @@ def _one(options: CompileOptions) -> base_component.BaseComponent:
         """
         graph = Graph(options)
         with dsl.ExitHandler(graph.outcome(root), name="pipeline"):
-            found = graph.discover(root, config, dataset, claim, claim_hours)
-            graph.process(found.outputs["job"], n_parts)
+            task = component("discover")(
+                root=root,
+                config=config,
+                owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                dataset=dataset,
+                claim=claim,
+                claim_hours=claim_hours,
+            )
+            graph.process(graph.pod(task, "discover").outputs["job"], n_parts)
 
     return saev
 
@@ -216,20 +223,6 @@ class Graph:
             root=root, owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER, launched=",".join(launched)
         )
         return self.pod(task, "outcome")
-
-    def discover(
-        self, root: Channel, config: Channel, dataset: Channel, claim: Channel, hours: Channel
-    ) -> pipeline_task.PipelineTask:
-        """Which images, and whose they are."""
-        task = component("discover")(
-            root=root,
-            config=config,
-            owner=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            dataset=dataset,
-            claim=claim,
-            claim_hours=hours,
-        )
-        return self.pod(task, "discover")
 
     def process(self, job: Channel, n_parts: Channel) -> None:
         """Everything that is done with one dataset."""

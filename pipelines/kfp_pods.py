@@ -6,7 +6,7 @@ from kfp import kubernetes
 from kfp.dsl import pipeline_task
 
 from saev.config.environment import CONFIG_ENV, SECRET_ENV
-from saev.launch.pods import RUN_LABEL, PodSettings, template
+from saev.launch.pods import PodSettings, template
 
 Json = dict[str, tp.Any]
 
@@ -45,8 +45,7 @@ def shape(task: pipeline_task.PipelineTask, settings: PodSettings) -> None:
     is_not_root = container["securityContext"]["runAsNonRoot"]
     kubernetes.set_security_context(task, run_as_non_root=is_not_root)
     for key, value in pod["metadata"]["labels"].items():
-        if key != RUN_LABEL:  # which KFP sets
-            kubernetes.add_pod_label(task, key, value)
+        kubernetes.add_pod_label(task, key, value)
 
 
 def _resources(task: pipeline_task.PipelineTask, resources: Json) -> None:

@@ -2,7 +2,7 @@
 
 import typing as tp
 
-from pipelines import parameters
+from pipelines import arguments, parameters
 from pipelines.definition import Compiled, compile_pipeline
 from pipelines.options import CompileOptions, PipelineName, PodOptions
 from pipelines.settings import Settings
@@ -28,15 +28,13 @@ class Job(tp.NamedTuple):
     """What each firing of a schedule starts: of it, only the parameters that no firing knows."""
 
 
-def compiled(
-    name: PipelineName, settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None
-) -> Compiled:
+def compiled(name: PipelineName, settings: Settings, pods: PodOptions) -> Compiled:
     """The pipeline for a cluster.
 
     Args:
         name: which pipeline.
         settings: the cluster.
-        pairs: parameters of the command line; those that say how pods are made are compiled.
+        pods: how its pods are made.
 
     Raises:
         ConfigError: a value is wrong or missing.
@@ -51,13 +49,12 @@ def compiled(
     fields = {"storage": settings.storage, **settings.compile}
     fields |= {"image": settings.image, "cpu_image": settings.cpu_image or settings.image}
     options = CompileOptions.from_dict(fields, source="cluster.toml [compile]")
-    how = pods(settings, pairs)
-    if how.queue and options.launch != "job" and how.train_nodes == "1":
+    if pods.queue and options.launch != "job" and pods.train_nodes == "1":
         raise ConfigError(
-            f"Parameter queue is {how.queue!r}, but the pods of a loop wait in no queue. Set "
+            f"Parameter queue is {pods.queue!r}, but the pods of a loop wait in no queue. Set "
             'launch = "job" in cluster.toml, under [compile], or train_nodes, or leave queue out.'
         )
-    return compile_pipeline(name, options.model_copy(update={"pods": how}))
+    return compile_pipeline(name, options.model_copy(update={"pods": pods}))
 
 
 def pods(settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None) -> PodOptions:
@@ -73,10 +70,9 @@ def pods(settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None) -> Po
 def job(
     name: PipelineName,
     settings: Settings,
+    asked: arguments.Job,
     *,
     dataset: str,
-    config: str,
-    pairs: tp.Sequence[str],
     extra: dict[str, tp.Any] | None = None,
 ) -> Job:
     """Check everything that can be checked without a network, and compile.
@@ -84,9 +80,8 @@ def job(
     Args:
         name: which pipeline.
         settings: the cluster.
+        asked: config and parameters, as the command line gives them.
         dataset: URL of the dataset, or of the prefix of saev-incoming.
-        config: path or URL of the file that `saev run --config` takes.
-        pairs: KEY=VALUE parameters of the command line.
         extra: parameters that have flags of their own.
 
     Raises:
@@ -100,8 +95,8 @@ def job(
         )
     dataset = place(dataset, "the dataset", settings)
     root = place(settings.root, "the root", settings)
-    file = RunFile.portable(config)
-    source = storage.normalize(config)
+    file = RunFile.portable(asked.config)
+    source = storage.normalize(asked.config)
     # A prefix is no dataset, but every dataset below it is read in the same way.
     images = images_of(file, dataset)
     if images is None:
@@ -111,9 +106,10 @@ def job(
     if not dataset and hasattr(images, "root"):
         place(str(images.root), f"data.root of {source}", settings)
     resolve(file, root, images, source)
-    given = parameters.parse(pairs)
-    own = compiled(name, settings, given)
-    started = compiled("saev", settings, given) if name == "saev-incoming" else None
+    given = parameters.parse(asked.param)
+    how = pods(settings, given)
+    own = compiled(name, settings, how)
+    started = compiled("saev", settings, how) if name == "saev-incoming" else None
     pipeline = both(own, started) if started else own
     usual = usual_parameters(pipeline, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
@@ -123,7 +119,6 @@ def job(
         **parameters.check(pipeline, {**values, **(extra or {})}, "flags"),
     }
     values = parameters.complete(pipeline, values, chosen=given)
-    how = pods(settings, given)
     if started is None:
         return Job(own, values, how)
     of_firing, of_run = divided(own, started, values)

@@ -86,7 +86,7 @@ def _findings(settings: Settings, *, pod: bool, dataset: str) -> collections.abc
             missing = "SAEV_IMAGE" if not settings.image else "SAEV_ROOT"
             yield skipped("pod", f"image and storage, since {missing} is not set")
         else:
-            yield from probe.run(kube, namespace, dataset)
+            yield from probe.run(kube, namespace, pods or PodOptions(), dataset)
 
 
 def _kubernetes(settings: Settings) -> tuple[Kube | None, Finding]:
@@ -125,9 +125,9 @@ def _parameters(settings: Settings) -> tuple[PodOptions | None, Finding]:
     """What `cluster.toml` sets for every pod; None if `make submit` would refuse a parameter."""
     what = "parameters"
     try:  # any image will do: the parameters do not depend on it
-        pipeline = prepare.compiled("saev", settings.model_copy(update={"image": "any"}))
-        prepare.usual_parameters(pipeline, settings)
         pods = prepare.pods(settings)
+        any_image = settings.model_copy(update={"image": "any"})
+        prepare.usual_parameters(prepare.compiled("saev", any_image, pods), settings)
     except SaevError as err:
         return None, fail(what, str(err), "")
     return pods, ok(what, ", ".join(settings.parameters) or "none, so runs take the defaults")

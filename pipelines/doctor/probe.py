@@ -7,16 +7,13 @@ import secrets
 import time
 import typing as tp
 
-from kubernetes import client
-
 from pipelines import logs
 from pipelines.doctor.findings import Finding, fail, ok, warn
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
 from pipelines.options import PodOptions
 from pipelines.settings import Settings
-from saev.config.environment import CONFIG_ENV, SECRET_ENV
-from saev.launch.pods import DATA_MOUNT, LABELS
+from saev.launch.pods import SUPERVISOR, Json, PodParameters, PodSettings, template
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 600
@@ -56,20 +53,30 @@ def trials(settings: Settings, dataset: str) -> list[Trial]:
     ]
 
 
-def run(kube: Kube, namespace: str, dataset: str) -> collections.abc.Iterator[Finding]:
-    """Start the pods side by side, wait for them, and tell what they found."""
+def run(
+    kube: Kube, namespace: str, options: PodOptions, dataset: str
+) -> collections.abc.Iterator[Finding]:
+    """Start the pods side by side, wait for them, and report what they found.
+
+    Args:
+        kube: the connection.
+        namespace: where runs live.
+        options: how the pods of runs are made.
+        dataset: URL of a dataset to list, or "".
+    """
     made: dict[str, Trial] = {}
     left: list[Finding] = []
     try:  # a signal may come after a pod is made, before the answer is there
         for trial in trials(kube.settings, dataset):
-            body = manifest(kube, trial)
-            made[body.metadata.name] = trial
+            body = manifest(kube.settings, options, trial)
+            name = body["metadata"]["name"]
+            made[name] = trial
             try:
                 with kube.explained(f"start a pod in namespace {namespace}"):
                     kube.core.create_namespaced_pod(namespace, body)
             except ClusterError as err:
                 if 400 <= err.status < 500:  # it was not made
-                    del made[body.metadata.name]
+                    del made[name]
                 yield _refused(kube, namespace, str(err))
                 return
         for name, trial in made.items():
@@ -131,7 +138,9 @@ def _judge(kube: Kube, pod: tp.Any, trial: Trial) -> collections.abc.Iterator[Fi
         return
     said = _log(kube, pod)
     has_succeeded = pod.status.phase == "Succeeded"
-    errors = [line for line in said if "error:" in line.lower()]
+    # The supervisor's own last line repeats the step's error, and adds advice about runs.
+    errors = [line for line in said if "saev: error:" in line]
+    errors = errors or [line for line in said if "error:" in line.lower()]
     error = (errors or said[-1:] or [logs.reasons(pod)])[-1].split("saev: error:", 1)[-1].strip()
     if not has_succeeded and not trial.has_storage:
         remedy = "Build it from this version, with `make image`, and push it."
@@ -171,73 +180,27 @@ def _log(kube: Kube, pod: tp.Any) -> list[str]:
     return []
 
 
-def manifest(kube: Kube, trial: Trial) -> client.V1Pod:
-    """The pod: with a step's account, environment, mounts and restrictions."""
-    settings = kube.settings
-    names = {**PodOptions().model_dump(), **settings.parameters}
-    env = [
-        client.V1EnvVar(
-            name=key,
-            value_from=client.V1EnvVarSource(
-                secret_key_ref=client.V1SecretKeySelector(
-                    name=names["storage_secret"],
-                    key=key,
-                    optional=True,
-                )
-            ),
-        )
-        for key in SECRET_ENV
-    ]
-    env += [
-        client.V1EnvVar(
-            name=key,
-            value_from=client.V1EnvVarSource(
-                config_map_key_ref=client.V1ConfigMapKeySelector(
-                    name=names["config_map"], key=key, optional=True
-                )
-            ),
-        )
-        for key in CONFIG_ENV
-    ]
-    volumes = [client.V1Volume(name="tmp", empty_dir=client.V1EmptyDirVolumeSource())]
-    mounts = [client.V1VolumeMount(name="tmp", mount_path="/tmp")]
-    if settings.storage == "pvc":
-        claim = names["pvc_name"]
-        source = client.V1PersistentVolumeClaimVolumeSource(claim_name=claim)
-        volumes.append(client.V1Volume(name="data", persistent_volume_claim=source))
-        mounts.append(client.V1VolumeMount(name="data", mount_path=DATA_MOUNT))
-    container = client.V1Container(
-        name=logs.MAIN,
-        image=trial.image,
-        command=list(trial.command),
-        env=env,
-        volume_mounts=mounts,
-        resources=client.V1ResourceRequirements(
-            requests={"cpu": "100m", "memory": "512Mi"}, limits={"cpu": "1", "memory": "2Gi"}
+def manifest(settings: Settings, options: PodOptions, trial: Trial) -> Json:
+    """The pod of a trial: a step's pod, and so with its account, storage and restrictions.
+
+    Args:
+        settings: the cluster.
+        options: how the pods of runs are made.
+        trial: what the pod runs.
+    """
+    pod = template(
+        PodSettings(
+            **{name: getattr(options, name) for name in PodParameters.model_fields},
+            step="doctor",
+            image=trial.image,
+            is_small=True,
+            mounts_volume=settings.storage == "pvc",
+            timeout_seconds=WAIT_SECONDS,
+            retries=0,
         ),
-        security_context=client.V1SecurityContext(
-            allow_privilege_escalation=False,
-            capabilities=client.V1Capabilities(drop=["ALL"]),
-            read_only_root_filesystem=True,
-        ),
+        [*SUPERVISOR, "--", *trial.command],
+        run_id="",
+        service_account=settings.service_account,
     )
-    return client.V1Pod(
-        api_version="v1",
-        kind="Pod",
-        metadata=client.V1ObjectMeta(
-            name=f"saev-doctor-{secrets.token_hex(4)}",
-            labels={**LABELS, logs.STEP_LABEL: "doctor"},
-        ),
-        spec=client.V1PodSpec(
-            containers=[container],
-            volumes=volumes,
-            restart_policy="Never",
-            active_deadline_seconds=WAIT_SECONDS,
-            service_account_name=settings.service_account,
-            image_pull_secrets=[client.V1LocalObjectReference(name=names["image_pull_secret"])],
-            security_context=client.V1PodSecurityContext(
-                run_as_non_root=True,
-                seccomp_profile=client.V1SeccompProfile(type="RuntimeDefault"),
-            ),
-        ),
-    )
+    pod["metadata"]["name"] = f"saev-doctor-{secrets.token_hex(4)}"
+    return {"apiVersion": "v1", "kind": "Pod", **pod}

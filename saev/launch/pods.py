@@ -20,6 +20,12 @@ RUN_LABEL = "pipeline/runid"
 OUTSIDE_THE_MESH = ("sidecar.istio.io/inject", "false")
 """Annotation that KFP gives its pods: an Istio sidecar would go on when the step has ended."""
 
+SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
+"""The command of every step. It runs `saev` as its child, and runs it again after failures that may
+pass.
+
+The command is complete: on a cluster, KFP's launcher replaces the image's entry point.
+"""
 MAIN = "main"
 """Name of the container, as Argo calls it."""
 DATA_MOUNT = "/data"
@@ -93,8 +99,8 @@ class PodSettings(PodParameters):
 
 
 def labels(step: str, run_id: str) -> dict[str, str]:
-    """Labels of a step's pod, and of what makes it."""
-    return {**LABELS, STEP_LABEL: step, RUN_LABEL: run_id}
+    """Labels of a step's pod, and of the object that makes it."""
+    return {**LABELS, STEP_LABEL: step, **({RUN_LABEL: run_id} if run_id else {})}
 
 
 def template(
@@ -108,7 +114,7 @@ def template(
     Args:
         settings: of the run.
         command: of the container.
-        run_id: of the pipeline run.
+        run_id: id of the pipeline run; "" for a pod of no run, and where KFP labels the pods.
         service_account: whose pod it is.
     """
     spec: Json = {

@@ -8,7 +8,7 @@ from saev.errors import ConfigError, SaevError
 from saev.launch import follow, trainjobs
 from saev.launch.cluster import Cluster, Resource
 from saev.launch.jobs import INDEX, JOBS, Slots
-from saev.launch.pods import GRACE_SECONDS, PodSettings
+from saev.launch.pods import GRACE_SECONDS, SUPERVISOR, PodSettings
 from saev.launch.trainjobs import TRAIN_JOBS, Machines
 from saev.progress import Progress
 from saev.steps import jobs
@@ -16,8 +16,6 @@ from saev.steps.jobs import Job
 
 logger = logging.getLogger(__name__)
 
-SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
-"""The command of a step's pod."""
 KINDS: dict[str, Resource] = {one.plural: one for one in (JOBS, TRAIN_JOBS)}
 """Kinds of objects that steps make."""
 

@@ -17,7 +17,7 @@ from kubernetes import client
 
 from conformance.inside import code
 from conformance.table import Failed
-from pipelines import logs, prepare, runs, schedule, steps, submit
+from pipelines import arguments, logs, prepare, runs, schedule, steps, submit
 from pipelines.connect import Kfp
 from pipelines.doctor import probe
 from pipelines.errors import ClusterError
@@ -140,10 +140,8 @@ class Cluster:
         named = {pair.split("=")[0] for pair in pairs}
         chosen = [pair for pair in small if pair.split("=")[0] not in named]
         with self._lock:  # kfp compiles one pipeline at a time
-            return prepare.job(
-                pipeline, self.settings, dataset=dataset, config=config,
-                pairs=[*chosen, *pairs], extra=extra,
-            )  # fmt: skip
+            asked = arguments.Job(config=config, param=[*chosen, *pairs])
+            return prepare.job(pipeline, self.settings, asked, dataset=dataset, extra=extra)
 
     def upload(self, job: prepare.Job) -> None:
         """Upload a pipeline and the one that it starts, and note what was not there before."""
@@ -259,10 +257,11 @@ class Cluster:
     def pod(self, command: tp.Sequence[str], what: str, seconds: float = 180.0) -> str:
         """Run a command in a pod like a step's. Returns what it printed."""
         image = self.settings.cpu_image or self.settings.image
-        pod = probe.manifest(self.kube, probe.Trial("", image, tuple(command), True))
-        pod.metadata.name = f"{NAME}-{self.id}-{secrets.token_hex(3)}"
-        pod.metadata.labels = {**LABELS, logs.STEP_LABEL: NAME, LABEL: self.id}
-        name = pod.metadata.name
+        trial = probe.Trial("", image, tuple(command), True)
+        pod = probe.manifest(self.settings, prepare.pods(self.settings), trial)
+        name = f"{NAME}-{self.id}-{secrets.token_hex(3)}"
+        own_labels = {logs.STEP_LABEL: NAME, LABEL: self.id}
+        pod["metadata"] |= {"name": name, "labels": {**LABELS, **own_labels}}
         with self.kube.explained("start a pod"):
             self.kube.core.create_namespaced_pod(self.namespace, pod)
         try:

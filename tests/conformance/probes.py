@@ -6,12 +6,13 @@ from pathlib import Path
 
 from kfp import compiler, dsl
 
-from components import GPU_IMAGE, SUPERVISOR
+from components import GPU_IMAGE
 from conformance.inside import code
 from pipelines import definition, prepare
 from pipelines.compact import compact
 from pipelines.options import CompileOptions
 from pipelines.settings import Settings
+from saev.launch.pods import SUPERVISOR
 
 FIRST, SECOND = "extract", "infer"
 """The steps of the product whose pods' settings, label and time limit the two have."""

@@ -1,7 +1,10 @@
 """`doctor`: every check when all is well, and what each says when it is not."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,7 @@ def _status(phase: str, **state: object) -> dict:
     return {"phase": phase, "containerStatuses": [{**TERMINATED, "state": state}]}
 
 
+STORAGE = "storage, with the pods' credentials"
 RAN = _status("Succeeded", terminated={"exitCode": 0})
 
 
@@ -101,12 +105,48 @@ def test_the_pod_is_like_a_step_and_is_deleted(
     [container] = spec["containers"]
     assert container["image"] == "registry.test/saev-cpu:1"
     assert container["command"] == (
+        "python -m saev.steps.supervisor -- "
         "python -m saev step check --root s3://bucket/saev --dataset s3://bucket/pets".split()
     )
-    names = {env["name"]: env["valueFrom"] for env in container["env"]}
-    assert names["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == "saev-storage"
-    assert names["AWS_ENDPOINT_URL"]["configMapKeyRef"]["name"] == "saev-config"
+    paths = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    sources = {paths[volume["name"]]: volume for volume in spec["volumes"]}
+    assert sources["/saev/secret"]["secret"]["secretName"] == "saev-storage"
+    assert sources["/saev/config"]["configMap"]["name"] == "saev-config"
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert spec["activeDeadlineSeconds"] == 600
+    assert "pipeline/runid" not in pod["metadata"]["labels"]  # so no run's logs show it
+
+
+@pytest.mark.parametrize("place", ["empty", "missing"])
+def test_what_the_pod_prints_is_understood(
+    client: Client,
+    cluster: KubeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    place: str,
+) -> None:
+    """The command of its container, run here on a folder."""
+    _lines(client, status=0)
+    command = cluster.created[0]["spec"]["containers"][0]["command"]
+    root = tmp_path if place == "empty" else Path("/proc/missing")
+    here = {"python": sys.executable, "s3://bucket/saev": str(root)}
+    done = subprocess.run(
+        [here.get(word, word) for word in command],
+        env={**os.environ, "SAEV_RETRIES": "0", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    cluster.pod_log = done.stdout
+    if done.returncode:
+        cluster.pod_statuses = [_status("Failed", terminated={"exitCode": done.returncode})]
+    found = _lines(client, status=int(place == "missing"))[STORAGE]
+    if place == "missing":
+        assert found.startswith("fail: Cannot write /proc/missing/.tmp-check-")
+        assert found.count("Cannot write") == 1
+    else:
+        assert found == "ok: s3://bucket/saev: write, read, create only if absent, delete"
 
 
 def test_both_images_are_tried(
@@ -473,9 +513,9 @@ def test_a_pod_that_fails(
 def test_a_pod_that_never_starts(
     client: Client, cluster: KubeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(probe, "WAIT_SECONDS", 1)
     cluster.pod_statuses = [{"phase": "Pending"}]
-    assert "still Pending after 0 s" in _lines(client, status=1)["image"]
+    assert "still Pending after 1 s" in _lines(client, status=1)["image"]
     assert len(cluster.deleted) == 1
 
 

@@ -22,7 +22,7 @@ from conformance.table import Failed, NotRun
 from kfp_server import KfpServer
 from kube_server import KubeServer
 
-from pipelines import prepare, settings, submit
+from pipelines import arguments, prepare, settings, submit
 from pipelines.connect import connect
 from saev import storage
 from saev.steps import memory
@@ -66,7 +66,9 @@ def test_the_probe_has_the_pods_of_the_product(home: Path) -> None:
     )
     cluster = settings.load({"image": "registry.test/saev:1", "root": "s3://bucket/saev"})
     spec, platform = yaml.safe_load_all(from_short_stack(lambda: probes.compiled(cluster)))
-    product, of_product = yaml.safe_load_all(prepare.compiled("saev", cluster).text)
+    product, of_product = yaml.safe_load_all(
+        prepare.compiled("saev", cluster, prepare.pods(cluster)).text
+    )
 
     def pods(of: dict[str, tp.Any], name: str) -> tp.Any:
         return of["platforms"]["kubernetes"]["deploymentSpec"]["executors"][name]
@@ -194,7 +196,8 @@ def test_what_it_did_not_make_stays(kfp: KfpServer, kube: KubeServer, home: Path
     prepared(kube)
     with connect(settings.load({})) as connection:
         other = connection.settings.model_copy(update={"compile": {"parallelism": 2}})
-        job = prepare.job("saev", other, dataset="s3://bucket/x", config="config.toml", pairs=[])
+        asked = arguments.Job(config="config.toml")
+        job = prepare.job("saev", other, asked, dataset="s3://bucket/x")
         theirs = submit.start(connection, job, "theirs")
     before = kept(kfp)
     with opened() as cluster:
