@@ -1,7 +1,7 @@
 """Requests to the Kubernetes API from inside a pod, with the official client.
 
-A request that fails for a reason that may pass is made again, for ten minutes. Objects are plain
-dicts, as their manifests are, so that kinds which the client has no class for are no exception.
+A request that fails for a passing reason is sent again, for ten minutes. Objects are plain dicts,
+because the client has no classes for some kinds.
 """
 
 import contextlib
@@ -26,10 +26,11 @@ Json = dict[str, tp.Any]
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod finds namespace, token and certificate of its service account."""
 _TIMEOUT = (10.0, 60.0)
-"""Seconds to connect, and between two bytes of an answer."""
+"""Seconds to connect, and seconds between two bytes of an answer."""
 _PATIENCE = 600.0
+"""Seconds for which a request is sent again."""
 _BUSY = frozenset({408, 409, 429, 500, 502, 503, 504})
-"""Answers after which the same request may succeed. 409 is a conflict with somebody's change."""
+"""HTTP statuses after which the same request may succeed. 409 is a conflict with another change."""
 
 
 class Resource(tp.NamedTuple):
@@ -38,19 +39,20 @@ class Resource(tp.NamedTuple):
     group: str
     version: str
     plural: str
-    """As in URLs."""
+    """The kind's name in URLs."""
     kind: str
     pod_label: str
-    """Label of the pods of an object, whose value is the object's name."""
+    """Label of an object's pods. Its value is the object's name."""
     ends_first: bool = True
-    """Whether a running object is deleted after its pods have ended; else it is deleted at once,
-    and what it has made afterwards."""
+    """Whether deletion waits for the pods: a running object then goes after its pods. Otherwise it
+    goes at once, and its pods follow."""
     makes: tuple["Resource", ...] = ()
-    """What its controller makes, of the same name, to make pods of it."""
+    """The kinds of objects that its controller makes, under the same name, and that make the
+    pods."""
 
     @property
     def api_version(self) -> str:
-        """As in manifests."""
+        """The value of `apiVersion` in manifests."""
         return f"{self.group}/{self.version}"
 
 
@@ -59,8 +61,8 @@ class Me(tp.NamedTuple):
 
     service_account: str
     owner: Json | None
-    """Reference to what the pod belongs to, the run's Workflow, for what belongs to it as well.
-    None for a pod of its own."""
+    """Reference to the pod's owner, which is the run's Workflow. New objects get the same owner.
+    None if the pod has no owner."""
 
 
 class Cluster:
@@ -68,7 +70,7 @@ class Cluster:
 
     Args:
         api: a client with credentials.
-        namespace: of everything.
+        namespace: the namespace of all objects.
     """
 
     def __init__(self, api: "client.ApiClient", namespace: str):
@@ -80,7 +82,11 @@ class Cluster:
 
     @classmethod
     def of_this_pod(cls) -> tp.Self:
-        """The namespace of this pod, as its service account. Raises LaunchError outside of pods."""
+        """Connect to this pod's namespace as its service account.
+
+        Raises:
+            LaunchError: this process does not run in a pod.
+        """
         from kubernetes import client, config
 
         configuration = client.Configuration()
@@ -92,14 +98,14 @@ class Cluster:
                 'Pods are started (launch = "job", train_nodes) from a pod in Kubernetes with a '
                 f"service account ({err}). Elsewhere, leave these at their defaults."
             ) from err
-        configuration.connection_pool_maxsize = 256  # a log is a connection
+        configuration.connection_pool_maxsize = 256  # each log that is followed is a connection
         configuration.retries = 0
         return cls(client.ApiClient(configuration), namespace)
 
     def me(self, environ: tp.Mapping[str, str] | None = None) -> Me:
-        """Whom this pod belongs to. Raises LaunchError if the API does not say."""
+        """This pod's service account and owner. Raises LaunchError if the pod is not found."""
         environ = os.environ if environ is None else environ
-        # A host name is the pod's name, but for long ones.
+        # The host name is the pod's name, except for names that are too long.
         self._pod = environ.get("KFP_POD_NAME") or environ.get("HOSTNAME", "")
         found = self._this_pod()
         if found is None:
@@ -109,14 +115,14 @@ class Cluster:
         owners = found["metadata"].get("ownerReferences", [])
         owner = next((o for o in owners if o.get("controller")), None)
         if owner is not None:
-            # To block its deletion would need a right to change it.
+            # `blockOwnerDeletion` is left out: it needs the right to change the owner.
             owner = {key: owner[key] for key in ("apiVersion", "kind", "name", "uid")}
         return Me(found["spec"].get("serviceAccountName", "default"), owner)
 
     def is_leaving(self) -> bool:
-        """Whether this pod is being deleted, as by an eviction, so that another one comes.
+        """Whether this pod is being deleted, for example by an eviction; a new one replaces it.
 
-        A run that is canceled stops its pods and does not delete them.
+        A canceled run stops its pods, but does not delete them.
         """
         pod = self._this_pod() if self._pod else None
         return pod is not None and "deletionTimestamp" in pod["metadata"]
@@ -151,7 +157,7 @@ class Cluster:
         return [] if found is None else tp.cast(list[Json], found["items"])
 
     def create(self, resource: Resource, manifest: Json) -> Json | None:
-        """Make an object. Returns it; None if one of its name was there."""
+        """Make an object. Returns it, or None if an object of this name exists."""
         doing = f"create {resource.plural}/{manifest['metadata']['name']}"
 
         def create() -> Json | None:
@@ -166,10 +172,12 @@ class Cluster:
         return tp.cast(Json | None, made)
 
     def delete(self, resource: Resource, name: str, *, has_ended: bool = False) -> None:
-        """Delete an object, whose pods are asked to end now; :meth:`is_there` tells of their end.
+        """Delete an object and ask its pods to end.
+
+        :meth:`is_there` tells when the pods have ended.
 
         Args:
-            resource: its kind.
+            resource: the object's kind.
             name: its name.
             has_ended: whether it is complete or has failed.
         """
@@ -186,15 +194,20 @@ class Cluster:
         )
 
     def is_there(self, resource: Resource, name: str) -> bool:
-        """Whether there still is an object of this name, or what it has made."""
+        """Whether an object of this name exists, or something that it made."""
         return any(self.get(one, name) is not None for one in (resource, *resource.makes)) or (
             not resource.ends_first and bool(self.pods(f"{resource.pod_label}={name}"))
         )
 
     def wait(self, resource: Resource, found: Json, seconds: int) -> None:
-        """Return when an object is no longer what was found, or after some seconds.
+        """Wait until an object changes, or for some seconds.
 
-        Says nothing and raises nothing: who waits looks at the object again anyway.
+        Returns nothing and raises nothing, because the caller reads the object again anyway.
+
+        Args:
+            resource: the object's kind.
+            found: the object as it was read last.
+            seconds: the longest wait.
         """
         import urllib3.exceptions
         from kubernetes import client, watch
@@ -216,8 +229,8 @@ class Cluster:
         """Pods, oldest first.
 
         Args:
-            selector: of their labels.
-            phase: such as ``=Running`` or ``!=Succeeded``; empty means all.
+            selector: label selector.
+            phase: condition on their phase, such as ``=Running`` or ``!=Succeeded``; "" takes all.
         """
         options = {"field_selector": f"status.phase{phase}"} if phase else {}
         found = self._ask(
@@ -234,9 +247,9 @@ class Cluster:
         return sorted(items, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def log(self, pod: str, container: str, **options: tp.Any) -> tp.Any:
-        """A pod's log as urllib3's response, which may be read bit by bit.
+        """A pod's log, as a response of urllib3 that can be streamed.
 
-        Raises whatever the client does: who reads logs has to go on without them.
+        The client's exceptions are passed on, because callers go on without the log.
         """
         return self._core.read_namespaced_pod_log(
             pod, self.namespace, container=container, _preload_content=False, **options
@@ -248,7 +261,19 @@ class Cluster:
     def _ask(
         self, doing: str, request: tp.Callable[[], tp.Any], missing: str = "none"
     ) -> tp.Any | None:
-        """A request's answer; None if there is no such thing. Raises LaunchError."""
+        """Send a request, repeatedly if needed.
+
+        Args:
+            doing: what the request does, for messages.
+            request: sends it.
+            missing: "none" if a 404 means None, anything else if it is an error.
+
+        Returns:
+            The answer; None for a 404.
+
+        Raises:
+            LaunchError: the API refuses, or does not answer.
+        """
         import urllib3.exceptions
         from kubernetes import client
 
@@ -291,20 +316,20 @@ def _passes(err: BaseException) -> bool:
     from kubernetes import client
 
     if isinstance(err, client.ApiException):
-        # A quota has room again when others end.
+        # A quota has room again when other pods end.
         return err.status in _BUSY or (err.status == 403 and "exceeded quota" in _message(err))
     return isinstance(err, urllib3.exceptions.HTTPError | OSError)
 
 
 def _say(doing: str, state: tenacity.RetryCallState) -> None:
-    if state.attempt_number != 2:  # the first failure is nothing special
+    if state.attempt_number != 2:  # a single failure is not worth a message
         return
     err = state.outcome.exception() if state.outcome else None
     logger.warning("Still trying to %s: %s", doing, _message(err))
 
 
 def _message(err: tp.Any) -> str:
-    """What the API says about a failure."""
+    """The message in the API's answer, or the exception's own text."""
     try:
         text = str(json.loads(err.body)["message"])
     except (AttributeError, TypeError, ValueError, KeyError):
@@ -315,7 +340,7 @@ def _message(err: tp.Any) -> str:
 
 @contextlib.contextmanager
 def _conflict_is_none() -> tp.Iterator[None]:
-    """409 of a creation says that the object is there, which is no fault."""
+    """Ignore status 409 of a creation: the object exists, which is no error."""
     from kubernetes import client
 
     try:

@@ -1,4 +1,4 @@
-"""One sentence with a remedy for whatever a server, or the way to it, answers."""
+"""Turns errors of servers and connections into one sentence with a remedy."""
 
 import collections.abc
 import contextlib
@@ -14,34 +14,39 @@ _LONGEST = 300
 
 
 class Server(tp.NamedTuple):
-    """Whom a request goes to, and what its user can do about its errors."""
+    """A server, and the remedies for its errors."""
 
     name: str
     """Such as `Kubeflow Pipelines`."""
     address: str
     """URL, for messages."""
     who: str
-    """Remedy where the server does not know the user (401)."""
+    """Remedy if the server does not know the user (401)."""
     allowed: str
-    """Remedy where the server knows the user and refuses (403)."""
+    """Remedy if the server knows the user and refuses the request (403)."""
     found: str
-    """Remedy where nothing answers at the address, or something else."""
+    """Remedy if nothing answers at the address, or another server does."""
     certificate: str
-    """Remedy where the server's certificate is not trusted."""
+    """Remedy if the server's certificate is not trusted."""
     logs: str
-    """Where the server's own log is."""
+    """Where to find the server's own log."""
 
 
 class LoginPageError(Exception):
-    """The answer is a page for people where data was asked for."""
+    """The answer is a web page instead of data."""
 
 
 class OtherServerError(Exception):
-    """The answer is not one of the API."""
+    """The answer does not come from the expected API."""
 
 
 class AnswerError(Exception):
-    """The answer is an error, with its HTTP status and what it says."""
+    """The answer is an error.
+
+    Args:
+        status: the HTTP status.
+        body: the answer's body.
+    """
 
     def __init__(self, status: int, body: bytes):
         super().__init__(f"HTTP status {status}")
@@ -50,12 +55,13 @@ class AnswerError(Exception):
 
 @contextlib.contextmanager
 def understood(response: tp.Any, url: str) -> collections.abc.Iterator[None]:
-    """Around the generated clients' reading of an answer.
+    """Wrap the generated client's parsing of an answer.
 
-    They fail in many ways on one of another server, or take it for an empty one.
+    On an answer of another server, the client raises various exceptions, or returns an empty
+    object.
 
     Raises:
-        OtherServerError: instead of that.
+        OtherServerError: the answer is not one of the API.
     """
     try:
         if not isinstance(json.loads(response.data), dict):
@@ -70,18 +76,18 @@ def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
     """Turn every failure of a request into one sentence.
 
     Args:
-        server: whom the requests inside go to.
-        doing: what the user wanted, such as `start the run`.
+        server: the server that the requests inside the block go to.
+        doing: what the request is for, such as `start the run`.
 
     Raises:
-        ClusterError: instead of what the client libraries raise.
+        ClusterError: a request failed. It replaces the exception of the client library.
     """
     try:
         yield
     except (LoginPageError, OtherServerError, http.HTTPError, OSError) as err:
         raise _no_answer(server, doing, err) from err
     except Exception as err:
-        # Both libraries raise an ApiException of their own, generated from the same template.
+        # Both client libraries have an own class ApiException, generated from the same template.
         is_answer = type(err).__name__ == "ApiException" and hasattr(err, "status")
         if is_answer or isinstance(err, AnswerError):
             raise _refused(server, doing, err) from err
@@ -89,7 +95,7 @@ def explained(server: Server, doing: str) -> collections.abc.Iterator[None]:
 
 
 def _no_answer(server: Server, doing: str, err: Exception) -> ClusterError:
-    """For requests that got no answer, or none from an API."""
+    """The error for a request without an answer, or with one that is not from the API."""
     cause: BaseException = err
     if isinstance(err, http.MaxRetryError) and err.reason is not None:
         cause = err.reason
@@ -112,7 +118,7 @@ def _no_answer(server: Server, doing: str, err: Exception) -> ClusterError:
             f"Cannot {doing}: {place} did not answer in time. Try again, or allow it more seconds "
             "with KFP_TIMEOUT."
         )
-    if isinstance(cause, http.ResponseError):  # among them endless redirects
+    if isinstance(cause, http.ResponseError):  # such as too many redirects
         return ClusterError(f"Cannot {doing}: {place} keeps redirecting ({cause}). {server.who}")
     return ClusterError(
         f"Cannot {doing}: {place} cannot be reached ({_reason(cause)}). {server.found}"
@@ -129,12 +135,12 @@ def _untrusted(server: Server, doing: str, reason: str) -> ClusterError:
 
 
 _HANDSHAKE = re.compile(r"Handshake status (\d{3})")
-"""Where a stream (a forwarded port, a log) is refused, the Kubernetes client has the status in its
-text alone: https://github.com/kubernetes-client/python/blob/master/kubernetes/base/stream/ws_client.py"""
+"""The status of a refused stream (a forwarded port, a log). The client puts it only into the text:
+https://github.com/kubernetes-client/python/blob/master/kubernetes/base/stream/ws_client.py"""
 
 
 def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
-    """For answers with an HTTP status that says no."""
+    """The error for an answer with an HTTP status of failure."""
     status, said = int(err.status or 0), message_of(err.body) or _short(str(err.reason or ""))
     handshake = _HANDSHAKE.match(str(err.reason or ""))
     if status == 0 and handshake:
@@ -166,7 +172,7 @@ def _refused(server: Server, doing: str, err: tp.Any) -> ClusterError:
 
 
 def _is_api(body: tp.Any) -> bool:
-    """Whether an error comes from KFP (a gRPC status) or Kubernetes, not from what is before it."""
+    """Whether an error comes from KFP (a gRPC status) or Kubernetes, and not from a proxy."""
     try:
         parsed = json.loads(body)
     except (ValueError, TypeError):
@@ -175,7 +181,7 @@ def _is_api(body: tp.Any) -> bool:
 
 
 def message_of(body: tp.Any) -> str:
-    """What an error's body says, on one line; empty if it says nothing to people."""
+    """The message in an error's body, on one line; "" if there is none for people."""
     text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body or "")
     try:
         parsed = json.loads(text)
@@ -190,7 +196,7 @@ def message_of(body: tp.Any) -> str:
 
 
 def _reason(cause: BaseException) -> str:
-    """What the operating system said, without the library's names of its objects."""
+    """The operating system's message, without the names of the library's objects."""
     text = str(cause)
     if found := re.search(r"Failed to resolve '([^']+)'", text):
         return f"no host {found[1]}"

@@ -1,7 +1,7 @@
-"""Makes an object that has pods, or adopts the one that is there, and follows it to its end.
+"""Makes an object that has pods, or adopts an existing one, and follows it to its end.
 
-The object's name is the same for every try of a step, and an annotation tells what it was made
-from. So a launching pod that is lost finds what the one before it made.
+The object's name is the same for every try of a step, and an annotation holds a digest of its
+specification. So when a launching pod is lost, the next one finds the object and goes on with it.
 """
 
 import logging
@@ -20,42 +20,45 @@ from saev.progress import Progress
 logger = logging.getLogger(__name__)
 
 DIGEST = "saev/made-from"
-"""Annotation: digest of the specification, before Kubernetes or a queue filled it in."""
+"""Annotation: digest of the specification that was sent. Kubernetes and queues change it later."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-"""Kueue starts a suspended object with this label when its queue has room for it."""
+"""Label with the queue. Kueue starts a suspended object when its queue has room for it."""
 
 _LOOK_SECONDS = 10
-"""Pods are looked at so often, and when the object changes, but not more often than the next."""
+"""Seconds between two looks at the pods, unless the object changes earlier."""
 _LEAST_SECONDS = 2.0
+"""Fewest seconds between two looks."""
 _SAY_SECONDS = 30.0
+"""Fewest seconds between two messages about the state."""
 _STOP_SECONDS = 25
-"""Argo gives the launching pod 30 s to end; the exit handler waits for the rest."""
+"""Seconds to wait for the pods' end. Argo gives the launching pod 30 s; the exit handler waits for
+pods that take longer."""
 _STARTING = "PodInitializing"
 _SHOWN = 5
-"""Of many that failed, so many are described."""
+"""How many failures an error describes."""
 _LAST_WORD = re.compile(r"saev: (?P<kind>permanent|passing) error(?:, tried [^:]*)?: (?P<text>.*)")
 
 Phase = tp.Literal["waiting", "running", "done", "failed"]
 
 
 class State(tp.NamedTuple):
-    """What an object says of itself."""
+    """The state of an object."""
 
     phase: Phase
     text: str
-    """For people, such as ``3 of 6 slots done, 2 running``."""
+    """A description for people, such as ``3 of 6 slots done, 2 running``."""
 
 
 class Failure(tp.NamedTuple):
-    """What became of one of the pods."""
+    """The failure of one pod."""
 
     who: str
-    """Such as ``slot 3``."""
+    """What the pod does, such as ``slot 3``."""
     is_permanent: bool
-    """Whether it would fail again until somebody changes something."""
+    """Whether the same would fail again until somebody changes something."""
     why: str
     pod: str
-    """Name of the pod; empty if it is gone."""
+    """Name of the pod; "" if it is gone."""
 
 
 class Workload(tp.Protocol):
@@ -63,20 +66,25 @@ class Workload(tp.Protocol):
 
     resource: Resource
     manifest: Json
-    """With its name, labels and owner; :func:`manifest` makes it."""
+    """The object with its name, labels and owner; :func:`manifest` makes it."""
     selector: str
     """Label selector of its pods."""
     container: str
     """Name of the container whose log is passed on."""
 
     def state(self, found: Json) -> State:
-        """What the object says of itself."""
+        """The object's state."""
 
     def who(self, pod: Json) -> str:
-        """What stands before the lines of a pod, such as ``slot 3``."""
+        """The prefix of a pod's log lines, such as ``slot 3``."""
 
     def failures(self, found: Json, pods: tp.Sequence[Json]) -> list[Failure]:
-        """What failed of an object that has failed."""
+        """The failures of an object that has failed.
+
+        Args:
+            found: the object.
+            pods: its pods that failed.
+        """
 
 
 def manifest(
@@ -91,12 +99,13 @@ def manifest(
     """An object's manifest.
 
     Args:
-        resource: its kind.
-        name: its name, which does not depend on the try.
-        spec: its specification; ``suspend`` is added where there is a queue.
-        labels: the run's.
-        me: the launching pod, whose owner it gets: it is deleted with the run's Workflow.
-        queue: Kueue's queue; empty starts at once.
+        resource: the object's kind.
+        name: its name, which is the same for every try.
+        spec: its specification, to which ``suspend`` is added.
+        labels: its labels.
+        me: the launching pod. The object gets the same owner, so it is deleted with the run's
+            Workflow.
+        queue: Kueue's queue; "" starts at once.
     """
     spec = {**spec, "suspend": bool(queue)}
     digest = storage.content_hash({"spec": spec, "queue": queue}, 16)
@@ -116,12 +125,12 @@ def manifest(
 def run(cluster: Cluster, workload: Workload, progress: Progress) -> None:
     """Make or adopt an object, and follow it to its end.
 
-    Whoever stops this stops the pods. They go on if this process is lost, or its pod is deleted:
-    then the next one follows them, or the exit handler of the run stops them.
+    A signal to this process also stops the pods. If this process is lost, or its pod is deleted,
+    the pods go on: the next launching pod follows them, or the run's exit handler stops them.
 
     Raises:
-        LaunchError: it failed, it is gone, or the API refuses.
-        SaevError: what ``progress.safe_point`` raises, such as that the claim is lost.
+        LaunchError: the object failed or is gone, or the API refuses.
+        SaevError: ``progress.safe_point`` raised it, for example because the claim is lost.
     """
     logs = Logs(cluster, workload.container)
     try:
@@ -143,7 +152,7 @@ def run(cluster: Cluster, workload: Workload, progress: Progress) -> None:
 
 
 def stop(cluster: Cluster, workload: Workload) -> None:
-    """Delete the object, and wait a little until its pods have written what they have."""
+    """Delete the object, and wait a little while its pods write their resume points."""
     name = _name(workload)
     logger.info("%s is deleted; its pods are asked to end.", name)
     cluster.delete(workload.resource, name)
@@ -155,16 +164,16 @@ def stop(cluster: Cluster, workload: Workload) -> None:
 def stop_all(
     cluster: Cluster, resources: tp.Iterable[Resource], run_id: str, seconds: float
 ) -> list[str]:
-    """Delete what a run has started and what has not ended; for its exit handler.
+    """Delete the objects of a run that have not ended. The run's exit handler calls this.
 
     Args:
-        cluster: where.
+        cluster: the namespace.
         resources: kinds of objects to look for.
         run_id: the run.
-        seconds: how long the pods' end is waited for.
+        seconds: how long to wait for the end of the pods.
 
     Returns:
-        Names of what was deleted.
+        Names of the deleted objects.
     """
     labels = {pods.RUN_LABEL: run_id}
     open_ = [
@@ -196,11 +205,11 @@ def conditions(found: Json) -> dict[str, Json]:
     return {c["type"]: c for c in listed if c.get("status") == "True"}
 
 
-# --- One after the other -------------------------------------------------------------------------
+# --- The parts of `run` --------------------------------------------------------------------------
 
 
 class _Withdrawn(Exception):
-    """The work must not go on."""
+    """The work must not go on, for a reason that `progress.safe_point` gave."""
 
     def __init__(self, why: SaevError):
         self.why = why
@@ -214,7 +223,7 @@ def _check(progress: Progress) -> None:
 
 
 def _ensure(cluster: Cluster, workload: Workload, progress: Progress) -> Json:
-    """The object of this manifest: the one that is there, or a new one."""
+    """The object of this manifest: the existing one, or a new one."""
     resource, name = workload.resource, _name(workload)
     while True:
         _check(progress)
@@ -279,7 +288,7 @@ def _to_the_end(
 
 
 def waits_for(pod: Json) -> str:
-    """Why a pod does not start: no node has room, no such image, no such volume; or nothing."""
+    """Why a pod does not start, such as a missing image or no node with room; "" if it does."""
     status = pod["status"]
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
@@ -299,7 +308,7 @@ def _name(workload: Workload) -> str:
 
 
 def _failed(cluster: Cluster, workload: Workload, found: Json, logs: Logs) -> LaunchError:
-    """The error of an object that has failed, after the last lines of the pods that did."""
+    """The error of an object that has failed. Writes the last log lines of its failed pods."""
     failures = workload.failures(found, cluster.pods(workload.selector, "=Failed"))
     for failure in failures[:_SHOWN]:
         if failure.pod:
@@ -307,15 +316,15 @@ def _failed(cluster: Cluster, workload: Workload, found: Json, logs: Logs) -> La
     said = [f"{f.who} ({'permanent' if f.is_permanent else 'passing'}): {f.why}" for f in failures]
     more = f" And {len(said) - _SHOWN} more." if len(said) > _SHOWN else ""
     text = f"{workload.state(found).text}. {' '.join(said[:_SHOWN])}{more}"
-    # Kubernetes has started new pods already, as often as the run's settings say.
+    # It counts as retried: Kubernetes has replaced the pods as often as the run's settings allow.
     return LaunchError(text, passing=not any(f.is_permanent for f in failures), spent=True)
 
 
 def failure_of(who: str, pod: Json | None, container: str) -> Failure:
-    """What a pod that failed says about why.
+    """Why a pod failed, by its status and the last line of its log.
 
     Args:
-        who: such as ``slot 3``.
+        who: what the pod does, such as ``slot 3``.
         pod: the pod; None if it is gone.
         container: name of its container.
     """
@@ -335,7 +344,7 @@ def failure_of(who: str, pod: Json | None, container: str) -> Failure:
     is_permanent = ended.get("exitCode") == PERMANENT
     if last is not None:
         return Failure(who, is_permanent, last["text"], name)
-    if status.get("reason"):  # of the kubelet: Evicted, DeadlineExceeded
+    if status.get("reason"):  # from the kubelet: Evicted, DeadlineExceeded
         return Failure(who, False, f"{status['reason']}: {status.get('message', '')}", name)
     if ended:
         reason = f", {ended['reason']}" if ended.get("reason") else ""

@@ -1,4 +1,4 @@
-"""An Indexed Job: one pod for each slot, so many at a time, lost ones replaced by Kubernetes.
+"""An Indexed Job: one pod for each slot, a few at a time. Kubernetes replaces lost pods.
 
 https://kubernetes.io/docs/concepts/workloads/controllers/job/
 """
@@ -14,24 +14,24 @@ from saev.launch.follow import Failure, State
 JOBS = Resource("batch", "v1", "jobs", "Job", "batch.kubernetes.io/job-name")
 
 INDEX = "$(JOB_COMPLETION_INDEX)"
-"""In a command, this becomes the number of the pod's slot: the kubelet puts it there."""
+"""The kubelet replaces this in a command by the number of the pod's slot."""
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 _KEPT_SECONDS = 3600
-"""How long a Job stays when it has ended, as KFP's pods do."""
+"""How long a Job stays after its end, which is as long as KFP's pods stay."""
 
 
 class Slots:
     """The pods that do the slots of one step.
 
     Args:
-        settings: of the pods.
-        command: of each pod, with :data:`INDEX` in it.
-        n_slots: how many.
+        settings: the settings of the pods.
+        command: the command of each pod, with :data:`INDEX` in it.
+        n_slots: number of slots.
         parallelism: most pods at a time.
-        job: URL of the job whose slots they are; a run may have several.
+        job: URL of the job that the slots belong to; a run may have several.
         run_id: id of the pipeline run.
         me: the launching pod.
-        queue: Kueue's queue; empty starts at once.
+        queue: Kueue's queue; "" starts at once.
     """
 
     resource = JOBS
@@ -58,7 +58,7 @@ class Slots:
         self.selector = f"{JOBS.pod_label}={name}"
 
     def state(self, found: Json) -> State:
-        """What the Job says of itself."""
+        """The Job's state."""
         status, conditions = found.get("status", {}), follow.conditions(found)
         done = status.get("succeeded", 0)
         n_failed = len(indexes(status.get("failedIndexes", "")))
@@ -94,12 +94,12 @@ def _spec(template: Json, n_slots: int, parallelism: int, retries: int) -> Json:
         "completionMode": "Indexed",
         "completions": n_slots,
         "parallelism": parallelism,
-        # One slot that cannot be done does not keep the others from being done.
+        # The limit counts per slot, so a slot that always fails does not stop the others.
         "backoffLimitPerIndex": retries,
-        "podReplacementPolicy": "Failed",  # never two pods of one slot
+        "podReplacementPolicy": "Failed",  # so a slot never has two pods at the same time
         "podFailurePolicy": {
             "rules": [
-                # Evicted, preempted, or its node is shut down: not the slot's fault.
+                # An evicted or preempted pod, or a node that shuts down, is not the slot's fault.
                 {
                     "action": "Ignore",
                     "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],

@@ -1,4 +1,4 @@
-"""What is passed on of the logs of pods: few lines of each, with the pod's name before them."""
+"""Passes on a few log lines of each pod, with a prefix that says which pod wrote them."""
 
 import logging
 import re
@@ -12,21 +12,21 @@ from saev.launch.cluster import Cluster
 logger = logging.getLogger(__name__)
 
 LAST_LINES = 20
-"""Of the log of a pod that failed."""
+"""How many lines are shown of the log of a failed pod."""
 _SECONDS = 25.0
-"""Between two lines of one pod. Steps report their progress every half minute."""
+"""Fewest seconds between two lines of one pod. Steps report their progress every 30 s."""
 _MOST_WARNINGS = 100
-"""Of one pod."""
+"""Most warnings that are passed on of one pod."""
 _SILENCE = 300.0
-"""A connection on which nothing comes for so long is made anew: it may be dead."""
+"""After so many seconds without a line, the connection may be dead, and a new one is made."""
 _WARNING = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL) |saev: |Traceback ")
 
 
 class Filter:
-    """Chooses the lines of one pod: one now and then, and each warning.
+    """Chooses lines of one pod: each warning, and one other line every :data:`_SECONDS`.
 
     Args:
-        clock: seconds; another one for tests.
+        clock: returns the time in seconds; tests give another one.
     """
 
     def __init__(self, clock: tp.Callable[[], float] = time.monotonic):
@@ -53,8 +53,8 @@ class Logs:
 
     Args:
         cluster: where the pods are.
-        container: whose log it is.
-        write: where lines go; by default standard error.
+        container: name of the container in each pod.
+        write: receives the lines; by default they go to standard error.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Logs:
         self._readers: dict[str, _Reader] = {}
 
     def attend(self, pods: tp.Mapping[str, str]) -> None:
-        """Follow these pods; a log whose connection broke is followed again.
+        """Follow these pods. If a log's connection broke, it is opened again.
 
         Args:
-            pods: name of the pod → what stands before its lines.
+            pods: name of the pod → prefix of its lines.
         """
         self._readers = {name: reader for name, reader in self._readers.items() if name in pods}
         for name, prefix in pods.items():
@@ -76,19 +76,19 @@ class Logs:
             reader.go_on()
 
     def finish(self, seconds: float = 5.0) -> None:
-        """Wait a little for the last lines of pods that have ended."""
+        """Wait up to some seconds for the last lines of pods that have ended."""
         deadline = time.monotonic() + seconds
         for reader in self._readers.values():
             reader.join(deadline - time.monotonic())
 
     def last_lines(self, pod: str, prefix: str) -> None:
-        """Write the end of a log whole."""
+        """Write the last lines of a log, without choosing among them."""
         try:
             answer = self._cluster.log(
                 pod, self._container, tail_lines=LAST_LINES, _request_timeout=(10.0, 60.0)
             )
             text = answer.data.decode("utf-8", "replace")
-        except Exception as err:  # the pod may be gone, and what failed is known without its log
+        except Exception as err:  # the pod may be gone; its status tells the failure without a log
             logger.info("The log of pod %s cannot be read: %s", pod, type(err).__name__)
             return
         for line in text.splitlines():
@@ -103,10 +103,10 @@ class _Reader:
         self._filter = Filter()
         self._thread: threading.Thread | None = None
         self._heard: float | None = None
-        """When the last line came."""
+        """Time of the last line; None before the first one."""
 
     def go_on(self) -> None:
-        """Read in another thread, unless one is reading."""
+        """Start a thread that reads, unless one is running."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, daemon=True, name=self._pod)
             self._thread.start()
@@ -132,12 +132,12 @@ class _Reader:
                 self._heard = time.monotonic()
                 if self._filter.passes(line):
                     self._logs._write(f"{self._prefix} | {line}")
-        except Exception as err:  # of a connection: the follower comes back as long as the pod runs
+        except Exception as err:  # the connection broke; `attend` opens it again while the pod runs
             logger.debug("The log of pod %s broke off: %s", self._pod, err)
 
 
 def _lines(answer: tp.Any) -> tp.Iterator[str]:
-    """The lines of a response as they come."""
+    """The lines of a response, as they arrive."""
     rest = b""
     for chunk in answer.stream(amt=None, decode_content=False):
         *whole, rest = (rest + chunk).split(b"\n")

@@ -1,9 +1,9 @@
-"""What a pipeline run left in storage about its failures.
+"""Reads from storage why the steps of a pipeline run failed.
 
     <root>/datasets/runs/<run id>/<step>-<hash of its flags>.json   why a step failed
     <root>/datasets/runs/<run id>.json                              the same, when the run has ended
 
-A pod that is lost leaves nothing: neither the step nor its supervisor could write any more.
+A lost pod leaves no record, because neither the step nor its supervisor could write one.
 """
 
 import datetime
@@ -25,17 +25,17 @@ class Failure(tp.NamedTuple):
 
 
 def folder_of(root: str, run_id: str) -> str:
-    """Where the last words of a run's steps are while it runs."""
+    """URL of the folder with the failures of a run's steps, while it runs."""
     return storage.join(root, "datasets", "runs", run_id)
 
 
 def record_of(root: str, run_id: str) -> str:
-    """Where it is written down what a run took on, and how it ended."""
+    """URL of the record with a run's datasets and its end."""
     return folder_of(root, run_id) + ".json"
 
 
 def last_words(root: str, run_id: str) -> list[Failure]:
-    """Why steps of a run failed, of those that were not run again or failed again."""
+    """The failures of a run's steps, without those of steps that succeeded later."""
     found = []
     for entry in storage.list_dir(folder_of(root, run_id), missing_ok=True):
         raw = storage.read_json(entry.url)
@@ -45,16 +45,16 @@ def last_words(root: str, run_id: str) -> list[Failure]:
 
 
 def failures(root: str, run_id: str, since: datetime.datetime | None) -> list[Failure]:
-    """Why steps of a run that is over failed; none if its pods were lost.
+    """The failures of the steps of a run that is over; none if its pods were lost.
 
     Args:
         root: URL of the storage root.
         run_id: the run.
-        since: when it ended before, if it was retried; None if not. Kubeflow runs an exit handler
-            that has succeeded no second time, so the record may be of the earlier end.
+        since: when it ended before its last retry; None if it was not retried. Kubeflow does not
+            repeat an exit handler that succeeded, so the record may be of the earlier end.
 
     Raises:
-        StorageError: that cannot be read.
+        StorageError: a record cannot be read.
     """
     found = last_words(root, run_id)
     if found:
@@ -68,5 +68,5 @@ def failures(root: str, run_id: str, since: datetime.datetime | None) -> list[Fa
 
 
 def permanent(found: tp.Sequence[Failure]) -> Failure | None:
-    """A failure that another try would only repeat, if there is one."""
+    """The first permanent failure; None if there is none."""
     return next((failure for failure in found if failure.kind == "permanent"), None)

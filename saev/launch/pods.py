@@ -1,7 +1,7 @@
-"""A step's pod: what its container may use, where it finds its storage, whom it belongs to.
+"""The template of a step's pod: resources, volumes, labels and restrictions.
 
-`pipelines/kfp_pods.py` says the same to KFP in the words of its SDK; tests/launch compares the pods
-that come out.
+`pipelines/kfp_pods.py` translates the template into calls of KFP's SDK. tests/launch compares the
+pods of both ways.
 """
 
 import typing as tp
@@ -16,9 +16,9 @@ Json = dict[str, tp.Any]
 LABELS = {"app.kubernetes.io/name": "saev", "app.kubernetes.io/part-of": "saev"}
 STEP_LABEL = "app.kubernetes.io/component"
 RUN_LABEL = "pipeline/runid"
-"""KFP's label of the pods of a run; `make logs` finds them by it."""
+"""KFP's label for the pods of a run. `make logs` finds pods by it."""
 OUTSIDE_THE_MESH = ("sidecar.istio.io/inject", "false")
-"""Annotation that KFP gives its pods: an Istio sidecar would go on when the step has ended."""
+"""KFP's annotation for its pods. An Istio sidecar would keep running when the step has ended."""
 
 SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
 """The command of every step. It runs `saev` as its child, and runs it again after failures that may
@@ -27,12 +27,12 @@ pass.
 The command is complete: on a cluster, KFP's launcher replaces the image's entry point.
 """
 MAIN = "main"
-"""Name of the container, as Argo calls it."""
+"""Argo's name for the container."""
 DATA_MOUNT = "/data"
 
 
 class Resources(tp.NamedTuple):
-    """What a container without a GPU asks for, and what it may use."""
+    """Requests and limits of a container without a GPU."""
 
     cpu: str
     memory: str
@@ -41,19 +41,19 @@ class Resources(tp.NamedTuple):
 
 
 LOOKING = Resources("250m", "1Gi")
-"""Of steps in the small image."""
+"""For steps in the small image."""
 READING = Resources("250m", "4Gi")
-"""Of steps in the runtime image that use no GPU."""
+"""For steps in the runtime image that use no GPU."""
 
 GRACE_SECONDS = 300
-"""How long a pod that is deleted may take to write its resume points."""
+"""How long a deleted pod may take to write its resume points."""
 
 
 class PodParameters(Config):
-    """How pods are made: what users set, and what is the same for all pods of a run.
+    """How pods are made: the values that users set and that all pods of a run share.
 
-    A pod parameter is declared here and nowhere else. `pipelines.options` adds what the client
-    alone reads, :class:`PodSettings` what differs between steps.
+    This class is the only place where a pod parameter is declared. `pipelines.options` adds the
+    values that only the client reads. :class:`PodSettings` adds those that differ between steps.
     """
 
     gpu_type: str = "nvidia.com/gpu"
@@ -87,11 +87,11 @@ class PodSettings(PodParameters):
     """The step's name."""
     image: str
     gpus: int | None = pydantic.Field(default=None, ge=0)
-    """GPUs of a GPU pod, which gets `cpu` and `memory`; None is a pod without."""
+    """GPUs of a GPU pod, which also gets `cpu` and `memory`; None makes a pod of the other kind."""
     is_small: bool = False
-    """Of pods without GPUs: whether the image is the small one, so `LOOKING` and not `READING`."""
+    """For pods that are no GPU pods: `LOOKING`, for the small image, instead of `READING`."""
     mounts_volume: bool = False
-    """Whether the claim is mounted."""
+    """Whether the volume claim is mounted."""
     timeout_seconds: int = pydantic.Field(ge=1)
     """How long a pod may run."""
     retries: int = pydantic.Field(default=3, ge=0)
@@ -108,14 +108,14 @@ def template(
 ) -> Json:
     """A pod template.
 
-    It differs from KFP's pods in three things: it has no rights in Kubernetes, which steps do not
-    need; it has more time to end; and the end of a failed one's log is a part of its status.
+    It differs from KFP's pods in three things. It has no token for the Kubernetes API, which steps
+    do not need. It has more time to end. When it fails, the end of its log is a part of its status.
 
     Args:
-        settings: of the run.
-        command: of the container.
+        settings: the step's settings.
+        command: the container's command.
         run_id: id of the pipeline run; "" for a pod of no run, and where KFP labels the pods.
-        service_account: whose pod it is.
+        service_account: the pod's service account.
     """
     spec: Json = {
         "restartPolicy": "Never",
@@ -163,12 +163,12 @@ def _resources(settings: PodSettings) -> Json:
             "limits": {"cpu": some.most_cpu, "memory": some.most_memory},
         }
     gpus = {settings.gpu_type: str(settings.gpus)} if settings.gpus else {}
-    # Kubernetes takes the limits for the requests, which are not given.
+    # Kubernetes uses the limits as requests where no requests are given.
     return {"limits": {"cpu": settings.cpu, "memory": settings.memory, **gpus}}
 
 
 def _volumes(settings: PodSettings) -> list[tuple[str, str, Json]]:
-    """Name, mount path and source of each."""
+    """Name, mount path and source of each volume."""
     secret = {"secret": {"secretName": settings.storage_secret, "optional": True}}
     config = {"configMap": {"name": settings.config_map, "optional": True}}
     volumes: list[tuple[str, str, Json]] = []

@@ -1,7 +1,7 @@
-"""Runs of Kubeflow Pipelines, as a pod of its cluster asks for them.
+"""Lists, starts and retries runs of Kubeflow Pipelines, from a pod of its cluster.
 
-The images have no `kfp` (its client takes seconds to import and pins other versions), and
-`kfp-server-api` has no wheel. Four requests are no reason for either: they are made with urllib3.
+The four requests are made with urllib3. The images have no `kfp`, because its client takes seconds
+to import and pins other versions, and no `kfp-server-api`, because it has no wheel.
 """
 
 import base64
@@ -18,9 +18,9 @@ from saev.launch import cluster
 from saev.launch.explain import AnswerError, LoginPageError, OtherServerError, Server, explained
 
 AUDIENCE = "pipelines.kubeflow.org"
-"""For whom a token must be that a multi-user KFP accepts."""
+"""The audience that a token needs so that a multi-user KFP accepts it."""
 OVER = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
-"""States in which a run, or a task, stays."""
+"""The final states of a run or a task."""
 
 _RUNS = "/apis/v2beta1/runs"
 _PAGE = 100
@@ -29,17 +29,17 @@ _TOKEN_SECONDS = 3600
 
 
 class Run(tp.NamedTuple):
-    """A run, as far as whoever starts others needs it."""
+    """The part of a run's record that a firing needs."""
 
     run_id: str
     name: str
     state: str
-    """KFP's, but CANCELED where a run was canceled, which KFP calls FAILED."""
+    """KFP's state, except that a canceled run is CANCELED. KFP calls it FAILED."""
     version: str
     """Id of the pipeline's version."""
     parameters: dict[str, tp.Any]
     ended_before: datetime.datetime | None
-    """When it ended before it was retried; None if it was not."""
+    """When it ended before its last retry; None if it was not retried."""
 
     @property
     def is_over(self) -> bool:
@@ -51,10 +51,10 @@ class Runs(tp.Protocol):
     """The runs of one installation."""
 
     def get(self, run_id: str) -> Run | None:
-        """The run of an id, None if there is none."""
+        """The run with this id; None if there is none."""
 
     def named(self, name: str) -> list[Run]:
-        """Runs of a name, newest first."""
+        """The runs with this name, newest first."""
 
     def unfinished(self) -> list[Run]:
         """Runs that are not over."""
@@ -63,11 +63,11 @@ class Runs(tp.Protocol):
         """Start a run. Returns its id."""
 
     def retry(self, run_id: str) -> None:
-        """Start the pods of a failed run again that did not succeed."""
+        """Start those pods of a failed run again that did not succeed."""
 
 
 class Target(tp.NamedTuple):
-    """What is started, and where."""
+    """Which pipeline is started, and in which installation."""
 
     endpoint: str
     """URL of the API, inside the cluster."""
@@ -75,19 +75,19 @@ class Target(tp.NamedTuple):
     pipeline_id: str
     version_id: str
     service_account: str
-    """Of the runs' pods."""
+    """Service account of the runs' pods."""
 
 
 def ends(states: tp.Sequence[str]) -> list[int]:
-    """Where in a run's history of states it ended before, if it was retried."""
+    """Positions in a run's history of states where it ended before a retry."""
     before = states[:-1] if states and states[-1] in OVER else states
     return [i for i, state in enumerate(before) if state in OVER]
 
 
 def was_canceled(states: tp.Sequence[str]) -> bool:
-    """Whether a run that KFP calls failed was canceled, which only its history of states tells.
+    """Whether a failed run was canceled. Only its history of states tells.
 
-    The part after an earlier end counts, since a run can be retried.
+    Only the states after the last retry count.
     """
     earlier = ends(states)
     return "CANCELING" in states[earlier[-1] + 1 if earlier else 0 :]
@@ -97,13 +97,13 @@ class Kubeflow:
     """The runs of the installation that this pod belongs to.
 
     Args:
-        target: what is started, and where.
+        target: which pipeline is started, and where.
     """
 
     def __init__(self, target: Target):
         self._target = target
-        # Requests that change something are sent again only if no connection was made: the caller
-        # looks first what became of one whose answer is lost.
+        # A request that changes something is sent again only if no connection was made. If its
+        # answer is lost, the caller first looks whether it took effect.
         self._again = urllib3.Retry(
             connect=4, read=4, status=4, other=0, redirect=0, backoff_factor=0.5,
             status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False,
@@ -198,7 +198,7 @@ class Kubeflow:
 
 
 def _answer(response: urllib3.BaseHTTPResponse) -> dict[str, tp.Any]:
-    """What an API answered. Raises what `explained` turns into a sentence."""
+    """The JSON of an API's answer. Raises exceptions that `explained` turns into a sentence."""
     if "html" in response.headers.get("content-type", ""):
         raise LoginPageError(response.geturl() or "")
     if response.status != 200 and response.status != 201:
@@ -221,7 +221,7 @@ def _predicate(operation: str, key: str, value: str) -> dict[str, str]:
 
 
 def _run(raw: dict[str, tp.Any]) -> Run:
-    """From the API's JSON."""
+    """The run in the API's JSON."""
     history, state = raw.get("state_history") or [], raw.get("state") or "PENDING"
     states = [str(entry.get("state", "")) for entry in history]
     if state == "FAILED" and was_canceled(states):
@@ -245,9 +245,10 @@ def _time(text: str | None) -> datetime.datetime | None:
 
 
 def _own_token() -> tuple[str, str]:
-    """Namespace of this pod, and a token of its service account that KFP accepts.
+    """This pod's namespace, and a token of its service account that KFP accepts.
 
-    Pods of a pipeline can have no token of another audience mounted, so it is asked for:
+    KFP cannot mount a token for another audience into a pod, so the Kubernetes API is asked for
+    one:
     https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-request-v1/
     """
     try:
@@ -257,8 +258,8 @@ def _own_token() -> tuple[str, str]:
         namespace, name = str(subject).split(":")[2:]
     except (OSError, ValueError, LookupError, TypeError) as err:
         raise ClusterError(
-            "This Kubeflow is multi-user, and the pod has no token of its service account, with "
-            f"which it would ask for one that Kubeflow accepts ({err}). Let the account "
+            "This Kubeflow is multi-user, and the pod has no token of its service account "
+            f"({err}). It needs one to ask for a token that Kubeflow accepts. Let the account "
             "saev-schedule mount its token.",
             status=403,
         ) from err
@@ -279,7 +280,7 @@ def _own_token() -> tuple[str, str]:
         who="The pod's token is not accepted; start it again.",
         allowed=f"`make install OVERLAY=… NAMESPACE={namespace}` gives {name} this permission.",
         found="Let network policies give the firings' pods a way to the Kubernetes API.",
-        certificate="Check kube-root-ca.crt, whose certificate the pod goes by.",
+        certificate="Check kube-root-ca.crt, the certificate that the pod trusts.",
         logs="the log of the API server",
     )
     with explained(server, f"ask for a token of service account {name}"):

@@ -1,8 +1,9 @@
 """A TrainJob of Kubeflow Trainer 2: several machines that train the groups of one slot together.
 
-Trainer makes a JobSet of it, by the TrainingRuntime in k8s/components/trainer, and that makes one
-pod for each machine. Each pod's torchrun finds the others by what Trainer puts into its
-environment, and starts a rank for each GPU. When one ends, JobSet ends all and makes all anew.
+Trainer makes a JobSet from the TrainJob and the TrainingRuntime in k8s/components/trainer. The
+JobSet makes one pod for each machine. Each pod runs torchrun, which starts a rank for each GPU and
+finds the other machines by environment variables that Trainer sets. When one pod ends, JobSet ends
+all pods and makes new ones.
 
 https://trainer.kubeflow.org
 """
@@ -17,8 +18,8 @@ from saev.progress import Progress
 
 _JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 JOBSETS = Resource("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet", _JOBSET_LABEL)
-# While a TrainJob waits to be deleted, Trainer 2.3 makes its JobSet anew, again and again. So it
-# has to be gone before its JobSet is.
+# While a TrainJob waits to be deleted, Trainer 2.3 makes its JobSet again and again. So the
+# TrainJob is deleted before its JobSet.
 TRAIN_JOBS = Resource(
     "trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", _JOBSET_LABEL,
     ends_first=False, makes=(JOBSETS,),
@@ -27,9 +28,9 @@ RUNTIME = "saev-train"
 """Name of the TrainingRuntime."""
 
 CONTAINER = "node"
-"""Name that Trainer expects of the container, and of the job."""
+"""The name that Trainer expects for the container and for the job."""
 _MANAGER = "saev/launch"
-"""Trainer wants to know who patches a runtime."""
+"""Trainer requires a name for the author of a patch."""
 _INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
@@ -37,13 +38,13 @@ class Machines:
     """The pods that train the groups of one slot together.
 
     Args:
-        settings: of the pods.
-        command: of the supervisor of each machine's ranks, but for their number.
-        n_machines: how many.
-        work: what it is, such as the URL of the job and the slot: equal work has one name.
+        settings: the settings of the pods.
+        command: the command of each machine's supervisor.
+        n_machines: number of machines.
+        work: what is trained: the URL of the job, and the slot. Equal work gets the same name.
         run_id: id of the pipeline run.
         me: the launching pod.
-        queue: Kueue's queue; empty starts at once.
+        queue: Kueue's queue; "" starts at once.
     """
 
     resource = TRAIN_JOBS
@@ -60,9 +61,9 @@ class Machines:
         me: Me,
         queue: str = "",
     ):
-        # A machine's host name has to fit into 63 characters: this and `-node-0-NUMBER`.
+        # A machine's host name is this name and `-node-0-NUMBER`, in at most 63 characters.
         name = f"saev-{settings.step}-{storage.content_hash([run_id, *work], 12)}"
-        # In its pod, nothing is started again: all machines begin anew, in new pods.
+        # The supervisor does not retry inside its pod: all machines start again, in new pods.
         template = pods.template(
             settings.model_copy(update={"retries": 0}), command, run_id, me.service_account
         )
@@ -78,7 +79,7 @@ class Machines:
         self.selector = f"{_JOBSET_LABEL}={name}"
 
     def state(self, found: Json) -> State:
-        """What the TrainJob says of itself."""
+        """The TrainJob's state."""
         conditions = follow.conditions(found)
         of = f"{self._n_machines} machines"
         if "Complete" in conditions:
@@ -95,7 +96,7 @@ class Machines:
         return f"machine {pod['metadata']['labels'].get(_INDEX_LABEL, '?')}"
 
     def failures(self, found: Json, pods: tp.Sequence[Json]) -> list[Failure]:
-        """The machines that failed; first those that failed for good, which may have ended all."""
+        """The machines that failed, permanent failures first: they may have ended the others."""
         made = [follow.failure_of(self.who(pod), pod, self.container) for pod in pods]
         return sorted(made, key=lambda failure: not failure.is_permanent)
 
@@ -121,7 +122,7 @@ def _spec(template: Json, n_machines: int, settings: pods.PodSettings) -> Json:
                 "kind": "TrainingRuntime",
                 "name": RUNTIME,
             },
-            # Counted anew from when a queue has started it.
+            # The time starts again when a queue starts the TrainJob.
             "activeDeadlineSeconds": settings.timeout_seconds,
             "trainer": {
                 "image": container["image"],
@@ -144,11 +145,11 @@ def _spec(template: Json, n_machines: int, settings: pods.PodSettings) -> Json:
 
 
 def run(cluster: Cluster, machines: Machines, progress: Progress) -> None:
-    """Make or adopt a TrainJob and follow it to its end. What has succeeded is deleted.
+    """Make or adopt a TrainJob and follow it to its end. A successful one is deleted.
 
     Raises:
         SaevError: as :func:`saev.launch.follow.run`.
     """
     follow.run(cluster, machines, progress)
-    # It would stay until the run's Workflow is deleted: unlike a Job, it has no time to live.
+    # A TrainJob has no time to live, so it would stay until the run's Workflow is deleted.
     cluster.delete(TRAIN_JOBS, machines.manifest["metadata"]["name"], has_ended=True)
