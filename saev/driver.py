@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+from saev import storage
 from saev.errors import CheckpointError, RankError, StorageError
 from saev.progress import Progress
 from saev.stage import Context, DoneMeanwhileError, Item, Job, Part, Result
@@ -36,7 +37,7 @@ def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
     """
     wanted, progress = Part.parse(part), progress or Progress(quiet=True)
     with contextlib.closing(job):
-        with progress.doing(job.opening):
+        with progress.doing(job.opening) as task, storage.told_of_files(task.see):
             items = wanted.slice(job.items())
         do(job, items, progress)
         if not part:
@@ -56,6 +57,8 @@ def do(job: Job, items: Sequence[Item], progress: Progress | None = None) -> Non
     todo = [Item(*row) for row in ranks.tell(_todo(job, items) if ranks.first else None)]
     if todo:
         if ranks.first:
+            for line in job.outlook(todo):
+                logger.info("%s", line)
             job.begin(todo)
         with _context(job, items, todo, progress) as context:
             (_in_threads if job.threads > 1 else _in_turn)(job, todo, context)

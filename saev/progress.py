@@ -21,6 +21,10 @@ from saev.secrets import RedactingFilter
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
+FIRST_SECONDS = 3.0
+"""How long a rate is measured before it is said how long the rest takes."""
+LONG_SECONDS = 3600.0
+"""What takes longer is said as a warning."""
 
 
 class Task:
@@ -43,6 +47,9 @@ class Task:
         self._n_bytes = 0
         self._note = ""
         self._is_main = is_main
+        self._first: tuple[float, int] | None = None
+        """Time of the first report, and units that were done by then."""
+        self._said = False
         self._tell_slot()
         bars = progress._bars if unit else None
         self._bar = (
@@ -59,8 +66,40 @@ class Task:
         self._n_bytes += n_bytes
         self._note = note
         self._tell_slot()
+        if self._is_main:
+            self._say_how_long()
         if self._bar is not None and self._progress._bars is not None:
             self._progress._bars.update(self._bar, advance=n, rates=self.rates, note=note)
+
+    def see(self, n: int) -> None:
+        """Report ``n`` more files of a listing, where what takes the time may be something else."""
+        self.done += n
+        self._note = f"{self.done:,} files found"
+        bars = self._progress._bars
+        if bars is not None:
+            if self._bar is None:
+                self._bar = bars.add_task(self._name, total=None, rates="", note="")
+            bars.update(self._bar, note=self._note)
+
+    def _say_how_long(self) -> None:
+        """Say once how long it will take, measured from the second call on: the first one warms
+        up."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (now, self.done)
+        seconds, n = now - self._first[0], self.done - self._first[1]
+        if self._said or not self._total or n <= 0 or seconds < FIRST_SECONDS:
+            return
+        self._said = True
+        left = (self._total - self.done) / n * seconds
+        text = f"{self._name}: about {eta.span(left)} at {_short(n / seconds)} {self._unit}/s."
+        if left < LONG_SECONDS:
+            logger.info("%s", text)
+        else:
+            logger.warning(
+                "%s It may be ended at any time (Ctrl-C): the same command goes on from there.",
+                text,
+            )
 
     def _tell_slot(self) -> None:
         slot = self._progress._slot
@@ -85,7 +124,8 @@ class Task:
         """How far it is, for a log: `shards: 45%, 450/1,000 img, 3.1 img/s, about 3 min left`."""
         elapsed = self._clock() - self._started
         if not self._unit:
-            return f"{self._name}: {eta.span(elapsed)} so far"
+            words = [f"{self._name}: {eta.span(elapsed)} so far", self._note]
+            return ", ".join(filter(None, words))
         words = [f"{self.done:,} {self._unit}", self.rates]
         if self._total:
             share, worked = self.done / self._total, (self.done - self._initial) / self._total
@@ -183,14 +223,14 @@ class Progress:
                 self._bars.stop_task(task._bar)
 
     @contextlib.contextmanager
-    def doing(self, name: str) -> Iterator[None]:
+    def doing(self, name: str) -> Iterator[Task]:
         """Say in a log what the block does, if it takes longer than half a minute.
 
         Args:
             name: of something that is not counted, such as loading a model.
         """
-        with self.task(name, total=None, unit=""):
-            yield
+        with self.task(name, total=None, unit="") as task:
+            yield task
 
     def item(self, name: str, number: int, n: int) -> None:
         """Go on to the next of the items that this process does, one after the other.

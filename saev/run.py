@@ -9,7 +9,7 @@ from saev.config.named import FIRST_LOOK, named_config
 from saev.config.run import RunConfig, RunFile
 from saev.config.stages import Stages
 from saev.config.stages import resolve as resolve_stages
-from saev.config.train import TrainConfig
+from saev.config.train import TOKENS_PER_LATENT, TrainConfig, default_n_train
 from saev.errors import ConfigError
 from saev.progress import Progress
 from saev.shards import Shards
@@ -19,12 +19,6 @@ logger = logging.getLogger(__name__)
 
 _MODEL = "DINOv2 ViT-S/14 (Apache License 2.0)"
 """The model of the config first-look."""
-_EPOCHS = 10
-"""Of a first look. Where they are more than the config's tokens, there are fewer."""
-_LEAST_TOKENS = 300_000
-"""A run of fewer tokens has too few steps; this many take about 20 s on two cores."""
-_TOKENS_PER_LATENT = 100
-"""Below this, `saev run` warns: an active latent fires on about k / d_sae of all tokens."""
 
 
 def run(cfg: RunConfig, progress: Progress | None = None) -> str:
@@ -98,36 +92,24 @@ def recognised(url: str) -> ImageData:
 def sized(training: TrainConfig, shards: str) -> TrainConfig:
     """A first look's training, as long and as wide as suits the activations at a URL."""
     with Shards.open(shards) as opened:
-        n_images = opened.n_examples
-        n_tokens = n_images * opened.metadata.content_tokens_per_example
+        n_tokens = opened.n_examples * opened.metadata.content_tokens_per_example
         d_model = opened.d_model
-    found = suited(training, n_tokens, d_model)
-    d_sae = found.sae.exp_factor * d_model
-    logger.info(
-        "%d images are %s tokens. One SAE of %d latents sees %s of them (%.1f epochs).",
-        n_images, f"{n_tokens:,}", d_sae, f"{found.n_train:,}", found.n_train / max(1, n_tokens),
-    )  # fmt: skip
-    wanted = _TOKENS_PER_LATENT * d_sae
-    if n_tokens < wanted:
-        logger.warning(
-            "That is little for %d latents: many will never fire, and the others know these "
-            "pictures only. Some %d images or more make a dictionary.",
-            d_sae, wanted * n_images // max(1, n_tokens),
-        )  # fmt: skip
-    return found
+    return suited(training, n_tokens, d_model)
 
 
 def suited(training: TrainConfig, n_tokens: int, d_model: int) -> TrainConfig:
-    """A training of ten epochs within limits, and of half the width where tokens are few.
+    """A training of the default length, or less, and of half the width where tokens are few.
 
     Args:
         training: the training of the config; its ``n_train`` is the most.
         n_tokens: content tokens of one layer.
         d_model: width of the activations.
     """
-    n_train = min(training.n_train, max(_EPOCHS * n_tokens, _LEAST_TOKENS))
+    n_train = default_n_train(n_tokens)
+    if training.n_train is not None:
+        n_train = min(training.n_train, n_train)
     factor = training.sae.exp_factor
-    if n_tokens < _TOKENS_PER_LATENT * factor * d_model:
+    if n_tokens < TOKENS_PER_LATENT * factor * d_model:
         factor = max(1, factor // 2)
     sae = training.sae.model_copy(update={"exp_factor": factor})
     return training.model_copy(update={"n_train": n_train, "sae": sae})

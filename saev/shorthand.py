@@ -104,7 +104,7 @@ COMMANDS: dict[str, Command] = {
                 Flag("sweep", "sweep", TrainConfig, "one SAE"),
             ),
             "optimiser": (
-                Flag("n-train", "n-train", TrainConfig),
+                Flag("n-train", "n-train", TrainConfig, "10 epochs"),
                 Flag("batch-size", "batch-size", TrainConfig, "16,384, less in a short run"),
                 Flag("lr", "lr", TrainConfig, "by d_sae"),
                 Flag("seed", "seed", TrainConfig),

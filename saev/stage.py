@@ -138,6 +138,11 @@ class Job(abc.ABC):
     def done(self, item: Item) -> bool:
         """Whether an item is done. Looks at storage; may be called by several threads."""
 
+    def outlook(self, todo: Sequence[Item]) -> Sequence[str]:
+        """What is going to be done, in lines for people."""
+        n = round(sum(item.cost for item in todo))
+        return [f"{self.name}: {n:,} {self.unit} to do."] if self.unit else []
+
     def begin(self, todo: Sequence[Item]) -> None:  # noqa: B027 - most jobs have nothing to do
         """Prepare for these items. Raises at once if nothing can be written."""
 

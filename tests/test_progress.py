@@ -186,6 +186,45 @@ def test_a_stage_says_what_it_did(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert re.search(r"shards: 100%, 6/6 img, [\d.]+ img/s [\d.]+ MB/s", caplog.text)
 
 
+def test_how_long_it_takes_is_said_from_the_first_batches(
+    shown: Progress, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first of 100 takes a minute, as kernels are compiled; each other one a second."""
+    caplog.set_level(logging.INFO, logger="saev.progress")
+    with shown.task("train", total=1000, unit="tok", is_main=True) as task:
+        clock.now += 60
+        task.advance(10)
+        assert not caplog.messages
+        for _ in range(4):
+            clock.now += 1
+            task.advance(10)
+    # 950 tokens are left, ten a second.
+    assert caplog.messages == ["train: about 2 min at 10.0 tok/s."]
+
+
+def test_hours_are_a_warning(
+    shown: Progress, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shown.task("train", total=100_000, unit="tok", is_main=True) as task:
+        for _ in range(9):
+            clock.now += 1
+            task.advance(10)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("train: about 2.8 h at 10.0 tok/s. It may be ended")
+
+
+def test_a_listing_is_counted_wherever_it_happens(shown: Progress, tmp_path: Path) -> None:
+    for i in range(1500):
+        (tmp_path / f"{i:04d}").touch()
+    with shown.doing("list the images") as task:
+        with storage.told_of_files(task.see):
+            assert len(list(storage.walk(str(tmp_path)))) == 1500
+        assert re.fullmatch(r"list the images: \d+ s so far, 1,500 files found", shown.line())
+        list(storage.walk(str(tmp_path)))
+        assert task.done == 1500, "nobody listens any more"
+
+
 @pytest.mark.parametrize("n", [0, 999, 2001])
 def test_a_listing_tells_of_its_files(n: int, tmp_path: Path) -> None:
     for i in range(n):

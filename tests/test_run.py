@@ -185,7 +185,7 @@ def first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "first-look.toml"
     file.write_text(text.replace("image_size = 224", "image_size = 32"))
     monkeypatch.setattr(run, "named_config", {"first-look": str(file)}.__getitem__)
-    monkeypatch.setattr(run, "_LEAST_TOKENS", 4_000)
+    monkeypatch.setattr("saev.config.train.LEAST_TOKENS", 4_000)
     return file
 
 
@@ -202,8 +202,11 @@ def test_a_folder_of_pictures_is_enough(
     # 3 pictures of 2 x 2 patches; the test network is 64 wide.
     assert (config.n_train, config.sae.d_sae) == (4_000, 128)
     assert "DINOv2 ViT-S/14 (Apache License 2.0), from the model hub" in caplog.text
-    assert "3 images are 12 tokens. One SAE of 128 latents sees 4,000 of them" in caplog.text
-    assert "That is little for 128 latents" in caplog.text
+    assert "Recording 3 images: 12 patches, layer 5, 0.0 MB." in caplog.text
+    assert "Training 1 SAE on 4,000 tokens: 500 epochs of 8." in caplog.text
+    # 100 tokens for each latent: 12,800 tokens are 3,200 images.
+    assert "8 tokens are few for 128 latents" in caplog.text
+    assert "3,200 images or more" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ class TrainConfig(Config):
     allow_other_model: bool = False
     """Evaluate even if the activations are of another model, preprocessing or image size than those
     of training. run.json then says so."""
-    n_train: int = pydantic.Field(default=100_000_000, ge=1)
-    """Tokens to train on; several epochs if there are fewer."""
+    n_train: int | None = pydantic.Field(default=None, ge=1)
+    """Tokens to train on; by default 10 epochs, but at least 300,000 and at most 100 million."""
     n_val: int = pydantic.Field(default=10_000_000, ge=0)
     """Most tokens to evaluate on after training; 0 skips the evaluation."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
@@ -99,6 +99,22 @@ class TrainConfig(Config):
         return cls.from_dict(folder.read_json("config.json"), source=place)
 
 
+N_EPOCHS = 10
+"""Epochs of a run, by default."""
+LEAST_TOKENS = 300_000
+"""A run of fewer tokens has too few steps."""
+MOST_TOKENS = 100_000_000
+"""What version 0.1.0 always took."""
+
+
+def default_n_train(n_tokens: int) -> int:
+    """Tokens to train on, where there are so many in an epoch."""
+    return min(MOST_TOKENS, max(LEAST_TOKENS, N_EPOCHS * n_tokens))
+
+
+TOKENS_PER_LATENT = 100
+"""Of an epoch. Where there are fewer, many latents never fire: an active one fires on about
+k / d_sae of all tokens."""
 N_STEPS = 1000
 """Steps that a run should have, if its batches do not get tiny by that (docs/training.md)."""
 

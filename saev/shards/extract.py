@@ -219,6 +219,17 @@ class Recording(Job):
         spec = {"shard": shard, "start": start, "stop": stop}
         return Item(shard_name(shard), stop - start, spec)
 
+    def outlook(self, todo: Sequence[Item]) -> list[str]:
+        meta = self.metadata
+        n = round(sum(item.cost for item in todo))
+        n_vectors = n * meta.tokens_per_example * len(meta.layers)
+        n_bytes = n_vectors * meta.d_model * TORCH_DTYPES[meta.dtype].itemsize
+        layers = ", ".join(map(str, meta.layers))
+        return [
+            f"Recording {n:,} images: {n * meta.content_tokens_per_example:,} patches, "
+            f"layer{'s' * (len(meta.layers) > 1)} {layers}, {n_bytes / 1e6:,.1f} MB."
+        ]
+
     def begin(self, todo: Sequence[Item] = ()) -> None:
         """Begin the folder: fails at once where nothing can be written."""
         place = storage.join(self.url, protocol.METADATA)

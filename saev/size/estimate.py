@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from saev.config.size import SizeConfig
-from saev.config.train import TrainConfig, default_batch_size
+from saev.config.train import TrainConfig, default_batch_size, default_n_train
 from saev.limits import GPU_CHUNK_BYTES, INDEX_BYTES_PER_TOKEN, N_RESUME_POINTS, VAL_FRACTION
 from saev.shards.protocol import Layout, in_validation
 from saev.size import formats
@@ -154,14 +154,19 @@ class Estimate:
 
     def batch_size(self, sae: TrainConfig) -> int:
         """Tokens per step."""
-        wanted = sae.batch_size or default_batch_size(sae.n_train)
+        wanted = sae.batch_size or default_batch_size(self.n_train(sae))
         tokens = self.n_train_examples(sae) * self._tokens(sae.train_data.tokens)
         return max(1, min(wanted, tokens))
 
     def epochs(self, sae: TrainConfig) -> float:
         """Passes over the training side."""
         tokens = self.n_train_examples(sae) * self._tokens(sae.train_data.tokens)
-        return sae.n_train / max(1, tokens)
+        return self.n_train(sae) / max(1, tokens)
+
+    def n_train(self, sae: TrainConfig) -> int:
+        """Tokens to train on."""
+        tokens = self.n_train_examples(sae) * self._tokens(sae.train_data.tokens)
+        return sae.n_train or default_n_train(tokens)
 
     def read_bytes(self, sae: TrainConfig) -> float:
         """Bytes that one group reads."""
@@ -227,8 +232,8 @@ class Estimate:
                 "n_train_examples", "images to train on", n_examples, "", "exact",
                 "the rest is for validation",
             ),
-            Row("n_steps", "steps", math.ceil(first.n_train / batch), "", "exact",
-                f"⌈{first.n_train:,} tokens ÷ batches of {batch:,}⌉"),
+            Row("n_steps", "steps", math.ceil(self.n_train(first) / batch), "", "exact",
+                f"⌈{self.n_train(first):,} tokens ÷ batches of {batch:,}⌉"),
             Row(
                 "epoch_bytes", "read per epoch", n_examples * self.row_bytes, "bytes", "exact",
                 "images to train on × all tokens × width × bytes: one layer, once for the group",
@@ -272,7 +277,8 @@ class Estimate:
             ),
         ]  # fmt: skip
         if self.cfg.tokens_per_second:
-            hours = sum(saes[m[0]].n_train for m in self.groups) / self.cfg.tokens_per_second / 3600
+            n_tokens = sum(self.n_train(saes[members[0]]) for members in self.groups)
+            hours = n_tokens / self.cfg.tokens_per_second / 3600
             rows += self._hours("training", hours, "groups × tokens ÷ --tokens-per-second")
         return rows
 

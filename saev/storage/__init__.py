@@ -31,6 +31,7 @@ from saev.storage.looking import (
     is_dir,
     list_dir,
     size,
+    told_of_files,
     walk,
 )
 from saev.storage.manifest import (
@@ -125,6 +126,7 @@ __all__ = [
     "remove_temporary",
     "seal",
     "size",
+    "told_of_files",
     "verify",
     "walk",
     "write_bytes",

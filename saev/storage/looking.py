@@ -1,12 +1,14 @@
 """What is there: existence, sizes and listings, never from a cache."""
 
+import contextlib
+import contextvars
 import datetime
 import errno
 import itertools
 import os
 import stat
 import typing as tp
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from saev.errors import StorageError
@@ -26,6 +28,9 @@ from saev.storage.urls import (
 
 _PAGE = 1000
 """Files between two reports of progress: as many as S3 lists in one answer."""
+_listener: contextvars.ContextVar[Callable[[int], object]] = contextvars.ContextVar(
+    "saev_files_found", default=lambda n: None
+)
 
 
 class Entry(tp.NamedTuple):
@@ -207,16 +212,27 @@ def walk(
     Raises:
         StorageError: the folder, or one further down, is missing, is a file, or may not be read.
     """
-    return _walk(normalize(url), temporary, missing_ok, seen)
+    return _walk(normalize(url), temporary, missing_ok, (seen, _listener.get()))
+
+
+@contextlib.contextmanager
+def told_of_files(seen: Callable[[int], object]) -> Iterator[None]:
+    """Until the block ends, tell a function how many files :func:`walk` finds in this thread."""
+    token = _listener.set(seen)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def _walk(
-    text: str, temporary: bool, missing_ok: bool, seen: Callable[[int], object]
+    text: str, temporary: bool, missing_ok: bool, listeners: Iterable[Callable[[int], object]]
 ) -> Iterator[Object]:
     objects = _objects(text, temporary)
     try:
         while group := list(itertools.islice(objects, _PAGE)):
-            seen(len(group))
+            for seen in listeners:
+                seen(len(group))
             yield from group
     except StorageError as err:
         is_missing = isinstance(err.__cause__, FileNotFoundError)

@@ -10,7 +10,7 @@ import typing as tp
 from saev import storage
 from saev.config import Activation, BatchTopK, Objective, TopK, TrainConfig, ValDataConfig
 from saev.config.sweeps import UNSWEPT, Asked, asked
-from saev.config.train import default_batch_size
+from saev.config.train import MOST_TOKENS, default_batch_size, default_n_train
 from saev.errors import ConfigError
 from saev.once import say_once
 from saev.train import earlier
@@ -122,14 +122,18 @@ def resolve_one(
         )
     if cfg.objective.target_l0 is not None:
         _check_target(cfg.objective.target_l0, activation, d_sae)
-    batch_size = cfg.batch_size or default_batch_size(cfg.n_train)
-    n_steps = math.ceil(cfg.n_train / min(batch_size, places.n_tokens(train)))
+    n_train = cfg.n_train or default_n_train(places.n_tokens(train))
+    if before and cfg.n_train is None:
+        n_train = MOST_TOKENS
+    batch_size = cfg.batch_size or default_batch_size(n_train)
+    n_steps = math.ceil(n_train / min(batch_size, places.n_tokens(train)))
     if before:  # version 0.1.0 did not compare the batch with the tokens
-        n_steps = math.ceil(cfg.n_train / batch_size)
+        n_steps = math.ceil(n_train / batch_size)
     found = cfg.model_copy(
         update={
             "runs_root": storage.normalize(cfg.runs_root),
             "sweep": "",
+            "n_train": n_train,
             "batch_size": batch_size,
             "train_data": train,
             "val_data": ValDataConfig.from_dict(val.to_dict()),
@@ -139,7 +143,7 @@ def resolve_one(
             "lr": cfg.lr or default_lr(d_sae, cfg.optim),
             "n_lr_warmup": _warmup(cfg, "n_lr_warmup", n_steps, places, before),
             "n_sparsity_warmup": _warmup(cfg, "n_sparsity_warmup", n_steps, places, before),
-            "dead_after": cfg.dead_after or default_dead_after(cfg.n_train),
+            "dead_after": cfg.dead_after or default_dead_after(n_train),
         }
     )
     if not before:

@@ -11,7 +11,7 @@ from saev.errors import ConfigError, IncompleteError
 from saev.nn.ranks import ALONE, Ranks
 from saev.progress import Progress
 from saev.stage import Context, Item, Job, Result
-from saev.train import curves, launch, resume
+from saev.train import curves, launch, outlook, resume
 from saev.train.members import RUN, Group, Member, digest, unpublished
 from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
@@ -175,6 +175,9 @@ class Training(Job):
 
     def done(self, item: Item) -> bool:
         return not unpublished(self._group(item).members)
+
+    def outlook(self, todo: Sequence[Item]) -> list[str]:
+        return list(outlook.of([self._group(item) for item in todo]))
 
     def begin(self, todo: Sequence[Item]) -> None:
         storage.check_writable(self.cfg.runs_root)

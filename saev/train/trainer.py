@@ -104,7 +104,7 @@ class Trainer:
                 "fewer ranks (--n-ranks) may be as fast, or raise batch_size.",
                 *(self._ranks.size, self.batch_size, self.batch_size // self._ranks.size),
             )
-        self.n_steps = math.ceil(self.config.n_train / self.batch_size)
+        self.n_steps = math.ceil(decided(self.config.n_train) / self.batch_size)
         self.loader = self._open.enter_context(
             # The few tokens at an epoch's end would make a noisy step at full learning rate.
             ShuffledLoader(

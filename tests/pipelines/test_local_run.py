@@ -172,7 +172,7 @@ def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) 
     ]
     (said,) = figures
     assert (said["dataset"], said["n_saes"]) == ("images", 2)
-    assert all(f", L0 {k}.0, explained variance" in said[f"top_k {k}"] for k in (2, 4))
+    assert all(f", L0 {k}.0, " in said[f"topk{k}-s64"] for k in (2, 4))
 
 
 def test_what_is_new_below_a_prefix(run_local: Callable[..., list[str]], base: str) -> None:

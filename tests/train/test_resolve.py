@@ -17,6 +17,7 @@ from saev.config import (
     ValDataConfig,
     Vanilla,
 )
+from saev.config.train import default_n_train
 from saev.errors import ConfigError
 from saev.shards.protocol import in_validation
 from saev.train import resolve, resume
@@ -61,6 +62,20 @@ def test_every_default_is_decided(cfg, shards):
     assert resolve.resolve_one(update(cfg, n_train=10**9)).dead_after == 10_000_000
     assert resolve.resolve_one(found) == found
     assert resolve.run_id(resolve.resolve_one(found)) == resolve.run_id(found)
+
+
+def test_a_run_takes_ten_epochs_by_default(cfg, tmp_path):
+    """Within limits. What is asked for stays; version 0.1.0 always took 100 million tokens."""
+    data = LoaderConfig(shards=shards_of(tmp_path, 40), layer=3)  # 4 tokens each
+    asked = update(cfg, n_train=None, n_val=0, train_data=data)
+    assert resolve.resolve_one(asked).n_train == 300_000
+    assert resolve.resolve_one(update(asked, n_train=17)).n_train == 17
+    before = resolve.resolve_one(asked, before=True)
+    assert before.n_train == 100_000_000
+    given = resolve.resolve_one(update(asked, n_train=100_000_000), before=True)
+    assert resolve.run_id(before) == resolve.run_id(given)
+    for n_tokens, n_train in ((50_000, 500_000), (20_000_000, 100_000_000)):
+        assert default_n_train(n_tokens) == n_train
 
 
 def test_defaults_that_depend_on_others(cfg):
