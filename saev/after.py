@@ -12,7 +12,7 @@ import typing as tp
 from collections.abc import Sequence
 
 from saev import eta, names, storage
-from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import InferenceCommand, InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.base import Config
 from saev.errors import SaevError
 from saev.inference import files
@@ -62,8 +62,8 @@ def figures(cfg: Config, urls: Sequence[str], seconds: float) -> str:
         text = _shards(urls[0])
     elif isinstance(cfg, TrainConfig):
         text = _train(urls)
-    elif isinstance(cfg, InferenceConfig):
-        text = _inference(urls)
+    elif isinstance(cfg, InferenceConfig | InferenceCommand):
+        text = _inference(urls) if len(urls) == 1 else _inferences(urls)
     elif isinstance(cfg, VisualsConfig):
         text = f"The picture book is {urls[0]}"
     else:
@@ -82,9 +82,13 @@ def go_on(cfg: Config, urls: Sequence[str]) -> str:
     if isinstance(cfg, ShardsConfig):
         return _command("train", *_train_flags(cfg, urls[0]))
     if isinstance(cfg, TrainConfig):
-        best = min(_saes(urls), key=lambda sae: sae.order)
-        shards = best.config.train_data.shards
-        return _command("inference", "--run", best.url, "--shards", shards)
+        best_sae = min(_saes(urls), key=lambda sae: sae.order)
+        shards = best_sae.config.train_data.shards
+        return _command("inference", "--run", best_sae.url, "--shards", shards)
+    if isinstance(cfg, InferenceCommand):
+        results = [Results.open(url).metrics for url in urls]
+        best = min(range(len(urls)), key=lambda n: _value(results[n], "normalized_mse"))
+        return go_on(cfg.configs()[best], [urls[best]])
     if isinstance(cfg, InferenceConfig):
         return _command("visuals", *_visuals_flags(cfg, urls[0]))
     return _command("open", urls[0])
@@ -92,6 +96,10 @@ def go_on(cfg: Config, urls: Sequence[str]) -> str:
 
 def update_page(cfg: Config, urls: Sequence[str]) -> None:
     """Write the page of the root that a stage has added an SAE, results or a report to."""
+    if isinstance(cfg, InferenceCommand):
+        for one in {storage.parent(one.run): one for one in cfg.configs()}.values():
+            update_page(one, urls)
+        return
     if isinstance(cfg, TrainConfig):
         run = urls[0]
     elif isinstance(cfg, InferenceConfig | VisualsConfig) and not cfg.run.startswith(HUB_PREFIX):
@@ -186,6 +194,19 @@ def _inference(urls: Sequence[str]) -> str:
             *_held_out(storage.parent(storage.parent(url)), metrics),
             f"all images: {', '.join(words)}",
         ]
+    return "\n".join(lines)
+
+
+def _inferences(urls: Sequence[str]) -> str:
+    runs = [storage.parent(storage.parent(url)) for url in urls]
+    lines = [f"Measured {len(urls)} SAEs", "NMSE and L0 are of all images, those of training too."]
+    said = names.of([TrainConfig.of_run(run) for run in runs])
+    width = max(map(len, said))
+    for name, url in zip(said, urls, strict=True):
+        metrics = Results.open(url).metrics
+        nmse, l0 = _number(metrics["normalized_mse"], ".4f"), metrics["l0"]
+        dead = f"dead {metrics['n_dead']:,} of {metrics['d_sae']:,}"
+        lines.append(f"{name:{width}}  NMSE {nmse} at L0 {l0:.1f}, {dead}")
     return "\n".join(lines)
 
 

@@ -5,9 +5,9 @@ A new stage is a config, a module with a :class:`saev.stage.Job`, and an entry h
 
 import importlib
 import typing as tp
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import InferenceCommand, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.base import Config
 from saev.config.stages import Stages
 from saev.stage import Job
@@ -32,6 +32,8 @@ class Stage(tp.NamedTuple):
     """Whether there is one job for each run of training, and not one for all."""
     whole: bool = False
     """Whether one pod does all of a job. It finishes the jobs of this run's stages before, too."""
+    together: bool = False
+    """Whether one job may do the work for several runs of training, at less cost."""
     swept: bool = False
     """Whether its jobs take a sweep, too: its `table`, and the keys that are `explicit`."""
 
@@ -49,11 +51,20 @@ class Stage(tp.NamedTuple):
             found: the results that it reads.
             device: instead of the config's.
         """
+        cfg = self._config(stages, found, device)
+        job: Job = self.kind(cfg, **({"table": stages.sweep} if self.swept else {}))
+        return job
+
+    def of_all(self, stages: Stages, found: Sequence[Found], device: str = "") -> Job:
+        """The job of a stage that does the work for several runs together."""
+        job: Job = self.kind([self._config(stages, one, device) for one in found])
+        return job
+
+    def _config(self, stages: Stages, found: Found, device: str) -> Config:
         cfg = self.asks(stages, found)
         if device and "device" in type(cfg).model_fields:
             cfg = cfg.model_copy(update={"device": device})
-        job: Job = self.kind(cfg, **({"table": stages.sweep} if self.swept else {}))
-        return job
+        return cfg
 
 
 STAGES = (
@@ -66,8 +77,9 @@ STAGES = (
         lambda stages, found: stages.training(found["shards"]), swept=True,
     ),
     Stage(
-        "inference", InferenceConfig, "saev.inference.stage:Measuring", "infer",
+        "inference", InferenceCommand, "saev.inference.stage:Measuring", "infer",
         lambda stages, found: stages.measuring(found["train"], found["shards"]), of_run=True,
+        together=True,
     ),
     Stage(
         "visuals", VisualsConfig, "saev.visuals.stage:Drawing", "summarise",

@@ -98,7 +98,7 @@ def _parse(argv: tp.Sequence[str]) -> tp.Any:
         COMMANDS,
         prog="saev",
         description=DESCRIPTION,
-        args=_spelled_out(argv),
+        args=_joined(_spelled_out(argv)) if argv[:1] == ["inference"] else _spelled_out(argv),
         # A stage's flags may stand behind `data:…` too, where a user who adds one would put it.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
@@ -113,6 +113,22 @@ def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
+    """Put the values of a flag that is given several times together: tyro takes the last ones."""
+    values: list[str] = []
+    others: list[str] = []
+    into = others
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            into = values
+            values += [value] if equals else []
+        else:
+            into = others if word.startswith("--") else into
+            into.append(word)
+    return [*others, flag, *values] if values else list(argv)
 
 
 _WITHOUT_BARS = (GcConfig, OpenConfig)

@@ -104,12 +104,12 @@ def _context(
     total = round(sum(item.cost for item in items))
     done = total - round(sum(item.cost for item in todo))
     if not job.unit:
-        with progress.task(job.name, total=None, unit="") as bar:
+        with progress.task(job.title, total=None, unit="") as bar:
             yield Context(progress, bar)
         return
     if done:
         logger.info("%d of %d %s are done already.", done, total, job.unit)
-    with progress.task(job.name, total=total, unit=job.unit, done=done, is_main=True) as bar:
+    with progress.task(job.title, total=total, unit=job.unit, done=done, is_main=True) as bar:
         yield Context(progress, bar)
 
 

@@ -10,3 +10,9 @@ its place in the order and in the window, its example, and its number in the exa
 GPU_CHUNK_BYTES = 2 << 30
 """Bytes of the largest temporary of a training step on a GPU: pre-activations or reconstructions
 of a chunk of rows."""
+GROUP_BYTES = 4 << 30
+"""Bytes of the weights of the SAEs that are measured together. More SAEs make more groups, each of
+which reads the activations once."""
+PIECE_ENTRIES = 1 << 21
+"""Sparse codes of an SAE, of 8 bytes each, that are gathered before they are turned into columns,
+added up and written. Sums are made per piece, so that another number changes their last digits."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 from saev import after, chain, driver, storage
 from saev.config.images import ImageData, ImgFolder, ImgSegFolder
@@ -41,10 +42,11 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
         found[stage.name] = runs[0]
         if is_first_look and stage is chain.FIRST:
             stages = stages._replace(train=sized(stages.train, runs[0]))
-    for run_url in runs:
-        found[chain.RUNS] = run_url
-        for stage in chain.OF_RUN:
-            found[stage.name] = _do(stage, stages, found, progress)[0]
+    of_runs = [{**found, chain.RUNS: run_url} for run_url in runs]
+    for stage in chain.OF_RUN:
+        urls = _do_runs(stage, stages, of_runs, progress)
+        for of_run, url in zip(of_runs, urls, strict=True):
+            of_run[stage.name] = url
     return overview.write(cfg.root)
 
 
@@ -58,6 +60,20 @@ def _do(
         cfg = stage.asks(stages, found)
         progress.say(after.figures(cfg, urls, time.monotonic() - started))
     return urls
+
+
+def _do_runs(
+    stage: chain.Stage, stages: Stages, of_runs: Sequence[chain.Found], progress: Progress
+) -> list[str]:
+    """The same of a stage that has a result for each run; returns them in their order."""
+    if not stage.together:
+        return [_do(stage, stages, found, progress)[0] for found in of_runs]
+    started = time.monotonic()
+    urls = driver.run(stage.of_all(stages, of_runs), progress=progress).urls
+    if not progress.quiet:
+        cfg = stage.asks(stages, of_runs[0])
+        progress.say(after.figures(cfg, urls, time.monotonic() - started))
+    return list(urls)
 
 
 def resolve(cfg: RunConfig) -> Stages:

@@ -15,7 +15,7 @@ import typing as tp
 import pydantic
 import tyro
 
-from saev.config import InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import InferenceCommand, InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.base import Config
 from saev.config.images import ImgFolder
 from saev.config.loaders import DataConfig, LoaderConfig
@@ -117,11 +117,16 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "inference": Command(
-        InferenceConfig,
-        ("saev inference --run out/runs/ID --shards out/shards/HASH",),
+        InferenceCommand,
+        (
+            "saev inference --run out/runs/ID --shards out/shards/HASH",
+            "saev inference --runs out/runs --tag widths",
+        ),
         {
             "common": (
-                RUN,
+                Flag("run", "run", InferenceCommand, "required, or --runs"),
+                Flag("runs", "runs", InferenceCommand, "none"),
+                Flag("tag", "tag", InferenceCommand, "any"),
                 Flag("shards", "data.shards", DataConfig, "those of training"),
                 Flag("layer", "data.layer", DataConfig, "that of training"),
                 Flag("out", "out", InferenceConfig, "RUN/inference/HASH"),

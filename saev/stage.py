@@ -95,6 +95,11 @@ class Job(abc.ABC):
         return 1
 
     @property
+    def title(self) -> str:
+        """What the bar of all items is called."""
+        return self.name
+
+    @property
     def threads(self) -> int:
         """How many items are done at a time; one by default."""
         return 1

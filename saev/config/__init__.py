@@ -10,7 +10,7 @@ from saev.config.images import (
     ImgFolder,
     ImgSegFolder,
 )
-from saev.config.inference import InferenceConfig
+from saev.config.inference import InferenceCommand, InferenceConfig
 from saev.config.loaders import DataConfig, LoaderConfig, ValDataConfig
 from saev.config.sae import (
     Activation,
@@ -40,6 +40,7 @@ __all__ = [
     "Imagenet",
     "ImgFolder",
     "ImgSegFolder",
+    "InferenceCommand",
     "InferenceConfig",
     "JumpRelu",
     "LoaderConfig",

@@ -4,17 +4,18 @@ import typing as tp
 
 import pydantic
 
+from saev import storage
 from saev.config.base import Config
 from saev.config.loaders import DataConfig
+from saev.config.train import TrainConfig
+from saev.errors import ConfigError
 
 
-class InferenceConfig(Config):
-    """Run one SAE over all activations: metrics, statistics, sparse codes, top examples."""
+class _Measuring(Config):
+    """How an SAE is measured, whichever it is."""
 
     added: tp.ClassVar = frozenset({"allow_other_model", "centre", "scale", "top_k"})
 
-    run: str
-    """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
     data: DataConfig = DataConfig()
     """The activations; by default those that the run was trained on."""
     out: str = ""
@@ -45,3 +46,67 @@ class InferenceConfig(Config):
     """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
+
+
+class InferenceConfig(_Measuring):
+    """Run one SAE over all activations: metrics, statistics, sparse codes, top examples."""
+
+    run: str
+    """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
+
+
+class InferenceCommand(_Measuring):
+    """Run SAEs over all activations: metrics, statistics, sparse codes, top examples.
+
+    SAEs that read the same tokens read them once, together. The results of each are the same as
+    when it is measured alone.
+    """
+
+    run: tuple[str, ...] = ()
+    """URLs of run folders (or of one SAE that saev.load_sae reads; then --out is needed)."""
+    runs: str = ""
+    """URL of a folder of run folders, such as out/runs: measure all of them that are complete."""
+    tag: str = ""
+    """Of the run folders in --runs, take only those that were trained with this --tag."""
+
+    def configs(self) -> list[InferenceConfig]:
+        """One for each SAE, each once. Looks for them in ``runs``.
+
+        Raises:
+            ConfigError: there is none, or what is set does not fit several.
+        """
+        if self.tag and not self.runs:
+            raise ConfigError(
+                "--tag chooses among the run folders of --runs URL, which is missing."
+            )
+        named = [run if run.startswith("hf-hub:") else storage.normalize(run) for run in self.run]
+        runs = list(dict.fromkeys([*named, *(self._found() if self.runs else ())]))
+        if not runs:
+            raise ConfigError("Say which SAE: --run URL (or several), or --runs URL for all runs.")
+        if self.out and len(runs) > 1:
+            raise ConfigError(
+                f"--out is one folder, but there are {len(runs)} SAEs. Leave it out: the results "
+                "of each go into its run folder."
+            )
+        settings = {k: v for k, v in self if k not in ("run", "runs", "tag")}
+        return [InferenceConfig(run=run, **settings) for run in runs]
+
+    def _found(self) -> list[str]:
+        """Complete run folders in ``runs``, by name."""
+        place = storage.normalize(self.runs)
+        folders = [entry.url for entry in storage.list_dir(place) if entry.is_dir]
+        complete = [url for url in folders if storage.exists(storage.join(url, "run.json"))]
+        if not complete:
+            raise ConfigError(
+                f"{place} has no complete run folders. Expected a folder of them, such as out/runs."
+            )
+        if not self.tag:
+            return sorted(complete)
+        tags = {url: TrainConfig.of_run(url).tag for url in complete}
+        found = sorted(url for url, tag in tags.items() if tag == self.tag)
+        if not found:
+            known = ", ".join(repr(tag) for tag in sorted(set(tags.values()) - {""})) or "none"
+            raise ConfigError(
+                f"No complete run in {place} has the tag {self.tag!r}; tags there: {known}."
+            )
+        return found

@@ -126,11 +126,13 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]
     photographs = _tokens(unseen)
     pca = baselines.pca_basis(known)
     rows = []
-    for url in train.run(stages.training(shards.url), progress=progress, table=stages.sweep):
+    urls = train.run(stages.training(shards.url), progress=progress, table=stages.sweep)
+    measuring = [stages.measuring(url, unseen.url) for url in urls]
+    for url, measured in zip(urls, inference.run_all(measuring, progress), strict=True):
         cfg = TrainConfig.of_run(url)
         d_sae = cfg.sae.d_sae or 0
         held_out = storage.read_sealed(storage.join(url, "run.json")).record["metrics"]
-        results = Results.open(inference.run(stages.measuring(url, unseen.url), progress=progress))
+        results = Results.open(measured)
         is_plain = cfg.objective.kind == "vanilla"
         name = cfg.sae.activation.kind + ("" if is_plain else f" {cfg.objective.kind}")
         on_crops = _beside(held_out, crops, pca, d_sae)

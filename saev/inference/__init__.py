@@ -1,14 +1,15 @@
-"""The inference stage: run one SAE over all activations, in one pass whose memory does not grow.
+"""The inference stage: run SAEs over all activations, in one pass whose memory does not grow.
 
-:func:`run` does all of it; `saev.inference.results` reads what it wrote, and imports no torch.
+:func:`run` measures one SAE, :func:`run_all` several with one read; `saev.inference.results`
+reads what they wrote, and imports no torch.
 """
 
 import typing as tp
 
 if tp.TYPE_CHECKING:
-    from saev.inference.stage import find, finish, n_pieces, plan, run, work
+    from saev.inference.stage import find, finish, n_pieces, plan, run, run_all, work
 
-__all__ = ["find", "finish", "n_pieces", "plan", "run", "work"]
+__all__ = ["find", "finish", "n_pieces", "plan", "run", "run_all", "work"]
 
 
 def __getattr__(name: str) -> tp.Any:

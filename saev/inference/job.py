@@ -1,11 +1,13 @@
-"""What one inference run is about: SAE, tokens, and the folder that their hash names."""
+"""What is measured: an SAE, tokens, and the folder that their hash names."""
 
 import contextlib
 import functools
 import hashlib
 import typing as tp
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from saev import known, storage
 from saev.config.inference import InferenceConfig
@@ -15,9 +17,9 @@ from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
 from saev.inference import files, provenance
-from saev.inference.encode import count_fires
 from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
+from saev.nn.codes import encode
 from saev.nn.io.load import HUB_PREFIX, load_sae
 from saev.nn.sae import SparseAutoencoder
 from saev.shards import Shards
@@ -32,11 +34,39 @@ _SAMPLE_TOKENS = 8192
 _HASH_DIGITS = 16
 
 
+class Opened:
+    """Shards folders and their tokens, each opened once for all SAEs that read it."""
+
+    def __init__(self) -> None:
+        self._shards: dict[str, Shards] = {}
+        self._sources: dict[str, TokenSource] = {}
+
+    def shards(self, url: str) -> Shards:
+        """The folder at a URL."""
+        if url not in self._shards:
+            self._shards[url] = Shards.open(url)
+        return self._shards[url]
+
+    def source(self, shards: Shards, data: DataConfig, *, labels: bool) -> TokenSource:
+        """Reads the tokens of a folder that a config selects."""
+        key = storage.content_hash([shards.url, data.to_dict(), labels])
+        if key not in self._sources:
+            self._sources[key] = TokenSource(shards, data, labels=labels)
+        return self._sources[key]
+
+    def close(self) -> None:
+        """Close all folders."""
+        while self._shards:
+            self._shards.popitem()[1].close()
+        self._sources.clear()
+
+
 class Pass:
     """An SAE and the activations that it is run over. Each is opened when it is first needed.
 
     Args:
         cfg: the config.
+        opened: what is open already, and stays open for other SAEs.
 
     Raises:
         ConfigError: there is no such device. Other methods: layer, widths, tokens or labels do not
@@ -44,10 +74,11 @@ class Pass:
         StorageError: shards or SAE are missing or damaged.
     """
 
-    def __init__(self, cfg: InferenceConfig):
+    def __init__(self, cfg: InferenceConfig, opened: Opened | None = None):
         self.cfg = cfg
+        self._others = opened or Opened()
         self.run = cfg.run if cfg.run.startswith(HUB_PREFIX) else storage.normalize(cfg.run)
-        self._device = choose_device(cfg.device)
+        self.device = choose_device(cfg.device)
 
     @functools.cached_property
     def _trained(self) -> TrainConfig | None:
@@ -55,7 +86,7 @@ class Pass:
 
     @functools.cached_property
     def _opened(self) -> tuple[Shards, DataConfig]:
-        return open_shards(self.cfg, self._trained)
+        return open_shards(self.cfg, self._trained, self._others.shards)
 
     @property
     def shards(self) -> Shards:
@@ -75,7 +106,14 @@ class Pass:
     @functools.cached_property
     def source(self) -> TokenSource:
         """Reads the tokens."""
-        return TokenSource(self.shards, self.data, labels=self.has_concepts)
+        return self._others.source(self.shards, self.data, labels=self.has_concepts)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights. An SAE that is no run of training is loaded for it."""
+        d_model = self.shards.d_model
+        cfg = self._trained.sae if self._trained else self.sae.cfg
+        return 8 * d_model * (cfg.d_sae or cfg.exp_factor * d_model)
 
     @functools.cached_property
     def sae(self) -> SparseAutoencoder:
@@ -83,7 +121,7 @@ class Pass:
         cfg = self.cfg
         sae = load_sae(
             self.run,
-            self._device,
+            self.device,
             subtract_b_dec=cfg.subtract_b_dec,
             centre=cfg.centre or None,
             scale=cfg.scale,
@@ -187,22 +225,40 @@ class Pass:
         tokens = 1 if self.data.tokens == "special" else shards.tokens_per_example
         return max(1, min(rows // tokens, _MAX_READ_BYTES // example_bytes))
 
-    def claim(self) -> tuple[int, ...]:
-        """Write config.json unless it is there, and return the latents whose values are kept.
+    def published(self) -> bool:
+        """Whether the results are complete.
 
         Raises:
-            ConfigError: the folder belongs to other inputs.
+            ConfigError: they are those of other inputs.
+            CorruptDataError: metrics.json is damaged, or the config that it lists.
         """
-        place = self.place(files.CONFIG)
-        if not storage.exists(place):
-            storage.write_json(place, storage.seal(self._describe(self._choose_dists())))
+        if not storage.exists(self.place(files.METRICS)):
+            return False
+        folder = storage.Folder.open(self.url, files.METRICS, files.REMEDY)
+        if folder.files is not None:
+            folder.read_bytes(files.CONFIG)
+        self.recorded()  # compares the key that this config has
+        return True
+
+    def note(self) -> None:
+        """Write down which question published results answer, unless that is known."""
+        if self._known is None and self._question is not None:
+            known.note(self.url, self._question, self.key)
+
+    def forget(self) -> None:
+        """Free the memory of the SAE, which is loaded anew when it is needed again."""
+        self.__dict__.pop("sae", None)
+
+    @functools.cached_property
+    def dist_latents(self) -> tuple[int, ...]:
+        """The latents whose values are kept, once they are claimed."""
         latents = self.recorded().get("dist_latents")
         if not isinstance(latents, list) or not all(
             type(n) is int and 0 <= n < self.sae.d_sae for n in latents
         ):
             raise CorruptDataError(
-                f"{place} has dist_latents {latents!r:.60}, expected latents of the SAE. "
-                f"{files.REMEDY}"
+                f"{self.place(files.CONFIG)} has dist_latents {latents!r:.60}, expected latents of "
+                f"the SAE. {files.REMEDY}"
             )
         return tuple(latents)
 
@@ -220,7 +276,8 @@ class Pass:
             )
         return found
 
-    def _describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
+    def describe(self, dist_latents: tuple[int, ...]) -> dict[str, tp.Any]:
+        """What config.json says."""
         resolved = self.cfg.model_copy(update={"data": self.data}).to_dict()
         for name in ("out", "part", "device", "allow_other_model"):  # they change no result
             del resolved[name]
@@ -234,22 +291,57 @@ class Pass:
             "dist_latents": dist_latents,
         }
 
-    def _choose_dists(self) -> tuple[int, ...]:
-        """Latents at even steps from the rarest to the most frequent of a small sample.
 
-        They must be known before the pass, wherever its parts run; so every worker looks at the
-        same examples, spread over the dataset.
-        """
-        n = min(self.cfg.n_dists, self.sae.d_sae)
-        if not n:
-            return ()
-        every = self.source.examples
-        n_picks = max(1, min(len(every), _SAMPLE_TOKENS // self.shards.tokens_per_example))
-        picks = np.linspace(0, len(every) - 1, n_picks).round().astype(np.int64)
-        counts = np.zeros(self.sae.d_sae, dtype=np.int64)
-        for chunk in self.source.chunks(every[picks], self.examples_per_step):
-            counts += count_fires(self.sae, chunk.x)
-        return spread_by_frequency(counts, n)
+def claim(members: Sequence[Pass]) -> None:
+    """Write config.json of each result unless it is there.
+
+    Args:
+        members: of one group: they read the same tokens.
+
+    Raises:
+        ConfigError: a folder belongs to other inputs.
+    """
+    missing = [one for one in members if not storage.exists(one.place(files.CONFIG))]
+    for one, latents in zip(missing, _choose_dists(missing), strict=True):
+        place = one.place(files.CONFIG)
+        storage.write_json(place, storage.seal(one.describe(latents)))
+    for one in members:
+        _ = one.dist_latents
+
+
+def _choose_dists(members: Sequence[Pass]) -> list[tuple[int, ...]]:
+    """For each SAE latents at even steps from the rarest to the most frequent of a small sample.
+
+    They must be known before the pass, wherever its parts run; so every worker looks at the
+    same examples, spread over the dataset.
+    """
+    wanted = [min(one.cfg.n_dists, one.sae.d_sae) for one in members]
+    if not any(wanted):
+        return [() for _ in members]
+    first, by_size = members[0], group_by(members, lambda one: one.examples_per_step)
+    every = first.source.examples
+    n_picks = max(1, min(len(every), _SAMPLE_TOKENS // first.shards.tokens_per_example))
+    picks = np.linspace(0, len(every) - 1, n_picks).round().astype(np.int64)
+    counts = {one: np.zeros(one.sae.d_sae, dtype=np.int64) for one in members}
+    for size, chunk in first.source.chunks(every[np.unique(picks)], [*by_size], first.device):
+        for one in by_size[size]:
+            latents = encode(one.sae, chunk.x).latents
+            counts[one] += torch.bincount(latents, minlength=one.sae.d_sae).cpu().numpy()
+    return [
+        spread_by_frequency(counts[one], n) if n else ()
+        for one, n in zip(members, wanted, strict=True)
+    ]
+
+
+_Key = tp.TypeVar("_Key", int, str)
+
+
+def group_by(members: Sequence[Pass], key: Callable[[Pass], _Key]) -> dict[_Key, list[Pass]]:
+    """Members by something that they may have in common, in their order."""
+    found: dict[_Key, list[Pass]] = {}
+    for one in members:
+        found.setdefault(key(one), []).append(one)
+    return found
 
 
 def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:
@@ -266,8 +358,15 @@ def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:
     return tuple(sorted(map(int, firing[ranks])))
 
 
-def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shards, DataConfig]:
+def open_shards(
+    cfg: InferenceConfig, trained: TrainConfig | None, opener: Callable[[str], Shards] = Shards.open
+) -> tuple[Shards, DataConfig]:
     """The shards, and `cfg.data` with what was left out filled in from the run.
+
+    Args:
+        cfg: the config.
+        trained: how the SAE was trained, if it is known.
+        opener: opens the folder at a URL.
 
     Raises:
         ConfigError: no shards are known, or the layer was not recorded.
@@ -282,7 +381,7 @@ def open_shards(cfg: InferenceConfig, trained: TrainConfig | None) -> tuple[Shar
         url = storage.recorded_folder(theirs.shards, run, remedy)
     else:
         raise ConfigError(f"No activations. {remedy}")
-    shards = Shards.open(url)
+    shards = opener(url)
     layer = data.layer if data.layer is not None else theirs.layer
     if layer == "all":
         raise ConfigError("Inference reads one layer; --data.layer all is for loaders only.")

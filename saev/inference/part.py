@@ -1,5 +1,7 @@
-"""One shard's share of the result: computed in one pass, stored, merged in shard order."""
+"""One shard's share of the results: computed in one pass for all SAEs that read the same tokens,
+stored for each of them, merged in shard order."""
 
+import collections
 import concurrent.futures
 import contextlib
 import typing as tp
@@ -8,21 +10,23 @@ import numpy as np
 import pydantic
 import safetensors.numpy
 import torch
+from torch import Tensor
 
 from saev import storage
 from saev.config.base import Config
 from saev.errors import ConfigError, CorruptDataError
 from saev.inference import files
 from saev.inference.codes import CodesInfo, CodesWriter, Columns, TokenRows
-from saev.inference.encode import Encoded, encode
-from saev.inference.job import Pass
+from saev.inference.job import Pass, group_by
 from saev.inference.topk import Entries, TopExamples
-from saev.nn.metrics import ReconstructionMetrics
+from saev.limits import PIECE_ENTRIES
+from saev.nn.codes import encode
+from saev.nn.metrics import ReconstructionMetrics, Vectors
 from saev.progress import Task
 from saev.shards import finite
 
-_PIECE_ENTRIES = 1 << 21
-"""Entries that are gathered before they are turned into columns, added up and written."""
+_PIECE_ENTRIES = PIECE_ENTRIES
+_MAX_WAITING = 2
 
 
 class PartRecord(Config):
@@ -143,94 +147,166 @@ def read_stats(job: Pass, record: PartRecord) -> PartStats:
 # --- Computing -----------------------------------------------------------------------------
 
 
-def compute(job: Pass, shard: int, dist_latents: tuple[int, ...], task: Task) -> None:
-    """Run the SAE over one shard and store its part, the record last.
+def compute(members: tp.Sequence[Pass], shard: int, task: Task) -> None:
+    """Run SAEs over one shard and store the part of each, its record last.
+
+    Every SAE sees the same steps, and so gives the same bytes, whoever else is measured with it.
+
+    Args:
+        members: of one group: they read the same tokens. Their config.json is there.
+        shard: which one.
+        task: is advanced by the tokens of the shard.
 
     Raises:
-        CorruptDataError: the shard is damaged, or something is not finite.
+        CorruptDataError: the shard is damaged, or something is not finite. Parts of SAEs that are
+            sound are stored nevertheless.
     """
-    device = job.sae.W_enc.device
-    stats = PartStats(job.sae.d_model, job.sae.d_sae, job.cfg.n_top, device)
+    source, device = members[0].source, members[0].device
+    vectors = Vectors(device)
     with contextlib.ExitStack() as stack:
-        codes = dists = None
+        shares = {one: _Share(one, shard, stack) for one in members}
+        writing = stack.enter_context(_Writing())
+        by_size = group_by(members, lambda one: one.examples_per_step)
+        first = next(iter(by_size))
+        for size, chunk in source.chunks(source.shard_examples(shard), [*by_size], device):
+            x, tokens = chunk
+            if not bool(vectors.load(x).total.isfinite().all()):
+                row = tp.cast(int, finite.bad_row(x))
+                example = int(tokens.example_idx[row])
+                raise finite.error(members[0].shards, example, source.layer)
+            for one in by_size[size]:
+                if shares[one].add(x, tokens, vectors):
+                    writing.submit(shares[one].take())
+            if size == first:
+                n_bytes = x.numel() * members[0].shards.dtype.itemsize
+                task.advance(len(x), n_bytes=n_bytes)
+        for share in shares.values():
+            writing.submit(share.take())
+    failed = [err for share in shares.values() if (err := share.write()) is not None]
+    if failed:
+        raise failed[0]
+
+
+class _Codes(tp.NamedTuple):
+    """Codes of one step."""
+
+    row_nnz: np.ndarray
+    """Active latents per token, int64 [n]."""
+    latents: np.ndarray
+    """Active latents, token after token, int32 [nnz]."""
+    values: np.ndarray
+    """Their values, float32 [nnz]."""
+    tokens: TokenRows
+    """Which tokens they are."""
+
+
+class _Share:
+    """What one SAE gives for a shard.
+
+    Args:
+        job: the SAE.
+        shard: which one.
+        stack: publishes the files of codes when it ends well.
+    """
+
+    def __init__(self, job: Pass, shard: int, stack: contextlib.ExitStack):
+        self._job, self._shard = job, shard
+        sae = job.sae
+        self._stats = PartStats(sae.d_model, sae.d_sae, job.cfg.n_top, sae.W_enc.device)
+        self._dist_latents = job.dist_latents
+        self._codes = self._dists = None
         if job.keeps_codes:
-            codes = _open_codes(stack, job, shard, "codes", job.sae.d_sae)
-        if dist_latents:
-            dists = _open_codes(stack, job, shard, "dists", len(dist_latents))
+            self._codes = self._open(stack, "codes", sae.d_sae)
+        if self._dist_latents:
+            self._dists = self._open(stack, "dists", len(self._dist_latents))
+        self._steps: list[_Codes] = []
+        self._held = 0
 
-        def keep(steps: list[_Step]) -> None:
-            columns, tokens = _join(steps, job.sae.d_sae)
-            stats.add_codes(columns, tokens)
-            if codes:
-                codes.append(columns, tokens)
-            if dists:
-                dists.append(columns.select(np.array(dist_latents)), tokens)
+    def _open(self, stack: contextlib.ExitStack, suffix: str, n_latents: int) -> CodesWriter:
+        place = _place(self._job, self._shard, suffix)
+        handle = stack.enter_context(storage.open_write(place))
+        return CodesWriter(handle, storage.name(place), n_latents)
 
-        # One thread, so that pieces come in order; one piece waits, so that memory is bounded.
-        worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "saev-codes"))
-        pending: concurrent.futures.Future[None] | None = None
-        for steps in _pieces(job, shard, stats, task):
-            if pending is not None:
-                pending.result()
-            pending = worker.submit(keep, steps)
-        if pending is not None:
-            pending.result()
-    error = float(stats.metrics.sq_error)
-    if not np.isfinite(error):
-        raise CorruptDataError(
-            f"{storage.join(job.shards.url, job.shards.infos[shard].name)}: the reconstruction "
-            f"error is {error}, so its activations or the SAE's weights hold NaN or infinity."
+    def add(self, x: Tensor, tokens: TokenRows, vectors: Vectors) -> bool:
+        """Do a step.
+
+        Returns:
+            Whether a piece is complete, which is then to be taken.
+        """
+        found = encode(self._job.sae, x)
+        self._stats.metrics.add(vectors, found.x_hat)
+        row_nnz, latents, values = (side.cpu().numpy() for side in found[:3])
+        self._steps.append(_Codes(row_nnz, latents, values, tokens))
+        self._held += len(values)
+        return self._held >= _PIECE_ENTRIES
+
+    def take(self) -> tp.Callable[[], None]:
+        """Returns what keeps the codes of all steps since the last call, in another thread."""
+        steps, self._steps, self._held = self._steps, [], 0
+        return lambda: self._keep(steps)
+
+    def _keep(self, steps: list[_Codes]) -> None:
+        if not steps:
+            return
+        tokens = TokenRows.concatenate([step.tokens for step in steps])
+        columns = Columns.from_rows(
+            np.concatenate([step.row_nnz for step in steps]),
+            np.concatenate([step.latents for step in steps]),
+            np.concatenate([step.values for step in steps]),
+            self._job.sae.d_sae,
         )
-    data = stats.to_bytes()
-    storage.write_bytes(_place(job, shard, "safetensors"), data)
-    record = PartRecord(
-        key=job.key,
-        shard=shard,
-        dist_latents=dist_latents,
-        stats_checksum=storage.format_checksum(storage.crc32c(data)),
-        codes=codes.info() if codes else None,
-        dists=dists.info() if dists else None,
-    )
-    storage.write_json(_place(job, shard, "json"), storage.seal(record.to_dict()))
+        self._stats.add_codes(columns, tokens)
+        if self._codes:
+            self._codes.append(columns, tokens)
+        if self._dists:
+            self._dists.append(columns.select(np.array(self._dist_latents)), tokens)
+
+    def write(self) -> CorruptDataError | None:
+        """Store the statistics, then the record; or return what is wrong with the SAE."""
+        job, shard = self._job, self._shard
+        error = float(self._stats.metrics.sq_error)
+        if not np.isfinite(error):
+            return CorruptDataError(
+                f"{storage.join(job.shards.url, job.shards.infos[shard].name)}: the reconstruction "
+                f"error of the SAE at {job.run} is {error}, so its weights hold NaN or infinity. "
+                "Leave it out, or restore its checkpoint."
+            )
+        data = self._stats.to_bytes()
+        storage.write_bytes(_place(job, shard, "safetensors"), data)
+        record = PartRecord(
+            key=job.key,
+            shard=shard,
+            dist_latents=self._dist_latents,
+            stats_checksum=storage.format_checksum(storage.crc32c(data)),
+            codes=self._codes.info() if self._codes else None,
+            dists=self._dists.info() if self._dists else None,
+        )
+        storage.write_json(_place(job, shard, "json"), storage.seal(record.to_dict()))
+        return None
 
 
-def _open_codes(
-    stack: contextlib.ExitStack, job: Pass, shard: int, suffix: str, n_latents: int
-) -> CodesWriter:
-    place = _place(job, shard, suffix)
-    handle = stack.enter_context(storage.open_write(place))
-    return CodesWriter(handle, storage.name(place), n_latents)
+class _Writing:
+    """Does what it is given one after the other in a thread, so that pieces come in order.
 
+    At most two pieces wait, so that memory does not grow with the number of SAEs.
+    """
 
-_Step = tuple[Encoded, TokenRows]
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "saev-codes")
+        self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
+    def submit(self, keep: tp.Callable[[], None]) -> None:
+        """Do this, too. Raises what an earlier one raised."""
+        while len(self._pending) >= _MAX_WAITING or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(keep))
 
-def _pieces(job: Pass, shard: int, stats: PartStats, task: Task) -> tp.Iterator[list[_Step]]:
-    """Codes of a shard in pieces; reconstruction errors go into ``stats`` meanwhile."""
-    steps: list[_Step] = []
-    held = 0
-    for chunk in job.source.chunks(job.source.shard_examples(shard), job.examples_per_step):
-        x = chunk.x.to(job.sae.W_enc.device)
-        row = finite.bad_row(x)
-        if row is not None:
-            example = int(chunk.tokens.example_idx[row])
-            raise finite.error(job.shards, example, job.source.layer)
-        step = encode(job.sae, x)
-        stats.metrics.update_reconstruction(x, step.x_hat)
-        steps.append((step._replace(x_hat=step.x_hat[:0]), chunk.tokens))
-        held += len(step.values)
-        task.advance(len(x), n_bytes=chunk.x.numel() * job.shards.dtype.itemsize)
-        if held >= _PIECE_ENTRIES:
-            yield steps
-            steps, held = [], 0
-    if steps:
-        yield steps
+    def __enter__(self) -> tp.Self:
+        return self
 
-
-def _join(steps: list[_Step], d_sae: int) -> tuple[Columns, TokenRows]:
-    row_nnz, latents, values = (
-        np.concatenate([getattr(step, name) for step, _ in steps])
-        for name in ("row_nnz", "latents", "values")
-    )
-    tokens = TokenRows.concatenate([tokens for _, tokens in steps])
-    return Columns.from_rows(row_nnz, latents, values, d_sae), tokens
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)

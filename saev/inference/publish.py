@@ -107,7 +107,7 @@ def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> lis
 
 def _listed_config(job: Pass) -> storage.Listed:
     """The entry for config.json, which was written before everything else, in the list of files."""
-    job.claim()  # raises if it is damaged
+    job.recorded()  # raises if it is damaged
     return storage.Listed.of(storage.read_bytes(job.place(files.CONFIG)))
 
 

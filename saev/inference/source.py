@@ -5,9 +5,8 @@ shards, because a shard is the unit whose sums are added up, so that no way of c
 changes a bit of the result.
 """
 
-import concurrent.futures
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +14,12 @@ from torch import Tensor
 
 from saev.config.loaders import NO_LABEL, DataConfig
 from saev.inference.codes import TokenRows
+from saev.loaders import OrderedLoader
 from saev.loaders.selection import Selection
 from saev.shards import Shards
+
+_WINDOW_MB = 64
+"""Memory for reading ahead."""
 
 
 class Chunk(tp.NamedTuple):
@@ -38,7 +41,7 @@ class TokenSource:
     """
 
     def __init__(self, shards: Shards, data: DataConfig, *, labels: bool):
-        self._shards = shards
+        self._shards, self._data = shards, data
         self._selection = Selection(shards, data, labels=labels)
         (self.layer,) = self._selection.layers
         self._labels = self._selection.labels if labels else None
@@ -63,45 +66,89 @@ class TokenSource:
         first, last = self._selection.shard_bounds[shard : shard + 2]
         return int(self._selection.cum_rows[last] - self._selection.cum_rows[first])
 
-    def chunks(self, examples: np.ndarray, n_examples: int) -> Iterator[Chunk]:
-        """Tokens of these examples, so many examples at a time; the next chunk is read meanwhile.
+    def chunks(
+        self, examples: np.ndarray, sizes: Sequence[int], device: str | torch.device = "cpu"
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Tokens of some examples, read once and cut in several ways.
+
+        Args:
+            examples: selected ones, int64, ascending.
+            sizes: numbers of examples. For each of them, the examples are cut into chunks of so
+                many, of which only the last may be smaller.
+            device: of the activations.
+
+        Yields:
+            The size that a chunk is of, and the chunk. Chunks of one size come in order.
 
         Raises:
             CorruptDataError: a shard is damaged.
         """
-        spans = [examples[i : i + n_examples] for i in range(0, len(examples), n_examples)]
-        with concurrent.futures.ThreadPoolExecutor(1, "saev-inference-read") as pool:
-            following = pool.submit(self._read, spans[0]) if spans else None
-            for i in range(len(spans)):
-                assert following is not None
-                chunk = following.result()
-                if i + 1 < len(spans):
-                    following = pool.submit(self._read, spans[i + 1])
-                yield chunk
+        selection = self._selection.only(examples)
+        cuts = {size: _Cuts(selection, size) for size in dict.fromkeys(sizes)}
+        # No chunk is larger than a batch, so that it lies in at most two of them.
+        batch_size = max((rows for cut in cuts.values() for rows in cut.rows), default=0)
+        if not batch_size:
+            return
+        device = torch.device(device)
+        with OrderedLoader(
+            self._shards,
+            self._data,
+            batch_size,
+            selection=selection,
+            device=device if device.type == "cuda" else "cpu",
+            buffer_mb=_WINDOW_MB,
+        ) as loader:
+            before: Tensor | None = None
+            start = 0
+            for batch in loader:
+                x = batch.act
+                for size, cut in cuts.items():
+                    while (span := cut.span(start + len(x))) is not None:
+                        first, last = (row - start for row in span)
+                        if first >= 0:
+                            rows = x[first:last]
+                        else:
+                            assert before is not None
+                            rows = torch.cat([before[first:], x[:last]])
+                        yield size, Chunk(rows.to(device), self._describe(cut.take()))
+                before, start = x, start + len(x)
 
-    def _read(self, examples: np.ndarray) -> Chunk:
-        shards, selection = self._shards, self._selection
-        shape = (len(examples), shards.tokens_per_example, shards.d_model)
-        acts = torch.empty(shape, dtype=shards.dtype)
-        of_shard = np.searchsorted(shards.shard_starts, examples, side="right") - 1
-        breaks = np.flatnonzero((np.diff(examples) != 1) | (np.diff(of_shard) != 0)) + 1
-        for first, last in zip([0, *breaks], [*breaks, len(examples)], strict=True):
-            shard = int(of_shard[first])
-            start = int(examples[first] - shards.shard_starts[shard])
-            shards.read(shard, self.layer, start, start + int(last - first), out=acts[first:last])
-        kept = selection.kept_tokens
-        rows = selection.rows(examples)
-        x = acts[:, :kept].reshape(-1, shards.d_model)
-        if len(rows) < len(x):
-            x = x.index_select(0, torch.from_numpy(rows))
-        return Chunk(x.float(), self._describe(examples, rows))
-
-    def _describe(self, examples: np.ndarray, rows: np.ndarray) -> TokenRows:
+    def _describe(self, examples: np.ndarray) -> TokenRows:
         selection = self._selection
-        position, token = np.divmod(rows, selection.kept_tokens)
+        position, token = np.divmod(selection.rows(examples), selection.kept_tokens)
         token = token - int(selection.has_cls)  # the class token stands first and becomes -1
-        label = np.full(len(rows), NO_LABEL, dtype=np.int16)
+        label = np.full(len(token), NO_LABEL, dtype=np.int16)
         if self._labels is not None:
             content = token >= 0
             label[content] = self._labels[examples[position[content]], token[content]]
         return TokenRows(examples[position], token.astype(np.int32), label)
+
+
+class _Cuts:
+    """Examples in chunks of one size, and the rows of the next chunk.
+
+    Args:
+        selection: the examples.
+        size: of a chunk, in examples.
+    """
+
+    def __init__(self, selection: Selection, size: int):
+        self._examples, self._size, self._next = selection.examples, size, 0
+        n = len(selection.examples)
+        self._ends = selection.cum_rows[np.minimum(np.arange(0, n + size, size), n)]
+        self.rows = np.diff(self._ends)
+        """Tokens of each chunk."""
+
+    def span(self, n_rows: int) -> tuple[int, int] | None:
+        """The next chunk's first row and last row + 1; None if it is not within the first
+        ``n_rows``, or if there is none."""
+        if self._next == len(self.rows) or self._ends[self._next + 1] > n_rows:
+            return None
+        first, last = self._ends[self._next : self._next + 2]
+        return int(first), int(last)
+
+    def take(self) -> np.ndarray:
+        """The examples of the next chunk, which is taken."""
+        first = self._next * self._size
+        self._next += 1
+        return self._examples[first : first + self._size]

@@ -1,7 +1,9 @@
-"""The inference stage: run one SAE over all activations.
+"""The inference stage: run SAEs over all activations.
 
-An item is one shard. It writes sums, best examples and sparse codes under parts/; publishing merges
-them in shard order and writes metrics.json last.
+SAEs that read the same tokens are a group, which reads them once. An item is one shard and one
+group. It writes sums, best examples and sparse codes of each SAE under its parts/; publishing
+merges them in shard order and writes each SAE's metrics.json last. Results do not depend on the
+group.
 """
 
 import functools
@@ -9,12 +11,13 @@ import math
 import typing as tp
 from collections.abc import Sequence
 
-from saev import driver, known, storage
-from saev.config.inference import InferenceConfig
+from saev import driver, storage
+from saev.config.inference import InferenceCommand, InferenceConfig
 from saev.inference import files, part, publish
-from saev.inference.job import Pass
+from saev.inference.job import Opened, Pass, claim, group_by
 from saev.inference.results import Results
-from saev.progress import Progress
+from saev.limits import GROUP_BYTES
+from saev.progress import Progress, Task
 from saev.shards import Shards
 from saev.stage import Context, Item, Job, Result
 from saev.stage import Part as Slice
@@ -74,7 +77,7 @@ def find(cfg: InferenceConfig) -> str:
     """
     job = Measuring(cfg)
     if job.published():
-        return job.url
+        return job.urls[0]
     job.refuse()
     return ""
 
@@ -88,11 +91,36 @@ def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     return driver.run(Measuring(cfg), cfg.part, progress).urls[0]
 
 
-class Measuring(Pass, Job):
-    """One SAE on one shards folder. See :class:`saev.inference.job.Pass`."""
+def run_all(cfgs: Sequence[InferenceConfig], progress: Progress | None = None) -> list[str]:
+    """Measure several SAEs; those that read the same tokens read them once, together.
+
+    Args:
+        cfgs: one for each SAE, without a ``part``. The results are those of :func:`run`.
+        progress: where progress is shown.
+
+    Returns:
+        URLs of the results' folders, in the order of the configs.
+    """
+    return list(driver.run(Measuring(cfgs), progress=progress).urls) if cfgs else []
+
+
+class Measuring(Job):
+    """SAEs on shards folders.
+
+    Args:
+        cfg: of one SAE, or of each.
+    """
 
     name = "inference"
     unit = "tok"
+
+    def __init__(self, cfg: InferenceConfig | InferenceCommand | Sequence[InferenceConfig]):
+        cfgs = [cfg] if isinstance(cfg, InferenceConfig) else cfg
+        cfgs = cfgs.configs() if isinstance(cfgs, InferenceCommand) else cfgs
+        self._opened = Opened()
+        unique: dict[InferenceConfig, Pass] = {}
+        self._asked = tuple(unique.setdefault(one, Pass(one, self._opened)) for one in cfgs)
+        self._members = tuple(unique.values())
 
     @classmethod
     def pieces(cls, found: tp.Mapping[str, str]) -> int:
@@ -100,67 +128,134 @@ class Measuring(Pass, Job):
             return n_pieces(shards)
 
     @property
-    def urls(self) -> tuple[str, ...]:
-        return (self.url,)
-
-    def published(self) -> bool:
-        """Whether the results are complete.
-
-        Raises:
-            ConfigError: they are those of other inputs.
-            CorruptDataError: metrics.json is damaged, or the config that it lists.
-        """
-        if not storage.exists(self.place(files.METRICS)):
-            return False
-        folder = storage.Folder.open(self.url, files.METRICS, files.REMEDY)
-        if folder.files is not None:
-            folder.read_bytes(files.CONFIG)
-        self.recorded()  # compares the key that this config has
-        return True
-
-    def result(self) -> Result:
-        metrics = Results.open(self.url).metrics
-        figures = {k: metrics[k] for k in _FIGURES if isinstance(metrics.get(k), int | float)}
-        return Result(self.urls, figures)
-
-    def items(self) -> list[Item]:
-        """One per shard."""
-        return [
-            Item(f"shard {shard}", self.source.shard_tokens(shard), {"shard": shard})
-            for shard in range(len(self.shards.infos))
-        ]
-
-    def done(self, item: Item) -> bool:
-        return part.find_record(self, item.spec["shard"]) is not None
+    def title(self) -> str:
+        n = len(self._members)
+        return f"{self.name} of {n} SAEs" if n > 1 else self.name
 
     @functools.cached_property
-    def _dist_latents(self) -> tuple[int, ...]:
-        return self.claim()
+    def _groups(self) -> list[list[Pass]]:
+        """SAEs that read the same tokens and whose weights have room in memory together."""
+        by_tokens = group_by(
+            self._members, lambda one: storage.content_hash([one.data.to_dict(), one.has_concepts])
+        )
+        groups: list[list[Pass]] = []
+        for members in by_tokens.values():
+            held = 0
+            for number, one in enumerate(members):
+                n_bytes = one.weights_bytes if len(members) > 1 else 0
+                if number == 0 or held + n_bytes > GROUP_BYTES:
+                    groups.append([])
+                    held = 0
+                groups[-1].append(one)
+                held += n_bytes
+        return groups
+
+    def _group(self, item: Item) -> list[Pass]:
+        """The SAEs of an item. Frees the weights of all others."""
+        wanted = self._groups[_number(item)]
+        for group in self._groups:
+            if group is not wanted:
+                self._forget(group)
+        return wanted
+
+    def _forget(self, members: Sequence[Pass]) -> None:
+        for one in members:
+            one.forget()
+
+    @functools.cached_property
+    def key(self) -> str:
+        keys = []
+        for group in self._groups:
+            keys += [one.key for one in group]
+            if len(self._groups) > 1:
+                self._forget(group)
+        return keys[0] if len(keys) == 1 else storage.content_hash(keys)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        _ = self.key
+        return tuple(one.url for one in self._asked)
+
+    def published(self) -> bool:
+        return all(one.published() for one in self._members)
+
+    def there(self) -> tuple[str, ...]:
+        return tuple(one.url for one in self._asked if one.published())
+
+    def result(self) -> Result:
+        urls = self.urls
+        if len(urls) > 1:
+            return Result(urls)
+        metrics = Results.open(urls[0]).metrics
+        figures = {k: metrics[k] for k in _FIGURES if isinstance(metrics.get(k), int | float)}
+        return Result(urls, figures)
+
+    def items(self) -> list[Item]:
+        """One per shard and group."""
+        found = []
+        for number, group in enumerate(self._groups):
+            one = group[0]
+            which = "" if len(self._groups) == 1 else f" of group {number + 1}"
+            spec = {} if len(self._groups) == 1 else {"group": number}
+            found += [
+                Item(f"shard {shard}{which}", one.source.shard_tokens(shard),
+                     {"shard": shard, **spec})
+                for shard in range(len(one.shards.infos))
+            ]  # fmt: skip
+        return found
+
+    def done(self, item: Item) -> bool:
+        return not self._missing(item)
+
+    def _missing(self, item: Item) -> list[Pass]:
+        """The SAEs that an item is to be done for. Looks at storage."""
+        shard = item.spec["shard"]
+        return [
+            one
+            for one in self._groups[_number(item)]
+            if part.find_record(one, shard) is None and not storage.exists(one.place(files.METRICS))
+        ]
 
     def begin(self, todo: Sequence[Item]) -> None:
-        _ = self._dist_latents
+        for item in {_number(item): item for item in todo}.values():
+            members = self._group(item)
+            claim([one for one in members if not storage.exists(one.place(files.METRICS))])
 
     def work(self, item: Item, context: Context) -> None:
-        if not storage.exists(self.place(files.METRICS)):  # another worker may have published
-            part.compute(self, item.spec["shard"], self._dist_latents, context.bar)
+        self._group(item)
+        if missing := self._missing(item):  # another worker may have published
+            part.compute(missing, item.spec["shard"], context.bar)
 
     def refuse(self) -> None:
-        """Raise ConfigError if the SAE was trained on activations of another model."""
+        """Raise ConfigError if an SAE was trained on activations of another model."""
         _ = self.key
 
     def publish(self, progress: Progress) -> None:
         self.refuse()
-        with progress.task("merge", total=len(self.shards.infos), unit="part") as task:
-            publish.publish(self, progress.publish_point, task.advance)
+        n_parts = sum(len(one.shards.infos) for one in self._members)
+        with progress.task("merge", total=n_parts, unit="part") as task:
+            for group in self._groups:
+                for one in group:
+                    if not one.published():
+                        self._publish(one, progress, task)
+                if len(self._groups) > 1:
+                    self._forget(group)
+
+    def _publish(self, one: Pass, progress: Progress, task: Task) -> None:
+        with driver.unless_done(one.published, f"Another worker has published {one.url} meanwhile"):
+            publish.publish(one, progress.publish_point, task.advance)
 
     def tidy(self, items: Sequence[Item]) -> None:
-        if not self.published():
-            return
-        publish.remove_parts(self)  # an earlier process may have been killed just before this
-        if self._known is None and self._question is not None:
-            known.note(self.url, self._question, self.key)
+        for one in self._members:
+            if one.published():
+                publish.remove_parts(one)  # an earlier process may have been killed before this
+                one.note()
 
     def close(self) -> None:
-        self.__dict__.pop("sae", None)
-        if "_opened" in self.__dict__:
-            self.shards.close()
+        self._forget(self._members)
+        self._opened.close()
+
+
+def _number(item: Item) -> int:
+    """Of the item's group."""
+    return int(item.spec.get("group", 0))

@@ -25,6 +25,8 @@ class OrderedLoader(Loader):
         batch_size: rows of every batch but the last.
         shard_range: only shards in [start, stop). Nothing may be wanted of them: no batches.
         example_range: only examples in [start, stop), instead of ``shard_range``.
+        selection: what ``cfg`` selects, or some examples of it (:meth:`Selection.only`), instead of
+            a range. So several loaders share one selection, which may have read all labels.
         epochs: how often, or None for an endless pass.
         drop_last: leave out the last batch if it is smaller.
         labels: give ``token_labels``.
@@ -46,6 +48,7 @@ class OrderedLoader(Loader):
         *,
         shard_range: tuple[int, int] | None = None,
         example_range: tuple[int, int] | None = None,
+        selection: Selection | None = None,
         epochs: int | None = 1,
         drop_last: bool = False,
         labels: bool = False,
@@ -57,7 +60,8 @@ class OrderedLoader(Loader):
     ):
         if shard_range is not None:
             example_range = _examples_of_shards(shards, shard_range, example_range)
-        selection = Selection(shards, cfg, labels=labels, example_range=example_range)
+        if selection is None:
+            selection = Selection(shards, cfg, labels=labels, example_range=example_range)
         if epochs is None and not selection.n_tokens:
             raise ConfigError(
                 f"Examples {example_range} of {shards.url} hold no wanted tokens, so an endless "

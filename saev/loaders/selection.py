@@ -3,6 +3,9 @@
 Nothing is copied or read for it but labels.bin: unwanted vectors are left out of the index.
 """
 
+import copy
+import typing as tp
+
 import numpy as np
 
 from saev.config.loaders import DataConfig
@@ -50,17 +53,26 @@ class Selection:
             self.ignored = np.zeros(256, dtype=bool)
             self.ignored[list(cfg.ignore_labels)] = True
 
-        examples = _examples(shards, cfg, example_range)
+        self._shard_starts = shards.shard_starts
+        self._choose(_examples(shards, cfg, example_range))
+        if not len(self.examples) and example_range is None:
+            raise ConfigError(_nothing_left(shards, cfg))
+
+    def _choose(self, examples: np.ndarray) -> None:
         rows = self._count_rows(examples)
         wanted = rows > 0
         self.examples = examples[wanted]
         """Examples with wanted rows, int64, ascending."""
         self.cum_rows = np.append(0, np.cumsum(rows[wanted], dtype=np.int64))
         """int64 [n + 1], wanted rows of one layer before each wanted example."""
-        self.shard_bounds = np.searchsorted(self.examples, shards.shard_starts).astype(np.int64)
+        self.shard_bounds = np.searchsorted(self.examples, self._shard_starts).astype(np.int64)
         """int64 [n_shards + 1], where each shard begins in `examples`."""
-        if not len(self.examples) and example_range is None:
-            raise ConfigError(_nothing_left(shards, cfg))
+
+    def only(self, examples: np.ndarray) -> tp.Self:
+        """The same of some of the wanted examples, int64, ascending. Reads nothing."""
+        fewer = copy.copy(self)
+        fewer._choose(examples)
+        return fewer
 
     def _check_tokens(self, shards: Shards, labels: bool) -> None:
         if self.tokens == "special" and not self.has_cls:

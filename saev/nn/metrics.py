@@ -26,6 +26,50 @@ of the tokens; or on more than MOST_DENSE of them, where that is less."""
 MOST_DENSE = 0.5
 
 
+class Vectors:
+    """A batch of tokens in float64 and its sums, which all SAEs that are measured on it share.
+
+    Args:
+        device: where sums are made; see :class:`ReconstructionMetrics`.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self._device = _sums_device(device)
+        self._x = self._work = torch.empty(0, 0, dtype=torch.float64, device=self._device)
+        self.n_tokens = 0
+        """Tokens of the batch."""
+        self.total = self._x.sum(0)
+        """Σ x, float64 [d_model]. It is finite if and only if all of the batch is."""
+        self.sq_norm = self._x.sum()
+        """Σ‖x‖², float64."""
+
+    @torch.no_grad()
+    def load(self, x_bd: Tensor) -> tp.Self:
+        """Take the next batch, in the memory of the one before if it is as large.
+
+        Args:
+            x_bd: activations as recorded, [batch, d_model].
+        """
+        self.n_tokens = len(x_bd)
+        if self._x.shape[1:] != x_bd.shape[1:] or len(self._x) < len(x_bd):
+            self._x = torch.empty(x_bd.shape, dtype=torch.float64, device=self._device)
+            self._work = torch.empty_like(self._x)
+        x, work = self._x[: len(x_bd)], self._work[: len(x_bd)]
+        x.copy_(x_bd)
+        self.total = x.sum(0)
+        # Over rows first: a sum over everything is split by the number of threads, and its bits
+        # with it.
+        self.sq_norm = torch.mul(x, x, out=work).sum(0).sum()
+        return self
+
+    @torch.no_grad()
+    def sq_error(self, x_hat_bd: Tensor) -> Tensor:
+        """Σ‖x − x̂‖² with the reconstructions of the batch, [batch, d_model]; float64."""
+        n = self.n_tokens
+        error = torch.sub(self._x[:n], x_hat_bd.to(self._device), out=self._work[:n])
+        return error.square_().sum(0).sum()
+
+
 class ReconstructionMetrics:
     """Running sums for one SAE. Counts are exact; sums are float64.
 
@@ -41,8 +85,7 @@ class ReconstructionMetrics:
 
     def __init__(self, d_model: int, d_sae: int, device: str | torch.device = "cpu"):
         self.d_model, self.d_sae = d_model, d_sae
-        # Apple's GPUs have no float64; everything else keeps the sums where the batches are.
-        self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self._device = _sums_device(device)
         zeros = {"dtype": torch.float64, "device": self._device}
         self.sq_error = torch.zeros((), **zeros)  # type: ignore[call-overload]
         """E."""
@@ -80,14 +123,14 @@ class ReconstructionMetrics:
     @torch.no_grad()
     def update_reconstruction(self, x_bd: Tensor, x_hat_bd: Tensor) -> None:
         """Add the tokens of a batch and their errors; their codes go to :meth:`update_codes`."""
-        x = x_bd.to(self._device, torch.float64)
-        error = x - x_hat_bd.to(self._device, torch.float64)
-        # Over rows first: a sum over everything is split by the number of threads, and its bits
-        # with it.
-        self.sq_error += error.square_().sum(0).sum()
-        self.sq_norm += x.square().sum(0).sum()
-        self.total += x.sum(0)
-        self.n_tokens += len(x_bd)
+        self.add(Vectors(self._device).load(x_bd), x_hat_bd)
+
+    def add(self, vectors: Vectors, x_hat_bd: Tensor) -> None:
+        """As :meth:`update_reconstruction`, of tokens that several SAEs share."""
+        self.sq_error += vectors.sq_error(x_hat_bd)
+        self.sq_norm += vectors.sq_norm
+        self.total += vectors.total
+        self.n_tokens += vectors.n_tokens
 
     def update_codes(self, fired_s: Tensor, l1: Tensor | float) -> None:
         """Add codes that were counted elsewhere, of tokens given to :meth:`update_reconstruction`.
@@ -164,6 +207,11 @@ class ReconstructionMetrics:
             "n_latents": self.d_sae,
             "n_tokens": n,
         }
+
+
+def _sums_device(device: str | torch.device) -> torch.device:
+    """Where float64 sums are kept: where the batches are, but Apple's GPUs have no float64."""
+    return torch.device("cpu" if torch.device(device).type == "mps" else device)
 
 
 _TENSORS = ("sq_error", "sq_norm", "total", "l1_total", "fired")

@@ -18,6 +18,7 @@ from saev.loaders import ShuffledLoader
 from saev.loaders.selection import Selection
 from saev.nn import SparseAutoencoder
 from saev.nn.calibration import Calibration, set_level
+from saev.nn.codes import encode
 from saev.nn.metrics import Metrics, ReconstructionMetrics
 from saev.progress import Progress
 from saev.shards import Shards, finite
@@ -186,7 +187,12 @@ def _measure(
     for acts_bd, calibrating in tokens.batches(title):
         for n, (sae, metrics) in enumerate(zip(saes, found, strict=True)):
             for part in _parts(acts_bd[~calibrating] if n in calibrated else acts_bd, sae):
-                metrics.update(part, *sae(part))
+                codes = encode(sae, part)
+                metrics.update_reconstruction(part, codes.x_hat)
+                metrics.update_codes(
+                    torch.bincount(codes.latents, minlength=sae.d_sae),
+                    codes.values.abs().sum(dtype=torch.float64),
+                )
     return [metrics.to_dict() for metrics in found]
 
 

@@ -447,7 +447,8 @@ def test_weights_that_are_not_finite(world, tmp_path) -> None:
     sae.b_dec[3] = float("nan")
     sae.save(str(tmp_path / "sae"))
     cfg = config(world, tmp_path / "out").model_copy(update={"run": str(tmp_path / "sae")})
-    with pytest.raises(CorruptDataError, match=r"acts000000\.bin: the reconstruction error is nan"):
+    message = r"acts000000\.bin: the reconstruction error of the SAE at .*sae is nan"
+    with pytest.raises(CorruptDataError, match=message):
         inference.run(cfg)
 
 

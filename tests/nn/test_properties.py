@@ -13,8 +13,8 @@ from nn.test_reference import assert_same_gradients, assert_same_metrics, assert
 
 import saev.nn.bank as bank_module
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Objective, Relu, SaeConfig, TopK, Vanilla
-from saev.inference.encode import encode
 from saev.nn import SaeBank, SparseAutoencoder
+from saev.nn.codes import encode
 from saev.nn.encode import batch_top_k_codes, largest, top_k_codes
 from saev.nn.weights import Weights
 

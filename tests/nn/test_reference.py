@@ -8,8 +8,8 @@ from nn.reference import Measured, Reference
 
 import saev.nn.bank as bank_module
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
-from saev.inference.encode import encode
 from saev.nn import SaeBank, SparseAutoencoder
+from saev.nn.codes import encode
 
 D, S, B = 10, 24, 37
 K_AUX = 4

@@ -1,9 +1,12 @@
-"""One step: activations in, sparse codes and reconstruction out."""
+"""Sparse codes and reconstructions of one SAE: what training's evaluation and inference measure.
+
+`SparseAutoencoder.forward` gives the same values with dense latents.
+"""
 
 import typing as tp
 
-import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saev.config.sae import TopK
@@ -19,35 +22,35 @@ larger pieces come from the kernel page by page, which took a third of the produ
 
 
 class Encoded(tp.NamedTuple):
-    """What one step gives."""
+    """What an SAE makes of some tokens."""
 
-    row_nnz: np.ndarray
-    """Active latents per token, int64 [n]."""
-    latents: np.ndarray
-    """Active latents, token after token, int32 [nnz]."""
-    values: np.ndarray
-    """Their values, float32 [nnz]."""
-    x_hat: Tensor
-    """Reconstruction, [n, d_model], on the SAE's device."""
+    row_nnz: Int[Tensor, " n"]
+    """Active latents per token, int64."""
+    latents: Int[Tensor, " nnz"]
+    """Active latents, token after token, ascending in each, int32."""
+    values: Float[Tensor, " nnz"]
+    """Their values."""
+    x_hat: Float[Tensor, "n d_model"]
+    """Reconstruction."""
 
 
 @torch.no_grad()
-def encode(sae: SparseAutoencoder, x: Tensor) -> Encoded:
+def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"]) -> Encoded:
     """Encode and decode some tokens.
+
+    The result depends on the SAE and on all of ``x``: the same tokens among others may be rounded
+    differently.
 
     Args:
         sae: the SAE.
-        x: activations as recorded, [n, d_model], on the SAE's device.
+        x: activations as recorded, on the SAE's device.
     """
     rows = len(x) if x.is_cuda else max(64, _CHUNK_BYTES // sae.b_enc.nbytes)
     parts = [_encode_chunk(sae, x_c) for x_c in x.to(sae.W_enc.dtype).split(max(1, rows))]
-    row_nnz, latents, values, x_hat = (torch.cat(side) for side in zip(*parts, strict=True))
-    return Encoded(row_nnz.cpu().numpy(), latents.cpu().numpy(), values.cpu().numpy(), x_hat)
+    return parts[0] if len(parts) == 1 else Encoded(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _encode_chunk(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Active latents per token [n]; active latents [nnz], ascending in each token, and their
-    values; the reconstruction [n, d_model]."""
+def _encode_chunk(sae: SparseAutoencoder, x: Tensor) -> Encoded:
     z = torch.addmm(sae.b_enc, x, sae.W_enc)
     k = _top_k(sae)
     if k is not None and k < _SPARSE_BELOW * sae.d_sae:
@@ -59,10 +62,11 @@ def _encode_chunk(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Te
         row_nnz = torch.bincount(rows, minlength=len(x))
         latents = latents.int()
         if len(values) >= _SPARSE_BELOW * acts.numel():
-            return row_nnz, latents, values, sae.decode(acts)
+            return Encoded(row_nnz, latents, values, sae.decode(acts))
     ptr = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
     torch.cumsum(row_nnz, 0, out=ptr[1:])
-    return row_nnz, latents, values, sum_bags(sae.W_dec, latents, values, ptr) + sae.b_dec
+    x_hat = sum_bags(sae.W_dec, latents, values, ptr).add_(sae.b_dec)
+    return Encoded(row_nnz, latents, values, x_hat)
 
 
 def _top_k(sae: SparseAutoencoder) -> int | None:
@@ -84,9 +88,3 @@ def _top_codes(sae: SparseAutoencoder, z: Tensor, k: int) -> tuple[Tensor, Tenso
     # Asked this way round, NaN is kept, and the shard reported.
     active = ~(values <= 0) if sae.cfg.activation.rectify else values != 0
     return active.sum(-1), ascending.values[active], values[active]
-
-
-@torch.no_grad()
-def count_fires(sae: SparseAutoencoder, x: Tensor) -> np.ndarray:
-    """Tokens on which each latent fires, int64 [d_sae]."""
-    return np.bincount(encode(sae, x.to(sae.W_enc.device)).latents, minlength=sae.d_sae)
