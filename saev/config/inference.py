@@ -69,20 +69,22 @@ class InferenceCommand(_Measuring):
     tag: str = ""
     """Of the run folders in --runs, take only those that were trained with this --tag."""
 
+    @pydantic.model_validator(mode="after")
+    def _names_saes(self) -> tp.Self:
+        if self.tag and not self.runs:
+            raise ValueError("--tag chooses among the run folders of --runs URL, which is missing")
+        if not self.run and not self.runs:
+            raise ValueError("Say which SAE: --run URL (or several), or --runs URL for all runs")
+        return self
+
     def configs(self) -> list[InferenceConfig]:
         """One for each SAE, each once. Looks for them in ``runs``.
 
         Raises:
-            ConfigError: there is none, or what is set does not fit several.
+            ConfigError: there are none in ``runs``, or what is set does not fit several.
         """
-        if self.tag and not self.runs:
-            raise ConfigError(
-                "--tag chooses among the run folders of --runs URL, which is missing."
-            )
         named = [run if run.startswith("hf-hub:") else storage.normalize(run) for run in self.run]
         runs = list(dict.fromkeys([*named, *(self._found() if self.runs else ())]))
-        if not runs:
-            raise ConfigError("Say which SAE: --run URL (or several), or --runs URL for all runs.")
         if self.out and len(runs) > 1:
             raise ConfigError(
                 f"--out is one folder, but there are {len(runs)} SAEs. Leave it out: the results "
