@@ -100,6 +100,8 @@ def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture) -
         (["shards", "data:img-folder"], "--data.root"),
         (["trian"], "train"),
         (["inference"], "--run"),
+        (["inference", "--tag", "a"], "error: --tag chooses among"),
+        (["train", "--target-l0", "3", "--objective.sparsity-coeff", "1"], "error: target_l0 is 3"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2(

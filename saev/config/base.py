@@ -55,6 +55,13 @@ def of_flags() -> Iterator[None]:
         _are_flags.reset(token)
 
 
+def refuse(text: str) -> tp.NoReturn:
+    """Raise what a validator of a whole config finds wrong with several of its values together."""
+    if _are_flags.get():
+        raise FlagError([("", text)])
+    raise ValueError(text)
+
+
 class Config(pydantic.BaseModel):
     """Immutable, and an unknown key is an error.
 

@@ -5,7 +5,7 @@ import typing as tp
 import pydantic
 
 from saev import storage
-from saev.config.base import Config
+from saev.config.base import Config, refuse
 from saev.config.loaders import DataConfig
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
@@ -72,9 +72,9 @@ class InferenceCommand(_Measuring):
     @pydantic.model_validator(mode="after")
     def _names_saes(self) -> tp.Self:
         if self.tag and not self.runs:
-            raise ValueError("--tag chooses among the run folders of --runs URL, which is missing")
+            refuse("--tag chooses among the run folders of --runs URL, which is missing")
         if not self.run and not self.runs:
-            raise ValueError("Say which SAE: --run URL (or several), or --runs URL for all runs")
+            refuse("Say which SAE: --run URL (or several), or --runs URL for all runs")
         return self
 
     def configs(self) -> list[InferenceConfig]:

@@ -4,7 +4,7 @@ import typing as tp
 
 import pydantic
 
-from saev.config.base import Config
+from saev.config.base import Config, refuse
 from saev.config.images import Kind
 from saev.errors import ConfigError
 
@@ -129,7 +129,7 @@ class Vanilla(Config):
     @pydantic.model_validator(mode="after")
     def _one_of_two(self) -> tp.Self:
         if self.target_l0 is not None and self.sparsity_coeff is not None:
-            raise ValueError(
+            refuse(
                 f"target_l0 is {self.target_l0:g} and sparsity_coeff is {self.sparsity_coeff:g}, "
                 "but a target chooses the coefficient itself. Give one of them."
             )
