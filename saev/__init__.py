@@ -4,6 +4,7 @@
 that need them.
 """
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from saev.nn import SparseAutoencoder
 
 __all__ = ["__version__", "load_sae", "register_family"]
+
+_PACKAGES = frozenset(
+    (
+        *("config", "images", "inference", "loaders", "nn", "shards", "storage", "train"),
+        *("visuals", "vit"),
+    )
+)
+"""Imported when they are first asked for: ``import saev; saev.train.run(cfg)``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"saev.{name}")
+    raise AttributeError(f"module 'saev' has no attribute {name!r}")
 
 
 def load_sae(url: str, device: str = "cpu", **options: Any) -> "SparseAutoencoder":

@@ -68,6 +68,19 @@ def _telling(plain: tp.Sequence[dict[str, str]]) -> list[str]:
     return chosen
 
 
+def hyperparameters(config: TrainConfig) -> dict[str, str | float]:
+    """What an SAE is and how it was trained, by short keys, for tables of other programs."""
+    found: dict[str, str | float] = {"name": of([config])[0]}
+    plain = _flat(config.to_dict())
+    for key in (*_FIRST, "tag", "optim", "n_train", "batch_size", "seed"):
+        if value := plain.get(key):
+            try:
+                found[key] = float(value)
+            except ValueError:
+                found[key] = value
+    return found
+
+
 def _flat(value: tp.Any, prefix: str = "") -> dict[str, str]:
     """The values of nested tables as texts, by dotted key; keys without a value are left out."""
     if isinstance(value, dict):

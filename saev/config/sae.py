@@ -103,6 +103,15 @@ class SaeConfig(Config):
             )
         return self.model_copy(update={"d_model": d_model, "d_sae": d_sae})
 
+    def true(self) -> "SaeConfig":
+        """The same config with the `exp_factor` that its sizes have, where that is a whole number.
+
+        Where `d_sae` was given, `exp_factor` has its default, whatever the sizes are.
+        """
+        if not self.d_model or not self.d_sae or self.d_sae % self.d_model:
+            return self
+        return self.model_copy(update={"exp_factor": self.d_sae // self.d_model})
+
 
 SPARSITY_COEFF = 1e-3
 """The λ that is used if neither sparsity_coeff nor target_l0 is given."""

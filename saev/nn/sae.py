@@ -76,7 +76,7 @@ class SparseAutoencoder(nn.Module):
         shapes = _shapes(cfg)
         assert cfg.d_model is not None
         assert cfg.d_sae is not None
-        self.cfg = cfg
+        self.cfg = cfg.true()
         self.d_model: int = cfg.d_model
         self.d_sae: int = cfg.d_sae
         self.metadata: dict[str, tp.Any] = {}
@@ -119,6 +119,16 @@ class SparseAutoencoder(nn.Module):
             tensor.copy_(tensors[name])
         return sae.eval().requires_grad_(False)
 
+    def __repr__(self) -> str:
+        """What it is, in one line; of a trained one also which."""
+        activation = self.cfg.activation
+        k = f", top_k={activation.top_k}" if isinstance(activation, TopK | BatchTopK) else ""
+        run = f", run {self.metadata['run_id']}" if "run_id" in self.metadata else ""
+        return (
+            f"{type(self).__name__}({activation.kind}{k}, d_model={self.d_model}, "
+            f"d_sae={self.d_sae}{run})"
+        )
+
     def encode(self, x: "Float[Tensor, '*batch d_model'] | npt.NDArray[tp.Any]") -> EncoderOutput:
         """Latents and pre-activations of recorded activations x.
 
@@ -144,17 +154,21 @@ class SparseAutoencoder(nn.Module):
                 return activations.threshold(pre_acts, self.threshold)
 
     def decode(
-        self, acts: Float[Tensor, "*batch d_sae"], prefix: int | None = None
+        self,
+        acts: "Float[Tensor, '*batch d_sae'] | npt.NDArray[tp.Any]",
+        prefix: int | None = None,
     ) -> Float[Tensor, "*batch d_model"]:
         """x̂ = f·W_dec + b_dec.
 
         Args:
-            acts: latents.
+            acts: latents, a tensor or a NumPy array.
             prefix: use only the first so many latents (of a Matryoshka SAE).
 
         Raises:
             ConfigError: `prefix` is not in 0..d_sae.
         """
+        if isinstance(acts, np.ndarray):
+            acts = self._tensor(acts).to(self.W_dec.dtype)
         if prefix is None:
             return acts @ self.W_dec + self.b_dec
         if not 0 <= prefix <= self.d_sae:
@@ -180,12 +194,15 @@ class SparseAutoencoder(nn.Module):
         """
         return native.write(url, self.cfg, self.state_dict(), metadata)
 
+    def _tensor(self, x: "npt.NDArray[tp.Any]") -> Tensor:
+        """A NumPy array on the SAE's device."""
+        plain = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+        return torch.from_numpy(plain).to(self.W_enc.device)
+
     def _checked(self, x: tp.Any) -> Tensor:
         """x as a tensor of the right width."""
         if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-            x = torch.from_numpy(np.ascontiguousarray(x, x.dtype.newbyteorder("="))).to(
-                self.W_enc.device
-            )
+            x = self._tensor(x)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = getattr(x, "dtype", type(x).__name__)
             raise ConfigError(

@@ -34,10 +34,19 @@ class Curves:
         url: the run folder. The curves in it are replaced by ``rows``.
         rows: what a resumed run goes on from.
         keep: write nothing, because the run is published already.
+        hyperparameters: what TensorBoard's tab HPARAMS shows of the run.
     """
 
-    def __init__(self, url: str, rows: CurveRows | None = None, *, keep: bool = False):
+    def __init__(
+        self,
+        url: str,
+        rows: CurveRows | None = None,
+        *,
+        keep: bool = False,
+        hyperparameters: tp.Mapping[str, str | float] | None = None,
+    ):
         self.url = url
+        self._hyperparameters = hyperparameters or {}
         self._keep = keep
         self.rows, self._timings = map(list, rows or CurveRows([], []))
         self._n_flushed = 0
@@ -74,13 +83,32 @@ class Curves:
         """Publish all rows."""
         if self._keep or self._n_flushed == len(self.rows) > 0:
             return
-        events = _events(self.rows[self._n_flushed :], self._timings[self._n_flushed :])
+        events = _events(
+            self.rows[self._n_flushed :],
+            self._timings[self._n_flushed :],
+            {} if self._n_flushed else self._hyperparameters,
+        )
         if self.rows:
             name = f"events.out.tfevents.{self._n_flushed:010d}.saev"
             storage.write_bytes(storage.join(self.url, TENSORBOARD, name), events)
         storage.write_text(storage.join(self.url, TIMINGS), _lines(self._timings))
         storage.write_text(storage.join(self.url, METRICS), _lines(self.rows))
         self._n_flushed = len(self.rows)
+
+    def finish(self, step: int, sides: tp.Mapping[str, tp.Mapping[str, tp.Any]]) -> None:
+        """Write the figures of the evaluation for TensorBoard.
+
+        Args:
+            step: the last one.
+            sides: figures by the name of what they are of, such as ``held_out``.
+        """
+        if self._keep:
+            return
+        tags = {f"{side}/{key}": v for side, row in sides.items() for key, v in row.items()}
+        last = self._timings[-1] if self._timings else {"wall_time": time.time()}
+        row, timing = {**tags, "step": step}, {"wall_time": last["wall_time"]}
+        place = storage.join(self.url, TENSORBOARD, "events.out.tfevents.9999999999.saev")
+        storage.write_bytes(place, _events([row], [timing]))
 
 
 def _lines(rows: tp.Iterable[Row]) -> str:
@@ -118,13 +146,19 @@ def _is_ours(name: str) -> bool:
     return len(parts) == 5 and parts[3].isdigit() and parts[4] == "saev"
 
 
-def _events(rows: tp.Sequence[Row], timings: tp.Sequence[Row]) -> bytes:
+def _events(
+    rows: tp.Sequence[Row],
+    timings: tp.Sequence[Row],
+    hyperparameters: tp.Mapping[str, str | float] | None = None,
+) -> bytes:
     """A TensorBoard event file: framed protocol buffers."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     first = timings[0]["wall_time"] if timings else 0.0
     events = [Event(wall_time=first, file_version="brain.Event:2")]
+    if hyperparameters:
+        events.append(Event(wall_time=first, summary=_session(hyperparameters)))
     for row, timing in zip(rows, timings, strict=True):
         merged = {k: v for k, v in {**timing, **row}.items() if k not in ("step", "wall_time")}
         values = [Summary.Value(tag=k, simple_value=v) for k, v in merged.items() if v is not None]
@@ -133,6 +167,23 @@ def _events(rows: tp.Sequence[Row], timings: tp.Sequence[Row]) -> bytes:
             Event(wall_time=timing["wall_time"], step=step, summary=Summary(value=values))
         )
     return b"".join(_record(event.SerializeToString()) for event in events)
+
+
+def _session(hyperparameters: tp.Mapping[str, str | float]) -> tp.Any:
+    """What the plugin of TensorBoard's tab HPARAMS reads."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    start = plugin_data_pb2.SessionStartInfo()
+    for key, value in hyperparameters.items():
+        if isinstance(value, str):
+            start.hparams[key].string_value = value
+        else:
+            start.hparams[key].number_value = value
+    data = plugin_data_pb2.HParamsPluginData(version=0, session_start_info=start)
+    plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
+    metadata = SummaryMetadata(plugin_data=plugin)
+    return Summary(value=[Summary.Value(tag="_hparams_/session_start_info", metadata=metadata)])
 
 
 def _record(data: bytes) -> bytes:
@@ -167,13 +218,13 @@ class WandbRun:
     wandb keeps its files where WANDB_DIR says, or in ./wandb.
     """
 
-    def __init__(self, project: str, run_id: str, config: dict[str, tp.Any]):
+    def __init__(self, project: str, run_id: str, name: str, config: dict[str, tp.Any]):
         import wandb
 
         self._run = wandb.init(
             project=project,
             id=run_id,
-            name=run_id,
+            name=name,
             config=config,
             resume="allow",
             reinit="create_new",  # a group is many runs in one process

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from saev import storage
+from saev import names, storage
 from saev.config import TrainConfig
 from saev.config.source import ActivationSource
 from saev.errors import CheckpointError, ConfigError
@@ -309,14 +309,20 @@ class Trainer:
                 rows = point.curves.get(member.run_id)
             elif point is not None:  # a point of version 0.1.0
                 rows = of_run_folder(member.url, int(point.meta["n_rows"]))
-            curves.append(Curves(member.url, rows, keep=index in self._done))
+            said = names.hyperparameters(member.config)
+            keep = index in self._done
+            curves.append(Curves(member.url, rows, keep=keep, hyperparameters=said))
         return curves
 
     def _start_wandb(self) -> list[WandbRun]:
         project = self.config.wandb_project
         if not project or not self._ranks.first:
             return []
-        return [WandbRun(project, m.run_id, m.config.to_dict()) for m in self.members]
+        called = names.of([m.config for m in self.members])
+        return [
+            WandbRun(project, m.run_id, name, m.config.to_dict())
+            for m, name in zip(self.members, called, strict=True)
+        ]
 
     # --- State -----------------------------------------------------------------------------
 
@@ -385,6 +391,8 @@ class Trainer:
                 continue
             for folder in ("", CHECKPOINT, TENSORBOARD):  # of writers that were killed
                 storage.clean_temporary(storage.join(member.url, folder))
+            evaluated = {"held_out": found["metrics"], "training": found.get("train_metrics", {})}
+            self.curves[index].finish(self.n_steps, evaluated)
             saved = sae.save(storage.join(member.url, CHECKPOINT), self._provenance(member))
             config = storage.json_bytes(member.config.to_dict())
             storage.write_bytes(storage.join(member.url, CONFIG), config)

@@ -13,9 +13,9 @@ from nn.test_published import HEADERS, write_published
 
 import saev
 from saev import storage
-from saev.config import BatchTopK, Relu, TopK
+from saev.config import BatchTopK, Relu, SaeConfig, TopK
 from saev.errors import CheckpointError, ConfigError, StorageError
-from saev.nn import fold_normalization, load_sae
+from saev.nn import SparseAutoencoder, fold_normalization, load_sae
 
 # --- The model -------------------------------------------------------------------------------
 
@@ -300,3 +300,26 @@ def test_what_is_fetched_of_a_hub_repository(path, fetched, left, monkeypatch):
     found = filter_repo_objects(sorted(fetched | left), allow_patterns=asked["patterns"])
     assert asked["repo"] == "org/saes"
     assert set(found) == fetched
+
+
+def test_an_sae_says_what_it_is():
+    sae = SparseAutoencoder(SaeConfig(d_model=8, d_sae=16, activation=TopK(top_k=3)))
+    assert repr(sae) == "SparseAutoencoder(top-k, top_k=3, d_model=8, d_sae=16)"
+    sae.metadata["run_id"] = "0123"
+    assert repr(sae).endswith("d_sae=16, run 0123)")
+    # Where d_sae is given, the config's own exp_factor says nothing.
+    assert sae.cfg.exp_factor == 2
+    assert SparseAutoencoder(SaeConfig(d_model=8, d_sae=20)).cfg.d_sae == 20
+
+
+def test_numpy_goes_in_where_tensors_do():
+    sae = SparseAutoencoder(SaeConfig(d_model=4, d_sae=8, activation=TopK(top_k=2)))
+    with torch.no_grad():
+        sae.W_enc.normal_(generator=torch.Generator().manual_seed(0))
+        sae.W_dec.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    expected = sae(x)
+    found = sae(x.numpy())
+    torch.testing.assert_close(found.x_hat, expected.x_hat)
+    acts = expected.acts.detach()
+    torch.testing.assert_close(sae.decode(acts.double().numpy()), sae.decode(acts))

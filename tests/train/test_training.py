@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from saev import storage, train
 from saev.config import (
@@ -155,6 +157,27 @@ def test_a_run_folder(cfg):
     config = TrainConfig.of_run(url)
     assert rows[-1]["train/lr"] < config.lr
     assert (config.sae.d_model, config.val_data.split) == (32, "val")
+
+
+def test_tensorboard_shows_name_settings_and_evaluation(cfg):
+    """Read by TensorBoard itself."""
+    (url,) = train.run(cfg)
+    events = EventAccumulator(storage.join(url, "tb"))
+    events.Reload()
+    start = plugin_data_pb2.HParamsPluginData.FromString(
+        events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    ).session_start_info
+    config = TrainConfig.of_run(url)
+    assert start.hparams["lr"].number_value == pytest.approx(config.lr)
+    name = start.hparams["name"].string_value
+    assert name.startswith(config.sae.activation.kind.replace("-", ""))
+    assert f"s{config.sae.d_sae}" in name
+    record = storage.read_json(storage.join(url, "run.json"))
+    for side, found in (("held_out", "metrics"), ("training", "train_metrics")):
+        for key in ("normalized_mse", "l0", "n_dead"):
+            (event,) = events.Scalars(f"{side}/{key}")
+            assert event.value == pytest.approx(record[found][key])
+            assert event.step == record["n_steps"]
 
 
 def test_a_finished_run_is_skipped(cfg, monkeypatch):
