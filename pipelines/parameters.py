@@ -9,8 +9,7 @@ import typing as tp
 from pipelines import budget
 from pipelines.definition import Compiled, Parameter
 from pipelines.options import PodOptions
-from pipelines.settings import did_you_mean
-from saev.errors import ConfigError
+from saev.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

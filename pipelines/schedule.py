@@ -20,10 +20,9 @@ from pipelines import connect, cron, prepare, runs, steps, submit, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
-from pipelines.settings import did_you_mean
 from saev import storage
 from saev.config.steps import Start
-from saev.errors import ConfigError
+from saev.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

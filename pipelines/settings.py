@@ -3,7 +3,6 @@
 Secrets (token, cookies) are no flags, since every user of a machine can read command lines.
 """
 
-import difflib
 import os
 import typing as tp
 from pathlib import Path
@@ -12,7 +11,7 @@ import pydantic
 
 from saev.config.base import Config
 from saev.config.run import read_toml
-from saev.errors import ConfigError
+from saev.errors import ConfigError, did_you_mean
 
 CLUSTER_FILE = "cluster.toml"
 
@@ -144,9 +143,3 @@ def _known(values: dict[str, tp.Any], source: str) -> None:
                 f"Unknown key {key!r} in {source}.{did_you_mean(key, Settings.model_fields)} "
                 "cluster.example.toml lists all."
             )
-
-
-def did_you_mean(word: str, known: tp.Iterable[str]) -> str:
-    """' Did you mean x?' or nothing, to be put behind a sentence."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""

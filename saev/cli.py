@@ -3,8 +3,6 @@
 Stages are imported only when they run, so that `saev --help` answers at once.
 """
 
-import difflib
-import itertools
 import os
 import sys
 import time
@@ -22,7 +20,7 @@ from saev.config.pages import OpenConfig, ReportConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
-from saev.errors import SaevError
+from saev.errors import SaevError, did_you_mean
 from saev.progress import Progress, log_to
 from saev.stage import Job
 
@@ -61,9 +59,8 @@ COMMANDS["step"] = step
 def parse(argv: tp.Sequence[str]) -> tp.Any:
     """The config object that a command line stands for. Exits with status 2 if it is wrong."""
     if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        _fail(f"There is no command {argv[0]!r}.{meant} There are {', '.join(COMMANDS)}.", 2)
+        hint = did_you_mean(argv[0], COMMANDS)
+        _fail(f"There is no command {argv[0]!r}.{hint} There are {', '.join(COMMANDS)}.", 2)
     try:
         with of_flags():
             return _parse(argv)
@@ -98,21 +95,10 @@ def _parse(argv: tp.Sequence[str]) -> tp.Any:
         COMMANDS,
         prog="saev",
         description=DESCRIPTION,
-        args=_joined(_spelled_out(argv)) if argv[:1] == ["inference"] else _spelled_out(argv),
+        args=_joined(argv) if argv[:1] == ["inference"] else argv,
         # A stage's flags may stand behind `data:…` too, where a user who adds one would put it.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
-
-
-def _spelled_out(argv: tp.Sequence[str]) -> list[str]:
-    """Add a value to flags that may be yes, no, or as in training: tyro requires one for them."""
-    words: list[str] = []
-    for word, after in itertools.zip_longest(argv, argv[1:]):
-        if word in ("--val-data.verify", "--val-data.no-verify") and after not in _TRUTH:
-            words += ["--val-data.verify", str(word == "--val-data.verify")]
-        else:
-            words.append(word)
-    return words
 
 
 def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
@@ -133,7 +119,6 @@ def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
 
 _WITHOUT_BARS = (GcConfig, OpenConfig)
 """Commands that ask a question, or wait for somebody."""
-_TRUTH = ("True", "False", "None")
 _HELP = "--help"
 
 

@@ -4,11 +4,29 @@ A message names the thing, the value found, the value expected and the remedy. T
 prints it without a traceback and exits with status 1; anything else that escapes is a bug.
 """
 
+import difflib
+from collections.abc import Iterable
+
 from saev import distributions
 from saev.secrets import redact
 
 # All packages of saev import this module, so none works on files of two distributions.
 distributions.check()
+
+
+def did_you_mean(word: str, known: Iterable[str], *, n: int = 1) -> str:
+    """`` Did you mean a, b or c?``, to be added to a sentence; empty if nothing is similar.
+
+    Args:
+        word: what the user wrote, in any case.
+        known: the words that are valid.
+        n: most words that are named.
+    """
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=n, cutoff=0.5)
+    *first, last = [by_lower[name] for name in near] or [""]
+    named = f"{', '.join(first)} or {last}" if first else last
+    return f" Did you mean {named}?" if named else ""
 
 
 class SaevError(Exception):

@@ -138,9 +138,9 @@ def test_data_sets_both_sides(sweep):
     [
         ("sae.sparsity_coef = [1e-4]", "unknown key sae.sparsity_coef.*sae.sparsity_coeff"),
         ("learning_rate = 1e-4\n", "unknown key learning_rate"),
-        ("[sae]\nlr = 1e-4", "unknown key sae.lr; the nearest valid one is "),
-        ("[sae.activation]\ntopk = 3", "nearest valid one is sae.activation.top_k"),
-        ("[sae]\ntop_kk = 3", "nearest valid one is sae.top_k"),
+        ("[sae]\nlr = 1e-4", "unknown key sae.lr. Did you mean "),
+        ("[sae.activation]\ntopk = 3", r"Did you mean sae.activation.top_k\?"),
+        ("[sae]\ntop_kk = 3", r"Did you mean sae.top_k\?"),
         ("lr = ['fast']", "lr: .*number.*found 'fast'"),
         ("lr = [true]", "lr: .*number.*found True"),
         ("batch_size = 12.5", "batch_size: .*integer.*found 12.5"),

@@ -32,23 +32,30 @@ class DataConfig(Config):
 class LoaderConfig(DataConfig):
     """How the shuffled loader reads them."""
 
+    removed: tp.ClassVar = {"block_kb": ""}
+
     buffer_mb: float = pydantic.Field(default=2048, gt=0)
     """Memory for the windows that rows are shuffled in (two of them, or one if all data fits), in
     MiB. More memory is a better shuffle."""
-    block_kb: int = pydantic.Field(default=0, ge=0)
-    """Bytes of one contiguous read, in KiB; 0 chooses for a good shuffle from few large reads."""
     n_threads: int = pydantic.Field(default=0, ge=0)
     """Reader threads; 0: from a disk one less than there are cores, but 2 to 4; from an object
     store 16, each of which has a connection. The order of rows does not depend on it."""
     verify: bool = True
     """Check every example that is read against its recorded checksum."""
 
+    def identity(self) -> dict[str, tp.Any]:
+        """With the removed key block_kb, because the ids of existing runs depend on it."""
+        return {**super().identity(), "block_kb": 0}
+
 
 class ValDataConfig(Config):
     """Which activations an SAE is evaluated on. A key that is None has the value of training.
 
-    The keys are those of :class:`LoaderConfig`. In the config of a run, each of them has a value.
+    In the stored config of a run, each key has a value. They are read as those of training are: see
+    :meth:`saev.config.train.TrainConfig.val_loader`.
     """
+
+    removed: tp.ClassVar = dict.fromkeys(("buffer_mb", "block_kb", "n_threads", "verify"), "")
 
     shards: str = ""
     """URL of a shards folder; by default the training activations, of which a share is kept."""
@@ -63,14 +70,6 @@ class ValDataConfig(Config):
     examples if the folder is not that of training."""
     val_fraction: float | None = pydantic.Field(default=None, ge=0.0, lt=1.0)
     """Share of examples on the validation side; by default that of training."""
-    buffer_mb: float | None = pydantic.Field(default=None, gt=0)
-    """See --train-data.buffer-mb. This flag and the following ones default to training's."""
-    block_kb: int | None = pydantic.Field(default=None, ge=0)
-    """See --train-data.block-kb."""
-    n_threads: int | None = pydantic.Field(default=None, ge=0)
-    """See --train-data.n-threads."""
-    verify: bool | None = None
-    """See --train-data.verify."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -81,11 +80,3 @@ class ValDataConfig(Config):
     def given(self) -> dict[str, tp.Any]:
         """The keys that have a value of their own, with their values."""
         return {key: value for key, value in self if value is not None}
-
-    def decided(self) -> LoaderConfig:
-        """The same as a LoaderConfig. A key that is None gets the default of LoaderConfig."""
-        return LoaderConfig(**self.given())
-
-    def identity(self) -> dict[str, tp.Any]:
-        """The identity of :meth:`decided`, because runs were always named by that config."""
-        return self.decided().identity()

@@ -65,6 +65,8 @@ Activation = tp.Annotated[TopK | BatchTopK | Relu | JumpRelu, pydantic.Field(dis
 class SaeConfig(Config):
     """Shape, activation and parametrisation of one SAE."""
 
+    removed: tp.ClassVar = {"enc_scale": ""}
+
     d_model: int | None = pydantic.Field(default=None, ge=1)
     """Width of the activations; read from the shards if not given, checked if given."""
     d_sae: int | None = pydantic.Field(default=None, ge=1)
@@ -76,12 +78,14 @@ class SaeConfig(Config):
     reinit_blend: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
     """Data-point initialisation: share of a centred training activation in each decoder row, the
     rest is noise (both at unit norm); 0 is plain random initialisation (docs/training compares)."""
-    enc_scale: float | None = pydantic.Field(default=None, gt=0.0)
-    """Initial encoder = decoderᵀ × this; by default the value with the least initial error."""
     normalize_w_dec: bool = True
     """Keep decoder rows at unit norm after every step."""
     remove_parallel_grads: bool = True
     """Remove the part of the decoder's gradient that is parallel to its rows."""
+
+    def identity(self) -> dict[str, tp.Any]:
+        """With the removed key enc_scale, because the ids of existing runs depend on it."""
+        return {**super().identity(), "enc_scale": None}
 
     def resolved(self, d_model: int) -> "SaeConfig":
         """The same config with `d_model` and `d_sae` filled in.

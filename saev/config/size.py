@@ -68,10 +68,6 @@ class SizeConfig(Config):
     """Measured speed of training one group; adds hours."""
     gb_per_second: Rate | None = None
     """Measured speed of reading from the storage; adds hours."""
-    price_per_gb_month: Rate | None = None
-    """What the storage costs; adds money, in the same currency."""
-    price_per_gpu_hour: Rate | None = None
-    """What a GPU costs; adds money where there are hours."""
     as_json: tp.Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print JSON instead of tables."""
     data: ImageData | None = None

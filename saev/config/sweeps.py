@@ -16,7 +16,6 @@ for parameters that belong in pairs or depend on each other; keys outside them h
 Precedence is per leaf: command line, then sweep, then default.
 """
 
-import difflib
 import functools
 import itertools
 import json
@@ -33,7 +32,7 @@ from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.run import read_toml
 from saev.config.sae import BatchTopK, TopK
 from saev.config.train import TrainConfig
-from saev.errors import ConfigError
+from saev.errors import ConfigError, did_you_mean
 from saev.once import say_once
 
 logger = logging.getLogger(__name__)
@@ -45,11 +44,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "sae.top_k": ("sae.activation.top_k",),
     "data.seed": ("data_seed",),
     **{f"data.{key}": (key,) for key in _SCALES},
+    **{f"data.{key}": (f"train_data.{key}",) for key in LoaderConfig.model_fields},
     **{
-        f"data.{key}": (f"train_data.{key}", f"val_data.{key}") for key in LoaderConfig.model_fields
+        f"data.{key}": (f"train_data.{key}", f"val_data.{key}")
+        for key in ValDataConfig.model_fields
+        if key != "split"  # training and evaluation are different sides of a split
     },
-    # The two sides of a split are not the same side.
-    "data.split": ("train_data.split",),
 }
 """Short names that a sweep may use; a name with two targets sets both to the same value."""
 
@@ -266,13 +266,11 @@ def _check(name: str, leaf: str, value: tp.Any, source: str) -> tp.Any:
 
 def _unknown(name: str) -> str:
     known = sorted({*leaves(), *ALIASES})
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not near:  # the right leaf in the wrong table
+    hint = did_you_mean(name, known)
+    if not hint:  # perhaps the right key in the wrong table
         last = name.rsplit(".", 1)[-1]
-        near = [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
-    if not near:
-        return f"unknown key {name}. Keys are the flags of `saev train`."
-    return f"unknown key {name}; the nearest valid one is {near[0]}."
+        hint = did_you_mean(last, [key for key in known if key.rsplit(".", 1)[-1] == last])
+    return f"unknown key {name}.{hint} Keys are the flags of `saev train`."
 
 
 # --- The keys that exist ----------------------------------------------------------------------
@@ -300,8 +298,8 @@ def leaves() -> dict[str, tuple[tuple[tp.Any, tuple[tp.Any, ...]], ...]]:
 
 @functools.cache
 def _removed() -> frozenset[str]:
-    """Dotted keys of earlier versions that have no place any more."""
-    found: set[str] = set()
+    """Dotted keys of earlier versions that no key replaced."""
+    found = {f"data.{old}" for old in LoaderConfig.removed}
 
     def walk(model: type[Config], path: tuple[str, ...]) -> None:
         found.update(".".join((*path, old)) for old, new in model.removed.items() if not new)

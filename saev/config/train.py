@@ -80,9 +80,22 @@ class TrainConfig(Config):
     wandb_project: str = ""
     """Weights & Biases project; empty does not log there."""
 
+    def val_loader(self) -> LoaderConfig:
+        """How the activations of `val_data` are read: with the same memory and threads as those of
+        training. A key of `val_data` that is None gets the default of LoaderConfig."""
+        return LoaderConfig.model_validate(
+            {
+                "buffer_mb": self.train_data.buffer_mb,
+                "n_threads": self.train_data.n_threads,
+                "verify": self.train_data.verify,
+                **self.val_data.given(),
+            }
+        )
+
     def identity(self) -> dict[str, tp.Any]:
-        """With grad_clip of version 0.1.0: hashes that count this key name its runs."""
-        return {**super().identity(), "grad_clip": 1.0}
+        """With all keys that version 0.1.0 had, because the ids of existing runs depend on them."""
+        val_data = self.val_loader().identity()
+        return {**super().identity(), "val_data": val_data, "grad_clip": 1.0}
 
     @classmethod
     def of_run(cls, url: str) -> tp.Self:

@@ -174,7 +174,7 @@ class Loader:
             "version": "It was written by another version of saev; start the epoch anew.",
             "seed": "Give the loader the seed of the run that is resumed.",
             "data": "Give the same shards, layer, tokens, ignore_labels, split and val_fraction.",
-            "order": "Give the same buffer_mb and block_kb.",
+            "order": "Give the same buffer_mb.",
         }
         for key, remedy in remedies.items():
             if state[key] != own[key]:

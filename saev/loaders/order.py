@@ -78,7 +78,6 @@ def choose_sizes(
     read_bytes: int,
     kept_bytes: int,
     buffer_bytes: int,
-    block_bytes: int = 0,
     shard_examples: int | None = None,
 ) -> Sizes:
     """Sizes of blocks and windows for a memory budget.
@@ -92,29 +91,23 @@ def choose_sizes(
         read_bytes: bytes that reading one example takes.
         kept_bytes: bytes that one example takes in a window.
         buffer_bytes: memory for all windows.
-        block_bytes: wanted size of one read; 0 chooses between the shuffle (small blocks) and the
-            storage's latency (large blocks).
         shard_examples: most wanted examples in a shard, which a block cannot exceed.
 
     Raises:
-        ConfigError: the budget does not hold two windows of one block.
+        ConfigError: the budget does not hold two windows of one example.
     """
     fits_whole = n_examples * kept_bytes <= buffer_bytes
     capacity = n_examples if fits_whole else buffer_bytes // (2 * kept_bytes)
-    if block_bytes:
-        block = max(1, block_bytes // read_bytes)
-    else:
-        block = max(1, MAX_BLOCK_BYTES // read_bytes)
-        if not fits_whole:
-            block = min(block, max(1, min(capacity, n_examples) // MIN_BLOCKS_PER_WINDOW))
-    block = min(block, max(1, n_examples), shard_examples or block)
-    if capacity < block:
-        need = 2 * block * kept_bytes / 2**20
+    if not fits_whole and not capacity:
         raise ConfigError(
-            f"buffer_mb={buffer_bytes / 2**20:g} is too small: two windows of one block "
-            f"({block} example{'s' * (block > 1)} of {kept_bytes / 2**10:.0f} KiB) need "
-            f"{need:.2f} MiB. Raise buffer_mb{' or lower block_kb' if block > 1 else ''}."
+            f"buffer_mb={buffer_bytes / 2**20:g} is too small: two windows of one example "
+            f"({kept_bytes / 2**10:.0f} KiB) need {2 * kept_bytes / 2**20:.2f} MiB. Raise "
+            "buffer_mb."
         )
+    block = max(1, MAX_BLOCK_BYTES // read_bytes)
+    if not fits_whole:
+        block = min(block, max(1, min(capacity, n_examples) // MIN_BLOCKS_PER_WINDOW))
+    block = min(block, max(1, n_examples), shard_examples or block)
     if fits_whole:
         return Sizes(block, max(1, n_examples))  # one window, however the shards cut the blocks
     return Sizes(block, capacity // block)

@@ -71,7 +71,6 @@ class ShuffledLoader(Loader):
             read_bytes=read_bytes,
             kept_bytes=kept_bytes(shards, selection),
             buffer_bytes=buffer_bytes - stage_bytes,
-            block_bytes=cfg.block_kb * 1024,
             shard_examples=selection.max_shard_examples,
         )
         if stage_bytes:

@@ -76,9 +76,7 @@ def initial_weights(
         if cfg.reinit_blend > 0:
             w_dec = _unit(cfg.reinit_blend * _unit(rows) + (1 - cfg.reinit_blend) * w_dec)
         centred = centred[order[:_SCALE_SAMPLE]]
-    scale = cfg.enc_scale
-    if scale is None:
-        scale = 1.0 if centred is None else least_error_scale(cfg, centred, w_dec, target_l0)
+    scale = 1.0 if centred is None else least_error_scale(cfg, centred, w_dec, target_l0)
     w_enc = w_dec * scale
     theta, l0 = 1.0, initial_l0(cfg, target_l0)
     if l0:

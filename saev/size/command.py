@@ -78,8 +78,6 @@ def _value(row: Row) -> str:
         return prefix + size(row.value)
     if row.unit == "hours":
         return f"{prefix}{row.value:.1f} h"
-    if row.unit == "money":
-        return f"{prefix}{row.value:,.2f}"
     return f"{prefix}{row.value:,.0f}"
 
 

@@ -26,7 +26,7 @@ def estimate(inputs: Inputs, cfg: SizeConfig) -> list[Section]:
 
     Args:
         inputs: what is to be done.
-        cfg: speeds and prices, if any.
+        cfg: measured speeds, if any.
     """
     sizes = Estimate(inputs, cfg)
     return [
@@ -117,14 +117,15 @@ class Estimate:
         ]  # fmt: skip
         if self.cfg.images_per_second:
             hours = meta.n_examples / self.cfg.images_per_second / 3600
-            rows += self._hours("recording", hours, "images ÷ --images-per-second")
-            rows.append(
+            rows += [
+                Row("recording_hours", "hours of a GPU", hours, "hours", "about",
+                    "images ÷ --images-per-second"),
                 Row(
                     "recording_wall_hours", "hours with that many parts",
                     hours / meta.n_shards * math.ceil(meta.n_shards / parts), "hours", "about",
                     "of the part with the most shards",
-                )
-            )  # fmt: skip
+                ),
+            ]  # fmt: skip
         return rows
 
     # --- Training --------------------------------------------------------------------------
@@ -279,7 +280,10 @@ class Estimate:
         if self.cfg.tokens_per_second:
             n_tokens = sum(self.n_train(saes[members[0]]) for members in self.groups)
             hours = n_tokens / self.cfg.tokens_per_second / 3600
-            rows += self._hours("training", hours, "groups × tokens ÷ --tokens-per-second")
+            rows.append(
+                Row("training_hours", "hours of a GPU", hours, "hours", "about",
+                    "groups × tokens ÷ --tokens-per-second")
+            )  # fmt: skip
         return rows
 
     def checkpoint_bytes(self, i: int) -> int:
@@ -378,22 +382,5 @@ class Estimate:
             rows.append(
                 Row("reading_hours", "hours of reading", hours, "hours", "about",
                     "read in all ÷ --gb-per-second; part of the hours of training and measuring")
-            )  # fmt: skip
-        if self.cfg.price_per_gb_month:
-            month = (activations + results) / 1e9 * self.cfg.price_per_gb_month
-            rows.append(
-                Row("storage_month_money", "storage per month", month, "money", "about",
-                    "on storage in GB × --price-per-gb-month")
-            )  # fmt: skip
-        return rows
-
-    def _hours(self, stage: str, hours: float, how: str) -> list[Row]:
-        rows = [Row(f"{stage}_hours", "hours of a GPU", hours, "hours", "about", how)]
-        price = self.cfg.price_per_gpu_hour
-        if price:
-            cost = hours * price
-            rows.append(
-                Row(f"{stage}_money", "cost of the GPU", cost, "money", "about",
-                    "hours × --price-per-gpu-hour")
             )  # fmt: skip
         return rows

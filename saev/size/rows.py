@@ -2,7 +2,7 @@
 
 import typing as tp
 
-Unit = tp.Literal["bytes", "", "hours", "money"]
+Unit = tp.Literal["bytes", "", "hours"]
 Sure = tp.Literal["exact", "about", "at most", "at least"]
 
 

@@ -130,7 +130,7 @@ def evaluate(
     found: list[Evaluation] = [{"metrics": {}} for _ in saes]
     if not saes or not configs[0].n_val:
         return found
-    with _Tokens(configs[0].val_data.decided(), configs[0].n_val, device, progress) as held_out:
+    with _Tokens(configs[0].val_loader(), configs[0].n_val, device, progress) as held_out:
         aims = {n: l0 for n, config in enumerate(configs) if (l0 := aim(config)) is not None}
         calibrated = _calibrate(saes, aims, held_out) if aims else {}
         metrics = _measure(saes, held_out, "evaluate", calibrated)

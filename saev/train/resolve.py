@@ -8,7 +8,15 @@ import math
 import typing as tp
 
 from saev import storage
-from saev.config import Activation, BatchTopK, Objective, TopK, TrainConfig, ValDataConfig
+from saev.config import (
+    Activation,
+    BatchTopK,
+    LoaderConfig,
+    Objective,
+    TopK,
+    TrainConfig,
+    ValDataConfig,
+)
 from saev.config.sweeps import UNSWEPT, Asked, asked
 from saev.config.train import MOST_TOKENS, default_batch_size, default_n_train
 from saev.errors import ConfigError
@@ -71,7 +79,9 @@ def _older(one: Asked, member: Member, places: Places) -> tp.Iterator[Member]:
         config = resolve_one(one.config.model_copy(update={"seed": seed}), places, before=True)
     except ConfigError:  # version 0.1.0 refused such a config
         return
-    name = run_id(config, places)
+    # It read the activations of --val-data.shards with memory of their own, 2 GiB by default.
+    val_buffer_mb = LoaderConfig().buffer_mb if one.config.val_data.shards else None
+    name = run_id(config, places, val_buffer_mb=val_buffer_mb)
     if name != member.run_id:
         yield Member(name, config, rules=1)
 
@@ -237,15 +247,24 @@ def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bo
 # --- Names --------------------------------------------------------------------------------------
 
 
-def run_id(config: TrainConfig, places: Places | None = None) -> str:
+def run_id(
+    config: TrainConfig, places: Places | None = None, *, val_buffer_mb: float | None = None
+) -> str:
     """Content address of a resolved config: equal work has equal names.
 
     Left out is what does not change the result: where it is written, the tag, the device, how often
     it is saved and logged, and how data is read. The shards count by the hash of their metadata, so
     a copy of a folder elsewhere is the same folder.
+
+    Args:
+        config: the resolved config.
+        places: opened shards folders.
+        val_buffer_mb: buffer_mb of the evaluation, if it is not that of training.
     """
     places = places or Places()
     raw = _hashed(config)
+    if val_buffer_mb is not None and "val_data" in raw:
+        raw["val_data"]["buffer_mb"] = val_buffer_mb
     for side in ("train_data", "val_data"):
         if side in raw:
             shards = places[raw[side]["shards"]]

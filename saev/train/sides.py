@@ -178,7 +178,7 @@ def sources(config: TrainConfig, places: Places) -> tuple[ActivationSource, Acti
     """What the activations of both sides of a resolved config are."""
     train, val = (
         places[data.shards].metadata.source(tp.cast(int, data.layer), data.tokens)
-        for data in (config.train_data, config.val_data.decided())
+        for data in (config.train_data, config.val_loader())
     )
     return train, val
 

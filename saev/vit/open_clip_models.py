@@ -1,7 +1,6 @@
 """Families `clip` and `siglip`: the image towers of open_clip."""
 
 import dataclasses
-import difflib
 import typing as tp
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 
 from saev import hub, storage
-from saev.errors import ModelError
+from saev.errors import ModelError, did_you_mean
 from saev.images.transforms import ImageSpec
 from saev.vit import checkpoints, tags, timm_models
 from saev.vit.model import Tower
@@ -82,11 +81,11 @@ def load_siglip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     if arch is not None and not is_folder and "siglip" not in arch.lower():
         import open_clip
 
-        near = difflib.get_close_matches(
-            f"{arch}-SigLIP", [n for n in open_clip.list_models() if "siglip" in n.lower()], n=3
+        known = [name for name in open_clip.list_models() if "siglip" in name.lower()]
+        raise ModelError(
+            f"'{arch}' is not a SigLIP model.{did_you_mean(f'{arch}-SigLIP', known, n=3)} For "
+            "other models use family clip."
         )
-        hint = f" (near: {', '.join(near)})" if near else ""
-        raise ModelError(f"'{arch}' is not a SigLIP model{hint}; for other models use family clip.")
     return load_clip(ckpt, image_size)
 
 
@@ -95,9 +94,7 @@ def _check_known(arch: str, tag: str | None) -> None:
 
     known = open_clip.list_models()
     if arch not in known:
-        near = difflib.get_close_matches(arch, known, n=3)
-        hint = f" Near: {', '.join(near)}." if near else ""
-        raise ModelError(f"open_clip has no model '{arch}'.{hint}")
+        raise ModelError(f"open_clip has no model '{arch}'.{did_you_mean(arch, known, n=3)}")
     if tag is not None and not open_clip.get_pretrained_cfg(arch, tag):
         raise ModelError(
             f"open_clip has no pretrained tag '{tag}' of {arch}; "

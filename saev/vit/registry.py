@@ -1,7 +1,6 @@
 """Model families by name."""
 
 import contextlib
-import difflib
 import importlib.metadata
 import logging
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from saev import storage
-from saev.errors import ModelError
+from saev.errors import ModelError, did_you_mean
 from saev.vit import checkpoints
 from saev.vit.model import Tower, VisionModel
 
@@ -128,6 +127,7 @@ def _find(family: str) -> Loader:
         loader: Loader = declared[family].load()
         return loader
     known = families()
-    near = difflib.get_close_matches(family.lower(), known, n=1, cutoff=0.4)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ModelError(f"Unknown model family '{family}'; known: {', '.join(known)}.{hint}")
+    raise ModelError(
+        f"Unknown model family '{family}'.{did_you_mean(family, known)} There are "
+        f"{', '.join(known)}."
+    )

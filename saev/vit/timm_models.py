@@ -1,7 +1,6 @@
 """Family `timm`: any plain ViT of timm (ViT, DeiT, DINOv2, DINOv3, EVA, MAE, PE, SigLIP …)."""
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import re
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saev import hub
-from saev.errors import ModelError
+from saev.errors import ModelError, did_you_mean
 from saev.images.transforms import ImageSpec
 from saev.vit import checkpoints, tags
 from saev.vit.model import Tower
@@ -246,8 +245,7 @@ def _check_known(arch: str) -> None:
 
     base, _, tag = arch.partition(".")
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        hint = f" Near: {', '.join(near)}." if near else ""
+        hint = did_you_mean(base, timm.list_models(), n=3)
         raise ModelError(f"timm has no model '{base}'.{hint}")
     known = _tags(base)
     if tag and tag not in known:

@@ -75,9 +75,8 @@ def test_permutation_is_uniform():
     tokens=st.integers(1, 1400),
     vector=st.integers(1, 8192),
     buffer_mb=st.integers(1, 8192),
-    block_kb=st.one_of(st.just(0), st.integers(1, 20_000)),
 )
-def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb):
+def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb):
     read = tokens * vector
     kept = tokens * (vector + 32)
     budget = buffer_mb << 20
@@ -87,19 +86,16 @@ def test_windows_fit_the_budget(n_examples, tokens, vector, buffer_mb, block_kb)
             read_bytes=read,
             kept_bytes=kept,
             buffer_bytes=budget,
-            block_bytes=block_kb << 10,
         )
     except ConfigError:
-        block = max(1, (block_kb << 10) // read)
-        assert budget < 2 * min(block, n_examples) * kept
+        assert budget < 2 * kept
         return
     whole = min(n_examples, sizes.window_examples) == n_examples
     assert sizes.window_blocks >= 1
     assert sizes.window_examples * kept * 2 <= budget or (whole and n_examples * kept <= budget)
-    if not block_kb:
-        assert sizes.block_examples == 1 or sizes.block_examples * read <= MAX_BLOCK_BYTES
-        if sizes.window_examples < n_examples:
-            assert sizes.block_examples == 1 or sizes.window_blocks >= MIN_BLOCKS_PER_WINDOW
+    assert sizes.block_examples == 1 or sizes.block_examples * read <= MAX_BLOCK_BYTES
+    if sizes.window_examples < n_examples:
+        assert sizes.block_examples == 1 or sizes.window_blocks >= MIN_BLOCKS_PER_WINDOW
 
 
 def test_blocks_are_large_where_that_costs_no_mixing():
@@ -116,9 +112,9 @@ def test_blocks_are_large_where_that_costs_no_mixing():
 
 def test_a_block_is_one_read_and_lies_in_one_shard():
     """Its size is what is read, of which little may be kept."""
-    sizes = {"n_examples": 100, "read_bytes": 1000, "kept_bytes": 10, "buffer_bytes": 500}
-    assert choose_sizes(**sizes, block_bytes=4000).block_examples == 4
-    assert choose_sizes(**sizes, block_bytes=4000, shard_examples=3).block_examples == 3
+    sizes = {"n_examples": 100, "read_bytes": 1 << 20, "kept_bytes": 10, "buffer_bytes": 1000}
+    assert choose_sizes(**sizes).block_examples == 4
+    assert choose_sizes(**sizes, shard_examples=3).block_examples == 3
 
 
 # --- blocks and windows --------------------------------------------------------------------

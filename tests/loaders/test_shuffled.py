@@ -69,7 +69,6 @@ def cases(draw):
         "split": draw(st.sampled_from(["all", "train", "val"])),
         "val_fraction": draw(st.sampled_from([0.0, 0.3])),
         "buffer_mb": draw(st.sampled_from([0.004, 0.02, 1.0])),
-        "block_kb": draw(st.sampled_from([0, 1])),
         "n_threads": draw(st.integers(1, 4)),
     }
     load = {
@@ -357,7 +356,6 @@ def test_a_break_keeps_the_place(folder):
         ({"tokens": "all"}, "data"),
         ({"split": "train", "val_fraction": 0.3}, "data"),
         ({"buffer_mb": 0.008}, "order"),
-        ({"block_kb": 1}, "order"),
     ],
 )
 def test_a_state_of_something_else_is_refused(folder, change, word):
@@ -467,12 +465,6 @@ def test_more_ranks_than_rows_in_a_batch(folder):
         ({}, {}, {"labels": True}, "Token labels needs labels.bin"),
         ({"labels": True}, {"tokens": "special"}, {"labels": True}, "only content tokens have"),
         ({}, {"buffer_mb": 0.0005}, {}, "buffer_mb=0.000.* is too small"),
-        (
-            {"n_examples": 100, "examples_per_shard": 50},
-            {"buffer_mb": 0.02, "block_kb": 20},
-            {},
-            "lower block_kb",
-        ),
         ({}, {}, {"batch_size": 139, "drop_last": True}, "batch_size is 139, the data have 138"),
         ({"labels": True}, {"ignore_labels": (0, 1, 2, 3)}, {}, "No tokens are left"),
         ({}, {"split": "val"}, {}, "Set val_fraction"),

@@ -194,12 +194,13 @@ def test_the_initial_encoder_scale_has_the_least_error(act):
 def test_data_point_initialisation_blends_centred_activations():
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(50, 8, generator=generator) + 4.0
-    cfg = SaeConfig(d_model=8, d_sae=20, activation=TopK(top_k=3), reinit_blend=1.0, enc_scale=2.0)
+    cfg = SaeConfig(d_model=8, d_sae=20, activation=TopK(top_k=3), reinit_blend=1.0)
     w = initial_weights(cfg, data, torch.Generator().manual_seed(1))
     centred = torch.nn.functional.normalize(data - data.mean(0), dim=1)
     assert (w.W_dec @ centred.T).max(1).values.min() > 1 - 1e-5  # every row is a data point
     assert torch.allclose(w.W_dec.norm(dim=1), torch.ones(20))
-    assert torch.equal(w.W_enc, 2 * w.W_dec)
+    scale = w.W_enc.norm() / w.W_dec.norm()
+    assert torch.allclose(w.W_enc, scale * w.W_dec, atol=1e-6)
     assert torch.allclose(w.b_dec, data.mean(0))
     z = data @ w.W_enc.T + w.b_enc
     assert torch.allclose(z, (data - data.mean(0)) @ w.W_enc.T, atol=1e-4)

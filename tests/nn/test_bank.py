@@ -45,7 +45,6 @@ def members(act, n, objective=None):
                 act.model_copy(update=more),
                 normalize_w_dec=i != 2,
                 remove_parallel_grads=i != 3,
-                enc_scale=0.7 if i == 1 else None,
             )
         )
         kind = Matryoshka(n_prefixes=3 + i, pareto_alpha=0.5 * i) if i % 2 else Vanilla()

@@ -258,31 +258,42 @@ def shards_of(tmp_path, n_examples: int, **more) -> str:
     )
 
 
-def test_val_data_has_the_keys_of_a_loader():
-    ours, theirs = ValDataConfig.model_fields, LoaderConfig.model_fields
+def test_val_data_has_the_keys_that_say_which_activations():
+    ours, theirs = ValDataConfig.model_fields, DataConfig.model_fields
     assert list(ours) == list(theirs)
     assert all(field.default is None for key, field in ours.items() if key != "shards")
     assert ValDataConfig.added == LoaderConfig.added == DataConfig.added
 
 
-@pytest.mark.parametrize("verify", ["--val-data.verify", "--val-data.no-verify"])
-def test_a_flag_of_val_data_counts_if_it_is_the_default_too(shards, verify):
+def test_a_flag_of_val_data_counts_if_it_is_the_default_too(shards):
     line = f"train --train-data.shards {shards} --train-data.layer 3 --train-data.tokens all "
-    line += f"--val-data.tokens content --train-data.no-verify {verify} --train-data.buffer-mb 99"
+    line += "--val-data.tokens content --train-data.no-verify --train-data.buffer-mb 99"
     config = cli.parse([*line.split(), "--val-data.ignore-labels"])
     config = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))  # a round trip
     found = resolve.resolve_one(config)
     assert (found.train_data.tokens, found.val_data.tokens) == ("all", "content")
-    assert (found.train_data.verify, found.val_data.verify) == (False, "no" not in verify)
-    assert found.val_data.buffer_mb == 99
-    assert found.val_data.decided() == LoaderConfig(
-        **{
-            **found.train_data.to_dict(),
-            "tokens": "content",
-            "split": "val",
-            "verify": "no" not in verify,
-        }
+    assert found.val_loader() == LoaderConfig(
+        **{**found.train_data.to_dict(), "tokens": "content", "split": "val"}
     )
+
+
+def test_removed_keys_parse_and_count_as_before(cfg):
+    """In a stored config of version 0.1.0, and in a sweep."""
+    found = resolve.resolve_one(cfg)
+    stored = found.to_dict()
+    stored["sae"]["enc_scale"] = None
+    kept = {key: stored["train_data"][key] for key in ("buffer_mb", "n_threads", "verify")}
+    loader = {**kept, "block_kb": 0}
+    stored["train_data"] |= loader
+    stored["val_data"] |= loader
+    assert TrainConfig.from_dict(stored).to_dict() == found.to_dict()
+    identity = found.identity()
+    assert identity["sae"]["enc_scale"] is None
+    assert loader.items() <= identity["train_data"].items()
+    assert loader.items() <= identity["val_data"].items()
+    table = {"sae": {"enc_scale": [0.5, 1.0]}, "data": {"block_kb": 64}, "lr": [1e-3, 1e-4]}
+    (group,) = resolve.groups(cfg, table={**table, "val_data": {"n_threads": 3}})
+    assert len(group.members) == 2
 
 
 def test_other_shards_are_evaluated_on_as_training_is(cfg, tmp_path):
@@ -478,7 +489,7 @@ def test_old_defaults_of_other_validation_shards_are_found(cfg, tmp_path):
     (new,) = members(asked, "optim = 'adam'")
     before = resolve.resolve_one(update(asked, lr=1e-3), before=True)
     assert before.val_data.tokens == "content"
-    old = resolve.Member(resolve.run_id(before), before, rules=1)
+    old = resolve.Member(resolve.run_id(before, val_buffer_mb=2048), before, rules=1)
     assert old.run_id != new.run_id
     publish(old, run_id=old.run_id)
     (group,) = resolve.groups(update(asked, lr=1e-3))
