@@ -173,7 +173,7 @@ def test_a_store_that_is_down_is_told_while_it_is_waited_for(
 ) -> None:
     monkeypatch.setenv("SAEV_PATIENCE_S", "6")
     monkeypatch.setattr(waiting, "QUIET_S", 0.5)
-    monkeypatch.setattr(waiting, "_told", {})
+    monkeypatch.setattr(waiting, "_warned", {})
     proxy.fault = lambda request: s3_proxy.error(503, "SlowDown", "Please reduce your rate.")
     with pytest.raises(StorageError, match=r"down or overloaded \(503") as caught:
         WAYS[way](url)
@@ -201,7 +201,7 @@ def test_what_is_wrong_before_a_store_answers(
     context = certificates.for_loopback("saev test").server(tmp_path)
     with s3_proxy.before(endpoint, context) as tls:
         place, expected = {
-            "unknown CA": (tls.url, r"cannot be trusted \(self-signed .*AWS_CA_BUNDLE has to name"),
+            "unknown CA": (tls.url, r"cannot be trusted \(self-signed .*set AWS_CA_BUNDLE to"),
             "plain port": (
                 endpoint.replace("http:", "https:"),
                 r"does not speak TLS \(\w+\)\. Use http:// in AWS_ENDPOINT_URL",

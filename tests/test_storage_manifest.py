@@ -117,7 +117,7 @@ def test_what_is_listed_and_missing_is_an_error(folder: storage.Folder) -> None:
                 read(name)
     Path(folder.url, "other").write_bytes(b"x")
     assert not folder.has("other")
-    with pytest.raises(CorruptDataError, match="is not in the list"):
+    with pytest.raises(CorruptDataError, match="is not listed in"):
         folder.read_bytes("other")
 
 
@@ -219,7 +219,7 @@ def test_one_flip_on_the_way_is_read_again(
     assert READS[read](remote)
     (said,) = (r.message for r in caplog.records if "was read wrongly once" in r.message)
     assert "byte" in said
-    assert "what is stored is sound" in said
+    assert "the stored object is sound" in said
 
 
 def test_what_botocore_finds_wrong_is_read_again(

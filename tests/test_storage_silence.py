@@ -61,7 +61,7 @@ def silent_server(first: bytes = b"") -> Iterator[str]:
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SAEV_PATIENCE_S", str(PATIENCE_S))
     monkeypatch.setattr(waiting, "_LEAST_S", 0.1)
-    monkeypatch.setattr(waiting, "_told", {})
+    monkeypatch.setattr(waiting, "_warned", {})
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": SILENT_S}}
     )  # as FSSPEC_S3_CONFIG_KWARGS does

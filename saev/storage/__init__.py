@@ -1,9 +1,11 @@
 """The only package that opens files: URLs, ranged reads, atomic publishing, checksums, retries.
 
-Every location is a URL. A bare path means ``file://``. Nothing here assumes rename, append, mmap
-or locks: an object appears whole, under its final name, when its writer succeeds, or not at all.
-Local files take POSIX fast paths (``preadv``, write-to-temporary + fsync + rename) behind the same
-functions; every other scheme goes through fsspec, but for ranges of S3 objects.
+Every location is a URL. A bare path means ``file://``. No function assumes that the storage has
+rename, append, mmap or locks. An object appears whole, under its final name, when its writer
+succeeds, or not at all.
+
+Local files use POSIX calls (``preadv``, write to a temporary file + fsync + rename) behind the same
+functions. Other schemes use fsspec, except for ranges of S3 objects (:mod:`saev.storage.s3`).
 """
 
 from saev.errors import CorruptDataError, StorageError

@@ -1,4 +1,4 @@
-"""What an S3 store answers when it refuses: one sentence, and whether to ask again.
+"""Refusals of an S3 store: their explanation for users, and whether to repeat the request.
 
 Codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 """
@@ -21,7 +21,8 @@ _PASSING = {
     "ThrottlingException", "TooManyRequests", "TooManyRequestsException", "BadDigest",
     "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch",
 }  # fmt: skip
-"""Codes after which the same request may succeed. A flipped bit on the way causes some of them."""
+"""Codes after which the same request may succeed. A bit error in the network causes some of
+them."""
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
 _UNKNOWN_KEY = ("InvalidAccessKeyId", "InvalidClientTokenId", "InvalidToken", "InvalidSecurity")
 _ELSEWHERE = (
@@ -41,32 +42,33 @@ _OPERATION_OF = {"read": "GetObject", "write": "PutObject", "create": "PutObject
 
 
 class Answer(tp.NamedTuple):
-    """A refusal."""
+    """A store's answer that refuses a request."""
 
     status: int
+    """HTTP status."""
     code: str
-    """As in the XML body; empty if there was none."""
+    """Error code in the XML body; empty if there is none."""
     message: str
     operation: str = ""
-    """Of the S3 API, such as PutObject; empty if unknown."""
+    """Operation of the S3 API, such as PutObject; empty if unknown."""
     fields: tp.Mapping[str, str] = {}
-    """What else the body says."""
+    """Other fields of the body."""
 
     @property
     def passes(self) -> bool:
-        """Whether the same request may succeed if it is sent again."""
+        """Whether the same request may succeed later."""
         if self.code in _PASSING:
             return True
         return self.status in (408, 429) or (self.status >= 500 and self.status not in (501, 505))
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the bucket is in another region than the one that was asked."""
+        """Whether the bucket is in another region."""
         return self.code in _ELSEWHERE or self.status in (301, 302, 307, 308)
 
     @property
     def has_expired(self) -> bool:
-        """Whether the request may succeed with a new signature or renewed credentials."""
+        """Whether the request may succeed with a new signature or new credentials."""
         return self.code in _EXPIRED or self.code == "RequestTimeTooSkewed"
 
     def __str__(self) -> str:
@@ -75,7 +77,7 @@ class Answer(tp.NamedTuple):
 
 
 def parse(status: int, body: str, operation: str, region: str) -> Answer:
-    """The refusal in an answer to a request that botocore did not send."""
+    """Parse the answer to a request that saev itself sent."""
     fields = {}
     with contextlib.suppress(ET.ParseError):
         fields = {e.tag.rpartition("}")[2]: e.text or "" for e in ET.fromstring(body)}
@@ -86,7 +88,7 @@ def parse(status: int, body: str, operation: str, region: str) -> Answer:
 
 
 def of_client_error(err: tp.Any) -> Answer:
-    """The answer in botocore's ClientError."""
+    """The answer inside botocore's ClientError."""
     response = err.response
     fields = {key: str(value) for key, value in response.get("Error", {}).items()}
     metadata = response.get("ResponseMetadata", {})
@@ -101,18 +103,18 @@ def of_client_error(err: tp.Any) -> Answer:
 
 
 class RefusedError(OSError):
-    """A store refused a request that botocore did not send."""
+    """A store refused a request that saev itself sent, without botocore."""
 
     def __init__(self, answer: Answer):
         super().__init__(str(answer))
         self.answer = answer
 
 
-# --- In words ----------------------------------------------------------------------------------
+# --- Explanations ------------------------------------------------------------------------------
 
 
-def sentence(answer: Answer, url: str, doing: str) -> str:
-    """What is wrong and what to do, to follow `Cannot … s3://…: `."""
+def explanation(answer: Answer, url: str, doing: str) -> str:
+    """The reason and the remedy, as the end of a sentence `Cannot … s3://…: `."""
     if not answer.code and answer.status in (400, 403):
         answer = _ask_for_code(answer, url)
     bucket = url.partition("://")[2].partition("/")[0]
@@ -135,7 +137,7 @@ def sentence(answer: Answer, url: str, doing: str) -> str:
 
 
 def _of_credentials(answer: Answer, url: str) -> str:
-    """What is wrong with the credentials or the clock; empty if it is something else."""
+    """Explanation if the credentials or the clock are wrong, else empty."""
     if answer.code in _EXPIRED:
         return (
             f"the credentials{_key_id(answer, url)} have expired ({answer}). Get new ones "
@@ -165,8 +167,8 @@ def _of_the_store(answer: Answer, url: str, bucket: str) -> str:
     at = endpoint(url)
     if answer.passes:
         return (
-            f"the store{at} is down or overloaded ({answer}{_says(answer)}). Look at its state, "
-            "and run the same command again; finished work is kept."
+            f"the store{at} is down or overloaded ({answer}{_says(answer)}). Check its state, and "
+            "run the same command again; finished work is kept."
         )
     if answer.code == "InvalidBucketName":
         return f"{bucket} cannot be the name of a bucket ({answer}). Check the path."
@@ -187,7 +189,10 @@ def _denied(answer: Answer, url: str, doing: str) -> str:
     resource = what.partition("/")[0] if action == "s3:ListBucket" else what
     hint = ""
     if action == "s3:GetObject":
-        hint = " It may also not exist: without s3:ListBucket, the answer to that is the same."
+        hint = (
+            " It may also not exist: without the permission s3:ListBucket, the store gives the "
+            "same answer to that."
+        )
     missing = f"the permission {action}" if action else "a permission"
     return (
         f"permission denied ({answer}): access key{_key_id(answer, url) or ' (none)'} lacks "
@@ -199,7 +204,7 @@ def _denied(answer: Answer, url: str, doing: str) -> str:
 def _elsewhere(answer: Answer, url: str, bucket: str) -> str:
     found = re.search(r"expecting '([\w-]+)'", answer.message)
     region = answer.fields.get("Region") or (found[1] if found else "")
-    place = f"bucket {bucket} is in region {region}" if region else "the bucket is elsewhere"
+    place = f"bucket {bucket} is in {f'region {region}' if region else 'another region'}"
     remedy = f"AWS_DEFAULT_REGION={region}" if region else "AWS_DEFAULT_REGION to its region"
     asked = _client_setting(url, "region_name")
     return (
@@ -223,7 +228,7 @@ def _client_setting(url: str, name: str) -> str:
 
 
 def _key_id(answer: Answer, url: str) -> str:
-    """The access key ID (which is no secret) with a blank before it; empty if it is not known."""
+    """The access key ID (which is not secret) with a leading space; empty if it is not known."""
     key = answer.fields.get("AWSAccessKeyId") or _own_key_id(url)
     return f" {key}" if key else ""
 
@@ -253,7 +258,7 @@ def _says(answer: Answer) -> str:
 
 
 def _ask_for_code(answer: Answer, url: str) -> Answer:
-    """The same refusal with its code. Answers to HEAD have no body with a code, those to GET do."""
+    """The same refusal with its code: repeats a HEAD as a GET, whose answer has a body."""
     from botocore.exceptions import ClientError
 
     fs: tp.Any

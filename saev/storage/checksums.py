@@ -13,7 +13,7 @@ from saev.storage.ranges import RangeReader
 from saev.storage.urls import normalize
 
 BLOCK = 1 << 20
-"""Bytes that have a checksum of their own in lists of files."""
+"""Bytes per checksum in lists of files."""
 _CHUNK = 8 << 20
 
 
@@ -23,12 +23,12 @@ def crc32c(data: tp.Any, value: int = 0) -> int:
 
 
 def format_checksum(value: int) -> str:
-    """How a checksum is written in JSON: ``crc32c:`` and eight hex digits."""
+    """The checksum as it is written in JSON: ``crc32c:`` and eight hex digits."""
     return f"crc32c:{value:08x}"
 
 
 def mismatch(url: str, found: str, expected: str, remedy: str = "") -> CorruptDataError | None:
-    """What is wrong with an object whose checksum is ``found``; None if nothing is."""
+    """The error for an object whose checksum is not the expected one; None if it is."""
     if found == expected:
         return None
     return CorruptDataError(
@@ -37,7 +37,7 @@ def mismatch(url: str, found: str, expected: str, remedy: str = "") -> CorruptDa
 
 
 class ChecksumWriter(io.RawIOBase):
-    """Passes writes on to ``handle``, counts them, and keeps the CRC-32C of every MiB."""
+    """Writes to ``handle``, counts the bytes, and computes the CRC-32C of every MiB."""
 
     def __init__(self, handle: tp.BinaryIO):
         self._handle = handle
@@ -64,14 +64,14 @@ class ChecksumWriter(io.RawIOBase):
 
     @property
     def checksum(self) -> str:
-        """Checksum of everything written so far, as it stands in JSON."""
+        """Checksum of all bytes written so far, in the format of JSON records."""
         full = concatenate(self._full, BLOCK)
         return format_checksum(combine(full, self._crc, self.n_bytes % BLOCK))
 
     @property
     def blocks(self) -> str:
-        """Checksums of every MiB, the last may be shorter, eight hex digits each; "" if there is
-        no more than one."""
+        """Checksums of every MiB, eight hex digits each. The last MiB may be shorter. Empty if
+        there is only one."""
         if self.n_bytes <= BLOCK:
             return ""
         rest = [self._crc] if self.n_bytes % BLOCK else []
@@ -79,11 +79,11 @@ class ChecksumWriter(io.RawIOBase):
 
 
 def checksum(url: str | os.PathLike, *, fresh: bool = False) -> str:
-    """Checksum of a stored object, read in chunks.
+    """Checksum of a stored object, which is read in chunks.
 
     Args:
         url: the object.
-        fresh: read it past every cache.
+        fresh: bypass all caches.
     """
     crc = 0
     buffer = memoryview(bytearray(_CHUNK))
@@ -96,10 +96,10 @@ def checksum(url: str | os.PathLike, *, fresh: bool = False) -> str:
 
 
 def verify(url: str | os.PathLike, expected: str, remedy: str = "") -> None:
-    """Read an object whole and compare it with its checksum.
+    """Read a whole object and compare it with its checksum.
 
     Raises:
-        CorruptDataError: it differs.
+        CorruptDataError: the checksum differs.
     """
     place = normalize(url)
     confirmed(

@@ -1,9 +1,9 @@
-"""Checksum of a whole from the checksums of its pieces, without reading a byte again.
+"""The checksum of an object, computed from the checksums of its pieces without reading them again.
 
-A shard is written in many places at once, so no running checksum sees its bytes in order. CRCs are
-linear: the CRC of ``a + b`` is that of ``a`` pushed through ``len(b)`` zero bytes, XOR that of
-``b``, and pushing through zeros is a 32 x 32 matrix over GF(2). The method is zlib's
-``crc32_combine`` (Mark Adler), here for CRC-32C.
+A shard is written at many offsets at once, so no running checksum sees its bytes in order. CRCs are
+linear: ``crc(a + b) = zeros(crc(a), len(b)) XOR crc(b)``. Here ``zeros(crc, n)`` is the CRC after
+``n`` more zero bytes, which is a product with a 32 x 32 matrix over GF(2). The method is
+``crc32_combine`` of zlib (Mark Adler), here for CRC-32C.
 """
 
 import functools
@@ -52,7 +52,7 @@ def _square(matrix: _Matrix) -> _Matrix:
 
 @functools.lru_cache(maxsize=64)
 def _zeros(length: int) -> _Matrix:
-    """What ``length`` zero bytes do to a CRC."""
+    """The matrix that appends ``length`` zero bytes to a CRC."""
     if length < 0:
         raise ValueError(f"length is {length}, expected at least 0")
     power: _Matrix = (_POLYNOMIAL, *(1 << bit for bit in range(31)))  # one zero bit

@@ -1,9 +1,9 @@
-"""Bytes that differ from what was recorded are read again before anything is said about them.
+"""Bytes with a wrong checksum are read again before they count as damaged.
 
-A bit can flip in memory, in a cache, in a controller or on a wire, and then a sound object looks
-damaged once. So all code that compares bytes with a checksum does it through :func:`confirmed`.
-Bytes that do not fit are read again past every cache. Only bytes that are wrong in the same way
-each time count as damage.
+A bit can flip in memory, in a cache, in a disk controller or in the network. An undamaged object
+then looks damaged once. So all code that compares bytes with a checksum uses :func:`confirmed`. It
+reads bytes with a wrong checksum again, past all caches. The object counts as damaged only if every
+read returns the same wrong bytes.
 """
 
 import logging
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from saev.errors import SaevError, StorageError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _REREADS = 2
 
@@ -26,17 +26,17 @@ def confirmed(
     wrong: Callable[[BytesT], SaevError | None],
     difference: Callable[[Bytes, Bytes], str] | None = None,
 ) -> BytesT:
-    """Read bytes, if necessary several times, until they are right.
+    """Read bytes and check them; read them again if the check fails.
 
     Args:
         url: the object, for messages.
-        read: reads them, past every cache if it gets True. It may use the same memory each time.
-        wrong: says what is wrong with some bytes; None if they are right.
-        difference: says where two reads differ.
+        read: reads the bytes; ``read(True)`` bypasses all caches. It may reuse its memory.
+        wrong: checks the bytes and returns the error, or None if they are right.
+        difference: describes where two reads differ.
 
     Raises:
-        SaevError: what ``wrong`` says, if every read gave the same bytes.
-        StorageError: the reads differ from each other, so nothing is known of what is stored.
+        SaevError: the error of ``wrong``, if every read returned the same bytes.
+        StorageError: the reads differ from each other, so the state of the object is not known.
     """
     data = read(False)
     error = wrong(data)
@@ -49,25 +49,25 @@ def confirmed(
         if data != first:
             differs = (difference or _first_difference)(first, data)
         if again is None:
-            log.warning(
-                "%s was read wrongly once: %s. A second read, past all caches, is right, so what "
-                "is stored is sound. If this happens again, check the memory, the local disk and "
-                "the network of this machine.",
+            logger.warning(
+                "%s was read wrongly once: %s. A second read, past all caches, is right, so the "
+                "stored object is sound. If this happens again, check the memory, the local disk "
+                "and the network of this machine.",
                 *(url, differs),
             )
             return data
     if differs:
         raise StorageError(
             f"{url} cannot be read reliably: {1 + _REREADS} reads do not fit its checksum and "
-            f"differ from each other ({differs}). What is stored may be sound, so do not delete "
-            "it: check the memory, the local disk and the network of this machine, and run the "
+            f"differ from each other ({differs}). The stored object may be sound, so do not delete "
+            "it. Check the memory, the local disk and the network of this machine, and run the "
             "same command on another one."
         ) from error
     raise error
 
 
 def _first_difference(first: Bytes, second: Bytes) -> str:
-    """Where two buffers differ, in words."""
+    """Describe the first difference of two buffers."""
     if len(first) != len(second):
         return f"{len(first)} bytes, then {len(second)}"
     low, high = 0, len(first)

@@ -1,4 +1,4 @@
-"""One creator: an object that only the first of many callers may write."""
+"""Creating an object that must not exist yet: only the first of many callers succeeds."""
 
 import contextlib
 import errno
@@ -22,16 +22,17 @@ _MEMORY_LOCK = threading.Lock()
 
 
 def create(url: str | os.PathLike, data: bytes) -> bool:
-    """Publish one object if nothing has its name: of any number of callers, one gets True.
+    """Publish an object if there is none with its name. Of all callers, only one gets True.
 
-    A request whose answer was lost is sent again and then finds its own object. So an object that
-    holds exactly ``data`` counts as the caller's: put something into it that no one else writes.
+    If the answer to a request is lost, the request is sent again and finds the caller's own object.
+    So an existing object with exactly ``data`` counts as created by the caller. Callers must put
+    something unique into ``data``.
 
     Returns:
-        Whether the object is the caller's.
+        Whether the caller created the object.
 
     Raises:
-        StorageError: also where the store cannot do this: one without hard links (local) or without
+        StorageError: the object cannot be written, or the storage has no hard links (local) or no
             conditional writes (object stores).
     """
     text = normalize(url)
@@ -48,7 +49,7 @@ def create(url: str | os.PathLike, data: bytes) -> bool:
             if not isinstance(err.__cause__, FileNotFoundError):
                 raise
             time.sleep(0.02 * look)
-    return False  # it was another caller's, and was deleted since
+    return False  # another caller created it, and it has been deleted since
 
 
 def _create_local(path: Path, data: bytes) -> bool:
@@ -59,7 +60,7 @@ def _create_local(path: Path, data: bytes) -> bool:
             handle.write(data)
             handle.flush()
             os.fsync(fd)
-            os.link(temporary, path)  # unlike a rename it never replaces, and NFS has it
+            os.link(temporary, path)  # never replaces a file, unlike a rename; works on NFS
     except FileExistsError:
         return False
     except OSError as err:
@@ -87,7 +88,7 @@ def _create_remote(url: str, data: bytes) -> bool:
     put = functools.partial(fs.pipe_file, key, data, mode="create")
     if not _conditional(put, url):
         return False
-    # A store, or a client, that ignores the condition says yes to everybody, and to us again.
+    # A store or client that ignores the condition accepts the same write a second time.
     if _conditional(put, url):
         raise StorageError(
             f"Cannot create {url} safely: its object store ignores the condition that the object "
@@ -97,7 +98,7 @@ def _create_remote(url: str, data: bytes) -> bool:
 
 
 def _conditional(put: tp.Callable[[], object], url: str) -> bool:
-    """Whether a write was let through; False: the object was there already."""
+    """Send a conditional write. Returns False if the object existed already."""
     try:
         retry(put)()
     except FileExistsError:
@@ -105,7 +106,7 @@ def _conditional(put: tp.Callable[[], object], url: str) -> bool:
     except OSError as err:
         response = getattr(err.__cause__, "response", None) or {}
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if status == 412:  # with a body that s3fs does not know
+        if status == 412:  # s3fs does not know this store's body of the answer
             return False
         if status == 501 or err.errno == errno.ENOSYS:
             raise StorageError(

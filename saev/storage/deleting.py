@@ -1,4 +1,4 @@
-"""Removing objects, and what killed writers left."""
+"""Deleting objects, and temporary files that killed writers left behind."""
 
 import contextlib
 import fcntl
@@ -17,11 +17,11 @@ from saev.storage.looking import exists
 from saev.storage.urls import TMP_PREFIX, filesystem, is_s3, join, local_path, normalize
 from saev.storage.writing import write_bytes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
-    """Remove an object (or a folder). A missing one is not an error."""
+    """Delete an object, or a folder with ``recursive``. It is no error if nothing is there."""
     text = normalize(url)
     fs, key = filesystem(text)
     with explained(text, "delete"), contextlib.suppress(FileNotFoundError):
@@ -31,14 +31,14 @@ def delete(url: str | os.PathLike, *, recursive: bool = False) -> None:
             retry(fs.rm_file)(key)
         elif isinstance(fs, LocalFileSystem) or not has_magic(key):
             retry(fs.rm)(key, recursive=True)
-        else:  # fsspec would take the name for a pattern, and remove what matches it
+        else:  # fsspec would treat the name as a glob pattern and delete all matches
             for found in [*retry(fs.find)(key), key]:
                 retry(fs.rm_file)(found)
         fs.invalidate_cache(key)
 
 
 def remove_empty(url: str | os.PathLike) -> None:
-    """Remove a local folder if it is empty, or leave it. Object stores have no empty folders."""
+    """Delete a local folder if it is empty. Object stores have no empty folders."""
     path = local_path(url)
     if path is not None:
         with contextlib.suppress(OSError):
@@ -46,15 +46,15 @@ def remove_empty(url: str | os.PathLike) -> None:
 
 
 def clean_up(url: str | os.PathLike, *, recursive: bool = False) -> None:
-    """Remove what a published result no longer needs. If that fails it stays, with a warning."""
+    """Delete what a published result no longer needs. A failure is only a warning."""
     try:
         delete(url, recursive=recursive)
     except StorageError as err:
-        log.warning("%s Nothing depends on it; what is left there can be deleted.", err)
+        logger.warning("%s Nothing depends on it, so it can be deleted later.", err)
 
 
 def _delete_s3(fs: tp.Any, key: str, *, recursive: bool) -> None:
-    """Delete from S3. s3fs ignores which keys an answer to DeleteObjects names as not deleted."""
+    """Delete from S3. Unlike s3fs, raise an error for keys that DeleteObjects did not delete."""
     bucket, name, _ = fs.split_path(key)
     call = retry(fs.call_s3)
     if name:
@@ -84,7 +84,7 @@ def _delete_batch(fs: tp.Any, bucket: str, keys: list[str]) -> None:
 
 
 def clean_temporary(url: str | os.PathLike) -> None:
-    """Remove what killed local writers left in a folder. Files of living writers stay."""
+    """Delete the temporary files of killed local writers. Those of running writers stay."""
     path = local_path(url)
     if path is None or not path.is_dir():
         return
@@ -94,7 +94,7 @@ def clean_temporary(url: str | os.PathLike) -> None:
 
 
 def remove_temporary(url: str | os.PathLike) -> bool:
-    """Remove one unfinished write, unless its writer is alive; returns whether it is gone."""
+    """Delete one temporary file, unless its writer is running. Returns whether it is gone."""
     text = normalize(url)
     path = local_path(text)
     if path is None:
@@ -113,16 +113,16 @@ def remove_temporary(url: str | os.PathLike) -> bool:
 def _remove_temporary(path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer is running
         path.unlink()
     finally:
         os.close(fd)
 
 
 def check_writable(url: str | os.PathLike) -> None:
-    """Fail now, with one clear error, if nothing can be written below ``url``.
+    """Raise StorageError if nothing can be written below ``url``.
 
-    All processes write the same name. So what a killed one leaves, the next one deletes.
+    All processes write the same name, so the object of a killed process is deleted by the next one.
     """
     probe = join(url, f"{TMP_PREFIX}probe")
     write_bytes(probe, b"")

@@ -5,10 +5,12 @@ from saev.errors import StorageError
 
 
 def check_endpoint(url: str) -> None:
-    """Refuse a store's address that has a key in it, wherever botocore found it.
+    """Raise StorageError if a store's address contains a user name or a password.
+
+    botocore takes the address from the environment or from a profile.
 
     Args:
-        url: the address, or one of a request to it.
+        url: the address, or the URL of a request to it.
     """
     if secrets.holds_key(url.partition("?")[0]):
         raise StorageError(

@@ -1,4 +1,4 @@
-"""What goes wrong, in one sentence each, and what is worth another try."""
+"""Errors of storage: one sentence that explains each, and which operations are retried."""
 
 import contextlib
 import errno
@@ -26,9 +26,9 @@ ErrorT = tp.TypeVar("ErrorT", bound=BaseException)
 _EXPECTED: tuple[type[BaseException], ...] = (
     OSError,
     ValueError,
-)  # what fsspec backends raise for a failed request
+)  # errors of fsspec backends for a failed request
 _BOTO: tp.Any = None
-try:  # botocore's errors are not OSErrors; NoCredentialsError is the one a new user meets
+try:  # botocore's errors are not OSErrors
     import botocore.exceptions
     import botocore.parsers
     from aiohttp import ClientError as _HttpError
@@ -40,21 +40,21 @@ except ImportError:
     pass
 
 
-# --- In words ------------------------------------------------------------------------------
+# --- Explanations --------------------------------------------------------------------------
 
 
 def explain(err: BaseException, url: str, doing: str) -> StorageError:
-    """One sentence for the operating system's or the object store's answer."""
-    tried = getattr(err, "saev_tried", "")
-    said = StorageError(f"Cannot {doing} {url}: {_sentence(err, url, doing)}{tried}")
-    said.passing = is_passing(err)
-    return said
+    """The StorageError for an error of the operating system or of a library."""
+    attempts = getattr(err, "saev_attempts", "")
+    error = StorageError(f"Cannot {doing} {url}: {_reason(err, url, doing)}{attempts}")
+    error.passing = is_passing(err)
+    return error
 
 
-def _sentence(err: BaseException, url: str, doing: str) -> str:
+def _reason(err: BaseException, url: str, doing: str) -> str:
     answer = answer_of(err)
     if answer is not None:
-        return answers.sentence(answer, url, doing)
+        return answers.explanation(answer, url, doing)
     tls, no_host = _innermost(err, ssl.SSLError), _innermost(err, socket.gaierror)
     if tls is not None:
         return _of_tls(tls, url)
@@ -93,8 +93,8 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
     if isinstance(err, ssl.SSLCertVerificationError):
         return (
             f"the certificate{endpoint} cannot be trusted ({err.verify_message}). If the store has "
-            "a certificate authority of its own, AWS_CA_BUNDLE has to name the file with that "
-            "authority's certificate (PEM)."
+            "its own certificate authority, set AWS_CA_BUNDLE to the file with that authority's "
+            "certificate (PEM)."
         )
     if err.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
         return (
@@ -108,10 +108,11 @@ def _of_tls(err: ssl.SSLError, url: str) -> str:
 
 
 def _of_connection(err: BaseException, url: str) -> str:
-    """What is wrong before a store can answer; empty if it is something else."""
+    """Explanation if the store could not be asked, else empty."""
     if url.startswith(("s3://", "s3a://")) and _is_of_network(err):
-        said = str(err) or str(err.__cause__ or "")  # fsspec hides ours in one that says nothing
-        return _no_answer(url, said or type(err).__name__)
+        # fsspec wraps our error in one with an empty message.
+        message = str(err) or str(err.__cause__ or "")
+        return _no_answer(url, message or type(err).__name__)
     if _BOTO is None:
         return ""
     if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
@@ -144,7 +145,7 @@ def _is_of_network(err: BaseException) -> bool:
 
 
 def answer_of(err: BaseException) -> answers.Answer | None:
-    """What an S3 store answered, if that is the reason."""
+    """The answer of an S3 store that caused an error; None if there was none."""
     for cause in _causes(err):
         if isinstance(cause, answers.RefusedError):
             return cause.answer
@@ -154,7 +155,12 @@ def answer_of(err: BaseException) -> answers.Answer | None:
 
 
 def _causes(err: BaseException, *, during: bool = False) -> Iterator[BaseException]:
-    """An error and what it was made from, outermost first; maybe also what it was raised during."""
+    """An error and its causes, outermost first.
+
+    Args:
+        err: the error.
+        during: follow ``__context__`` too, where there is no ``__cause__``.
+    """
     seen: list[BaseException] = []
     queue: list[tp.Any] = [err]
     while queue:
@@ -169,19 +175,21 @@ def _causes(err: BaseException, *, during: bool = False) -> Iterator[BaseExcepti
 
 
 def _innermost(err: BaseException, kind: type[ErrorT]) -> ErrorT | None:
-    """aiohttp's errors are also of the kind of what they were made from, without its details."""
+    """The innermost error of a type. aiohttp wraps errors in subclasses that lack the details."""
     found = [cause for cause in _causes(err, during=True) if isinstance(cause, kind)]
     return found[-1] if found else None
 
 
 @contextlib.contextmanager
-def explained(url: str, doing: str, *, of_others: bool = False) -> Iterator[None]:
-    """Errors of the block in one sentence; says the same while it tries again.
+def explained(url: str, doing: str, *, foreign_code: bool = False) -> Iterator[None]:
+    """Turn errors of the block into a StorageError of one sentence.
+
+    Warnings about retries inside the block name the same operation.
 
     Args:
-        url: what the sentence is about.
-        doing: verb.
-        of_others: the block also holds code that is not ours, whose ValueErrors keep their names.
+        url: the location in the message.
+        doing: the verb in the message.
+        foreign_code: the block also runs the caller's code, whose ValueErrors are not changed.
     """
     before = waiting.operation.get()
     waiting.operation.set((url, doing))
@@ -190,20 +198,20 @@ def explained(url: str, doing: str, *, of_others: bool = False) -> Iterator[None
     except StorageError:
         raise
     except _EXPECTED as err:
-        if of_others and isinstance(err, ValueError) and not isinstance(err, OSError):
+        if foreign_code and isinstance(err, ValueError) and not isinstance(err, OSError):
             raise
         raise explain(err, url, doing) from err
     finally:
         waiting.operation.set(before)
 
 
-# --- Again ---------------------------------------------------------------------------------
+# --- Retries -------------------------------------------------------------------------------
 
 
 def is_passing(err: BaseException) -> bool:
-    """Whether the same operation may succeed later, without anybody mending anything.
+    """Whether the same operation may succeed later without a repair.
 
-    For errors of every kind: what :mod:`saev.storage` raises, and what libraries do.
+    Accepts errors of :mod:`saev.storage` and errors of libraries.
     """
     if isinstance(err, StorageError | ModelError):
         return err.passing
@@ -211,7 +219,7 @@ def is_passing(err: BaseException) -> bool:
     if answer is not None:
         return answer.passes
     tls = _innermost(err, ssl.SSLError)
-    if tls is not None:  # a broken connection passes, and nothing of a certificate
+    if tls is not None:  # a broken connection passes, a bad certificate does not
         return not isinstance(tls, ssl.SSLCertVerificationError) and tls.reason in _BROKEN_TLS
     if isinstance(err, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
         return False
@@ -240,35 +248,35 @@ def is_passing(err: BaseException) -> bool:
 
 
 def retry(call: Callable[P, T]) -> Callable[P, T]:
-    """``call``, tried again while its errors are passing and patience lasts."""
+    """Decorator: repeat a call while its errors are passing, for up to SAEV_PATIENCE_S seconds."""
 
     @functools.wraps(call)
-    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
+    def retried(*args: P.args, **kwargs: P.kwargs) -> T:
         start, patience = time.monotonic(), waiting.patience_s()
         with waiting.patience(patience):
-            again = tenacity.Retrying(
+            retrying = tenacity.Retrying(
                 retry=tenacity.retry_if_exception(is_passing),
                 wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
                 stop=tenacity.stop_before_delay(patience),
-                before_sleep=functools.partial(_tell, end=start + patience),
+                before_sleep=functools.partial(_warn, end=start + patience),
                 reraise=True,
             )
             try:
-                return again(call, *args, **kwargs)
+                return retrying(call, *args, **kwargs)
             except Exception as err:
-                n = again.statistics.get("attempt_number", 1)
+                n = retrying.statistics.get("attempt_number", 1)
                 if n > 1 and is_passing(err):
                     spent = time.monotonic() - start
-                    err.saev_tried = f" It was tried {n} times in {spent:.0f} s."  # type: ignore[attr-defined]
+                    err.saev_attempts = f" It was tried {n} times in {spent:.0f} s."  # type: ignore[attr-defined]
                 raise
 
-    return tried
+    return retried
 
 
-def _tell(state: tenacity.RetryCallState, end: float) -> None:
-    """Say what is wrong, if it has been so for some seconds."""
+def _warn(state: tenacity.RetryCallState, end: float) -> None:
+    """Warn of a fault that has lasted for some seconds."""
     err = state.outcome.exception() if state.outcome else None
     url, doing = waiting.operation.get()
     if err is None or not url or (state.seconds_since_start or 0.0) < waiting.QUIET_S:
         return
-    waiting.tell(url, str(explain(err, url, doing)), end)
+    waiting.warn(url, str(explain(err, url, doing)), end)

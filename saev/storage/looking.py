@@ -1,4 +1,4 @@
-"""What is there: existence, sizes and listings, never from a cache."""
+"""Existence, sizes and listings. None of them comes from a cache."""
 
 import contextlib
 import contextvars
@@ -27,7 +27,7 @@ from saev.storage.urls import (
 )
 
 _PAGE = 1000
-"""Files between two reports of progress: as many as S3 lists in one answer."""
+"""Files between two reports of progress: the page size of listings of S3."""
 _listener: contextvars.ContextVar[Callable[[int], object]] = contextvars.ContextVar(
     "saev_files_found", default=lambda n: None
 )
@@ -43,26 +43,26 @@ class Entry(tp.NamedTuple):
     """Bytes; 0 for folders."""
     is_dir: bool
     etag: str = ""
-    """The object store's entity tag without quotes; empty where there is none."""
+    """The object store's entity tag without quotes; empty if there is none."""
 
 
 class Object(tp.NamedTuple):
-    """One file below a folder, with what tells whether it changed."""
+    """One file below a folder."""
 
     key: str
     """Path below the folder that was listed, with slashes."""
     size: int
     """Bytes."""
     etag: str
-    """The object store's entity tag without quotes; on disks the time of the last write, which
-    copies may preserve; empty where there is neither. It differs where the content was replaced."""
+    """Differs if the content was replaced: the object store's entity tag without quotes, or the
+    mtime of a local file, which copies may preserve. Empty if there is neither."""
     changed: float | None
-    """When it was written: seconds since the epoch, UTC; on disks the later of mtime and ctime.
-    None if its store does not say."""
+    """Time of the last write in seconds since the epoch, UTC; for local files the later of mtime
+    and ctime. None if the store does not tell it."""
 
     @property
     def modified(self) -> float:
-        """When it was written. Raises StorageError if its store does not say."""
+        """Time of the last write. Raises StorageError if the store does not tell it."""
         if self.changed is None:
             raise StorageError(
                 f"The store of {self.key} does not say when it was changed. Use a path, s3:// or "
@@ -72,7 +72,7 @@ class Object(tp.NamedTuple):
 
 
 def exists(url: str | os.PathLike) -> bool:
-    """Whether an object or folder is there. Never answers from a listing cache."""
+    """Whether there is an object or a folder. Never uses a cached listing."""
     text = normalize(url)
     path = local_path(text)
     with explained(text, "look at"):
@@ -87,18 +87,18 @@ def exists(url: str | os.PathLike) -> bool:
 
 
 def _bucket_exists(fs: tp.Any, bucket: str) -> bool:
-    """Whether there is a bucket. To s3fs, one whose store does not answer does not exist."""
+    """Whether there is a bucket. s3fs also returns False if the store does not answer."""
     try:
         retry(fs.call_s3)("head_bucket", Bucket=bucket)
     except FileNotFoundError:
         return False
-    except PermissionError:  # it may be one of which we may read some objects
+    except PermissionError:  # perhaps only some of its objects may be read
         return bool(retry(fs.exists)(bucket))
     return True
 
 
 def is_dir(url: str | os.PathLike) -> bool:
-    """Whether ``url`` is a folder (on object storage: a prefix that holds something)."""
+    """Whether ``url`` is a folder (on object storage: a prefix of at least one object)."""
     text = normalize(url)
     path = local_path(text)
     with explained(text, "look at"):
@@ -126,7 +126,7 @@ def list_dir(url: str | os.PathLike, *, missing_ok: bool = False) -> list[Entry]
 
     Raises:
         StorageError: it cannot be listed, or it is missing. With ``missing_ok`` a missing folder
-            counts as an empty one.
+            counts as empty.
     """
     text = normalize(url)
     path = local_path(text)
@@ -148,7 +148,7 @@ def _list_local(folder: Path) -> list[Entry]:
             for row in rows:
                 try:
                     status = _status(row)
-                except FileNotFoundError:  # it was removed since the folder was listed
+                except FileNotFoundError:  # deleted since the folder was listed
                     continue
                 is_folder = stat.S_ISDIR(status.st_mode)
                 n_bytes = 0 if is_folder else status.st_size
@@ -159,7 +159,7 @@ def _list_local(folder: Path) -> list[Entry]:
 
 
 def _status(row: os.DirEntry[str]) -> os.stat_result:
-    """That of a file or, for a link to nothing, of the link itself."""
+    """Status of a file; for a broken symbolic link, that of the link itself."""
     try:
         return row.stat()
     except OSError:
@@ -183,8 +183,15 @@ def _list_remote(url: str) -> list[Entry]:
 
 
 def _child(fs: tp.Any, url: str, key: str, found: str) -> str:
-    """URL of an object ``found`` in the listing of a folder, which fsspec calls ``key``."""
-    if found.startswith(f"{key}/"):  # with_scheme takes a minute for a million names
+    """URL of an object in the listing of a folder.
+
+    Args:
+        fs: the file system.
+        url: URL of the folder.
+        key: fsspec's key of the folder.
+        found: fsspec's key of the object.
+    """
+    if found.startswith(f"{key}/"):  # with_scheme would take a minute for a million names
         return f"{url}{found[len(key) :].rstrip('/')}"
     return with_scheme(fs, found)
 
@@ -196,21 +203,19 @@ def walk(
     missing_ok: bool = False,
     seen: Callable[[int], object] = lambda n: None,
 ) -> Iterator[Object]:
-    """All files below a folder, one by one as they are found, also of millions.
+    """All files below a folder, yielded as they are found, in constant memory.
 
-    They come in no promised order; ``sorted`` orders them by key. Symbolic links are followed. On
-    an object store it is one recursive listing, whatever the number of keys, and never one from a
-    cache.
+    The order is not defined; ``sorted`` orders them by key. Symbolic links are followed. On an
+    object store it is one recursive listing, which never comes from a cache.
 
     Args:
         url: the folder.
         temporary: whether unfinished local writes are listed too.
-        missing_ok: whether a folder that does not exist is an empty one. A bucket that does not
-            exist is an error all the same.
-        seen: told how many files were found, a thousand at a time.
+        missing_ok: whether a missing folder counts as empty. A missing bucket is always an error.
+        seen: called with the number of new files, after every thousand files.
 
     Raises:
-        StorageError: the folder, or one further down, is missing, is a file, or may not be read.
+        StorageError: the folder, or one below it, is missing, is a file, or may not be read.
     """
     return _walk(normalize(url), temporary, missing_ok, (seen, _listener.get()))
 
@@ -241,7 +246,8 @@ def _walk(
 
 
 def _bucket_is_missing(url: str) -> bool:
-    """Whether not even the bucket is there. S3 says so by itself; other stores are asked."""
+    """Whether the bucket is missing. For S3 the listing itself raises an error; other stores are
+    asked here."""
     if local_path(url) is not None or url.startswith(("s3://", "memory://")):
         return False
     fs, key = filesystem(url)
@@ -249,7 +255,7 @@ def _bucket_is_missing(url: str) -> bool:
         fs.info(key.split("/", 1)[0])
     except FileNotFoundError:
         return True
-    except Exception:  # who may not ask may still list
+    except Exception:  # the user may not look at the bucket, but may be allowed to list it
         return False
     return False
 
@@ -267,7 +273,7 @@ def _objects(text: str, temporary: bool) -> Iterator[Object]:
 
 
 def _modified(row: dict[str, tp.Any]) -> float | None:
-    """When an object was written, from whichever field its store's listing has."""
+    """Time of an object's last write. Stores name this field differently."""
     for field in ("LastModified", "updated", "last_modified", "mtime", "created"):
         value = row.get(field)
         if isinstance(value, str):
@@ -280,13 +286,13 @@ def _modified(row: dict[str, tp.Any]) -> float | None:
 
 
 def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
-    """URLs of the files below a folder that is not local, each with its row of the listing."""
+    """URLs of the files below a remote folder, each with its row of the listing."""
     fs, key = filesystem(url)
     is_folder = False
     with explained(url, "list"):
         fs.invalidate_cache(key)
         for found, row in _rows(fs, key):
-            # An object may have the folder's own name. It is not below the folder: leave it out.
+            # An object may have the same name as the folder. It is not below the folder.
             is_below = found.rstrip("/") != key
             is_folder = is_folder or is_below or is_marker(found)
             if is_below and not is_marker(found):
@@ -296,7 +302,7 @@ def _walk_remote(url: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
 
 
 def _rows(fs: tp.Any, folder: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
-    """Keys below a folder as fsspec writes them, and what the listing says of each."""
+    """fsspec's keys of the objects below a folder, each with its row of the listing."""
     bucket = s3.bucket_of(fs, folder)
     if bucket is not None:
         name_, prefix, _ = fs.split_path(folder)
@@ -309,14 +315,14 @@ def _rows(fs: tp.Any, folder: str) -> Iterator[tuple[str, dict[str, tp.Any]]]:
 
 
 def is_marker(key: str) -> bool:
-    """Whether an object is only a marker for a folder, as some tools write them."""
+    """Whether an object is only a marker of a folder, which some tools create."""
     return key.endswith("/")
 
 
 def _walk_local(
     folder: Path, above: frozenset[tuple[int, int]] = frozenset(), *, temporary: bool = False
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Files below ``folder``. ``above`` holds the folders over it, so that link cycles end."""
+    """Files below ``folder``. ``above`` are its parent folders; it stops cycles of links."""
     with explained(str(folder), "list"):
         try:
             status = folder.stat()
@@ -326,10 +332,10 @@ def _walk_local(
             with os.scandir(folder) as rows:
                 names = sorted(row.name for row in rows)
         except FileNotFoundError:
-            if above:  # removed by someone since its parent was listed
+            if above:  # deleted since its parent was listed
                 return
             raise
-    for child in names:  # only names are kept: there may be a million
+    for child in names:  # only names are kept in memory, because there may be a million
         if child.startswith(TMP_PREFIX) and not temporary:
             continue
         place = folder / child
@@ -337,7 +343,7 @@ def _walk_local(
             try:
                 status = place.stat()
             except OSError as err:
-                if err.errno not in (errno.ENOENT, errno.ELOOP):  # removed, or a link to nothing
+                if err.errno not in (errno.ENOENT, errno.ELOOP):  # deleted, or a broken link
                     raise
                 continue
         if stat.S_ISDIR(status.st_mode):

@@ -1,14 +1,14 @@
-"""What a published folder holds: the object that is published last lists all others.
+"""Manifests: the object that is published last in a folder lists all other objects.
 
-That object is JSON with two keys beside its own:
+That object is JSON with two additional keys:
 
     "files"     {name: {"n_bytes": …, "checksum": "crc32c:…", "blocks": "…"}}
     "checksum"  of the whole object's canonical JSON without this key
 
-`blocks` has eight hex digits per MiB, the CRC-32C of each, and only objects above one MiB have it:
-so a reader of a few bytes checks what it reads without reading everything. The list is a function
-of the objects' bytes alone. What earlier versions published has neither key, and is read with one
-warning; with one of the two it is damaged.
+`blocks` holds the CRC-32C of each MiB, eight hex digits each. Only objects above one MiB have it. A
+reader of a few bytes can check them without reading the whole object. The list depends on the
+objects' bytes only. Objects of earlier versions have neither key and are read with one warning. An
+object with only one of the two keys is damaged.
 """
 
 import contextlib
@@ -35,41 +35,41 @@ from saev.storage.reading import read_bytes, read_json, read_parsed
 from saev.storage.stored import is_file_name
 from saev.storage.urls import join, normalize
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FILES, CHECKSUM = "files", "checksum"
 _SUM = re.compile(r"crc32c:[0-9a-f]{8}")
 _HEX = re.compile(r"[0-9a-f]*")
 _RUN = 16 << 20
-"""Bytes that are read at a time."""
+"""Most bytes per read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """One object of a list."""
+    """Size and checksums of one object in a manifest."""
 
     n_bytes: int
-    """Size."""
+    """Size in bytes."""
     checksum: str
-    """CRC-32C of all of it."""
+    """CRC-32C of the whole object."""
     blocks: str = ""
-    """CRC-32C of each MiB, eight hex digits each; empty if there is no more than one."""
+    """CRC-32C of each MiB, eight hex digits each; empty if there is only one."""
 
     @classmethod
     def of(cls, data: Bytes) -> "Listed":
-        """That of some bytes."""
-        writer = ChecksumWriter(tp.cast(tp.BinaryIO, _Nowhere()))
+        """Compute from bytes."""
+        writer = ChecksumWriter(tp.cast(tp.BinaryIO, _NullFile()))
         writer.write(data)
         return cls.written(writer)
 
     @classmethod
     def written(cls, writer: ChecksumWriter) -> "Listed":
-        """That of what went through a writer."""
+        """Take from a writer that has written the object."""
         return cls(writer.n_bytes, writer.checksum, writer.blocks)
 
     @classmethod
     def whole(cls, n_bytes: tp.Any, checksum: tp.Any, source: str) -> "Listed":
-        """That of an object of which no parts can be checked. Raises CorruptDataError."""
+        """From a stored size and checksum, without blocks. Raises CorruptDataError."""
         if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
             raise CorruptDataError(f"{source}: n_bytes is {n_bytes!r:.60}, expected a size.")
         if not isinstance(checksum, str) or not _SUM.fullmatch(checksum):
@@ -85,16 +85,18 @@ class Listed:
     def from_dict(cls, raw: tp.Any, source: str) -> "Listed":
         """Inverse of :meth:`to_dict`. Raises CorruptDataError."""
         if not isinstance(raw, dict) or raw.keys() - {"n_bytes", "checksum", "blocks"}:
-            raise CorruptDataError(f"{source} is not n_bytes, checksum and blocks of an object.")
+            raise CorruptDataError(
+                f"{source} is not an entry of a manifest, expected n_bytes, checksum and blocks."
+            )
         found = cls.whole(raw.get("n_bytes"), raw.get("checksum"), source)
         blocks, n = raw.get("blocks", ""), found.n_bytes
         n_digits = 8 * -(-n // BLOCK) if n > BLOCK else 0
         if not isinstance(blocks, str) or len(blocks) != n_digits or not _HEX.fullmatch(blocks):
-            raise CorruptDataError(f"{source} has not {n_digits} hex digits for its blocks.")
+            raise CorruptDataError(f"{source}: blocks is not {n_digits} hex digits.")
         return dataclasses.replace(found, blocks=blocks)
 
     def error(self, url: str, data: Bytes, remedy: str) -> CorruptDataError | None:
-        """What is wrong with the whole of an object; None if nothing is."""
+        """The error if ``data`` is not this object; None if it is."""
         if len(data) != self.n_bytes:
             return CorruptDataError(
                 f"{url} is damaged: it has {len(data)} bytes, expected {self.n_bytes}. {remedy}"
@@ -102,7 +104,7 @@ class Listed:
         return mismatch(url, format_checksum(crc32c(data)), self.checksum, remedy)
 
 
-class _Nowhere(io.RawIOBase):
+class _NullFile(io.RawIOBase):
     def write(self, data: tp.Any) -> int:
         return len(data)
 
@@ -114,7 +116,7 @@ Files = Mapping[str, Listed]
 
 
 def seal(record: Mapping[str, tp.Any], files: Files | None = None) -> dict[str, tp.Any]:
-    """``record`` with the list of its files, and a checksum of all of it."""
+    """``record`` with the list of its files and a checksum of both."""
     listed = {name: row.to_dict() for name, row in sorted((files or {}).items())}
     whole = {**record, FILES: listed}
     return {**whole, CHECKSUM: _content_checksum(json.loads(json.dumps(whole)))}
@@ -124,7 +126,7 @@ def unseal(raw: tp.Any, source: str, remedy: str = "") -> tuple[dict[str, tp.Any
     """Inverse of :func:`seal`; the list is None if an earlier version wrote the object.
 
     Raises:
-        CorruptDataError: it is not an object, its checksum differs, or its list is not one.
+        CorruptDataError: it is not a JSON object, its checksum differs, or its list is invalid.
     """
     if not isinstance(raw, dict):
         raise CorruptDataError(
@@ -139,12 +141,12 @@ def unseal(raw: tp.Any, source: str, remedy: str = "") -> tuple[dict[str, tp.Any
     found = _content_checksum(record)
     if raw[CHECKSUM] != found:
         raise CorruptDataError(
-            f"{source} is damaged: its content has checksum {found}, it says "
+            f"{source} is damaged: its content has checksum {found}, expected "
             f"{raw[CHECKSUM]!r:.60}. {remedy}"
         )
     rows = record.pop(FILES)
     if not isinstance(rows, dict):
-        raise CorruptDataError(f"{source} has a list of files that is none. {remedy}")
+        raise CorruptDataError(f"{source} is damaged: its list of files is invalid. {remedy}")
     files = {
         check_name(name, source): Listed.from_dict(row, f"{source}: {name:.80}")
         for name, row in rows.items()
@@ -157,25 +159,25 @@ def _content_checksum(record: tp.Any) -> str:
 
 
 def check_name(name: str, source: str) -> str:
-    """``name``, if it is that of an object inside a folder. Raises CorruptDataError."""
+    """``name``, if it names an object inside its folder. Raises CorruptDataError if not."""
     if not all(map(is_file_name, name.split("/"))) or "::" in name:
         raise CorruptDataError(f"{source} names {name!r:.80}, expected a name inside its folder.")
     return name
 
 
 class Sealed(tp.NamedTuple):
-    """An object that was read."""
+    """A sealed object that was read."""
 
     record: dict[str, tp.Any]
-    """Its own keys."""
+    """The keys that were given to :func:`seal`."""
     files: Files | None
-    """What it lists; None if an earlier version wrote it."""
+    """The list of files; None if an earlier version wrote the object."""
     listed: Listed
-    """Its own size and checksum, for the list of a folder that it is in."""
+    """Size and checksum of the object itself, for the manifest of its folder."""
 
 
 def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
-    """Read an object that :func:`seal` made, or an earlier version without.
+    """Read an object made by :func:`seal`, or by an earlier version that did not seal it.
 
     Raises:
         CorruptDataError: it is damaged.
@@ -191,7 +193,7 @@ def read_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed:
 
 
 def find_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed | None:
-    """:func:`read_sealed` of an object that may be missing: None if it is. One request."""
+    """:func:`read_sealed`, but None if the object is missing. One request."""
     try:
         return read_sealed(url, remedy=remedy)
     except StorageError as err:
@@ -204,12 +206,12 @@ def find_sealed(url: str | os.PathLike, *, remedy: str = "") -> Sealed | None:
 
 
 class Folder:
-    """A published folder, whose objects are compared with the list as they are read.
+    """A published folder. Objects are compared with the manifest when they are read.
 
     Args:
         url: the folder.
         closing: name of the object that was published last.
-        sealed: what it says.
+        sealed: its content.
         remedy: a sentence for errors about damage.
     """
 
@@ -217,27 +219,27 @@ class Folder:
         self.url = url
         self.closing = closing
         self.record = sealed.record
-        """The closing object's own keys."""
+        """Keys of the closing object."""
         self.files = sealed.files
-        """What it lists; None if an earlier version published the folder."""
+        """The manifest; None if an earlier version published the folder."""
         self.checksum = sealed.listed.checksum
-        """Of the closing object's bytes."""
+        """Checksum of the closing object."""
         self._remedy = remedy
 
     def warn_if_unlisted(self) -> None:
-        """Say once that an earlier version published this folder, or one like it."""
+        """Warn once per process that an earlier version published this folder."""
         if self.files is None:
             say_once(
-                log,
+                logger,
                 f"{self.url} was published by an earlier version, whose {self.closing} does not "
-                "list checksums of all files: they are checked as far as that version recorded "
-                "any. (This is said once; other folders may be like it.)",
+                "list checksums of all files. Only the checksums that it recorded are checked. "
+                "(This is said once; other folders may be like it.)",
                 key=self.closing,
             )
 
     @classmethod
     def open(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
-        """Read the closing object; warns once if an earlier version wrote it.
+        """Read the closing object. Warns once if an earlier version wrote it.
 
         Raises:
             CorruptDataError: it is damaged.
@@ -250,27 +252,27 @@ class Folder:
 
     @classmethod
     def unlisted(cls, url: str | os.PathLike, closing: str, remedy: str = "") -> "Folder":
-        """A folder without a list, whose objects are read as they are."""
+        """A folder without a manifest, whose objects are not checked."""
         return cls(normalize(url), closing, Sealed({}, None, Listed(0, "")), remedy)
 
     def has(self, name: str) -> bool:
-        """Whether the folder has an object: what is listed must be there."""
+        """Whether the folder has an object, by the manifest, or by storage if there is none."""
         if self.files is not None:
             return name in self.files
         return exists(join(self.url, name))
 
     def listed(self, name: str) -> Listed | None:
-        """What is known of an object; None if an earlier version published the folder.
+        """The manifest's entry of an object; None if there is no manifest.
 
         Raises:
-            CorruptDataError: the list does not have it.
+            CorruptDataError: the manifest does not list the object.
         """
         if self.files is None:
             return None
         if name not in self.files:
             raise CorruptDataError(
-                f"{join(self.url, name)} is not in the list of {self.closing}, so it does not "
-                f"belong to the folder. {self._remedy}"
+                f"{join(self.url, name)} is not listed in {self.closing}, so it does not belong "
+                f"to the folder. {self._remedy}"
             )
         return self.files[name]
 
@@ -283,7 +285,7 @@ class Folder:
         place, listed = join(self.url, name), self.listed(name)
         if listed is None:
             return read_bytes(place)
-        with self._there(place):
+        with self._missing_is_damage(place):
             return read_listed(place, listed, self._remedy)
 
     def read_json(self, name: str) -> tp.Any:
@@ -293,16 +295,16 @@ class Folder:
         return parse_json(self.read_bytes(name), join(self.url, name))
 
     def reader(self, name: str) -> "RangeReader | CheckedReader":
-        """Ranges of an object, checked by the MiB."""
+        """A reader of ranges of an object, which checks every MiB."""
         place, listed = join(self.url, name), self.listed(name)
         if listed is None:
             return RangeReader(place)
-        with self._there(place):
+        with self._missing_is_damage(place):
             return CheckedReader(place, listed, self._remedy)
 
     @contextlib.contextmanager
-    def _there(self, place: str) -> Iterator[None]:
-        """A listed object that is missing is damage, not a wrong path."""
+    def _missing_is_damage(self, place: str) -> Iterator[None]:
+        """Turn the error for a missing object into CorruptDataError, because it is listed."""
         try:
             yield
         except StorageError as err:
@@ -314,7 +316,7 @@ class Folder:
 
 
 def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> bytes:
-    """A whole object that was listed. Raises CorruptDataError if it is another one."""
+    """Read a whole object that a manifest lists. Raises CorruptDataError if it differs."""
     place = normalize(url)
     return confirmed(
         place,
@@ -324,7 +326,7 @@ def read_listed(url: str | os.PathLike, listed: Listed, remedy: str = "") -> byt
 
 
 def read_verified(url: str | os.PathLike, checksum: str, remedy: str = "") -> bytes:
-    """A whole object whose checksum is known. Raises CorruptDataError if it has another."""
+    """Read a whole object. Raises CorruptDataError if its checksum is not the given one."""
     place = normalize(url)
     return confirmed(
         place,
@@ -334,15 +336,15 @@ def read_verified(url: str | os.PathLike, checksum: str, remedy: str = "") -> by
 
 
 class CheckedReader:
-    """:class:`RangeReader` of a listed object; whatever is read of it is right.
+    """:class:`RangeReader` of a listed object, which checks all bytes that it returns.
 
     Args:
         url: the object.
-        listed: what the list says of it.
+        listed: the manifest's entry.
         remedy: a sentence for errors about damage.
 
     Raises:
-        CorruptDataError: it has another size.
+        CorruptDataError: the size differs.
     """
 
     def __init__(self, url: str, listed: Listed, remedy: str = ""):
@@ -360,7 +362,7 @@ class CheckedReader:
         self._last: tuple[int, bytes] = (-1, b"")
 
     def readinto(self, offset: int, buffer: tp.Any) -> None:
-        """See :meth:`RangeReader.readinto`. Reads whole blocks, and more than was asked for."""
+        """See :meth:`RangeReader.readinto`. Reads and checks whole blocks of 1 MiB."""
         view = memoryview(buffer).cast("B")
         self._check_inside(offset, view.nbytes)
         done = 0
@@ -392,7 +394,7 @@ class CheckedReader:
             )
 
     def _block(self, number: int) -> bytes:
-        last = self._last  # one tuple, so threads see a block with its own number
+        last = self._last  # one tuple: threads must not see the number of another block
         if last[0] != number:
             buffer = bytearray(min(BLOCK, self.size - number * BLOCK))
             self._fill(number, memoryview(buffer))
@@ -400,7 +402,7 @@ class CheckedReader:
         return last[1]
 
     def _fill(self, first: int, view: memoryview) -> None:
-        """Whole blocks from number ``first`` on."""
+        """Read whole blocks from number ``first`` on, and check them."""
 
         def read(fresh: bool) -> memoryview:
             (self._reader.reread if fresh else self._reader.readinto)(first * BLOCK, view)

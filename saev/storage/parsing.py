@@ -1,8 +1,8 @@
 """Parsing stored bytes. Bytes that cannot be parsed are an error of one sentence.
 
-Libraries raise errors of any type on bad bytes. :func:`parsed` is the only place that turns these
-into errors of saev. So its block must hold nothing but the call of a library's parser, on bytes
-that are in memory or that come from a reader whose own errors are of :mod:`saev.errors`.
+Libraries raise errors of any type on bad bytes. :func:`parsed` turns these into errors of saev. So
+its block must contain only the call of a library's parser. The bytes must be in memory, or come
+from a reader that raises errors of :mod:`saev.errors`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from saev.errors import CorruptDataError, SaevError
 from saev.storage.urls import normalize
 
 MAX_JSON_BYTES = 256 << 20
-"""Most bytes of JSON, because objects take many times the memory of their text. The list of a
+"""Most bytes of JSON. Parsed objects take many times the memory of their text. The list of a
 million shards has 150 MB."""
 
 _INT64 = 1 << 63
@@ -34,27 +34,27 @@ def parsed(
     remedy: str = "It may be truncated or damaged.",
     error: type[SaevError] = CorruptDataError,
 ) -> Iterator[None]:
-    """Turn whatever a parser raises on bad bytes into ``error``.
+    """Turn any error of a parser into ``error``.
 
     Args:
-        url: where the bytes are from.
-        what: what they should be, with its article: "a safetensors file".
+        url: the object with the bytes.
+        what: the expected format with its article, such as "a safetensors file".
         remedy: a sentence about what to do.
-        error: what is raised.
+        error: the error to raise.
     """
     try:
         yield
     except SaevError:
         raise
     except BaseException as err:
-        # safetensors raises a panic of Rust, which is no Exception. Here it counts as one.
+        # A panic of Rust in safetensors is a BaseException, but not an Exception.
         if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
             raise
         raise error(f"{normalize(url)} is not {what} ({_reason(err)}). {remedy}") from err
 
 
 def _reason(err: BaseException) -> str:
-    """The first line of what an error says, which may be empty or megabytes."""
+    """The first line of an error's message. The message may be empty or megabytes long."""
     if isinstance(err, RecursionError):
         return "it is nested too deeply"
     if isinstance(err, MemoryError):
@@ -89,7 +89,7 @@ def parse_json(data: bytes, url: str | os.PathLike) -> tp.Any:
             parse_float=_float,
             parse_int=_int,
         )
-        if "\\u" in text:  # half of a surrogate pair cannot be written again
+        if "\\u" in text:  # refuse half of a surrogate pair, which cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
         return value
 
@@ -105,12 +105,12 @@ def _object(pairs: list[tuple[str, tp.Any]]) -> dict[str, tp.Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r:.60} stands there twice")
+        raise ValueError(f"the key {twice!r:.60} occurs twice")
     return found
 
 
 def _no_constant(text: str) -> tp.NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _float(text: str) -> float:
@@ -131,34 +131,34 @@ Shape = tuple[int, ...]
 
 
 def fits(found: Shape, expected: Shape) -> bool:
-    """Whether an array has the expected shape, of which an axis of -1 may have any length."""
+    """Whether an array has the expected shape. An expected axis of -1 may have any length."""
     return len(found) == len(expected) and all(
         want in (-1, have) for have, want in zip(found, expected, strict=True)
     )
 
 
 class NpyHeader(tp.NamedTuple):
-    """What stands before the values of an `.npy` array."""
+    """The header of an `.npy` array."""
 
     dtype: np.dtype
     shape: Shape
     is_fortran: bool
     """Whether the first axis varies fastest."""
     n_bytes: int
-    """Of the header: where the values begin."""
+    """Size of the header, which is the offset of the values."""
 
 
 def npy_header(head: bytes, n_bytes: int) -> NpyHeader:
-    """The header of an `.npy` array, which must fit the size of the whole.
+    """Parse the header of an `.npy` array and compare it with the size of the array.
 
-    As other parsers, it is to be called inside of :func:`parsed`.
+    Like other parsers, it must be called inside :func:`parsed`.
 
     Args:
-        head: the first bytes of the array; the header must end in them.
-        n_bytes: bytes of the whole, header and values.
+        head: the first bytes of the array. They must contain the whole header.
+        n_bytes: size of header and values.
 
     Raises:
-        ValueError: the header is damaged, of Python objects, or of more or fewer values.
+        ValueError: the header is damaged, is of Python objects, or does not fit the size.
     """
     stream = io.BytesIO(head)
     version = np.lib.format.read_magic(stream)
@@ -186,17 +186,17 @@ def parse_tensors(
     *,
     remedy: str = "It may be truncated or damaged.",
 ) -> dict[str, np.ndarray]:
-    """Arrays of a safetensors object.
+    """Parse the arrays of a safetensors object.
 
     Args:
         data: the object. Its header is compared with its size before memory is allocated.
-        url: where it is from.
-        expected: dtype and shape of every array; an axis of -1 may have any length. Without it any
-            arrays are taken.
-        remedy: what to do about a damaged one.
+        url: URL of the object, for messages.
+        expected: dtype and shape of every array; an axis of -1 may have any length. None accepts
+            any arrays.
+        remedy: what to do about a damaged object.
 
     Raises:
-        CorruptDataError: the bytes are no such object, or it has other arrays.
+        CorruptDataError: the bytes are not safetensors, or the arrays are not the expected ones.
     """
     import safetensors.numpy
 

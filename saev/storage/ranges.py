@@ -1,4 +1,4 @@
-"""Ranged reads of one object by many threads."""
+"""Reading ranges of one object from many threads."""
 
 import contextlib
 import os
@@ -13,25 +13,24 @@ from saev.storage.urls import filesystem, local_path, normalize
 
 
 class RangeReader:
-    """Ranged reads of one object, from any number of threads.
+    """Reads ranges of one object, from any number of threads.
 
     Local files use ``preadv`` on one descriptor, so threads share no file position and no lock.
-    ``s3://`` is read over connections of the threads' own (:mod:`saev.storage.s3`), all else
-    through fsspec.
+    ``s3://`` uses one connection per thread (:mod:`saev.storage.s3`). Other schemes use fsspec.
 
     Args:
         url: the object.
-        size: its size in bytes, if known from a listing; saves a request on object stores. Local
-            files are looked at anyway.
-        etag: its entity tag from the same listing. An object that has another one when it is read
-            was replaced, which is an error.
+        size: its size in bytes, if known from a listing; saves a request on object stores. For
+            local files it is not used.
+        etag: its entity tag from the same listing. If the object has another tag when it is read,
+            it was replaced, which is an error.
         cache: keeps ranges of remote objects on a local disk; see :func:`saev.storage.node_cache`.
-        direct: past the page cache, where the file system can do it (O_DIRECT): for files that are
-            read once, or are larger than memory.
+        direct: bypass the page cache if the file system can (O_DIRECT). For files that are read
+            once, or are larger than memory.
 
     Raises:
-        StorageError: there is no such object, or it may not be read. With a given ``size`` the
-            first read says so.
+        StorageError: there is no such object, or it may not be read. If ``size`` was given, the
+            first read raises this error.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class RangeReader:
         self._fill(offset, buffer, self._source.readinto)
 
     def reread(self, offset: int, buffer: tp.Any) -> None:
-        """As :meth:`readinto`, but past every cache, for bytes that are wrong. Caches drop them."""
+        """As :meth:`readinto`, but bypass all caches and remove these bytes from them."""
         self._fill(offset, buffer, self._source.reread)
 
     def _fill(
@@ -94,7 +93,7 @@ class RangeReader:
         self._source.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # it never came to opening the file
+        with contextlib.suppress(AttributeError):  # __init__ failed before the file was open
             self.close()
 
     def __enter__(self) -> "RangeReader":

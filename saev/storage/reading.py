@@ -1,4 +1,4 @@
-"""Whole objects and streams."""
+"""Reading whole objects and streams."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def read_bytes(url: str | os.PathLike, *, fresh: bool = False) -> bytes:
 
     Args:
         url: the object.
-        fresh: read it past every cache.
+        fresh: bypass all caches.
     """
     text = normalize(url)
     if fresh:
@@ -38,11 +38,11 @@ def read_bytes(url: str | os.PathLike, *, fresh: bool = False) -> bytes:
 
 
 def read_parsed(url: str | os.PathLike, parse: Callable[[bytes], T]) -> T:
-    """A whole object, parsed. If it does not parse, it is read again before that is an error.
+    """Read and parse a whole object. If it does not parse, it is read again, past all caches.
 
     Args:
         url: the object.
-        parse: parses bytes. It raises a SaevError on bytes that it cannot parse.
+        parse: parses the bytes; raises a SaevError if it cannot.
     """
     text = normalize(url)
     found: list[T] = []
@@ -70,7 +70,7 @@ def read_json(url: str | os.PathLike) -> tp.Any:
 
 @contextlib.contextmanager
 def open_read(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
-    """A seekable binary file, for libraries that want one."""
+    """Open a seekable binary file, for libraries that need one."""
     text = normalize(url)
     with explained(text, "read"):
         path = local_path(text)

@@ -1,11 +1,13 @@
-"""Ranges of S3 objects over HTTP connections of the reading threads, straight into their memory.
+"""Ranges of S3 objects, read over one HTTP connection per thread directly into the caller's memory.
 
-s3fs stays the one place where a user says how a store is reached: environment, AWS config files and
-profiles, roles of pods, fsspec's own configuration. What it came to (endpoint, region, addressing,
-credentials as they are renewed, certificates) is used here, botocore signs, and each thread reads
-from a socket of its own into the place where the bytes are wanted. s3fs takes a thread of Python
-and two copies for that, and obstore a hand-over between threads per packet and two copies
-(benchmarks/loader_s3.py compares). Where s3fs came to something that is not known here, it reads.
+The user configures the store for s3fs: by environment variables, AWS config files and profiles,
+roles of pods, or fsspec's configuration. This module uses the settings that s3fs resolved
+(endpoint, region, addressing, credentials, certificates), and botocore signs the requests. Each
+thread reads from its own socket into the target buffer.
+
+For the same read, s3fs needs an extra thread and two copies, and obstore two copies and a switch
+between threads per packet (benchmarks/loader_s3.py compares them). With settings that this module
+does not support, s3fs reads.
 """
 
 import contextlib
@@ -32,18 +34,19 @@ from saev.storage.sources import FsspecObject, entity_tag
 from saev.storage.urls import is_s3
 
 _SIGNATURE_LIVES_S = 240.0
-"""Stores take a signature for 15 minutes, and botocore renews credentials 10 minutes before their
-end, so one serves all ranges of an object for some minutes. A range itself need not be signed."""
+"""Seconds for which a signature is reused. Stores accept it for 15 minutes, and botocore renews
+credentials 10 minutes before they expire. One signature fits all ranges of an object, because the
+Range header is not signed."""
 _MOST_BODY = 64 << 10
-"""Bytes of a refusal that are read."""
+"""Most bytes to read of the body of a refusal."""
 _PIECE = 256 << 10
-"""Bytes that are read at a time, so that a slow answer is not taken for a silent one."""
+"""Bytes per read from the socket. Small reads show that a slow store still sends."""
 _FRESH_S = 1.0
-"""A signature younger than this is not made again if the store says that it has expired."""
+"""If the store calls a signature expired that is younger than this, a new one would not help."""
 
 
 class Bucket:
-    """How the objects of a bucket are asked for."""
+    """Sends requests to one bucket."""
 
     def __init__(self, fs: tp.Any, base: str, region: str, headers: dict[str, str], signed: bool):
         self._fs = fs
@@ -56,16 +59,16 @@ class Bucket:
         self._context = _certificates(fs) if self._base.scheme == "https" else None
 
     def target(self, key: str) -> str:
-        """What follows the host in an object's URL."""
+        """Path of an object's URL."""
         return f"{self._base.path}/{urllib.parse.quote(key, safe='/~')}"
 
     def target_of_listing(self, query: dict[str, str]) -> str:
-        """What follows the host in the URL of a request about the bucket."""
+        """Path and query of a listing's URL."""
         words = urllib.parse.urlencode(query, quote_via=urllib.parse.quote, safe="-_.~")
         return f"{self._base.path or '/'}?{words}"
 
     def sign(self, target: str) -> dict[str, str]:
-        """Headers of a GET."""
+        """Headers of a GET request, signed unless the bucket is read anonymously."""
         if not self._signed:
             return dict(self._headers)
         from botocore.auth import S3SigV4Auth
@@ -78,9 +81,9 @@ class Bucket:
 
     @contextlib.contextmanager
     def answer(self, target: str, headers: dict[str, str]) -> tp.Iterator["Answer"]:
-        """The answer to a GET; its connection serves again if the answer was read to its end."""
+        """Send a GET. The connection is reused if the body is read to its end."""
         limit_s = waiting.limit_s(self._silent_s)
-        # A forked process must not speak on its parent's connections.
+        # A forked process must not use its parent's connections.
         pid, connection = getattr(self._local, "connection", (0, None))
         if pid != os.getpid():
             connection = None
@@ -93,7 +96,7 @@ class Bucket:
                         answer = _ask(connection, target, headers, limit_s)
                     except TimeoutError:
                         raise
-                    except (http.client.HTTPException, OSError):  # it was idle for too long
+                    except (http.client.HTTPException, OSError):  # the store closed it when idle
                         connection.close()
                 if answer is None:
                     connection = self._new_connection(limit_s)
@@ -133,21 +136,21 @@ class Answer:
         self.status = response.status
         self.headers = response.headers
         self.n_bytes = response.length
-        """How much there is to read, if the store said so."""
+        """Content length; None if the store did not send it."""
 
     def read(self, most: float = math.inf) -> bytes:
-        """The body, or its begin."""
+        """The first ``most`` bytes of the body."""
         parts: list[bytes] = []
         while most > 0 and (part := self._response.read1(int(min(most, _PIECE)))):
             parts.append(part)
             most -= len(part)
             self._wait.moved()
         if most > 0:
-            self._response.read()  # nothing, unless the body is shorter than it should be
+            self._response.read()  # raises IncompleteRead if the body is too short
         return b"".join(parts)
 
     def readinto(self, view: memoryview) -> None:
-        """Fill ``view``. Raises ConnectionError if the body ends before."""
+        """Fill ``view``. Raises ConnectionError if the body is shorter."""
         done = 0
         while done < view.nbytes:
             n = self._response.readinto(view[done : done + _PIECE])
@@ -155,11 +158,11 @@ class Answer:
                 raise ConnectionError(f"the answer ended after {done} of {view.nbytes} bytes")
             done += n
             self._wait.moved()
-        self._response.read()  # nothing; the connection is free then
+        self._response.read()  # returns nothing, and frees the connection
 
 
 class S3Object(FsspecObject):
-    """An object in a bucket that is read here."""
+    """An object that is read without s3fs."""
 
     def __init__(self, url: str, fs: tp.Any, key: str, size: int | None, etag: str, bucket: Bucket):
         super().__init__(url, fs, key, size, etag)
@@ -172,12 +175,12 @@ class S3Object(FsspecObject):
             super().readinto(offset, view)
 
     def reread(self, offset: int, view: memoryview) -> None:
-        if not self._get(offset, view, {"Cache-Control": "no-cache"}):  # for proxies on the way
+        if not self._get(offset, view, {"Cache-Control": "no-cache"}):  # for caching proxies
             super().reread(offset, view)
 
     @retry
     def _get(self, offset: int, view: memoryview, headers: dict[str, str]) -> bool:
-        """Fill ``view``; False if the store sends us elsewhere, which s3fs knows to follow."""
+        """Fill ``view``; False if the store redirects to another region, which s3fs can follow."""
         wanted = {"Range": f"bytes={offset}-{offset + view.nbytes - 1}", **headers}
         try:
             with self._bucket.answer(self._target, self._headers() | wanted) as answer:
@@ -215,7 +218,7 @@ class S3Object(FsspecObject):
     def _refused(self, answer: answers.Answer) -> bool:
         if answer.has_expired and time.monotonic() - self._signature[0] > _FRESH_S:
             self._signature = (0.0, {})
-            raise ConnectionError(str(answer))  # signed anew at the next try
+            raise ConnectionError(str(answer))  # the next attempt makes a new signature
         if answer.is_elsewhere:
             return False
         if answer.status == 416:
@@ -227,18 +230,18 @@ class S3Object(FsspecObject):
         raise answers.RefusedError(answer)
 
 
-# --- What s3fs came to ---------------------------------------------------------------------
+# --- Settings resolved by s3fs -------------------------------------------------------------
 
 
 def bucket_of(fs: fsspec.AbstractFileSystem, key: str) -> Bucket | None:
-    """How an object's bucket is read here; None where fsspec has to read."""
+    """The bucket of an object; None if only fsspec can read it."""
     if not is_s3(fs):
         return None
     name, _, version = tp.cast(tp.Any, fs).split_path(key)
     if version is not None:
         return None
-    # On the instance, because another one with the same arguments may have begun in another
-    # environment, and the two compare equal. Of two threads, one makes it in vain.
+    # Kept on the instance: file systems made in different environments compare equal. Two threads
+    # may both make a bucket; then one of them is used.
     buckets = fs.__dict__.setdefault("_saev_buckets", {})
     if name not in buckets:
         buckets.setdefault(name, _new_bucket(fs, name))
@@ -256,7 +259,7 @@ def _new_bucket(fs: tp.Any, name: str) -> Bucket | None:
         return None
     signed = meta.config.signature_version is not UNSIGNED
     if signed and _credentials(fs) is None:
-        return None  # s3fs says so best
+        return None  # s3fs raises a clear error
     base, region = meta.endpoint_url.rstrip("/"), meta.region_name or "us-east-1"
     on_aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     if on_aws:
@@ -275,9 +278,9 @@ def _new_bucket(fs: tp.Any, name: str) -> Bucket | None:
 
 
 def _is_known(fs: tp.Any, config: tp.Any, bucket: str) -> bool:
-    """Whether this module has everything that the file system was told to do."""
+    """Whether this module supports all settings of the file system."""
     s3 = config.s3 or {}
-    told = (
+    unsupported = (
         fs.version_aware,
         fs.cache_regions,
         bucket.startswith("arn:") or bucket.endswith("--x-s3"),  # access points, directory buckets
@@ -290,7 +293,7 @@ def _is_known(fs: tp.Any, config: tp.Any, bucket: str) -> bool:
         any(option.startswith("SSECustomer") for option in fs.s3_additional_kwargs),
         set(fs.req_kw) - {"RequestPayer"},
     )
-    return not any(told)
+    return not any(unsupported)
 
 
 def _has_proxy(scheme: str, host: str) -> bool:
@@ -298,7 +301,7 @@ def _has_proxy(scheme: str, host: str) -> bool:
 
 
 def _credentials(fs: tp.Any) -> tp.Any:
-    """What botocore has, wherever it found it, renewed if need be; None if it found nothing."""
+    """Botocore's current credentials, renewed if necessary; None if it found none."""
     from botocore.credentials import Credentials
 
     given = [
@@ -316,7 +319,7 @@ def _credentials(fs: tp.Any) -> tp.Any:
 
 
 def _region_of(fs: tp.Any, bucket: str) -> str | None:
-    """Where AWS keeps a bucket, or None if we may not ask; then reading says what is wrong."""
+    """Region of a bucket on AWS; None if it is not known. Reading then raises a clear error."""
     with contextlib.suppress(Exception):
         answer = fs.call_s3("head_bucket", Bucket=bucket)
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
@@ -330,7 +333,7 @@ def _certificates(fs: tp.Any) -> ssl.SSLContext:
     verify = fs.client_kwargs.get("verify")
     if verify is None:
         verify = fs.session.get_config_variable("ca_bundle")
-    # As botocore does, with what it brings along: an image need not have certificates of its own.
+    # By default the certificates that come with botocore, because an image may have none.
     return _context("" if verify is False else str(get_cert_path(verify or True)))
 
 

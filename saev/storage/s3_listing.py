@@ -1,7 +1,7 @@
-"""Listings of buckets, page by page: a million objects take no memory and little time.
+"""Listings of buckets, page by page, in constant memory.
 
-s3fs reads a listing into tables of tables, about 2 kB and 0.1 ms for an object. Here each page is
-parsed as it comes, and nothing is kept.
+s3fs keeps the whole listing as nested dictionaries, which takes about 2 kB and 0.1 ms per object.
+Here each page is parsed as it arrives, and nothing is kept.
 """
 
 import http.client
@@ -26,14 +26,14 @@ class Page(tp.NamedTuple):
 
     rows: list[Row]
     token: str
-    """The token that asks for the next page; "" on the last page."""
+    """The continuation token of the next page; "" on the last page."""
 
 
 def objects(bucket: Bucket, prefix: str) -> Iterator[Row] | None:
     """All objects whose keys begin with a prefix, in order; None if s3fs has to list them.
 
     Raises:
-        OSError: the store refuses, or does not answer.
+        OSError: the store refuses the request or does not answer.
     """
     first = _page(bucket, prefix, "")
     return None if first is None else _rows(bucket, prefix, first)
@@ -47,7 +47,7 @@ def _rows(bucket: Bucket, prefix: str, page: Page | None) -> Iterator[Row]:
 
 @retry
 def _page(bucket: Bucket, prefix: str, token: str) -> Page | None:
-    """A page; None if the store sends us to another region, which s3fs can follow."""
+    """One page; None if the store redirects to another region, which s3fs can follow."""
     query = {**_QUERY, "prefix": prefix, **({"continuation-token": token} if token else {})}
     target = bucket.target_of_listing(query)
     try:
@@ -68,10 +68,10 @@ def parse(body: bytes) -> Page:
     """Parse an answer's XML.
 
     Raises:
-        OSError: it is damaged or no listing. The request is then sent again.
+        OSError: it is damaged, or not a listing. The request is then sent again.
     """
-    # The parser knows the reader, but not the other way round. In a cycle of references, a page
-    # would stay until Python looks for cycles, which is seldom in a process of many objects.
+    # The reader must not refer to the parser. A reference cycle would keep each page in memory
+    # until Python's garbage collector runs, which is rare in a process with many objects.
     reader, parser = _Reader(), xml.parsers.expat.ParserCreate()
     parser.buffer_text = True
     parser.StartElementHandler = reader.start
@@ -113,7 +113,7 @@ class _Reader:
             self._about[name] = self._text
 
     def page(self) -> Page:
-        """What was read. Raises KeyError, ValueError if something is missing."""
+        """The parsed page. Raises KeyError or ValueError if something is missing."""
         if "ListBucketResult" not in self._about:
             raise ValueError("it is no ListBucketResult")
         token = ""

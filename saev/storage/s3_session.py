@@ -1,8 +1,8 @@
-"""The HTTP session of s3fs, with a limit for how long a request may be silent.
+"""The HTTP session of s3fs, with a limit on how long no byte of a request may move.
 
-aiohttp's own limit (`sock_read`, botocore's `read_timeout`) begins when a request's body was sent.
-Before, botocore asks whether it may send the body (`Expect: 100-continue`). aiohttp waits without
-any limit for the answer to that, and for a store that stops to take the body.
+The limit of aiohttp (`sock_read`, botocore's `read_timeout`) starts when the body of the request
+has been sent. Before that, aiohttp waits without any limit in two cases: for the answer to
+`Expect: 100-continue`, and for a store that stops receiving the body.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from saev.storage.endpoints import check_endpoint
 
 
 class Session(AIOHTTPSession):
-    """As aiobotocore's, but each request of it ends."""
+    """The session of aiobotocore, with a time limit for every request."""
 
     def __init__(self, *args: tp.Any, timeout: tp.Any = None, **kwargs: tp.Any):
         super().__init__(*args, timeout=timeout, **kwargs)
@@ -29,9 +29,9 @@ class Session(AIOHTTPSession):
         """Send a request.
 
         Raises:
-            StorageError: the endpoint has a key in it.
-            TimeoutError: no byte moved for too long. botocore does not try it again, as
-                :func:`saev.storage.faults.retry` does.
+            StorageError: the endpoint contains a password.
+            TimeoutError: no byte moved for too long. botocore does not repeat the request; that is
+                the task of :func:`saev.storage.faults.retry`.
         """
         check_endpoint(request.url)
         place = urllib.parse.urlsplit(request.url)
@@ -52,29 +52,29 @@ class Session(AIOHTTPSession):
 
 
 class _Limit(tp.NamedTuple):
-    """What ends one request."""
+    """The time limit of one request."""
 
     wait: waiting.Wait
     timeout: asyncio.Timeout
     limit_s: float
 
-    def again(self) -> None:
-        """The store is waited for, from now on."""
+    def restart(self) -> None:
+        """Start the limit anew: a byte moved, or waiting for the store begins."""
         self.wait.moved()
         self.timeout.reschedule(asyncio.get_running_loop().time() + self.limit_s)
 
     def pause(self) -> None:
-        """The store is not waited for."""
+        """Suspend the limit while this process does not wait for the store."""
         self.wait.pause()
         self.timeout.reschedule(None)
 
 
 _current: contextvars.ContextVar[_Limit] = contextvars.ContextVar("limit")
-"""Of the task's request. A task that aiohttp makes for the body has its context."""
+"""The limit of the task's request. aiohttp's task that sends the body has the same context."""
 
 
-async def _again(*_: object) -> None:
-    _current.get().again()
+async def _restart(*_: object) -> None:
+    _current.get().restart()
 
 
 async def _pause(*_: object) -> None:
@@ -83,11 +83,11 @@ async def _pause(*_: object) -> None:
 
 def _trace() -> aiohttp.TraceConfig:
     trace = aiohttp.TraceConfig()
-    trace.on_request_start.append(_again)
-    trace.on_connection_queued_start.append(_pause)  # all connections are busy with other requests
-    trace.on_connection_queued_end.append(_again)
-    trace.on_request_chunk_sent.append(_again)
-    trace.on_request_end.append(_pause)  # the answer's head is there; sock_read limits the rest
+    trace.on_request_start.append(_restart)
+    trace.on_connection_queued_start.append(_pause)  # all connections are in use
+    trace.on_connection_queued_end.append(_restart)
+    trace.on_request_chunk_sent.append(_restart)
+    trace.on_request_end.append(_pause)  # the headers have arrived; sock_read limits the body
     trace.freeze()
     return trace
 

@@ -1,4 +1,4 @@
-"""Where ranges come from: a local file, or an object of a store that fsspec knows."""
+"""Sources of ranges: a local file, or an object that fsspec reads."""
 
 import contextlib
 import errno
@@ -27,13 +27,13 @@ class Source(tp.Protocol):
     """Bytes."""
 
     def readinto(self, offset: int, view: memoryview) -> None:
-        """Fill ``view``, which is not empty and ends inside the object."""
+        """Fill ``view`` from byte ``offset``. It is not empty and ends inside the object."""
 
     def reread(self, offset: int, view: memoryview) -> None:
-        """As :meth:`readinto`, but past every cache. Caches drop what they hold of these bytes."""
+        """As :meth:`readinto`, but bypass all caches and remove these bytes from them."""
 
     def close(self) -> None:
-        """Release what it holds. May be called twice."""
+        """Release the descriptors. May be called twice."""
 
 
 class LocalFile:
@@ -41,9 +41,9 @@ class LocalFile:
 
     Args:
         path: the file.
-        direct: read past the page cache if the file system can. Bytes then go through aligned
-            memory of the thread's own, because no offset, length or buffer of a reader is aligned:
-            that copy costs half of what the page cache does.
+        direct: bypass the page cache if the file system can. Readers' offsets, lengths and buffers
+            are not aligned, so the bytes are copied from an aligned buffer of the thread. This copy
+            costs half as much as the page cache does.
     """
 
     def __init__(self, path: Path, *, direct: bool = False):
@@ -96,7 +96,7 @@ class LocalFile:
         except OSError as err:
             if err.errno != errno.EINVAL:
                 raise
-            n = 0  # it takes O_DIRECT when a file is opened, and then not this alignment
+            n = 0  # the file system accepted O_DIRECT, but refuses this alignment
         done = min(max(0, begin + n - offset), view.nbytes)
         first = offset - begin
         np.copyto(np.asarray(view[:done]), np.asarray(block[first : first + done]))
@@ -111,7 +111,7 @@ class LocalFile:
 
 
 def _aligned() -> memoryview:
-    """Memory of this thread for direct reads; pages are aligned as every device wants it."""
+    """This thread's buffer for direct reads. It is aligned to a page, which all devices accept."""
     block = getattr(_LOCAL, "block", None)
     if block is None:
         block = _LOCAL.block = memoryview(mmap.mmap(-1, _DIRECT_BYTES))
@@ -119,7 +119,7 @@ def _aligned() -> memoryview:
 
 
 class FsspecObject:
-    """An object of any store; each range is one request, and one copy more than need be."""
+    """An object of any store. Each range is one request and one extra copy."""
 
     def __init__(
         self, url: str, fs: fsspec.AbstractFileSystem, key: str, size: int | None, etag: str
@@ -156,7 +156,11 @@ class FsspecObject:
 
 
 def cat_file(fs: fsspec.AbstractFileSystem, key: str, **span: int) -> bytes:
-    """An object or a range of it. Damage on the way that a client finds is a ConnectionError."""
+    """Read an object or a range of it.
+
+    Raises:
+        ConnectionError: the client found that bytes were damaged during the transfer.
+    """
     try:
         return tp.cast(bytes, fs.cat_file(key, **span))
     except Exception as err:
@@ -168,7 +172,7 @@ def cat_file(fs: fsspec.AbstractFileSystem, key: str, **span: int) -> bytes:
 
 
 def past_caches(fs: fsspec.AbstractFileSystem, key: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system behind fsspec's caches (simplecache::…), which then forget the object."""
+    """The file system behind fsspec's caches (simplecache::…). Removes the object from them."""
     while isinstance(fs, CachingFileSystem):
         with contextlib.suppress(Exception):  # not in the cache, or a cache that cannot drop it
             fs.pop_from_cache(key)
@@ -177,5 +181,5 @@ def past_caches(fs: fsspec.AbstractFileSystem, key: str) -> tuple[fsspec.Abstrac
 
 
 def entity_tag(row: dict[str, tp.Any]) -> str:
-    """The entity tag in a row of a listing, without quotes; empty where a store has none."""
+    """The entity tag in a row of a listing, without quotes; empty if the store has none."""
     return str(row.get("ETag") or row.get("etag") or "").strip('"')

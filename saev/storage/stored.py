@@ -1,9 +1,9 @@
-"""Places that a stored file names. Only this module decides which of them are opened.
+"""Locations that are named inside stored files. This module decides which of them may be opened.
 
-A folder may have been copied from elsewhere, so what its files name was chosen by whoever wrote
-them. A file name leads to a file of the folder itself. A URL is followed if it is a plain local
-folder, or lies in the same bucket as the file that names it; everything else is opened only if the
-user names it.
+A folder may come from somebody else, so the names inside its files cannot be trusted. A file name
+must name a file of the same folder. A URL is opened if it is a plain local folder, or if it is in
+the same bucket as the file that names it. All other locations are opened only if the user names
+them.
 """
 
 import functools
@@ -24,17 +24,18 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 def is_file_name(name: tp.Any) -> bool:
-    """Whether a stored text is the name of a file in its folder, and cannot lead out of it."""
+    """Whether a stored text is a plain file name, which cannot lead out of its folder."""
     if not isinstance(name, str) or name in (".", ".."):
         return False
     return _FILE_NAME.fullmatch(name) is not None
 
 
 def inside(folder: str | os.PathLike, *names: str) -> str:
-    """URL of what a stored file names below its folder.
+    """URL of a file below a folder that is named in a stored file.
 
     Raises:
-        CorruptDataError: a name is no file name, or a symbolic link leads out of the folder.
+        CorruptDataError: a name is not a plain file name, or a symbolic link leads out of the
+            folder.
     """
     base = normalize(folder)
     for name in names:
@@ -54,7 +55,7 @@ def inside(folder: str | os.PathLike, *names: str) -> str:
 
 
 def is_below(url: str, folder: str | os.PathLike) -> bool:
-    """Whether a place that a stored file names is below a folder, judged by the text of the URL."""
+    """Whether a URL from a stored file is below a folder. Compares the texts of the URLs."""
     if ".." in url.split("/"):
         return False
     base = normalize(folder)
@@ -69,19 +70,19 @@ def _resolved(folder: str) -> tuple[str, ...]:
 
 
 def recorded_folder(url: tp.Any, record: str | os.PathLike, remedy: str) -> str:
-    """The URL of a folder (or a glob pattern of folders) that a stored file names.
+    """Check the URL of a folder (or a glob pattern of folders) from a stored file.
 
     Args:
-        url: what the file names.
-        record: the file.
+        url: the URL in the stored file.
+        record: the stored file.
         remedy: a sentence that tells users how to name the folder themselves.
 
     Returns:
-        The normalised URL, which may be opened. It is a folder in the bucket that ``record`` is in,
-        or a plain local folder, whose links :func:`check_closed` still has to check.
+        The normalised URL, which may be opened. It is a folder in the same bucket as ``record``, or
+        a plain local folder. The links in a local folder still need :func:`check_closed`.
 
     Raises:
-        ConfigError: the folder is neither, so only the user may name it.
+        ConfigError: it is another location, which only the user may name.
     """
     place = normalize(record)
     if not isinstance(url, str) or not url or any(ord(c) < 32 for c in url):
@@ -99,7 +100,7 @@ def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: s
     """Check that no symbolic link leads out of a local folder that a stored file names.
 
     Raises:
-        ConfigError: a link does; the message names it.
+        ConfigError: a link does. The message names the link.
     """
     path = local_path(folder)
     if path is None:
@@ -109,7 +110,7 @@ def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: s
     while pending:
         try:
             rows = os.scandir(pending.pop())
-        except OSError:  # whoever lists the folder says what is wrong with it
+        except OSError:  # listing the folder later raises a better error
             continue
         with rows:
             for row in rows:
@@ -126,9 +127,9 @@ def check_closed(folder: str | os.PathLike, record: str | os.PathLike, remedy: s
 
 
 def _why_not(url: str, record: str) -> str:
-    """Why a URL that only a file names is not opened; "" if it may be opened."""
+    """Why a URL from a stored file may not be opened; "" if it may."""
     if is_chained(url):
-        return "which opens one place through another"
+        return "which is a chain of locations"
     path = local_path(url)
     if path is None:
         return "" if _bucket(url) == _bucket(record) else "which is not in the same bucket"
@@ -144,7 +145,7 @@ def _why_not(url: str, record: str) -> str:
 
 
 def _fixed(path: Path) -> Path:
-    """The folder that a glob pattern searches; other paths as they are."""
+    """The folder above the first component with a wildcard; a path without wildcards as it is."""
     if not _MAGIC.search(str(path)) or path.exists():
         return path
     parts = itertools.takewhile(lambda part: not _MAGIC.search(part), path.parts)
@@ -152,12 +153,12 @@ def _fixed(path: Path) -> Path:
 
 
 def _bucket(url: str) -> str:
-    """Scheme and host or bucket of a URL; "" of a local one."""
+    """Scheme and bucket (or host) of a URL; "" for a local path."""
     text = normalize(url)
     if not is_url(text):
         return ""
     scheme, _, rest = text.partition("://")
-    # All of memory:// lies in this process, as the file does that names it, so it is one bucket.
+    # memory:// exists only in this process, so all of it counts as one bucket.
     return scheme if scheme == "memory" else f"{scheme}://{rest.partition('/')[0]}"
 
 

@@ -1,10 +1,10 @@
-"""Objects of S3, written so that success means: these bytes stand there under this name.
+"""Writing objects to S3. After a success, the object holds exactly the bytes that were written.
 
-Small objects are one PUT. Larger ones are an upload in parts, which becomes an object when it is
-completed. Every attempt is an upload of its own, every part has one content, and a completion is
-sent only when all parts are there. So whatever a network does with a request (its answer is lost,
-it comes late, twice or in another order), a completion publishes all bytes of its attempt or
-nothing. The answer to a completion may be lost, so the object that is there afterwards decides.
+A small object is one PUT. A larger one is a multipart upload, which becomes an object when it is
+completed. Every attempt is a new upload, each part number is sent with one content only, and the
+completion is sent only after all parts. So a completion publishes all bytes of its attempt or
+nothing, even if the network loses, delays, repeats or reorders requests. The answer to a completion
+may be lost too, so the object is compared afterwards.
 """
 
 import base64
@@ -20,9 +20,9 @@ from saev.storage.waiting import patience
 
 PART_BYTES = 32 << 20
 _PARTS_OF_A_SIZE = 2000
-"""After every so many parts, the size of parts doubles: 5 TiB must fit into 10,000 parts."""
+"""The part size doubles after this number of parts, because 5 TiB must fit into 10,000 parts."""
 _ABORT_S = 2.0
-"""For how long an abort may be silent: the store may be what ends the upload."""
+"""Seconds of silence allowed for an abort. It is short, because the store itself may be down."""
 
 
 class Upload(io.RawIOBase):
@@ -46,7 +46,7 @@ class Upload(io.RawIOBase):
         self._digests = b""
 
     def writable(self) -> bool:
-        """Return True: an upload can be written to."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
@@ -54,9 +54,9 @@ class Upload(io.RawIOBase):
         return self._size
 
     def write(self, data: tp.Any) -> int:
-        """Take bytes; whole parts are sent."""
+        """Append bytes. Full parts are sent at once."""
         if self.closed:
-            raise ValueError(f"{self._url} is written to after its end")
+            raise ValueError(f"{self._url} is closed and cannot be written to")
         view = memoryview(data).cast("B")
         self._crc = crc32c(view, self._crc)
         self._size += view.nbytes
@@ -71,19 +71,19 @@ class Upload(io.RawIOBase):
         return view.nbytes
 
     def publish(self) -> None:
-        """Finish the upload, so that it is an object.
+        """Complete the upload and check the object.
 
         Raises:
-            StorageError: something else stands there now, or nothing.
+            StorageError: the object is missing or holds other bytes.
         """
         if not self._parts:
             self._call("put_object", Body=bytes(self._buffer), ContentMD5=_md5(self._buffer))
         else:
             if self._buffer:
                 self._send_part()
-            trouble = self._complete()
-            if trouble:
-                raise self._lost(trouble)
+            failure = self._complete()
+            if failure:
+                raise self._not_published(failure)
         self._fs.invalidate_cache(self._key)
         self.close()
 
@@ -118,7 +118,8 @@ class Upload(io.RawIOBase):
 
     @retry
     def _complete(self) -> str:
-        """Complete the upload; try again if the answer is lost. Returns what is wrong, or ""."""
+        """Complete the upload; repeat the request if its answer is lost. Returns why the object is
+        not published, or ""."""
         try:
             answer = self._fs.call_s3(
                 "complete_multipart_upload",
@@ -131,21 +132,21 @@ class Upload(io.RawIOBase):
             is_gone = refusal is not None and refusal.code == "NoSuchUpload"
             if not is_gone and not is_passing(err):
                 raise
-            # The completion may have succeeded while its answer was lost.
-            if self._stands(""):
+            # The completion may have succeeded although its answer was lost.
+            if self._is_published(""):
                 return ""
             if is_gone:
                 return "the store does not know the upload any more"
             raise
-        if self._stands(answer.get("ETag", "")):
+        if self._is_published(answer.get("ETag", "")):
             return ""
         return "the store reported success, but it holds something else"
 
-    def _stands(self, etag: str) -> bool:
-        """Whether the object holds what was written.
+    def _is_published(self, etag: str) -> bool:
+        """Whether the object holds the bytes that were written.
 
-        The object's entity tag tells: most stores make it from the MD5 of all parts, or name it in
-        the answer to the completion. If the tag is another one, the object is read and compared.
+        First the entity tag is compared. Most stores compute it from the MD5 of all parts, or name
+        it in the answer to the completion. If the tag differs, the object is read and compared.
         """
         try:
             found = self._fs.call_s3("head_object", **self._place)
@@ -163,7 +164,7 @@ class Upload(io.RawIOBase):
             crc = crc32c(retry(self._fs.cat_file)(self._key, start=start, end=end), crc)
         return crc == self._crc
 
-    def _lost(self, why: str) -> StorageError:
+    def _not_published(self, why: str) -> StorageError:
         error = StorageError(
             f"Cannot write {self._url}: it was not published as it was written ({why}). Another "
             "process may write the same object, or a rule of the bucket ends uploads. Run the same "

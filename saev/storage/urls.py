@@ -1,4 +1,4 @@
-"""Names of places, and the file system behind each."""
+"""URLs, and the fsspec file system of each."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from saev.errors import StorageError
 from saev.storage.waiting import SILENT_S
 
 TMP_PREFIX = ".tmp-"
-"""Names that start so are unfinished local writes; readers and listings skip them."""
+"""Prefix of the names of unfinished local writes, which readers and listings skip."""
 
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-"""How a URL begins, maybe with fsspec's chain in front of it (simplecache::s3://…)."""
+"""The start of a URL, including fsspec's chains (simplecache::s3://…)."""
 _CHAINED = re.compile(rf"::{_URL.pattern}", re.IGNORECASE)
 _ARCHIVES = ("zip://", "tar://", "libarchive://", "reference://", "dir://")
-"""What may be chained to a local path (zip://a.png::/data/x.zip)."""
+"""Schemes that may be chained to a local path (zip://a.png::/data/x.zip)."""
 
 
 def is_url(text: str) -> bool:
@@ -29,17 +29,18 @@ def is_url(text: str) -> bool:
 
 
 def is_chained(url: str) -> bool:
-    """Whether fsspec has to open one place through another. `::` in a key is only a name."""
+    """Whether a URL is a chain of fsspec, such as a file in an archive. `::` in a key is no
+    chain."""
     return _CHAINED.search(url) is not None or (url.startswith(_ARCHIVES) and "::" in url)
 
 
 def normalize(url: str | os.PathLike) -> str:
     """Canonical form: local paths become absolute bare paths, other URLs lose a trailing slash.
 
-    Equal places give equal strings, so the result may be hashed or compared.
+    Equal locations give equal strings, so the result may be hashed or compared.
 
     Raises:
-        StorageError: it is empty, or has a key in it (a password, a signature).
+        StorageError: it is empty, or contains a secret (a password, a signature).
     """
     text = os.fspath(url)
     if not text:
@@ -52,7 +53,7 @@ def normalize(url: str | os.PathLike) -> str:
         if secrets.holds_key(text):
             raise StorageError(secrets.refusal(text))
         scheme, rest = text.split("://", 1)
-        if scheme == "memory":  # its own listings put a slash before the first component
+        if scheme == "memory":  # listings of memory:// begin keys with a slash
             rest = rest.lstrip("/")
         return f"{scheme}://{rest.rstrip('/')}"
     return str(Path(os.path.abspath(os.path.expanduser(text))))  # noqa: PTH100, PTH111 - no symlink walk
@@ -88,9 +89,9 @@ def local_path(url: str | os.PathLike) -> Path | None:
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that a normalised URL names, and what the place is called there.
+    """The file system of a normalised URL, and the object's key in that file system.
 
-    fsspec.core.url_to_fs is used for chains only, because it takes every `::` for a chain.
+    fsspec.core.url_to_fs is used for chains only, because it treats every `::` as a chain.
     """
     if not is_url(url):
         return LocalFileSystem(), url
@@ -117,11 +118,11 @@ def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def _set_up(fs: tp.Any) -> None:
-    """Limit how long a request to S3 may take, and how often it is sent.
+    """Set the time limit and the number of attempts of requests to S3.
 
-    s3fs tries every request five times, and botocore tries each of these five times.
-    :mod:`saev.storage.faults` waits and tells users instead. Botocore's second attempt stays,
-    because one listing is many requests. A user's settings of botocore stay.
+    By default s3fs sends every request five times, and botocore sends each of these five times.
+    Instead, :mod:`saev.storage.faults` repeats requests and tells the user. Botocore's second
+    attempt is kept, because one listing is many requests. Botocore settings of the user are kept.
     """
     while isinstance(fs, CachingFileSystem):
         fs = fs.fs

@@ -1,9 +1,9 @@
-"""Requests that wait for a store: how long they may be silent, and the line that says so.
+"""Requests that wait for a store: their time limits, and the warning that the store is silent.
 
-A request is silent while no byte of it moves, in either direction. After :data:`SILENT_S` it has
-failed, and counts as one that the store does not answer: large objects over slow links take as long
-as they take. After :data:`QUIET_S` a line says that the store does not answer, also while the
-request goes on. One thread looks at all requests of the process.
+A request is silent while no byte of it moves, in either direction. There is no limit for a whole
+request, because a large object over a slow link takes long. A request fails after
+:data:`SILENT_S` seconds of silence. After :data:`QUIET_S` seconds a warning says that the store
+does not answer, while the request goes on. One thread watches all requests of the process.
 """
 
 import contextlib
@@ -15,28 +15,28 @@ import threading
 import time
 from collections.abc import Iterator
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SILENT_S = 12.0
-"""A request that is silent for so long has failed. A `read_timeout` of botocore's replaces it."""
+"""Seconds of silence after which a request fails. botocore's `read_timeout` overrides it."""
 QUIET_S = 4.0
-"""Troubles that pass faster are not told."""
+"""Seconds before the first warning. Shorter faults are not reported."""
 PATIENCE_S = 120.0
-"""For how long an operation is tried again; SAEV_PATIENCE_S is another number."""
-_TELL_EVERY_S = 30.0
+"""Seconds for which an operation is retried; SAEV_PATIENCE_S overrides it."""
+_WARN_EVERY_S = 30.0
 _LEAST_S = 1.0
-"""A try may be silent for so long, however little patience is left."""
+"""The shortest limit of silence, used when the retries are nearly over."""
 
 operation: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar(
     "operation", default=("", "")
 )
-"""URL and verb of what is done, for what is said meanwhile."""
+"""URL and verb of the current operation, for warnings."""
 _end: contextvars.ContextVar[float] = contextvars.ContextVar("end", default=math.inf)
-"""When the patience with the operation ends (time.monotonic)."""
+"""When the retries of the current operation end (time.monotonic)."""
 
 
 def patience_s() -> float:
-    """For how long an operation is tried again, in seconds."""
+    """Seconds for which an operation is retried."""
     try:
         return float(os.environ.get("SAEV_PATIENCE_S") or PATIENCE_S)
     except ValueError:
@@ -45,7 +45,7 @@ def patience_s() -> float:
 
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """An operation that is given up after some seconds."""
+    """Limit the operation in the block, with all its retries, to some seconds."""
     before = _end.set(time.monotonic() + seconds)
     try:
         yield
@@ -54,17 +54,17 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def limit_s(usual: float) -> float:
-    """For how long a request that begins now may be silent: not longer than patience lasts."""
+    """Seconds of silence allowed for a request that starts now. The retries' end shortens them."""
     left = _end.get() - time.monotonic()
     return usual if left <= 0 else min(usual, max(left, _LEAST_S))
 
 
 def silent(limit_s: float) -> TimeoutError:
-    """The error of a request that was silent for so long."""
+    """The error of a request that was silent for ``limit_s`` seconds."""
     return TimeoutError(f"nothing came for {limit_s:.0f} s")
 
 
-# --- Requests that are under way -------------------------------------------------------------
+# --- Running requests ------------------------------------------------------------------------
 
 
 class Wait:
@@ -77,31 +77,31 @@ class Wait:
         self.since = time.monotonic()
 
     def moved(self) -> None:
-        """Note that a byte moved."""
+        """Record that a byte moved."""
         self.since = time.monotonic()
 
     def pause(self) -> None:
-        """Note that the store is not waited for, until :meth:`moved`."""
+        """Record that this process does not wait for the store, until :meth:`moved`."""
         self.since = math.inf
 
 
 @contextlib.contextmanager
 def waiting(endpoint: str) -> Iterator[Wait]:
-    """A request that is under way; the store counts as silent until the request says otherwise.
+    """Watch the request in the block. The store counts as silent until :meth:`Wait.moved`.
 
     Args:
-        endpoint: whom it asks, for the line.
+        endpoint: address of the store, for the warning.
     """
     wait = Wait(endpoint)
-    _under_way.add(wait)
+    _running.add(wait)
     _start_watching()
     try:
         yield wait
     finally:
-        _under_way.discard(wait)
+        _running.discard(wait)
 
 
-_under_way: set[Wait] = set()
+_running: set[Wait] = set()
 _watcher: threading.Thread | None = None
 _LOCK = threading.Lock()
 
@@ -119,12 +119,12 @@ def _watch() -> None:
     while True:
         time.sleep(max(QUIET_S / 8, 0.02))
         now = time.monotonic()
-        for wait in _under_way.copy():
+        for wait in _running.copy():
             silent = now - wait.since
             if silent < QUIET_S:
                 continue
             about = f", to {wait.doing} {wait.url}" if wait.url else ""
-            tell(
+            warn(
                 wait.url,
                 f"The store at {wait.endpoint} does not answer (nothing came for {silent:.0f} s"
                 f"{about}).",
@@ -133,33 +133,34 @@ def _watch() -> None:
 
 
 def _forget() -> None:
-    """A forked process has no thread that watches, and none of its parent's requests."""
+    """Reset the state in a forked process, which has no watching thread and no requests."""
     global _watcher, _LOCK
     _watcher, _LOCK = None, threading.Lock()
-    _under_way.clear()
+    _running.clear()
 
 
 os.register_at_fork(after_in_child=_forget)
 
 
-# --- What is said ----------------------------------------------------------------------------
+# --- Warnings --------------------------------------------------------------------------------
 
-_told: dict[str, float] = {}
+_warned: dict[str, float] = {}
+"""When a bucket was last warned of (time.monotonic)."""
 
 
-def tell(url: str, trouble: str, end: float) -> None:
-    """Say what is wrong, while it lasts: once in a while per bucket, not once per thread.
+def warn(url: str, fault: str, end: float) -> None:
+    """Log a fault that goes on, at most once in 30 s per bucket.
 
     Args:
-        url: of what is waited for.
-        trouble: the sentence.
-        end: when patience ends (time.monotonic).
+        url: the object that is waited for.
+        fault: a sentence about it.
+        end: when the retries end (time.monotonic).
     """
     place = "/".join(url.split("/")[:3])
     now = time.monotonic()
     with _LOCK:
-        if now - _told.get(place, -_TELL_EVERY_S) < _TELL_EVERY_S:
+        if now - _warned.get(place, -_WARN_EVERY_S) < _WARN_EVERY_S:
             return
-        _told[place] = now
+        _warned[place] = now
     again = "" if math.isinf(end) else f" It is tried again for {max(0.0, end - now):.0f} s."
-    log.warning("%s%s", trouble, again)
+    logger.warning("%s%s", fault, again)

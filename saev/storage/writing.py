@@ -1,4 +1,4 @@
-"""Objects that appear whole or not at all."""
+"""Writing objects that appear whole or not at all."""
 
 import contextlib
 import fcntl
@@ -22,14 +22,14 @@ _CHUNK = 8 << 20
 
 @contextlib.contextmanager
 def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
-    """A binary file that is published under ``url`` when the block ends, and dropped if it raises.
+    """Open a binary file that is published when the block ends, and dropped if the block raises.
 
     Local: a temporary file in the same folder, fsync, rename, fsync of the folder. Object stores:
-    one (multipart) upload, completed at the end. A reader never sees a part of it.
+    one (multipart) upload, completed at the end. Readers never see a partial object.
     """
     text = normalize(url)
     path = local_path(text)
-    with explained(text, "write", of_others=True):
+    with explained(text, "write", foreign_code=True):
         if path is not None:
             with _open_write_local(path) as handle:
                 yield handle
@@ -41,7 +41,7 @@ def open_write(url: str | os.PathLike) -> Iterator[tp.BinaryIO]:
 @contextlib.contextmanager
 def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
     fs, key = filesystem(url)
-    if isinstance(fs, MemoryFileSystem):  # would show the object while it grows
+    if isinstance(fs, MemoryFileSystem):  # its own files are visible before they are complete
         buffer = io.BytesIO()
         yield buffer
         fs.pipe_file(key, buffer.getvalue())
@@ -63,7 +63,7 @@ def _open_write_remote(url: str) -> Iterator[tp.BinaryIO]:
     except BaseException:
         with contextlib.suppress(Exception):
             remote.discard()
-        # A buffered file that is garbage-collected while open would flush itself.
+        # Otherwise garbage collection would flush the open file.
         remote.closed = True
         raise
 
@@ -77,7 +77,7 @@ def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
             yield handle
             handle.flush()
             os.fsync(fd)
-            temporary.replace(path)  # while it is open: the lock says that its writer lives
+            temporary.replace(path)  # before closing, because the open file holds the lock
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -86,7 +86,7 @@ def _open_write_local(path: Path) -> Iterator[tp.BinaryIO]:
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder, also while others remove empty ones above it."""
+    """Make a folder. Repeats this if others delete empty parent folders meanwhile."""
     for _ in range(10):
         with contextlib.suppress(FileNotFoundError):
             path.mkdir(parents=True, exist_ok=True)
@@ -106,8 +106,8 @@ def sync_folder(path: Path) -> None:
 def create_temporary(path: Path) -> tuple[Path, int]:
     """A new file beside ``path``, locked for as long as its descriptor is open.
 
-    The lock only tells :func:`clean_temporary` that the writer is alive; where a file system has no
-    locks, nothing is cleaned and everything else works.
+    The lock tells :func:`clean_temporary` that the writer is running. On a file system without
+    locks, temporary files are not cleaned up; all else works.
     """
     while True:
         temporary = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
@@ -120,7 +120,7 @@ def create_temporary(path: Path) -> tuple[Path, int]:
             pass
         except OSError:
             return temporary, fd
-        os.close(fd)  # a cleaner was faster than the lock: take another name
+        os.close(fd)  # clean_temporary deleted the file before it was locked: take another name
 
 
 class PositionalWriter:
@@ -142,7 +142,7 @@ class PositionalWriter:
                 done += os.pwrite(self._fd, view[done : done + (1 << 30)], offset + done)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy bytes towards the front; the two ranges may overlap."""
+        """Copy bytes to a lower offset. The two ranges may overlap."""
         if target > source:
             raise ValueError(f"move goes towards the front only, not from {source} to {target}")
         with explained(self.url, "write"):
@@ -151,18 +151,18 @@ class PositionalWriter:
                 self.write(target + start, block)
 
     def truncate(self, size: int) -> None:
-        """Cut off what lies behind ``size`` bytes, or fill up with zeros."""
+        """Set the size: cut the object off, or fill it up with zeros."""
         with explained(self.url, "write"):
             os.ftruncate(self._fd, size)
 
 
 @contextlib.contextmanager
 def open_write_at(url: str | os.PathLike) -> Iterator[PositionalWriter]:
-    """Like :func:`open_write`, for an object that is not written from front to back.
+    """Like :func:`open_write`, for an object that is not written in order.
 
-    Local: a temporary file in the same folder. Object stores, which cannot do that: a nameless
-    scratch file in the folder for temporary files (``TMPDIR``), which vanishes with the process,
-    uploaded as one stream when the block ends.
+    Local: a temporary file in the same folder. Object stores: an anonymous scratch file in the
+    folder for temporary files (``TMPDIR``), which is uploaded when the block ends. The operating
+    system deletes the scratch file when the process ends.
     """
     text = normalize(url)
     path = local_path(text)
@@ -171,7 +171,7 @@ def open_write_at(url: str | os.PathLike) -> Iterator[PositionalWriter]:
             with explained(text, "write"):
                 handle = stack.enter_context(_open_write_local(path))
             yield PositionalWriter(text, handle.fileno())
-            with explained(text, "write"):  # only what is ours: the block's errors are not
+            with explained(text, "write"):  # not around the block, whose errors are the caller's
                 stack.close()
         return
     scratch = f"scratch file in {tempfile.gettempdir()} (TMPDIR) for {text}"
@@ -185,7 +185,7 @@ def open_write_at(url: str | os.PathLike) -> Iterator[PositionalWriter]:
 
 @retry
 def _upload(fd: int, url: str) -> None:
-    """Stream a local file into an object; begins again after a transient failure."""
+    """Upload a local file. Starts again from the beginning after a transient fault."""
     size_ = os.fstat(fd).st_size
     with _open_write_remote(url) as remote:
         for start in range(0, size_, _CHUNK):
@@ -193,7 +193,7 @@ def _upload(fd: int, url: str) -> None:
 
 
 def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) -> None:
-    """Publish one object, whole or not at all."""
+    """Publish an object, whole or not at all."""
     text = normalize(url)
     if local_path(text) is not None:
         with open_write(text) as handle:
@@ -209,7 +209,7 @@ def write_bytes(url: str | os.PathLike, data: bytes | bytearray | memoryview) ->
 
 
 def write_text(url: str | os.PathLike, text: str) -> None:
-    """Publish a UTF-8 object."""
+    """Publish text as UTF-8."""
     write_bytes(url, text.encode("utf-8"))
 
 
