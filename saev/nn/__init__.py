@@ -1,6 +1,6 @@
-"""Sparse autoencoders: the model, its activations and objectives, the bank that trains many, files.
+"""Sparse autoencoders: model, activations, objectives, training of many at once, and files.
 
-``SparseAutoencoder`` is what a user loads; ``SaeBank`` is how it was trained.
+Users load a ``SparseAutoencoder``. A ``SaeBank`` trains many of them.
 """
 
 from saev.nn.bank import SaeBank, StepMetrics

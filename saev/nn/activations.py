@@ -1,4 +1,4 @@
-"""The four activation functions, beside their equations.
+"""The four activation functions and their equations.
 
 Pre-activations are z = x·W_enc + b_enc; latents are f = activation(z). B is the number of tokens.
 """
@@ -42,7 +42,7 @@ def threshold(
     z: Float[Tensor, "*batch d_sae"], theta: Float[Tensor, "..."]
 ) -> Float[Tensor, "*batch d_sae"]:
     """f = z·[z > θ] for θ ≥ 0: BatchTopK (scalar θ) and JumpReLU (θ per latent) at evaluation."""
-    # Asked this way round, NaN stays NaN instead of becoming a latent that is off.
+    # `z <= theta` is false for NaN, so NaN stays NaN. With `z > theta` it would become 0.
     return torch.where(z <= theta, torch.zeros((), dtype=z.dtype, device=z.device), z)
 
 
@@ -51,8 +51,8 @@ def rectangle(
 ) -> Bool[Tensor, "*batch d_sae"]:
     """Kernel K((z - θ)/ε) = [|z - θ| < ε/2] of the straight-through estimator, with ε = width·θ.
 
-    The paper has one ε for all latents, and inputs of norm 1. Here ε is a share of θ, so that the
-    kernel does not depend on how large activations are.
+    The paper uses one ε for all latents, and inputs of norm 1. Here ε is proportional to θ, so the
+    kernel does not depend on the scale of the activations.
     """
     return (z - theta).abs() < theta * (width / 2)
 

@@ -1,10 +1,10 @@
 """Many SAEs of one shape, trained at once on the same batches.
 
-Parameters of the N members are stacked, [N, …], so that reading and normalising a batch, and one
-optimiser step, are shared. A member's result does not depend on who else is in the bank: on CPU it
-is bit for bit what training it alone gives. For that, on CPU each member has its own encoder
-product; one product over all members would be no faster there (benchmarks/training.py), and for
-small shapes it rounds differently. On a GPU one wide product serves as many members as fit.
+The parameters of the N members are stacked, [N, …]. The members share the reading and normalising
+of a batch, and the optimiser step. The result of a member does not depend on the other members: on
+CPU it is bit for bit the result of training it alone. For this, each member has its own encoder
+product on CPU. One product over all members would be no faster there (benchmarks/training.py), and
+rounds differently for small shapes. On a GPU, one wide product computes as many members as fit.
 
     bank = SaeBank(cfgs, objectives, lrs, seeds, d_model=384, data=sample)
     for batch in loader:
@@ -33,22 +33,22 @@ from saev.nn.sparsity import Coefficient, SparsityControl, stacked
 from saev.nn.weights import Weights
 
 _CPU_CHUNK = 32 << 20
-"""GPU_CHUNK_BYTES of a CPU."""
+"""Like GPU_CHUNK_BYTES, for a CPU."""
 _MIN_ROWS = 64
 DEAD_FALL = 2.0
-"""How fast ln θ of dead latents falls, as a multiple of its learning rate."""
+"""Decrease per step of ln θ of dead latents, as a multiple of its learning rate."""
 _GPU_LOOK = 32
-"""Steps from one look at which latents may be dead to the next, on a GPU."""
+"""Steps between two updates of the candidates for dead latents, on a GPU."""
 
 
 class StepMetrics(tp.NamedTuple):
-    """What a step measured on its batch, before its update. One value per member, on the device."""
+    """Metrics of a step's batch before the update. One value per member, on the device."""
 
     mse: Float[Tensor, " n"]
-    """Squared error per token and dimension, the mean over prefixes."""
+    """Squared error per token and dimension, averaged over prefixes."""
     sparsity: Float[Tensor, " n"]
-    """Sparsity term of the loss, with its coefficient. With a target it is λ·L1 or λ·L0, whose
-    gradient with a constant λ is what is followed; λ·L0 is negative below the target."""
+    """Sparsity term of the loss, with its coefficient. With a target L0 it is λ·L1 or λ·L0 with λ
+    held constant in the gradient. λ, and so this term, is negative if L0 is below the target."""
     aux: Float[Tensor, " n"]
     """AuxK term of the loss, with its coefficient."""
     l0: Float[Tensor, " n"]
@@ -56,19 +56,18 @@ class StepMetrics(tp.NamedTuple):
     l1: Float[Tensor, " n"]
     """Mean sum of latents per token."""
     nmse: Float[Tensor, " n"]
-    """Squared error of the whole dictionary over the variance around the batch's mean; not finite
-    if there is none. A curve to watch; the metric that is reported is computed over a whole split.
-    """
+    """Squared error of the whole dictionary divided by the variance of the batch; not finite if
+    the variance is 0. Only for curves: reported metrics are computed over a whole split."""
     n_dead: Int[Tensor, " n"]
     """Latents that have not fired for `dead_after` tokens."""
     grad_norm: Float[Tensor, " n"]
     """Norm of the member's gradient."""
     coeff: Float[Tensor, " n"]
-    """λ, with its warm-up or as a target chose it."""
+    """λ of this step, after warm-up or as chosen for a target L0."""
 
     @property
     def loss(self) -> Float[Tensor, " n"]:
-        """What each member minimises."""
+        """The loss of each member."""
         return self.mse + self.sparsity + self.aux
 
 
@@ -84,15 +83,15 @@ class SaeBank:
         optim: optimiser.
         dead_after: tokens without firing after which a latent is dead.
         device: where parameters live.
-        bf16: multiply with encoders (and dense decoders) in bfloat16; weights stay as they are.
+        bf16: multiply with encoders (and dense decoders) in bfloat16. Weights keep their dtype.
             On a GPU only.
-        data: [n, d_model] activations, as `step` will see them, for data-point initialisation.
+        data: [n, d_model] normalised activations for data-point initialisation.
         dtype: of parameters.
         ranks: processes that train the bank together, each on its share of every batch. All begin
             with the state of rank 0; see :meth:`begin_together`.
 
     Raises:
-        ConfigError: members that do not belong together, or a setting that cannot be trained.
+        ConfigError: members that cannot share a bank, or a setting that cannot be trained.
     """
 
     def __init__(
@@ -169,14 +168,15 @@ class SaeBank:
         """Take one optimiser step for every member.
 
         Args:
-            x: normalised activations; of several ranks, the share of this one, which may be empty.
-            lr_factor: what the schedule multiplies the peak learning rates by; one for all members
-                or one for each.
-            sparsity_factor: likewise for the sparsity coefficients that are given.
-            n_tokens: tokens of the batch over all ranks; without it, those of x.
+            x: normalised activations. With several ranks, the share of this rank, which may be
+                empty.
+            lr_factor: factor of the schedule on the peak learning rates, one for all members or one
+                for each.
+            sparsity_factor: the same for fixed sparsity coefficients.
+            n_tokens: tokens of the batch over all ranks; by default the tokens of x.
 
         Raises:
-            ConfigError: x has another width, or a sequence has another length than the bank.
+            ConfigError: the width of x, or the length of a sequence, is wrong.
         """
         metrics = self.compute_gradients(x, sparsity_factor, n_tokens)
         self.apply_gradients(lr_factor)
@@ -189,7 +189,7 @@ class SaeBank:
         sparsity_factor: float | tp.Sequence[float] = 1.0,
         n_tokens: int | None = None,
     ) -> StepMetrics:
-        """The first half of :meth:`step`: fill `grads`, count what fired, move the thresholds."""
+        """First half of :meth:`step`: compute `grads`, count firing latents, update thresholds."""
         n_tokens = n_tokens or x.shape[0]
         if x.ndim != 2 or x.shape[1] != self.d_model or not n_tokens:
             raise ConfigError(
@@ -205,7 +205,7 @@ class SaeBank:
         dead = self._dead(n_tokens)
 
         results = []
-        # The groups have to be the same on all ranks, whose shares differ by some rows.
+        # The groups have to be the same on all ranks, although their shares differ by some rows.
         n_group = self._group_size(-(-n_tokens // self.ranks.size))
         for first in range(0, len(self), n_group):
             members = range(first, min(first + n_group, len(self)))
@@ -236,7 +236,8 @@ class SaeBank:
 
     @torch.no_grad()
     def apply_gradients(self, lr_factor: float | tp.Sequence[float] = 1.0) -> None:
-        """The second half of :meth:`step`: update, normalise decoders, lower dead thresholds."""
+        """Second half of :meth:`step`: update parameters, lower thresholds of dead latents, and
+        normalise decoders."""
         factors = self._per_member(lr_factor, "lr_factor")
         self.t += 1
         rates = [
@@ -252,10 +253,11 @@ class SaeBank:
                 w_dec[n].div_(norm.clamp(min=1e-12))
 
     def _lower_dead_thresholds(self, rates: tp.Sequence[tp.Mapping[str, float]]) -> None:
-        """ln θ of dead latents falls until they fire again, or are at a third of what is usual.
+        """Lower ln θ of dead latents until they fire again, down to 1 below the mean of ln θ of
+        live latents (θ is then about a third of theirs).
 
-        No pre-activation comes near their θ, so that nothing else would ever move it, however
-        AuxK changes their weights.
+        The pre-activations of a dead latent are far from its θ. So the gradient of θ is zero, and
+        AuxK changes only the weights.
         """
         if "log_threshold" not in self.params:
             return
@@ -268,13 +270,13 @@ class SaeBank:
             log_theta.copy_(torch.where(live, log_theta, fallen))
 
     def _dead(self, n_tokens: int) -> DeadLatents | None:
-        """Which latents are dead, and among which ones they are.
+        """The dead latents, and candidates that include all of them.
 
-        On a GPU the second is asked for now and then only, as the answer has to be waited for: it
-        holds all latents that will be dead if they do not fire until it is asked again.
+        On a GPU the candidates are computed only every 32 steps, because this waits for the device.
+        They include every latent that may become dead before the next time.
         """
         if self.n_tokens + (self._steps_between_looks - 1) * n_tokens < self.dead_after:
-            return None  # nothing can be dead before the next look
+            return None  # no latent can be dead before the next update of the candidates
         if self.n_tokens > self._looked_until:
             ahead = (self._steps_between_looks - 1) * n_tokens
             self._looked_until = self.n_tokens + ahead
@@ -317,14 +319,16 @@ class SaeBank:
         return max(1, GPU_CHUNK_BYTES // (self._row_bytes(n_p) * n_rows))
 
     def _chunk(self, n_rows: int, n_p: int, n_members: int) -> int:
-        """Rows at a time. Depends on the member and the batch only, as its bits do."""
+        """Rows per chunk. It depends on the member and the batch only, because the rounding of the
+        results depends on it."""
         if n_members > 1:
             return max(1, n_rows)
         budget = GPU_CHUNK_BYTES if self.device.type == "cuda" else _CPU_CHUNK
         return max(_MIN_ROWS, min(n_rows, budget // self._row_bytes(n_p)))
 
     def _remove_parallel(self) -> None:
-        """Remove from decoder gradients the part along the rows, which normalising would undo."""
+        """Remove the part of decoder gradients that is parallel to the rows. Normalising the rows
+        would undo it."""
         for n, cfg in enumerate(self.cfgs):
             if cfg.remove_parallel_grads:
                 w, grad = self.params["W_dec"][n], self.grads["W_dec"][n]
@@ -333,8 +337,7 @@ class SaeBank:
                 grad.addcmul_(along[:, None], w, value=-1)
 
     def _gradient_norm(self) -> Float[Tensor, " n"]:
-        # One member at a time: a sum over [1, d_sae] and over a row of [n, d_sae] may run in
-        # different orders.
+        # One member at a time: torch may add a row of [n, d_sae] in another order than [1, d_sae].
         norms = []
         for n in range(len(self)):
             square = torch.zeros((), dtype=self.threshold.dtype, device=self.device)
@@ -353,12 +356,12 @@ class SaeBank:
     # --- Members ---------------------------------------------------------------------------
 
     def members(self) -> list[SparseAutoencoder]:
-        """Every member by itself (a copy), working on normalised activations."""
+        """Copies of all members, as SAEs on normalised activations."""
         return [self._member(n) for n in range(len(self))]
 
     def to_sae(self, n: int, mean: Tensor | None = None, scale: float = 1.0) -> SparseAutoencoder:
-        """Member n by itself (a copy), working on recorded activations x, if the bank was trained
-        on (x - mean)·scale."""
+        """A copy of member n, as an SAE on recorded activations x. The bank was trained on
+        (x - mean)·scale."""
         return fold_normalization(self._member(n), mean, scale)
 
     def _member(self, n: int) -> SparseAutoencoder:
@@ -374,7 +377,7 @@ class SaeBank:
 
     @torch.no_grad()
     def begin_together(self) -> None:
-        """Take over the state of rank 0."""
+        """Copy the state of rank 0 to all ranks."""
         rng = torch.stack([g.get_state() for g in self._generators])
         counters = torch.tensor([self.t, self.n_tokens])
         self.ranks.broadcast_(*self._tensors().values(), rng, counters)
@@ -396,7 +399,7 @@ class SaeBank:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All training state as plain tensors on the CPU (copies), for safetensors."""
+        """Copies of the whole training state as tensors on the CPU, for safetensors."""
         state = {name: t.detach().cpu().clone() for name, t in self._tensors().items()}
         state["rng"] = torch.stack([g.get_state() for g in self._generators])
         state["counters"] = torch.tensor([self.t, self.n_tokens])
@@ -413,8 +416,8 @@ class SaeBank:
         if set(own) != set(state):
             different = sorted(set(own) ^ set(state))
             raise CheckpointError(
-                f"The resume state is of another kind of bank: {different} are in one only. "
-                "Start the run again from the beginning."
+                "The resume state is of another kind of bank: only one of the two has "
+                f"{different}. Start the run again from the beginning."
             )
         for name, tensor in state.items():
             if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
@@ -439,7 +442,7 @@ def _check_members(
     lrs: tp.Sequence[float],
     seeds: tp.Sequence[int],
 ) -> int:
-    """Validates what the members of a bank have to share, and returns d_sae."""
+    """Check that the members can share a bank. Returns d_sae."""
     lengths = [len(cfgs), len(objectives), len(lrs), len(seeds)]
     if not cfgs or len(set(lengths)) != 1:
         raise ConfigError(

@@ -1,16 +1,16 @@
-"""One number per SAE that brings its L0 on unseen tokens to what was asked for.
+"""Calibration: set the threshold of an SAE so that its L0 on unseen tokens is the wanted one.
 
-An SAE trained on few images fires more often on others: BatchTopK with k = 32 had 40.5 active
-latents there. So the level above which a latent counts is set once more after training, on tokens
-that are neither trained on nor reported on:
+An SAE that was trained on few images fires more often on other images: BatchTopK with k = 32 had
+40.5 active latents there. So after training a level is chosen, one number per SAE, on tokens that
+are used neither for training nor for the reported metrics. A latent is active above the level:
 
-    activation   change of the SAE         what the level is a value of
+    activation   change of the SAE         the level is compared with
     BatchTopK    θ' = level                z
     JumpReLU     θ' = θ·level              z/θ; one level for all latents
     ReLU         b_enc' = b_enc - level    z
 
-The level is chosen so that L0 · (number of tokens) of all (token, latent) pairs reach it. The
-authors of BatchTopK estimate θ in this way, from training batches (Bussmann et al. 2024,
+The level is chosen so that L0 · (number of tokens) of all (token, latent) pairs are above it. The
+authors of BatchTopK estimate θ in the same way from training batches (Bussmann et al. 2024,
 arXiv:2412.06410).
 """
 
@@ -23,14 +23,14 @@ from saev.nn.sae import SparseAutoencoder
 
 _BINS = 1 << 14
 _FIRST_TOKENS = 4096
-"""Tokens that decide in which range of levels the level is looked for."""
+"""The range of the histogram is chosen from this number of tokens."""
 _MARGIN = 4.0
-"""This many times the L0 reach the low end of the range of levels, 1/this of it the high end."""
+"""In the histogram's range, L0 goes from this multiple of the wanted L0 down to 1/this of it."""
 
 
 class Calibration:
-    """Counts of levels of one SAE over any number of batches. The counts are exact, so the level
-    does not depend on how tokens are cut into batches after the first.
+    """Histogram of the levels of one SAE over any number of batches. Counts are exact, so the
+    result does not depend on the sizes of the batches after the first.
 
     Args:
         sae: with activation relu, jump-relu or batch-top-k.
@@ -47,7 +47,7 @@ class Calibration:
 
     @torch.no_grad()
     def update(self, x: Float[Tensor, "batch d_model"]) -> None:
-        """Add a batch of activations, as recorded."""
+        """Add a batch of recorded activations."""
         acts, z = self._sae.encode(x)
         self._n_active += (acts != 0).sum()
         levels = self._levels(z)
@@ -64,7 +64,7 @@ class Calibration:
         return int(self._n_active) / max(self.n_tokens, 1)
 
     def level(self) -> float:
-        """The level that `l0` latents per token reach on average.
+        """The level above which `l0` latents per token are active on average.
 
         Raises:
             ConfigError: there were no tokens.

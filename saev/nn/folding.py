@@ -1,15 +1,14 @@
-"""Folding input normalisation into weights, so that a saved SAE works on recorded activations.
+"""Folding the normalisation of inputs into weights, so that a saved SAE takes recorded activations.
 
 Training sees y = (x - μ)·s. With z = y·W_enc + b_enc, f = act(z), ŷ = f·W_dec + b_dec, the
-reconstruction of x is ŷ/s + μ. All four activations commute with a positive factor if their
-threshold is scaled too, act(z; θ)/s = act(z/s; θ/s), so the factor can be moved out of the decoder
-into the encoder's biases:
+reconstruction of x is ŷ/s + μ. For all four activations act(z; θ)/s = act(z/s; θ/s), so the factor
+can be moved from the decoder into the encoder's bias and the threshold:
 
     W_enc' = W_enc                     b_enc' = b_enc/s - μ·W_enc        θ' = θ/s
     W_dec' = W_dec                     b_dec' = b_dec/s + μ              f' = f/s
 
-Decoder rows keep unit norm and a latent's value is in the units of the recorded activations: it is
-the length of its contribution to the reconstruction.
+Decoder rows keep unit norm. The value of a latent is in the units of the recorded activations: it
+is the norm of the latent's contribution to the reconstruction.
 """
 
 import torch
@@ -24,14 +23,14 @@ Weights = dict[str, Tensor]
 
 
 def project(vector: Float[Tensor, " d_model"], w_enc: Float[Tensor, "d_model d_sae"]) -> Tensor:
-    """vector·W_enc, with bits that do not depend on the number of threads, as MKL's would."""
+    """vector·W_enc. Unlike MKL's product, its bits do not depend on the number of threads."""
     return torch.linalg.vecdot(w_enc.T.contiguous(), vector)
 
 
 def fold_normalization(
     sae: SparseAutoencoder, mean: Tensor | None, scale: float
 ) -> SparseAutoencoder:
-    """An SAE on x that does what `sae` does on (x - mean)·scale. Computed in float64.
+    """The SAE on x that is equivalent to `sae` on (x - mean)·scale. Computed in float64.
 
     Args:
         sae: SAE on normalised activations.
@@ -57,13 +56,13 @@ def fold_normalization(
 
 
 def fold_shift(weights: Weights, shift: Float[Tensor, " d_model"]) -> Weights:
-    """Weights on x of an SAE whose encoder saw x - shift: b_enc' = b_enc - shift·W_enc."""
+    """Weights on x of an SAE whose encoder takes x - shift: b_enc' = b_enc - shift·W_enc."""
     shifted = project(shift.double(), weights["W_enc"].double())
     return weights | {"b_enc": weights["b_enc"].double() - shifted}
 
 
 def fold_decoder_norm(weights: Weights) -> Weights:
-    """Weights with unit decoder rows of an SAE whose latents were chosen by f·‖W_dec row‖.
+    """Weights with unit decoder rows, for an SAE that selects latents by f·‖W_dec row‖.
 
     W_enc' = W_enc·n, b_enc' = b_enc·n, θ' = θ·n, W_dec' = W_dec/n: the same reconstruction.
     """
@@ -75,9 +74,9 @@ def fold_decoder_norm(weights: Weights) -> Weights:
 
 
 def fold_input(weights: Weights, centre: Tensor | None, scale: float) -> Weights:
-    """Weights on x of an SAE on (x - centre)·scale, with the very latents of that SAE.
+    """Weights on x of an SAE on (x - centre)·scale, without changing the values of latents.
 
-    :func:`fold_normalization` moves the factor into the latents, to keep decoder rows at unit norm.
+    :func:`fold_normalization` instead changes the latents, to keep decoder rows at unit norm.
     Here W_enc' = W_enc·s, b_enc' = b_enc - s·μ·W_enc, W_dec' = W_dec/s and b_dec' = b_dec/s + μ.
 
     Raises:
@@ -106,14 +105,16 @@ def fold_rectifier(theta: Tensor) -> Tensor:
 
 
 def fold_gate(weights: Weights, b_gate: str, b_mag: str, r_mag: str) -> Weights:
-    """A gated SAE (Rajamanoharan et al. 2024, arXiv:2404.16014) as the JumpReLU SAE that it is.
+    """The JumpReLU SAE that is equivalent to a gated SAE (Rajamanoharan et al. 2024,
+    arXiv:2404.16014).
 
-    Gate and magnitude share the encoder but for a factor eʳ. With z = x·W_enc·eʳ + b_mag the gate
-    x·W_enc + b_gate > 0 is z > b_mag - eʳ·b_gate, so f = z·[z > θ], θ = max(0, b_mag - eʳ·b_gate).
+    The magnitude path uses the encoder of the gate times a factor eʳ. With z = x·W_enc·eʳ + b_mag,
+    the gate x·W_enc + b_gate > 0 means z > b_mag - eʳ·b_gate. So f = z·[z > θ] with
+    θ = max(0, b_mag - eʳ·b_gate).
 
     Args:
-        weights: with the three tensors named here in place of b_enc.
-        b_gate, b_mag, r_mag: their names.
+        weights: with the three tensors of a gated SAE instead of b_enc.
+        b_gate, b_mag, r_mag: names of these tensors.
     """
     gate, magnitude = weights[b_gate].double(), weights[b_mag].double()
     factor = weights[r_mag].double().exp()

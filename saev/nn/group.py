@@ -31,40 +31,40 @@ class Group(tp.NamedTuple):
     weights: Weights
     """Parameters."""
     grads: Weights
-    """Their gradients, added to."""
+    """Gradients, which are accumulated."""
     threshold: Float[Tensor, " g"]
-    """Moving thresholds (BatchTopK), updated."""
+    """Moving thresholds (BatchTopK), which are updated."""
     prefixes: Prefixes
-    """Of this step."""
+    """Prefixes of this step."""
     chunk: int
-    """Rows at a time; the whole batch if there is more than one member."""
+    """Rows per chunk; the whole batch if there is more than one member."""
     bf16: bool
     """Multiply with the matrices in bfloat16."""
     n_tokens: int
-    """B, over all ranks."""
+    """B, the tokens of the batch over all ranks."""
     ranks: Ranks
-    """Who has the other rows of the batch."""
+    """The ranks that hold the other rows of the batch."""
 
     def __len__(self) -> int:
         return len(self.activations)
 
 
 class DeadLatents(tp.NamedTuple):
-    """Which latents are dead."""
+    """The dead latents of a group."""
 
     mask: Bool[Tensor, "g d_sae"]
-    """Exactly."""
+    """True for dead latents."""
     candidates: tp.Sequence[Int[Tensor, " c"]]
-    """Per member, latents among which all dead ones are. How many they are is known without waiting
-    for the device, which the mask does not say."""
+    """Indices of latents per member that include all dead ones. Unlike the number of dead latents,
+    the number of candidates is known without waiting for the device."""
 
     def of(self, members: slice) -> "DeadLatents":
-        """Of some members."""
+        """The dead latents of some members."""
         return DeadLatents(self.mask[members], self.candidates[members])
 
 
 class GroupSums(tp.NamedTuple):
-    """What was measured on this rank's rows of the batch, per member."""
+    """Sums over this rank's rows of the batch, per member."""
 
     mse: Float[Tensor, " g"]
     """Σ_j ‖x - x̂_j‖² / P, summed over tokens."""
@@ -86,15 +86,16 @@ def group_gradients(
     dead: DeadLatents | None,
     variance: Tensor,
 ) -> GroupSums:
-    """Forward, losses and backward of a group: adds the gradients of its loss
+    """Forward, losses and backward of a group. Adds the gradients of its loss
     (:mod:`saev.nn.objectives`) to ``group.grads``.
 
-    Nothing of size [B, d_sae] outlives a chunk of rows: each chunk goes backward at once.
+    No tensor of size [B, d_sae] is kept, because the backward pass of each chunk of rows follows
+    its forward pass.
 
     Args:
         group: the members.
         x: normalised activations.
-        dead: the group's; None if none can be.
+        dead: dead latents of the group; None if there cannot be any.
         variance: v of the AuxK term.
     """
     weights = group.weights.leaves(group.grads)
@@ -146,7 +147,8 @@ def _part(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.
 
 
 def _leaf(part: sparse.Part) -> SparseLatents:
-    """Codes whose gradient is kept until that of the encoder is computed for all chunks."""
+    """Codes as a leaf of autograd. The encoder's backward pass runs later, for all chunks at once,
+    and starts from the gradient of this leaf."""
     values = part.codes.values.detach().requires_grad_()
     return SparseLatents(part.codes._replace(values=values), part.grouped, part.x.shape[0])
 
@@ -166,7 +168,7 @@ def _aux_k(
     residuals: list[Tensor],
     variance: Tensor,
 ) -> Float[Tensor, " g"]:
-    """AuxK terms; their gradients are added to ``group.grads``."""
+    """The AuxK terms. Their gradients are added to ``group.grads``."""
     aux = torch.zeros(len(group), dtype=x.dtype, device=x.device)
     whole = [torch.cat([r[g] for r in residuals]) for g in reviving]
     energies = [total(squared_norm(residual)) for residual in whole]
@@ -216,7 +218,7 @@ def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
 def _move_threshold(
     threshold: Float[Tensor, " g"], smallest: Float[Tensor, " g"], momentum: tp.Sequence[float]
 ) -> None:
-    """θ ← m·θ + (1 - m)·(smallest selected value); the first value is taken as it is."""
+    """θ ← m·θ + (1 - m)·(smallest selected value). The first value replaces θ."""
     m = upload(momentum, threshold)
     moved = torch.where(threshold == 0, smallest, threshold * m + smallest * (1 - m))
     threshold.copy_(torch.where(smallest.isnan(), threshold, moved))
@@ -246,21 +248,21 @@ def aux_k(
 
     Args:
         weights: of the member (a group of one).
-        grads: added to.
-        x: the batch (of several ranks, the rows of this one).
+        grads: gradients, to which those of the term are added.
+        x: the batch (with several ranks, the rows of this rank).
         residual: e = x - x̂ of these rows, a constant.
         energy: Σ ‖e‖² over the batch of all ranks.
-        candidates: latents among which all dead ones are; at least one.
-        dead: which latents are dead.
+        candidates: indices of latents that include all dead ones; at least one.
+        dead: mask of the dead latents.
         k_aux: dead latents used per token.
         coeff: α·v.
-        chunk: rows at a time.
+        chunk: rows per chunk.
     """
     rows = [t[0].index_select(0, candidates).requires_grad_() for t in weights[:3]]
     w_enc, b_enc, w_dec = rows
     is_dead = dead.index_select(0, candidates)
     share = (is_dead.sum().to(coeff.dtype) / k_aux).clamp(max=1.0)
-    # Where nothing is left over there is nothing to learn.
+    # Without a residual there is nothing to learn, and the division would give NaN.
     factor = torch.where(energy == 0, 0.0, coeff * share / energy)
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):

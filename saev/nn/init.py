@@ -1,10 +1,10 @@
 """Initial weights of one SAE, from its own random numbers and a sample of training activations.
 
 Data-point initialisation: every decoder row is a blend of a centred training activation and noise,
-both at unit norm, normalised; the encoder is its transpose, scaled. Where there is a sample, the
-decoder bias is its mean m, and b_enc = -m·W_enc, so that the encoder sees centred activations too.
-JumpReLU's θ is a quantile of the sample's pre-activations, so that it starts sparse. A ReLU SAE
-that aims at an L0 starts at that L0, too: the quantile is subtracted from b_enc.
+both at unit norm, and is then normalised. The encoder is the transpose, scaled. With a sample, the
+decoder bias is the sample's mean m, and b_enc = -m·W_enc, so the encoder also sees centred
+activations. JumpReLU's θ is a quantile of the sample's pre-activations, so that it starts sparse. A
+ReLU SAE with a target L0 starts at this L0: the quantile is subtracted from b_enc.
 """
 
 import math
@@ -19,13 +19,13 @@ from saev.errors import ConfigError
 from saev.nn import activations
 
 _SCALE_SAMPLE = 1024
-"""Rows that the encoder's initial scale and θ are fitted on."""
+"""Rows used to choose the encoder's initial scale and θ."""
 INIT_L0 = 64
-"""Active latents per token that JumpReLU starts with if nothing says how many."""
+"""Initial L0 of JumpReLU if neither init_l0 nor target_l0 is given."""
 
 
 class InitialWeights(tp.NamedTuple):
-    """Of one SAE, in the bank's layout."""
+    """Initial weights of one SAE, in the bank's layout."""
 
     W_enc: Float[Tensor, "d_sae d_model"]
     """Encoder, transposed."""
@@ -49,9 +49,9 @@ def initial_weights(
 
     Args:
         cfg: with `d_model` and `d_sae` filled in.
-        data: training activations as the SAE will see them (normalised); None starts from noise.
-        generator: the member's own random numbers.
-        target_l0: the target of the objective, at which JumpReLU and ReLU start.
+        data: normalised training activations; None starts from noise.
+        generator: random numbers of this member.
+        target_l0: target L0 of the objective, at which JumpReLU and ReLU start.
 
     Raises:
         ConfigError: `data` is empty or of another width.
@@ -86,7 +86,8 @@ def initial_weights(
     lowered = theta if isinstance(cfg.activation, Relu) and l0 else 0.0
     return InitialWeights(
         W_enc=w_enc,
-        b_enc=-torch.linalg.vecdot(w_enc, b_dec) - lowered,  # a product would depend on threads
+        # vecdot, because the bits of `@` depend on the number of threads.
+        b_enc=-torch.linalg.vecdot(w_enc, b_dec) - lowered,
         W_dec=w_dec,
         b_dec=b_dec,
         log_threshold=torch.full((d_sae,), math.log(theta)),
@@ -94,7 +95,7 @@ def initial_weights(
 
 
 def initial_l0(cfg: SaeConfig, target_l0: float | None) -> int:
-    """Active latents per token at the start, by default at most a quarter of all; 0 sets none."""
+    """Initial L0: `init_l0` if given, else at most a quarter of d_sae; 0 does not set it."""
     assert cfg.d_sae is not None
     wanted = target_l0 or 0
     if isinstance(cfg.activation, JumpRelu):
@@ -105,7 +106,7 @@ def initial_l0(cfg: SaeConfig, target_l0: float | None) -> int:
 
 
 def initial_threshold(z: Float[Tensor, "n d_sae"], l0: int) -> float:
-    """The θ that leaves `l0` of a token's pre-activations active, on average."""
+    """The θ at which `l0` latents per token are active on average."""
     n = min(l0 * z.shape[0], z.numel())
     smallest = float(z.flatten().topk(n, sorted=False).values.min())
     # θ has to be positive for every sample, because ln θ is trained.
@@ -119,8 +120,11 @@ def least_error_scale(
     w_dec: Float[Tensor, "d_sae d_model"],
     target_l0: float | None = None,
 ) -> float:
-    """The c that minimises ‖x - act(c·x·W_decᵀ)·W_dec‖²: c = ⟨x, x̂⟩ / ⟨x̂, x̂⟩ at c = 1, because
-    act is positively homogeneous (a θ that is a quantile grows with c)."""
+    """The c that minimises ‖x - act(c·x·W_decᵀ)·W_dec‖².
+
+    It is c = ⟨x, x̂⟩ / ⟨x̂, x̂⟩ with x̂ for c = 1, because act(c·z) = c·act(z) for c > 0. This also
+    holds if θ is a quantile of z, which grows with c.
+    """
     z, l0 = x @ w_dec.T, initial_l0(cfg, target_l0)
     match cfg.activation:
         case TopK(top_k=k):

@@ -1,4 +1,4 @@
-"""Latents of a chunk of rows, as losses and decoders see them: sparse codes, or a dense matrix."""
+"""Latents of a chunk of rows: sparse codes, or a dense matrix, with the same methods."""
 
 import typing as tp
 
@@ -13,15 +13,16 @@ from saev.nn.weights import Weights
 
 
 class SparseLatents(tp.NamedTuple):
-    """Of TopK-like members."""
+    """Latents of TopK and BatchTopK members."""
 
     codes: sparse.Codes
-    """Of g·c rows, member by member; table rows are member·d_sae + latent."""
+    """Codes of g·c rows, ordered by member; table rows are member·d_sae + latent."""
     grouped: sparse.ByLatent
+    """The entries of the codes, grouped by latent."""
     n_rows: int
-    """c."""
+    """c, the rows of the chunk."""
     penalty: None = None
-    """They have none: top_k fixes how many there are."""
+    """There is no penalty, because top_k fixes L0."""
 
     def decode(self, w_dec: Float[Tensor, "g s d"], prefixes: Prefixes) -> Float[Tensor, "g*c*p d"]:
         """Contribution of each block of latents to each token's reconstruction."""
@@ -40,12 +41,14 @@ class SparseLatents(tp.NamedTuple):
 
 
 class DenseLatents(tp.NamedTuple):
-    """Of one ReLU or JumpReLU member."""
+    """Latents of one ReLU or JumpReLU member."""
 
     act: dense.Activated
+    """The latents and their sums."""
     penalty: Float[Tensor, " s"]
-    """What the sparsity coefficient multiplies: L1 (ReLU) or L0 (JumpReLU)."""
+    """The penalty without its coefficient: L1 (ReLU) or L0 (JumpReLU)."""
     bf16: bool
+    """Multiply with the decoder in bfloat16."""
 
     def decode(self, w_dec: Float[Tensor, "1 s d"], prefixes: Prefixes) -> Float[Tensor, "1*c*p d"]:
         """Contribution of each block of latents to each token's reconstruction."""
@@ -76,13 +79,13 @@ def dense_latents(
 def _block_ptr(
     codes: sparse.Codes, prefixes: Prefixes, n_rows: int, d_sae: int
 ) -> Int[Tensor, " bags_plus_1"]:
-    """Where each row's blocks of latents begin: bags in order (member, row, block)."""
+    """First entry of each block of latents of each row, ordered by (member, row, block)."""
     n_g, n_p = prefixes.lengths.shape
     if n_p == 1:
         return codes.row_ptr
     device = codes.latents.device
     row = sparse.bag_of_entry(codes.row_ptr, codes.latents.shape[0])
-    # Table rows begin at member·d_sae, so (row, latent) pairs are ascending in this key.
+    # Entries are in ascending order of this key, because table rows begin at member·d_sae.
     key = row.to(torch.int64) * (n_g * d_sae) + codes.latents
     first = torch.arange(n_g * n_rows, device=device) * (n_g * d_sae)
     member = torch.arange(n_g, device=device).repeat_interleave(n_rows) * d_sae

@@ -1,4 +1,4 @@
-"""What an SAE minimises, per token and dimension so that the terms do not grow with the width.
+"""The loss of an SAE, per token and dimension, so that its terms do not grow with the width.
 
 With p_1 < … < p_P = d_sae the prefix lengths (vanilla: P = 1), x̂_j the reconstruction from the
 first p_j latents, and B tokens:
@@ -7,15 +7,16 @@ first p_j latents, and B tokens:
     sparsity  λ · Σ_b ‖f‖₁ / B   (ReLU)     λ · Σ_b ‖f‖₀ / B   (JumpReLU)     0   (TopK, BatchTopK)
     aux       α · min(n_dead/k_aux, 1) · v · Σ_b ‖e - ê‖² / Σ_b ‖e‖²   (0 if e is 0)
 
-Matryoshka (Bussmann et al. 2025, arXiv:2503.17547) sums over prefixes; the mean here differs by the
-constant P and keeps λ, α and the gradient's size comparable with vanilla.
+Matryoshka (Bussmann et al. 2025, arXiv:2503.17547) sums over prefixes. The mean used here differs
+by the constant factor P. It keeps λ, α and the norm of the gradient comparable with vanilla.
 
-AuxK (Gao et al. 2024, arXiv:2406.04093, appendix A.2): ê = z_aux·W_dec, without b_dec, from the
-k_aux largest pre-activations of dead latents, models the residual e = x - x̂, a constant. The paper
-writes L + α·‖e - ê‖²; its code divides L by the variance of x and the AuxK term by that of e. Here
-L is not divided, so the AuxK term is multiplied by v = Σ_b ‖x - x̄‖² / (B·d_model) instead, which is
-the same trade-off (and v = 1 for normalised input). The pre-activations are not rectified: a latent
-whose pre-activations are all negative still gets a gradient.
+AuxK (Gao et al. 2024, arXiv:2406.04093, appendix A.2): the k_aux largest pre-activations z_aux of
+dead latents reconstruct the residual e = x - x̂, which counts as a constant, as ê = z_aux·W_dec
+without b_dec. The paper writes L + α·‖e - ê‖². Its code divides L by the variance of x, and the
+AuxK term by the variance of e. Here L is not divided. Instead the AuxK term is multiplied by
+v = Σ_b ‖x - x̄‖² / (B·d_model), which gives the same trade-off (v = 1 for normalised input). The
+pre-activations are not rectified, so a latent whose pre-activations are all negative still gets a
+gradient.
 """
 
 import typing as tp
@@ -35,14 +36,14 @@ class Prefixes(tp.NamedTuple):
     """Prefix lengths of a group, padded to the same number."""
 
     lengths: Int[Tensor, "g p"]
-    """Ascending; filled up with d_sae."""
+    """Ascending; padded with d_sae."""
     weights: Float[Tensor, "g p"]
-    """1/P for the P real ones, 0 for filling."""
+    """1/P for the P prefixes, 0 for padding."""
     cuts: list[list[int]]
-    """The lengths once more, as numbers, for which nobody has to wait for a GPU."""
+    """The lengths as Python numbers, so that reading them does not wait for a GPU."""
 
     def to(self, like: Tensor) -> "Prefixes":
-        """On another tensor's device, with weights of its type."""
+        """Copy to another tensor's device, with weights of its dtype."""
         lengths = self.lengths.to(like.device, non_blocking=True)
         return Prefixes(lengths, upload(self.weights, like), self.cuts)
 
@@ -54,9 +55,9 @@ def reconstruction_loss(
 
     Args:
         errors: Σ ‖x - x̂_j‖² of each prefix over these rows.
-        prefixes: of the members.
+        prefixes: prefixes of the members.
         n_tokens: B.
-        d_model: width.
+        d_model: width of the activations.
     """
     return (errors * prefixes.weights).sum() * (1 / (n_tokens * d_model))
 
@@ -82,9 +83,9 @@ def sample_prefixes(
     """Distinct prefix lengths in ascending order; the last one is always d_sae.
 
     Args:
-        probabilities: of the lengths 1 … d_sae - 1 (:func:`prefix_probabilities`).
-        n_prefixes: how many, with the last.
-        generator: what they are drawn from (CPU).
+        probabilities: probabilities of the lengths 1 … d_sae - 1 (:func:`prefix_probabilities`).
+        n_prefixes: number of lengths, including d_sae.
+        generator: random numbers (CPU).
     """
     d_sae = probabilities.shape[0] + 1
     drawn = torch.empty(0, dtype=torch.int64)
@@ -94,7 +95,7 @@ def sample_prefixes(
 
 
 def n_prefixes(objective: Objective, d_sae: int) -> int:
-    """Prefixes per step. Raises ConfigError if there are fewer latents than that."""
+    """Prefixes per step. Raises ConfigError if there are more prefixes than latents."""
     if not isinstance(objective, Matryoshka):
         return 1
     if objective.n_prefixes > d_sae:
@@ -115,7 +116,7 @@ def draw_prefixes(
 
     Args:
         objectives: one per member.
-        generators: each member's own random numbers.
+        generators: random numbers of each member.
         probabilities: :func:`prefix_probabilities` by `pareto_alpha`.
         d_sae: number of latents.
     """
@@ -135,7 +136,7 @@ def variation(x: Float[Tensor, "b d"], ranks: Ranks, n_tokens: int) -> Tensor:
     """Σ ‖x - x̄‖² over a batch of n_tokens, of which x is this rank's share."""
     if ranks.alone:
         return total(squared_norm(x - x.mean(0)))
-    # In float64, where Σ‖x‖² - B·‖x̄‖² loses nothing that float32 has; one sum serves for both.
+    # Σ‖x‖² - B·‖x̄‖² needs only one sum over ranks. In float64 it is as exact as float32 data.
     wide = x.double()
     sums = torch.stack([wide.sum(0), wide.square().sum(0)])
     ranks.add_(sums)

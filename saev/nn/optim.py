@@ -1,6 +1,6 @@
-"""Optimisers over stacked parameters: one call per step for all members, each with its own rate.
+"""Optimisers over stacked parameters. Each member has its own learning rates.
 
-State is a flat dict of tensors, so that a bank can be saved as safetensors and resumed exactly.
+The state is a flat dict of tensors, so that a bank can be saved as safetensors and resumed exactly.
 """
 
 import math
@@ -23,11 +23,11 @@ _NEWTON_SCHULZ_STEPS = 5
 
 
 Rates = tp.Sequence[tp.Mapping[str, float]]
-"""One mapping per member: parameter → learning rate. "" stands for all that are not named."""
+"""One mapping per member: parameter → learning rate. The key "" stands for all other parameters."""
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) with learning rates per member, fused over its parameters.
+    """Adam (Kingma & Ba 2015) with learning rates per member and a fused update.
 
     Args:
         params: stacked parameters, each [n_members, …]; updated in place.
@@ -45,7 +45,7 @@ class Adam:
         """Update all members.
 
         Args:
-            grads: of the parameters, with their shapes.
+            grads: gradients of the parameters.
             rates: learning rates of each member.
             t: number of this step, from 1.
         """
@@ -79,11 +79,12 @@ class Adam:
 
 
 class Muon:
-    """Muon for the matrices, Adam for the rest.
+    """Muon for the matrices, Adam for all other parameters.
 
-    The update is momentum with its singular values set to about one, scaled by 0.2·√max(d_sae,
-    d_model) to the size of an Adam update (Liu et al. 2025, arXiv:2502.16982), so that learning
-    rates carry over. torch.optim.Muon takes one matrix at a time and is bfloat16 throughout.
+    The update is the momentum with its singular values set to about one. It is scaled by
+    0.2·√max(d_sae, d_model), so that it has the size of an Adam update (Liu et al. 2025,
+    arXiv:2502.16982) and Adam's learning rates can be used. torch.optim.Muon is not used, because
+    it always works in bfloat16.
     """
 
     def __init__(self, params: tp.Mapping[str, Tensor]):
@@ -109,7 +110,7 @@ Optimizer = Adam | Muon
 
 
 def orthogonalize(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-    """The nearest semi-orthogonal matrix, roughly: singular values in about 0.7 … 1.2.
+    """An approximation of the nearest semi-orthogonal matrix, with singular values of 0.7 … 1.2.
 
     Five Newton-Schulz steps (Jordan et al. 2024), bfloat16 on a GPU, else float32.
     """
@@ -117,9 +118,9 @@ def orthogonalize(matrix: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows col
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x.to(torch.bfloat16) if x.is_cuda else x
-    # A column of norms first: the sum over everything would depend on the number of threads.
+    # Norms of the rows first: the bits of a norm of all values depend on the number of threads.
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1).float())
-    # Squares of smaller ones underflow; a norm that is too small would let the steps diverge.
+    # Squares of smaller values underflow. With a norm that is too small the steps would diverge.
     x = x / norm.clamp(min=1e-14).to(x.dtype)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.T

@@ -1,8 +1,8 @@
-"""Communication of processes that train together: sums of tensors, and small plain objects.
+"""Communication between processes that train together: sums of tensors, and small JSON objects.
 
-Every rank holds the whole of every bank and computes the gradients of its share of a batch; the
-sums over ranks are the same bits on all of them, so their weights stay the same bits too. Tensors
-on the CPU go through gloo, those on GPUs through NCCL.
+Every rank holds all parameters and computes the gradients of its share of a batch. The sums over
+ranks have the same bits on all ranks, and so have the weights. Tensors on the CPU use gloo, those
+on GPUs use NCCL.
 """
 
 import contextlib
@@ -20,16 +20,17 @@ from torch import Tensor
 from saev.errors import RankError
 
 _SMALL = 1 << 20
-"""Tensors of fewer elements are sent together: a call costs as much as sending so many."""
+"""Tensors with fewer elements are sent together, because a call costs as much as sending so many
+elements."""
 _PATIENCE = datetime.timedelta(days=1)
-"""How long a plain object may be waited for: another rank may be measuring an SAE."""
+"""Timeout for JSON objects. It is long, because another rank may be evaluating an SAE."""
 
 
 class Ranks:
-    """One of ``size`` processes, the ``rank``-th; alone by default, and then nothing is sent.
+    """Rank ``rank`` of ``size``. With one rank, which is the default, nothing is sent.
 
     All ranks have to call the same methods in the same order, with tensors of the same shapes.
-    With more than one, torch.distributed is to be initialised already.
+    With more than one rank, torch.distributed must be initialised before.
 
     Every method raises RankError if another rank does not answer.
     """
@@ -73,7 +74,7 @@ class Ranks:
                 dist.broadcast(tensor, src=0)
 
     def counts(self, numbers: tp.Sequence[int]) -> list[list[int]]:
-        """The numbers of all ranks, equally many of each."""
+        """The numbers of all ranks. Every rank must pass equally many."""
         if self.alone:
             return [list(numbers)]
         found = [torch.zeros(len(numbers), dtype=torch.int64) for _ in range(self.size)]
@@ -82,7 +83,12 @@ class Ranks:
         return [t.tolist() for t in found]
 
     def gather(self, tensor: Tensor, lengths: tp.Sequence[int]) -> list[Tensor]:
-        """The tensors of all ranks, whose lengths (first axis) all of them know."""
+        """The tensors of all ranks.
+
+        Args:
+            tensor: the tensor of this rank.
+            lengths: length of the first axis of every rank's tensor.
+        """
         if self.alone:
             return [tensor]
         padded = tensor.new_zeros(max(1, *lengths), *tensor.shape[1:])
@@ -110,9 +116,9 @@ ALONE = Ranks()
 
 
 class Agreement:
-    """Whether any rank says yes. All ranks ask once per step and get the same answer.
+    """A yes-or-no flag that is combined over all ranks once per step: yes if any rank says yes.
 
-    The answer is that of the previous step, so that the all-reduce overlaps with compute.
+    Each call returns the previous step's result, so the all-reduce overlaps with compute.
     """
 
     def __init__(self, ranks: Ranks):
@@ -120,7 +126,8 @@ class Agreement:
         self._asked: tuple[tp.Any, Tensor] | None = None
 
     def ask(self, yes: bool) -> bool:
-        """Ask. Returns the answer to the previous question; ``yes`` if there is only one rank."""
+        """Start an all-reduce of ``yes`` and return the previous one's result. With only one rank,
+        return ``yes``."""
         if self._ranks.alone:
             return yes
         answer = self.finish()
@@ -130,7 +137,7 @@ class Agreement:
         return answer
 
     def finish(self) -> bool:
-        """Wait for the answer to the last question."""
+        """Wait for the last all-reduce and return its result."""
         if self._asked is None:
             return False
         (work, flag), self._asked = self._asked, None
@@ -151,11 +158,11 @@ def _answered() -> Iterator[None]:
     except RuntimeError as err:  # gloo raises it plainly, NCCL a class of its own
         if isinstance(err, torch.OutOfMemoryError):
             raise
-        # Without where it stands in gloo's sources, and what gloo thinks may be the cause.
+        # Without gloo's source location and its guess at the cause.
         first = (str(err).splitlines() or [type(err).__name__])[0]
         reason = re.sub(r"^\[\S+\] ", "", first).split(". ")[0]
         raise RankError(
             f"Another rank of this training does not answer ({reason}). It ended, or its machine "
-            "cannot be reached; its own message says why. The same command continues from the "
+            "cannot be reached; see the message of that rank. The same command continues from the "
             "last resume point."
         ) from err

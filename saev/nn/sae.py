@@ -1,11 +1,11 @@
 """The sparse autoencoder that a user loads.
 
-    z = x·W_enc + b_enc        pre-activations (nothing is subtracted from x first)
+    z = x·W_enc + b_enc        pre-activations (without subtracting b_dec from x)
     f = activation(z)          latents
     x̂ = f·W_dec + b_dec        reconstruction
 
-It works on activations as they were recorded: whatever normalisation training used is folded into
-the weights (:mod:`saev.nn.folding`).
+It takes activations as they were recorded. The normalisation of training is folded into the weights
+(:mod:`saev.nn.folding`).
 """
 
 import typing as tp
@@ -29,11 +29,11 @@ class TopLatents(tp.NamedTuple):
     values: Float[Tensor, "*batch k"]
     """Latent values; zero where fewer than k latents are active."""
     indices: Int[Tensor, "*batch k"]
-    """Which latents."""
+    """Indices of the latents."""
 
 
 class EncoderOutput(tp.NamedTuple):
-    """What encoding gives."""
+    """Result of :meth:`SparseAutoencoder.encode`."""
 
     acts: Float[Tensor, "*batch d_sae"]
     """Latents f, mostly zero."""
@@ -46,7 +46,7 @@ class EncoderOutput(tp.NamedTuple):
 
 
 class SaeOutput(tp.NamedTuple):
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
     x_hat: Float[Tensor, "*batch d_model"]
     """Reconstruction x̂."""
@@ -66,7 +66,7 @@ class SparseAutoencoder(nn.Module):
         W_dec: [d_sae, d_model].
         b_dec: [d_model].
         threshold: θ ≥ 0, a scalar for BatchTopK, [d_sae] for JumpReLU, else None.
-        metadata: what its checkpoint says of its training; empty if it was imported.
+        metadata: provenance stored in its checkpoint; empty if it was imported.
     """
 
     threshold: Tensor | None
@@ -143,7 +143,7 @@ class SparseAutoencoder(nn.Module):
         return EncoderOutput(self.activate(pre_acts), pre_acts)
 
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """f = activation(z). Each token by itself, whatever else is in the batch."""
+        """f = activation(z). The result for a token does not depend on the rest of the batch."""
         match self.cfg.activation:
             case Relu():
                 return activations.relu(pre_acts)
@@ -162,7 +162,7 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             acts: latents, a tensor or a NumPy array.
-            prefix: use only the first so many latents (of a Matryoshka SAE).
+            prefix: use only this number of first latents (for a Matryoshka SAE).
 
         Raises:
             ConfigError: `prefix` is not in 0..d_sae.

@@ -1,16 +1,16 @@
-"""λ of members that aim at an L0 (`objective.target_l0`): found by feedback while they train.
+"""The coefficient λ of members with a target L0 (`objective.target_l0`), chosen by feedback.
 
-Let e be a moving average of ln(L0/target) over the steps before, I the sum of ln(L0/target) times a
-small gain, and v the variance of the batch per dimension, so that nothing depends on the unit of
-activations.
+Let e be a moving average of ln(L0/target) over the previous steps, I the sum of ln(L0/target) times
+a small gain, and v the variance of the batch per dimension, which makes the result independent of
+the unit of activations.
 
     JumpReLU    λ = (2v/target)·(e^e - 1 + I)
     ReLU        λ = √v·λ₀·e^(I + e/2)
 
-JumpReLU's is, but for I, the gradient of the penalty v·(L0/target - 1)² (Rajamanoharan et al. 2024,
-arXiv:2407.14435, appendix): below the target it is negative and lowers θ. ReLU's L1 penalty lowers
-L0 only indirectly and after many steps, so its λ is moved little by little. I removes what would be
-left over. Both start at the target (:mod:`saev.nn.init`), so there is no warm-up.
+For JumpReLU, λ without I follows from the gradient of the penalty v·(L0/target - 1)² (Rajamanoharan
+et al. 2024, arXiv:2407.14435, appendix). It is negative below the target, which lowers θ. ReLU's L1
+penalty changes L0 indirectly and after many steps, so its λ changes slowly. I removes the remaining
+error. Both start at the target (:mod:`saev.nn.init`), so there is no warm-up.
 """
 
 import math
@@ -25,13 +25,13 @@ from saev.device import upload
 from saev.errors import ConfigError
 
 _MEMORY = 0.9
-"""Of the moving average of the error."""
+"""Decay of the moving average of the error."""
 _GAIN = 0.02
-"""What an error of one adds to I per step."""
+"""Growth of I per step for an error of one."""
 _RELU_SHARE = 0.5
-"""Of e in the exponent of ReLU's λ."""
+"""Factor of e in the exponent of ReLU's λ."""
 _LEAST = 1e-3
-"""L0 counts as at least this, since ln 0 is not a number."""
+"""Lower bound of L0, because ln 0 is not finite."""
 
 Coefficient = float | Tensor
 
@@ -40,12 +40,12 @@ class SparsityControl:
     """Coefficients of the sparsity penalty of a bank's members.
 
     Args:
-        kind: of activation.
+        kind: kind of activation.
         objectives: one per member.
         like: a tensor of the bank's dtype and device.
 
     Attributes:
-        state: what a resume point holds; empty if no member has a target.
+        state: tensors for resume points; empty if no member has a target.
 
     Raises:
         ConfigError: a target for an activation that has no penalty.
@@ -67,8 +67,8 @@ class SparsityControl:
         """λ of this step.
 
         Args:
-            factors: on the coefficients that are given, one per member.
-            variance: v, of this step's batch.
+            factors: factors on fixed coefficients, one per member.
+            variance: v of this step's batch.
         """
         fixed = [o.coefficient * f for o, f in zip(self._objectives, factors, strict=True)]
         if not self._any:
@@ -87,7 +87,7 @@ class SparsityControl:
         return found
 
     def observe(self, l0: Float[Tensor, " n"]) -> None:
-        """Take in the L0 of each member on this step's batch, over all ranks."""
+        """Update e and I with the L0 of each member on this step's batch, over all ranks."""
         if not self._any:
             return
         log_target = upload([math.log(o.target_l0 or 1.0) for o in self._objectives], l0)
@@ -97,7 +97,7 @@ class SparsityControl:
 
 
 def stacked(coefficients: tp.Sequence[Coefficient], like: Tensor) -> Float[Tensor, " n"]:
-    """As one tensor. Numbers alone are one copy to the device."""
+    """The coefficients as one tensor. If all are numbers, this is one copy to the device."""
     if not any(isinstance(c, Tensor) for c in coefficients):
         return upload([float(c) for c in coefficients], like)
     parts = [c if isinstance(c, Tensor) else upload(c, like) for c in coefficients]

@@ -21,7 +21,7 @@ class Weights(tp.NamedTuple):
     """ln θ (JumpReLU)."""
 
     def leaves(self, grads: "Weights") -> "Weights":
-        """The same memory as leaves of autograd, whose gradients are added to ``grads``."""
+        """Leaves of autograd that share this memory, and whose gradients are added to ``grads``."""
         found = {}
         for name, tensor in self._asdict().items():
             if tensor is not None:
@@ -30,7 +30,7 @@ class Weights(tp.NamedTuple):
         return Weights(**found)
 
     def member(self, g: int) -> "Weights":
-        """Views of one member's."""
+        """Views of one member's parameters."""
         return Weights(
             **{name: t[g : g + 1] for name, t in self._asdict().items() if t is not None}
         )

@@ -1,6 +1,6 @@
-"""Reading files of other projects: no code in them runs, and no size that they claim is believed.
+"""Safe parsers for files of other projects: they run no code of a file and do not trust its sizes.
 
-Sizes are compared with those of the file before anything is allocated.
+Sizes in headers are compared with the size of the file before memory is allocated.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MAX_CONFIG_BYTES = 1 << 20
 """Configs have some kilobytes."""
 
 _MAX_COMPRESSION = 32
-"""Weights hardly compress. An npz file that would become larger than this is hostile."""
+"""Most compression of an npz file. Weights hardly compress, so a higher one is an attack."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +34,7 @@ _STATE_DICT_NAMES = re.compile(
 
 
 def parsed(source: str, what: str) -> contextlib.AbstractContextManager[None]:
-    """Whatever a parser raises on bad bytes becomes a CheckpointError."""
+    """Turn any error of a parser into a CheckpointError."""
     remedy = "It may be truncated; copy it again."
     return storage.parsed(source, what, remedy=remedy, error=CheckpointError)
 
@@ -83,7 +83,7 @@ def integer(config: dict[str, tp.Any], key: str, source: str) -> int:
 
 
 def flag(config: dict[str, tp.Any], key: str, default: bool, source: str) -> bool:
-    """A yes or no of a config."""
+    """A boolean of a config."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{source} has {key} = {value!r:.60}, expected true or false.")
@@ -91,7 +91,7 @@ def flag(config: dict[str, tp.Any], key: str, default: bool, source: str) -> boo
 
 
 def section(config: dict[str, tp.Any], key: str, source: str) -> dict[str, tp.Any]:
-    """An object inside a config; empty if it is not there."""
+    """An object inside a config; empty if the key is missing."""
     value = config.get(key)
     if value is None:
         return {}
@@ -103,13 +103,13 @@ def section(config: dict[str, tp.Any], key: str, source: str) -> dict[str, tp.An
 def refuse_flags(
     config: dict[str, tp.Any], *, source: str, project: str, known: Iterable[str]
 ) -> None:
-    """Raise CheckpointError for flags that are true and whose meaning saev does not know.
+    """Raise CheckpointError for flags that are true and unknown to saev.
 
     Args:
         config: a config.
-        source: where the config is from.
-        project: whose config it is.
-        known: flags that are dealt with, and those that only training or provenance need.
+        source: URL of the config.
+        project: the project that wrote the config.
+        known: flags that saev handles, and those that matter only for training or provenance.
     """
     unknown = sorted(key for key, value in config.items() if value is True and key not in known)
     if unknown:
@@ -125,16 +125,17 @@ def take(
     source: str,
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """The wanted tensors of a file, which must hold all of them and no others.
+    """Check that a file holds all wanted tensors and no others, and return them.
 
     Args:
-        tensors: what a file holds.
-        wanted: name → shape, a letter for each axis; equal letters are equal sizes: "DS", "S", "".
-        source: the file.
-        sizes: sizes that a config gives to letters.
+        tensors: the tensors of the file.
+        wanted: name → shape with a letter per axis, such as "DS", "S" or "". Equal letters mean
+            equal sizes.
+        source: URL of the file.
+        sizes: sizes of letters that are known from a config.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, of another shape, or no floats.
+        CheckpointError: tensors are missing or unknown, have the wrong shape, or are not floats.
     """
     missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing:
@@ -169,7 +170,7 @@ def names(tensors: Iterable[str], most: int = 12) -> str:
 
 
 def parse_safetensors(data: bytes, source: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors object, whose parser compares its header with its size."""
+    """Tensors of a safetensors object. Its parser compares the header with the size."""
     with parsed(source, "a safetensors file"):
         return safetensors.torch.load(data)
 
@@ -178,7 +179,7 @@ def parse_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
     """Tensors of a ``torch.save`` of a state dict.
 
     Raises:
-        CheckpointError: it is not one, it refers to code, or it is larger than its file.
+        CheckpointError: it is not a state dict, refers to code, or claims more than its size.
     """
     found = _load_torch(data, source)
     if not isinstance(found, dict):
@@ -222,7 +223,7 @@ def _load_torch(data: bytes, source: str) -> tp.Any:
 
 
 def _check_size(tensor: Tensor, n_bytes: int, source: str) -> None:
-    """Refuse a tensor larger than its file: a view with strides of zero may claim any size."""
+    """Refuse a tensor that is larger than its file: a view with strides of 0 can have any size."""
     if tensor.numel() * tensor.element_size() > n_bytes:
         raise CheckpointError(
             f"{source} has shape {list(tensor.shape)}, but the file has only {n_bytes} bytes. It "
@@ -231,7 +232,7 @@ def _check_size(tensor: Tensor, n_bytes: int, source: str) -> None:
 
 
 def _check_pickle(code: bytes, source: str) -> None:
-    """Refuse, before torch.load allocates anything, a pickle that refers to more than tensors."""
+    """Refuse a pickle that refers to anything but tensors, before torch.load allocates memory."""
     for opcode, argument, _ in pickletools.genops(code):
         if opcode.name == "GLOBAL" and _STATE_DICT_NAMES.fullmatch(str(argument)):
             continue

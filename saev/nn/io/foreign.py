@@ -1,4 +1,4 @@
-"""SAEs of other projects, one module per format. The content of a file decides which reads it."""
+"""SAEs of other projects, one module per format. The module is chosen by the file's content."""
 
 import typing as tp
 
@@ -46,7 +46,7 @@ class Found(tp.NamedTuple):
 
 
 def find_in_folder(url: str, names: frozenset[str]) -> Found | None:
-    """The SAE in a folder that holds objects of these names."""
+    """The SAE in a folder that holds objects with these names; None if there is none."""
     for reader in READERS:
         if reader.files and names.issuperset(reader.files):
             is_folder = len(reader.files) > 1
@@ -55,7 +55,7 @@ def find_in_folder(url: str, names: frozenset[str]) -> Found | None:
 
 
 def find_in_file(url: str) -> Found | None:
-    """The SAE in a file, whose project its content tells; None if the file is of no known kind.
+    """The SAE in a file, recognised by its content; None if the format is unknown.
 
     Raises:
         CheckpointError: it is a state dict of an unknown kind.
@@ -113,11 +113,11 @@ _SEEMS = (
 
 
 _MAX_FOLDERS = 20
-"""Most folders in a folder that are looked into."""
+"""Most subfolders to look into."""
 
 
 def describe(url: str) -> str:
-    """What a folder without an SAE seems to be, as a sentence; "" if that is unclear."""
+    """A sentence about the probable content of a folder without an SAE; "" if it is unclear."""
     entries = storage.list_dir(url)
     names = {entry.name for entry in entries}
     for marks, what in _SEEMS:

@@ -1,4 +1,4 @@
-"""What readers of other projects' files are told by the user, and what they return."""
+"""Options and results of the readers of other projects' files."""
 
 import dataclasses
 import logging
@@ -17,38 +17,40 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the files do not say and a user has to. Defaults mean: not given."""
+    """Facts that the files do not record, so that the user has to give them. A default means that
+    an option was not given."""
 
     subtract_b_dec: bool = False
-    """The encoder of a published sae.pt saw x - b_dec."""
+    """Whether the encoder of a published sae.pt takes x - b_dec."""
     centre: Tensor | None = None
-    """[d_model], subtracted from x before the SAE saw it."""
+    """[d_model]; the SAE was trained on (x - centre)·scale."""
     scale: float | None = None
-    """The factor by which x - centre was multiplied."""
+    """The factor in (x - centre)·scale."""
     top_k: int | None = None
-    """Latents kept per token, where a state dict does not record it."""
+    """Latents kept per token, if the state dict does not record it."""
 
     def given(self) -> list[str]:
-        """Names of those that are given."""
+        """Names of the options that were given."""
         fields = dataclasses.fields(self)
         return [f.name for f in fields if getattr(self, f.name) is not f.default]
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """z = x·W_enc + b_enc, f = activation(z), x̂ = f·W_dec + b_dec, of any floating type."""
+    """An SAE in saev's form: z = x·W_enc + b_enc, f = activation(z), x̂ = f·W_dec + b_dec. Weights
+    are of any floating type."""
 
     activation: Activation
     weights: Weights
     source: str
     """The file of the weights."""
     needs_scale: bool = False
-    """Whether its config says that its input was scaled, but not by which factor."""
+    """Whether its config says that inputs were scaled, without recording the factor."""
     may_need_scale: bool = False
-    """Whether its input may have been centred and scaled without its files saying so."""
+    """Whether inputs may have been centred and scaled without a record in its files."""
 
     def to_sae(self, options: Options) -> SparseAutoencoder:
-        """The SAE on activations as they were recorded.
+        """The SAE on recorded activations.
 
         Raises:
             CheckpointError: more latents are kept than there are, or its input has to be scaled.
@@ -75,9 +77,9 @@ class Imported:
             say_once(
                 logger,
                 f"{self.source} may have been trained on (x - mean)/scale: the published saev of "
-                "that time did so by default, and its files do not say. It is read as if nothing "
-                "was scaled. osunlp's DINOv2 SAE needs `centre` and `scale`, those of CLIP and "
-                "BioCLIP do not (docs/python-api.md).",
+                "that time did so by default, and its files do not record it. It is read as if "
+                "nothing was scaled. osunlp's DINOv2 SAE needs `centre` and `scale`, those of CLIP "
+                "and BioCLIP do not (docs/python-api.md).",
             )
 
 
@@ -87,8 +89,8 @@ class Reader(tp.NamedTuple):
     project: str
     """Name of the project in messages."""
     files: tuple[str, ...]
-    """Names of the objects in its folders. The reader gets the URL of the object if there is one
-    name, of the folder if there are several."""
+    """Names of the objects in its folders. If there is one name, the reader gets the URL of the
+    object. If there are several, it gets the URL of the folder."""
     read: tp.Callable[[str, Options], Imported]
     """Reads the file or folder at a URL."""
     takes: frozenset[str] = frozenset()

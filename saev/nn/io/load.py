@@ -39,15 +39,15 @@ def load_sae(
             fold b_enc ← b_enc - b_dec·W_enc.
         centre: for SAEs of other projects that saw (x - centre)·scale: the vector [d_model], or its
             URL (an ``.npy`` file, or a tensor of torch.save). It is folded into the weights, so
-            that the SAE takes activations as they were recorded. Its latents stay as they were.
+            that the SAE takes recorded activations. The values of latents do not change.
         scale: the factor in (x - centre)·scale. osunlp's DINOv2 SAE divides by 2.018…, so its scale
             is 1/2.018….
-        top_k: for state dicts of overcomplete, which do not record it.
+        top_k: latents kept per token, for state dicts of overcomplete, which do not record it.
 
     Raises:
         CheckpointError: the files are damaged, of an unknown format, or do not fit each other.
         ConfigError: centre, scale or top_k do not fit.
-        StorageError: there is nothing to read.
+        StorageError: nothing exists at ``url``, or it cannot be read.
     """
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
         raise ConfigError(f"top_k is {top_k!r}, expected a positive integer.")
@@ -64,7 +64,7 @@ def load_sae(
     if options.given():
         raise CheckpointError(
             f"{' and '.join(options.given())} are for SAEs of other projects, but {found} was "
-            "written by saev, which folds them into the weights. Leave them out."
+            "written by saev, which folds these into the weights. Leave them out."
         )
     stored = native.read(found)
     sae = SparseAutoencoder.from_tensors(stored.cfg, stored.tensors, source=stored.source)

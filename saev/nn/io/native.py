@@ -1,10 +1,11 @@
-"""The checkpoint folder that saev writes: two objects, the second published last.
+"""The checkpoint folder that saev writes: two objects, of which config.json is published last.
 
     sae.safetensors   W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, threshold?
     config.json       {"format": "saev-sae", "version": 1, "sae": …, "files": …, "checksum": …}
 
-config.json lists the weights and has a checksum of its own (:mod:`saev.storage.manifest`), so a
-damaged or mixed-up pair is an error. `weights` is what version 0.1.0 had instead, and still reads.
+config.json lists the weights and has its own checksum (:mod:`saev.storage.manifest`). A damaged
+object, or weights of another config, are an error. Version 0.1.0 had only the key `weights`, which
+is still written for that version.
 """
 
 import typing as tp
@@ -28,7 +29,7 @@ _REMEDY = "Copy the folder again, or train the SAE again."
 
 
 class Stored(tp.NamedTuple):
-    """What a checkpoint folder holds."""
+    """Content of a checkpoint folder."""
 
     cfg: SaeConfig
     tensors: dict[str, Tensor]
@@ -100,7 +101,7 @@ def read(url: str) -> Stored:
 
 
 def _of_0_1_0(weights: tp.Any, url: str) -> storage.Listed:
-    """What version 0.1.0 recorded of the weights, which had no checksums of parts."""
+    """Size and checksum of the weights as version 0.1.0 recorded them, without blocks."""
     keys = ("n_bytes", "checksum")
     if not isinstance(weights, dict) or set(keys) - set(weights):
         raise CorruptDataError(f"{url} does not record the size and checksum of {WEIGHTS}.")

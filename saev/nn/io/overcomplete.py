@@ -8,7 +8,7 @@
     thresholds of JumpSAE: θ is their exponential
 
 There is no b_dec. TopKSAE does not record its k. SAE (a ReLU), TopKSAE and BatchTopKSAE have the
-same tensors, and BatchTopKSAE's threshold is not among them.
+same tensors. The threshold of BatchTopKSAE is not stored.
 """
 
 import torch

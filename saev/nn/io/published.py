@@ -35,8 +35,9 @@ _THRESHOLD = "activation.threshold"
 def read(url: str, options: Options) -> Imported:
     """Read a published ``sae.pt``. Its tensors and header must agree.
 
-    ``subtract_b_dec`` says that its encoder saw x - b_dec (files from before August 2025, and all
-    of MatryoshkaSparseAutoencoder's). This is folded into the weights: b_enc ← b_enc - b_dec·W_enc.
+    ``subtract_b_dec`` means that its encoder takes x - b_dec (files from before August 2025, and
+    all of MatryoshkaSparseAutoencoder). It is folded into the weights:
+    b_enc ← b_enc - b_dec·W_enc.
 
     Raises:
         CheckpointError: not such a file, damaged, or of an unknown schema or activation.
@@ -48,11 +49,11 @@ def read(url: str, options: Options) -> Imported:
     if options.subtract_b_dec:
         weights = fold_shift(weights, weights["b_dec"])
     if isinstance(activation, BatchTopK):
-        # Its evaluation falls back to ReLU for a threshold that is not positive.
+        # The published code evaluates with ReLU if the threshold is not positive.
         assert threshold is not None
         theta = files.take({_THRESHOLD: threshold.reshape(-1)}, {_THRESHOLD: "1"}, url, {"1": 1})
         weights["threshold"] = theta[_THRESHOLD].clamp(min=0).reshape(())
-    # Loaders of the time before schema 2 centred and scaled by default. Later ones cannot.
+    # Before schema 2, the published loaders centred and scaled by default. Later ones cannot.
     return Imported(activation, weights, url, may_need_scale=header.get("schema") in (None, 1))
 
 
@@ -107,7 +108,7 @@ def _activation(header: dict[str, tp.Any], has_threshold: bool, url: str) -> Act
 
 
 def _sizes(header: dict[str, tp.Any], url: str) -> dict[str, int]:
-    """The sizes that the header states, which the tensors must have."""
+    """The sizes in the header, which the tensors must have."""
     cfg, sizes = _cfg(header, url), {}
     for key in ("d_model", "d_vit"):
         if key in cfg:

@@ -4,8 +4,8 @@
     sae_weights.safetensors  W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, threshold?
     sparsity.safetensors     "sparsity": log10(frequency + 1e-10) per latent (optional)
 
-tests/interop compares with the installed package: every architecture that it registers is either
-read, or refused in the words of :data:`REFUSED`.
+tests/interop compares with the installed package. Every architecture that it registers is either
+read, or refused with a reason of :data:`REFUSED`.
 """
 
 import typing as tp
@@ -43,7 +43,7 @@ REFUSED = {
     "jumprelu_transcoder": _TRANSCODER,
     "jumprelu_skip_transcoder": _TRANSCODER,
 }
-"""Architectures that cannot be imported, and the feature that stands in the way."""
+"""Architectures that cannot be imported, with the reason."""
 
 _BASE = {"W_enc": "DS", "W_dec": "SD", "b_dec": "D"}
 _TENSORS = {
@@ -56,7 +56,7 @@ _TENSORS = {
 }
 """Architectures that can be imported, with their tensors. D is d_in, S is d_sae."""
 _RESCALED = frozenset({"topk", "batchtopk", "matryoshka_batchtopk"})
-"""Architectures that know rescale_acts_by_decoder_norm."""
+"""Architectures that support rescale_acts_by_decoder_norm."""
 
 _TRAINING_FLAGS = frozenset(
     "autocast autocast_lm compile_llm compile_sae dataset_trust_remote_code decoder_heuristic_init "
@@ -68,17 +68,17 @@ _TRAINING_FLAGS = frozenset(
     "streaming use_cached_activations use_chat_formatting use_ghost_grads use_matryoshka_aux_loss "
     "use_sparse_activations verbose".split()
 )
-"""Flags of all versions about training and where an SAE comes from: no value depends on them."""
+"""Flags of all versions that concern training and provenance only, and do not change results."""
 
 
 def load_saelens(url: str) -> SparseAutoencoder:
     """Read a SAELens folder: architectures standard, topk, jumprelu, gated and batchtopk.
 
-    An encoder that subtracts b_dec from its input, a top-k that is chosen by decoder-norm-weighted
-    values, and gates are folded into the weights.
+    Three features are folded into the weights: an encoder that subtracts b_dec from its input, a
+    top-k that is chosen by values times the decoder's norms, and gates.
 
     Raises:
-        CheckpointError: damaged, or it does something that weights cannot express.
+        CheckpointError: it is damaged, or has a feature that weights cannot express.
     """
     return read(storage.normalize(url), Options()).to_sae(Options())
 
@@ -101,11 +101,11 @@ def read(url: str, options: Options) -> Imported:
 
     tensors = files.read_safetensors(weights_url)
     finetuned = _take_finetuning(config, tensors, sizes, weights_url)
-    if "log_threshold" in tensors and architecture == "jumprelu":  # training, until 2025
+    if "log_threshold" in tensors and architecture == "jumprelu":  # in training until 2025
         tensors["threshold"] = tensors.pop("log_threshold").double().exp()
     weights = files.take(tensors, _TENSORS[architecture], weights_url, sizes)
     activation, weights = _activation(config, architecture, weights, source)
-    if finetuned is not None:  # it scaled latents on their way into the decoder
+    if finetuned is not None:  # a factor between latents and decoder
         weights["W_dec"] = weights["W_dec"].double() * finetuned.double()[:, None]
     if files.flag(config, "apply_b_dec_to_input", True, source):
         weights = fold_shift(weights, weights["b_dec"])
@@ -117,7 +117,7 @@ def read(url: str, options: Options) -> Imported:
 def _activation(
     config: dict[str, tp.Any], architecture: str, weights: Weights, source: str
 ) -> tuple[Activation, Weights]:
-    """The activation, and weights with the tensors that it has."""
+    """The activation, and the weights with the tensors of that activation."""
     match architecture:
         case "topk":
             return TopK(top_k=files.integer(config, "k", source)), weights
@@ -136,7 +136,8 @@ def _activation(
 
 
 def _rescale(weights: Weights) -> Weights:
-    """Fold decoder norms; a threshold was learned on values that have them already."""
+    """Fold decoder norms. The threshold is not changed: it was learned on values that include
+    them."""
     return fold_decoder_norm({n: t for n, t in weights.items() if n != "threshold"}) | {
         n: t for n, t in weights.items() if n == "threshold"
     }
@@ -152,7 +153,8 @@ def _refusal(architecture: tp.Any, source: str) -> str:
 def _check_features(
     config: dict[str, tp.Any], architecture: str, source: str, *, is_old: bool
 ) -> bool:
-    """Refuse what weights cannot express. True if the input was scaled by an unknown factor."""
+    """Refuse features that weights cannot express. Returns whether inputs were scaled by a factor
+    that is not recorded."""
     known = {"apply_b_dec_to_input"} | _TRAINING_FLAGS
     if is_old:
         known |= {"finetuning_scaling_factor"}
@@ -184,9 +186,12 @@ def _check_features(
 def _take_finetuning(
     config: dict[str, tp.Any], tensors: dict[str, Tensor], sizes: dict[str, int], source: str
 ) -> Tensor | None:
-    """Take out the factors per latent that versions 3 to 5 could finetune; None if unused.
+    """Remove the factors per latent that versions 3 to 5 could finetune from ``tensors``.
 
-    Earlier versions wrote ones whatever the config said.
+    Earlier versions wrote factors of one, whether they were used or not.
+
+    Returns:
+        The factors; None if they are not used.
     """
     name = "scaling_factor" if "scaling_factor" in tensors else "finetuning_scaling_factor"
     factor = tensors.pop(name, None)

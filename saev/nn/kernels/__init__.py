@@ -1,7 +1,7 @@
 """Differentiable operations with gradients written by hand.
 
-Each is a ``torch.autograd.Function`` that does what a few lines of torch would do, with less memory
-or fewer operations. tests/nn/test_kernels.py has these lines and compares values and gradients.
+Each is a ``torch.autograd.Function`` that replaces a few lines of torch, with less memory or fewer
+operations. tests/nn/test_kernels.py compares values and gradients with these lines.
 
     sparse.py      codes of the selected latents: their encoder, and their decoder
     dense.py       decoder of dense latents, block by block; ReLU with L1, JumpReLU with L0

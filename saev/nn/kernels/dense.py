@@ -1,4 +1,4 @@
-"""Dense latents: their decoder block by block, and the two activations that have a penalty."""
+"""Dense latents: the decoder in blocks, and the two activations that have a penalty."""
 
 import itertools
 import typing as tp
@@ -11,7 +11,7 @@ from saev.nn.activations import rectangle
 
 
 def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
-    """a·b, multiplied in bfloat16 if asked for. Differentiable."""
+    """a·b, in bfloat16 if ``bf16``. Differentiable."""
     return (a.bfloat16() @ b.bfloat16()).to(a.dtype) if bf16 else a @ b
 
 
@@ -52,20 +52,21 @@ def decode_blocks(
     Args:
         f: latents.
         w_dec: decoder.
-        cuts: where blocks end, ascending; the last is d_sae.
+        cuts: ends of the blocks, ascending; the last is d_sae.
         bf16: multiply in bfloat16.
     """
     return tp.cast(Tensor, _DecodeBlocks.apply(f, w_dec, cuts, bf16))
 
 
 class Activated(tp.NamedTuple):
-    """Dense latents, and sums over the tokens for each of them."""
+    """Dense latents, and sums over the tokens for each latent."""
 
     f: Float[Tensor, "c s"]
+    """Values of the latents."""
     l0: Float[Tensor, " s"]
-    """Tokens on which it is active."""
+    """Tokens on which each latent is active."""
     l1: Float[Tensor, " s"]
-    """Σ f."""
+    """Σ f of each latent."""
 
 
 class _Relu(torch.autograd.Function):
@@ -80,8 +81,8 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> Tensor:
         (active,) = ctx.saved_tensors
-        # In place: new memory of this size costs as much as half the product before it. The
-        # gradient is of decode_blocks, which made it for this and keeps nothing.
+        # In place, because new memory of this size costs half as much as the product before it.
+        # This is safe: decode_blocks computed grad_f for this function only.
         return grad_f.add_(grad_l1).mul_(active)
 
 
@@ -95,7 +96,7 @@ class _JumpRelu(torch.autograd.Function):
     def forward(
         ctx: tp.Any, z: Tensor, log_theta: Tensor, width: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # A copy, because MKL's exp rounds differently for another alignment in memory.
+        # A copy, because the rounding of MKL's exp depends on the alignment in memory.
         theta = log_theta.clone().exp()
         active = z > theta
         f = z * active
@@ -111,7 +112,7 @@ class _JumpRelu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None]:
         z, theta, active = ctx.saved_tensors
         near = rectangle(z, theta, ctx.width).to(z.dtype)
-        # ∂/∂ln θ = θ·∂/∂θ; the θ of ε = width·θ cancels.
+        # ∂/∂ln θ = θ·∂/∂θ, and this θ cancels with that in ε = width·θ.
         grad = theta * (grad_f * near).sum(0) + grad_l0 * near.sum(0)
         return grad_f.mul_(active), grad / -ctx.width, None  # in place, as above
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the last axis, in pieces, so that the bits do not depend on the number of threads:
-    torch divides a long sum with a single result among them."""
+    """Sum over the last axis, whose bits do not depend on the number of threads.
+
+    It adds in pieces of fixed length, because torch splits a long sum by the number of threads.
+    """
     width = 1024
     tail = -values.shape[-1] % width
     return F.pad(values, (0, tail)).unflatten(-1, (-1, width)).sum(-1).sum(-1)
@@ -38,14 +40,14 @@ def nested_errors(
 ) -> NestedErrors:
     """Errors of x̂_j = b_dec + blocks_0 + … + blocks_j. Differentiable once in blocks and b_dec.
 
-    With e_j = x̂_j - x, the gradient for block j is Σ_{i≥j} 2·e_i·grad_i: a block is part of all
-    reconstructions from the j-th on.
+    With e_j = x̂_j - x, the gradient of block j is Σ_{i≥j} 2·e_i·grad_i, because a block is part of
+    all reconstructions from the j-th on.
 
     Args:
-        blocks: contribution of each block of latents: of g members, c tokens, p blocks.
-            Overwritten, so it must not be a view.
+        blocks: contribution of each block of latents, for g members, c tokens and p blocks. It is
+            overwritten, so it must not be a view.
         b_dec: decoder biases.
-        x: what is reconstructed. A rank's share may have no rows.
+        x: the target of the reconstruction. A rank's share may have no rows.
         n_blocks: p.
     """
     _, errors, residual = _NestedErrors.apply(blocks, b_dec, x, n_blocks)
@@ -53,14 +55,14 @@ def nested_errors(
 
 
 class _NestedErrors(torch.autograd.Function):
-    """Works in the memory of ``blocks``, which is the largest tensor of a sparse step."""
+    """Works in place on ``blocks``, which is the largest tensor of a sparse step."""
 
     @staticmethod
     def forward(
         ctx: tp.Any, memory: Tensor, b_dec: Tensor, x: Tensor, n_blocks: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.mark_dirty(memory)
-        ctx.set_materialize_grads(False)  # zeros of the size of the blocks
+        ctx.set_materialize_grads(False)  # else torch allocates zeros of the size of the blocks
         ctx.shape = (b_dec.shape[0], x.shape[0], n_blocks, x.shape[1])
         blocks = memory.view(ctx.shape)
         blocks[:, :, 0] += b_dec[:, None]

@@ -1,11 +1,12 @@
-"""Sparse codes: decoding k rows of the decoder instead of d_sae, forward and backward.
+"""Sparse codes: encoder and decoder use k rows of the weights per token instead of d_sae.
 
-A batch of codes is compressed by rows (CSR): the latents of row r, in ascending order, are entries
-``row_ptr[r]:row_ptr[r+1]``. Everything is built of ``embedding_bag``, a weighted sum of table rows
-per bag: forward, a bag is a token and the table is W_dec; for the gradient of the decoder, a bag is
-a latent and the table is the gradient of the reconstruction. Each bag is summed by one thread in
-the order of its entries, so on CPU the bits do not depend on the number of threads; and it is 7
-times faster than a dense product for 32 of 1536 latents (benchmarks/training.py).
+A batch of codes is stored as compressed sparse rows (CSR): the latents of row r, in ascending
+order, are entries ``row_ptr[r]:row_ptr[r+1]``. All operations use ``embedding_bag``, a weighted sum
+of table rows per bag. In the forward pass a bag is a token and the table is W_dec. For the gradient
+of the decoder a bag is a latent and the table is the gradient of the reconstruction.
+
+One thread sums a bag in the order of its entries, so on CPU the bits do not depend on the number of
+threads. It is 7 times faster than a dense product for 32 of 1536 latents (benchmarks/training.py).
 """
 
 import typing as tp
@@ -22,9 +23,9 @@ class Codes(tp.NamedTuple):
     values: Float[Tensor, " nnz"]
     """Latent values."""
     latents: Int[Tensor, " nnz"]
-    """int32 table row (latent) of each value, ascending within a row."""
+    """Table row (latent) of each value, int32, ascending within a row."""
     row_ptr: Int[Tensor, " rows_plus_1"]
-    """int32 entries of row r are row_ptr[r] : row_ptr[r+1]."""
+    """int32. The entries of row r are row_ptr[r] : row_ptr[r+1]."""
 
     @property
     def n_rows(self) -> int:
@@ -47,20 +48,20 @@ class ByLatent(tp.NamedTuple):
     """Entries grouped by latent instead of by row."""
 
     order: Int[Tensor, " nnz"]
-    """Which entry stands at each place."""
+    """Numbers of the entries, sorted by latent."""
     ptr: Int[Tensor, " d_sae_plus_1"]
-    """int32 entries of latent s are at ptr[s] : ptr[s+1]."""
+    """int32. The entries of latent s are order[ptr[s] : ptr[s+1]]."""
 
 
 def group_by_latent(latents: Int[Tensor, " nnz"], n_latents: int) -> ByLatent:
-    """Stable grouping, so that within a latent entries stay in row order."""
+    """Group entries by latent. The entries of a latent stay in the order of rows."""
     ordered, order = torch.sort(latents, stable=True)
     edges = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
     return ByLatent(order, torch.searchsorted(ordered, edges, out_int32=True))
 
 
 def bag_of_entry(ptr: Int[Tensor, " bags_plus_1"], n_entries: int) -> Int[Tensor, " nnz"]:
-    """Which bag each entry is in (int32)."""
+    """Number of the bag of each entry (int32)."""
     bags = torch.arange(ptr.shape[0] - 1, device=ptr.device, dtype=torch.int32)
     return bags.repeat_interleave(ptr.diff(), output_size=n_entries)
 
@@ -71,7 +72,7 @@ def sum_bags(
     weights: Float[Tensor, " nnz"],
     ptr: Int[Tensor, " bags_plus_1"],
 ) -> Float[Tensor, "bags d"]:
-    """Per bag, Σ weights·table[entries]. Not differentiable; see :func:`sum_bags_vjp`."""
+    """Σ weights·table[entries] of each bag. Not differentiable; see :func:`sum_bags_vjp`."""
     with torch.no_grad():
         return F.embedding_bag(
             entries, table, ptr, mode="sum", per_sample_weights=weights, include_last_offset=True
@@ -84,8 +85,10 @@ def sum_bags_vjp(
     weights: Float[Tensor, " nnz"],
     ptr: Int[Tensor, " bags_plus_1"],
 ) -> tuple[Tensor, tp.Callable[[Tensor], Tensor]]:
-    """:func:`sum_bags`, and the function that turns its gradient into that of the weights:
-    the dot product of each entry's table row with its bag's gradient."""
+    """:func:`sum_bags`, and a function from the gradient of the result to that of the weights.
+
+    The gradient of a weight is the dot product of the entry's table row and the bag's gradient.
+    """
     with torch.enable_grad():
         leaf = weights.detach().requires_grad_()
         out = F.embedding_bag(
@@ -138,29 +141,29 @@ def decode(
     ptr: Int[Tensor, " bags_plus_1"] | None = None,
     grouped: ByLatent | None = None,
 ) -> Float[Tensor, "bags d_model"]:
-    """f·W_dec for sparse f; differentiable in the values and in W_dec, both sparsely.
+    """f·W_dec for sparse f. Differentiable in the values and in W_dec, with sparse gradients.
 
     Args:
         codes: f.
         w_dec: decoder.
-        ptr: int32; sums the entries ptr[i] : ptr[i+1], instead of one row of the codes.
-        grouped: the entries by latent, if they are known already.
+        ptr: int32; the entries ptr[i] : ptr[i+1] are one bag. By default a bag is a row.
+        grouped: the entries grouped by latent, if already computed.
     """
     ends = codes.row_ptr if ptr is None else ptr
     return tp.cast(Tensor, _Decode.apply(codes.values, w_dec, codes.latents, ends, grouped))
 
 
 class Part(tp.NamedTuple):
-    """Some rows of a batch: whole tokens of all members."""
+    """A chunk of tokens with the codes of all members."""
 
     x: Float[Tensor, "c d"]
-    """Their input, the same for all members."""
+    """The input, which is the same for all members."""
     codes: Codes
-    """Of g·c rows, member by member."""
+    """Codes of g·c rows, ordered by member."""
     grouped: ByLatent
-    """The entries by latent."""
+    """The entries, grouped by latent."""
     rows: Int[Tensor, " nnz"]
-    """int32 row of x of each entry, by latent."""
+    """Row of x of each entry (int32), in the order of ``grouped``."""
 
     @classmethod
     def of(cls, x: Float[Tensor, "c d"], codes: Codes, n_latents: int) -> "Part":
@@ -195,8 +198,10 @@ class _Encode(torch.autograd.Function):
 def encode(
     w_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], parts: tp.Sequence[Part]
 ) -> Float[Tensor, " nnz"]:
-    """The values of codes, max(0, x·W_enc + b_enc) of the selected latents, which the parts hold
-    already. Differentiable in W_enc and b_enc, sparsely; which latents are selected is a constant.
+    """The values of the codes: max(0, x·W_enc + b_enc) of the selected latents.
+
+    The values are not computed again, but taken from the parts. This function makes them
+    differentiable in W_enc and b_enc, with sparse gradients. The selection of latents is constant.
 
     Args:
         w_enc: encoder, transposed.
