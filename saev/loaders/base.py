@@ -1,4 +1,4 @@
-"""What the shuffled and the ordered loader share: iteration, state, closing, counters."""
+"""The common part of the shuffled and the ordered loader: iteration, state, closing, counters."""
 
 import time
 import typing as tp
@@ -27,21 +27,24 @@ from saev.shards import Shards
 
 STATE_VERSION = 1
 _DISK_THREADS = 4
-"""At most, and at least two. More threads than cores hinder one another and whoever takes the
-batches: on two cores, with a warm page cache, four read 1.2 times slower than two. Two are enough
-for a disk: with a cold cache four were 1.1 times faster, one 1.2 times slower."""
+"""Most reader threads for a disk; the least is two. More threads than cores slow each other and the
+consumer down: on two cores with a warm page cache, four threads read 1.2 times slower than two.
+With a cold cache, four were 1.1 times faster than two, and one 1.2 times slower."""
 _STORE_THREADS = 16
-"""A connection to a large object store gives 50 to 100 MB/s; on a near one so many cost nothing."""
+"""Reader threads for an object store. One connection to a large store gives 50 to 100 MB/s. With a
+near store, the extra threads cost nothing."""
 
 
 class Loader:
-    """Batches of activations, from where the loader stands.
+    """Batches of activations, from the loader's current position.
 
-    A loader is a cursor: ``for batch in loader`` goes on where the last batch was given, also
-    after a ``break`` or :meth:`load_state_dict`, and ends after ``epochs`` epochs; the next ``for``
-    gives the next ``epochs`` epochs. :meth:`reset` goes back to the first batch of epoch 0. Reader
-    threads live from ``iter(loader)`` until the iterator is dropped (by a ``break``, an exception
-    or the collector), has ended, or :meth:`close` is called. A new iterator ends the previous one.
+    A loader is a cursor. ``for batch in loader`` continues after the last batch that was given,
+    also after a ``break`` or :meth:`load_state_dict`. It ends after ``epochs`` epochs, and the next
+    ``for`` gives the next ``epochs`` epochs. :meth:`reset` goes back to the first batch of epoch 0.
+
+    Reader threads run from ``iter(loader)`` until the iterator has ended or is dropped (by a
+    ``break``, an exception or the garbage collector), or :meth:`close` is called. A new iterator
+    ends the previous one.
     """
 
     def __init__(
@@ -103,16 +106,16 @@ class Loader:
         self._pass: weakref.ref[_Pass] | None = None
         self._counters = _Counters()
 
-    # --- What it gives ---------------------------------------------------------------------
+    # --- Batches ---------------------------------------------------------------------------
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of one epoch, over all layers and ranks, after exclusion."""
+        """Wanted tokens of one epoch, over all layers and ranks."""
         return self._selection.n_tokens
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Block numbers that the batches hold."""
+        """Block numbers of the selected layers."""
         return self._selection.layers
 
     def n_batches(self, epoch: int = 0) -> int:
@@ -144,10 +147,10 @@ class Loader:
     # --- State -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, int]:
-        """Where the consumer stands, as a few integers (JSON-able).
+        """The position of the consumer, as a few integers (JSON-able).
 
-        It counts the batches that were given, not those that were read ahead. It is the same on all
-        ranks after the same step, and whatever their number.
+        It counts batches that were given, not those that were read ahead. After the same step it is
+        the same on all ranks, and for any number of ranks.
         """
         return {
             "version": STATE_VERSION,
@@ -159,9 +162,9 @@ class Loader:
         }
 
     def load_state_dict(self, state: tp.Mapping[str, int]) -> None:
-        """Go to where a state was taken: the next batch is the one that came next there.
+        """Continue from a state: the next batch is the one that followed the state.
 
-        Nothing is read but the windows from there on.
+        Windows before this position are not read.
 
         Raises:
             ConfigError: the state is of other data, another order or another seed.
@@ -225,7 +228,7 @@ class Loader:
     # --- Ending ----------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the reader threads and free the windows. The loader keeps its place."""
+        """End the reader threads and free the windows. The loader keeps its position."""
         current = self._pass() if self._pass is not None else None
         if current is not None:
             current.close()
@@ -241,9 +244,10 @@ class Loader:
     def metrics(self) -> dict[str, float]:
         """Counters of reading.
 
-        loader/read_mb: MB (10⁶ bytes) read since the loader was made. loader/read_mb_s and
-        loader/wait_s: MB/s read, and seconds that the consumer waited for rows, since the previous
-        call. loader/buffer_fill: share of the windows' memory that holds rows to give, 0 to 1.
+        - loader/read_mb: MB (10⁶ bytes) read since the loader was made;
+        - loader/read_mb_s: MB/s since the previous call;
+        - loader/wait_s: seconds that the consumer waited for rows since the previous call;
+        - loader/buffer_fill: share of the windows' memory with rows still to be given, 0 to 1.
         """
         current = self._pass() if self._pass is not None else None
         if current is not None:
@@ -252,7 +256,7 @@ class Loader:
 
 
 class _Pass:
-    """The iterator of a loader: owns its threads and windows."""
+    """The iterator of a loader. It owns the reader threads and windows."""
 
     def __init__(self, loader: Loader):
         self._loader = loader
@@ -289,7 +293,7 @@ class _Pass:
             self.close()
             raise
         if batch is None:
-            if self._finalizer.alive:  # it ended by itself, nobody closed it
+            if self._finalizer.alive:  # the epochs ended; close() was not called
                 self._loader._end = None
             self.close()
             raise StopIteration
@@ -324,7 +328,7 @@ class _Pass:
         return join(act[:given] if given < wanted else act, parts)
 
     def _wanted(self) -> int:
-        """Rows of the next batch, over all ranks; 0 after the last. Skips epochs without one."""
+        """Rows of the next batch, over all ranks; 0 after the last batch. Skips empty epochs."""
         loader = self._loader
         while loader._end is None or loader._epoch < loader._end:
             left = loader._usable(loader._epoch) - loader._position
@@ -346,7 +350,7 @@ class _Pass:
         self.count()
 
     def count(self) -> None:
-        """Add what was read and waited since the last call to the loader's counters."""
+        """Add the bytes and waiting time since the last call to the loader's counters."""
         counters = self._loader._counters
         n_bytes, wait_s = self._buffers.n_bytes, self._prefetcher.wait_s
         counters.n_bytes += n_bytes - self._counted_bytes
@@ -383,14 +387,14 @@ class _Counters:
 
 
 def reader_threads(shards: Shards, n_threads: int) -> int:
-    """``n_threads``, or for 0 what suits the storage."""
+    """``n_threads``, or if it is 0, a number that suits the storage."""
     on_disk = storage.local_path(shards.url) is not None
     disk = max(2, min(_DISK_THREADS, cores.available() - 1))
     return n_threads or (disk if on_disk else _STORE_THREADS)
 
 
 def kept_bytes(shards: Shards, selection: Selection) -> int:
-    """Bytes that one example takes in a window, with its share of the index."""
+    """Memory of one example in a window, with its share of the index."""
     vector = shards.d_model * shards.dtype.itemsize
     return max(1, selection.kept_tokens * (vector + INDEX_BYTES_PER_TOKEN))
 
@@ -410,11 +414,11 @@ def _device(device: str | torch.device) -> torch.device:
         raise ConfigError(f"Loaders give batches on cpu or cuda, not on {device}.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {device}, but torch sees no CUDA GPU here. Use cpu.")
-    if device.type == "cuda" and device.index is None:  # threads have a current device of their own
+    if device.type == "cuda" and device.index is None:  # the current device differs by thread
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _fingerprint(*parts: tp.Any) -> int:
-    """52 bits, so that it survives JSON readers that turn integers into floats."""
+    """A hash of 52 bits. JSON readers that turn integers into floats do not change it."""
     return int(storage.content_hash(parts, 13), 16)

@@ -1,8 +1,8 @@
-"""Batches, and how they are cut from a window: one vectorised gather.
+"""Batches, which are cut from a window by one vectorised gather.
 
-On the CPU numpy gathers, on the consumer's thread. Two threads are little faster, as memory is the
-limit and readers use it too; and torch's threads spin while they wait for one another, so that
-where something else runs on a core (a reader, another process), a gather took five times as long.
+On the CPU, numpy gathers on the consumer's thread. More threads are hardly faster, because memory
+bandwidth is the limit and the readers use it too. torch's threads wait for each other in a busy
+loop: if a reader or another process used one of the cores, a gather took five times as long.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from saev.config.loaders import NO_LABEL
 from saev.loaders.windows import Window
 
 _CONVERT_VALUES = 1 << 15
-"""float16 is converted so many values at a time: torch does not wake other threads for them."""
+"""Values of float16 per conversion. For this number torch does not use several threads."""
 _WIDEN_VALUES = 1 << 17
-"""bfloat16 is converted so many values at a time, which stay in a core's cache."""
+"""Values of bfloat16 per conversion. This number fits into a core's cache."""
 
 
 class Batch(tp.NamedTuple):
-    """Vectors and where each of them comes from. Column i describes row i."""
+    """Vectors and their origin. Entry i of every field is about row i."""
 
     act: Float[Tensor, "batch d_model"]
     """Activations, float32 unless the loader was given another dtype."""
@@ -39,12 +39,12 @@ class Batch(tp.NamedTuple):
 
 
 class BatchMemory:
-    """Memory for batches on the CPU, used again once nobody holds the batch that it was given to.
+    """Memory for batches on the CPU, which is reused when the previous batch is no longer in use.
 
-    A fresh 50 MB tensor costs several times as much as the gather that fills it, because the
+    A new tensor of 50 MB costs several times as much as the gather that fills it, because the
     kernel has to map and clear its pages. A tensor made by ``torch.from_numpy`` holds a reference
-    to its array for as long as any tensor, view or graph shares its storage; so an array without
-    other references is free, and a batch that is kept is never overwritten.
+    to its array as long as any tensor, view or graph shares its storage. So an array without other
+    references is free, and a batch that the user keeps is never overwritten.
     """
 
     KEPT = 4
@@ -53,7 +53,7 @@ class BatchMemory:
         self._arrays: list[tp.Any] = []
         probe = [torch.empty(1, dtype=torch.uint8).numpy()]
         self._idle = sys.getrefcount(probe[0])
-        """What CPython counts for an array that a list holds and nobody else."""
+        """CPython's reference count of an array that only a list refers to."""
 
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor [rows, columns]."""
@@ -77,11 +77,11 @@ class Cutter:
     Args:
         content_tokens: content tokens per example.
         kept_tokens: tokens of an example that a window holds.
-        layer: block number, where all rows have the same.
+        layer: block number, if all rows have the same.
         d_model: width of a vector.
-        dtype: of the batches.
-        device: of the windows and the batches.
-        in_order: rows come as they lie in the window, so that runs of them can be copied at once.
+        dtype: dtype of the batches.
+        device: device of the windows and the batches.
+        in_order: rows are given in the order of the window, so that runs can be copied at once.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Cutter:
         token, labels = window.token_idx[start:stop], None
         layer = self._layer.expand(len(index))
         if window.slot_layers is not None or window.slot_labels is not None:
-            # index_select: unlike [], it wakes no other threads for a few thousand rows
+            # index_select, because [] uses several threads even for a few thousand rows.
             slot = torch.div(index, self._kept, rounding_mode="floor")
             if window.slot_layers is not None:
                 layer = window.slot_layers.index_select(0, slot)
@@ -162,18 +162,18 @@ class Cutter:
 
 
 def _raw(vectors: Tensor) -> np.ndarray:
-    """The same memory as an array; as integers where numpy has no such type."""
+    """The same memory as a numpy array; bfloat16, which numpy lacks, as int16."""
     return (vectors.view(torch.int16) if vectors.dtype == torch.bfloat16 else vectors).numpy()
 
 
 def _widen(halves: np.ndarray, out: Tensor) -> None:
-    """bfloat16, as integers, to float32, of which it is the upper half."""
+    """Convert bfloat16 (as integers) to float32: its bits are the upper half of a float32."""
     bits = out.view(torch.int32).numpy().view(np.uint32)
     np.left_shift(halves.view(np.uint16), 16, out=bits, dtype=np.uint32)
 
 
 def join(act: Tensor, parts: list[Batch]) -> Batch:
-    """One batch of parts whose activations lie one after another in ``act``."""
+    """Join parts to one batch. Their activations are consecutive rows of ``act``."""
     if len(parts) == 1:
         return parts[0]
     labels = [p.token_labels for p in parts if p.token_labels is not None]

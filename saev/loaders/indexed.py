@@ -27,7 +27,7 @@ class Item(tp.NamedTuple):
     token_idx: int
     """Content token, or -1 for the class token."""
     token_label: int
-    """Label; NO_LABEL for the class token, and if labels were not asked for."""
+    """Label; NO_LABEL for the class token, or if labels were not requested."""
     layer: int
     """Block number."""
 
@@ -35,17 +35,17 @@ class Item(tp.NamedTuple):
 class IndexedActivations(Dataset[Item]):
     """Vector i of a shards folder, in the order of :class:`saev.loaders.OrderedLoader`.
 
-    For looking at single vectors; training from it is many times slower than from the
-    ShuffledLoader (benchmarks/loader.py). May be pickled or forked into DataLoader workers: each
-    opens the folder anew.
+    Use it to look at single vectors. Training with it is many times slower than with ShuffledLoader
+    (benchmarks/loader.py). It may be pickled, or forked into the workers of a DataLoader; each
+    worker opens the folder again.
 
     Args:
         shards: the folder.
-        cfg: which activations (``cfg.shards`` is not looked at).
+        cfg: which activations (``cfg.shards`` is not used).
         labels: give labels.
-        dtype: of the vectors.
-        verify: read the whole example that a vector belongs to and check its checksum; the last
-            one is remembered. False reads the vector alone. (Protocol 2.1 has no checksums.)
+        dtype: dtype of the vectors.
+        verify: read the whole example of a vector and check its checksum; the last example is
+            cached. False reads only the vector. (Protocol 2.1 has no checksums.)
 
     Raises:
         ConfigError: the config does not fit the data, or nothing is left of them.
@@ -81,7 +81,8 @@ class IndexedActivations(Dataset[Item]):
 
     @property
     def shards(self) -> Shards:
-        """The folder, opened by this process: connections do not survive a fork."""
+        """The folder. A forked process opens it again, because it cannot use its parent's
+        connections."""
         if self._pid != os.getpid():
             self._shards = Shards.open(self._shards.url)
             self._pid = os.getpid()
@@ -94,7 +95,7 @@ class IndexedActivations(Dataset[Item]):
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """Several vectors at once, read in the order in which they lie in the files."""
+        """Several vectors at once, read in the order of the files."""
         batch = self.gather(indices)
         labels = (
             [NO_LABEL] * len(indices) if batch.token_labels is None else batch.token_labels.tolist()

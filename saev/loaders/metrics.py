@@ -1,10 +1,9 @@
 """How well a batch is mixed: entropy and coverage of its examples and tokens.
 
-Names and definitions are those of docs/metrics.md: natural logarithms; normalised entropies are
-divided by that of a uniform distribution over the support; coverage is the share of the support
-that occurs. A batch of B rows over a support of K values that were drawn uniformly has an
-expected normalised entropy of about 1 - (K - 1) / (2 B ln K) where B is larger than K, and at most
-ln B / ln K.
+Names and definitions are those of docs/metrics.md. Logarithms are natural. A normalised entropy is
+divided by the entropy of the uniform distribution over the support. Coverage is the share of the
+support that occurs. For B rows drawn uniformly from K values, the expected normalised entropy is
+about 1 - (K - 1) / (2 B ln K) if B > K, and at most ln B / ln K.
 """
 
 import math
@@ -25,11 +24,11 @@ def batch_metrics(batch: Batch, *, n_examples: int, content_tokens: int) -> dict
         content_tokens: content tokens per example.
 
     Returns:
-        loader/example_{entropy,entropy_normalized,coverage}, and, if there are content tokens in
-        the batch, loader/token_{…}. Class tokens have no position and do not count for the latter.
-        The normalised entropy over a support of one value is 1.
+        loader/example_{entropy,entropy_normalized,coverage} and, if the batch has content tokens,
+        loader/token_{…}. Class tokens have no position and are not counted for the latter. The
+        normalised entropy over a support of one value is 1.
     """
-    # A sort costs less than counters for millions of examples, of which a batch has thousands.
+    # Sorting thousands of rows is cheaper than counters for millions of examples.
     examples = torch.unique(batch.example_idx, return_counts=True)[1]
     metrics = _metrics("example", examples, n_examples)
     tokens = batch.token_idx[batch.token_idx >= 0]

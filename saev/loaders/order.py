@@ -2,16 +2,17 @@
 
 Wanted examples are cut into *blocks* of consecutive examples of one shard and layer (one large
 read each). The blocks are permuted over the whole dataset and grouped into *windows* that fit in
-memory, and the rows (vectors) of a window are permuted. So a batch mixes rows of many blocks from
-all over the dataset, though every read is large.
+memory. Then the rows (vectors) of each window are permuted. So a batch mixes rows from all over the
+dataset, although every read is large.
 
-Ranks that train together share this one order: of every window, each reads an equal run of
-consecutive slots (:func:`share`), and of every batch it gives the rows that lie in them. So a batch
-is the same set of rows however many ranks there are, and each vector is read by one of them.
+Ranks that train together share one order. Each rank reads an equal run of consecutive slots of
+every window (:func:`share`), and gives the rows in these slots. So a batch is the same set of rows
+for any number of ranks, and each vector is read by one rank only.
 
-Only numpy, no files and no clock. Permutations come from the raw words of Philox, a counter-based
-generator whose stream numpy guarantees (NEP 19), and not from ``Generator.permutation``, which may
-change between versions of numpy: a run that is resumed elsewhere sees the same order.
+This module uses only numpy, no files and no clock. Permutations are made from the raw words of
+Philox, a counter-based generator whose stream numpy guarantees (NEP 19). They do not use
+``Generator.permutation``, which may change between versions of numpy, so a resumed run has the same
+order on any machine.
 """
 
 import itertools
@@ -23,16 +24,17 @@ import numpy as np
 from saev.errors import ConfigError
 
 ORDER_VERSION = 1
-"""Raised when the same inputs would give another order; resume states of others are refused."""
+"""Increased whenever the same inputs give another order. Resume states of other versions are
+refused."""
 
 MAX_BLOCK_BYTES = 4 << 20
-"""Chosen blocks are at most this large: an object store's latency is then hidden by a few
-concurrent reads, and a local read is as fast as a longer one."""
+"""Most bytes of a block. A few concurrent reads of this size hide an object store's latency, and a
+local read of this size is as fast as a longer one."""
 MIN_BLOCKS_PER_WINDOW = 256
-"""Chosen blocks are small enough that a window mixes at least so many places of the dataset."""
+"""Least blocks in a window, if memory allows, so that a window mixes many parts of the dataset."""
 
 _BLOCKS, _ROWS = 1, 2
-"""Streams of random numbers, so that no two permutations share words."""
+"""Streams of random numbers, so that two permutations never use the same words."""
 _PHILOX_KEY = 0x5AE7_10AD_E125
 _MASK64 = 2**64 - 1
 
@@ -40,8 +42,8 @@ _MASK64 = 2**64 - 1
 def permutation(n: int, *, seed: int, epoch: int, stream: int, index: int = 0) -> np.ndarray:
     """A uniform permutation of range(n), int64 [n], the same on every platform and version.
 
-    The index is put into the low bits of a random word and the words are sorted: the keys are
-    distinct, so that the result does not depend on the sorting algorithm.
+    Each index is put into the low bits of a random word, and the words are sorted. The words are
+    distinct, so the result does not depend on the sorting algorithm.
     """
     if n <= 1:
         return np.zeros(n, dtype=np.int64)
@@ -59,7 +61,7 @@ def permutation(n: int, *, seed: int, epoch: int, stream: int, index: int = 0) -
 
 
 class Sizes(tp.NamedTuple):
-    """How much is read at once and shuffled together, in examples of one layer."""
+    """Sizes of blocks and windows, in examples of one layer."""
 
     block_examples: int
     """Most examples in a block."""
@@ -82,14 +84,13 @@ def choose_sizes(
 ) -> Sizes:
     """Sizes of blocks and windows for a memory budget.
 
-    If everything fits into the budget there is one window of everything, which stays in memory
-    from epoch to epoch. Otherwise two windows share the budget: one is read while batches are cut
-    from the other.
+    If all data fits into the budget, there is one window, which stays in memory in all epochs.
+    Otherwise two windows share the budget: one is read while batches are cut from the other.
 
     Args:
         n_examples: examples to shuffle, over all layers.
-        read_bytes: bytes that reading one example takes.
-        kept_bytes: bytes that one example takes in a window.
+        read_bytes: bytes to read per example.
+        kept_bytes: memory per example in a window.
         buffer_bytes: memory for all windows.
         shard_examples: most wanted examples in a shard, which a block cannot exceed.
 
@@ -109,7 +110,7 @@ def choose_sizes(
         block = min(block, max(1, min(capacity, n_examples) // MIN_BLOCKS_PER_WINDOW))
     block = min(block, max(1, n_examples), shard_examples or block)
     if fits_whole:
-        return Sizes(block, max(1, n_examples))  # one window, however the shards cut the blocks
+        return Sizes(block, max(1, n_examples))  # one window, even if shards cut blocks shorter
     return Sizes(block, capacity // block)
 
 
@@ -135,7 +136,8 @@ def cut_blocks(
     """Cut the wanted examples of every shard into blocks; none crosses a shard.
 
     Args:
-        shard_bounds: int64 [n_shards + 1], where each shard begins among the wanted examples.
+        shard_bounds: int64 [n_shards + 1], position of each shard's first example among the wanted
+            examples.
         cum_rows: int64 [n_wanted_examples + 1], wanted rows before each wanted example.
         n_layers: selected layers.
         block_examples: most examples in a block.
@@ -162,12 +164,12 @@ class Epoch(tp.NamedTuple):
 
 
 class Order:
-    """Which rows come when. Immutable; shared by threads.
+    """The order of blocks and rows in every epoch. Immutable; shared by threads.
 
     Args:
-        blocks: what there is.
+        blocks: all blocks.
         window_blocks: most blocks in a window.
-        seed: another seed, another order.
+        seed: seed of the permutations.
         shuffle: False keeps blocks and rows in dataset order.
     """
 
@@ -183,13 +185,13 @@ class Order:
         self.seed = seed
         self.shuffle = shuffle
         self.n_windows = max(1, math.ceil(len(blocks) / window_blocks))
-        # Equal windows: a short last one would be a badly mixed one.
+        # Windows of equal size: a short last window would be mixed badly.
         self._bounds = np.arange(self.n_windows + 1, dtype=np.int64) * len(blocks) // self.n_windows
         self._recent: dict[int, Epoch] = {}
 
     @property
     def resident(self) -> bool:
-        """Whether one window holds everything, with the same blocks in every epoch."""
+        """Whether one window holds all data."""
         return self.n_windows == 1
 
     @property
@@ -202,12 +204,13 @@ class Order:
         return int(min(most_blocks * sizes.max(), sizes.sum()))
 
     def epoch(self, epoch: int) -> Epoch:
-        """Windows of an epoch; the last two are remembered."""
+        """Windows of an epoch. The last two epochs are cached."""
         found = self._recent.get(epoch)
         if found is None:
             found = self._epoch(epoch)
             latest = list(self._recent.items())[-1:]
-            self._recent = dict([*latest, (epoch, found)])  # replaced whole: threads may race
+            # Replaced, not changed, because other threads may read it.
+            self._recent = dict([*latest, (epoch, found)])
         return found
 
     def _epoch(self, epoch: int) -> Epoch:
@@ -231,7 +234,8 @@ class Order:
         return permutation(n, seed=self.seed, epoch=epoch, stream=_ROWS, index=window)
 
     def usable_rows(self, epoch: int, batch_size: int, drop_last: bool) -> int:
-        """Rows that the batches of one epoch hold: all, or with ``drop_last`` whole batches."""
+        """Rows in the batches of one epoch: all rows, or with ``drop_last`` those of full
+        batches."""
         rows = int(self.epoch(epoch).window_rows.sum())
         return rows // batch_size * batch_size if drop_last else rows
 

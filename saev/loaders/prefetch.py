@@ -1,4 +1,4 @@
-"""Threads that complete jobs ahead of a consumer, in order, and that always end."""
+"""Threads that complete jobs ahead of a consumer, in order."""
 
 import contextlib
 import logging
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 
 from saev.errors import SaevError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 10.0
-"""How long closing waits for reads that are under way (a stalled network read cannot be broken)."""
+"""Seconds that closing waits for running reads. A stalled network read cannot be interrupted."""
 
 
 class Job(tp.Protocol):
-    """Work that is complete when all of its tasks have run, in any order, on any threads."""
+    """Work that is complete when all of its tasks have run, in any order and on any threads."""
 
     tasks: list[Callable[[], None]]
 
@@ -29,10 +29,9 @@ JobT = tp.TypeVar("JobT", bound=Job)
 class Prefetcher(tp.Generic[JobT]):
     """Runs jobs ahead of one consumer, which takes them in order.
 
-    At most ``depth`` jobs exist at a time: a new one is drawn from ``jobs`` (by one thread at a
-    time) once the consumer has released the oldest. The lock is taken once per task (a read of up
-    to megabytes), never per row. An error on any thread ends them all and is raised to the consumer
-    at its next call.
+    At most ``depth`` jobs exist at a time. When the consumer releases the oldest job, one thread
+    takes a new one from ``jobs``. The lock is taken once per task (a read of up to megabytes),
+    never per row. An error on any thread ends all threads, and the consumer's next call raises it.
 
     Threads refer to this object, so its owner must close it; see :func:`weakref.finalize`.
     """
@@ -60,10 +59,11 @@ class Prefetcher(tp.Generic[JobT]):
     # --- The consumer's side ---------------------------------------------------------------
 
     def take(self) -> JobT | None:
-        """The oldest job, once it is complete; None after the last. Release it when it is used up.
+        """Wait for the oldest job and return it; None after the last job. The caller must call
+        :meth:`release` when it has used the job up.
 
         Raises:
-            Exception: what a thread raised; all threads have ended by then.
+            Exception: the error of a thread. All threads have ended.
         """
         if os.getpid() != self._pid:
             raise SaevError(
@@ -87,20 +87,20 @@ class Prefetcher(tp.Generic[JobT]):
         return self._exhausted
 
     def check(self) -> None:
-        """Raise what a thread raised, if any did."""
+        """Raise the error of a thread, if there was one."""
         if self._error is not None:
             self.close()
             raise self._error
 
     def release(self) -> None:
-        """The job that was taken is used up."""
+        """Free the job that was taken."""
         with self._changed:
             self._in_flight.popleft()
             self._free += 1
             self._changed.notify_all()
 
     def fill(self) -> list[float]:
-        """Share of each job in flight that is done, oldest first."""
+        """Share of finished tasks of each job in flight, oldest first."""
         with self._changed:
             return [1.0 - f.pending / max(1, f.n_tasks) for f in self._in_flight]
 
@@ -116,20 +116,21 @@ class Prefetcher(tp.Generic[JobT]):
             self._tasks.clear()
             self._in_flight.clear()
             self._changed.notify_all()
-        if me in self._threads:  # the collector runs finalizers on any thread; it ends by itself
+        if me in self._threads:  # a finalizer, which the garbage collector may run on any thread
             return
         deadline = time.monotonic() + JOIN_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                log.warning("A read still runs %.0f s after its loader closed", JOIN_TIMEOUT_S)
+                logger.warning("A read still runs %.0f s after its loader closed", JOIN_TIMEOUT_S)
 
     def _free_leaked_lock(self) -> None:
-        """Ctrl-C can strike between taking the lock and entering the block that gives it back.
+        """Release the lock if an interrupted call still holds it.
 
-        No consumer that calls `close` holds the lock by right, so what it holds was leaked so.
+        Ctrl-C can interrupt a call after it has taken the lock and before it has entered the block
+        that releases it. A consumer that calls `close` must not hold the lock otherwise.
         """
-        with contextlib.suppress(RuntimeError):  # which ends the loop: it is not held any more
+        with contextlib.suppress(RuntimeError):  # raised when the lock is no longer held
             while True:
                 self._changed.release()
 
@@ -142,7 +143,7 @@ class Prefetcher(tp.Generic[JobT]):
                 if step is None:
                     return
                 step()
-                del step  # it refers to a window, and the next wait may be long
+                del step  # frees its window before the next wait
         except BaseException as err:
             with self._changed:
                 if not self._closed:
@@ -165,7 +166,7 @@ class Prefetcher(tp.Generic[JobT]):
     def _plan(self) -> None:
         job = next(self._jobs, None)
         tasks: list[Callable[[], None]] = []
-        if job is not None:  # tasks refer to their job: without this, only the collector frees it
+        if job is not None:  # avoid a reference cycle between the job and its tasks
             tasks, job.tasks = job.tasks, tasks
         with self._changed:
             self._planning = False
@@ -187,7 +188,7 @@ class Prefetcher(tp.Generic[JobT]):
 
 
 class _InFlight(tp.Generic[JobT]):
-    """A job and how many of its tasks have not run yet."""
+    """A job and the number of its unfinished tasks."""
 
     def __init__(self, job: JobT, n_tasks: int):
         self.job = job

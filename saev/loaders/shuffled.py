@@ -1,4 +1,4 @@
-"""The loader for training: a good shuffle from large reads."""
+"""The loader for training: it shuffles well with large reads."""
 
 import logging
 
@@ -10,37 +10,37 @@ from saev.loaders.order import choose_sizes
 from saev.loaders.selection import Selection
 from saev.shards import Shards
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FEW_EXAMPLES = 64
 _STAGE_SHARE = 4
 
 
 class ShuffledLoader(Loader):
-    """Every wanted token exactly once per epoch, in an order that mixes the whole dataset.
+    """Gives every wanted token exactly once per epoch, in an order that mixes the whole dataset.
 
-    The order is that of :mod:`saev.loaders.order`: deterministic in (data, config, seed), whatever
-    the number of threads and the device. Memory: ``cfg.buffer_mb`` for windows (on the GPU if
-    ``device`` is one), plus labels.bin if labels are needed, plus a few batches. Batches may be
-    kept: their memory is used again only when nothing refers to it.
+    The order (:mod:`saev.loaders.order`) depends only on data, config and seed, not on the number
+    of threads or the device. Memory: ``cfg.buffer_mb`` for windows (on the GPU if ``device`` is
+    one), plus labels.bin if labels are needed, plus a few batches. Batches may be kept: their
+    memory is reused only when nothing refers to it.
 
     Args:
         shards: the folder. It is not closed with the loader.
-        cfg: which activations, and how to read them (``cfg.shards`` is not looked at).
-        batch_size: rows of every batch but possibly the last of an epoch, over all ranks.
-        seed: another seed, another order.
-        epochs: epochs of one pass, or None for an endless one. Every epoch has another order.
+        cfg: which activations, and how to read them (``cfg.shards`` is not used).
+        batch_size: rows of a batch over all ranks. The last batch of an epoch may be smaller.
+        seed: seed of the order.
+        epochs: epochs of one pass, or None for an endless pass. Every epoch has another order.
         drop_last: leave out the last batch of an epoch if it is smaller.
         labels: give ``token_labels``.
-        rank: which share of every batch to give. The rows of all ranks' t-th batches together are
-            the t-th batch of a single loader; each rank reads only its own, about 1/world_size of
-            a batch, and none if batches are tiny.
-        world_size: number of ranks, on which ``cfg.buffer_mb`` is spread.
-        device: of the batches, ``cpu`` or ``cuda:N``.
-        dtype: of the batches' activations.
+        rank: the share of every batch to give. The rows of all ranks' t-th batches together are the
+            t-th batch of a single loader. Each rank reads only its own rows, about 1/world_size of
+            a batch; for tiny batches there may be none.
+        world_size: number of ranks, among which ``cfg.buffer_mb`` is divided.
+        device: device of the batches, ``cpu`` or ``cuda:N``.
+        dtype: dtype of the batches' activations.
 
     Raises:
-        ConfigError: the config does not fit the data, or nothing is left of them.
+        ConfigError: the config does not fit the data, or selects no tokens.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ShuffledLoader(Loader):
         read_bytes = max(1, shards.layouts[0].row_bytes)
         n_examples = len(selection.examples) * len(selection.layers)
         stage_bytes = 0
-        if selection.tokens == "special":  # reads go through one block per thread
+        if selection.tokens == "special":  # needs a buffer of one block per thread
             stage_bytes = buffer_bytes // _STAGE_SHARE
         sizes = choose_sizes(
             n_examples=n_examples,
@@ -77,9 +77,9 @@ class ShuffledLoader(Loader):
             most = max(1, stage_bytes // (sizes.block_examples * read_bytes))
             n_threads = min(n_threads, most)
         if n_examples > _FEW_EXAMPLES >= sizes.window_examples:
-            log.warning(
-                "buffer_mb=%g holds windows of only %d examples: batches will be alike within. "
-                "Raise buffer_mb for a better shuffle.",
+            logger.warning(
+                "buffer_mb=%g holds windows of only %d examples, so the rows of a batch will be of "
+                "few images. Raise buffer_mb for a better shuffle.",
                 cfg.buffer_mb,
                 sizes.window_examples,
             )

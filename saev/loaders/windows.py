@@ -1,4 +1,4 @@
-"""Windows: buffers of vectors that reader threads fill, and the order in which rows leave them."""
+"""Windows: buffers of vectors that reader threads fill, and the order in which rows are given."""
 
 import contextlib
 import functools
@@ -17,44 +17,46 @@ from saev.shards import Shards
 from saev.shards.reader import raw_bytes
 
 N_BUFFERS = 2
-"""One is read into while batches are cut from the other."""
+"""Number of windows in memory: one is filled while batches are cut from the other."""
 _TASK_BYTES = 2 << 20
-"""Small blocks are read several in a row, because handing out a task takes a lock."""
+"""Least bytes of a task. Small blocks are read together, because each task takes a lock."""
 
 
 class Span(tp.NamedTuple):
-    """Where the consumer stands in an epoch. Rows are counted over all ranks."""
+    """The rows of an epoch that are still to be given. Rows are counted over all ranks."""
 
     epoch: int
+    """Number of the epoch."""
     start: int
-    """Rows of the epoch that were given before."""
+    """First row to give."""
     stop: int
-    """Rows of the epoch that will have been given at its end."""
+    """Last row to give + 1."""
 
 
 class Window:
-    """One window: a job for the threads, then the vectors and the order that batches are cut from.
+    """One window: a job for the reader threads, then vectors and their order for cutting batches.
 
-    Its rows are [slots × kept_tokens] flat; a *slot* holds one example of one layer. If ranks share
-    it, this is the share of one of them, and the places of its rows in the order of all are known.
+    Its rows are [slots × kept_tokens], flattened. A *slot* holds one example of one layer. With
+    several ranks it holds the share of one rank, and ``places`` are the positions of its rows in
+    the order of all ranks.
     """
 
     def __init__(self, epoch: int, first: int, last: int, n_rows: int, data: Tensor):
         self.epoch = epoch
         self.first = first
-        """First row (in the window's order) to give; others were given before a resume."""
+        """First row to give, in the window's order. Earlier rows were given before a resume."""
         self.last = last
         """Last row to give + 1."""
         self.n_rows = n_rows
         """Wanted rows of all ranks."""
         self.data = data
-        """Vectors, stored dtype, [slots × kept_tokens, d_model]."""
+        """Vectors in the stored dtype, [slots × kept_tokens, d_model]."""
         self.tasks: list[Callable[[], None]] = []
         self.order: Tensor = torch.empty(0, dtype=torch.int64)
         """Wanted rows in the order in which they are given, int64."""
         self.places: np.ndarray | None = None
-        """Where each of them stands in the order of all ranks, int64, ascending; None if there is
-        one rank, which has them all."""
+        """Position of each entry of `order` in the order of all ranks, int64, ascending; None with
+        one rank."""
         self.example_idx: Tensor = self.order
         """Example of each entry of `order`, int64."""
         self.token_idx: Tensor = self.order
@@ -65,7 +67,7 @@ class Window:
         """Labels of each slot's content tokens, uint8 [slots, content_tokens]."""
 
     def own(self, start: int, stop: int) -> tuple[int, int]:
-        """Which entries of `order` are the places [start, stop) of the order of all ranks."""
+        """The entries of `order` that are at positions [start, stop) of the order of all ranks."""
         if self.places is None:
             return start, stop
         first, last = np.searchsorted(self.places, (start, stop))
@@ -73,7 +75,7 @@ class Window:
 
 
 class Reading(tp.NamedTuple):
-    """How windows are read."""
+    """What a loader reads, and how."""
 
     shards: Shards
     selection: Selection
@@ -87,11 +89,12 @@ class Reading(tp.NamedTuple):
 
 
 class Buffers:
-    """The memory of the windows, and how examples get into it.
+    """The memory of the windows, and the code that reads examples into it.
 
-    On the CPU a read goes straight to its place. On a GPU the windows live on the device and reads
-    go through pinned memory, one block per thread. Where only special tokens are wanted, reads go
-    through a block per thread too, and the class tokens are picked out of it.
+    On the CPU, examples are read directly into a window. On a GPU the windows are on the device,
+    and each thread reads a block into pinned memory, from which it is copied. If only special
+    tokens are wanted, each thread reads a block into memory of its own, too, and copies the class
+    tokens from there.
     """
 
     def __init__(self, reading: Reading, n_slots: int):
@@ -111,7 +114,7 @@ class Buffers:
         self._count = threading.Lock()
 
     def get(self, number: int) -> Tensor:
-        """Buffer number 0 or 1, [slots, kept_tokens, d_model], once nobody uses it any more."""
+        """Buffer number 0 or 1, [slots, kept_tokens, d_model]. Waits until it is not in use."""
         event, self._used[number] = self._used[number], None
         if event is not None:
             event.synchronize()
@@ -119,7 +122,7 @@ class Buffers:
         if buffer is None:
             shape = (self._n_slots, self._r.selection.kept_tokens, self._r.shards.d_model)
             buffer = torch.empty(shape, dtype=self._r.shards.dtype, device=self._r.device)
-            if self._cuda:  # the memory may be that of tensors which queued kernels still read
+            if self._cuda:  # queued kernels may still read tensors that had this memory before
                 torch.cuda.current_stream(self._r.device).synchronize()
             self._buffers[number] = buffer
             if not self._cuda:
@@ -127,20 +130,20 @@ class Buffers:
         return buffer
 
     def mark_used(self, window: Window) -> None:
-        """The consumer has queued its last gather from a window."""
+        """Record that the consumer has queued its last gather from a window."""
         if not self._cuda:
             return
         stream = torch.cuda.current_stream(self._r.device)
         index = (window.order, window.example_idx, window.token_idx)
         for tensor in (window.data, *index, window.slot_layers, window.slot_labels):
             if tensor is not None:
-                tensor.record_stream(stream)  # it was allocated for a reader thread's stream
+                tensor.record_stream(stream)  # allocated on the stream of a reader thread
         for number, buffer in enumerate(self._buffers):
             if buffer is not None and buffer.data_ptr() == window.data.data_ptr():
                 self._used[number] = stream.record_event()
 
     def read(self, number: int, slot: int, shard: int, layer: int, start: int, stop: int) -> None:
-        """Examples of a shard into the slots from ``slot`` on of buffer ``number``."""
+        """Read examples [start, stop) of a shard into buffer ``number``, from slot ``slot`` on."""
         shards, verify, n = self._r.shards, self._r.verify, stop - start
         if not self.staged:
             raw = self._raw[number][slot * self._slot_bytes : (slot + n) * self._slot_bytes]
@@ -155,7 +158,7 @@ class Buffers:
             self.n_bytes += n * shards.layouts[shard].row_bytes
 
     def place(self, array: np.ndarray) -> Tensor:
-        """An index array where the windows are."""
+        """Copy an index array to the device of the windows."""
         tensor = torch.from_numpy(array)
         if not self._cuda:
             return tensor
@@ -173,7 +176,8 @@ class Buffers:
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
-        """Copies to a GPU on a stream of this thread's own, complete at the end of the block."""
+        """Run copies to a GPU on this thread's stream. They are complete at the end of the
+        block."""
         if not self._cuda:
             yield
             return
@@ -186,7 +190,7 @@ class Buffers:
 
 
 def windows(reading: Reading, buffers: Buffers, spans: Iterator[Span]) -> Iterator[Window]:
-    """The windows, from where the consumer stands; windows before that are not read."""
+    """The windows from the consumer's position on. Earlier windows are not read."""
     order = reading.order
     number = 0
     resident = False
@@ -210,7 +214,7 @@ def windows(reading: Reading, buffers: Buffers, spans: Iterator[Span]) -> Iterat
 def _add_tasks(
     window: Window, reading: Reading, buffers: Buffers, w: int, number: int, *, read: bool
 ) -> None:
-    """Tasks that read a window's blocks (what this rank holds of them) and make its index."""
+    """Add the tasks that read this rank's share of a window's blocks and make its index."""
     order, selection, shards = reading.order, reading.selection, reading.shards
     numbers = order.window_blocks(window.epoch, w)
     blocks = order.blocks
@@ -243,17 +247,17 @@ class _Read(tp.NamedTuple):
     """A block to read."""
 
     slot: int
-    """Where its first example goes."""
+    """Slot of its first example."""
     shard: int
     layer: int
     first: int
-    """First example, as a position among the wanted ones."""
+    """First example, as a position among the wanted examples."""
     last: int
     """Last example + 1."""
 
 
 def _read_blocks(reading: Reading, buffers: Buffers, number: int, reads: list[_Read]) -> None:
-    """Read blocks: one read each, or one per run of adjacent examples if some are not wanted."""
+    """Read blocks, with one read per run of adjacent wanted examples."""
     for slot, shard, layer, first, last in reads:
         examples = reading.selection.examples[first:last] - reading.shards.shard_starts[shard]
         cuts = [0, last - first]
@@ -272,10 +276,10 @@ def _make_index(
     stops: np.ndarray,
     layers: np.ndarray,
 ) -> None:
-    """The order in which the wanted rows are given, and what each of them is.
+    """Make the order of the wanted rows, and the example, token and layer of each.
 
-    All of it for the whole window and on a reader's thread, so that whoever cuts a batch takes
-    slices: each operation there hands the interpreter's lock to a reader and waits to have it back.
+    This runs on a reader thread for the whole window, so that the consumer only takes slices. Every
+    operation on the consumer's thread may lose the interpreter's lock to a reader and wait for it.
     """
     selection = reading.selection
     lengths = stops - starts

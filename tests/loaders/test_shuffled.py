@@ -459,7 +459,7 @@ def test_more_ranks_than_rows_in_a_batch(folder):
     ("shape", "cfg", "load", "message"),
     [
         ({}, {"layer": 9}, {}, "Layer 9 was not recorded"),
-        ({"layers": (1, 2)}, {}, {}, "has layers 1, 2; say which"),
+        ({"layers": (1, 2)}, {}, {}, "has layers 1, 2; name one"),
         ({"cls_token": False}, {"tokens": "special"}, {}, "no class token"),
         ({}, {"ignore_labels": (1,)}, {}, r"ignore_labels=\[1\] needs labels.bin"),
         ({}, {}, {"labels": True}, "Token labels needs labels.bin"),
