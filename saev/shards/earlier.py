@@ -1,7 +1,8 @@
-"""Finding what version 0.1.0 recorded, whose folders have other names.
+"""Finding folders that version 0.1.0 recorded, which have other names.
 
-That version hashed where the images and the weights lie, and recorded no checksum of the weights.
-One of its folders is used if everything else is equal, so that nothing is recorded a second time.
+In that version the name also depended on the locations of images and weights, and metadata had no
+checksum of the weights. Such a folder is used if all else is equal, so that nothing is recorded
+twice.
 """
 
 import concurrent.futures
@@ -19,11 +20,11 @@ from saev.vit import checkpoints
 logger = logging.getLogger(__name__)
 
 _THREADS = 16
-_NOT_NOTED = ("network", "weights", "structure", "versions")
+_NOT_RECORDED = ("network", "weights", "structure", "versions")
 
 
 def located(data: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """A dataset's config as JSON, with a place that does not depend on the working directory."""
+    """A dataset's config as JSON, with absolute paths instead of relative ones."""
     data = dict(data)
     for key in ("root", "name"):
         place = data.get(key)
@@ -34,13 +35,14 @@ def located(data: dict[str, tp.Any]) -> dict[str, tp.Any]:
 
 
 def find(root: str, wanted: Metadata, network_before: str | None) -> tuple[str, Metadata] | None:
-    """The folder in which version 0.1.0 recorded the same, complete or not; a complete one first.
+    """Find a folder in which version 0.1.0 recorded the same activations. It may be incomplete, but
+    a complete folder is preferred.
 
     Args:
         root: URL of the folder of shards folders.
-        wanted: what is to be recorded.
-        network_before: the network that version 0.1.0 made of the checkpoint, if it was another.
-            The folders of that version then hold other activations, and none is returned.
+        wanted: metadata of the recording.
+        network_before: the network that version 0.1.0 built from the checkpoint, if it was another
+            one. Its folders then hold other activations, and none is returned.
 
     Returns:
         URL and metadata of the folder, or None. A warning names the folder.
@@ -55,13 +57,13 @@ def find(root: str, wanted: Metadata, network_before: str | None) -> tuple[str, 
             logger,
             f"{url} was recorded by version 0.1.0 of saev, which took {metadata.ckpt} for "
             f"{network_before}. Its activations are wrong and are recorded again, as "
-            f"{wanted.network}; delete it when nothing needs it any more.",
+            f"{wanted.network}. Delete the folder when nothing needs it any more.",
         )
         return None
     say_once(
         logger,
-        f"{url} was recorded by version 0.1.0 of saev, which did not note the checksum of the "
-        f"weights: it is used as a recording of {wanted.family} {wanted.ckpt}.",
+        f"{url} was recorded by version 0.1.0 of saev, which did not record the checksum of the "
+        f"weights. It is used as a recording of {wanted.family} {wanted.ckpt}.",
     )
     return url, metadata
 
@@ -77,7 +79,7 @@ def _same(root: str, wanted: Metadata) -> list[tuple[str, Metadata]]:
 
 
 def _read(url: str) -> Metadata | None:
-    """Metadata of a folder of version 0.1.0; None if there are none or they are damaged."""
+    """Metadata of a folder of version 0.1.0; None if they are missing or damaged."""
     if not storage.exists(storage.join(url, protocol.METADATA)):
         return None
     with contextlib.suppress(ConfigError, CorruptDataError):
@@ -88,15 +90,15 @@ def _read(url: str) -> Metadata | None:
 
 
 def _equal(old: Metadata, wanted: Metadata) -> bool:
-    """Whether two recordings are equal, except for places and what version 0.1.0 did not record."""
+    """Whether two recordings are equal, except for locations and keys unknown to version 0.1.0."""
     return _identity(old) == _identity(wanted)
 
 
 def _identity(metadata: Metadata) -> dict[str, tp.Any]:
     plain = metadata.to_dict()
-    for key in ("dataset", *_NOT_NOTED):
+    for key in ("dataset", *_NOT_RECORDED):
         del plain[key]
-    plain["ckpt"] = checkpoints.without_place(metadata.ckpt, metadata.ckpt_checksum)
+    plain["ckpt"] = checkpoints.without_url(metadata.ckpt, metadata.ckpt_checksum)
     data = metadata.data
     plain["data"] = protocol.without_place(located(data) if isinstance(data, dict) else data)
     return plain

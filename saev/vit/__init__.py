@@ -1,4 +1,4 @@
-"""Vision transformers behind one interface: :func:`load`, then ``record``."""
+"""Vision transformers behind one interface: :func:`load` a model, then call its ``record``."""
 
 import saev.vit.dino
 import saev.vit.open_clip_models

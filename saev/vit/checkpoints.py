@@ -1,4 +1,4 @@
-"""Names of checkpoints, weights files, and fitting what a file holds into a network."""
+"""Names of checkpoints, reading of weights files, and loading weights into a network."""
 
 import contextlib
 import hashlib
@@ -27,35 +27,35 @@ ARCHITECTURE = "architecture"
 
 RANDOM = "random"
 LOCAL_DIR = "local-dir:"
-"""Begins the name of a folder that holds a network's config and its weights."""
+"""Prefix of a checkpoint that is a folder with a network's config and weights."""
 _SEED = 0
 _WEIGHTS_SUFFIX = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _CONTAINERS = (
     *("state_dict_ema", "model_ema", "state_dict", "model"),  # as timm looks for them
     *("teacher", "encoder", "module"),
 )
-"""Keys under which training scripts keep the weights, most wanted first."""
+"""Keys under which training scripts store the weights, in order of preference."""
 
 
 class CkptName(tp.NamedTuple):
-    """What a checkpoint's name says."""
+    """The parts of a checkpoint's name."""
 
     arch: str | None
     """Architecture; None if only a URL is given."""
     tag: str | None = None
-    """Which pretrained weights of the architecture."""
+    """Tag of the pretrained weights."""
     url: str | None = None
-    """Where the weights are, if they are in a file."""
+    """URL of the weights file, if one is given."""
     random: bool = False
-    """Untrained weights."""
+    """Whether the weights are untrained."""
 
 
 def parse(ckpt: str) -> CkptName:
-    """Take a checkpoint's name apart.
+    """Parse a checkpoint's name.
 
-    ``ARCH``, ``ARCH/TAG``, ``ARCH/random``, ``ARCH@URL``, ``ARCH/TAG@URL``, ``ARCH/URL`` (if the
-    rest is a URL, an absolute path, or ends like a weights file) and ``URL`` alone (with a scheme,
-    or starting with ``/``, ``./``, ``../`` or ``~``).
+    It may be ``ARCH``, ``ARCH/TAG``, ``ARCH/random``, ``ARCH@URL``, ``ARCH/TAG@URL``, ``ARCH/URL``
+    (if the rest is a URL, an absolute path, or ends like a weights file), or ``URL`` alone (with a
+    scheme, or starting with ``/``, ``./``, ``../`` or ``~``).
 
     Raises:
         ModelError: a part is empty.
@@ -82,12 +82,13 @@ def parse(ckpt: str) -> CkptName:
     return CkptName(arch, rest or None, url)
 
 
-def without_place(ckpt: str, ckpt_checksum: str | None) -> str:
-    """A checkpoint's name, without the URL of its weights file if they were read from one.
+def without_url(ckpt: str, ckpt_checksum: str | None) -> str:
+    """A checkpoint's name without the URL of its weights file.
 
     Args:
-        ckpt: as the user wrote it.
-        ckpt_checksum: of the weights file; None if there is none, and the name stays as it is.
+        ckpt: the name as the user wrote it.
+        ckpt_checksum: checksum of the weights file; None if there is no file. Then the name is
+            returned as it is.
     """
     if ckpt_checksum is None:
         return ckpt
@@ -110,12 +111,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def structure(module: nn.Module) -> str:
-    """SHA-256 over what a network is beside its tensors: what a forward pass calls, and with what.
+    """SHA-256 over the structure of a network, without its tensors.
 
-    These are the names and types of all modules (activation functions are modules), and their plain
-    attributes, such as the number of heads or the epsilon of a norm. Equal tensors with an equal
-    structure are the same function. One function may have two structures, as versions of libraries
-    add attributes.
+    The structure is the names and types of all modules (activation functions are modules), and
+    their plain attributes, such as the number of heads or the epsilon of a norm. Networks with
+    equal tensors and equal structure are the same function. The reverse is not true, because new
+    versions of libraries add attributes.
     """
     found = [
         [name, type(part).__qualname__, sorted(_attributes(part))]
@@ -124,13 +125,13 @@ def structure(module: nn.Module) -> str:
     return f"sha256:{storage.content_hash(found, 64)}"
 
 
-_NO_PART = frozenset({"training", "fused_attn", "image_mean", "image_std"})
+_NOT_STRUCTURE = frozenset({"training", "fused_attn", "image_mean", "image_std"})
 """Attributes that depend on the mode or the machine, or belong to the preprocessing."""
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in vars(module).items():
-        if name.startswith("_") or name in _NO_PART:
+        if name.startswith("_") or name in _NOT_STRUCTURE:
             continue
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
             yield name, value.__qualname__
@@ -146,7 +147,8 @@ def _is_plain(value: tp.Any) -> bool:
 
 @contextlib.contextmanager
 def untrained() -> Iterator[None]:
-    """A network built in this block always has the same weights; torch's RNG is put back after."""
+    """Make the random weights of a network that is built in this block reproducible. torch's random
+    state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         yield
@@ -160,19 +162,20 @@ class Weights(tp.NamedTuple):
     metadata: dict[str, str]
     """safetensors metadata; empty for torch files."""
     checksum: str
-    """Of the whole file."""
+    """Checksum of the whole file."""
 
 
 def read_weights(url: str) -> Weights:
     """Read safetensors, or a torch state dict that loads with ``weights_only=True``, onto the CPU.
 
-    The format is told by the content, not by the name. Containers that training scripts write
-    around the state dict ("state_dict", "model", "teacher", an EMA copy first) are opened.
+    The format is recognised by the content, not by the name. If a training script stored the state
+    dict inside a dict (as "state_dict", "model", "teacher", …), it is taken from there; an EMA copy
+    is preferred.
 
     Raises:
         StorageError: it cannot be read.
-        CorruptDataError: its bytes are neither format.
-        ModelError: it holds other things than tensors, which would have to be unpickled.
+        CorruptDataError: it has neither format.
+        ModelError: it holds objects that are not tensors and would have to be unpickled.
     """
     url = storage.normalize(url)
     data = storage.read_bytes(url)
@@ -192,7 +195,7 @@ def read_weights(url: str) -> Weights:
 def _read_torch(url: str, data: bytes) -> dict[str, Tensor]:
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as err:  # whatever damaged bytes make a parser of zip and pickle stumble over
+    except Exception as err:  # damaged bytes make the parsers of zip and pickle raise any type
         refused = re.search(r"GLOBAL ([\w.]+)", str(err))
         if refused is not None:
             raise ModelError(
@@ -225,14 +228,14 @@ def _read_torch(url: str, data: bytes) -> dict[str, Tensor]:
 def strip_prefix(
     tensors: Mapping[str, Tensor], expected: Collection[str], url: str
 ) -> dict[str, Tensor]:
-    """Take the network out of a larger one: its tensors without ``visual.``, ``backbone.`` …
+    """Take a network out of a larger one: its tensors without ``visual.``, ``backbone.`` …
 
-    The prefix under which most of the expected names stand is the one; what stands elsewhere (a
-    text tower, a student beside its teacher) is left out. If no prefix brings half of the expected
-    names, the tensors are returned as they are: they may have to be renamed first.
+    The prefix with most of the expected names is used. Tensors without this prefix (a text tower,
+    or a student beside its teacher) are left out. If no prefix has half of the expected names, all
+    tensors are returned unchanged, because they may have to be renamed first.
 
     Raises:
-        ModelError: two prefixes bring equally many, so the file holds two such networks.
+        ModelError: two prefixes have equally many names, so the file holds two such networks.
     """
     hits: Counter[str] = Counter()
     for key in tensors:
@@ -254,14 +257,14 @@ def strip_prefix(
     return {key[len(best) :]: t for key, t in tensors.items() if key.startswith(best)}
 
 
-def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked: bool) -> None:
-    """Say once that position embeddings are interpolated, if they are.
+def log_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked: bool) -> None:
+    """Log once that position embeddings are interpolated, if they are.
 
     Args:
         arch: the architecture.
         url: the weights file.
-        found: its position embeddings, [..., tokens, d_model].
-        needed: those of the network.
+        found: position embeddings of the file, [..., tokens, d_model].
+        needed: position embeddings of the network.
         is_asked: whether the user asked for an image size.
     """
     before, after = found.shape[-2], needed.shape[-2]
@@ -276,10 +279,10 @@ def say_resized(arch: str, url: str, found: Tensor, needed: Tensor, *, is_asked:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, arch: str, url: str) -> None:
-    """Fill every parameter and buffer of the module; tensors that it does not have are left out.
+    """Set every parameter and buffer of a module. Further tensors are ignored.
 
     Raises:
-        ModelError: one is missing or has another shape. The module is then unchanged.
+        ModelError: a tensor is missing or has another shape. The module is then unchanged.
     """
     expected = module.state_dict()
     missing = [name for name in expected if name not in tensors]

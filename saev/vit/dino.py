@@ -45,7 +45,7 @@ _GRAMMAR = {
     ),
     "dinov3": re.compile(r"(?P<size>[a-z0-9]+)(_pretrain)?((?P<sat>_sat(493m)?)|_lvd1689m)?"),
 }
-"""Meta's names, without their beginning, with ``_`` for ``-``."""
+"""Meta's names, without their prefix, with ``_`` instead of ``-``."""
 
 
 @register_family("dinov2")
@@ -66,8 +66,8 @@ def load_dinov3(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     """DINOv3: a name of :data:`DINOV3`, ``small``, ``base``, ``large`` or ``huge``, Meta's file and
     hub names, or a timm name; then as for family `timm` (/random, @URL).
 
-    Meta's own files keep the attention biases that timm leaves out where they are zero. If a file
-    has others, the error says which timm name (``…_qkvb``) holds them.
+    Meta's files contain attention biases. timm's models leave them out if they are zero. If a file
+    has other biases, the error names timm's model that has them (``…_qkvb``).
 
     Raises:
         ModelError: as for family `timm`.
@@ -75,8 +75,8 @@ def load_dinov3(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     return _load("dinov3", DINOV3, ckpt, image_size)
 
 
-def resolve(family: str, names: Mapping[str, str], arch: str) -> str:
-    """timm's name for a short one.
+def timm_name(family: str, names: Mapping[str, str], arch: str) -> str:
+    """timm's name for a short name. timm's names are returned as they are.
 
     Raises:
         ModelError: it is neither a short name nor a timm name of this family.
@@ -114,11 +114,11 @@ def _load(
     if name.url is not None:
         tail = f"@{name.url}"
         if arch is None:
-            # Meta's files say in their name what they hold; ours in their metadata.
+            # The architecture is in the name of Meta's files, and in the metadata of ours.
             file = storage.name(name.url)
             try:
-                arch = resolve(family, names, re.sub(r"(-[0-9a-f]{8})?\.\w+$", "", file))
+                arch = timm_name(family, names, re.sub(r"(-[0-9a-f]{8})?\.\w+$", "", file))
             except ModelError:
                 return load_timm(ckpt, image_size)
-    assert arch is not None  # parse gives an architecture or a URL
-    return load_timm(resolve(family, names, arch) + tail, image_size)
+    assert arch is not None  # parse returns an architecture or a URL
+    return load_timm(timm_name(family, names, arch) + tail, image_size)

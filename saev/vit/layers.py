@@ -1,4 +1,4 @@
-"""Which blocks, and whether the model is what the user said it is."""
+"""Numbers of blocks, and checks of a model against what the user stated about it."""
 
 import typing as tp
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def resolve_layers(layers: Sequence[int], n_layers: int) -> tuple[int, ...]:
         n_layers: blocks of the model.
 
     Raises:
-        ModelError: none is given, one is out of range, or two name the same block.
+        ModelError: there is none, one is out of range, or two name the same block.
     """
     if not layers:
         raise ModelError("No layer is given; expected at least one block index.")
@@ -58,10 +58,10 @@ class Sizes(tp.Protocol):
 def check_expectations(
     model: Sizes, *, d_model: int | None = None, content_tokens_per_example: int | None = None
 ) -> None:
-    """Compare sizes that the user gave with the model's own; None means "not given".
+    """Compare sizes that the user gave with those of the model; None means "not given".
 
     Raises:
-        ModelError: they disagree; the message has both numbers.
+        ModelError: they differ. The message has both numbers.
     """
     if d_model is not None and d_model != model.d_model:
         raise ModelError(

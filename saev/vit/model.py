@@ -18,10 +18,10 @@ from saev.vit.layers import resolve_layers
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """What a family's loader returns: a network and where its tokens are.
+    """The result of a family's loader: a network and the positions of its tokens.
 
-    The class token, if there is one, is the first token; register and distillation tokens follow
-    it; then come the content tokens in row-major order. (Every ViT of timm and open_clip is so.)
+    The class token, if there is one, is the first token. Register and distillation tokens follow.
+    Then come the content tokens in row-major order. All ViTs of timm and open_clip have this order.
     """
 
     module: nn.Module
@@ -33,26 +33,26 @@ class Tower:
     grid: tuple[int, int]
     """Rows and columns of content tokens."""
     spec: ImageSpec
-    """How an image becomes the module's input."""
+    """Preprocessing of images."""
     special_tokens: int = 1
     """Tokens before the first content token: class, register and distillation tokens."""
     cls_token: bool = True
     """Whether the first special token is a class token."""
     pool: Callable[[Tensor], Tensor] | None = None
-    """The model's own image embedding: images -> [batch, d]. If None: the class token after the
-    last block, or the mean of its content tokens."""
+    """The model's own image embedding: images -> [batch, d]. None uses the class token after the
+    last block, or the mean of the content tokens."""
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the weights were read from one."""
     network: str | None = None
-    """Name of the network, wherever its weights lie. Networks of equal names are built alike. The
-    name ends in ``/random`` if the weights are untrained. None stands for the checkpoint's name
-    without the URL of its file."""
+    """Name of the network, which does not depend on the location of its weights. Networks with
+    equal names have equal structure. The name ends in ``/random`` if the weights are untrained.
+    None means the checkpoint's name without the URL of its file."""
     network_before: str | None = None
-    """The network that version 0.1.0 of saev built from this checkpoint, if that was another."""
+    """The network that version 0.1.0 of saev built from this checkpoint, if it was another one."""
 
 
 class _Done(Exception):
-    """Ends a forward pass after the last block that is needed. Never leaves this module."""
+    """Ends a forward pass after the last block that is needed. It is caught in this module."""
 
 
 class VisionModel:
@@ -78,7 +78,7 @@ class VisionModel:
         self.grid = tower.grid
         self.has_cls_token = tower.cls_token
         self.ckpt_checksum = tower.ckpt_checksum
-        self.network = tower.network or checkpoints.without_place(ckpt, tower.ckpt_checksum)
+        self.network = tower.network or checkpoints.without_url(ckpt, tower.ckpt_checksum)
         self.network_before = tower.network_before
         self._pool = tower.pool
         self._special_tokens = tower.special_tokens
@@ -106,14 +106,14 @@ class VisionModel:
     def weights(self) -> str:
         """SHA-256 over the names, types, shapes and values of the network's tensors.
 
-        It is the same for a name on a hub, a file in any format and the network in memory; the
-        position embeddings count as they are after interpolation to the image size.
+        It does not depend on where the weights came from (a hub, or a file of any format). Position
+        embeddings are those after the interpolation to the image size.
         """
         return checkpoints.fingerprint(self.module.state_dict())
 
     @functools.cached_property
     def structure(self) -> str:
-        """SHA-256 over what the network is beside its tensors: see `checkpoints.structure`."""
+        """SHA-256 over the network without its tensors: see `checkpoints.structure`."""
         return checkpoints.structure(self.module)
 
     @property
@@ -134,17 +134,18 @@ class VisionModel:
     ) -> Float[Tensor, "layers batch tokens d_model"]:
         """The residual stream after the given blocks, on the model's device.
 
-        May be called from many threads at once. Wrap it in ``torch.autocast`` for a forward pass
-        in lower precision; the result has the dtype of the model's residual stream.
+        May be called from many threads at once. Call it inside ``torch.autocast`` for a forward
+        pass in lower precision. The result has the dtype of the model's residual stream.
 
         Args:
-            images: as ``spec.apply`` makes them, on any device.
+            images: images preprocessed by ``spec.apply``, on any device.
             layers: block indices; negative ones count from the end.
             cls_token: put the class token first, if the model has one.
 
         Returns:
-            Layers in the order given; the class token (if asked for and there is one), then the
-            content tokens in row-major order. Register and distillation tokens are left out.
+            Layers are in the given order. Tokens are the class token (if requested and there is
+            one), then the content tokens in row-major order, without register and distillation
+            tokens.
 
         Raises:
             ModelError: a layer does not exist, or the images have another size.
@@ -172,9 +173,9 @@ class VisionModel:
     def pool(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch d"]:
         """The model's own image embedding, float32.
 
-        CLIP and SigLIP: what is compared with text (before normalisation). timm: what the
-        classifier would read (usually the class token after the final norm). Others: the class
-        token after the last block, or the mean of its content tokens.
+        CLIP and SigLIP: the embedding that is compared with text, before normalisation. timm: the
+        input of the classifier (usually the class token after the final norm). Others: the class
+        token after the last block, or the mean of the content tokens.
 
         Raises:
             ModelError: the images have another size.
@@ -199,7 +200,8 @@ class VisionModel:
     def _run(
         self, images: Tensor, layers: frozenset[int], keep: Callable[[int, Tensor], None]
     ) -> None:
-        """Forward pass that calls `keep` with each layer's output and ends after the last one."""
+        """Run a forward pass up to the last of the layers. Calls `keep` with each layer's
+        output."""
         self._recording.request = (layers, keep)
         try:
             with torch.no_grad():
@@ -210,9 +212,10 @@ class VisionModel:
             del self._recording.request
 
     def _hook_of(self, layer: int) -> Callable[[nn.Module, tp.Any, tp.Any], None]:
-        """What runs after a block, for good: passes in other threads do not see hooks come and go.
+        """The forward hook of a block.
 
-        It does nothing unless its own thread is recording this layer.
+        Hooks are never removed, because other threads may be running a forward pass. A hook does
+        nothing unless its own thread is recording this layer.
         """
 
         def hook(_module: nn.Module, _args: tp.Any, output: tp.Any) -> None:
@@ -240,9 +243,9 @@ class VisionModel:
         return stream if self._tokens_axis == 1 else stream.transpose(0, 1)
 
     def _dry_run(self) -> tuple[int, int]:
-        """Run every block once on zeros: the axis of tokens and d_model, proven, not assumed."""
+        """Run all blocks once on zeros. Returns the axis of tokens, and d_model."""
         n_tokens = self._special_tokens + self.content_tokens_per_example
-        n_images = 2 if n_tokens != 2 else 3  # so that a shape tells the two axes apart
+        n_images = 2 if n_tokens != 2 else 3  # differs from n_tokens, to tell the axes apart
         images = torch.zeros(n_images, 3, *self.image_size)
         ran: list[int] = []
         found: set[tuple[int, ...]] = set()

@@ -34,8 +34,8 @@ def load_clip(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
     Args:
         ckpt: ``ARCH/TAG`` of open_clip (``ViT-B-16/openai``), ``hf-hub:ORG/NAME``,
             ``local-dir:URL`` (a folder with open_clip_config.json and weights), ARCH/random,
-            ARCH@URL, or ARCH/TAG@URL (preprocessing and activation function of TAG, weights of the
-            file).
+            ARCH@URL, or ARCH/TAG@URL (preprocessing and activation function of TAG, weights from
+            the file).
         image_size: (height, width), if not the model's own; position embeddings are interpolated.
 
     Raises:
@@ -116,18 +116,19 @@ def _arch_config(arch: str) -> dict[str, tp.Any]:
 
 
 class _Choice(tp.NamedTuple):
-    """How weights are built into a network, and how images are made for it."""
+    """Config and preprocessing of a network."""
 
     config: dict[str, tp.Any]
     """Config of the network."""
     preprocess: Mapping[str, tp.Any]
+    """Preprocessing of images, as open_clip describes it."""
     mistaken: bool
     """Whether version 0.1.0 built another network: without a tag, that version always took the
     architecture's own activation function."""
 
 
 def _choose(arch: str, tag: str | None, weights: checkpoints.Weights | None) -> _Choice:
-    """Decide what the architecture leaves open, by the rules of `saev.vit.tags`."""
+    """Choose activation function and preprocessing, by the rules of `saev.vit.tags`."""
     import open_clip
 
     config = _arch_config(arch)
@@ -143,13 +144,13 @@ def _choose(arch: str, tag: str | None, weights: checkpoints.Weights | None) -> 
     if known is not None:
         quick, preprocess = quick_by_tag[known], by_tag[known]
     else:
-        preprocess, left_open = _agreed(by_tag)
+        preprocess, disagreements = _agreed(by_tag)
         quick, activation = (True, None) if is_openai else tags.quick_gelu(quick_by_tag, own)
         if activation is not None and not _on_timm(config):
-            left_open = [activation, *left_open]
-        tags.warn(arch, weights.url, f"{arch}/TAG@URL", left_open)
+            disagreements = [activation, *disagreements]
+        tags.warn_of(disagreements, arch, weights.url, f"{arch}/TAG@URL")
     if is_openai and not quick:
-        tags.warn_unlike(f"{arch}/{tag}", weights.url)
+        tags.warn_of_gelu(f"{arch}/{tag}", weights.url)
     mistaken = tag is None and quick != own and not _on_timm(config)
     return _Choice({**config, "quick_gelu": quick}, preprocess, mistaken)
 
@@ -167,20 +168,21 @@ def _network(arch: str, config: Mapping[str, tp.Any]) -> str:
 
 def _agreed(
     by_tag: Mapping[str, Mapping[str, tp.Any]],
-) -> tuple[dict[str, tp.Any], list[tags.Open]]:
-    """Preprocessing on which all tags of an architecture agree, and what they disagree on."""
+) -> tuple[dict[str, tp.Any], list[tags.Disagreement]]:
+    """The preprocessing that all tags of an architecture have in common, and their
+    disagreements."""
     from open_clip.transform import PreprocessCfg
 
     default = dataclasses.asdict(PreprocessCfg())
     agreed: dict[str, tp.Any] = {}
-    left_open = []
+    disagreements = []
     for key in ("mean", "std", "interpolation", "resize_mode"):
         found = tags.by_value({t: str(c.get(key, default[key])) for t, c in by_tag.items()})
         if len(found) > 1:
-            left_open.append(tags.Open(key, str(default[key]), found))
+            disagreements.append(tags.Disagreement(key, str(default[key]), found))
         elif by_tag:
             agreed[key] = next(iter(by_tag.values())).get(key, default[key])
-    return agreed, left_open
+    return agreed, disagreements
 
 
 def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) -> Tower:
@@ -188,7 +190,7 @@ def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) ->
 
     options: dict[str, tp.Any] = {}
     if tag is not None and open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu"):
-        # open_clip only warns when weights trained with QuickGELU are put into GELU networks.
+        # open_clip only warns when weights trained with QuickGELU are loaded into GELU networks.
         options["force_quick_gelu"] = True
     if image_size is not None:
         options["force_image_size"] = image_size
@@ -198,7 +200,7 @@ def _from_hub(arch: str, tag: str | None, image_size: tuple[int, int] | None) ->
             arch, pretrained=tag, require_pretrained=True, pretrained_text=False, **options
         )
     except Exception as err:
-        # The hub's clients raise dozens of types; open_clip wraps some of them in RuntimeError.
+        # The hub's clients raise dozens of types, and open_clip turns some into RuntimeError.
         name = f"{arch}/{tag}" if tag else arch
         raise timm_models.hub_error(name, err, away) from err
     visual = model.visual
@@ -229,7 +231,7 @@ def _from_folder(ckpt: str, image_size: tuple[int, int] | None) -> Tower:
     mistaken = False
     if tags.is_openai(weights.tensors) and not config.get("quick_gelu"):
         if "quick_gelu" in config:
-            tags.warn_unlike(storage.join(folder, _CONFIG), weights.url)
+            tags.warn_of_gelu(storage.join(folder, _CONFIG), weights.url)
         else:
             config["quick_gelu"] = mistaken = True
     image_tower = {key: config.get(key) for key in ("embed_dim", "vision_cfg", "quick_gelu")}
@@ -246,7 +248,8 @@ def _from_config(
     weights: checkpoints.Weights | None,
     image_size: tuple[int, int] | None,
 ) -> Tower:
-    """Only the image tower: a text tower can be larger (SigLIP's vocabulary has 256k entries)."""
+    """Build the image tower only. A text tower can be larger (SigLIP's vocabulary has 256k
+    entries)."""
     from open_clip.model import _build_vision_tower
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
@@ -278,7 +281,7 @@ def _fill(visual: nn.Module, arch: str, weights: checkpoints.Weights, *, is_aske
     key = "positional_embedding"
     if key in expected and key in tensors:
         own = visual.state_dict()[key]
-        checkpoints.say_resized(arch, weights.url, tensors[key], own, is_asked=is_asked)
+        checkpoints.log_resized(arch, weights.url, tensors[key], own, is_asked=is_asked)
         renamed = {f"visual.{key}": tensors[key]}
         try:
             resize_pos_embed(renamed, SimpleNamespace(visual=visual))
@@ -307,7 +310,7 @@ def _tower(
 
     def pool(images: Tensor) -> Tensor:
         pooled = visual(images)
-        return pooled[0] if isinstance(pooled, tuple) else pooled  # CoCa returns its tokens too
+        return pooled[0] if isinstance(pooled, tuple) else pooled  # CoCa also returns its tokens
 
     if hasattr(visual, "trunk"):
         parts = timm_models.tower_parts(visual.trunk, arch, spec.image_size)

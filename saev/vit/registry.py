@@ -1,4 +1,4 @@
-"""Model families by name."""
+"""The registry of model families."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,8 @@ from saev.vit.model import Tower, VisionModel
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "saev.families"
-"""Packaging entry point group: a package that declares one adds its families to every command."""
+"""Group of packaging entry points. Families of packages that declare one are available in all
+commands."""
 
 Loader = Callable[[str, tuple[int, int] | None], Tower]
 """(checkpoint, image size in pixels or None for the model's own) -> Tower."""
@@ -27,11 +28,11 @@ _families: dict[str, Loader] = {}
 def register_family(name: str) -> Callable[[Loader], Loader]:
     """Decorator: make a loader available as ``--family NAME``.
 
-    The loader gets the checkpoint as the user wrote it and (height, width) or None, and returns a
+    The loader gets the checkpoint as the user wrote it, and (height, width) or None. It returns a
     :class:`Tower`. It should raise ModelError for a checkpoint that does not exist.
 
     Raises:
-        ModelError: another loader has that name.
+        ModelError: another loader is registered under this name.
     """
 
     def decorate(loader: Loader) -> Loader:
@@ -40,7 +41,7 @@ def register_family(name: str) -> Callable[[Loader], Loader]:
             loader.__module__,
             loader.__qualname__,
         )
-        if known is not None and not same:  # the same function again: a notebook cell run twice
+        if known is not None and not same:  # `same`: a notebook cell that runs again
             raise ModelError(
                 f"Model family '{name}' is already registered by {known.__module__}; "
                 "choose another name."
@@ -80,7 +81,7 @@ def load(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and min(size) < 1:
         raise ModelError(f"image_size is {size[0]} x {size[1]}, expected at least 1 pixel.")
-    # Stdout carries the URL of the result and nothing else; libraries print there (timm's EVA
+    # Standard output is only for the URL of the result, but libraries print to it (timm's EVA
     # checkpoint filter does).
     with contextlib.redirect_stdout(sys.stderr):
         tower = loader(ckpt, size)
@@ -97,11 +98,11 @@ def load(
 
 
 def identity(family: str, ckpt: str) -> str | None:
-    """What tells a checkpoint's weights from others without loading a network.
+    """A text that identifies the weights of a checkpoint, made without loading the network.
 
     Returns:
-        Its name and, if the weights are in a file, the checksum of that. None if only the network
-        itself can tell: those of families that are not saev's own, and of folders.
+        The name and, if the weights are in a file, the file's checksum. None for families that are
+        not saev's own, and for folders: their weights are known only after loading.
 
     Raises:
         ModelError: there is no such family, or the name is incomplete.

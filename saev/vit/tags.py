@@ -1,8 +1,12 @@
-"""What a weights file without a tag leaves open: the activation function, and the preprocessing.
+"""Activation function and preprocessing of a weights file that is given without a tag.
 
-Libraries of models tell these by the pretrained tag, not by the architecture or the file. The same
-rules hold for every family: what the name says; what the file's own tensors show; what all
-tags of the architecture agree on; else the library's default, with a warning that names the way.
+Libraries of models store these with the pretrained tag, not with the architecture or the file. The
+rules are the same for every family. The first that applies decides:
+
+1. the name of the checkpoint;
+2. the tensors of the file;
+3. the value that all tags of the architecture have in common;
+4. the default of the library, with a warning that says how to name the tag.
 """
 
 import logging
@@ -14,60 +18,60 @@ from saev.once import say_once
 logger = logging.getLogger(__name__)
 
 OPENAI = "openai"
-"""Tag of OpenAI's own weights, in every library."""
+"""Tag of OpenAI's weights in all libraries."""
 ACTIVATION = "activation function"
 _OPENAI_SCALARS = frozenset({"input_resolution", "context_length", "vocab_size"})
 _SHOWN = 3
 
 
-class Open(tp.NamedTuple):
-    """Something on which the tags of an architecture disagree."""
+class Disagreement(tp.NamedTuple):
+    """A property in which the tags of an architecture differ."""
 
     what: str
-    """What it is called."""
+    """Name of the property."""
     taken: str
-    """The value that is taken."""
+    """The value that is used."""
     values: dict[str, list[str]]
     """Values, each with the tags that have it."""
 
 
 def is_openai(names: Collection[str]) -> bool:
-    """Whether tensors of these names come from OpenAI's CLIP archives.
+    """Whether tensors with these names come from OpenAI's CLIP archives.
 
-    Only those hold the sizes of the network as tensors beside the weights
+    Only these archives hold the sizes of the network as tensors
     (https://github.com/openai/CLIP, clip/model.py, build_model).
     """
     return any(name.rpartition(".")[2] in _OPENAI_SCALARS for name in names)
 
 
 def by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
-    """Tags by what they say. Takes the value of each tag."""
+    """Invert a mapping from tag to value: all tags of each value."""
     found: dict[str, list[str]] = {}
     for tag, value in values.items():
         found.setdefault(value, []).append(tag)
     return found
 
 
-def quick_gelu(tags: Mapping[str, bool], default: bool) -> tuple[bool, Open | None]:
-    """Whether a network has QuickGELU, as far as the tags of its architecture tell.
+def quick_gelu(tags: Mapping[str, bool], default: bool) -> tuple[bool, Disagreement | None]:
+    """Whether a network has QuickGELU, judged by the tags of its architecture.
 
     Args:
-        tags: what each of them says.
-        default: what the architecture has by itself.
+        tags: whether each tag has QuickGELU.
+        default: whether the architecture has QuickGELU without a tag.
 
     Returns:
-        The answer, and what is open if the tags disagree.
+        Whether it has QuickGELU, and the disagreement of the tags, if there is one.
     """
     if default or not tags:
         return default, None
     found = by_value({tag: "QuickGELU" if quick else "GELU" for tag, quick in tags.items()})
     if len(found) == 1:
         return next(iter(tags.values())), None
-    return default, Open(ACTIVATION, "GELU", found)
+    return default, Disagreement(ACTIVATION, "GELU", found)
 
 
-def warn_unlike(named: str, url: str) -> None:
-    """Say that a name asks for another activation function than the file shows."""
+def warn_of_gelu(named: str, url: str) -> None:
+    """Warn that a name asks for GELU, although the file's weights were trained with QuickGELU."""
     say_once(
         logger,
         f"{url} holds weights of OpenAI's CLIP, which were trained with QuickGELU, as the tensors "
@@ -76,8 +80,8 @@ def warn_unlike(named: str, url: str) -> None:
     )
 
 
-def warn(arch: str, url: str, way: str, found: Sequence[Open]) -> None:
-    """Say what was taken where the tags disagree, and how to choose."""
+def warn_of(found: Sequence[Disagreement], arch: str, url: str, way: str) -> None:
+    """Warn of disagreements between tags: which values were used, and how to choose others."""
     if found:
         parts = "; ".join(map(_describe, found))
         say_once(
@@ -87,7 +91,7 @@ def warn(arch: str, url: str, way: str, found: Sequence[Open]) -> None:
         )
 
 
-def _describe(item: Open) -> str:
+def _describe(item: Disagreement) -> str:
     values = " or ".join(f"{value} ({_list(names)})" for value, names in item.values.items())
     return f"{item.what} is {values}, and {item.taken} is taken"
 

@@ -76,10 +76,10 @@ def load_timm(ckpt: str, image_size: tuple[int, int] | None = None) -> Tower:
 
 
 def _native(arch: str, weights: checkpoints.Weights | None) -> str:
-    """timm's name of the network that weights were trained in, by the rules of `saev.vit.tags`.
+    """timm's name of the network in which weights were trained, by the rules of `saev.vit.tags`.
 
-    timm has CLIP's networks twice, with GELU and with QuickGELU; its tags say in their notes which
-    weights are "natively QuickGELU", and it loads them into either.
+    timm has two variants of CLIP's networks, with GELU and with QuickGELU, and loads any weights
+    into either. The notes of a tag say whether its weights are "natively QuickGELU".
     """
     import timm
 
@@ -93,18 +93,18 @@ def _native(arch: str, weights: checkpoints.Weights | None) -> str:
         arch = f"{base}.{tag}"
     quick = is_openai
     if weights is not None and not tag:
-        left_open = _left_open(base, configs)
+        disagreements = _disagreements(base, configs)
         if has_variant and not is_openai:
             by_tag = {t: _is_quick(config) for t, config in configs.items()}
             quick, activation = tags.quick_gelu(by_tag, False)
-            left_open = [*([activation] if activation else []), *left_open]
-        tags.warn(base, weights.url, f"{base}.TAG@URL", left_open)
+            disagreements = [*([activation] if activation else []), *disagreements]
+        tags.warn_of(disagreements, base, weights.url, f"{base}.TAG@URL")
     else:
         quick = _is_quick(_config(f"{base}.{tag}" if tag else base))
     if not has_variant:
         return arch
     if weights is not None and is_openai and not quick:
-        tags.warn_unlike(arch, weights.url)
+        tags.warn_of_gelu(arch, weights.url)
     if not quick:
         return arch
     return f"{variant}.{tag}" if tag in _tags(variant) else variant
@@ -114,13 +114,13 @@ def _is_quick(config: tp.Any) -> bool:
     return config is not None and "quickgelu" in " ".join(config.notes or ()).lower()
 
 
-def _left_open(base: str, configs: Mapping[str, tp.Any]) -> list[tags.Open]:
-    """Preprocessing on which the tags of an architecture disagree. The first tag decides."""
+def _disagreements(base: str, configs: Mapping[str, tp.Any]) -> list[tags.Disagreement]:
+    """Differences in preprocessing between the tags of an architecture. The first tag is used."""
     taken, found = _config(base), []
     for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size"):
         values = tags.by_value({t: str(getattr(c, key)) for t, c in configs.items()})
         if len(values) > 1:
-            found.append(tags.Open(key, str(getattr(taken, key)), values))
+            found.append(tags.Disagreement(key, str(getattr(taken, key)), values))
     return found
 
 
@@ -139,12 +139,12 @@ def _tags(base: str) -> list[str]:
 def fill(
     net: nn.Module, arch: str, weights: checkpoints.Weights, *, is_asked: bool = False
 ) -> None:
-    """Load weights of timm's or the original authors' naming, at whatever resolution.
+    """Load weights in timm's or the original authors' naming, of any resolution.
 
     Args:
         net: a network of timm.
-        arch: its name.
-        weights: the file.
+        arch: name of the network.
+        weights: the weights file.
         is_asked: whether the user asked for an image size.
 
     Raises:
@@ -152,19 +152,19 @@ def fill(
     """
     tensors = checkpoints.strip_prefix(weights.tensors, net.state_dict().keys(), weights.url)
     _check_dropped_bias(net, arch, tensors, weights.url)
-    _say_resized(net, arch, tensors, weights.url, is_asked=is_asked)
+    _log_resized(net, arch, tensors, weights.url, is_asked=is_asked)
     tensors = _convert(net, arch, tensors, weights.url)
     checkpoints.load_into(net, tensors, arch=arch, url=weights.url)
 
 
 def tower_parts(net: nn.Module, arch: str, size: tuple[int, int]) -> dict[str, tp.Any]:
-    """The fields `blocks`, `grid`, `special_tokens`, `cls_token` of a timm ViT's :class:`Tower`.
+    """The fields `blocks`, `grid`, `special_tokens` and `cls_token` of a :class:`Tower`.
 
     Raises:
-        ModelError: it is not built like a ViT.
+        ModelError: the network is not a plain ViT.
     """
     blocks = getattr(net, "blocks", None)
-    stem = getattr(net, "embeds", None) or net  # NaFlexVit keeps tokens and embeddings there
+    stem = getattr(net, "embeds", None) or net  # of NaFlexVit: holds tokens and embeddings
     embed = getattr(net, "patch_embed", None) or getattr(net, "embeds", None)
     if blocks is None or embed is None:
         raise ModelError(
@@ -209,7 +209,7 @@ def _tower(
     def pool(images: Tensor) -> Tensor:
         features = model.forward_features(images)
         pooled: Tensor = model.forward_head(features, pre_logits=True)
-        if pooled.ndim == 3:  # the model has no pooling of its own (global_pool='')
+        if pooled.ndim == 3:  # the model does not pool (global_pool='')
             special = parts["special_tokens"]
             pooled = pooled[:, 0] if parts["cls_token"] else pooled[:, special:].mean(dim=1)
         return pooled
@@ -220,10 +220,9 @@ def _tower(
 
 
 def check_divisible(arch: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Refuse an image size that would leave pixels outside all patches.
+    """Raise ModelError if a side of an image is not a multiple of the patch's side.
 
-    Raises:
-        ModelError: a side is not a multiple of the patch's.
+    Pixels at the edge would then be in no patch.
     """
     for side, step in zip(size, patch, strict=True):
         if side % step:
@@ -277,12 +276,12 @@ def _create(name: str, image_size: tuple[int, int] | None, *, pretrained: bool) 
 
 
 def hub_error(name: str, err: Exception, away: Exception | None) -> ModelError:
-    """The one error for weights that the model hub does not give.
+    """The error for weights that the model hub does not give.
 
     Args:
-        name: whose weights.
-        err: what its client raised.
-        away: why the hub cannot be reached, if it cannot.
+        name: name of the model.
+        err: error of the hub's client.
+        away: why the hub cannot be reached; None if it can.
     """
     err = away or err
     reason = next((line.strip() for line in str(err).splitlines() if line.strip()), "")
@@ -298,13 +297,14 @@ def hub_error(name: str, err: Exception, away: Exception | None) -> ModelError:
 
 
 def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str) -> None:
-    """timm's DINOv3 without qkv biases would drop a file's biases silently."""
+    """Raise ModelError if a file has qkv biases and the network has none: timm's DINOv3 would drop
+    them silently."""
     if any(name.endswith(("q_bias", "qkv.bias", "q_proj.bias")) for name in net.state_dict()):
         return
     for name, bias in tensors.items():
         if not name.endswith("qkv.bias"):
             continue
-        query, _, value = bias.chunk(3)  # the key's part is masked in the original
+        query, _, value = bias.chunk(3)  # the original masks the key's bias
         if bool(query.any()) or bool(value.any()):
             base, dot, tag = arch.partition(".")
             raise ModelError(
@@ -313,25 +313,25 @@ def _check_dropped_bias(net: nn.Module, arch: str, tensors: Mapping[str, Tensor]
             )
 
 
-def _say_resized(
+def _log_resized(
     net: nn.Module, arch: str, tensors: Mapping[str, Tensor], url: str, *, is_asked: bool
 ) -> None:
     """Log that timm interpolates position embeddings, which it does silently."""
     needed = net.state_dict().get("pos_embed")
     found = [t for name, t in tensors.items() if _POSITIONS.search(name) and t.ndim > 1]
     if needed is not None and needed.ndim == 3 and len(found) == 1:
-        checkpoints.say_resized(arch, url, found[0], needed, is_asked=is_asked)
+        checkpoints.log_resized(arch, url, found[0], needed, is_asked=is_asked)
 
 
 def _convert(net: nn.Module, arch: str, tensors: dict[str, Tensor], url: str) -> dict[str, Tensor]:
-    """timm's own conversion of foreign names and resolutions, as its hub loading applies it."""
+    """Convert foreign names and resolutions with timm's own function, as its hub loading does."""
     import timm
 
     entry = timm.model_entrypoint(arch)
     convert = getattr(importlib.import_module(entry.__module__), "checkpoint_filter_fn", None)
     if convert is None:
         return tensors
-    # timm binds these per variant where it builds a model, out of reach of other callers
+    # timm sets these options per variant inside functions that build models
     # (timm.models.deit._create_deit, timm.models.vision_transformer._create_vision_transformer).
     options: dict[str, tp.Any] = {}
     if entry.__module__.endswith(".deit"):

@@ -409,7 +409,7 @@ def test_an_old_folder_of_the_wrong_network_does_not_count(
 
 def test_names_are_told_from_places() -> None:
     """An old folder of a hub's name with a revision is not one of another revision."""
-    plain = vit.checkpoints.without_place
+    plain = vit.checkpoints.without_url
     assert plain("hf-hub:org/name@v1", None) == "hf-hub:org/name@v1"
     assert plain("ViT-B-32/openai@s3://b/w.pt", "crc32c:0") == "ViT-B-32/openai@"
     assert plain("ViT-B-32@/a/w.pt", "crc32c:0") == plain("ViT-B-32//a/w.pt", "crc32c:0")

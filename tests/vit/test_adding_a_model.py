@@ -69,4 +69,4 @@ def test_the_tables_name_every_family_and_every_short_name():
     ):
         assert set(names) <= set(table)
         for short, timm_name in table.items():
-            assert dino.resolve(family, names, short) == timm_name
+            assert dino.timm_name(family, names, short) == timm_name

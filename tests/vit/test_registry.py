@@ -139,7 +139,7 @@ def test_random_weights_are_fixed_and_leave_the_generator_alone():
 )
 def test_dino_names(family: str, arch: str, expected: str):
     names = {"dinov2": dino.DINOV2, "dinov3": dino.DINOV3}[family]
-    assert dino.resolve(family, names, arch) == expected
+    assert dino.timm_name(family, names, arch) == expected
 
 
 @pytest.mark.parametrize(
