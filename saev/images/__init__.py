@@ -1,4 +1,4 @@
-"""Image datasets: which images there are, how they are decoded, and what a model sees of them."""
+"""Image datasets: listing, decoding, and preprocessing for a model."""
 
 import typing as tp
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> tp.Any:
-    # Lazily, so that listing a dataset does not load torch.
+    # Imported on first use, so that listing a dataset does not import torch.
     if name in ("ImageSpec", "token_labels"):
         from saev.images import transforms
 

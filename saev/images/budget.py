@@ -1,7 +1,7 @@
-"""A limit on the pixels that all threads that decode hold at once.
+"""A limit on the pixels that all decoding threads hold at the same time.
 
-A decoder asks for room when it knows an image's size, before it unpacks a pixel. It waits until
-there is room. So memory does not grow with the number of large images that follow each other.
+When a decoder knows the size of an image, it asks for memory before it decodes any pixel, and waits
+until there is enough. So several large images in a row do not use too much memory.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 PIXELS_PER_WORKER = 16 << 20
-"""What each thread may hold on average; photographs of this size never wait."""
+"""Pixels per thread on average. Photographs up to this size never wait."""
 
 _ADMIT: contextvars.ContextVar[Callable[[int, int], None] | None] = contextvars.ContextVar(
     "saev_admit", default=None
@@ -22,14 +22,14 @@ Cost = Callable[[int, int], int]
 
 
 def admit(width: int, height: int) -> None:
-    """Wait until an image of so many pixels may be unpacked. Without a budget, return at once."""
+    """Wait until an image of this size may be decoded. Without a budget, return at once."""
     ask = _ADMIT.get()
     if ask is not None:
         ask(width, height)
 
 
 class PixelBudget:
-    """Pixels that threads may hold together. An image larger than the total is decoded alone.
+    """The pixels that threads may hold together. An image larger than the total is decoded alone.
 
     Args:
         total: number of pixels.
@@ -42,18 +42,18 @@ class PixelBudget:
 
     @classmethod
     def of_threads(cls, n: int, max_pixels: int) -> "PixelBudget":
-        """What ``n`` threads may hold that decode images of at most ``max_pixels``."""
+        """The budget of ``n`` threads that decode images of at most ``max_pixels``."""
         return cls(max(max_pixels, PIXELS_PER_WORKER * n))
 
     @contextlib.contextmanager
     def example(self, cost: Cost) -> Iterator[None]:
         """Hold the pixels of one example until the end of the block.
 
-        Only the first image in the block waits for room. Its mask has the same size and does not
-        wait, because two threads could otherwise wait for each other.
+        Only the first image in the block waits. Its mask has the same size and does not wait:
+        otherwise two threads could wait for each other.
 
         Args:
-            cost: pixels that the example needs.
+            cost: pixels of the whole example.
         """
         held = 0
 

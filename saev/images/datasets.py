@@ -15,16 +15,16 @@ from saev.config.images import MAX_PIXELS, PixelAgg
 from saev.errors import ImageError
 
 Form = tp.Literal["NFC", "NFD"]
-"""A form in which Unicode spells accented letters: as one character, or as two."""
+"""Normal forms of Unicode: an accented letter is one character (NFC) or two (NFD)."""
 
 
 class ExampleInfo(tp.NamedTuple):
-    """What is known of an example without decoding it."""
+    """Facts about an example that are known without decoding it."""
 
     url: str
-    """Where it is. For datasets that are not files: a name that says which one it is."""
+    """URL of the image. For datasets that are not files: a name that identifies the example."""
     label: str
-    """Name of its class, "" if it has none."""
+    """Name of its class; "" if it has none."""
     target: int
     """Index of its class in the dataset's sorted `classes`, -1 if it has none."""
 
@@ -35,7 +35,7 @@ class ImageDataset(abc.ABC):
     has_masks: bool = False
     """Whether examples come with pixel labels."""
     pixel_agg: PixelAgg = "majority"
-    """How pixel labels become token labels."""
+    """How pixel labels become token labels; see `token_labels`."""
     bg_label: int = 0
     """The pixel label of background."""
     max_pixels: int = MAX_PIXELS
@@ -47,7 +47,7 @@ class ImageDataset(abc.ABC):
     has_class_folders: bool = False
     """Whether class names are names of folders."""
     header: tp.Any = None
-    """What `digest` hashes before all examples."""
+    """The part of the dataset that `digest` hashes before the examples."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -63,21 +63,22 @@ class ImageDataset(abc.ABC):
         """Name and class of an example."""
 
     def key(self, index: int) -> str:
-        """Name of an example, the same wherever the dataset lies. The example's URL ends in it."""
+        """Name of an example, which does not depend on the dataset's location. The example's URL
+        ends in it."""
         return self.example(index).url
 
     def row(self, index: int, form: Form | None = None) -> tp.Any:
-        """What `digest` hashes of one example, as plain JSON types.
+        """The part of an example that `digest` hashes, as plain JSON types.
 
         Args:
             index: of the example.
-            form: in which names of files are spelled; None takes them as they are.
+            form: normal form of file names; None keeps their spelling.
         """
-        del form  # the names are no names of files
+        del form  # these are not names of files
         return [self.key(index), self.example(index).label]
 
     def row_digest(self, index: int) -> int:
-        """CRC-32C of :meth:`row`. It tells which example has changed if `digest` differs."""
+        """CRC-32C of :meth:`row`. If `digest` differs, it shows which example has changed."""
         return storage.crc32c(storage.canonical_json(self.row(index)).encode())
 
     @abc.abstractmethod
@@ -107,7 +108,7 @@ class ImageDataset(abc.ABC):
 
         Args:
             index: of the example.
-            strict: whether another size of the mask is an error; if not, the mask is left out.
+            strict: raise an error if the mask has another size. Otherwise the mask is left out.
 
         Raises:
             ImageError: one of them cannot be decoded, or their sizes differ.
@@ -124,28 +125,28 @@ class ImageDataset(abc.ABC):
         return image, mask
 
     def notes(self) -> list[str]:
-        """Sentences about the examples that were loaded so far, to be logged once."""
+        """Sentences about the examples that were loaded so far, to be logged at the end."""
         return []
 
 
 def one_name(text: str) -> str:
-    """A name in the one spelling (Unicode's NFC) in which names are compared.
+    """A name in Unicode's NFC, so that names can be compared.
 
-    The file systems of macOS spell an accented letter as two characters, most others as one.
+    File systems of macOS store an accented letter as two characters, most others as one.
     """
     return unicodedata.normalize("NFC", text)
 
 
 def spelled(name: str, form: Form | None) -> str:
-    """A name in a form; as it is if there is none."""
+    """A name in a normal form; unchanged if ``form`` is None."""
     return name if form is None else unicodedata.normalize(form, name)
 
 
 def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Sorted class names, and the target of each label ("" has none: -1).
+    """Sorted class names, and the target of each label. The label "" has the target -1.
 
-    Spellings of one name (:func:`one_name`) are one class. If the spellings of its labels differ,
-    the class has the composed spelling if a label has it, or else the first in sorted order.
+    Labels that differ only in spelling (:func:`one_name`) are one class. Its name is in NFC if one
+    of the labels is, or else the first label in sorted order.
     """
     spellings: dict[str, list[str]] = {}
     for label in sorted(set(labels) - {""}):
@@ -157,7 +158,7 @@ def index_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int
 
 
 def digest_of(header: tp.Any, rows: Iterable[tp.Any]) -> str:
-    """SHA-256 (hex) over the canonical JSON of a header and of rows, one a line."""
+    """SHA-256 (hex) over the canonical JSON of a header and of rows, one per line."""
     sha = hashlib.sha256()
     for item in itertools.chain([header], rows):
         sha.update(storage.canonical_json(item).encode())

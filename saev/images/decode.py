@@ -1,9 +1,9 @@
-"""Bytes to pixels: any image file becomes upright 8-bit RGB. Masks: :mod:`saev.images.masks`.
+"""Decoding of image files to upright 8-bit RGB. For masks see :mod:`saev.images.masks`.
 
-Files come from the wild, so every defect ends in an ImageError that names the file. Only formats
-that PIL decodes by itself are tried: none that starts another program (EPS) or opens further files.
-Of an animation or a file of several pages the first frame counts. Colour profiles are not applied,
-as in the data pipelines that the models were trained with.
+Files may be damaged or hostile, so every defect raises an ImageError that names the file. Only
+formats that PIL decodes by itself are allowed, none that starts another program (EPS) or opens
+further files. Of an animation or a file with several pages, the first frame is used. Colour
+profiles are not applied, as in the data pipelines that the models were trained with.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
     ".jp2", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-"""Names that end so, in any case, are images."""
+"""Suffixes of images, in lower or upper case."""
 
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
-"""Suffixes of images that are read, through pillow-heif, if the dataset's config has `heic`."""
+"""Suffixes of images that pillow-heif reads, if the dataset's config has `heic`."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM")
 _BYTES_PER_PIXEL = 8  # four channels of 16 bits
@@ -44,7 +44,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Which files are decoded."""
+    """Limits on the files that are decoded."""
 
     max_pixels: int = MAX_PIXELS
     """Most pixels of an image."""
@@ -52,10 +52,10 @@ class Limits:
     """Whether HEIC files are decoded."""
 
     def __post_init__(self) -> None:
-        """Prepare PIL, whose own settings are for the whole process.
+        """Adapt PIL's settings, which are those of the whole process.
 
         Raises:
-            ConfigError: HEIC is asked for, and pillow-heif is not installed.
+            ConfigError: HEIC is wanted, but pillow-heif is not installed.
         """
         if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = -(-self.max_pixels // 2)  # PIL refuses twice this number
@@ -71,7 +71,7 @@ class Limits:
 
     @property
     def max_bytes(self) -> int:
-        """Most bytes of a file: more than any format needs for so many pixels."""
+        """Most bytes of a file. No format needs more for `max_pixels`."""
         return _BYTES_PER_PIXEL * self.max_pixels + (64 << 20)
 
 
@@ -79,21 +79,21 @@ class Upright(tp.NamedTuple):
     """A decoded image."""
 
     image: Image.Image
-    """Its pixels as the eye sees them."""
+    """The upright image."""
     orientation: int
     """EXIF orientation of the file; 1 if it has none."""
 
 
 def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.Image:
-    """An image as the eye sees it.
+    """Decode an image as it is displayed.
 
-    EXIF orientation is applied, transparent pixels are laid over white, 16-bit grey values are
-    scaled (not clipped) to 8 bits.
+    The EXIF orientation is applied, transparent pixels are blended with white, and 16-bit grey
+    values are scaled (not clipped) to 8 bits.
 
     Args:
         data: the whole file.
-        name: what errors call it.
-        limits: which files are decoded.
+        name: name of the file in errors.
+        limits: limits on the file.
 
     Returns:
         PIL image of mode RGB.
@@ -109,12 +109,12 @@ def decode_upright(data: bytes, name: str, limits: Limits | None = None) -> Upri
     with explained(name, _IMAGE_REMEDY):
         image, orientation = open_upright(data, limits or Limits())
         image = _to_rgb(image)
-        image.info = {}  # EXIF, palette and profile describe the file, no longer these pixels
+        image.info = {}  # EXIF, palette and profile no longer describe these pixels
         return Upright(image, orientation)
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """An image whose pixels are stored with an EXIF orientation, turned as it is displayed."""
+    """Turn an image that is stored with an EXIF orientation to how it is displayed."""
     transpose = _UPRIGHT.get(orientation)
     return image if transpose is None else image.transpose(transpose)
 
@@ -123,15 +123,15 @@ def orientation_of(data: bytes, limits: Limits | None = None) -> int:
     """EXIF orientation of an image file; 1 if there is none, or it cannot be read."""
     try:
         return open_upright(data, limits or Limits()).orientation
-    except Exception:  # what is wrong is said where the image is decoded
+    except Exception:  # decoding the image raises a clear error
         return 1
 
 
 def n_pixels_of(data: bytes, limits: Limits) -> int:
-    """Pixels that an image file claims to have, without decoding it; 0 if it is no image."""
+    """Number of pixels in the header of an image file; 0 if it is not an image."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats(limits.heic))
-    except Exception:  # what is wrong is said where the image is decoded
+    except Exception:  # decoding the image raises a clear error
         return 0
     return image.width * image.height
 
@@ -141,27 +141,28 @@ _IMAGE_REMEDY = "Repair or remove the file, or leave such files out with --skip-
 
 @contextlib.contextmanager
 def explained(name: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one sentence about the file."""
+    """Turn any error of a decoder into an ImageError about the file."""
     try:
         yield
-    except (MemoryError, ConfigError):  # no defect of the file, so it must not be skipped
+    except (MemoryError, ConfigError):  # not a defect of the file, so it must not be skipped
         raise
     except Image.UnidentifiedImageError as err:
         reason = "it is not an image of a format that is read"
         raise ImageError(f"Cannot decode {name}: {reason}. {remedy}") from err
-    except Exception as err:  # PIL's plugins raise about everything on damaged data
+    except Exception as err:  # PIL's plugins raise errors of any type on damaged data
         reason = (str(err) or type(err).__name__).rstrip(".")
         raise ImageError(f"Cannot decode {name}: {reason}. {remedy}") from err
 
 
 def open_upright(data: bytes, limits: Limits) -> Upright:
-    """A decoded, upright image in the file's own mode. Damaged data raise errors of any type."""
+    """Decode an image in the file's own mode and turn it upright. Damaged data raise errors of any
+    type."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     try:
         return _open(data, limits)
     except ValueError:
-        # PIL refuses texts and colour profiles that are long. No pixel depends on them.
+        # PIL refuses long texts and colour profiles. They do not affect the pixels.
         plain = _without_texts(data)
         if plain is None:
             raise
@@ -187,7 +188,7 @@ def _open(data: bytes, limits: Limits) -> Upright:
 def _without_texts(data: bytes) -> bytes | None:
     """A PNG without its colour profile and its texts, except those that hold EXIF.
 
-    None if the data are no PNG, or a PNG without any of them.
+    Returns None if the data are not a PNG, or a PNG without any of these.
     """
     if not data.startswith(_PNG):
         return None
@@ -205,17 +206,17 @@ def _without_texts(data: bytes) -> bytes | None:
 
 @functools.cache
 def _formats(heic: bool) -> tuple[str, ...]:
-    """Those of the formats that this build of PIL has: it stumbles over any other name."""
+    """The formats that this build of PIL has. Other names would be an error in PIL."""
     Image.init()
     wanted = (*_FORMATS, "HEIF") if heic else _FORMATS
     return tuple(format for format in wanted if format in Image.OPEN)
 
 
 def _orientation_before(image: Image.Image) -> tp.Any:
-    """EXIF orientation of images of formats that PIL turns while it decodes them; 1 for others.
+    """EXIF orientation for formats that PIL turns while decoding; 1 for other formats.
 
-    This function must not start to decode, as a search for the EXIF of a PNG does: what fails then
-    would not fail a second time, and half a picture would pass for a whole one.
+    This must not start to decode, as reading the EXIF of a PNG would. If that failed, the second
+    attempt would not fail, and half a picture would be taken for a whole one.
     """
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return image.tag_v2.get(_ORIENTATION, 1)
@@ -223,10 +224,10 @@ def _orientation_before(image: Image.Image) -> tp.Any:
 
 
 def _orientation(image: Image.Image) -> tp.Any:
-    """EXIF orientation, 1 if there is none. A PNG may have it behind the pixels."""
+    """EXIF orientation, 1 if there is none. In a PNG it may come after the pixels."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF beside good pixels is common, and no decoder minds it
+    except Exception:  # broken EXIF is common, and other decoders ignore it too
         return 1
 
 

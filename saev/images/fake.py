@@ -1,7 +1,7 @@
-"""Generated images: no files, no network, the same everywhere. For tests and dry runs.
+"""Generated images, the same on every machine, without files and network. For tests and dry runs.
 
-Each image has a gradient, grain, and a few discs and boxes; the colour of the shapes is that of
-the image's class, so there is something to find. Masks hold the shapes.
+Each image has a gradient, grain, and a few discs and boxes. The top shape has the colour of the
+image's class, so that SAEs can find features. Masks hold the shapes.
 """
 
 import colorsys
@@ -36,7 +36,7 @@ class Fake(ImageDataset):
         return f"{self._cfg.kind}/{index}"
 
     def row(self, index: int, form: Form | None = None) -> list[int]:
-        """The number of the example. The config decides everything else about it."""
+        """The number of the example. All else is determined by the config."""
         del form
         return [index]
 

@@ -80,7 +80,7 @@ class Folder(ImageDataset):
         return decode_image(_read(file, self._limits), file.url, self._limits)
 
     def _label(self, file: File) -> str:
-        """Name of a file's class. The file's folder may have another spelling of that name."""
+        """Name of a file's class. The file's folder may spell this name differently."""
         return self.classes[self._targets[file.label]] if file.label else ""
 
 
@@ -145,7 +145,7 @@ class SegFolder(ImageDataset):
         file = self._files[index]
         image, orientation = decode_upright(_read(file, self._limits), file.url, self._limits)
         data = _read(self._masks[index], self._limits)
-        # Checked before the mask is decoded: the pixel budget counts it as large as the image.
+        # Checked before the mask is decoded, because the pixel budget assumes the image's size.
         n_claimed = n_pixels_of(data, self._limits)
         if n_claimed > image.width * image.height:
             if not strict:
@@ -173,16 +173,16 @@ class SegFolder(ImageDataset):
         """A mask, turned as its image was turned if that is necessary."""
         url = self._masks[index].url
         mask, own = decode_mask(data, url, self._limits, mask_map=self._mask_map)
-        if own != 1 or orientation == 1:  # the mask says how it lies, or its image is not turned
+        if own != 1 or orientation == 1:  # the mask has its own orientation, or none is needed
             return mask
         return self._turning.turn(mask, orientation, self._files[index].url)
 
 
 class Turning:
-    """What to do with masks of images that have an EXIF orientation.
+    """Turns masks without EXIF orientation whose images have one.
 
     Args:
-        wanted: how such masks lie; None if the config does not say.
+        wanted: orientation of such masks; None if the config does not say.
     """
 
     def __init__(self, wanted: tp.Literal["displayed", "stored"] | None):
@@ -191,7 +191,7 @@ class Turning:
         self._lock = threading.Lock()
 
     def turn(self, mask: Image.Image, orientation: int, url: str) -> Image.Image:
-        """A mask without an orientation of its own, turned as its image is displayed."""
+        """Turn a mask without an orientation of its own to how its image is displayed."""
         if self.wanted == "stored":
             return turned(mask, orientation)
         if self.wanted is None:
@@ -200,25 +200,25 @@ class Turning:
                 self._urls.add(url)
             if is_first:
                 logger.warning(
-                    "%s has an EXIF orientation (%d) and its mask has none. Such masks are taken "
-                    "to lie as pictures are displayed. If they do, say --data.mask-orientation "
-                    "displayed; if they were drawn over the pixels as stored, say "
-                    "--data.mask-orientation stored.",
+                    "%s has an EXIF orientation (%d) and its mask has none. Such masks are used as "
+                    "if they were drawn on the displayed picture. If this is right, give "
+                    "--data.mask-orientation displayed. If they were drawn on the pixels as "
+                    "stored, give --data.mask-orientation stored.",
                     url, orientation,
                 )  # fmt: skip
         return mask
 
     def remedy(self, orientation: int) -> str:
-        """A remedy for a mask whose size is not that of its image, as a sentence; "" for none."""
+        """A sentence with a remedy for a mask of another size than its image; "" for none."""
         if orientation == 1 or self.wanted == "stored":
             return ""
         return (
-            f" The image has an EXIF orientation ({orientation}): if its mask was drawn over the "
-            "pixels as they are stored, say --data.mask-orientation stored."
+            f" The image has an EXIF orientation ({orientation}). If its mask was drawn on the "
+            "pixels as stored, give --data.mask-orientation stored."
         )
 
     def notes(self) -> list[str]:
-        """A sentence with the number of doubtful masks so far, if there are any."""
+        """A sentence with the number of masks that may be turned wrongly, if there are any."""
         n = len(self._urls)
         if not n:
             return []
@@ -238,7 +238,7 @@ def _mask_map(cfg: ImgSegFolder, limits: Limits) -> MaskMap | None:
 
 
 def _read(file: File, limits: Limits) -> bytes:
-    """A whole file, unless it is far larger than an image of so many pixels can be."""
+    """Read a whole file. Raises ImageError if it is too large for `max_pixels`."""
     if file.size > limits.max_bytes:
         raise ImageError(
             f"Cannot decode {file.url}: it has {file.size} bytes, at most {limits.max_bytes} are "
@@ -251,21 +251,21 @@ def _read(file: File, limits: Limits) -> bytes:
 
 
 def _suffixes(cfg: ImgFolder | ImgSegFolder) -> tuple[str, ...]:
-    """What the names of images end in."""
+    """Suffixes of images."""
     return (*IMAGE_SUFFIXES, *HEIC_SUFFIXES) if cfg.heic else IMAGE_SUFFIXES
 
 
 def list_files(root: str, suffixes: Sequence[str], *, what: str, files: str = "images") -> Files:
     """Files below a folder whose names end in one of ``suffixes``, in the order of their keys.
 
-    Hidden files and folders (a name that starts with a dot) are left out. One line says what is
-    left out.
+    Hidden files and folders (names that start with a dot) are left out. One log line tells which
+    files are left out.
 
     Args:
         root: URL of the folder.
-        suffixes: lower case; a name's case does not matter.
-        what: what errors call the folder.
-        files: what messages call the files.
+        suffixes: suffixes in lower case. They match names in any case.
+        what: name of the folder in errors.
+        files: name of the files in messages.
 
     Raises:
         StorageError: the folder is missing, unreadable, a file, or holds no such file.
@@ -319,7 +319,8 @@ def _files(folder: str) -> Iterator[tuple[str, int]]:
 def _select(
     listed: Iterable[tuple[str, int]], base: str, suffixes: Sequence[str], left: set[str]
 ) -> Iterator[File]:
-    """The files that are wanted, with keys relative to ``base``; the others go to ``left``."""
+    """The wanted files, with keys relative to ``base``. URLs of other files are added to
+    ``left``."""
     endings = tuple(suffixes)
     for url, size in listed:
         key = _key(url, base)
@@ -328,15 +329,16 @@ def _select(
             continue
         try:
             key.encode()
-        except UnicodeEncodeError as err:  # Python holds the stray bytes as lone surrogates
+        except UnicodeEncodeError as err:  # Python turns invalid bytes into lone surrogates
             raise StorageError(
-                f"The name {key!r} in {base} is not UTF-8: no table can hold it. Rename the file."
+                f"The name {key!r} in {base} is not UTF-8, so no table can hold it. Rename the "
+                "file."
             ) from err
         yield File(url, key, key.rpartition("/")[0], size)
 
 
 def _is_pattern(root: str) -> bool:
-    """Whether a root is a glob pattern; a folder that is really called so is not."""
+    """Whether a root is a glob pattern. An existing folder with this name is not a pattern."""
     return re.search(r"[*?\[]", root) is not None and not storage.exists(root)
 
 
@@ -351,7 +353,7 @@ def _list_pattern(pattern: str, suffixes: Sequence[str]) -> Files:
         raise StorageError(f"data.root is the pattern {text}, which matches nothing. Check it.")
     left: set[str] = set()
     found = in_order(_matched(matches, base, suffixes, left))
-    left.difference_update(file.url for file in found)  # left out by one, found by another
+    left.difference_update(file.url for file in found)  # matches may overlap
     _say_left_out(text, base, found, left, suffixes, "images")
     return found
 
@@ -425,7 +427,7 @@ def _pair(images: Sequence[File], masks: Sequence[File], folder: str) -> list[Fi
 
 
 def _read_labels(root: str) -> dict[str, str]:
-    """Class of each stem, from the file that there is; empty if there is none."""
+    """Class of each stem, from labels.csv or sceneCategories.txt; empty if there is neither."""
     url = storage.join(root, LABELS_CSV)
     if storage.exists(url):
         return _collect(_parse_csv(storage.read_text(url), url), url)
@@ -477,7 +479,7 @@ def _collect(pairs: Iterable[tuple[str, str]], url: str) -> dict[str, str]:
 
 
 def _labels_of(files: Sequence[File], by_stem: Mapping[str, str], root: str) -> list[str]:
-    """Class of each image: looked up by its path below the split, then by its bare name."""
+    """Class of each image, found by its path below the split, or else by its file name."""
     if not by_stem:
         return [""] * len(files)
     labels = [by_stem.get(f.stem, by_stem.get(f.stem.rpartition("/")[2])) for f in files]

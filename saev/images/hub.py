@@ -1,7 +1,7 @@
 """Image classification datasets through Hugging Face `datasets` (the extra ``hf``).
 
-The library finds the rows; the bytes of the images go to our own decoder, so that orientation,
-palettes and damage are handled as for files.
+The library finds the rows. saev decodes the images itself, so that orientation, palettes and damage
+are handled as for files.
 """
 
 import functools
@@ -22,8 +22,8 @@ _DIGEST_ROWS = 65_536  # read at once
 
 
 class HubDataset(ImageDataset):
-    """One split of a dataset on the hub, of a local folder that ``load_dataset`` opens, or of a
-    folder (also on remote storage) that ``Dataset.save_to_disk`` wrote."""
+    """One split of a dataset. The dataset is on the hub, a local folder that ``load_dataset``
+    opens, or a folder (also on remote storage) that ``Dataset.save_to_disk`` wrote."""
 
     header = "hf"
 
@@ -47,8 +47,8 @@ class HubDataset(ImageDataset):
     def digest(self) -> str:
         """SHA-256 (hex) over file name, size and label of every row, in order.
 
-        The library's own fingerprint is not used: it covers the dates of local files, and two pods
-        with a copy each would not agree that they have the same data.
+        The library's own fingerprint is not used, because it includes the dates of local files. Two
+        pods with copies of the same data would have different fingerprints.
         """
         parts = range(0, len(self), _DIGEST_ROWS)
         rows = (self._rows(start, min(start + _DIGEST_ROWS, len(self))) for start in parts)
@@ -60,7 +60,7 @@ class HubDataset(ImageDataset):
 
     def row(self, index: int, form: Form | None = None) -> list[tp.Any]:
         """File name, size and label."""
-        del form  # the names are stored in tables, which no file system respells
+        del form  # the names are in tables, so no file system changes their spelling
         return next(self._rows(index, index + 1))
 
     def example(self, index: int) -> ExampleInfo:
@@ -85,7 +85,7 @@ class HubDataset(ImageDataset):
         import pyarrow.compute as pc
 
         column = self._images.with_format("arrow")[start:stop][self._image_column]
-        # The length of a binary is a difference of two offsets: the images are not read.
+        # The length of a binary is the difference of two offsets, so the images are not read.
         sizes = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
         paths = pc.struct_field(column, "path").to_pylist()
         for row, (size, path) in enumerate(zip(sizes, paths, strict=True), start):
@@ -94,10 +94,10 @@ class HubDataset(ImageDataset):
             yield [posixpath.basename(path or ""), size, self.example(row).label]
 
     def _place(self, path: str) -> str:
-        """Where the file of a row is: below the dataset's folder, or in the library's cache.
+        """Check that the file of a row is in the dataset's folder or in the library's cache.
 
         Raises:
-            ImageError: the row names another place.
+            ImageError: the row names another location.
         """
         from datasets import config
         from huggingface_hub import constants
@@ -106,16 +106,16 @@ class HubDataset(ImageDataset):
         folders = [self._cfg.name, *map(str, caches)]
         if not any(storage.is_below(path, folder) for folder in folders):
             raise ImageError(
-                f"A row of {self._cfg.name} names the image {path}, which lies neither in the "
-                "dataset's folder nor in the cache of Hugging Face datasets. Rows may come from "
-                "elsewhere, so no other place is read: put the images into the dataset."
+                f"A row of {self._cfg.name} names the image {path}, which is neither in the "
+                "dataset's folder nor in the cache of Hugging Face datasets. A dataset may come "
+                "from elsewhere, so no other place is read. Put the images into the dataset."
             )
         return path
 
 
 def _load(cfg: Imagenet | Cifar10) -> tp.Any:
     if storage.local_path(cfg.name) is None or not storage.exists(cfg.name):
-        hub.problem()  # before the library is imported, which looks then whether it is offline
+        hub.problem()  # before the import: the library reads its offline mode when imported
     try:
         import datasets
     except ImportError as err:
@@ -126,7 +126,7 @@ def _load(cfg: Imagenet | Cifar10) -> tp.Any:
     where = f"dataset {cfg.name}, split '{cfg.split}'"
     if "::" in cfg.name and storage.local_path(cfg.name) is not None:
         raise ConfigError(
-            f"Cannot load {where}: the package datasets takes :: in a path for a chain of URLs. "
+            f"Cannot load {where}: the package datasets treats :: in a path as a chain of URLs. "
             "Rename the folder, or link to it under another name."
         )
     try:
@@ -148,7 +148,7 @@ def _load(cfg: Imagenet | Cifar10) -> tp.Any:
             f"Cannot load {where}: {_first_line(err)} Check its name, the network, and whether "
             "you must log in to the hub and accept its terms."
         ) from err
-    except Exception as err:  # the library raises its own and its parsers' errors
+    except Exception as err:  # the library raises errors of its own and of its parsers
         raise ConfigError(f"Cannot load {where}: {_first_line(err)}") from err
     return found
 

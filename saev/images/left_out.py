@@ -1,4 +1,4 @@
-"""What a folder holds and is not read, counted in one line: nothing is left out unnoticed."""
+"""One log line with the number and kinds of files that are left out of a dataset."""
 
 import collections
 import logging
@@ -12,23 +12,26 @@ from saev.once import say_once
 logger = logging.getLogger(__name__)
 
 _N_SUFFIXES = 4
-"""How many kinds of other files are named."""
+"""Most suffixes of other files that are named."""
 
 
 class LeftOut(tp.NamedTuple):
-    """Files below a folder that are no examples, and examples that cannot be any."""
+    """Numbers of files below a folder that are not examples, and of empty images."""
 
     heic: int = 0
+    """HEIC files, if they are not read."""
     no_suffix: int = 0
+    """Files without a suffix."""
     hidden: int = 0
+    """Files whose path has a component that starts with a dot."""
     others: tuple[tuple[str, int], ...] = ()
     """Suffixes and their numbers, the most frequent first."""
     empty: int = 0
-    """Images of zero bytes. They count as images, which cannot be decoded."""
+    """Images of zero bytes. They count as examples that cannot be decoded."""
 
     @property
     def may_be_images(self) -> bool:
-        """Whether somebody should look."""
+        """Whether some of these files are probably images."""
         return bool(self.heic or self.no_suffix or self.empty)
 
     def __str__(self) -> str:
@@ -45,11 +48,11 @@ class LeftOut(tp.NamedTuple):
 
 
 def count(left: Iterable[tuple[str, str]], n_empty: int) -> LeftOut:
-    """Count by kind.
+    """Count files by kind.
 
     Args:
-        left: key and name of each file that is no example.
-        n_empty: examples of zero bytes.
+        left: key and name of each file that is not an example.
+        n_empty: number of examples of zero bytes.
     """
     kinds: collections.Counter[str] = collections.Counter()
     for key, name in left:
@@ -65,13 +68,13 @@ def count(left: Iterable[tuple[str, str]], n_empty: int) -> LeftOut:
 
 
 def say(url: str, n_images: int, what: str, left: LeftOut) -> None:
-    """One line about a folder, if anything in it is left out or empty.
+    """Log one line about a folder if files in it are left out or empty.
 
     Args:
         url: the folder.
-        n_images: examples in it.
-        what: what they are, in the plural.
-        left: the rest.
+        n_images: number of examples.
+        what: name of the examples, in the plural.
+        left: the files that are left out.
     """
     parts = [f"{n_images} {what}"]
     if str(left):

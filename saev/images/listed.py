@@ -1,4 +1,4 @@
-"""Listed image files in little memory: a million of them need some 60 MB."""
+"""A list of image files that needs little memory: some 60 MB for a million files."""
 
 import array
 import typing as tp
@@ -12,22 +12,22 @@ class File(tp.NamedTuple):
 
     url: str
     key: str
-    """Path below the root: what it is called wherever the dataset lies."""
+    """Path below the root. It does not depend on the location of the dataset."""
     label: str
-    """Path of its folder below the root, "" directly under it."""
+    """Path of its folder below the root; "" for files directly in the root."""
     size: int
     """Bytes."""
 
     @property
     def stem(self) -> str:
-        """The key without its suffix, in the one spelling in which names are compared."""
+        """The key without its suffix, in NFC, so that stems can be compared."""
         return one_name(self.key.rpartition(".")[0])
 
 
 class Files(Sequence[File]):
     """Files in the order in which they were given.
 
-    The keys lie in one piece of memory, as UTF-8. A :class:`File` is made when it is asked for.
+    All keys are in one block of memory, as UTF-8. A :class:`File` is made when it is accessed.
 
     Args:
         files: the files. The label of each must be the end of the folder in its key.
@@ -52,7 +52,7 @@ class Files(Sequence[File]):
 
     @property
     def n_empty(self) -> int:
-        """How many have zero bytes."""
+        """Number of files of zero bytes."""
         return self._sizes.count(0)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Files(Sequence[File]):
 
 
 def in_order(files: Iterable[File]) -> Files:
-    """Files in the order of their keys. Of files with equal keys, only the first is kept.
+    """Sort files by their keys. Of files with equal keys, only the first is kept.
 
     Keys are compared component by component, so the files of a folder stay together on every kind
     of storage.
@@ -104,5 +104,6 @@ def _place(file: File) -> bytes:
 
 
 def place_of(key: str) -> bytes:
-    """Bytes that sort as a key's components do. Zero bytes separate them: no name has one."""
+    """Bytes that sort like the components of a key. Components are separated by zero bytes, which
+    no name contains."""
     return key.encode().replace(b"/", b"\0")

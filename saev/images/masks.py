@@ -1,7 +1,7 @@
-"""Masks: a file's pixels become labels from 0 to 255.
+"""Masks: the pixels of a file become labels from 0 to 255.
 
-A grey or indexed image holds labels as they are. Colours, and values above 255, need a map that
-says which colour or value is which label. Nothing is ever wrapped around or guessed.
+The values of a grey or indexed image are labels. Colours, and values above 255, need a map from
+colours or values to labels. Values are never wrapped around, and labels are never guessed.
 """
 
 import csv
@@ -32,12 +32,12 @@ _Span = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class MaskMap:
-    """Which colours or values are which labels; the first row that fits a pixel counts."""
+    """A map from colours or values to labels. The first row that matches a pixel is used."""
 
     url: str
-    """The file that it was read from."""
+    """The file of the map."""
     rows: tuple[tuple[tuple[_Span, ...], int], ...]
-    """Per row: the least and the greatest number in each channel, and the label."""
+    """For each row the least and greatest number of each channel, and the label."""
 
     @property
     def n_channels(self) -> int:
@@ -62,7 +62,7 @@ class MaskMap:
             everything = ",".join("*" * self.n_channels)
             raise ConfigError(
                 f"{self.url} (data.mask_map) has no label for {_shown(first)}. Add it, or end the "
-                f"file with a row {everything},0 that gives all others the label 0."
+                f"file with a row {everything},0 that gives all other pixels the label 0."
             )
         return labels.astype(np.uint8)
 
@@ -79,16 +79,16 @@ def _shown(pixel: list[int]) -> str:
 def decode_mask(
     data: bytes, name: str, limits: Limits | None = None, *, mask_map: MaskMap | None = None
 ) -> Upright:
-    """The labels of a segmentation mask: its stored values, or what the map makes of them.
+    """Decode the labels of a segmentation mask: its stored values, or their labels in the map.
 
     The values of an indexed image are its indices, those of a 1-bit image are 0 and 1. Transparency
     is ignored. EXIF orientation is applied.
 
     Args:
         data: the whole file.
-        name: what errors call it.
-        limits: which files are decoded.
-        mask_map: which colours or values are which labels.
+        name: name of the file in errors.
+        limits: limits on the file.
+        mask_map: map from colours or values to labels.
 
     Returns:
         A PIL image of mode L whose pixels are labels, and the EXIF orientation of the file.
@@ -133,12 +133,12 @@ def _values(mask: Image.Image, name: str, mask_map: MaskMap | None) -> np.ndarra
     )
     if n_colours > N_LABELS:
         raise ImageError(
-            f"it has {n_colours} colours, as photographs have, and labels are 0 to 255. If colours "
-            f"do stand for labels, say for which: {way}"
+            f"it has {n_colours} colours, as photographs have, and labels are 0 to 255. If its "
+            f"colours do stand for labels, give {way}"
         )
     raise ConfigError(
-        f"The mask {name} has {n_colours} colours, and nothing says which labels they stand for. "
-        f"Say so: {way}."
+        f"The mask {name} has {n_colours} colours, and it is not known which labels they stand "
+        f"for. Give {way}."
     )
 
 
@@ -149,8 +149,8 @@ def _labels(values: np.ndarray, name: str, mask_map: MaskMap | None) -> np.ndarr
     if low < 0 or high >= N_LABELS:
         raise ConfigError(
             f"The mask {name} has the value {low if low < 0 else high}, and labels are 0 to 255. "
-            "Say which values are which labels: --data.mask-map FILE with the columns value,label "
-            "(24000-24999,24 is a range, *,0 all others)."
+            "Map values to labels by --data.mask-map FILE with the columns value,label "
+            "(24000-24999,24 is a range, *,0 all other values)."
         )
     return values.astype(np.uint8)
 
@@ -167,7 +167,7 @@ def _colours(mask: Image.Image) -> np.ndarray:
 
 
 def _packed(pixels: np.ndarray) -> np.ndarray:
-    """One integer per pixel for its channels [..., n_channels]."""
+    """Pack the channels [..., n_channels] of each pixel into one integer."""
     if pixels.shape[-1] == 1:
         return pixels[..., 0].astype(np.int64)
     red, green, blue = (pixels[..., channel].astype(np.int64) for channel in range(3))
@@ -176,7 +176,7 @@ def _packed(pixels: np.ndarray) -> np.ndarray:
 
 def _look_up(mask_map: MaskMap, pixels: np.ndarray, name: str) -> np.ndarray:
     packed = _packed(pixels)
-    keys = np.unique(packed)  # few: the map is asked once for each
+    keys = np.unique(packed)  # a mask has few different values
     found = keys[:, None]
     if mask_map.n_channels == 3:
         found = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], axis=1)
@@ -191,14 +191,14 @@ def _look_up(mask_map: MaskMap, pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def read_mask_map(url: str, limits: Limits | None = None) -> MaskMap:
-    """A map from a CSV file, or from the palette of an image.
+    """Read a map from a CSV file, or from the palette of an image.
 
     Args:
         url: the file.
-        limits: which images are decoded.
+        limits: limits on an image.
 
     Raises:
-        ConfigError: the file is no such map.
+        ConfigError: the file is not such a map.
         StorageError: the file cannot be read.
     """
     data = storage.read_bytes(url)
@@ -215,7 +215,7 @@ def read_mask_map(url: str, limits: Limits | None = None) -> MaskMap:
         palette = image.getpalette("RGB") if image.mode == "P" else None
     except MemoryError:
         raise
-    except Exception as err:  # PIL raises about everything
+    except Exception as err:  # PIL raises errors of any type
         raise ConfigError(
             f"{url} (data.mask_map) is neither a CSV file, called .csv, nor an image ({err}). Take "
             "an indexed PNG, or a CSV file with the columns red,green,blue,label or value,label."
@@ -259,12 +259,14 @@ def _parse_csv(text: str, url: str) -> tuple[tuple[tuple[_Span, ...], int], ...]
 
 
 def _span(text: str | None, where: str) -> _Span:
-    """`7`, `24000-24999` or `*`."""
+    """Parse `7`, `24000-24999` or `*`."""
     text = (text or "").strip()
     if text == "*":
         return -(1 << 62), 1 << 62
     match = _SPAN.fullmatch(text)
     low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if low > high or max(abs(low), abs(high)) >= 1 << 62:
-        raise ConfigError(f"{where}: {text!r} is no number, no range such as 1-9 and no *.")
+        raise ConfigError(
+            f"{where}: {text!r} is not a number, a range such as 1-9, or *, which is expected."
+        )
     return low, high

@@ -1,4 +1,4 @@
-"""Which class reads which kind of dataset."""
+"""Opens datasets of all kinds."""
 
 import typing as tp
 
@@ -18,11 +18,11 @@ from saev.images.hub import HubDataset
 
 
 def open_dataset(cfg: ImageData) -> ImageDataset:
-    """The dataset that a config describes. Lists it, and reads no image.
+    """Open the dataset of a config. This lists the dataset and reads no image.
 
     Raises:
         StorageError: a folder is missing, unreadable, empty or not a folder.
-        ConfigError: the config does not fit what is there, or a package is not installed.
+        ConfigError: the config does not fit the data, or a package is not installed.
     """
     match cfg:
         case ImgSegFolder():

@@ -1,8 +1,8 @@
-"""A dataset as it is where names are spelled in one of Unicode's forms.
+"""A view of a dataset with all names in one of Unicode's normal forms.
 
-A copy from Linux to macOS, or back, may spell an accented letter as two characters instead of one.
-The names are the same (:func:`saev.images.datasets.one_name`), but their bytes are not, and so
-neither are their order and their digest.
+A copy from Linux to macOS, or back, may store an accented letter as two characters instead of one.
+The names are equal (:func:`saev.images.datasets.one_name`), but their bytes differ. So the order
+and the digest of the dataset differ, too.
 """
 
 import typing as tp
@@ -16,11 +16,11 @@ from saev.images.listed import place_of
 
 
 class Respelled(ImageDataset):
-    """Another dataset's examples, in the order and with the keys that they have in a form.
+    """The examples of a dataset with the keys of a normal form, and in the order of these keys.
 
     Args:
-        dataset: as it is.
-        form: of Unicode's normalisation.
+        dataset: the dataset.
+        form: Unicode's normal form.
     """
 
     def __init__(self, dataset: ImageDataset, form: Form):
@@ -38,15 +38,15 @@ class Respelled(ImageDataset):
         return len(self._order)
 
     def key(self, index: int) -> str:
-        """Name of an example in the form."""
+        """Name of an example in the normal form."""
         return self._keys[self._order[index]]
 
     def row(self, index: int, form: Form | None = None) -> tp.Any:
-        """What `digest` hashes of one example."""
+        """The part of an example that `digest` hashes."""
         return self._dataset.row(self._order[index], form or self._form)
 
     def example(self, index: int) -> ExampleInfo:
-        """URL of an example as it is now, and its class."""
+        """Present URL of an example, and its class."""
         url, _, target = self._dataset.example(self._order[index])
         label = self._labels[target] if target >= 0 else ""
         return ExampleInfo(url, label, self._targets[label])
@@ -71,7 +71,7 @@ class Respelled(ImageDataset):
 
 
 def spellings(dataset: ImageDataset) -> Iterator[ImageDataset]:
-    """The dataset as it is, then in each form that spells one of its names differently."""
+    """The dataset itself, then a view for each normal form that changes one of its names."""
     yield dataset
     names = [key for i in range(len(dataset)) if not (key := dataset.key(i)).isascii()]
     for form in tp.get_args(Form):

@@ -1,8 +1,8 @@
-"""Decoding ahead: examples read, decoded and transformed by threads, delivered in order.
+"""Decoding ahead: threads read, decode and transform examples, which are delivered in order.
 
-Threads are enough, because PIL and numpy release the interpreter's lock while they decode,
-resize and normalise. The order and every value are the same for any number of threads. All
-threads together hold a bounded number of pixels (:mod:`saev.images.budget`).
+Processes are not needed, because PIL and numpy release the interpreter's lock while they decode,
+resize and normalise. Order and values are the same for any number of threads. The number of pixels
+that all threads hold is bounded (:mod:`saev.images.budget`).
 """
 
 import collections
@@ -24,7 +24,7 @@ from saev.images.transforms import ImageSpec, token_labels
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """An example as a model takes it."""
+    """An example, ready for a model."""
 
     index: int
     """Index in the dataset."""
@@ -33,9 +33,9 @@ class Decoded:
     labels: UInt8[np.ndarray, " n_tokens"] | None
     """Labels of the content tokens, row by row; None without masks."""
     height: int
-    """Of the original image in pixels, upright."""
+    """Height of the original upright image in pixels."""
     width: int
-    """Of the original image in pixels, upright."""
+    """Width of the original upright image in pixels."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Unreadable:
     index: int
     """Index in the dataset."""
     url: str
-    """The image."""
+    """URL of the image."""
     reason: str
-    """One sentence that names the file at fault (the image or its mask)."""
+    """A sentence that names the damaged file (the image or its mask)."""
 
 
 def iter_examples(
@@ -62,27 +62,27 @@ def iter_examples(
 ) -> Generator[Decoded | Unreadable, None, None]:
     """Decode examples in parallel, in the order of ``indices``.
 
-    Nothing starts before the first example is asked for. When the generator ends, is closed or
-    raises, its threads have ended too; wrap it in ``contextlib.closing`` where the loop over it
-    may be left early.
+    Threads start with the first ``next``. They have ended when the generator ends, is closed, or
+    raises. Use ``contextlib.closing`` if a loop over it may be left early.
 
     Args:
         dataset: the images.
-        indices: which examples, in which order; may be lazy.
-        spec: how an image becomes the model's input.
-        grid: rows and columns of content tokens, to turn masks into token labels; None leaves
-            masks unread.
+        indices: the examples, in the wanted order; may be lazy.
+        spec: preprocessing of images.
+        grid: rows and columns of content tokens, to turn masks into token labels; None does not
+            read masks.
         n_workers: threads; 0 means one per core.
-        look_ahead: most examples that are decoded or being decoded before they are asked for; 0
-            means four per thread.
-        skip_unreadable: deliver an :class:`Unreadable` for what cannot be decoded. What cannot be
-            read from storage is an error all the same, so that no outage empties a dataset.
+        look_ahead: most examples that are decoded or being decoded ahead of the consumer; 0 means
+            four per thread.
+        skip_unreadable: deliver an :class:`Unreadable` for an example that cannot be decoded. An
+            example that cannot be read from storage is still an error, so that an outage does not
+            empty a dataset.
 
     Yields:
         One record for every index.
 
     Raises:
-        ImageError: an image or mask cannot be decoded, or their sizes differ; in order, after
+        ImageError: an image or mask cannot be decoded, or their sizes differ. It is raised after
             all examples before it were delivered.
         StorageError: a file cannot be read.
         ConfigError: the masks cannot be cut into the grid, or a number is negative.
@@ -143,7 +143,7 @@ def _iterate(
 def load_example(
     dataset: ImageDataset, index: int, spec: ImageSpec, grid: tuple[int, int] | None = None
 ) -> Decoded:
-    """One example, as :func:`iter_examples` delivers it."""
+    """Load one example, as :func:`iter_examples` does."""
     labels = None
     if grid is None:
         image = dataset.load(index)
@@ -160,7 +160,7 @@ def load_example(
 
 
 def cost_of(spec: ImageSpec, *, has_mask: bool) -> Cost:
-    """What an example needs: its image, its mask of the same size, and the resized image."""
+    """The pixels of an example: image, mask of the same size, and resized image."""
 
     def cost(width: int, height: int) -> int:
         resized_height, resized_width = spec.resized(height, width)

@@ -1,9 +1,10 @@
-"""How an image becomes what the model sees: resize, crop, normalise, and the same for its mask.
+"""Preprocessing of images for a model: resize, crop, normalise; and the same crop for masks.
 
-:class:`ImageSpec` reproduces the evaluation transforms of timm (``timm.data.transforms_factory.
-transforms_imagenet_eval``) and open_clip (``open_clip.transform.image_transform``) value by value:
-PIL's own antialiased resize and torchvision's rounding of sizes and crop offsets. It needs neither
-library, so the arithmetic is here, in the open, and one and the same for image, picture and mask.
+:class:`ImageSpec` gives the same values as the evaluation transforms of timm
+(``timm.data.transforms_factory.transforms_imagenet_eval``) and open_clip
+(``open_clip.transform.image_transform``): PIL's antialiased resize, and torchvision's rounding of
+sizes and crop offsets. It does not use these libraries, so that inputs, pictures in reports and
+masks are cropped by the same code.
 """
 
 import dataclasses
@@ -31,16 +32,16 @@ _RESAMPLING = {
 }
 
 MAX_RESIZED_PIXELS = 1 << 27
-"""Most pixels of a resized image before its crop. An image of 1 x 10,000 pixels whose shorter side
-shall be 256 would otherwise ask for gigabytes."""
+"""Most pixels of a resized image before its crop. Without this limit, an image of 1 x 10,000 pixels
+whose shorter side becomes 256 would need gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes a model's input: resize, then centre crop, then normalise.
+    """Preprocessing of images: resize, then centre crop, then normalise.
 
-    `image_size` is cut from the middle of the resized image, which is padded with `fill` where it
-    is smaller.
+    The centre of the resized image is cropped to `image_size`. If the resized image is smaller, it
+    is padded with `fill`.
 
     Raises:
         ConfigError: the fields do not fit together.
@@ -49,18 +50,18 @@ class ImageSpec:
     image_size: tuple[int, int]
     """Height and width of the model's input in pixels."""
     resize: int | tuple[int, int]
-    """An int: the length of the shorter side, aspect ratio kept, the longer side rounded down
-    (torchvision ``Resize(int)``). A pair (height, width): see `fit`."""
+    """An int is the length of the shorter side; the aspect ratio is kept, and the longer side is
+    rounded down (torchvision ``Resize(int)``). For a pair (height, width) see `fit`."""
     fit: tp.Literal["exact", "cover", "contain"] = "exact"
-    """For a pair: "exact" stretches to it; "cover" keeps the aspect ratio and covers it with the
-    shorter side (timm ``ResizeKeepRatio(longest=0)``); "contain" keeps the aspect ratio and stays
-    inside it (``longest=1``: timm's crop_mode "border", open_clip's resize_mode "longest")."""
+    """For a pair: "exact" stretches to this size. "cover" keeps the aspect ratio and makes no side
+    shorter (timm ``ResizeKeepRatio(longest=0)``). "contain" keeps the aspect ratio and makes no
+    side longer (``longest=1``: timm's crop_mode "border", open_clip's resize_mode "longest")."""
     interpolation: Interpolation = "bicubic"
-    """Resampling filter, PIL's, with antialiasing."""
+    """PIL's resampling filter, with antialiasing."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Per channel (red, green, blue), on the scale of 0 to 1."""
+    """Mean of each channel (red, green, blue), for values from 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Per channel, on the scale of 0 to 1."""
+    """Standard deviation of each channel, for values from 0 to 1."""
     fill: tuple[int, int, int] = (0, 0, 0)
     """Colour of padding, 0 to 255."""
 
@@ -81,10 +82,10 @@ class ImageSpec:
         """The spec of a timm model.
 
         Args:
-            data_config: what ``timm.data.resolve_model_data_config(model)`` returns.
+            data_config: result of ``timm.data.resolve_model_data_config(model)``.
 
         Returns:
-            What ``timm.data.create_transform(**data_config)`` does.
+            The equivalent of ``timm.data.create_transform(**data_config)``.
         """
         height, width = (int(side) for side in data_config["input_size"][-2:])
         crop_pct = data_config.get("crop_pct") or 0.875
@@ -121,7 +122,7 @@ class ImageSpec:
             preprocess_cfg: ``model.visual.preprocess_cfg`` as a dict (``PreprocessCfg``'s fields).
 
         Returns:
-            What ``open_clip.transform.image_transform_v2(cfg, is_train=False)`` does.
+            The equivalent of ``open_clip.transform.image_transform_v2(cfg, is_train=False)``.
         """
         size = preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -137,7 +138,7 @@ class ImageSpec:
         elif mode == "shortest" and height == width:
             resize = height
         elif mode == "shortest":
-            # open_clip leaves the interpolation at its default here, whatever was configured.
+            # open_clip ignores the configured interpolation here.
             fit, interpolation = "cover", "bicubic"
         return cls(
             image_size=(height, width),
@@ -158,8 +159,8 @@ class ImageSpec:
         Raises:
             ImageError: its aspect ratio is too extreme to resize.
         """
-        # numpy rather than torch: this runs in many threads, each of which would otherwise start
-        # its own pool of OpenMP threads. Division by 255 comes first, as in torchvision.
+        # numpy, because each of many threads would start its own OpenMP threads with torch.
+        # The division by 255 comes first, as in torchvision.
         chw = np.asarray(self.crop(image)).transpose(2, 0, 1).astype(np.float32, order="C")
         chw /= np.float32(255)
         chw -= np.asarray(self.mean, np.float32)[:, None, None]
@@ -167,7 +168,7 @@ class ImageSpec:
         return torch.from_numpy(chw)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The picture that the model saw: RGB, `image_size`.
+        """The part of the picture that the model sees: RGB, `image_size`.
 
         Args:
             image: PIL image of mode RGB, upright.
@@ -175,15 +176,15 @@ class ImageSpec:
         Raises:
             ImageError: its aspect ratio is too extreme to resize.
         """
-        image = image if image.mode == "RGB" else image.convert("RGB")  # which would be a copy
+        image = image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
         return self._crop(image, _RESAMPLING[self.interpolation], self.fill)
 
     def crop_mask(self, mask: Image.Image, fill: int = 0) -> UInt8[np.ndarray, "height width"]:
-        """The part of a mask that the model saw, by nearest neighbour: exactly the image's crop.
+        """The part of a mask that the model sees: the crop of its image, by nearest neighbour.
 
         Args:
-            mask: PIL image of mode L, as large as the image that it belongs to.
-            fill: value of pixels that are padding in the image.
+            mask: PIL image of mode L, with the size of its image.
+            fill: value of padding.
 
         Raises:
             ImageError: its aspect ratio is too extreme to resize.
@@ -213,8 +214,8 @@ class ImageSpec:
             )
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), resampling)
-        # As in torchvision: pad first (the odd pixel goes right and below), then crop with
-        # Python's rounding of the offset, half to even.
+        # As in torchvision: pad first (an odd pixel goes to the right and bottom), then crop. The
+        # offset is rounded half to even, as Python does.
         crop_height, crop_width = self.image_size
         left_pad, top_pad = max(crop_width - width, 0) // 2, max(crop_height - height, 0) // 2
         padded = (max(width, crop_width), max(height, crop_height))
@@ -240,20 +241,21 @@ def token_labels(
     pixel_agg: PixelAgg = "majority",
     bg_label: int = 0,
 ) -> UInt8[np.ndarray, " n_tokens"]:
-    """Pixel labels to token labels.
+    """Convert labels of pixels to labels of tokens.
 
     Args:
-        mask: labels of the pixels that the model saw (:meth:`ImageSpec.crop_mask`).
-        grid: rows and columns of content tokens; each divides its side of the mask.
-        pixel_agg: "majority" takes the most frequent value under a token; "prefer-fg" the most
-            frequent one that is not ``bg_label``, if there is any. Ties go to the lowest value.
+        mask: labels of the pixels that the model sees (:meth:`ImageSpec.crop_mask`).
+        grid: rows and columns of content tokens. They must divide the sides of the mask.
+        pixel_agg: "majority" takes the most frequent value under a token. "prefer-fg" takes the
+            most frequent value that is not ``bg_label``, if there is one. Ties go to the lowest
+            value.
         bg_label: the value of background, for "prefer-fg".
 
     Returns:
-        Labels in the tokens' order: row by row.
+        Labels of the tokens, row by row.
 
     Raises:
-        ConfigError: the mask cannot be cut into the grid.
+        ConfigError: the grid does not divide the mask.
     """
     (height, width), (rows, columns) = mask.shape, grid
     if min(grid) < 1 or height % rows or width % columns:

@@ -195,5 +195,5 @@ def test_a_folder_whose_name_the_library_takes_for_a_chain_is_named(tmp_path: Pa
     place = tmp_path / "a::b"
     make().save_to_disk(str(tmp_path / "plain"))
     (tmp_path / "plain").rename(place)
-    with pytest.raises(ConfigError, match="takes :: in a path for a chain of URLs"):
+    with pytest.raises(ConfigError, match="treats :: in a path as a chain of URLs"):
         open_dataset(Imagenet(name=str(place)))

@@ -195,8 +195,8 @@ def test_a_value_without_a_label_is_named(tmp_path: Path):
         ("value,label\n1,256\n", "line 2: the label is '256', expected 0 to 255"),
         ("value,label\n1,-1\n", "line 2: the label is '-1', expected 0 to 255"),
         ("value,label\n1,\n", "line 2: the label is '', expected 0 to 255"),
-        ("value,label\n0x1,1\n", "line 2: '0x1' is no number, no range such as 1-9"),
-        ("value,label\n9-1,1\n", "line 2: '9-1' is no number, no range"),
+        ("value,label\n0x1,1\n", "line 2: '0x1' is not a number, a range such as 1-9"),
+        ("value,label\n9-1,1\n", "line 2: '9-1' is not a number, a range"),
         ("value,label\n1,1\n1,2\n", "line 3: the same pixels had the label 1 before, now 2"),
     ],
 )
@@ -220,7 +220,7 @@ def test_colours_without_a_map_name_the_map_and_remove_nothing():
     picture = Image.fromarray(np.array([[[128, 0, 0], [0, 128, 0]]], np.uint8))
     with pytest.raises(ConfigError) as caught:
         decode_mask(encode(picture), "m")
-    assert "mask m has 2 colours, and nothing says which labels" in str(caught.value)
+    assert "mask m has 2 colours, and it is not known which labels" in str(caught.value)
     assert "--data.mask-map FILE with the columns red,green,blue,label" in str(caught.value)
     assert "remove" not in str(caught.value)
     assert "skip" not in str(caught.value)
@@ -286,7 +286,7 @@ def test_a_map_that_is_missing(tmp_path: Path):
 
 
 def turned_root(tmp_path: Path, orientation: int, own: int = 1, shape: tuple[int, int] = (3, 3)):
-    """An image with an EXIF orientation whose mask was drawn over its stored pixels."""
+    """An image with an EXIF orientation whose mask was drawn on its stored pixels."""
     rng = np.random.default_rng(orientation)
     stored = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
     labels = Image.fromarray(np.asarray(stored)[..., 0].copy())
