@@ -1,4 +1,4 @@
-"""Recorded activations: format, reader, writer. The stage itself is `saev.shards.extract`."""
+"""Recorded activations: format, reader and writer. The stage is `saev.shards.extract`."""
 
 import typing as tp
 
@@ -11,7 +11,7 @@ __all__ = ["LayerStats", "Layout", "Metadata", "ShardInfo", "Shards"]
 
 
 def __getattr__(name: str) -> tp.Any:
-    # Lazily, so that the format's arithmetic does not load torch.
+    # Imported on first use, so that the format's arithmetic does not import torch.
     if name in ("LayerStats", "Shards"):
         from saev.shards import reader
 

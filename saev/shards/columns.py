@@ -1,5 +1,6 @@
-"""The columns of examples.parquet, in a module of their own: it needs pyarrow, which code that only
-looks at storage must do without.
+"""The columns of examples.parquet.
+
+This is a separate module because it imports pyarrow, which the small image does not have.
 """
 
 import pyarrow as pa
@@ -15,6 +16,10 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("digest", pa.uint32()),
     ]
 )
-"""Columns of examples.parquet. `index` counts the dataset's images, skipped ones too; `height` and
-`width` are those of the original image in pixels, upright; `digest` is the CRC-32C of what the
-dataset's digest is over (name, sizes, label). Version 0.1.0 did not write `digest`."""
+"""Columns of examples.parquet.
+
+- `index` counts all images of the dataset, including skipped ones.
+- `height` and `width` are those of the original upright image, in pixels.
+- `digest` is the CRC-32C of the example's part of the dataset's digest (name, sizes, label).
+  Version 0.1.0 did not write it.
+"""

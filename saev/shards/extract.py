@@ -1,7 +1,8 @@
-"""The shards stage: images in, a folder of recorded activations out.
+"""The shards stage: records the activations of an image dataset into a folder.
 
-An item is one shard. It writes its activations, then a small record under parts/ that says the
-shard is done; publishing merges the records into the dataset's files and writes shards.json.
+An item is one shard. It writes its activations, and then a small record under parts/, which marks
+the shard as done. Publishing merges the records into the files of the folder and writes
+shards.json.
 """
 
 import contextlib
@@ -35,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("saev", "torch", "timm", "open_clip_torch", "numpy", "pillow")
 _HOW = ("shards_root", "batch_size", "n_workers", "device", "part", "data")
-"""Keys of a config that leave the activations alone, and `data`, which is asked for by itself."""
+"""Keys of a config that do not affect the activations, and `data`, which is compared separately."""
 
 
 def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
-    """Do whatever is missing and publish; with `cfg.part` only that part, without publishing.
+    """Record the missing shards and publish. With `cfg.part`, record only that part.
 
     Returns:
         URL of the shards folder.
@@ -47,14 +48,14 @@ def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
     Raises:
         ConfigError, ModelError: the images or the model are not as configured.
         ImageError: an image cannot be decoded, and `skip_unreadable` is off.
-        StorageError: something cannot be read or written, or a shard is damaged. What was finished
-            is kept; the same call goes on from there.
+        StorageError: something cannot be read or written, or a shard is damaged. Finished shards
+            are kept, and the same call continues from there.
     """
     return driver.run(Recording(cfg), cfg.part, progress).urls[0]
 
 
 class Recording(Job):
-    """A config with everything it refers to: dataset, model and the metadata they make.
+    """The job of the shards stage: a config with its dataset, model and metadata.
 
     Args:
         cfg: the config.
@@ -74,12 +75,12 @@ class Recording(Job):
 
     @functools.cached_property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """Device of the model."""
         return choose_device(self.cfg.device)
 
     @functools.cached_property
     def model(self) -> vit.VisionModel:
-        """The model, compared with the numbers in the config."""
+        """The model, after comparing its sizes with those in the config."""
         cfg = self.cfg
         model = vit.load(cfg.family, cfg.ckpt, image_size=cfg.image_size, device=self.device)
         vit.check_expectations(
@@ -91,7 +92,7 @@ class Recording(Job):
 
     @functools.cached_property
     def wanted(self) -> Metadata:
-        """What this config records, with this version of saev."""
+        """Metadata of this recording, as this version of saev writes them."""
         cfg, dataset, model, data = self.cfg, self.dataset, self.model, self._data
         return Metadata(
             family=cfg.family,
@@ -121,15 +122,15 @@ class Recording(Job):
 
     @property
     def _data(self) -> dict[str, tp.Any]:
-        """The dataset's config, with places that do not depend on the working directory."""
+        """The dataset's config, with absolute paths instead of relative ones."""
         data = earlier.located(self.cfg.data.identity())
         if not data.get("version"):
-            data.pop("version", None)  # data of no version has the name that it always had
+            data.pop("version", None)  # keeps the hash of data without a version
         return data
 
     @functools.cached_property
     def _question(self) -> known.Question | None:
-        """What decides about the folder's name, as far as it is known without the model."""
+        """All inputs of the folder's name that are known without loading the model."""
         weights = vit.identity(self.cfg.family, self.cfg.ckpt)
         if weights is None:
             return None
@@ -140,7 +141,7 @@ class Recording(Job):
 
     @functools.cached_property
     def _known(self) -> Shards | None:
-        """The complete folder that an equal config has named before."""
+        """The complete folder that an equal config has made before; None if there is none."""
         root = self.cfg.shards_root
         entries = storage.list_dir(root) if storage.is_dir(root) else []
         folders = [entry.url for entry in entries if entry.is_dir]
@@ -153,7 +154,8 @@ class Recording(Job):
 
     @functools.cached_property
     def _folder(self) -> tuple[str, Metadata]:
-        """Where it is recorded, and what is: in a folder of version 0.1.0 if there is one."""
+        """URL and metadata of the folder. A matching folder of version 0.1.0 is used if there is
+        one."""
         if self._known is not None:
             return self._known.url, self._known.metadata
         url = storage.join(self.cfg.shards_root, self.wanted.hash)
@@ -183,7 +185,8 @@ class Recording(Job):
 
     @property
     def _weights(self) -> str | None:
-        """What the records of all shards must agree on; untrained weights are told by name."""
+        """Checksum of weights that the records of all shards must have. None for untrained weights,
+        which are identified by the network's name."""
         return None if self.wanted.is_random else self.model.weights
 
     def published(self) -> bool:
@@ -192,7 +195,7 @@ class Recording(Job):
 
     @functools.cached_property
     def _complete(self) -> Shards:
-        """The published folder; raises if its lists, or its files' sizes, are wrong."""
+        """The published folder. Raises CorruptDataError if its lists or file sizes are wrong."""
         return self._known or Shards.open(self.url)
 
     def result(self) -> Result:
@@ -231,7 +234,7 @@ class Recording(Job):
         ]
 
     def begin(self, todo: Sequence[Item] = ()) -> None:
-        """Begin the folder: fails at once where nothing can be written."""
+        """Write the metadata, which fails at once if the folder is not writable."""
         place = storage.join(self.url, protocol.METADATA)
         if not storage.exists(place):
             storage.write_json(place, self.metadata.to_dict())
@@ -239,7 +242,7 @@ class Recording(Job):
             storage.clean_temporary(folder)
 
     def done(self, item: Item) -> bool:
-        """Whether a shard and its record are there and fit together; a damaged one is not."""
+        """Whether a shard and its record exist and fit together. A damaged shard is not done."""
         shard = item.spec["shard"]
         try:
             parts.read_part(self.url, shard, self.metadata, self._weights)
@@ -273,7 +276,8 @@ class Recording(Job):
                 labels.extend(one.labels for one in group if one.labels is not None)
                 advance(len(examples) + len(skipped) - n_reported, acts.nbytes)
                 n_reported = len(examples) + len(skipped)
-            if self.published() or self.done(item):  # its bytes may differ from ours, on a GPU
+            # Another worker's shard must not be replaced: on a GPU its bytes may differ from ours.
+            if self.published() or self.done(item):
                 raise DoneMeanwhileError
         return Part(
             writer.written,
@@ -286,14 +290,14 @@ class Recording(Job):
     def _decode(
         self, start: int, stop: int, skipped: list[Skipped]
     ) -> tp.Generator[Decoded, None, None]:
-        """Decoded images in order; what is unreadable goes to ``skipped``."""
+        """Decoded images in order. Unreadable images are added to ``skipped``."""
         records = iter_examples(
             self.dataset,
             range(start, stop),
             self.model.spec,
             grid=self.model.grid,
             n_workers=self.cfg.n_workers,
-            # A GPU takes a batch at once: the next one is decoded meanwhile.
+            # While a GPU processes a batch, the next batch is decoded.
             look_ahead=0 if self.device.type == "cpu" else self.cfg.batch_size,
             skip_unreadable=self.cfg.skip_unreadable,
         )
@@ -347,11 +351,11 @@ class Recording(Job):
             known.note(self.url, self._question, self.metadata.hash)
 
     def close(self) -> None:
-        self.__dict__.pop("model", None)  # its memory is for the next stage
+        self.__dict__.pop("model", None)  # frees its memory for the next stage
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides about activations: this package and the libraries below it."""
+    """Versions of saev and of the libraries that affect activations."""
     found = {}
     for package in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,7 +1,7 @@
-"""Errors that name NaN and infinity in shards, and where they stand.
+"""Errors about NaN and infinity in shards, with shard, example and layer.
 
-They come from a model that overflowed and was recorded by other software, or from a damaged folder
-without checksums. `saev shards` refuses to record them.
+`saev shards` refuses to record such values. They come from other software that recorded a model's
+overflow, or from a damaged folder without checksums.
 """
 
 import torch
@@ -12,23 +12,24 @@ from saev.shards.reader import Shards
 
 
 def bad_row(acts: Tensor) -> int | None:
-    """The first row of [n, d_model] that holds NaN or infinity. This waits for a GPU."""
+    """The first row of [n, d_model] with NaN or infinity; None if there is none. It waits for a
+    GPU."""
     if bool(acts.isfinite().all()):
         return None
     return int(acts.isfinite().all(1).logical_not().int().argmax())
 
 
 def check(acts: Tensor, examples: Tensor, shards: Shards, layer: int) -> None:
-    """Refuse NaN and infinity.
+    """Raise CorruptDataError if activations hold NaN or infinity.
 
     Args:
         acts: [n, d_model].
         examples: the example of each row, int64 [n].
-        shards: where the activations are from.
+        shards: the shards of the activations.
         layer: block number.
 
     Raises:
-        CorruptDataError: names shard, example and layer.
+        CorruptDataError: there is NaN or infinity; names shard, example and layer.
     """
     row = bad_row(acts)
     if row is not None:
@@ -42,14 +43,15 @@ def error(shards: Shards, example: int, layer: int) -> CorruptDataError:
     kind = "NaN" if bool(x.isnan().any()) else "infinity"
     return CorruptDataError(
         f"{shards.url}/{shards.infos[shard].name} holds {kind} in the activations of example "
-        f"{example}, layer {layer}; expected finite numbers. Nothing can be computed from them: "
-        "record the images again (float16 overflows at 65,504; bfloat16 and float32 do not), or "
+        f"{example}, layer {layer}; expected finite numbers. Nothing can be computed from them. "
+        "Record the images again (float16 overflows at 65,504; bfloat16 and float32 do not), or "
         "leave that example out."
     )
 
 
 def find(shards: Shards, layer: int) -> CorruptDataError | None:
-    """The error for the first NaN or infinity of a layer, which is read up to there; or None."""
+    """The error for the first NaN or infinity of a layer; None if there is none. Reads the layer up
+    to this value."""
     for i, info in enumerate(shards.infos):
         for start in range(0, info.n_examples, 64):
             x = shards.read(i, layer, start, min(start + 64, info.n_examples))

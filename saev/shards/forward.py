@@ -1,11 +1,11 @@
-"""Running the model over decoded images, so that the processor is busy and the bits do not vary.
+"""Runs the model over decoded images, with the same bits on every run.
 
-A matrix product of the same rows gives other last bits with another number of threads or another
-number of rows: seen with MKL on a DINOv2-S (float32, 2 threads, batches of 3) and, at most numbers
-of threads, with bfloat16 autocast. So on the CPU neither is up to the user or the machine: images
-go through in groups of :data:`CPU_BATCH`, counted from the beginning of the shard, each group is
-computed by one thread, and parallelism comes from computing several groups at once. That is no
-slower (ViT-S/16, 2 cores: 15.1 images/s, against 13.7 with both cores in every product).
+The last bits of a matrix product depend on the number of threads and the number of rows. This was
+seen with MKL on a DINOv2-S (float32, 2 threads, batches of 3), and with bfloat16 autocast at most
+numbers of threads. So on the CPU both numbers are fixed: images are processed in groups of
+:data:`CPU_BATCH`, counted from the start of the shard, and one thread computes a group. Several
+groups are computed in parallel. This is not slower (ViT-S/16, 2 cores: 15.1 images/s, against 13.7
+with both cores in every product).
 """
 
 import collections
@@ -30,10 +30,10 @@ class Forward(tp.Generic[_T]):
 
     Args:
         record: the model: images [batch, 3, height, width] -> [n_layers, batch, tokens, d_model].
-        pixels: an example's image [3, height, width].
-        device: where `record` runs.
-        dtype: of the result.
-        batch_size: images per forward pass, if not on the CPU.
+        pixels: returns an example's image [3, height, width].
+        device: device of `record`.
+        dtype: dtype of the result.
+        batch_size: images per forward pass on a GPU.
         amp: run in bfloat16 autocast.
     """
 
@@ -54,9 +54,9 @@ class Forward(tp.Generic[_T]):
     def __call__(
         self, examples: Iterable[_T]
     ) -> Generator[tuple[list[_T], Float[Tensor, "n_layers batch tokens d_model"]], None, None]:
-        """Groups of examples in order, each with its activations: contiguous, in CPU memory.
+        """Groups of examples in order, each with its activations (contiguous, in CPU memory).
 
-        Close the generator if you leave it early: its threads end with it.
+        Close the generator if you leave it early, because this ends its threads.
         """
         return self._cpu(examples) if self._device.type == "cpu" else self._gpu(examples)
 
@@ -89,7 +89,7 @@ class Forward(tp.Generic[_T]):
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _gpu(self, examples: Iterable[_T]) -> Generator[tuple[list[_T], Tensor], None, None]:
-        """A batch is copied to memory, and dealt with there, while the next one is computed."""
+        """Compute the next batch while the consumer uses the previous one."""
         previous: tuple[list[_T], Tensor, torch.cuda.Event | None] | None = None
         for group in _groups(examples, self._batch_size):
             acts = self._compute(group)
@@ -124,7 +124,7 @@ def _groups(examples: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 @contextlib.contextmanager
 def _one_thread_per_product() -> Iterator[int]:
-    """One thread per torch operation inside; yields how many there were."""
+    """Use one thread per torch operation in the block. Yields the previous number of threads."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,8 +1,8 @@
-"""What recording a shard leaves beside its file, and how these records become one dataset.
+"""The record of each finished shard, and the merging of all records into the folder's files.
 
-A record is one small object, written after its shard's file: where it is, the shard is done. It
-holds whatever of the shard goes into the files of the whole (labels, examples, moments, checksums),
-so that publishing reads no activations.
+A record is a small object that is written after the file of its shard. If it exists, the shard is
+done. It holds the shard's share of the folder's files (labels, examples, moments, checksums), so
+that publishing need not read activations.
 """
 
 import concurrent.futures
@@ -64,7 +64,7 @@ class Part:
     labels: UInt8[np.ndarray, "n_examples content_tokens"] | None
     """Labels of content tokens, for segmentation datasets."""
     weights: str | None = None
-    """Checksum of the model's weights; None: recorded by version 0.1.0, which did not note it."""
+    """Checksum of the model's weights; None in records of version 0.1.0."""
 
     def to_bytes(self) -> bytes:
         """A safetensors file and its CRC-32C."""
@@ -113,27 +113,27 @@ class Part:
 
 
 def part_url(url: str, shard: int) -> str:
-    """Where the record of a shard is, in the folder ``url``."""
+    """URL of the record of a shard of the folder ``url``."""
     return storage.join(url, protocol.PARTS, f"{shard_name(shard)}.part")
 
 
 def write_part(url: str, shard: int, part: Part) -> None:
-    """Leave the record of a finished shard."""
+    """Write the record of a finished shard."""
     storage.write_bytes(part_url(url, shard), part.to_bytes())
 
 
 def read_part(url: str, shard: int, metadata: Metadata, weights: str | None = None) -> Part:
-    """The record of a finished shard, compared with the metadata and with its file's size.
+    """Read the record of a finished shard, and compare it with the metadata and the file's size.
 
     Args:
         url: the shards folder.
         shard: number of the shard.
-        metadata: what is recorded there.
-        weights: checksum of the weights that it must be recorded with; None takes any.
+        metadata: the folder's metadata.
+        weights: checksum of the weights that the record must have; None accepts any.
 
     Raises:
         ModelError: it was recorded with other weights.
-        IncompleteError: there is none: the shard is not done.
+        IncompleteError: there is no record, so the shard is not done.
         CorruptDataError: it is damaged, does not fit the metadata, or the shard's file is missing
             or has another size than when it was written.
     """
@@ -148,8 +148,8 @@ def read_part(url: str, shard: int, metadata: Metadata, weights: str | None = No
     if None not in (weights, part.weights) and weights != part.weights:
         raise ModelError(
             f"{place} was recorded with weights {part.weights}, but {metadata.family} "
-            f"{metadata.ckpt} now has {weights}. One folder never holds both: put the former "
-            "weights back, or delete the folder to record all of it again."
+            f"{metadata.ckpt} now has {weights}. A folder cannot hold both. Restore the former "
+            "weights, or delete the folder to record all of it again."
         )
     file = storage.join(url, shard_name(shard))
     expected = Layout.of(metadata, part.written.n_examples).n_bytes
@@ -192,21 +192,20 @@ def publish(
     ready: Callable[[], None] = lambda: None,
     seen: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Merge the records of all shards, in order, into the dataset's files; shards.json comes last.
+    """Merge the records of all shards, in order, into the folder's files.
 
-    files.json, which comes before it, lists them all.
-
-    Memory grows with the number of examples (a table row and some checksums each), not with labels
-    or activations.
+    files.json, which lists all files, is written before shards.json, which is the last object.
+    Memory grows with the number of examples (a table row and some checksums each), but not with
+    labels or activations.
 
     Args:
         url: the shards folder.
-        metadata: what is recorded there.
-        n_shards: how many shards.
-        weights: checksum of the weights that all must be recorded with; None takes any.
-        ready: called before the first object is written and before the last ones. What it raises
+        metadata: the folder's metadata.
+        n_shards: number of shards.
+        weights: checksum of the weights that all records must have; None accepts any.
+        ready: called before the first object is written and before the last ones. An error of it
             ends the work.
-        seen: told of each shard that was verified.
+        seen: called with 1 for each verified shard.
 
     Raises:
         ModelError: a shard was recorded with other weights.
@@ -269,7 +268,7 @@ def publish(
 
 
 def _metadata_bytes(url: str, metadata: Metadata) -> bytes:
-    """metadata.json as it is stored, which must be that of this recording."""
+    """The stored bytes of metadata.json, which must be of this recording."""
     place = storage.join(url, protocol.METADATA)
 
     def checked(data: bytes) -> bytes:
@@ -285,7 +284,7 @@ def _metadata_bytes(url: str, metadata: Metadata) -> bytes:
 
 
 def _read_parts(url: str, metadata: Metadata, n_shards: int, weights: str | None) -> Iterator[Part]:
-    """All records in order, a few of them read ahead."""
+    """All records in order, with read-ahead."""
     with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD) as pool:
         try:
             for start in range(0, n_shards, _READ_AHEAD):
@@ -304,7 +303,7 @@ def _table(rows: Sequence[ExampleRow]) -> pa.Table:
 
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:
-    """Tables, one after the other, as Parquet: the same bytes for the same rows at any time."""
+    """Concatenate tables and write them as Parquet. Equal rows give equal bytes."""
     sink = io.BytesIO()
     pq.write_table(
         pa.concat_tables(tables).combine_chunks(),
@@ -321,7 +320,7 @@ def _stats(content: Moments, special: Moments) -> bytes:
     tensors = {}
     for kind, moments in (("content", content), ("special", special)):
         n = max(1, moments.count)
-        # Summed exactly: numpy's own order of addition is not promised.
+        # fsum, because numpy does not guarantee its order of addition.
         squares = [math.fsum(layer) for layer in moments.sq_total]
         tensors[f"{kind}.mean"] = moments.total / n
         tensors[f"{kind}.mean_sq_norm"] = np.array(squares, np.float64) / n

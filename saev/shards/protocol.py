@@ -1,7 +1,7 @@
-"""The format of a shards folder: metadata, file names, and where each vector lies in a file.
+"""The format of a shards folder: metadata, file names, and the offset of each vector.
 
-Protocol 3.0 is ours; protocol 2.1 is the published saev's, which we read. Both are one
-:class:`Layout` with different strides. Everything here is arithmetic: no file is opened.
+Protocol 3.0 is saev's own. Protocol 2.1, of the published saev, can be read. Both are a
+:class:`Layout` with different strides. This module is arithmetic, except for :meth:`Metadata.read`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ STATS = "stats.safetensors"
 CHECKSUMS = "checksums.bin"
 SKIPPED = "skipped.json"
 PARTS = "parts"
-"""Folder of the records that work items leave for `finish`; gone once the result is published."""
+"""Folder of the records of finished shards. It is deleted when the result is published."""
 
 REMEDY = (
     "Restore it from a copy, or delete the folder and run the same `saev shards` command again."
@@ -39,11 +39,11 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 RANDOM = "/random"
-"""How the name of a network with untrained weights ends."""
+"""Suffix of the name of a network with untrained weights."""
 
 
 class Metadata(Config):
-    """What was recorded. The folder is named by a hash of all keys that decide the activations."""
+    """Metadata of a recording. The folder's name is a hash of all keys that affect activations."""
 
     added: tp.ClassVar = frozenset({"network", "weights", "structure", "versions"})
 
@@ -56,16 +56,16 @@ class Metadata(Config):
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the checkpoint names one."""
     network: str | None = None
-    """Which network the checkpoint is, wherever its weights lie; None: recorded by version 0.1.0.
-    It ends in ``/random`` where the weights are untrained."""
+    """Name of the network, which does not depend on the location of its weights. It ends in
+    ``/random`` if the weights are untrained. None in recordings of version 0.1.0."""
     weights: str | None = None
-    """SHA-256 over the names, shapes and values of the network's tensors; None: recorded by
-    version 0.1.0, which did not note it, or by another program."""
+    """SHA-256 over the names, shapes and values of the network's tensors. None in recordings of
+    version 0.1.0 and of other programs."""
     structure: str | None = None
-    """SHA-256 over the network's modules and their attributes, without its tensors. It tells that
-    networks of two names are one; not part of the identity."""
+    """SHA-256 over the network's modules and their attributes, without its tensors. It shows that
+    two names mean the same network. Not part of the identity."""
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Versions of the libraries that recorded, for information: not part of the identity."""
+    """Versions of libraries at recording, for information. Not part of the identity."""
     layers: tuple[int, ...]
     """Blocks whose output was recorded, in file order."""
     content_tokens_per_example: int = pydantic.Field(ge=0)
@@ -75,7 +75,7 @@ class Metadata(Config):
     d_model: int = pydantic.Field(ge=1)
     """Width of one vector."""
     n_examples: int = pydantic.Field(ge=0)
-    """Images in the dataset. Recorded ones are counted in shards.json: some may be skipped."""
+    """Images in the dataset. shards.json counts recorded images; some may have been skipped."""
     max_tokens_per_shard: int = pydantic.Field(ge=1)
     """Most vectors in one shard."""
     image_size: tuple[int, int] | None = None
@@ -83,8 +83,8 @@ class Metadata(Config):
     grid: tuple[int, int] | None = None
     """Rows and columns of content tokens."""
     image_spec: dict[str, tp.Any] | None = None
-    """How images were resized, cropped and normalised: the fields of `saev.images.transforms.
-    ImageSpec` as JSON, so that pictures of them need no model."""
+    """Preprocessing of images: the fields of `saev.images.transforms.ImageSpec` as JSON, so that
+    drawing pictures needs no model."""
     amp: bool = False
     """Whether the forward pass ran in bfloat16 autocast."""
     skip_unreadable: bool = False
@@ -94,20 +94,20 @@ class Metadata(Config):
     data_digest: str | None = None
     """SHA-256 over the names and sizes of the dataset's files."""
     dataset: str = ""
-    """Where the images are."""
+    """Location of the images."""
     pixel_agg: str | None = None
     """How mask pixels became token labels, for segmentation datasets."""
     dtype: Dtype = "float32"
     """Stored precision, little-endian."""
 
     def identity(self) -> dict[str, tp.Any]:
-        """What the activations depend on, without any place: not where images or weights lie.
+        """All keys that affect the activations, without the locations of images and weights.
 
         Images are identified by `data_digest` (their names and sizes), the model by `network` and
-        `weights`. Untrained weights are identified by the network's name alone: the functions that
-        draw them give other last bits on another kind of processor.
+        `weights`. Untrained weights are identified by the network's name alone, because their last
+        bits depend on the kind of processor.
 
-        If the weights are unknown, the identity is what version 0.1.0 hashed, with all places.
+        If the weights are unknown, the identity is that of version 0.1.0, which includes locations.
         """
         plain = super().identity()
         for key in ("structure", "versions"):
@@ -125,7 +125,7 @@ class Metadata(Config):
         return storage.content_hash(self.identity(), HASH_DIGITS)
 
     def source(self, layer: int | None = None, tokens: Tokens | None = None) -> ActivationSource:
-        """What the activations of a layer are, as runs and results record it."""
+        """Description of the activations of a layer, for runs and results."""
         return ActivationSource(
             family=self.family,
             ckpt=self.ckpt,
@@ -150,7 +150,7 @@ class Metadata(Config):
 
     @property
     def tokens_per_example(self) -> int:
-        """Content tokens plus the class token if recorded."""
+        """Content tokens, plus the class token if it was recorded."""
         return self.content_tokens_per_example + int(self.cls_token)
 
     @property
@@ -171,7 +171,7 @@ class Metadata(Config):
 
     @property
     def grid_shape(self) -> tuple[int, int]:
-        """Rows and columns of content tokens; assumed square where it was not recorded."""
+        """Rows and columns of content tokens. A square is assumed if they were not recorded."""
         if self.grid is not None:
             return self.grid
         side = math.isqrt(self.content_tokens_per_example)
@@ -185,10 +185,10 @@ class Metadata(Config):
 
         Args:
             url: the folder.
-            folder: the same with its list of files, if that was read already.
+            folder: the opened folder, if its manifest was read already.
 
         Raises:
-            CorruptDataError: the metadata are damaged, or the folder is named by another hash.
+            CorruptDataError: the metadata are damaged, or the folder's name is another hash.
         """
         place = storage.join(url, METADATA)
         if folder is None and storage.exists(storage.join(url, FILES)):
@@ -210,12 +210,12 @@ class Metadata(Config):
 
 
 def is_hash(name: str) -> bool:
-    """Whether a folder's name is one that :attr:`Metadata.hash` may have given it."""
+    """Whether a folder's name has the form of :attr:`Metadata.hash`."""
     return len(name) == HASH_DIGITS and set(name) <= set("0123456789abcdef")
 
 
 def without_place(data: tp.Any) -> tp.Any:
-    """A dataset's config as JSON, without where the dataset and its map of labels lie."""
+    """A dataset's config as JSON, without the locations of the dataset and its map of labels."""
     if not isinstance(data, dict):
         return data
     places = ["root", "mask_map", *(["name"] if is_place(data.get("name")) else [])]
@@ -223,12 +223,12 @@ def without_place(data: tp.Any) -> tp.Any:
 
 
 def is_place(name: tp.Any) -> bool:
-    """Whether the name of a dataset is a URL or a path, not a name on a hub."""
+    """Whether the name of a dataset is a URL or a path, and not a name on a hub."""
     return isinstance(name, str) and ("://" in name or name.startswith(("/", ".", "~")))
 
 
 def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
-    """Keep the keys we know; early writers spelled some of them differently or left them out."""
+    """Convert metadata of protocol 2.1: rename keys of early writers, and drop unknown keys."""
     renamed = {
         "vit_family": "family",
         "vit_ckpt": "ckpt",
@@ -243,8 +243,8 @@ def _from_2_1(raw: dict[str, tp.Any]) -> dict[str, tp.Any]:
 
 @pydantic.dataclasses.dataclass(frozen=True, slots=True, config={"extra": "forbid"})
 class ShardInfo:
-    """One row of shards.json. Not a :class:`Config`: there may be a hundred thousand rows, and of
-    each model Python's garbage collector looks at three objects."""
+    """One row of shards.json. It is not a :class:`Config`, because there may be a hundred thousand
+    rows, and each pydantic model is three objects for Python's garbage collector."""
 
     name: FileName
     """File name."""
@@ -267,7 +267,7 @@ def shard_name(shard: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where vectors lie in one shard file. Strides are in vectors of d_model elements."""
+    """Positions of vectors in a shard file. Strides are in vectors of d_model elements."""
 
     n_examples: int
     """Examples in the file."""
@@ -276,9 +276,13 @@ class Layout:
     tokens: int
     """Tokens per example."""
     d_model: int
+    """Width of a vector."""
     itemsize: int
+    """Bytes per element."""
     layer_stride: int
+    """From one layer to the next."""
     example_stride: int
+    """From one example to the next, in one layer."""
 
     @classmethod
     def of(cls, metadata: Metadata, n_examples: int) -> "Layout":
@@ -315,10 +319,10 @@ class Layout:
 
 
 def in_validation(example_idx: np.ndarray, fraction: float) -> np.ndarray:
-    """Which examples are on the validation side of a split by example.
+    """Mask of the examples on the validation side of a split by example.
 
-    A hash of the index decides (the finaliser of MurmurHash3, public domain), so the answer does
-    not depend on the number of examples, their order, or the reader.
+    The side of an example depends only on a hash of its index (the finaliser of MurmurHash3, public
+    domain).
 
     Args:
         example_idx: integers [n].

@@ -34,11 +34,12 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _INFO, _INFOS = pydantic.TypeAdapter(ShardInfo), pydantic.TypeAdapter(list[ShardInfo])
 
 DIRECT_IO = "SAEV_DIRECT_IO"
-"""Environment variable: 1 reads activations on local disks past the page cache."""
+"""Environment variable: with 1, reading activations on local disks bypasses the page cache."""
 _VERIFY_BYTES = 8 << 20
 _MAX_EXAMPLES = 1 << 48
 _MAX_OPEN_FILES = 64
-"""Per folder. A folder may have more shards than a process may have open files (often 1024)."""
+"""Most open files per folder. The limit of a process (often 1024) may be less than the number of
+shards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LayerStats:
     mean_sq_norm: float
     """Mean of the squared L2 norms."""
     count: int
-    """Vectors."""
+    """Number of vectors."""
 
     @property
     def centred_sq_norm(self) -> float:
@@ -86,11 +87,11 @@ class Shards:
 
     @classmethod
     def open(cls, url: str) -> "Shards":
-        """Open a folder and check that it is complete and that its files have the right sizes.
+        """Open a folder. Checks that it is complete and that its files have the right sizes.
 
         Raises:
-            StorageError: there is no such folder, or it is no shards folder.
-            IncompleteError: recording was never finished.
+            StorageError: the folder does not exist, or is not a shards folder.
+            IncompleteError: recording is not finished.
             CorruptDataError: a file is missing, too short or too long, or metadata is damaged.
         """
         with _many_objects():
@@ -128,7 +129,7 @@ class Shards:
         shards._check_files()
         return shards
 
-    # --- What is in it ---------------------------------------------------------------------
+    # --- Sizes -----------------------------------------------------------------------------
 
     @property
     def n_examples(self) -> int:
@@ -170,13 +171,13 @@ class Shards:
         if layer is None:
             if len(self.layers) == 1:
                 return 0
-            raise ConfigError(f"{self.url} has layers {recorded}; say which one (--….layer).")
+            raise ConfigError(f"{self.url} has layers {recorded}; name one of them (--….layer).")
         if layer not in self.layers:
             raise ConfigError(f"Layer {layer} was not recorded in {self.url}; it has {recorded}.")
         return self.layers.index(layer)
 
     def locate(self, example_idx: int) -> tuple[int, int]:
-        """Shard and position in it of an example."""
+        """Shard of an example, and the example's position in the shard."""
         if not 0 <= example_idx < self.n_examples:
             raise ConfigError(
                 f"Example {example_idx} is not in {self.url}: it has {self.n_examples}."
@@ -196,14 +197,14 @@ class Shards:
         *,
         verify: bool = True,
     ) -> Tensor:
-        """Vectors of consecutive examples of one layer.
+        """Read the vectors of consecutive examples of one layer.
 
         Args:
             shard: shard number.
             layer: block number as recorded.
             start: first example, counted inside the shard.
             stop: last example + 1.
-            out: where to put them: contiguous, on the CPU, in the stored dtype.
+            out: target: contiguous, on the CPU, in the stored dtype.
             verify: compare with the recorded checksums (protocol 3.0).
 
         Returns:
@@ -233,7 +234,7 @@ class Shards:
         *,
         verify: bool = True,
     ) -> None:
-        """:meth:`read` into plain memory of just the right size.
+        """:meth:`read` into memory of exactly the right size.
 
         Raises:
             ConfigError: there are no such examples, or the memory has another size.
@@ -273,16 +274,16 @@ class Shards:
     def read_vector(
         self, shard: int, layer: int | None, example: int, token: int, out: Tensor
     ) -> None:
-        """One vector into ``out``, [d_model], contiguous, on the CPU, in the stored dtype.
+        """Read one vector into ``out``, [d_model], contiguous, on the CPU, in the stored dtype.
 
-        Checksums are of whole examples, so this is not compared with one; :meth:`read` is.
+        Unlike :meth:`read`, this checks no checksum, because checksums are of whole examples.
 
         Args:
             shard: shard number.
             layer: block number as recorded.
-            example: counted inside the shard.
-            token: as recorded: the class token, if there is one, is token 0.
-            out: where to put it.
+            example: number of the example in the shard.
+            token: number of the recorded token; the class token, if there is one, is token 0.
+            out: target.
 
         Raises:
             ConfigError: there is no such vector, or ``out`` does not fit.
@@ -303,13 +304,13 @@ class Shards:
     def _error(
         self, shard: int, index: int, start: int, raw: memoryview
     ) -> CorruptDataError | None:
-        """What is wrong with consecutive examples from ``start`` on; None if nothing is."""
+        """The error if an example from ``start`` on is damaged; None if none is."""
         assert self._checksums is not None
         layout = self.layouts[shard]
         n = raw.nbytes // layout.row_bytes
         first = int(self.shard_starts[shard]) * layout.n_layers + index * layout.n_examples + start
         expected = self._checksums[first : first + n].tolist()
-        # One call for all of them: between calls, threads hand the interpreter's lock around.
+        # One call for all examples, because each call may lose the interpreter's lock.
         if storage.crc32c(raw) == storage.concatenate(expected, layout.row_bytes):
             return None
         for i, want in enumerate(expected):
@@ -325,7 +326,7 @@ class Shards:
 
     @functools.cached_property
     def _checksums(self) -> np.ndarray | None:
-        """uint32, per shard [layer, example], shards one after another."""
+        """Checksums of all examples, uint32: for each shard [layer, example], concatenated."""
         if self.metadata.protocol != "3.0":
             return None
         data = self._folder.read_bytes(protocol.CHECKSUMS)
@@ -338,7 +339,7 @@ class Shards:
         return np.frombuffer(data, dtype="<u4")
 
     def verify(self) -> None:
-        """Read every file whole and compare it with its checksum.
+        """Read all files and compare them with their checksums.
 
         Raises:
             CorruptDataError: names the first file that differs.
@@ -372,9 +373,9 @@ class Shards:
         )
 
     def close(self) -> None:
-        """Release file descriptors, those in use when their reads end.
+        """Release file descriptors. Descriptors in use are released when their reads end.
 
-        The object may be used again; it reopens what it needs.
+        The object may still be used; it opens files again.
         """
         with self._lock:
             self._readers.clear()
@@ -385,7 +386,7 @@ class Shards:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- What goes with them ---------------------------------------------------------------
+    # --- Labels, statistics, examples ------------------------------------------------------
 
     @property
     def has_labels(self) -> bool:
@@ -395,7 +396,7 @@ class Shards:
         return storage.exists(storage.join(self.url, protocol.LABELS))
 
     def labels(self) -> np.ndarray | None:
-        """Labels of content tokens, uint8 [n_examples, content_tokens], or None."""
+        """Labels of content tokens, uint8 [n_examples, content_tokens]; None without labels."""
         if not self.has_labels:
             return None
         values = np.empty((self.n_examples, self.content_tokens), dtype=np.uint8)
@@ -404,9 +405,9 @@ class Shards:
         return values
 
     def example_labels(self, example: int) -> np.ndarray | None:
-        """Labels of one example's content tokens, uint8 [content_tokens], or None.
+        """Labels of one example's content tokens, uint8 [content_tokens]; None without labels.
 
-        Reads only these labels: the whole file may have the labels of millions of examples.
+        Reads only these labels, because the file may hold labels of millions of examples.
         """
         if not self.has_labels:
             return None
@@ -426,7 +427,7 @@ class Shards:
         return reader
 
     def stats(self, layer: int | None, tokens: Tokens = "content") -> LayerStats | None:
-        """Recorded moments of one layer, or None if the writer recorded none (protocol 2.1)."""
+        """Recorded moments of one layer; None if there are none (protocol 2.1)."""
         index = self.layer_index(layer)
         kinds = ("content", "special") if tokens == "all" else (tokens,)
         if self.metadata.protocol != "3.0":
@@ -457,10 +458,11 @@ class Shards:
         return storage.parse_tensors(data, place, expected, remedy=protocol.REMEDY)
 
     def examples(self) -> pa.Table:
-        """Where each example came from: index (in the dataset), url, label, target, height, width
-        and (unless version 0.1.0 wrote it) digest.
+        """The table of examples: index (in the dataset), url, label, target, height, width and
+        (unless version 0.1.0 wrote it) digest.
 
-        Row i is example i of the loaders. Protocol 2.1 has no such table; it gives indices alone.
+        Row i is example i of the loaders. For protocol 2.1, which has no such table, it has only
+        the column index.
         """
         if self.metadata.protocol != "3.0":
             return pa.table({"index": np.arange(self.n_examples)})
@@ -487,7 +489,7 @@ class Shards:
     # --- Checks ----------------------------------------------------------------------------
 
     def _check_files(self) -> None:
-        """Compare the listing with what should be there, without reading anything."""
+        """Compare the listing of the folder with its lists of files. Reads no file."""
         sizes = {name: entry.size for name, entry in self._found.items()}
         for name, listed in (self._folder.files or {}).items():
             if sizes.get(name) != listed.n_bytes:
@@ -536,10 +538,10 @@ class Shards:
 
 @contextlib.contextmanager
 def _many_objects() -> Iterator[None]:
-    """The block makes very many objects that stay: Python does not look for garbage meanwhile.
+    """Switch Python's garbage collector off for a block that makes very many lasting objects.
 
-    It would look at all objects of the process, again and again as they become more. That is a
-    third of the time that a folder of 100,000 shards takes to open.
+    The collector would look at all objects again and again as their number grows. For a folder of
+    100,000 shards, this takes a third of the time to open it.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -574,10 +576,10 @@ def _parse_infos(raw: tp.Any, place: str) -> tuple[ShardInfo, ...]:
 
 
 def _first_wrong(rows: list[tp.Any], place: str) -> str:
-    """What is wrong with the first invalid row. Only one is named: there may be very many."""
+    """The error of the first invalid row. Only one is named, because there may be very many."""
     for i, row in enumerate(rows):
         try:
             _INFO.validate_python(row)
         except pydantic.ValidationError as err:
             return f"{describe_validation_error(err, f'{place} row {i}')}. {protocol.REMEDY}"
-    return f"{place} is no list of shards. {protocol.REMEDY}"
+    return f"{place} is not a list of shards. {protocol.REMEDY}"

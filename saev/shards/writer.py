@@ -1,8 +1,9 @@
-"""Writing one shard: batches in, one layer-first file out, and its checksums and moments.
+"""Writing a shard: a file in layer-first order, with its checksums and moments.
 
-Batches come as ``[layer, example, ...]`` in example order, while a file holds all examples of its
-first layer, then all of its second: every layer has its own place to grow, and each is written,
-checksummed and summed up by a thread of its own while the model computes the next batch.
+Batches come as ``[layer, example, ...]`` in the order of examples. The file holds all examples of
+the first layer, then all of the second layer, and so on. So each layer is written at its own
+offset. One thread per layer writes, and computes checksums and moments, while the model computes
+the next batch.
 """
 
 import concurrent.futures
@@ -25,7 +26,7 @@ _MAX_THREADS = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over recorded vectors, as stored. Added in a fixed order, whatever the batch size."""
+    """Sums over the stored vectors. The order of addition does not depend on the batch size."""
 
     total: Float64[np.ndarray, "n_layers d_model"]
     """Sum of the vectors."""
@@ -36,7 +37,7 @@ class Moments:
 
     @classmethod
     def zero(cls, n_layers: int, d_model: int) -> "Moments":
-        """Of no vectors."""
+        """The moments of no vectors."""
         return cls(np.zeros((n_layers, d_model)), np.zeros((n_layers, d_model)), 0)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -47,35 +48,35 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Written:
-    """What is known of a shard once it is written."""
+    """Facts about a written shard."""
 
     n_examples: int
     """Examples in the file."""
     checksums: UInt32[np.ndarray, "n_layers n_examples"]
     """CRC-32C of every example in every layer."""
     content: Moments
-    """Of the content tokens."""
+    """Moments of the content tokens."""
     special: Moments
-    """Of the class token."""
+    """Moments of the class token."""
 
 
 def file_checksum(layout: Layout, checksums: UInt32[np.ndarray, "n_layers n_examples"]) -> str:
-    """Checksum of the shard file whose examples have these."""
+    """Checksum of a shard file, computed from the checksums of its examples."""
     return storage.format_checksum(
         storage.concatenate(map(int, checksums.ravel()), layout.row_bytes)
     )
 
 
 class ShardWriter:
-    """Writes one shard file, which appears under its name when the block ends without an error.
+    """Writes one shard file. It is published when the block ends without an error.
 
     Args:
         url: the file.
-        metadata: what is recorded.
-        capacity: most examples that will come. The file holds those that came.
+        metadata: metadata of the recording.
+        capacity: most examples. The file is shortened if there are fewer.
 
     Raises:
-        StorageError: nothing can be written there.
+        StorageError: the file cannot be written.
         ModelError: an activation is not finite.
     """
 
@@ -118,10 +119,10 @@ class ShardWriter:
             self._close_gaps()
 
     def write(self, acts: Float[Tensor, "n_layers batch tokens d_model"]) -> None:
-        """Append examples. Returns before they are written; the tensor must not change any more.
+        """Append examples. Returns before they are written, so the tensor must not change later.
 
         Raises:
-            ConfigError: the shape or dtype is not what the metadata says, or there are too many.
+            ConfigError: shape or dtype do not fit the metadata, or there are too many examples.
             StorageError, ModelError: writing an earlier batch failed.
         """
         meta = self._metadata
@@ -140,14 +141,14 @@ class ShardWriter:
             raise ConfigError(
                 f"{self.url} has room for {self._capacity} examples, {self._n + n} were written."
             )
-        self._wait()  # a layer's batches follow each other; the layers are independent
+        self._wait()  # batches of one layer must be written in order
         start, self._n = self._n, self._n + n
         for index in range(len(meta.layers)):
             self._busy.append(self._pool.submit(self._write_layer, index, start, acts[index]))
 
     @property
     def written(self) -> Written:
-        """What was written; to be asked for after the block."""
+        """Facts about the shard. Valid after the block has ended."""
         meta = self._metadata
         return Written(
             self._n,
@@ -188,7 +189,7 @@ class ShardWriter:
         )
 
     def _close_gaps(self) -> None:
-        """Move the layers together if fewer examples came than there was room for."""
+        """Move the layers together if there are fewer examples than the capacity."""
         layout = Layout.of(self._metadata, self._n)
         for index in range(1, layout.n_layers if self._n < self._capacity else 0):
             length = layout.n_examples * layout.row_bytes
@@ -197,7 +198,7 @@ class ShardWriter:
 
 
 def _as_numpy(acts: Tensor) -> np.ndarray:
-    """The values, or for bfloat16, which numpy does not know, their bits."""
+    """The values as an array; for bfloat16, which numpy lacks, their bits as uint16."""
     acts = acts.contiguous()
     if acts.dtype == TORCH_DTYPES["bfloat16"]:
         return acts.view(TORCH_DTYPES["float16"]).numpy().view(np.uint16)
@@ -211,12 +212,13 @@ def _as_float64(row: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _add(moments: Moments, index: int, values: Float64[np.ndarray, "tokens d_model"]) -> bool:
-    """Add an example's vectors, which are overwritten, to the sums (not the count) of a layer.
+    """Add an example's vectors to the sums (not the count) of a layer. Overwrites ``values``.
 
-    Returns whether all of them are finite.
+    Sums are over the first axis of a row-major array. There numpy adds row by row, so the bits do
+    not depend on the batch size or the processor.
 
-    Sums run over the first axis of a row-major array, where numpy adds row after row: the order,
-    and so every bit, is the same for any batch size and any processor.
+    Returns:
+        Whether all values are finite.
     """
     if not len(values):
         return True

@@ -38,7 +38,7 @@ def test_what_it_says(recorded: str) -> None:
     assert shards.layer_index(5) == 1
     with pytest.raises(ConfigError, match=r"Layer 4 was not recorded in .*; it has 1, 5"):
         shards.layer_index(4)
-    with pytest.raises(ConfigError, match="has layers 1, 5; say which one"):
+    with pytest.raises(ConfigError, match="has layers 1, 5; name one"):
         shards.layer_index(None)
     with pytest.raises(ConfigError, match="Example 17 is not in"):
         shards.locate(17)
