@@ -121,7 +121,7 @@ def test_a_wrong_command_line_exits_with_2(
         ("train --shards x --lr -1", "--lr: Input should be greater than 0 (found -1.0). `saev t"),
         ("train --train-data.shards x --top-k 0", "--top-k: Input should be greater than or equ"),
         ("train --train-data.val-fraction=2 --shards x", "--train-data.val-fraction: Input shou"),
-        ("run --config dinov2-smal", "--config: there is no file 'dinov2-smal', and none of this"),
+        ("run --config dinov2-smal", "--config: there is no file 'dinov2-smal', and saev has none"),
         ("inference --run x --shards y --batch-size 0", "--batch-size: Input should be greater t"),
         ("step plan --job x --n-parts 0", "--n-parts: Input should be greater than or equal to 1"),
     ],

@@ -1,4 +1,4 @@
-"""Configs of all stages. Torch-free, so that pipeline definitions may import them."""
+"""Configs of all stages. They do not import torch, so that pipeline definitions can use them."""
 
 from saev.config.base import Config, Dtype, Tokens
 from saev.config.images import (

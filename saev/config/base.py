@@ -23,18 +23,18 @@ def _check_file_name(name: str) -> str:
 
 
 FileName = tp.Annotated[str, pydantic.AfterValidator(_check_file_name)]
-"""The name that a stored record gives to a file of its own folder."""
+"""Name of a file in the folder of the stored record that contains this name."""
 
 
 _are_flags = contextvars.ContextVar("saev_are_flags", default=False)
 
 
 class FlagError(Exception):
-    """Values of flags that a config refuses.
+    """A config refuses values of command-line flags.
 
     Args:
-        wrong: the key of each (the last part of the flag's name; empty if it is about several
-            flags), and what is wrong with it.
+        wrong: for each value its key (the last part of the flag's name; empty if several flags are
+            meant) and the message.
     """
 
     def __init__(self, wrong: list[tuple[str, str]]):
@@ -44,9 +44,9 @@ class FlagError(Exception):
 
 @contextlib.contextmanager
 def of_flags() -> Iterator[None]:
-    """Until the block ends, configs that refuse their values raise FlagError.
+    """In this block, configs raise FlagError instead of pydantic's error.
 
-    A parser of command lines takes pydantic's error for one of its own, and prints it as it is.
+    The parser of command lines would catch pydantic's error and print it unchanged.
     """
     token = _are_flags.set(True)
     try:
@@ -63,10 +63,10 @@ def refuse(text: str) -> tp.NoReturn:
 
 
 class Config(pydantic.BaseModel):
-    """Immutable, and an unknown key is an error.
+    """Base of all configs: immutable, and unknown keys are errors.
 
-    Integral floats are accepted for integers because KFP's local runner turns JSON integers into
-    floats.
+    Floats without a fraction are accepted as integers, because KFP's local runner turns JSON
+    integers into floats.
     """
 
     model_config = pydantic.ConfigDict(
@@ -74,22 +74,22 @@ class Config(pydantic.BaseModel):
     )
 
     added: tp.ClassVar[frozenset[str]] = frozenset()
-    """Keys that were added after version 0.1.0. :meth:`identity` leaves out those that have their
+    """Keys that were added after version 0.1.0. :meth:`identity` leaves them out if they have their
     default value."""
     removed: tp.ClassVar[Mapping[str, str]] = {}
-    """Keys that only earlier versions had, each with the key that replaced it ("" for none).
-    Configs that have them still parse."""
+    """Keys of earlier versions, each with the key that replaced it ("" for none). Configs with
+    these keys still parse. A key without a replacement does nothing."""
 
     hides_keys: tp.ClassVar[bool] = False
-    """Whether secret keys in URLs are hidden instead of refused: for records that saev makes of
-    texts that others stored, such as labels."""
+    """Whether secrets in URLs are hidden instead of refused. This is for records with texts that
+    other programs stored, such as labels."""
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def _of_flags(
         cls, raw: tp.Any, handler: pydantic.ModelWrapValidatorHandler[tp.Self]
     ) -> tp.Self:
-        """Give errors of flags to whoever knows the flags."""
+        """Inside :func:`of_flags`, raise FlagError."""
         try:
             return handler(raw)
         except pydantic.ValidationError as err:
@@ -100,7 +100,8 @@ class Config(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _take_removed(cls, raw: tp.Any) -> tp.Any:
-        """Move the values of removed keys to the keys that replaced them, and drop the others."""
+        """Move the values of removed keys to the keys that replaced them. Drop those without a
+        replacement."""
         if not isinstance(raw, dict) or not cls.removed.keys() & raw.keys():
             return raw
         kept = {key: value for key, value in raw.items() if key not in cls.removed}
@@ -112,7 +113,7 @@ class Config(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_keys(cls, raw: tp.Any, info: pydantic.ValidationInfo) -> tp.Any:
-        """Refuse URLs that hold a secret key, because a config is shown, stored and hashed."""
+        """Refuse URLs that contain a secret, because configs are shown, stored and hashed."""
         if cls.hides_keys:
             return _without_keys(raw)
         if isinstance(raw, dict) and not (info.context or {}).get("stored"):
@@ -134,9 +135,9 @@ class Config(pydantic.BaseModel):
         return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, tp.Any]:
-        """:meth:`to_dict` for hashing: without keys that were added later and have their default.
+        """:meth:`to_dict` for hashing, without ``added`` keys that have their default value.
 
-        So a name that an earlier version made from a hash stays the same in this version.
+        So hashes, and the names made from them, stay the same in later versions.
         """
         plain = self.to_dict()
         for name, field in type(self).model_fields.items():
@@ -153,9 +154,9 @@ class Config(pydantic.BaseModel):
 
         Args:
             raw: plain JSON types.
-            source: what errors call the config.
-            stored: whether an earlier version may have written the config. Then a URL with a secret
-                key in it is no error.
+            source: name of the config in errors.
+            stored: whether an earlier version may have written the config. Then a secret in a URL
+                is not an error.
         """
         try:
             return cls.model_validate(raw, context={"stored": stored})
@@ -175,7 +176,7 @@ def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
 
 
 def _without_keys(value: tp.Any) -> tp.Any:
-    """Plain JSON types, with the secret keys of URLs hidden."""
+    """Plain JSON types, with secrets in URLs hidden."""
     if isinstance(value, str):
         return secrets.redact(value)
     if isinstance(value, dict):
@@ -198,13 +199,13 @@ def _texts(value: tp.Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:
-    """One line per wrong key: where it stands, what was found, what is wrong with it."""
+    """All errors in one line. Each has the key, the message, and the value that was found."""
     lines = [f"{key or '(top level)'}: {text}" for key, text in map(_wrong, err.errors())]
     return f"Invalid {source}: " + "; ".join(lines)
 
 
 def _wrong(item: tp.Any) -> tuple[str, str]:
-    """The dotted key of one of pydantic's errors, and what is wrong with its value."""
+    """The dotted key and the message of one of pydantic's errors."""
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         message = "unknown key"

@@ -1,4 +1,4 @@
-"""Which images: one config per kind of dataset."""
+"""Configs of image datasets, one per kind."""
 
 import typing as tp
 
@@ -9,10 +9,10 @@ from saev.config.base import Config
 
 _T = tp.TypeVar("_T")
 Kind = tp.Annotated[_T, tyro.conf.Suppress]
-"""A discriminator: chosen by the subcommand's name on the command line, written in JSON."""
+"""A key that is no flag: the subcommand chooses the kind on the command line."""
 
 MAX_PIXELS = 178_956_970
-"""Most pixels that PIL decodes by default: 2**30 / 6. PIL takes a larger image for an attack."""
+"""Most pixels that PIL decodes by default: 2**30 / 6. PIL treats a larger image as an attack."""
 
 PixelAgg = tp.Literal["majority", "prefer-fg"]
 
@@ -28,15 +28,16 @@ class ImgFolder(Config):
 
     kind: Kind[tp.Literal["img-folder"]] = "img-folder"
     root: str
-    """URL of the folder, or a glob pattern of folders or images (quote it). Classes are named by
-    the path below a matched folder; for matched images, below the pattern's part without `*`."""
+    """URL of the folder, or a glob pattern of folders or images (quote it). Classes are paths
+    of sub-folders below a matched folder or, for matched images, below the pattern's part without
+    `*`."""
     version: str = ""
-    """Any text that is part of the data's identity, besides names and sizes. Give a new one when
-    files were replaced by others of the same names and sizes."""
+    """Any text that is part of the data's identity, besides names and sizes. Change it when files
+    are replaced by others with the same names and sizes."""
     max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
     """Most pixels of an image. A larger image counts as unreadable, because a small file may claim
-    to be enormous. All threads that decode together hold at most this number of pixels, or 16
-    million per thread if that is more."""
+    to be enormous. All decoding threads together hold at most this number of pixels, or 16 million
+    per thread if that is more."""
     heic: bool = False
     """Whether .heic, .heif and .hif files are read (`pip install 'saevit[heic]'`). If not, they are
     left out, whether that package is installed or not."""
@@ -67,12 +68,12 @@ class ImgSegFolder(Config):
     version: str = ""
     """As for img-folder."""
     mask_map: str = ""
-    """Which colour or value of a mask is which label: a CSV file (see docs/guide.md), or an image
+    """Map from colours or values of masks to labels: a CSV file (see docs/guide.md), or an image
     whose palette has the colours. A URL, or a path below `root`. Needed for colour masks and for
     values above 255."""
     mask_orientation: tp.Literal["displayed", "stored"] | None = None
-    """How a mask without an EXIF orientation lies if its photograph has one: as the picture is
-    displayed, or as the picture's pixels are stored. By default as displayed, with a warning."""
+    """Orientation of a mask without EXIF orientation if its photograph has one: as the picture is
+    displayed, or as its pixels are stored. By default as displayed, with a warning."""
     max_pixels: int = pydantic.Field(default=MAX_PIXELS, ge=1)
     """As for img-folder."""
     heic: bool = False
@@ -124,7 +125,7 @@ class FakeImg(Config):
     image_size: int = pydantic.Field(default=64, ge=1)
     """Height and width in pixels."""
     seed: int = pydantic.Field(default=0, ge=0)
-    """What the pixels are drawn from."""
+    """Seed of the pixels."""
 
 
 class FakeImgSeg(FakeImg):

@@ -18,9 +18,9 @@ class RunConfig(Config):
     pictures: tyro.conf.Positional[str] = ""
     """URL of a folder of images, or of one with masks: `images` and `annotations` below it."""
     config: ConfigFile = pydantic.Field(default=FIRST_LOOK, validate_default=True)
-    """Name of a config that comes with saev (such as dinov2-small), or URL of a TOML file (or JSON,
-    if it is called so) with the tables [shards], [train], [inference] and [visuals]; their keys are
-    the flags of those commands. first-look is one SAE of DINOv2 ViT-S/14, in minutes."""
+    """Name of a config that comes with saev (such as dinov2-small), or URL of a TOML file (or a
+    .json file) with the tables [shards], [train], [inference] and [visuals]; their keys are the
+    flags of those commands. first-look is one SAE of DINOv2 ViT-S/14, in minutes."""
     root: str = "./saev-out"
     """URL of the folder for everything: root/shards, root/runs and root/index.html."""
     data: ImageData | None = None
@@ -28,7 +28,7 @@ class RunConfig(Config):
 
 
 class RunFile(Config):
-    """What the file of `saev run --config` holds."""
+    """Content of the file of `saev run --config`."""
 
     data: ImageData | None = None
     """The images."""
@@ -37,7 +37,7 @@ class RunFile(Config):
     train: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of TrainConfig. `sweep` may be given relative to the file."""
     sweep: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
-    """What a sweep file holds, in place of train.sweep."""
+    """Content of a sweep file, instead of train.sweep."""
     inference: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Keys of InferenceConfig."""
     visuals: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
@@ -56,10 +56,11 @@ class RunFile(Config):
 
     @classmethod
     def portable(cls, url: str) -> tp.Self:
-        """The file with its sweep inside, so that it means the same where the sweep's file is not.
+        """Read the file and put its sweep into the table [sweep], so that it does not need another
+        file.
 
         Raises:
-            ConfigError: a key of the file is wrong, or it names a sweep twice.
+            ConfigError: a key of the file is wrong, or it has two sweeps.
             StorageError: the file or the sweep cannot be read.
         """
         file = cls.read(url)
@@ -77,9 +78,9 @@ class RunFile(Config):
 
 
 def beside(config: str, sweep: str) -> str:
-    """Where the sweep of a config file is: a relative name is looked for beside the file first.
+    """URL of the sweep of a config file. A relative path is first looked up beside the file.
 
-    Raises ConfigError if it is no file, and no sweep of saev is called so.
+    Raises ConfigError if there is no such file, and saev has no sweep with this name.
     """
     near = storage.join(storage.parent(config), sweep)
     is_relative = "://" not in sweep and not sweep.startswith("/")
@@ -92,7 +93,7 @@ def beside(config: str, sweep: str) -> str:
 
 
 def read_toml(url: str) -> dict[str, tp.Any]:
-    """A TOML file. Raises ConfigError that says where it does not parse."""
+    """Read a TOML file. Raises ConfigError that names the line of a mistake."""
     try:
         return storage.parse_toml(storage.read_bytes(url), storage.normalize(url), ConfigError)
     except CorruptDataError as err:

@@ -1,4 +1,4 @@
-"""What an SAE is and what it minimises: torch-free configs of `saev.nn`."""
+"""Configs of SAEs and their objectives. They do not import torch."""
 
 import typing as tp
 
@@ -47,15 +47,15 @@ class JumpRelu(Config):
 
     kind: Kind[tp.Literal["jump-relu"]] = "jump-relu"
     init_l0: int | None = pydantic.Field(default=None, ge=1)
-    """θ starts at the quantile of the pre-activations that leaves so many latents active per token;
-    by default objective.target_l0, or 64."""
+    """Initial L0: θ starts at the quantile of the pre-activations with this many active latents per
+    token; by default objective.target_l0, or 64."""
     kernel_width: float = pydantic.Field(default=0.5, gt=0.0, le=2.0)
     """Width ε of the rectangle kernel of the gradient estimator, as a multiple of θ."""
     threshold_lr: float | None = pydantic.Field(default=None, gt=0.0)
     """Peak learning rate of ln θ; by default 5·lr with Adam and lr with Muon."""
 
     def identity(self) -> dict[str, tp.Any]:
-        """With two keys of version 0.1.0: hashes that count them name its runs and results."""
+        """With the removed keys, because the ids of existing runs and results depend on them."""
         return {**super().identity(), "init_threshold": 0.01, "bandwidth": 0.05}
 
 
@@ -76,8 +76,8 @@ class SaeConfig(Config):
     activation: Activation = TopK()
     """Activation function."""
     reinit_blend: float = pydantic.Field(default=0.0, ge=0.0, le=1.0)
-    """Data-point initialisation: share of a centred training activation in each decoder row, the
-    rest is noise (both at unit norm); 0 is plain random initialisation (docs/training compares)."""
+    """Data-point initialisation: share of a centred training activation in each decoder row. The
+    rest is noise (both at unit norm). 0 is random initialisation (docs/training compares them)."""
     normalize_w_dec: bool = True
     """Keep decoder rows at unit norm after every step."""
     remove_parallel_grads: bool = True
@@ -91,7 +91,7 @@ class SaeConfig(Config):
         """The same config with `d_model` and `d_sae` filled in.
 
         Raises:
-            ConfigError: this config names another width, or more active latents than there are.
+            ConfigError: this config has another width, or top_k is larger than d_sae.
         """
         if self.d_model is not None and self.d_model != d_model:
             raise ConfigError(
@@ -118,7 +118,7 @@ class SaeConfig(Config):
 
 
 SPARSITY_COEFF = 1e-3
-"""The λ that is used if neither sparsity_coeff nor target_l0 is given."""
+"""Default λ if neither sparsity_coeff nor target_l0 is given."""
 
 
 class Vanilla(Config):
@@ -131,8 +131,8 @@ class Vanilla(Config):
     """Weight λ of the L1 (ReLU) or L0 (JumpReLU) penalty; by default 1e-3. TopK and BatchTopK have
     no penalty."""
     target_l0: float | None = pydantic.Field(default=None, gt=0.0)
-    """Mean number of active latents per token that training aims at (ReLU and JumpReLU). Training
-    then chooses λ itself, so sparsity_coeff must not be given."""
+    """Target for the mean number of active latents per token (ReLU and JumpReLU). Training then
+    chooses λ, so sparsity_coeff must not be given."""
     aux_coeff: float = pydantic.Field(default=1 / 32, ge=0.0)
     """Weight α of the AuxK loss that revives dead latents; 0 leaves it out."""
     k_aux: int | None = pydantic.Field(default=None, ge=1)
@@ -150,7 +150,7 @@ class Vanilla(Config):
 
     @property
     def coefficient(self) -> float:
-        """λ where it is not chosen by a target."""
+        """λ if there is no target."""
         return SPARSITY_COEFF if self.sparsity_coeff is None else self.sparsity_coeff
 
     def identity(self) -> dict[str, tp.Any]:
@@ -159,8 +159,8 @@ class Vanilla(Config):
 
 
 class Matryoshka(Vanilla):
-    """Mean of the errors of nested prefixes of the dictionary (Bussmann et al. 2025,
-    arXiv:2503.17547; they sum), with lengths drawn anew each step from a Pareto distribution."""
+    """Mean of the errors of nested prefixes of the dictionary, with lengths drawn at each step from
+    a Pareto distribution. The paper uses the sum (Bussmann et al. 2025, arXiv:2503.17547)."""
 
     kind: Kind[tp.Literal["matryoshka"]] = "matryoshka"  # type: ignore[assignment]
     n_prefixes: int = pydantic.Field(default=10, ge=1)

@@ -1,4 +1,4 @@
-"""What to record: the config of `saev shards`."""
+"""The config of `saev shards`."""
 
 import pydantic
 
@@ -10,8 +10,8 @@ class ShardsConfig(Config):
     """Record ViT activations of an image dataset into sharded binary files."""
 
     shards_root: str = "./shards"
-    """URL of the folder in which the result, a folder named by its content hash, is made. For
-    object storage a shard is first written to a scratch file in TMPDIR, which needs room for it."""
+    """URL of the folder for the result, which is a folder named by its content hash. For object
+    storage, a shard is first written to a scratch file in TMPDIR, which needs space for it."""
     family: str = "clip"
     """Model family: clip, siglip, timm, dinov2, dinov3, or one that you registered."""
     ckpt: str = "ViT-B-16/openai"
@@ -32,8 +32,8 @@ class ShardsConfig(Config):
     dtype: Dtype = "float32"
     """Stored precision. float16 and bfloat16 halve the bytes that training has to read."""
     batch_size: int = pydantic.Field(default=256, ge=1)
-    """Images per forward pass on a GPU. On the CPU passes are of 8 images, several side by side, so
-    that neither this nor the number of threads changes a bit of the result."""
+    """Images per forward pass on a GPU. On the CPU there are always 8 per pass, and several passes
+    run in parallel, so that the result does not depend on the number of threads."""
     n_workers: int = pydantic.Field(default=0, ge=0)
     """Threads that decode images; 0 means one per core."""
     device: str = "auto"
@@ -43,7 +43,7 @@ class ShardsConfig(Config):
     skip_unreadable: bool = False
     """Leave out images that cannot be decoded and list them in skipped.json."""
     part: str = ""
-    """I/N: do only that part of the shards (1/N to N/N), and do not publish: the command without
-    --part does that, and whatever is missing."""
+    """I/N: record only this part of the shards (1/N to N/N), and do not publish. Without --part,
+    the command records what is missing and publishes."""
     data: ImageData
     """The images."""

@@ -14,15 +14,15 @@ Rate = tp.Annotated[float, pydantic.Field(gt=0)]
 
 
 class SizeConfig(Config):
-    """How much storage, reading and memory a job takes, before it is started.
+    """Estimate storage, reading and memory of a job before it is started.
 
-    Say what is recorded and trained by flags, or by the file of `saev run --config`; flags win.
+    Describe the job by flags, or by the file of `saev run --config`. Flags override the file.
     """
 
     config: ConfigFile = ""
-    """What `saev run --config` takes: a name, or the URL of a file."""
+    """Name of a config, or URL of a file, as for `saev run --config`."""
     n_images: Count | None = None
-    """Images; counted if a dataset is named (by data:… or the file's [data] table)."""
+    """Number of images; counted if a dataset is given (by data:… or the file's [data] table)."""
     model: str = ""
     """A model by its short name, such as clip-vitb16; --model list prints all."""
     family: str | None = None
@@ -32,18 +32,18 @@ class SizeConfig(Config):
     image_size: Count | None = None
     """Input height and width in pixels; the model's own if not given."""
     load_model: bool = False
-    """Build the model, with random weights, and ask it for its sizes: for models that are not in
-    the list. Needs torch."""
+    """Build the model with random weights to learn its sizes, if it is not in the list. Needs
+    torch."""
     d_model: Count | None = None
-    """Width of the residual stream, in place of a model."""
+    """Width of the residual stream, instead of a model."""
     content_tokens_per_example: Count | None = None
-    """Patches per image, in place of a model."""
+    """Patches per image, instead of a model."""
     layers: Count | None = None
-    """How many layers are recorded."""
+    """Number of layers that are recorded."""
     cls_token: bool = True
     """Record the class token too, if the model has one."""
     labels: bool = False
-    """The images have masks, so that every patch gets a label."""
+    """Whether the images have masks, so that every patch has a label."""
     dtype: Dtype | None = None
     """Stored precision."""
     max_tokens_per_shard: Count | None = None
@@ -51,15 +51,15 @@ class SizeConfig(Config):
     n_train: Count | None = None
     """Tokens to train on."""
     n_saes: Count = 1
-    """SAEs of that kind, trained on the same batches; a file's sweep says it itself."""
+    """Number of SAEs, trained on the same batches. With a file, its sweep decides."""
     d_sae: Count | None = None
     """Latents of an SAE; 16 × d_model by default."""
     top_k: Count | None = None
-    """Active latents per token, also for activations that do not fix it."""
+    """Active latents per token, also for activations without top_k."""
     batch_size: Count | None = None
     """Tokens per training step."""
     buffer_mb: Rate | None = None
-    """Memory for the windows that rows are shuffled in, in MiB."""
+    """Memory for the windows in which rows are shuffled, in MiB."""
     max_parts: Count = 16
     """Most pods that record at once."""
     images_per_second: Rate | None = None

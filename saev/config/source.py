@@ -1,4 +1,4 @@
-"""What activations are, as it travels with SAEs and results, and the comparison of two of them."""
+"""The description of activations that is stored with SAEs and results, and its comparison."""
 
 import logging
 import typing as tp
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class ActivationSource(Config):
-    """What a model made of images: which model, of which images, which of its activations.
+    """The model, preprocessing, layer and tokens of activations.
 
-    None is not known: earlier versions, and other programs, recorded less.
+    None means unknown, because earlier versions and other programs recorded less.
     """
 
-    model_config = pydantic.ConfigDict(extra="ignore")  # of a later version
+    model_config = pydantic.ConfigDict(extra="ignore")  # keys of a later version
     hides_keys: tp.ClassVar = True
 
     family: str | None = None
@@ -28,15 +28,15 @@ class ActivationSource(Config):
     ckpt_checksum: str | None = None
     """Checksum of the weights file, if the checkpoint names one."""
     network: str | None = None
-    """Which network the checkpoint is, wherever its weights lie."""
+    """Name of the network, which does not depend on the location of its weights."""
     weights: str | None = None
     """Checksum of the network's tensors."""
     structure: str | None = None
-    """Checksum of what the network is beside its tensors."""
+    """Checksum of the network's structure, without its tensors."""
     image_size: tuple[int, int] | None = None
     """Model input height and width in pixels."""
     image_spec: dict[str, tp.Any] | None = None
-    """How images were resized, cropped and normalised."""
+    """Preprocessing of images."""
     layer: int | None = None
     """Block number."""
     tokens: Tokens | None = None
@@ -46,20 +46,20 @@ class ActivationSource(Config):
     amp: bool | None = None
     """Whether the forward pass ran in bfloat16 autocast."""
     versions: dict[str, str] = pydantic.Field(default_factory=dict)
-    """Versions of the libraries that recorded. To look at; never compared."""
+    """Versions of libraries at recording, for information. They are never compared."""
     shards: str | None = None
     """Hash of the shards folder's metadata."""
 
     @property
     def model(self) -> str:
-        """The model in a few words, without the place of its weights."""
+        """Short name of the model, without the location of its weights."""
         arch, _, weights = (self.ckpt or "an unknown checkpoint").partition("@")
         name = f"{arch}@{weights.rstrip('/').rpartition('/')[2]}" if weights else arch
         return f"{self.family or 'unknown family'} {name}"
 
     @property
     def described(self) -> str:
-        """All that a person may want to know of it, in one sentence."""
+        """A sentence with all facts that are of interest to a person."""
         versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
         parts = [
             _identified(self),
@@ -70,25 +70,25 @@ class ActivationSource(Config):
         return f"{', '.join(filter(None, parts))}."
 
     def filled(self, other: "ActivationSource") -> "ActivationSource":
-        """With what is unknown here and known of ``other``."""
+        """A copy in which unknown keys have the values of ``other``."""
         mine = {k: v for k, v in self if v is not None and v != {}}
         return other.model_copy(update=mine)
 
 
 class Differences(tp.NamedTuple):
-    """What two sources differ in, in words that name both sides."""
+    """Differences between two sources, in words that name both sides."""
 
     refused: list[str]
-    """Those that make measurements of one with the SAE of the other meaningless."""
+    """Differences that make it meaningless to use an SAE of one source on the other."""
     warned: list[str]
-    """Those that a person may want, as ends of a sentence."""
+    """Differences that may be intended, as ends of a sentence."""
 
 
 def compare(trained: ActivationSource, used: ActivationSource) -> Differences:
-    """What differs between the activations of training and others. Unknown is not different.
+    """Compare the activations of training with others. Unknown keys are not compared.
 
-    Precision and versions of libraries move activations by less than an SAE notices: they are
-    recorded and shown, and not compared.
+    Precision and versions of libraries are not compared, because they change activations by less
+    than an SAE notices. They are recorded and shown.
     """
     refused = []
     if not _same_model(trained, used) and not _same_name_of_other_size(trained, used):
@@ -100,7 +100,7 @@ def compare(trained: ActivationSource, used: ActivationSource) -> Differences:
         refused.append(f"image size {_size(trained)} in training, {_size(used)} here")
     ours, theirs = trained.image_spec or {}, used.image_spec or {}
     for key in sorted(ours.keys() & theirs.keys() - {"image_size"}):
-        # Where the model's input has another size, images are resized to another one, too.
+        # With another image size, images are also resized to another size.
         if key == "resize" and trained.image_size != used.image_size:
             continue
         if ours[key] != theirs[key]:
@@ -116,17 +116,17 @@ def compare(trained: ActivationSource, used: ActivationSource) -> Differences:
 def check(
     trained: ActivationSource, used: ActivationSource, *, sae: str, shards: str, allow: bool
 ) -> tuple[str, ...]:
-    """Refuse to use an SAE on what its training says nothing about. Every stage asks this.
+    """Refuse to use an SAE on activations of another model. All stages call this.
 
     Args:
-        trained: what it was trained on.
-        used: what it is to be used on.
-        sae: what messages call the SAE.
+        trained: activations that it was trained on.
+        used: activations that it will be used on.
+        sae: name of the SAE in messages.
         shards: URL of the activations.
-        allow: go on all the same.
+        allow: only warn.
 
     Returns:
-        What differs and was allowed; whoever writes a result writes it there.
+        The differences that were allowed. The caller must store them in its result.
 
     Raises:
         ConfigError: weights, preprocessing or image size differ, and ``allow`` is off.
@@ -137,9 +137,9 @@ def check(
     if refused and not allow:
         raise ConfigError(
             f"{sae} was trained on other activations than those in {shards}: "
-            f"{'; '.join(refused)}. Figures from there say nothing about it. Take shards of the "
-            "model and preprocessing that it was trained on, or give --allow-other-model; the "
-            "result then says so."
+            f"{'; '.join(refused)}. Metrics on them say nothing about the SAE. Use shards of the "
+            "model and preprocessing that it was trained on, or give --allow-other-model, which is "
+            "then recorded in the result."
         )
     if refused:
         say_once(
@@ -151,11 +151,12 @@ def check(
 
 
 def _same_model(a: ActivationSource, b: ActivationSource) -> bool:
-    """Whether two models are the same one, or may be, by the best that is known of both."""
+    """Whether two models are the same, or may be, by the best key that is known of both."""
     networks, weights = (a.network, b.network), (a.weights, b.weights)
     if None not in networks and a.network != b.network:
-        # Names tell other activation functions or numbers of heads, which no tensor shows. But a
-        # folder, a hub and a file may each have a name of their own for one network.
+        # Networks with equal tensors may differ in activation functions or numbers of heads, which
+        # only names show. But one network may have different names in a folder, on a hub and in a
+        # file, so structures are compared, too.
         return _is_equal(*weights) and _is_equal(a.structure, b.structure)
     if None not in networks and _is_random(a):
         return True
@@ -173,22 +174,22 @@ def _is_equal(a: str | None, b: str | None) -> bool:
 
 
 def _is_random(source: ActivationSource) -> bool:
-    """Whether weights are untrained: drawn from one seed, with other last bits elsewhere."""
+    """Whether weights are untrained. Their last bits depend on the kind of processor."""
     return (source.network or source.ckpt or "").endswith("/random")
 
 
 def _same_name_of_other_size(a: ActivationSource, b: ActivationSource) -> bool:
-    """Whether weights may differ only in the position embeddings, fitted to another image size."""
+    """Whether weights may differ only in position embeddings for another image size."""
     is_other = None not in (a.image_size, b.image_size) and a.image_size != b.image_size
     keys = ("family", "ckpt", "ckpt_checksum", "network")
     return is_other and all(getattr(a, key) == getattr(b, key) for key in keys)
 
 
 def _identified(source: ActivationSource) -> str:
-    """The model with the checksum that tells it from others of its name."""
+    """The model with its checksum, which distinguishes it from others with the same name."""
     checksum = source.weights or source.ckpt_checksum
     if _is_random(source):
-        checksum = None  # it may be that of other untrained networks, and of this one it may differ
+        checksum = None  # it depends on the kind of processor
     return f"{source.model} (weights {checksum[:23]}…)" if checksum else source.model
 
 

@@ -1,4 +1,4 @@
-"""One file, four stages: what `saev run` and the pipeline's steps make of a config. Torch-free."""
+"""The configs of all stages, made from one config file. Does not import torch."""
 
 import typing as tp
 
@@ -8,21 +8,21 @@ from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
 from saev.config.run import RunFile, beside
 from saev.config.shards import ShardsConfig
-from saev.config.sweeps import resolve as resolve_sweep
+from saev.config.sweeps import requested_configs
 from saev.config.train import TrainConfig
 from saev.config.visuals import VisualsConfig
 from saev.errors import ConfigError
 
 
 class Stages(tp.NamedTuple):
-    """The stages' configs, validated before the first of them starts. Made by :func:`resolve`."""
+    """The configs of all stages, validated before the first stage starts. See :func:`resolve`."""
 
     shards: ShardsConfig
-    """Complete."""
+    """The complete config."""
     train: TrainConfig
-    """All but the shards; see :meth:`training`."""
+    """The config without its shards; see :meth:`training`."""
     sweep: dict[str, tp.Any]
-    """The table of the sweep, empty if it is a file or there is none."""
+    """The table of the sweep; empty if the sweep is a file or there is none."""
     inference: dict[str, tp.Any]
     """Keys of the file's table; see :meth:`measuring`."""
     visuals: dict[str, tp.Any]
@@ -35,8 +35,8 @@ class Stages(tp.NamedTuple):
         return TrainConfig.from_dict(keys)
 
     def measuring(self, run: str, shards: str) -> InferenceConfig:
-        """The config of inference with the SAE of a run: by default on the layer and the tokens
-        that it was trained on."""
+        """The config of inference with the SAE of a run. By default it uses the layer and tokens of
+        training."""
         trained = TrainConfig.of_run(run).train_data
         data = {
             "layer": trained.layer,
@@ -48,11 +48,11 @@ class Stages(tp.NamedTuple):
         return InferenceConfig.from_dict(keys)
 
     def showing(self, run: str, shards: str, measured: str) -> VisualsConfig:
-        """The config of the picture book of a run.
+        """The config of the visuals of a run.
 
-        The pictures are drawn from the images that this config names, because the user named them.
-        The shards may name another place, where equal images were recorded first, and saev does not
-        open every place that a file names.
+        Pictures are drawn from the images of this config, because the user named them. The shards
+        may name another location, at which equal images were recorded first, and saev does not open
+        every location that a file names.
         """
         keys = {"data": self.shards.data.to_dict(), **self.visuals}
         return VisualsConfig.from_dict(
@@ -66,17 +66,17 @@ def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> St
     Args:
         file: the file.
         root: URL of the folder for everything.
-        data: the images; by default the file's.
-        source: URL of the file, or what errors call it. Relative sweeps are looked for beside it.
+        data: the images; by default those of the file.
+        source: URL of the file, or its name in errors. Relative sweeps are looked up beside it.
 
     Raises:
-        ConfigError: a key is wrong; nothing has been started then.
+        ConfigError: a key is wrong.
         StorageError: the sweep's file cannot be read.
     """
     images = data or file.data
     if images is None:
         raise ConfigError(
-            f"No images: add a [data] table to {source} or say data:img-folder --data.root URL."
+            f"No images: add a [data] table to {source} or give data:img-folder --data.root URL."
         )
     _refuse(file.shards, {"shards_root", "data", "part"}, f"{source} [shards]")
     _refuse(file.train, {"runs_root"}, f"{source} [train]")
@@ -95,8 +95,8 @@ def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> St
             raise ConfigError(f"{source} has a table [sweep] and train.sweep; keep one of them.")
         keys["sweep"] = beside(source, keys["sweep"])
     training = TrainConfig.from_dict(keys, source=f"{source} [train]")
-    # Checked now with placeholders, so that a typo does not wait until training is over.
-    resolve_sweep(training, table=file.sweep)
+    # Validated now, with placeholders, so that a typo is not found only after training.
+    requested_configs(training, table=file.sweep)
     InferenceConfig.from_dict({**file.inference, "run": root}, source=f"{source} [inference]")
     VisualsConfig.from_dict(
         {**file.visuals, "run": root, "shards": root}, source=f"{source} [visuals]"
@@ -105,15 +105,15 @@ def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> St
 
 
 def images_of(file: RunFile, dataset: str, version: str = "") -> ImageData | None:
-    """The file's images, moved to another place.
+    """The images of a config file, with another root.
 
     Args:
-        file: the config file; without a [data] table, the dataset is a folder of images.
-        dataset: URL of the folder; empty leaves the file's images as they are.
+        file: the config file. Without a [data] table, the dataset is a folder of images.
+        dataset: URL of the folder; if empty, the file's images are returned unchanged.
         version: see :class:`saev.config.images.ImgFolder`.
 
     Raises:
-        ConfigError: the file's kind of dataset is no folder.
+        ConfigError: the file's kind of dataset is not a folder.
     """
     if not dataset:
         return file.data

@@ -1,7 +1,7 @@
-"""Sweeps: a TOML file of lists becomes many training configs. Torch-free.
+"""Sweeps: a TOML file of lists becomes many training configs. Does not import torch.
 
-A list is an axis of a grid; every combination is one SAE. ``[[grid]]`` tables are separate grids,
-for parameters that belong in pairs or depend on each other; keys outside them hold for all grids.
+A list is an axis of a grid, and every combination is one SAE. ``[[grid]]`` tables are separate
+grids, for parameters that depend on each other. Keys outside of them are for all grids.
 
     lr = [1e-4, 3e-4]              # two learning rates ...
     [sae]
@@ -51,7 +51,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         if key != "split"  # training and evaluation are different sides of a split
     },
 }
-"""Short names that a sweep may use; a name with two targets sets both to the same value."""
+"""Short names that a sweep may use. A name with two targets sets both to the same value."""
 
 UNSWEPT = frozenset(
     (
@@ -59,36 +59,38 @@ UNSWEPT = frozenset(
         *("checkpoint_every", "checkpoint_minutes", "n_ranks", "allow_other_model"),
     )
 )
-"""Keys that leave the trained weights alone, so a list of them would train equal SAEs twice."""
+"""Keys that do not affect trained weights. A list of their values would train equal SAEs twice."""
 
 Point = dict[str, tp.Any]
 """One SAE's values by dotted key."""
 
 
-class Asked(tp.NamedTuple):
-    """One SAE that is asked for."""
+class RequestedSae(tp.NamedTuple):
+    """One SAE that the user requested."""
 
     config: TrainConfig
-    """As asked for. All SAEs of a sweep have one seed here, unless seeds are swept."""
+    """Its config, before defaults are resolved. Unless seeds are swept, all SAEs of a sweep have
+    the same seed here."""
     position: int | None
-    """Its number in the sweep. None if its seed is given: there is no sweep, or it sweeps seeds."""
+    """Its number in the sweep. None if the user gave its seed: without a sweep, or if seeds are
+    swept."""
 
 
-def asked(
+def requested_saes(
     cfg: TrainConfig,
     explicit: tp.Collection[str] = (),
     table: Mapping[str, tp.Any] | None = None,
-) -> tuple[Asked, ...]:
-    """All SAEs that are asked for, in a fixed order; one if there is no sweep.
+) -> tuple[RequestedSae, ...]:
+    """All SAEs that the user requested, in a fixed order; one if there is no sweep.
 
     Args:
-        cfg: what the command line said, with defaults for the rest.
-        explicit: dotted keys that the command line set; a sweep does not override them.
-        table: what the sweep's file would hold, if the sweep is not a file.
+        cfg: config of the command line.
+        explicit: dotted keys that the command line set. A sweep does not override them.
+        table: content of the sweep, if it is not a file.
 
     Raises:
-        ConfigError: the file does not parse, a key is unknown (the nearest valid one is named), a
-            value has the wrong type, or a combination is invalid.
+        ConfigError: the file does not parse, a key is unknown, a value has the wrong type, or a
+            combination is invalid.
     """
     cfg = cfg.model_copy(update={"val_data": ValDataConfig.model_validate(cfg.val_data)})
     if table:
@@ -97,7 +99,7 @@ def asked(
         source, table = storage.normalize(cfg.sweep), read_toml(cfg.sweep)
     else:
         _check_penalties([(cfg, Combination({}, 0, frozenset()))], explicit, "The command")
-        return (Asked(cfg, None),)
+        return (RequestedSae(cfg, None),)
     points = list(expand(table, source, explicit))
     base = cfg.to_dict() | {"sweep": ""}
     applied = [(_apply(base, one.point, explicit, source), one) for one in points]
@@ -110,28 +112,29 @@ def asked(
         n_repeated = len(points) - len(members)
         say_once(logger, f"{source}: {n_repeated} of {len(points)} combinations are repeated.")
     return tuple(
-        Asked(member, None if swept_seed else index)
+        RequestedSae(member, None if swept_seed else index)
         for index, (member, swept_seed) in enumerate(members.values())
     )
 
 
-def resolve(
+def requested_configs(
     cfg: TrainConfig,
     explicit: tp.Collection[str] = (),
     table: Mapping[str, tp.Any] | None = None,
 ) -> tuple[TrainConfig, ...]:
-    """The configs of :func:`asked`."""
-    return tuple(one.config for one in asked(cfg, explicit, table))
+    """The configs of :func:`requested_saes`."""
+    return tuple(one.config for one in requested_saes(cfg, explicit, table))
 
 
 class Combination(tp.NamedTuple):
     """One point of a sweep."""
 
     point: Point
+    """Values by dotted key."""
     grid: int
     """Number of its grid."""
     own: frozenset[str]
-    """The grid's own keys; the others hold for all grids."""
+    """Keys of its ``[[grid]]`` table. The other keys are for all grids."""
 
 
 _PENALTY, _KIND = "objective.sparsity_coeff", "sae.activation.kind"
@@ -142,12 +145,11 @@ def _check_penalties(
     explicit: tp.Collection[str],
     source: str,
 ) -> None:
-    """Refuse a sparsity penalty if no SAE that it was given to has an activation with a penalty.
+    """Refuse a sparsity penalty that no SAE uses.
 
-    A penalty that holds for several grids, or for several kinds of activation, is accepted if one
-    of these SAEs uses it. A sweep of penalties that names no activation is accepted, too, because
-    it is the guide's example, for which ReLU is the default. It gets a warning later. A stored
-    config is accepted as well: whoever wrote it did not choose the penalty.
+    A penalty for several grids, or several kinds of activation, is accepted if one of these SAEs
+    uses it. Two more cases are accepted. A sweep of penalties without an activation is the guide's
+    example; there is a warning later. In a stored config, the user did not choose the penalty.
     """
 
     def scope(one: Combination) -> int | None:
@@ -168,8 +170,8 @@ def _check_penalties(
 
 
 def _is_resolved(config: TrainConfig) -> bool:
-    """Whether a config is one that training stored, with every default decided. Version 0.1.0 wrote
-    a penalty into all of them, and sweeps of the penalty alone still do."""
+    """Whether training stored this config, with all defaults resolved. Version 0.1.0 wrote a
+    penalty into all stored configs, and sweeps of the penalty alone still do."""
     needed = (config.batch_size, config.lr, config.n_lr_warmup, config.dead_after, config.sae.d_sae)
     return None not in needed
 
@@ -177,7 +179,7 @@ def _is_resolved(config: TrainConfig) -> bool:
 def expand(
     table: Mapping[str, tp.Any], source: str, explicit: tp.Collection[str] = ()
 ) -> Iterator[Combination]:
-    """Every combination of a sweep, without what the command line already decided."""
+    """Every combination of a sweep, without keys that the command line set."""
     raw = dict(table)
     grids = raw.pop("grid", [{}])
     if not isinstance(grids, list) or not all(isinstance(g, dict) for g in grids):
@@ -193,15 +195,15 @@ def expand(
             point = dict(itertools.chain.from_iterable(v.items() for v in values))
             yield Combination(point, number, frozenset(own))
     if pinned:
-        logger.info("%s: the command line decides %s.", source, ", ".join(sorted(pinned)))
+        logger.info("%s: %s come from the command line.", source, ", ".join(sorted(pinned)))
 
 
 def _axes(table: Mapping[str, tp.Any], source: str) -> dict[str, list[Point]]:
-    """The axes of one grid: dotted key → its choices, each of which sets one or more leaves."""
+    """The axes of one grid: dotted key → its choices. Each choice sets one or more keys."""
     axes: dict[str, list[Point]] = {}
     for name, value in _flatten(table, ()):
         if name in _removed():
-            logger.warning("%s: %s does nothing any more (see CHANGELOG); remove it.", source, name)
+            logger.warning("%s: %s was removed and does nothing (see CHANGELOG).", source, name)
             continue
         targets = ALIASES.get(name, (name,))
         for target in targets:
@@ -238,14 +240,15 @@ def _choices(name: str, leaf: str, value: tp.Any, source: str) -> list[tp.Any]:
 
 
 def _is_tuple(annotation: tp.Any) -> bool:
-    """Whether a value may be a tuple: it is one, or it is one of several types."""
+    """Whether a type is a tuple, or a union with a tuple."""
     if tp.get_origin(annotation) in (tp.Union, types.UnionType):
         return any(_is_tuple(t) for t in tp.get_args(annotation))
     return tp.get_origin(annotation) is tuple
 
 
 def _check(name: str, leaf: str, value: tp.Any, source: str) -> tp.Any:
-    """``value`` if it has the leaf's type. Types do not convert, but 1e6 is an integer."""
+    """``value``, if it has the type of its key. Types are not converted, except that 1e6 is an
+    integer."""
     problems = []
     for kind, metadata in leaves()[leaf]:
         annotated: tp.Any = tp.Annotated[kind, *metadata] if metadata else kind
@@ -312,7 +315,7 @@ def _removed() -> frozenset[str]:
 
 
 def _models(annotation: tp.Any) -> list[type[Config]]:
-    """Config models that an annotation may be: itself, or the members of a union."""
+    """The config classes of an annotation: the class itself, or the members of a union."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     if tp.get_origin(annotation) is tp.Annotated:
@@ -341,14 +344,14 @@ def _kinds() -> dict[str, dict[str, type[Config]]]:
     return unions
 
 
-# --- Putting values in ------------------------------------------------------------------------
+# --- Applying values --------------------------------------------------------------------------
 
 
 def _apply(
     base: dict[str, tp.Any], point: Point, explicit: tp.Collection[str], source: str
 ) -> TrainConfig:
     raw = json.loads(json.dumps(base))
-    # A kind decides which other keys exist, so kinds come first.
+    # Kinds come first, because they determine which other keys exist.
     for leaf in sorted(point, key=lambda key: not key.endswith(".kind")):
         if leaf in explicit:
             continue
@@ -372,7 +375,8 @@ def _apply(
 
 
 def _switch(raw: dict[str, tp.Any], path: str, kind: str) -> None:
-    """Change a union's kind; values that were chosen (not defaults) stay where the key exists."""
+    """Change the kind of a union. Values that are not defaults are kept if the new kind has the
+    key."""
     parent, _, name = path.rpartition(".")
     node = _node(raw, path)
     old, new = _kinds()[path][node["kind"]], _kinds()[path][kind]

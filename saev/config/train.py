@@ -65,16 +65,16 @@ class TrainConfig(Config):
     """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
     n_ranks: int = pydantic.Field(default=0, ge=0)
     """Processes that train together, each on its share of every batch; by default one per GPU. The
-    result does not depend on it, but for how sums are rounded."""
+    result does not depend on it, except for rounding."""
     bf16: bool = True
-    """On a GPU, multiply with encoders (and dense decoders) in bfloat16. Weights and all else stay
-    float32; the CPU never uses bfloat16."""
+    """On a GPU, multiply with encoders (and dense decoders) in bfloat16. Weights and all other
+    values are float32. The CPU never uses bfloat16."""
     max_parallel: int = pydantic.Field(default=0, ge=0)
     """Most SAEs trained on one pass over the data; 0 means all that can share it."""
     checkpoint_every: int = pydantic.Field(default=0, ge=0)
-    """Steps between resume points; 0 goes by minutes alone."""
+    """Steps between resume points; 0 disables step-based resume points."""
     checkpoint_minutes: float = pydantic.Field(default=5.0, ge=0.0)
-    """Minutes between resume points; 0 goes by steps alone."""
+    """Minutes between resume points; 0 disables time-based resume points."""
     log_every: int = pydantic.Field(default=25, ge=1)
     """Steps between rows of metrics.jsonl."""
     wandb_project: str = ""
@@ -99,7 +99,7 @@ class TrainConfig(Config):
 
     @classmethod
     def of_run(cls, url: str) -> tp.Self:
-        """The resolved config of a run folder, compared with the list in run.json if that is there.
+        """The resolved config of a run folder. If run.json exists, its checksum is compared.
 
         Raises:
             CorruptDataError: config.json or run.json is damaged.
@@ -129,10 +129,10 @@ TOKENS_PER_LATENT = 100
 """Of an epoch. Where there are fewer, many latents never fire: an active one fires on about
 k / d_sae of all tokens."""
 N_STEPS = 1000
-"""Steps that a run should have, if its batches do not get tiny by that (docs/training.md)."""
+"""Steps that a run should at least have, unless batches would become tiny (docs/training.md)."""
 
 
 def default_batch_size(n_train: int) -> int:
-    """The power of two that makes at least N_STEPS steps, between 256 and 16,384 tokens."""
+    """The largest power of two with at least N_STEPS steps, between 256 and 16,384 tokens."""
     wanted = max(1, n_train // N_STEPS)
     return min(16_384, max(256, 1 << (wanted.bit_length() - 1)))

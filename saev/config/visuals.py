@@ -22,7 +22,7 @@ class VisualsConfig(Config):
     out: str = ""
     """URL of the folder for the pictures; by default INFERENCE/report."""
     latents: tuple[int, ...] = ()
-    """Latents to show in any case."""
+    """Latents that are always shown."""
     n_latents: int = pydantic.Field(default=20, ge=0)
     """Further latents, spread over the range of frequencies."""
     n_top: int = pydantic.Field(default=8, ge=1)
@@ -34,7 +34,7 @@ class VisualsConfig(Config):
     image_size: int = pydantic.Field(default=256, ge=16)
     """Longer side of the pictures in pixels."""
     seed: int = 0
-    """What the choice of further latents is drawn from."""
+    """Seed of the choice of further latents."""
     allow_other_model: bool = False
     """Show the SAE even if the activations are of another model, preprocessing or image size than
     those that it was trained on. The page then says so."""

@@ -1,13 +1,13 @@
-"""How much a job takes: `saev size`.
+"""`saev size`: estimates storage, memory and time of a job.
 
     models    widths and tokens of common vision transformers
-    inputs    from flags and files to what the stages would be told
+    inputs    converts flags and files to the configs of the stages
     formats   sizes of the files that the stages write
-    estimate  the numbers
-    rows      each with how sure it is, and in words where it comes from
-    command   tables or JSON
+    estimate  computes the numbers
+    rows      a number with its certainty and an explanation
+    command   prints tables or JSON
 
-Nothing here needs torch, except where a model is to be built.
+Only --load-model needs torch.
 """
 
 from saev.size.command import run

@@ -1,4 +1,4 @@
-"""The command: tables for people, JSON for programs."""
+"""The output of `saev size`: tables for people, JSON for programs."""
 
 import io
 import json
@@ -16,14 +16,14 @@ from saev.size.estimate import estimate
 from saev.size.rows import Row, Section
 
 _WIDTH = 120
-"""Columns where standard output is no terminal."""
+"""Columns if standard output is not a terminal."""
 
 
 def run(cfg: SizeConfig) -> None:
     """Print the sizes to standard output.
 
     Raises:
-        ConfigError: something is missing or does not fit.
+        ConfigError: a flag is missing or does not fit.
         StorageError: the config file or the images cannot be read.
     """
     if cfg.model == "list":
@@ -82,7 +82,7 @@ def _value(row: Row) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in decimal units, three digits."""
+    """Bytes in decimal units with three digits."""
     value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]

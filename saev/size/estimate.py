@@ -1,4 +1,4 @@
-"""The rows of the answer: each a value, how sure it is, and in words where it comes from."""
+"""Computes the rows of the output."""
 
 import collections
 import math
@@ -14,18 +14,18 @@ from saev.size.inputs import Inputs
 from saev.size.rows import Row, Section, Sure
 
 _ITEM_TOKENS = 4_000_000
-"""Tokens that inference takes for one work item."""
+"""Tokens per item of inference."""
 _EXAMPLE_BYTES = 100
-"""A row of examples.parquet, mostly the image's name."""
+"""Bytes of a row of examples.parquet, mostly for the image's name."""
 _EXACT_EXAMPLES = 20_000_000
-"""Up to so many images, the split is counted rather than expected."""
+"""Up to this number of images, the split is counted exactly."""
 
 
 def estimate(inputs: Inputs, cfg: SizeConfig) -> list[Section]:
-    """All sections.
+    """All sections of the output.
 
     Args:
-        inputs: what is to be done.
+        inputs: the work.
         cfg: measured speeds, if any.
     """
     sizes = Estimate(inputs, cfg)
@@ -51,7 +51,7 @@ class Estimate:
         return sae.sae.d_sae or sae.sae.exp_factor * self.meta.d_model
 
     def _tokens(self, tokens: str) -> int:
-        """Tokens of an example that are trained on or measured."""
+        """Selected tokens of an example."""
         meta = self.meta
         return {
             "content": meta.content_tokens_per_example,
@@ -68,14 +68,14 @@ class Estimate:
 
     @property
     def beside(self) -> int:
-        """Bytes of what lies beside the shards, but for names of images."""
+        """Bytes of all files beside the shards, without names of images."""
         meta, n_layers = self.meta, len(self.meta.layers)
         labels = meta.n_examples * meta.content_tokens_per_example if self.inputs.labels else 0
         stats = formats.safetensors(formats.stats(n_layers, meta.d_model))
         return 4 * n_layers * meta.n_examples + labels + stats
 
     def recording(self) -> list[Row]:
-        """What `saev shards` writes."""
+        """Rows about `saev shards`."""
         meta = self.meta
         n_layers, tokens = len(meta.layers), meta.tokens_per_example
         special = " + 1 class token" if meta.cls_token else ""
@@ -107,12 +107,12 @@ class Estimate:
             ),
             Row(
                 "scratch_bytes", "scratch of a recording pod", self.layout.n_bytes, "bytes",
-                "exact", "one shard in TMPDIR, where the root is object storage; else nothing",
+                "exact", "one shard in TMPDIR, if the root is object storage; else nothing",
             ),
             Row(
                 "parts", "suggested parts", parts, "", "exact",
                 f"the smaller of shards and --max-parts ({self.cfg.max_parts}): a shard is the "
-                "smallest piece of work, and what an evicted pod repeats at most",
+                "smallest piece of work; an evicted pod repeats at most one",
             ),
         ]  # fmt: skip
         if self.cfg.images_per_second:
@@ -147,7 +147,7 @@ class Estimate:
         return min(self._whole(sae), int(sae.train_data.buffer_mb * 2**20))
 
     def _whole(self, sae: TrainConfig) -> int:
-        """Memory of a window that holds everything."""
+        """Memory of a window with all data."""
         special = sae.train_data.tokens == "special"
         kept = 1 if special else self.meta.tokens_per_example
         vector = self.meta.d_model * self.layout.itemsize
@@ -170,13 +170,13 @@ class Estimate:
         return sae.n_train or default_n_train(tokens)
 
     def read_bytes(self, sae: TrainConfig) -> float:
-        """Bytes that one group reads."""
+        """Bytes read by one group."""
         epoch = self.n_train_examples(sae) * self.row_bytes
         in_memory = self._whole(sae) <= sae.train_data.buffer_mb * 2**20
         return epoch if in_memory else epoch * self.epochs(sae)
 
     def resume_bytes(self, members: list[int]) -> int:
-        """One resume point of a group."""
+        """Bytes of one resume point of a group."""
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for i, (shape, n) in enumerate(self.banks(members).items()):
             state = formats.bank_state(n, self.meta.d_model, *shape)
@@ -191,17 +191,17 @@ class Estimate:
         )
 
     def state_bytes(self, members: list[int]) -> int:
-        """What a group's SAEs take in memory between steps, with their gradients."""
+        """Memory of a group's SAEs between steps, including gradients."""
         total = 0
         for (d_sae, activation, optim), n in self.banks(members).items():
             shape = (n, self.meta.d_model, d_sae, activation)
             total += formats.tensor_bytes(formats.bank_state(*shape, optim))
             total += formats.tensor_bytes(formats.bank_parameters(*shape))  # gradients
-            total -= n * formats.RNG_BYTES + 16  # which stay with the processor
+            total -= n * formats.RNG_BYTES + 16  # these are on the CPU
         return total
 
     def chunk_bytes(self, members: list[int]) -> int:
-        """Pre-activations that exist at once on a GPU."""
+        """Bytes of the pre-activations in a GPU's memory at one time."""
         most = 0
         for (d_sae, _, _), n in self.banks(members).items():
             rows = 4 * d_sae * self.batch_size(self.inputs.saes[members[0]])
@@ -209,7 +209,7 @@ class Estimate:
         return most
 
     def training(self) -> list[Row]:
-        """What `saev train` reads, writes and holds."""
+        """Rows about `saev train`."""
         saes, meta = self.inputs.saes, self.meta
         first = saes[0]
         n_examples = self.n_train_examples(first)
@@ -217,9 +217,7 @@ class Estimate:
         window = max(self.window_bytes(saes[members[0]]) for members in self.groups)
         reads = [self.read_bytes(saes[members[0]]) for members in self.groups]
         in_memory = self._whole(first) <= first.train_data.buffer_mb * 2**20
-        passes = (
-            "read once, it stays in memory" if in_memory else f"{self.epochs(first):.2f} epochs"
-        )
+        passes = "read once, stays in memory" if in_memory else f"{self.epochs(first):.2f} epochs"
         checkpoints = [self.checkpoint_bytes(i) for i in range(len(saes))]
         batch = self.batch_size(first)
         chunk = self.chunk_bytes(largest)
@@ -287,27 +285,28 @@ class Estimate:
         return rows
 
     def checkpoint_bytes(self, i: int) -> int:
-        """sae.safetensors of one SAE."""
+        """Bytes of sae.safetensors of one SAE."""
         kind = self.inputs.saes[i].sae.activation.kind
         return formats.safetensors(formats.checkpoint(self.meta.d_model, self.widths[i], kind))
 
     # --- Measuring -------------------------------------------------------------------------
 
     def l0(self, sae: TrainConfig) -> int:
-        """Active latents per token, as far as it can be known."""
+        """Active latents per token; 32 if it is not known."""
         return getattr(sae.sae.activation, "top_k", 0) or self.cfg.top_k or 32
 
     def n_tokens(self, sae: TrainConfig) -> int:
-        """Tokens that an SAE is measured on."""
+        """Tokens on which an SAE is measured."""
         return self.meta.n_examples * self._tokens(sae.train_data.tokens)
 
     def codes_bytes(self, sae: TrainConfig) -> int:
-        """token_acts.npz."""
+        """Bytes of token_acts.npz."""
         n_tokens = self.n_tokens(sae)
         return formats.npz(formats.token_acts(n_tokens, n_tokens * self.l0(sae)))
 
     def statistics_bytes(self, i: int) -> int:
-        """The small files of an inference folder, as if all patches of the top examples fired."""
+        """Most bytes of the small files of an inference folder: all patches of the top examples
+        fire."""
         d_sae, cfg = self.widths[i], self.inputs.inference
         sae = self.inputs.saes[i]
         n_entries = d_sae * min(cfg.n_top, self.meta.n_examples)
@@ -322,7 +321,7 @@ class Estimate:
         return sum(formats.safetensors(tensors) for tensors in files)
 
     def measuring(self) -> list[Row]:
-        """What `saev inference` reads and writes."""
+        """Rows about `saev inference`."""
         saes, meta = self.inputs.saes, self.meta
         n = len(saes)
         codes = max(self.codes_bytes(sae) for sae in saes) if self.inputs.inference.save else 0
@@ -357,7 +356,7 @@ class Estimate:
     # --- Altogether ------------------------------------------------------------------------
 
     def altogether(self) -> list[Row]:
-        """What stays on storage, and what it costs."""
+        """Rows about all stages together."""
         saes = self.inputs.saes
         keeps = self.inputs.inference.save
         results = sum(

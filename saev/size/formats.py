@@ -4,11 +4,11 @@ import json
 import typing as tp
 
 Tensors = tp.Mapping[str, tuple[str, tuple[int, ...]]]
-"""Name → (dtype as safetensors calls it, shape)."""
+"""Name → (safetensors' name of the dtype, shape)."""
 
 _ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U8": 1}
 _RANK = {"I64": 4, "F64": 3, "F32": 2, "I32": 1, "U8": 0}
-"""The safetensors library puts tensors of wider types first, equal types by name."""
+"""Order of dtypes in a safetensors file: wider types first. Equal types are sorted by name."""
 
 RNG_BYTES = 5056
 """State of one of torch's CPU generators (a Mersenne Twister)."""
@@ -30,8 +30,8 @@ def safetensors(tensors: Tensors, *, ordered: bool = False) -> int:
     """Bytes of a safetensors file: length of the header, header padded to 8 bytes, values.
 
     Args:
-        tensors: what it holds.
-        ordered: they lie in this order (as resume points are written), not in the library's.
+        tensors: the tensors of the file.
+        ordered: the tensors are in the given order (as in resume points), not in the library's.
     """
     rows = list(tensors.items())
     if not ordered:
@@ -78,7 +78,7 @@ def checkpoint(d_model: int, d_sae: int, activation: str) -> Tensors:
 
 
 def bank_parameters(n: int, d_model: int, d_sae: int, activation: str) -> Tensors:
-    """What a bank of n SAEs trains."""
+    """Parameters of a bank of n SAEs."""
     names = {
         "W_enc": ("F32", (n, d_sae, d_model)),
         "b_enc": ("F32", (n, d_sae)),
@@ -134,7 +134,13 @@ def mean_values(d_sae: int) -> Tensors:
 
 
 def top_examples(d_sae: int, n_entries: int, n_tokens: int) -> Tensors:
-    """top_examples.safetensors with so many examples and firing tokens in all."""
+    """top_examples.safetensors.
+
+    Args:
+        d_sae: latents.
+        n_entries: examples of all latents.
+        n_tokens: firing tokens of all entries.
+    """
     return {
         "indptr": ("I64", (d_sae + 1,)),
         "example_idx": ("I64", (n_entries,)),

@@ -1,4 +1,4 @@
-"""From flags and files to what the stages would be told."""
+"""Converts flags and files to the configs that the stages would get."""
 
 import typing as tp
 
@@ -9,29 +9,29 @@ from saev.config.run import RunFile
 from saev.config.shards import ShardsConfig
 from saev.config.size import SizeConfig
 from saev.config.stages import resolve as resolve_stages
-from saev.config.sweeps import resolve as resolve_sweep
+from saev.config.sweeps import requested_configs
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError
 from saev.shards.protocol import Metadata
 from saev.size import models
 
 _PLACE = "memory://size"
-"""Stands for URLs that no size depends on."""
+"""Placeholder for URLs, which do not affect sizes."""
 
 
 class Inputs(tp.NamedTuple):
-    """What is to be done."""
+    """The work whose size is estimated."""
 
     recording: Metadata
-    """What is recorded: the metadata that the shards folder will have, but for names."""
+    """Metadata of the future shards folder, without names."""
     labels: bool
-    """Whether patches get labels."""
+    """Whether patches have labels."""
     saes: tuple[TrainConfig, ...]
-    """One per SAE."""
+    """One config per SAE."""
     max_parallel: int
-    """Most SAEs on one pass over the data; 0 is no limit."""
+    """Most SAEs on one pass over the data; 0 means no limit."""
     inference: InferenceConfig
-    """How each is measured."""
+    """Config of inference."""
 
     def groups(self) -> list[list[int]]:
         """Numbers of the SAEs that are trained on the same batches, as training groups them."""
@@ -47,10 +47,10 @@ class Inputs(tp.NamedTuple):
 
 
 def gather(cfg: SizeConfig) -> Inputs:
-    """Everything decided.
+    """Collect all inputs from flags and files.
 
     Raises:
-        ConfigError: something is missing or does not fit; the message says which flag to give.
+        ConfigError: something is missing or does not fit. The message names the flag.
         StorageError: a file or the images cannot be read.
     """
     file = RunFile.portable(cfg.config) if cfg.config else RunFile()
@@ -106,7 +106,7 @@ class _Sizes(tp.NamedTuple):
 
 
 def _model(cfg: SizeConfig, shards: ShardsConfig, *, named: bool) -> _Sizes:
-    """Widths by explicit flags, else from the model that a flag or the file names."""
+    """Sizes from explicit flags, or else from the model that a flag or the file names."""
     d_model = cfg.d_model or (shards.d_model if named else None)
     tokens = cfg.content_tokens_per_example or (
         shards.content_tokens_per_example if named else None
@@ -148,15 +148,16 @@ def _stages(
     stages = resolve_stages(file, _PLACE, images or FakeImg(), source)
     flags = {name: v for name in ("family", "ckpt") if (v := getattr(cfg, name)) is not None}
     shards = stages.shards.model_copy(update=flags)
-    saes = tuple(_changed(cfg, sae) for sae in resolve_sweep(stages.train, table=stages.sweep))
+    members = requested_configs(stages.train, table=stages.sweep)
+    saes = tuple(_with_flags(cfg, sae) for sae in members)
     if cfg.config and cfg.n_saes > 1:
-        raise ConfigError(f"--n-saes is {cfg.n_saes}, but the sweep of {source} says how many.")
+        raise ConfigError(f"--n-saes is {cfg.n_saes}, but the number comes from {source}.")
     inference = InferenceConfig.from_dict({**stages.inference, "run": _PLACE}, source=source)
     return shards, saes * cfg.n_saes, inference
 
 
-def _changed(cfg: SizeConfig, sae: TrainConfig) -> TrainConfig:
-    """A training config with what flags say."""
+def _with_flags(cfg: SizeConfig, sae: TrainConfig) -> TrainConfig:
+    """A training config with the values of flags."""
     raw = sae.to_dict()
     for name in ("n_train", "batch_size"):
         if getattr(cfg, name) is not None:

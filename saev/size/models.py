@@ -10,24 +10,28 @@ from saev.errors import ConfigError
 
 
 class Vit(tp.NamedTuple):
-    """What of a model decides how much is recorded."""
+    """The sizes of a model."""
 
     family: str
+    """Model family."""
     arch: str
-    """The checkpoint's name without its weights."""
+    """Name of the checkpoint without its weights."""
     d_model: int
+    """Width of the residual stream."""
     patch: int
     """Side of a patch in pixels."""
     image_size: int
-    """The model's own side of an image in pixels."""
+    """Default side of an image in pixels."""
     n_layers: int
+    """Number of blocks."""
     cls_token: bool = True
+    """Whether it has a class token."""
 
     def content_tokens(self, image_size: int | None = None) -> int:
         """Patches per image.
 
         Raises:
-            ConfigError: the size is no multiple of the patch's.
+            ConfigError: the size is not a multiple of the patch's side.
         """
         if image_size is not None and image_size % self.patch:
             below = max(1, image_size // self.patch) * self.patch
@@ -68,7 +72,7 @@ MODELS: dict[str, Vit] = {
     "vit-base16": Vit("timm", "vit_base_patch16_224", 768, 16, 224, 12),
     "vit-large16": Vit("timm", "vit_large_patch16_224", 1024, 16, 224, 24),
 }
-"""By short name."""
+"""Models by short name."""
 
 _TIMM_NAMES = {
     "vit_small_patch14_dinov2": "dinov2-vits14",
@@ -83,11 +87,11 @@ _TIMM_NAMES = {
     "vit_large_patch16_dinov3": "dinov3-vitl16",
     "vit_huge_plus_patch16_dinov3": "dinov3-vith16plus",
 }
-"""timm's names of the same models, as families `timm`, `dinov2` and `dinov3` take them."""
+"""timm's names of these models, which the families `timm`, `dinov2` and `dinov3` accept."""
 
 
 def by_name(name: str) -> Vit:
-    """A model by its short name. Raises ConfigError that lists the names."""
+    """The model with a short name. Raises ConfigError that lists all names."""
     if name not in MODELS:
         raise ConfigError(
             f"There is no model {name!r} in the list: {', '.join(MODELS)}. For others give "
@@ -98,7 +102,7 @@ def by_name(name: str) -> Vit:
 
 
 def by_checkpoint(family: str, ckpt: str) -> Vit | None:
-    """A model by what `saev shards` calls it, None if it is not in the list."""
+    """The model of a family and checkpoint; None if it is not in the list."""
     arch = re.split(r"[@/]", ckpt.strip().removeprefix("timm/"))[0]
     if family in ("timm", "dinov2", "dinov3"):
         known = _TIMM_NAMES.get(arch.split(".")[0])
@@ -110,7 +114,8 @@ def by_checkpoint(family: str, ckpt: str) -> Vit | None:
 
 
 def build(family: str, ckpt: str, image_size: int | None) -> tuple[int, int, bool]:
-    """d_model, content tokens and class token of a model that is built with random weights.
+    """Build a model with random weights. Returns d_model, content tokens, and whether it has a
+    class token.
 
     Raises:
         ConfigError: torch is not installed.

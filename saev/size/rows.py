@@ -1,4 +1,4 @@
-"""What the answer consists of."""
+"""The rows of the output."""
 
 import typing as tp
 
@@ -10,11 +10,17 @@ class Row(tp.NamedTuple):
     """One number."""
 
     key: str
+    """Name in the JSON output."""
     what: str
+    """Name in the table."""
     value: float
+    """The number."""
     unit: Unit
+    """Unit of the number; "" for a count."""
     sure: Sure
+    """Certainty of the number."""
     how: str
+    """How it was computed, in words."""
 
 
 class Section(tp.NamedTuple):

@@ -17,7 +17,7 @@ from saev.config import (
     TrainConfig,
     ValDataConfig,
 )
-from saev.config.sweeps import UNSWEPT, Asked, asked
+from saev.config.sweeps import UNSWEPT, RequestedSae, requested_saes
 from saev.config.train import MOST_TOKENS, default_batch_size, default_n_train
 from saev.errors import ConfigError
 from saev.once import say_once
@@ -47,7 +47,7 @@ def groups(
 
     Args:
         cfg: what the command line said.
-        explicit, table: see :func:`saev.config.sweeps.asked`.
+        explicit, table: see :func:`saev.config.sweeps.requested_saes`.
 
     Raises:
         ConfigError: a combination is wrong or does not fit the shards.
@@ -55,7 +55,7 @@ def groups(
     """
     places = Places()
     wanted: dict[str, earlier.Wanted] = {}
-    for one in asked(cfg, explicit, table):
+    for one in requested_saes(cfg, explicit, table):
         config = resolve_one(one.config, places)
         if one.position is not None:
             config = config.model_copy(update={"seed": derived_seed(config)})
@@ -72,7 +72,7 @@ def groups(
     return earlier.choose(list(by_data.values()), cfg.max_parallel)
 
 
-def _older(one: Asked, member: Member, places: Places) -> tp.Iterator[Member]:
+def _older(one: RequestedSae, member: Member, places: Places) -> tp.Iterator[Member]:
     """The same SAE under the name that version 0.1.0 gave it, if that is another one."""
     seed = one.config.seed + (one.position or 0)
     try:
