@@ -135,7 +135,7 @@ def compare(name: str, root: str, shards: str, progress: Progress) -> None:
     for url in urls:
         print("\t".join(row(url)))
     config = TrainConfig.of_run(urls[0])
-    fit, held_out = (read(side) for side in (config.train_data, config.val_data.decided()))
+    fit, held_out = (read(side) for side in (config.train_data, config.val_loader()))
     mean, basis = baselines.pca_basis(fit)
     print(f"PCA of rank {TOP_K}: {baselines.pca_nmse(held_out, mean, basis, TOP_K):.4f}")
     sys.stdout.flush()
