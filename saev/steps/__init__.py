@@ -1,5 +1,7 @@
-"""The pipeline's steps: what a pod does between two looks at storage.
+"""The steps of the pipeline. Each step is one `saev step` command, which a pod runs.
 
-Each is one `saev step` command, around the items of a stage or their publishing for instance. None
-of them knows Kubernetes or KFP, but for the one file format in `outputs`.
+A step reads its work from storage, does it, and writes the results to storage. For example, a step
+does some items of a stage, or publishes the stage's result. Steps do not know KFP, except for one
+file format in `outputs`. Only `launching` and `fire` start work on the cluster, through
+`saev.launch`.
 """

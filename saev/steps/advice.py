@@ -1,7 +1,7 @@
-"""What an error advises, in the words of a pipeline: keys of the config file in place of flags.
+"""Replaces flags in error messages by keys of the config file.
 
-A stage's errors name flags of its command. Nobody gives flags to a step of a pipeline; the same
-values stand in the tables of its config.
+A stage's errors name flags of its command. Users of the pipeline give no flags to steps: the same
+values are keys in the tables of their config file.
 """
 
 import re
@@ -14,7 +14,7 @@ from saev.errors import SaevError
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9]*(?:[.-][a-z0-9]+)*)")
 _TABLES: dict[str, type[Config]] = {stage.name: stage.config for stage in chain.STAGES}
 _SET_BY_STEPS = frozenset({"part", "shards", "out", "run", "runs", "device"})
-"""Keys that a step sets itself, whatever stands in the config."""
+"""Keys that a step sets itself. Their values in the config do not count."""
 
 
 def for_config(err: SaevError, *tables: str) -> None:
@@ -22,14 +22,14 @@ def for_config(err: SaevError, *tables: str) -> None:
 
     Args:
         err: the error of a stage.
-        tables: the tables of the config that the step reads, the likeliest first.
+        tables: the tables of the config that the step reads, the most likely first.
     """
     if err.args and isinstance(err.args[0], str):
         err.args = (_FLAG.sub(lambda flag: _key(flag, tables), err.args[0]), *err.args[1:])
 
 
 def _key(flag: re.Match[str], tables: tp.Sequence[str]) -> str:
-    """The key that a flag stands for, or the flag if it is none of the tables'."""
+    """The key of a flag; the flag itself if no table has such a key."""
     path = flag[2].replace("-", "_").split(".")
     for table in tables:
         field = _TABLES[table].model_fields.get(path[0])

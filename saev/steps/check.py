@@ -1,4 +1,4 @@
-"""Whether this machine, with its credentials, can use a storage root."""
+"""Checks whether this machine can use a storage root with its credentials."""
 
 import contextlib
 import logging
@@ -17,11 +17,11 @@ def run(root: str, dataset: str = "") -> list[str]:
         The URLs that were checked.
 
     Raises:
-        StorageError: one of it failed; the message says which, and what to do.
+        StorageError: one of these failed; the message says which, and what to do.
     """
     nonce = uuid.uuid4().hex
     probe = storage.join(root, f"{storage.TMP_PREFIX}check-{nonce[:12]}")
-    storage.write_text(probe, nonce)  # what fails here has left nothing to delete
+    storage.write_text(probe, nonce)  # if this fails, there is nothing to delete
     logger.info("ok: write")
     try:
         if storage.read_text(probe) != nonce:
@@ -29,13 +29,13 @@ def run(root: str, dataset: str = "") -> list[str]:
         logger.info("ok: read")
         if storage.create(probe, b"another"):
             raise StorageError(
-                f"{root} lets an object be created that is there already, so claims of datasets "
-                "are not safe: two schedules could process the same one. Use a store with "
-                "conditional writes."
+                f"{root} lets an object be created that exists already, so claims of datasets are "
+                "not safe: two schedules could process the same one. Use a store with conditional "
+                "writes."
             )
         logger.info("ok: create only if absent")
     except BaseException:
-        with contextlib.suppress(StorageError):  # the first error is the one to mend
+        with contextlib.suppress(StorageError):  # the first error is the one to report
             storage.delete(probe)
         raise
     storage.delete(probe)

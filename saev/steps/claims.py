@@ -1,10 +1,10 @@
-"""Who processes what: a claim on storage that one owner at a time can hold.
+"""Claims in storage: they say which run processes a dataset. A claim has one owner at a time.
 
-A claim is a numbered object. The one with the highest number counts; it is held until it is
+Claims are numbered objects, and the one with the highest number counts. It is held until it is
 released or expires. To take a claim over, to renew it or to release it, a worker creates the object
 with the next number. Only one of several workers can create it, and no number is written twice. So
-a heartbeat that comes late changes nothing. Clocks of different machines may differ, but by much
-less than a claim lasts.
+a late heartbeat changes nothing. The clocks of different machines may differ, but by much less time
+than a claim lasts.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 600.0
 _KEPT = 10
-"""Newest claims that stay; older ones are deleted."""
+"""How many of the newest claims are kept; older ones are deleted."""
 _LOOKS = 10
+"""How often the claims are read again when somebody else changes them at the same time."""
 
 
 class Claim(tp.NamedTuple):
@@ -35,28 +36,28 @@ class Claim(tp.NamedTuple):
     owner: str
     expires: datetime.datetime
     hours: float
-    """For how long it is renewed."""
+    """Hours for which it holds after each renewal."""
     released: bool
     tries: int
-    """How often it was taken until now, by any owner."""
+    """How often it has been taken, by any owner."""
     retries: int = 0
     """How often the owner's run was started again since it was taken."""
 
     @property
     def is_held(self) -> bool:
-        """Whether it keeps others out."""
+        """Whether other owners have to wait."""
         return not self.released and _now() < self.expires
 
     def describe(self) -> str:
-        """Who holds it and until when."""
+        """The owner and the time of expiry, for messages."""
         return f"run {self.owner} (until {self.expires:%Y-%m-%d %H:%M} UTC unless it renews)"
 
 
 def current(folder: str) -> Claim | None:
-    """The claim that counts in a folder of claims, None if there never was one.
+    """The claim that counts in a folder of claims; None if there never was one.
 
     Raises:
-        CorruptDataError: it cannot be read.
+        CorruptDataError: the claim is damaged.
     """
     for look in range(_LOOKS):
         names = _names(folder)
@@ -67,7 +68,7 @@ def current(folder: str) -> Claim | None:
         except CorruptDataError:
             raise
         except StorageError as err:
-            # A newer claim came and this one was deleted, or this one is being written just now.
+            # Either a newer claim came and this one was deleted, or it is still being written.
             if not isinstance(err.__cause__, FileNotFoundError):
                 raise
             time.sleep(0.02 * look)
@@ -75,19 +76,19 @@ def current(folder: str) -> Claim | None:
 
 
 def _names(folder: str) -> list[str]:
-    """Names of claims, the one that counts last."""
+    """Names of the claim objects. The last one counts."""
     entries = storage.list_dir(folder, missing_ok=True)
     return sorted(e.name for e in entries if not e.is_dir and e.name.endswith(".json"))
 
 
 def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim | None:
-    """Claim something.
+    """Take a claim.
 
     Args:
-        folder: URL of the folder of its claims, and of nothing else.
-        owner: who asks; an owner may take what it holds again, as a step that is retried does.
+        folder: URL of the folder that holds the claims, and nothing else.
+        owner: the run that takes it. It may take its own claim again, as a retried step does.
         hours: how long the claim holds without renewal.
-        force: take it from a holder.
+        force: also take a claim that another owner holds.
 
     Returns:
         The claim, or None if another owner holds it or was faster.
@@ -106,12 +107,12 @@ def take(folder: str, owner: str, hours: float, *, force: bool = False) -> Claim
 
 
 def take_from(folder: str, before: Claim | None, owner: str, hours: float) -> Claim | None:
-    """Claim something, whoever holds it, unless anything changed since ``before`` was read.
+    """Take a claim from any owner, unless it changed since ``before`` was read.
 
     Args:
         folder: as in :func:`take`.
-        before: what :func:`current` gave.
-        owner: who asks.
+        before: the result of :func:`current`.
+        owner: the run that takes it.
         hours: how long the claim holds without renewal.
 
     Returns:
@@ -122,13 +123,13 @@ def take_from(folder: str, before: Claim | None, owner: str, hours: float) -> Cl
 
 
 def hand_over(before: Claim, owner: str, hours: float, *, again: bool = False) -> Claim | None:
-    """Give the work that was claimed to another owner, unless anything changed in between.
+    """Give a claim to another owner, unless it changed since ``before`` was read.
 
     Args:
-        before: what :func:`current` gave.
-        owner: who goes on with it.
+        before: the result of :func:`current`.
+        owner: the new owner, which continues the work.
         hours: how long the claim holds without renewal.
-        again: whether that owner's run is started again, which is counted.
+        again: whether the new owner's run is retried; the claim counts these retries.
 
     Returns:
         The new owner's claim, or None if another claim counts by now.
@@ -144,8 +145,8 @@ def renew(claim: Claim) -> Claim | None:
 
 
 def release(folder: str, owner: str) -> bool:
-    """Give a claim back; returns whether the owner held it."""
-    for _ in range(_LOOKS):  # a heartbeat may come in between
+    """Release a claim. Returns whether the owner held it."""
+    for _ in range(_LOOKS):  # a heartbeat may create the next claim at the same time
         found = current(folder)
         if found is None or found.owner != owner or found.released:
             return False
@@ -155,7 +156,7 @@ def release(folder: str, owner: str) -> bool:
 
 
 def _create_next(folder: str, before: Claim, **changes: tp.Any) -> Claim | None:
-    """Create the claim with the next number; None if somebody else did so first."""
+    """Create the claim with the next number. Returns None if somebody else was faster."""
     number = before.number + 1
     claim = before._replace(
         url=storage.join(folder, f"{number:06d}.json"),
@@ -175,8 +176,8 @@ class Holding:
     """A claim that is renewed in the background; see :func:`held`.
 
     Args:
-        folder: URL of the folder of its claims.
-        owner: who has it.
+        folder: URL of the folder that holds the claims.
+        owner: the run that holds the claim.
     """
 
     def __init__(self, folder: str, owner: str):
@@ -184,15 +185,15 @@ class Holding:
         self._lost: ConfigError | None = None
 
     def check(self) -> None:
-        """Raise ConfigError if the claim is known to be lost, so that nothing more is written."""
+        """Raise ConfigError if the claim is known to be lost. Then nothing more may be written."""
         if self._lost is not None:
             raise self._lost
 
     def look(self) -> Claim:
-        """The claim, after a look at the storage.
+        """Read the claim from storage.
 
         Raises:
-            ConfigError: it is lost.
+            ConfigError: the claim is lost.
             StorageError: the claims cannot be read.
         """
         self.check()
@@ -205,17 +206,17 @@ class Holding:
 
 @contextlib.contextmanager
 def held(folder: str, owner: str) -> Iterator[Holding]:
-    """Renew a claim now and then while the block runs.
+    """Renew a claim regularly while the block runs.
 
-    If this owner released the claim and nobody else took it since, it is taken back at the start: a
-    run that ended may be retried. A heartbeat never takes a claim back.
+    If this owner released the claim and nobody else took it, it is taken back at the start, because
+    a run that has ended may be retried. A heartbeat never takes a claim back.
 
     Yields:
         The :class:`Holding` that tells whether the claim is lost.
 
     Raises:
         ConfigError: another owner has the claim, because this one did not renew it in time. The
-            last look is at the end of the block.
+            claim is also read at the end of the block.
     """
     claim = _take_back(folder, owner)
     stop, holding = threading.Event(), Holding(folder, owner)
@@ -223,11 +224,11 @@ def held(folder: str, owner: str) -> Iterator[Holding]:
     def beat() -> None:
         while not stop.wait(min(HEARTBEAT_SECONDS, claim.hours * 3600 / 4)):
             try:
-                renew(holding.look())  # None is fine: another process of this owner renewed it
+                renew(holding.look())  # None means that another process of this owner renewed it
             except ConfigError as lost:
                 logger.error("%s This work stops at its next safe point.", lost)
                 return
-            except StorageError as err:  # the next beat may succeed
+            except StorageError as err:  # the next heartbeat may succeed
                 logger.warning("The claim could not be renewed: %s", err)
 
     thread = threading.Thread(target=beat, name="claim", daemon=True)

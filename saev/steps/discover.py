@@ -1,11 +1,10 @@
-"""Which datasets are complete and not processed yet. Reads listings, never an image.
+"""Finds datasets that are complete and not processed yet. It reads listings, and no image.
 
 <root>/datasets/<name>-<hash of the URL>/
-    seen/<fingerprint>.json       a state of the dataset: its listing's digests, its version
+    seen/<fingerprint>.json       a state of the dataset: digest of its listing, and its version
     claims/<key>/<number>.json    who processes this state with this config, see `claims`
     processed/<key>.json          written last: this state was processed with this config
-    jobs/<key>/<owner>/           what a pipeline run does with it, see `jobs`
-<root>/datasets/runs/<owner>.json     what a pipeline run took on, and how and why it ended
+<root>/datasets/runs/<owner>.json     datasets of a pipeline run, and how and why the run ended
 """
 
 import datetime
@@ -27,34 +26,35 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "datasets"
 Seen = Callable[[int], object]
-"""Is told of a number of files more."""
+"""A progress callback. It gets the number of files that were listed since the last call."""
 _RESTORE = (
-    "Restore it from a copy. Without one, delete it: where files were replaced by others of equal "
-    "size, the dataset is then recorded anew."
+    "Restore it from a copy. Without one, delete it: if files were replaced by others of equal "
+    "size, the dataset is then recorded again."
 )
 _CLAIMS_EXPIRE = "Restore it from a copy, or delete it: the claims of this run then expire."
 _DIGITS = 16
 
 
 class Dataset(tp.NamedTuple):
-    """One dataset in one state; what the steps pass on."""
+    """One dataset in one state. Steps pass it on to each other."""
 
     name: str
-    """Its folder's name."""
+    """Name of its folder."""
     url: str
-    """Its folder; "" for the images that a config names by itself."""
+    """URL of its folder; "" if the config itself names the images."""
     fingerprint: str
     """Hash of keys, sizes and entity tags of its files."""
     key: str
-    """Hash of the fingerprint and the config: what "processed" is said of."""
+    """Hash of the fingerprint and the config. "Processed" is recorded for this key."""
     version: str
-    """Goes into the shards' identity if files were replaced under the same names and sizes."""
+    """A part of the shards' identity if files were replaced under the same names and sizes."""
     marker: str
-    """Name of the object that says that it is complete, which is not part of it; "" if none."""
+    """Name of the object that says that the dataset is complete; "" if there is none. It does not
+    belong to the dataset."""
 
     @classmethod
     def from_dict(cls, raw: tp.Any) -> tp.Self:
-        """From a record. Raises ConfigError that says what it lacks."""
+        """Read a record. Raises ConfigError if something is missing or wrong."""
         if not isinstance(raw, dict) or not all(isinstance(raw.get(f), str) for f in cls._fields):
             raise ConfigError(
                 f"A dataset is recorded as {raw!r}; expected an object with the texts "
@@ -85,12 +85,20 @@ def one(
     hours: float,
     seen: Seen = lambda n: None,
 ) -> Dataset:
-    """The dataset that a person names: claimed whoever holds it, whether processed or not.
+    """Find and claim the dataset that a person names.
 
-    ``seen`` is told of files while they are listed.
+    The claim is taken from any other holder. It does not matter whether the dataset was processed.
+
+    Args:
+        root: URL of the storage root.
+        dataset: URL of the dataset; "" takes the images that the config names.
+        file: the config.
+        owner: the run that claims it; "" claims nothing.
+        hours: how long the claim holds without renewal.
+        seen: progress callback of the listing.
 
     Raises:
-        StorageError: it does not exist or cannot be listed.
+        StorageError: the dataset does not exist or cannot be listed.
         ConfigError: it holds no files, or the config names no images.
     """
     images_of(file, dataset)
@@ -112,18 +120,18 @@ def one(
 def handed(
     root: str, claim: tp.Any, dataset: str, file: RunFile, owner: str, hours: float
 ) -> Dataset:
-    """The dataset that a firing has claimed for this run, whose claim this run takes over.
+    """Take over the claim of the firing that started this run. Returns the dataset.
 
     Args:
         root: URL of the storage root.
-        claim: what the firing said of it, see :func:`claim_for`.
+        claim: the firing's description of its claim, see :func:`claim_for`.
         dataset: URL of the dataset.
         file: the config.
         owner: this run.
         hours: how long the claim holds.
 
     Raises:
-        ConfigError: the claim is of another dataset or config, another run has it by now, or the
+        ConfigError: the claim is for another dataset or config, another run has it by now, or the
             dataset has changed.
     """
     chosen, firing = Dataset.from_dict(claim), claim.get("run")
@@ -131,14 +139,14 @@ def handed(
     if not isinstance(firing, str) or chosen.url != storage.normalize(dataset) or chosen.key != key:
         raise ConfigError(
             f"The parameter claim is for {chosen.url} with another config, or for another dataset "
-            f"than {dataset}. Leave it away, as `make submit` does, to process this one."
+            f"than {dataset}. Leave it out, as `make submit` does, to process this one."
         )
     folder = claims_of(root, chosen)
     while True:
         found = claims.current(folder)
         if found is not None and found.owner in (firing, owner):
             taken = claims.hand_over(found, owner, hours)
-        elif found is None or not found.is_held:  # whoever took it over has ended
+        elif found is None or not found.is_held:  # the run that took it over has ended
             taken = claims.take_from(folder, found, owner, hours)
         else:
             raise ConfigError(
@@ -153,7 +161,7 @@ def handed(
 
 
 def claim_for(dataset: Dataset, firing: str) -> dict[str, str]:
-    """What a firing says to the run that it starts of a dataset."""
+    """The description of a firing's claim, for the run that the firing starts."""
     return {"run": firing, **dataset._asdict()}
 
 
@@ -168,19 +176,20 @@ def candidates(
 ) -> list[Dataset]:
     """Datasets below a prefix that are complete and not processed with this config.
 
-    What was tried less often comes first, so that datasets that always fail do not keep the others
-    from their turn.
+    Datasets that were tried less often come first. So datasets that always fail do not block the
+    others.
 
     Args:
-        root: URL of the storage root. If it lies below the prefix, it is no dataset.
+        root: URL of the storage root. If it lies below the prefix, it does not count as a dataset.
         prefix: URL of the folder whose folders are the datasets.
         file: the config.
-        marker: name of the object that says that a dataset is complete; "" goes by settle_minutes.
-        settle_minutes: how long nothing in a dataset may have changed.
-        seen: told of files while they are listed.
+        marker: name of the object that says that a dataset is complete; "" uses settle_minutes.
+        settle_minutes: a dataset is complete when nothing in it has changed for so long.
+        seen: progress callback of the listing.
 
     Returns:
-        The datasets; none if nothing is below the prefix yet, as a schedule may be there first.
+        The datasets. The list is empty if nothing is below the prefix, because a schedule may
+        exist before the first dataset.
 
     Raises:
         StorageError: the bucket does not exist, or cannot be listed.
@@ -206,9 +215,11 @@ def candidates(
 
 
 def check_unchanged(dataset: Dataset, seen: Seen = lambda n: None) -> None:
-    """Raise ConfigError if a dataset is not in the state any more that was discovered.
+    """Raise ConfigError if a dataset has changed since it was discovered.
 
-    ``seen`` is told of files while they are listed.
+    Args:
+        dataset: the dataset as it was discovered.
+        seen: progress callback of the listing.
     """
     if not dataset.url:
         return
@@ -221,16 +232,16 @@ def check_unchanged(dataset: Dataset, seen: Seen = lambda n: None) -> None:
 
 
 def mark_processed(root: str, dataset: Dataset, owner: str, details: dict[str, tp.Any]) -> None:
-    """Say that a dataset is done. Its claim is given back at the end of the run."""
+    """Record that a dataset is processed. The end of the run releases its claim."""
     record = {**dataset._asdict(), "owner": owner, "finished": _timestamp(), **details}
     storage.write_json(_processed(root, dataset), storage.seal(record))
 
 
 def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
-    """Record how a pipeline run ended, by what it left; release the claims that it still holds.
+    """Record how a pipeline run ended, and release the claims that it still holds.
 
     Returns:
-        What is recorded: the datasets that are done, and those that are not.
+        The record, which lists the datasets that are done and those that are not.
     """
     place = outcomes.record_of(root, owner)
     found = storage.find_sealed(place, remedy=_CLAIMS_EXPIRE)
@@ -249,10 +260,10 @@ def end(root: str, owner: str, status: tp.Any) -> dict[str, tp.Any]:
 
 
 def end_again(root: str, owner: str) -> None:
-    """What :func:`end` does, for a run that had ended and was retried.
+    """Do the same as :func:`end` for a run that had ended and was retried.
 
-    Kubeflow does not run its exit handler again, so the last step does this: a claim would stay
-    held for hours, and what the run left would count as work in progress.
+    Kubeflow does not run the exit handler of such a run again, so its last step calls this.
+    Otherwise the claim would be held for hours, and the run would count as unfinished.
     """
     found = storage.find_sealed(outcomes.record_of(root, owner), remedy=_CLAIMS_EXPIRE)
     if found is not None and "finished" in found.record:
@@ -260,17 +271,17 @@ def end_again(root: str, owner: str) -> None:
 
 
 def claims_of(root: str, dataset: Dataset) -> str:
-    """Where the claims of a dataset's state and config are."""
+    """URL of the folder with the claims of a dataset's state and config."""
     return storage.join(folder_of(root, dataset), "claims", dataset.key)
 
 
 def folder_of(root: str, dataset: Dataset) -> str:
-    """Where a dataset's records are."""
+    """URL of the folder with a dataset's records."""
     return storage.join(root, FOLDER, dataset.name + ending(dataset.url or dataset.fingerprint))
 
 
 def ending(place: str) -> str:
-    """What tells the records of datasets of one name apart: a hash of where they are."""
+    """The end of a folder's name: a hash of the place, because datasets may share a name."""
     return "-" + hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
@@ -278,7 +289,7 @@ def ending(place: str) -> str:
 
 
 def _folders(root: str, prefix: str, seen: Seen) -> Iterator[Found]:
-    """The datasets below a prefix with their files, from one listing."""
+    """The datasets below a prefix with their files. The prefix is listed once."""
     base = storage.normalize(prefix)
     own = storage.normalize(root) + "/"
     objects = sorted(storage.walk(base, missing_ok=True, seen=seen))
@@ -293,7 +304,7 @@ def _folders(root: str, prefix: str, seen: Seen) -> Iterator[Found]:
 
 
 def _incomplete(found: Found, marker: str, settle_minutes: float) -> str:
-    """Why a dataset is not complete, "" if it is."""
+    """Why a dataset is not complete; "" if it is complete."""
     if not _without(found, marker):
         return "it holds no files"
     if marker:
@@ -306,7 +317,7 @@ def _incomplete(found: Found, marker: str, settle_minutes: float) -> str:
 
 
 def _without(found: Found, marker: str) -> list[storage.Object]:
-    """What counts: no hidden files, and not the marker."""
+    """The objects of a dataset, without hidden files and without the marker."""
     return [
         o
         for o in found.objects
@@ -318,7 +329,7 @@ def _without(found: Found, marker: str) -> list[storage.Object]:
 
 
 def _identify(root: str, found: Found, file: RunFile, marker: str) -> Dataset:
-    """Fingerprint and key of a dataset; remembers that this state was seen."""
+    """Compute fingerprint and key of a dataset, and record that this state was seen."""
     config = plain_numbers(file.identity())
     if not found.url:
         fingerprint = _hash(config["data"])
@@ -336,10 +347,11 @@ def _fingerprint(objects: list[storage.Object]) -> str:
 
 
 def _version(root: str, dataset: Dataset, objects: list[storage.Object]) -> str:
-    """ "" for the first state that was seen with these names and sizes, else the fingerprint.
+    """The version of a dataset's state: "" for the first state with these names and sizes.
 
-    Shards are named by names and sizes alone, so that the same data has the same shards wherever
-    it lies. Where files were replaced by others of equal size, the version keeps the two apart.
+    The identity of shards has only names and sizes of the files, so that equal data in two places
+    has the same shards. If files were replaced by others of equal size, the version (the start of
+    the fingerprint) makes the two states different.
     """
     seen = storage.join(folder_of(root, dataset), "seen")
     place = storage.join(seen, f"{dataset.fingerprint}.json")
@@ -362,7 +374,7 @@ def _version(root: str, dataset: Dataset, objects: list[storage.Object]) -> str:
 
 
 def plain_numbers(obj: tp.Any) -> tp.Any:
-    """``obj`` with integral floats as integers: on its way through KFP, a 2 may become a 2.0."""
+    """``obj`` with integral floats as integers, because KFP may turn a 2 into a 2.0."""
     if isinstance(obj, dict):
         return {key: plain_numbers(value) for key, value in obj.items()}
     if isinstance(obj, list):
@@ -374,11 +386,11 @@ def plain_numbers(obj: tp.Any) -> tp.Any:
 
 
 def _insist(root: str, dataset: Dataset, owner: str, hours: float) -> None:
-    """Claim a dataset, whoever holds it."""
+    """Claim a dataset, also if another run holds it."""
     if not owner:
         return
     folder = claims_of(root, dataset)
-    for _ in range(3):  # a person who insists may meet another who does
+    for _ in range(3):  # two people may submit the same dataset at the same time
         if claims.take(folder, owner, hours, force=True) is not None:
             return
     raise StorageError(f"The dataset {dataset.url} could not be claimed in {folder}.")
@@ -391,8 +403,8 @@ def _processed(root: str, dataset: Dataset) -> str:
 def is_processed(root: str, dataset: Dataset) -> bool:
     """Whether a dataset was processed in this state with this config.
 
-    A damaged record does not count. To process the dataset again costs little, because everything
-    that is there is found, and it writes the record anew.
+    A damaged record does not count. Processing the dataset again costs little, because existing
+    results are found, and it writes a new record.
     """
     place = _processed(root, dataset)
     try:
@@ -407,7 +419,7 @@ def is_processed(root: str, dataset: Dataset) -> bool:
 
 
 def remember(root: str, owner: str, datasets: list[Dataset]) -> None:
-    """So that the end of the run finds its claims without a search."""
+    """Record a run's datasets, so that its end finds their claims without a search."""
     if not owner:
         return
     record = {"owner": owner, "started": _timestamp(), "datasets": [d._asdict() for d in datasets]}

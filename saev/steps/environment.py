@@ -1,4 +1,4 @@
-"""The environment that the cluster's Secret and ConfigMap hold, which are mounted as folders."""
+"""Reads environment variables from the cluster's Secret and ConfigMap, mounted as folders."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ FOLDERS: tuple[tuple[Path, tuple[str, ...]], ...] = (
     (Path(SECRET_MOUNT), SECRET_ENV),
     (Path(CONFIG_MOUNT), CONFIG_ENV),
 )
-"""Where they are, and which of their keys count."""
+"""The folders, and the keys that are read from each."""
 
 
 def take(folders: tp.Sequence[tuple[Path, tp.Sequence[str]]] | None = None) -> None:
-    """Put what is mounted into the environment of this process.
+    """Put the mounted values into the environment of this process.
 
-    It goes before what is there already, as variables of a pod go before those of its image and
-    before those that a cloud adds to a pod. Both folders may be missing, and so may every key.
+    They replace variables that exist already, as a pod's variables replace those of its image. The
+    folders and any of the keys may be missing.
 
     Args:
-        folders: folder → which keys count; by default those of a pod.
+        folders: pairs of a folder and its keys; by default those of a pod.
     """
     for folder, keys in FOLDERS if folders is None else folders:
         for key in keys:

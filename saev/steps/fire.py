@@ -1,13 +1,14 @@
 """A firing of a schedule: one run of Kubeflow Pipelines for each dataset that is complete and new.
 
-A firing may be killed at any point, the answer to a request may be lost, and two firings may meet.
-So a dataset is claimed before its run is started; the run is told whose claim it has, and takes it
-over only if that claim still counts. Whatever happened before, the next firing looks at the claim,
-asks Kubeflow what became of the run behind it, and goes on from there: a state of a dataset has one
-run that processes it, and never none. A run that comes too late finds the claim gone and ends.
+A firing may be killed at any point, the answer to a request may be lost, and two firings may run at
+the same time. So a firing claims a dataset before it starts the dataset's run. The run gets the
+name of the firing, and takes over the claim only if that firing still holds it. The next firing
+reads the claim, asks Kubeflow about the run of its owner, and decides by both. So each state of a
+dataset has exactly one run that processes it. A run that comes too late finds that the claim is
+gone, and ends.
 
-What Kubeflow does not know of (another installation on the same storage, a run that was deleted) is
-left alone until its claim is given back or expires.
+If Kubeflow does not know the owner of a claim (it belongs to another installation on the same
+storage, or the run was deleted), the dataset waits until the claim is released or expires.
 """
 
 import collections.abc
@@ -30,7 +31,7 @@ _DIGITS = 12
 
 
 class Nothing:
-    """Starts nothing: whoever reads a firing's output starts its runs."""
+    """Starts no runs. The caller reads the firing's output and starts them."""
 
     def get(self, run_id: str) -> Run | None:
         """See :class:`~saev.launch.runs.Runs`."""
@@ -61,8 +62,8 @@ class Firing:
 
     Args:
         cfg: the step's config.
-        runs: the installation's runs.
-        version: id of the version of the pipeline that is started; "" if nothing is.
+        runs: the runs of the installation.
+        version: id of the pipeline's version that is started; "" if nothing is started.
     """
 
     def __init__(self, cfg: FireStep, runs: Runs, version: str = ""):
@@ -73,17 +74,17 @@ class Firing:
         self._prefix = storage.normalize(cfg.dataset)
         self._n_unfinished = 0
         self.started: list[dict[str, tp.Any]] = []
-        """Of each run that was started: its id, dataset and claim."""
+        """Id, dataset and claim of each run that was started."""
 
     def run(self, seen: discover.Seen = lambda n: None) -> None:
-        """Look at every dataset.
+        """Look at every dataset, and start or retry its run where needed.
 
         Args:
-            seen: told of files while they are listed.
+            seen: progress callback of the listing.
 
         Raises:
-            ClusterError: Kubeflow refused a request, after the other datasets had their turn.
-            SaevError: as storage does.
+            ClusterError: Kubeflow refused a request. It is raised after the other datasets.
+            SaevError: the storage failed.
         """
         cfg = self._cfg
         if not cfg.owner:
@@ -108,7 +109,7 @@ class Firing:
             raise failed
 
     def _is_ours(self, run: Run) -> bool:
-        """Whether a firing of this prefix, with this root, started a run."""
+        """Whether a firing of this prefix and this root started a run."""
         values = run.parameters
         return (
             bool(values.get("claim"))
@@ -117,7 +118,7 @@ class Firing:
         )
 
     def _look_at(self, dataset: Dataset) -> None:
-        """Start or retry a dataset's run, or leave it alone."""
+        """Start or retry a dataset's run, or do nothing."""
         claim = claims.current(discover.claims_of(self._root, dataset))
         if claim is None:
             self._start(dataset, None)
@@ -125,7 +126,7 @@ class Firing:
         run = self._started_for(dataset, claim) or self._runs.get(claim.owner)
         if run is None:
             is_free = not claim.is_held or claim.owner == self._cfg.owner
-        elif not run.parameters.get("claim"):  # a firing, or a run that a person started
+        elif not run.parameters.get("claim"):  # it is a firing, or a person started it
             is_free = run.is_over or not claim.is_held or run.run_id == self._cfg.owner
         elif run.state == "FAILED" and run.version == self._version:
             self._failed(dataset, claim, run)
@@ -136,7 +137,7 @@ class Firing:
                 "the dataset.", dataset.name, _called(run),
             )  # fmt: skip
             return
-        else:  # what failed with another version of the pipeline may succeed with this one
+        else:  # a run that failed with another version of the pipeline may succeed with this one
             is_free = run.is_over
         if is_free:
             self._start(dataset, claim)
@@ -145,7 +146,7 @@ class Firing:
             logger.info("%s is being processed by %s.", dataset.name, who)
 
     def _started_for(self, dataset: Dataset, claim: Claim) -> Run | None:
-        """The run that a firing started with its claim, and that has not taken it over yet."""
+        """The run that a firing started for its claim, if the run has not taken it over yet."""
         for run in self._runs.named(_name(dataset)):
             handed = run.parameters.get("claim")
             if isinstance(handed, dict) and handed.get("run") == claim.owner:
@@ -156,7 +157,7 @@ class Firing:
         most = self._cfg.max_datasets
         if self._n_unfinished < most:
             return True
-        logger.info("%s waits: %d runs go on, as many as may (max_datasets).", dataset.name, most)
+        logger.info("%s waits: %d runs are unfinished (max_datasets).", dataset.name, most)
         return False
 
     def _start(self, dataset: Dataset, before: Claim | None) -> None:
@@ -171,7 +172,7 @@ class Firing:
         if taken is None:
             logger.info("%s was claimed by somebody else just now.", dataset.name)
             return
-        # Between the look and the claim, its run may have finished it.
+        # Its former run may have finished it before the claim was taken.
         if discover.is_processed(self._root, dataset):
             claims.release(folder, cfg.owner)
             return
@@ -189,14 +190,14 @@ class Firing:
         self.started.append({"run_id": run_id, **own})
 
     def _failed(self, dataset: Dataset, claim: Claim, run: Run) -> None:
-        """Retry a failed run, if that may help."""
+        """Retry a failed run, if a retry may help."""
         cfg = self._cfg
         failures = outcomes.failures(self._root, run.run_id, run.ended_before)
         permanent = outcomes.permanent(failures)
         if permanent is not None:
             logger.warning(
-                "%s: %s failed for good in step %s, so it is not tried again: %s When that is "
-                "mended, press Retry in Kubeflow or submit the dataset.",
+                "%s: %s failed permanently in step %s, so it is not retried: %s When that is "
+                "fixed, press Retry in Kubeflow or submit the dataset.",
                 dataset.name, _called(run), permanent.step, permanent.error,
             )  # fmt: skip
             return
@@ -221,7 +222,7 @@ class Firing:
 
 
 def _name(dataset: Dataset) -> str:
-    """Name of the run of a dataset in one state: the same for every firing."""
+    """Name of the run of a dataset in one state. Every firing makes the same name."""
     return f"saev {dataset.name[:_LONGEST_NAME]} {dataset.key[:_DIGITS]}"
 
 
@@ -230,7 +231,7 @@ def _called(run: Run) -> str:
 
 
 def _why(failures: collections.abc.Sequence[outcomes.Failure]) -> str:
-    """What is known of a failure that a new pod may mend."""
+    """The reason of a failure that may pass, as far as it is known."""
     if not failures:
-        return "no step said why it failed, as when a pod is evicted or lost with its node."
+        return "no step recorded a reason, as when a pod is evicted or lost with its node."
     return f"step {failures[0].step} failed: {failures[0].error}"

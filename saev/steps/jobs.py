@@ -1,14 +1,14 @@
-"""What a pipeline run does with one dataset, and how it is cut into slots, one for each pod.
+"""The work of a pipeline run on one dataset, and its division into slots, one for each pod.
 
 <root>/datasets/configs/<hash>.json           a config as it was submitted
 <root>/jobs/<hash>/
-    job.json        dataset, run and config; the folder's URL is all that steps hand to each other
-    plan.json       what there is to record
-    publish.json    what there is to train, to measure and to draw
+    job.json        dataset, run and config; steps pass on only the URL of this folder
+    plan.json       the items to record
+    publish.json    the items to train, to measure and to draw
 
-Kubernetes holds a pipeline run in one object of at most 1 MiB, in which every input of every pod is
-repeated twelve times. So inputs are short, and the number of pods does not grow with the work: a
-pod gets the number of a slot, looks up its items here, and does them one after the other.
+Kubernetes keeps a pipeline run in one object of at most 1 MiB, and repeats every input of every pod
+in it twelve times. So inputs are short, and the number of pods does not grow with the work: a pod
+gets the number of a slot, looks up the slot's items here, and does them one after the other.
 """
 
 import heapq
@@ -32,9 +32,9 @@ _RESTORE = "Restore it from a copy, or submit the dataset again."
 _FOLDER = "jobs"
 _DIGITS = 16
 _SHORT = 12
-"""Digits of a job's name, of which there are few below a root."""
+"""Digits of a job's name. They are few, because a root has few jobs."""
 _UNEVEN = 1.1
-"""How much longer than the average the longest slot of measuring may take."""
+"""Most time of the longest slot of measuring, relative to the average."""
 
 
 class Job(tp.NamedTuple):
@@ -45,7 +45,7 @@ class Job(tp.NamedTuple):
     root: str
     """URL of the storage root."""
     owner: str
-    """Id of the pipeline run; "" claims nothing."""
+    """Id of the pipeline run; "" means that the job has no claim."""
     dataset: Dataset
     config: str
     """URL of the config."""
@@ -67,21 +67,21 @@ class Job(tp.NamedTuple):
 
 
 class Plan(tp.NamedTuple):
-    """What a planning step found."""
+    """The result of a planning step."""
 
     shards: str
     """Name of the shards folder."""
     runs: list[str]
-    """Names of all runs of the sweep, in its order; empty before they are planned."""
+    """Names of all runs, in the order of the sweep; empty before they are planned."""
     slots: dict[str, list[list[Item]]]
     """The items of each slot, by the step that does them."""
-    keys: dict[str, str] = {}  # noqa: RUF012 - of a tuple, which is not changed
-    """Keys of the jobs that the slots are of, by the names of their stages, as far as they are
-    known: that of a pass over the activations depends on an SAE that may not be trained yet."""
+    keys: dict[str, str] = {}  # noqa: RUF012 - a default that is never changed
+    """Keys of the stages' jobs, by the name of the stage. A key that depends on an SAE that is not
+    trained yet is missing."""
 
 
 def make(root: str, owner: str, raw_config: tp.Any, dataset: Dataset) -> str:
-    """Write down a job. Returns its URL; equal arguments write the same."""
+    """Write a job to storage. Returns its URL. Equal arguments write the same job."""
     base = storage.normalize(root)
     digest = storage.content_hash(raw_config, _DIGITS)
     config = storage.join(base, discover.FOLDER, "configs", f"{digest}.json")
@@ -94,11 +94,11 @@ def make(root: str, owner: str, raw_config: tp.Any, dataset: Dataset) -> str:
 
 
 def read(url: str) -> Job:
-    """Open a job.
+    """Read a job from storage.
 
     Raises:
-        ConfigError: it is no job.
-        StorageError: it cannot be read.
+        ConfigError: the URL is not that of a job.
+        StorageError: the job cannot be read.
     """
     url = storage.normalize(url)
     root, _, folder = storage.parent(url).rpartition("/")
@@ -122,12 +122,12 @@ def read(url: str) -> Job:
 
 
 def write_plan(job: Job, step: str, plan: Plan) -> None:
-    """Write down what a planning step found, for the steps after it."""
+    """Write the result of a planning step, for the steps after it."""
     storage.write_json(_place(job, step), storage.seal(plan._asdict()))
 
 
 def read_plan(job: Job, step: str) -> Plan:
-    """What a planning step found. Raises StorageError if it was not there yet."""
+    """Read the result of a planning step. Raises StorageError if it is missing."""
     record = storage.read_sealed(_place(job, step), remedy=_RESTORE).record
     return Plan(**{field: record[field] for field in Plan._fields if field in record})
 
@@ -137,7 +137,7 @@ def _place(job: Job, step: str) -> str:
 
 
 def numbered(slots: tp.Sequence[tp.Sequence[Item]]) -> list[str]:
-    """What a loop runs over: a slot's number, and a name for people, as `0: part 1 of 8`."""
+    """The inputs of a loop: each slot's number and a name for people, such as `0: part 1 of 8`."""
     found = []
     for i, items in enumerate(slots):
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
@@ -150,8 +150,8 @@ def items_of(plan: Plan, step: str, slot: str) -> list[Item]:
 
     Args:
         plan: the plan.
-        step: which step's slots.
-        slot: one of :func:`numbered`'s, or only the number.
+        step: the step that does the slot.
+        slot: one of the texts of :func:`numbered`, or only the number.
 
     Raises:
         ConfigError: there is no such slot.
@@ -169,15 +169,15 @@ def items_of(plan: Plan, step: str, slot: str) -> list[Item]:
 
 
 def cut(items: tp.Sequence[Item], n: int, costs: tp.Sequence[float] | None = None) -> list:
-    """Items in at most n slots of about equal cost; equal arguments give equal slots.
+    """Divide items into at most n slots of about equal cost. Equal arguments give equal slots.
 
-    The most expensive item comes first, and each goes to the slot that costs least so far (Graham's
-    rule: the longest slot takes at most 4/3 of the time of the best division).
+    Items are assigned in order of falling cost, each to the slot that costs least so far. By
+    Graham's rule, the longest slot takes at most 4/3 of the time of the best division.
 
     Args:
-        items: in any order.
+        items: the items, in any order.
         n: most slots.
-        costs: of each item; by default all cost the same.
+        costs: the cost of each item; by default all items cost the same.
     """
     costs = costs or [1.0] * len(items)
     slots: list[list[int]] = [[] for _ in range(min(n, len(items)))]
@@ -190,14 +190,14 @@ def cut(items: tp.Sequence[Item], n: int, costs: tp.Sequence[float] | None = Non
 
 
 def n_pieces(n_passes: int, n_slots: int, most: int) -> int:
-    """In how many pieces each pass is cut, so that slots of whole pieces are about equal.
+    """The number of pieces of each pass, so that slots of whole pieces are about equal.
 
-    Few pieces are better, since each of them opens an SAE and its activations.
+    Fewer pieces are better, because each piece opens an SAE and its activations.
 
     Args:
-        n_passes: passes over the activations, one of each SAE.
-        n_slots: slots.
-        most: most pieces that a pass can be cut into.
+        n_passes: number of passes over the activations, one for each SAE.
+        n_slots: number of slots.
+        most: the largest number of pieces that a pass can be divided into.
     """
     for n in range(1, min(n_slots, most)):
         longest = math.ceil(n_passes * n / n_slots)
@@ -211,14 +211,14 @@ def each(
 ) -> list[str]:
     """Do items one after the other.
 
-    One that can never succeed does not keep the others of its slot from being done.
+    An item that fails permanently does not stop the other items of its slot.
 
     Returns:
-        URLs of all that was made.
+        URLs of all results.
 
     Raises:
-        SaevError: the first item that failed for good, after the others; or one whose failure may
-            pass, at once.
+        SaevError: an item failed. A passing failure is raised at once, the first permanent failure
+            after the other items.
     """
     made: list[str] = []
     failures: list[SaevError] = []
@@ -229,12 +229,12 @@ def each(
         try:
             made += work(item)
         except SaevError as err:
-            progress.safe_point()  # where the claim is lost, the others are not ours either
+            progress.safe_point()  # if the claim is lost, the other items are not ours either
             if last_word.of(err).kind != "permanent":
                 raise
             failures.append(err)
             if item is not items[-1]:
-                logger.error("%s failed, and others go on: %s", item["name"], err)
+                logger.error("%s failed, and the other items go on: %s", item["name"], err)
     if failures:
         raise failures[0]
     return made

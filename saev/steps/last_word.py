@@ -1,7 +1,7 @@
-"""Why a step failed, and whether trying again may help: what is said last, and kept in storage.
+"""Records why a step failed and whether a retry may help: its "last word".
 
-KFP's launcher ends with status 1 whatever happened, so the status tells nobody anything. A step
-that fails writes a small record instead, which `saev.launch.outcomes` reads.
+KFP's launcher ends with status 1 after every failure, so its status says nothing about the reason.
+A failed step therefore writes a small record to storage, which `saev.launch.outcomes` reads.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from saev.launch import outcomes
 logger = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "SAEV_LAST_WORD"
-"""Environment variable: the folder where supervised processes say why they failed."""
+"""Environment variable with the folder where supervised processes write why they failed."""
 
 Kind = tp.Literal["permanent", "passing", "stopped"]
 
@@ -27,26 +27,26 @@ class LastWord(tp.NamedTuple):
     """Why a step failed."""
 
     kind: Kind
-    """permanent: it fails again until somebody changes something. passing: the same command may
-    succeed. stopped: it was asked to end."""
+    """permanent: the step fails again until somebody changes something. passing: the same command
+    may succeed. stopped: the step was asked to end."""
     error: str
     """What happened, with the remedy, for people."""
     is_unexpected: bool = False
-    """Whether it is an error that saev does not raise on purpose: a bug, or a broken device."""
+    """Whether saev did not raise the error on purpose: it is a bug, or a broken device."""
     is_echo: bool = False
-    """Whether another process failed first, of those that train together, and knows why."""
+    """Whether another process of the same training failed first. That one knows the reason."""
     is_spent: bool = False
-    """Whether it was tried again already, as often as it should be."""
+    """Whether it was already retried as often as allowed."""
 
 
 def of(error: BaseException) -> LastWord:
-    """What an error says of another try."""
+    """The last word for an error."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return LastWord("stopped", "It was stopped.")
     if isinstance(error, LaunchError):
         kind: Kind = "passing" if error.passing else "permanent"
         return LastWord(kind, str(error), is_spent=error.spent)
-    # A rank that died takes the others with it, and the error says which one it was.
+    # When a rank dies, the others end with a RankError that names it.
     is_echo = isinstance(error, RankError)
     passes = storage.is_passing(error) or is_echo
     passes = passes or (isinstance(error, ClusterError) and error.passing)
@@ -56,7 +56,7 @@ def of(error: BaseException) -> LastWord:
 
 
 def tell(error: BaseException) -> None:
-    """Say to the supervisor why this process ends. Without one, nothing happens."""
+    """Tell the supervisor why this process ends. Without a supervisor, nothing happens."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
         text = json.dumps(of(error)._asdict())
@@ -64,10 +64,10 @@ def tell(error: BaseException) -> None:
 
 
 def heard(folder: Path) -> LastWord | None:
-    """What the processes said; None if none could say anything.
+    """The last word of a step's processes; None if none of them wrote one.
 
-    Of several, that of the one that knows the reason, rather than of those that lost another one,
-    or were ended because of it.
+    If several wrote one, the process that knows the reason counts. The others lost that process, or
+    were stopped because of it.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -84,7 +84,10 @@ def heard(folder: Path) -> LastWord | None:
 
 
 def keep(word: LastWord, root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
-    """Write a record. What hinders it is a warning, as the step has failed for another reason."""
+    """Write a record to storage.
+
+    A storage error is only logged as a warning: the step has already failed for another reason.
+    """
     try:
         storage.write_json(_place(root, owner, step, flags), {"step": step, **word._asdict()})
     except StorageError as err:
@@ -92,7 +95,7 @@ def keep(word: LastWord, root: str, owner: str, step: str, flags: tp.Sequence[st
 
 
 def withdraw(root: str, owner: str, step: str, flags: tp.Sequence[str]) -> None:
-    """Delete the record of an earlier failure of the same step, which has succeeded now."""
+    """Delete the record of an earlier failure of a step that has succeeded now."""
     place = _place(root, owner, step, flags)
     try:
         if storage.exists(place):

@@ -1,4 +1,4 @@
-"""The step that starts the pods of another one, and what the exit handler stops of them."""
+"""The step that starts the pods of another step. The exit handler stops those that still run."""
 
 import logging
 
@@ -17,7 +17,7 @@ from saev.steps.jobs import Job
 logger = logging.getLogger(__name__)
 
 KINDS: dict[str, Resource] = {one.plural: one for one in (JOBS, TRAIN_JOBS)}
-"""Kinds of objects that steps make."""
+"""The kinds of objects that launching steps make, by their plural names."""
 
 
 def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
@@ -51,7 +51,7 @@ def launch(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
 
 
 def _on_machines(cfg: cfgs.LaunchStep, job: Job, progress: Progress) -> list[str]:
-    """Do one slot on several machines together."""
+    """Do one slot on several machines."""
     settings, cluster = _settings(cfg), Cluster.of_this_pod()
     ranks = str(trainjobs.ranks_of(settings))
     command = [*SUPERVISOR, "--ranks", ranks, "step", cfg.step, "--job", job.url]
@@ -73,12 +73,12 @@ def _settings(cfg: cfgs.LaunchStep) -> PodSettings:
 
 
 def stop(kinds: str, run_id: str) -> None:
-    """Delete what a run has started and what has not ended, and wait for its pods.
+    """Delete the objects of a run that have not ended, and wait for the end of their pods.
 
-    What hinders that is said and no more: the run is over, and its claims have to be given back.
+    A failure of this is only logged, because the run's claims must be released in any case.
 
     Args:
-        kinds: names of :data:`KINDS`, with commas between them.
+        kinds: names of :data:`KINDS`, separated by commas.
         run_id: the run.
     """
     names = list(filter(None, kinds.split(",")))

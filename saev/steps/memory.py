@@ -1,7 +1,7 @@
-"""How much memory a container uses, and how much it may use, from its control group (cgroup).
+"""The memory that a container uses and may use, read from its control group (cgroup).
 
-On cgroup v2 the kubelet lets the kernel end all processes of a container together when its memory
-is used up. So who wants to outlive that has to look by itself.
+With cgroup v2, the kubelet lets the kernel end all processes of a container when its memory is used
+up, including the supervisor. So the supervisor watches the memory, and ends the step before that.
 """
 
 import contextlib
@@ -10,27 +10,27 @@ from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60
-"""cgroup v1 has a number near 2^63 where there is no limit."""
+"""cgroup v1 says "no limit" by a number near 2^63."""
 
 
 class Memory(tp.NamedTuple):
     """Memory of a container in bytes."""
 
     used: int
-    """What the kernel cannot take back: without the file cache."""
+    """Without the file cache, which the kernel can free."""
     limit: int
 
     @property
     def is_short(self) -> bool:
-        """Whether a little more ends the container: 3% are left, at most 256 MiB of them."""
+        """Whether the free memory is below 3% of the limit and below 256 MiB."""
         return self.limit - self.used < min(self.limit * 3 // 100, 256 << 20)
 
 
 def look(root: Path = _ROOT) -> Memory | None:
-    """Memory of this process's container; None without a limit, or without a control group.
+    """Memory of this process's container; None without a limit or without a control group.
 
     Args:
-        root: where the control groups are mounted.
+        root: the folder where the control groups are mounted.
     """
     with contextlib.suppress(OSError, ValueError):
         return _version_2(root) or _version_1(root / "memory")
@@ -59,6 +59,6 @@ def _version_1(root: Path) -> Memory | None:
 
 
 def _stat(path: Path, names: tp.Collection[str]) -> int:
-    """The sum of some numbers of a memory.stat."""
+    """The sum of some entries of a memory.stat file."""
     rows = (line.split() for line in path.read_text().splitlines())
     return sum(int(row[1]) for row in rows if len(row) == 2 and row[0] in names)

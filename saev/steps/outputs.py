@@ -1,9 +1,9 @@
-"""What a step tells KFP: output parameters, pages, and the metadata of its artifacts.
+"""Writes a step's outputs for KFP: parameters, pages, and the metadata of artifacts.
 
-KFP hands a step its executor input, a JSON text that names an output file; what the step writes
-there becomes the metadata of its artifacts. For an artifact of metrics, that metadata is all there
-is to it. Format: kfp/v2/executor in the KFP documentation; every artifact of the step has to be
-listed, or the backend drops it.
+KFP gives a step its executor input, a JSON text that names an output file. The JSON that the step
+writes into this file becomes the metadata of its artifacts. An artifact of metrics consists of its
+metadata only. The file has to list every artifact of the step, or the backend drops it. The format
+is that of kfp/v2/executor in the KFP documentation.
 """
 
 import json
@@ -18,14 +18,20 @@ _DIGITS = 5
 
 
 def write_parameter(path: str, value: tp.Any) -> None:
-    """An output parameter: texts as they are, everything else as JSON. No path, no output."""
+    """Write an output parameter: a text as it is, any other value as JSON.
+
+    An empty path writes nothing.
+    """
     if path:
         text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
         storage.write_text(path, text)
 
 
 def write_page(path: str, text: str) -> None:
-    """A page for the UI: Markdown, or HTML in a frame that can load nothing. No path, no page."""
+    """Write a page for the UI: Markdown, or HTML that loads nothing.
+
+    An empty path writes nothing.
+    """
     if path:
         storage.write_text(path, text)
 
@@ -35,11 +41,11 @@ def write_metrics(executor_input: str, values: tp.Mapping[str, str | float]) -> 
 
     Args:
         executor_input: KFP's JSON; empty writes nothing.
-        values: texts and finite numbers by name; other numbers are left out. The UI shows numbers
-            with all their digits, so they are rounded.
+        values: texts and numbers by name. Numbers that are not finite are left out. Numbers are
+            rounded, because the UI shows all their digits.
 
     Raises:
-        ConfigError: it is not an executor input.
+        ConfigError: the text is no executor input.
     """
     if not executor_input:
         return

@@ -1,4 +1,4 @@
-"""Runs the steps. Those that do the work of stages are in :mod:`saev.steps.stages`."""
+"""Runs a step. The steps that do the work of stages are in :mod:`saev.steps.stages`."""
 
 import contextlib
 import logging
@@ -33,13 +33,13 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
 
     Args:
         cfg: a config of `saev.config.steps`.
-        progress: where bars go.
+        progress: shows the progress.
 
     Returns:
-        URLs of what it made or found.
+        URLs of the results.
 
     Raises:
-        SaevError: as the stage's functions do. What was finished is kept.
+        SaevError: the step failed. Finished work is kept.
     """
     progress = progress or Progress(quiet=True)
     with progress.doing(cfgs.NAMES[type(cfg)]):
@@ -58,7 +58,7 @@ def _run(cfg: tp.Any, progress: Progress) -> list[str]:
     job, work = jobs.read(cfg.job), _WORK[type(cfg)]
     with contextlib.ExitStack() as stack:
         ranks = torchrun.place()
-        if job.owner and (ranks is None or ranks.rank == 0):  # the one that writes and decides
+        if job.owner and (ranks is None or ranks.rank == 0):  # only rank 0 writes and decides
             place = discover.claims_of(job.root, job.dataset)
             holding = stack.enter_context(claims.held(place, job.owner))
             progress.safe_point, progress.may_publish = holding.check, holding.look
@@ -110,14 +110,14 @@ def _fire(cfg: cfgs.FireStep, progress: Progress) -> list[str]:
 
 def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
     status = cfgs.parse_json(cfg.status, "--status")
-    launching.stop(cfg.launched, cfg.owner)  # before others may claim the dataset
+    launching.stop(cfg.launched, cfg.owner)  # before the claim is released
     try:
         record = discover.end(cfg.root, cfg.owner, status)
     except StorageError as err:
-        if not _has_succeeded(status):  # another step has failed before, mostly of the same
+        if not _has_succeeded(status):  # an earlier step has failed, mostly for the same reason
             err.args = (
-                f"The outcome of the run is not recorded, as {storage.normalize(cfg.root)} cannot "
-                "be used. Why the run failed is in the log of the step that failed first; "
+                f"The outcome of the run is not recorded, because {storage.normalize(cfg.root)} "
+                "cannot be used. Why the run failed is in the log of the step that failed first; "
                 "`make logs` repeats it in its last line.",
             )
         raise
@@ -130,12 +130,12 @@ def _outcome(cfg: cfgs.OutcomeStep) -> list[str]:
 
 
 def _has_succeeded(status: tp.Any) -> bool:
-    """What KFP says of the steps before. It calls a success COMPLETE."""
+    """Whether KFP's status of the steps before is a success, which it calls COMPLETE."""
     state = status.get("state") if isinstance(status, dict) else None
     return state in ("COMPLETE", "SUCCEEDED")
 
 
-# --- What they learned ---------------------------------------------------------------------------
+# --- The report ----------------------------------------------------------------------------------
 
 
 def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:

@@ -1,8 +1,8 @@
-"""What Kubeflow's UI shows of a step: figures by name, and a page that stands alone.
+"""The figures and the page of a step that Kubeflow's UI shows.
 
-In the UI's comparison of runs, an artifact of figures is a column without a name of its own, and a
-figure's name is cut off after about 30 characters. So each artifact says whose figures it holds,
-names are short, and what is true of several SAEs stands behind their names.
+The UI compares runs in a table. There, an artifact of figures is a column without a name, and names
+of figures are cut after about 30 characters. So each artifact contains the name of its SAE, names
+are short, and an artifact of several SAEs has one text for each SAE.
 """
 
 import html
@@ -15,7 +15,7 @@ if tp.TYPE_CHECKING:
     from saev.visuals.overview import Row, Section
 
 Figures = dict[str, str | float]
-"""What an artifact of figures holds."""
+"""The content of an artifact of figures, by name."""
 
 _FEW = (
     ("held_out_nmse", "held out: NMSE {:.4f}"), ("all_images_nmse", "all images: NMSE {:.4f}"),
@@ -24,15 +24,15 @@ _FEW = (
     ("training_nmse", "training: NMSE {:.4f}"), ("training_l0", "L0 {:.1f}"),
     ("mean_average_precision", "mAP {:.3f}"),
 )  # fmt: skip
-"""What is said of an SAE in one line."""
+"""The figures in an SAE's line, with their formats."""
 _IN_SIDES = ("normalized_mse", "explained_variance", "l0", "l1", "n_dead")
-"""Figures of all images. Those of each side stand in their place."""
+"""Figures of all images, which are replaced by those of each side (held-out and training)."""
 _PAGE_BYTES = 3_000_000
-"""About what the UI can show."""
+"""About the largest page that the UI can show."""
 
 
 def of_run(section: "Section", dataset: str) -> Figures:
-    """Figures of all SAEs of a run, beside each other: those of the best one."""
+    """The figures of a run: the number of its SAEs, and the figures of the best one."""
     best: Row = section.best_first()[0]
     figures: Figures = {
         "dataset": dataset,
@@ -44,9 +44,9 @@ def of_run(section: "Section", dataset: str) -> Figures:
 
 
 def _sides(row: "Row") -> Figures:
-    """What is said of an SAE first, with the images that it is of in the names of the figures.
+    """An SAE's main figures. Their names begin with the images that they are measured on.
 
-    Where nothing is held out, or the SAE was trained on another folder, they are of all images.
+    They are of all images if no image is held out, or if the SAE was trained on other shards.
     """
     held_out, prefix = row.held_out, "held_out"
     if row.elsewhere or not held_out:
@@ -83,10 +83,10 @@ class Saes:
         self._books[run] = next(result.page for result in results if result.page)
 
     def figures(self, names: tp.Mapping[str, str]) -> Figures:
-        """Of one SAE, all figures; of several, a line each.
+        """All figures if there is one SAE; otherwise one line for each SAE.
 
         Args:
-            names: what each SAE is called, by the name of its run.
+            names: the name of each SAE, by the name of its run.
         """
         if len(self._metrics) == 1:
             ((run, figures),) = self._metrics.items()
@@ -94,22 +94,22 @@ class Saes:
         found: Figures = {"dataset": self._dataset, "n_saes": len(self._metrics)}
         for run, figures in self._metrics.items():
             said = [form.format(figures[key]) for key, form in _FEW if key in figures]
-            # Equal configs have equal names, as do SAEs of different orders of the data.
+            # SAEs of equal configs have equal names, also if they saw the data in another order.
             name = names[run] if names[run] not in found else run
             found[name] = f"{', '.join(said)} (run {run})"
         return found
 
     def page(self, names: tp.Mapping[str, str]) -> str:
-        """The picture book; of several SAEs, one below the other, smaller the more there are.
+        """The picture books of all SAEs, one below the other. They share the page's size limit.
 
         Args:
-            names: what each SAE is called, by the name of its run.
+            names: the name of each SAE, by the name of its run.
         """
         share = _PAGE_BYTES // max(1, len(self._books))
         books = {run: book(share) for run, book in self._books.items()}
         if len(books) == 1:
             return next(iter(books.values()))
-        # A page in a frame that can load nothing may still hold other pages as text.
+        # The UI's frame can load nothing, but a page can contain other pages as text (srcdoc).
         frames = "".join(
             f"<details{' open' * (i == 0)}><summary>{html.escape(names[run])} "
             f"<small>run {html.escape(run)}</small></summary>"

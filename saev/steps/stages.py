@@ -1,4 +1,4 @@
-"""The steps that do the work of stages. They know `saev.chain`, and no stage by its name."""
+"""The steps that do the work of stages. They name no stage; `saev.chain` gives the stages."""
 
 import contextlib
 import logging
@@ -19,11 +19,11 @@ from saev.visuals import overview
 logger = logging.getLogger(__name__)
 
 _CPU = "cpu"
-"""For pods that have no GPU; shapes and checksums do not depend on the device."""
+"""The device of pods without a GPU. Shapes and checksums do not depend on the device."""
 
 
 def plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
-    """Name the result of the first stage, and cut its items into slots."""
+    """Name the result of the first stage, and divide its items into slots."""
     with contextlib.closing(chain.FIRST.of(job.stages(), {}, _CPU)) as first:
         key, items, n = _key(first, progress), first.items(), 0
         if not first.published():
@@ -43,7 +43,7 @@ def plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
 
 
 def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
-    """Do the items of one slot. Items of one job follow each other, and open it once."""
+    """Do the items of one slot. Consecutive items of the same job open it once."""
     stage = chain.of_slots(cfgs.NAMES[type(cfg)])
     plan = jobs.read_plan(job, chain.planner(stage.slots))
     assigned, stages = jobs.items_of(plan, stage.slots, cfg.slot), job.stages()
@@ -53,12 +53,12 @@ def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
         def work(one: jobs.Item) -> list[str]:
             run = one.get("run", "")
             if run not in opened:
-                stack.close()  # of the job before, whose memory this one needs
+                stack.close()  # close the job before, because this one needs its memory
                 opened.clear()
                 found = _found(job, plan, run) if stage is not chain.FIRST else {}
                 one_job = stack.enter_context(contextlib.closing(stage.of(stages, found)))
-                _check(one_job, plan, job, progress)  # which other items of it must not pass over
-                opened[run] = one_job
+                _check(one_job, plan, job, progress)
+                opened[run] = one_job  # after the check, so that it is repeated for other items
             driver.do(opened[run], _items(opened[run], one), progress)
             return list(opened[run].urls) if len(opened[run].urls) == 1 else []
 
@@ -66,11 +66,11 @@ def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
 
 
 def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
-    """Publish the result of the first stage, and plan all that follows."""
+    """Publish the result of the first stage, and plan all later stages."""
     stages = job.stages()
     with contextlib.closing(chain.FIRST.of(stages, {}, _CPU)) as first:
         _check(first, jobs.read_plan(job, "plan"), job, progress)
-        if not first.published():  # what is complete was checked when it was published
+        if not first.published():  # a complete result was checked when it was published
             with progress.task("list the images again", total=None, unit="file") as task:
                 discover.check_unchanged(job.dataset, task.advance)
         result = driver.finish(first, progress)
@@ -83,7 +83,7 @@ def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
 
 
 def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
-    """Finish what other pods began for the SAEs of one slot, and do the stage that follows."""
+    """Finish the earlier stages for the SAEs of one slot, and run the next stage as a whole."""
     stage = chain.of_slots(cfgs.NAMES[type(cfg)])
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
     shown = show.Saes(job.dataset.name)
@@ -110,7 +110,7 @@ def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
 
 
 def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
-    """What there is to do after the first stage; all of it is known before any of it is done."""
+    """Plan all stages after the first one, before any of them is done."""
     found = {chain.FIRST.name: first}
     plan = Plan(storage.name(first), [], {}, {})
     there: set[str] = set()
@@ -119,7 +119,7 @@ def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
             items = one.items()
             todo = [item for item in items if not one.done(item)]
             if not todo:
-                driver.finish(one)  # removes what killed workers left
+                driver.finish(one)  # removes the remains of killed workers
             runs, there = one.urls, set(one.there())
             plan.keys[stage.name] = one.key
         assigned = [{"name": item.name, "item": item.spec} for item in todo]
@@ -136,7 +136,7 @@ def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
 def _left(
     stages: Stages, found: chain.Found, runs: tp.Sequence[str], there: tp.Collection[str]
 ) -> dict[str, list[str]]:
-    """Names of the runs that a stage has no result of, by the stage's name."""
+    """Names of the runs that lack a stage's result, by the stage's name."""
     left: dict[str, list[str]] = {stage.name: [] for stage in chain.OF_RUN}
     for run in runs:
         here, is_there = {**found, chain.RUNS: run}, run in there
@@ -145,7 +145,7 @@ def _left(
                 with contextlib.closing(stage.of(stages, here, _CPU)) as one:
                     is_there = one.published()
                     here[stage.name] = one.urls[0] if is_there else ""
-            if not is_there:  # then the stages after it are not done, either
+            if not is_there:  # then the later stages are not done either
                 left[stage.name].append(storage.name(run))
     return left
 
@@ -153,7 +153,7 @@ def _left(
 def _cut(stage: Stage, runs: tp.Sequence[str], found: chain.Found, n_slots: int) -> list:
     if stage.whole:
         items = [{"name": f"SAE {run}", "run": run} for run in runs]
-        # Fewer pods, since each of them counts in the one object in which Kubernetes keeps a run.
+        # Few pods: each pod makes the object larger in which Kubernetes keeps the run.
         return jobs.cut(items, max(1, n_slots // 2))
     n = jobs.n_pieces(len(runs), n_slots, stage.kind.pieces(found))
     pieces = [
@@ -189,7 +189,7 @@ def _key(opened: StageJob, progress: Progress) -> str:
 
 
 def _check(opened: StageJob, plan: Plan, job: Job, progress: Progress) -> None:
-    """Refuse a job of other inputs than those that were planned, as far as these were known."""
+    """Refuse a job whose inputs are not the planned ones, if the plan knows its key."""
     planned = plan.keys.get(opened.name)
     if planned is not None and (found := _key(opened, progress)) != planned:
         raise ConfigError(

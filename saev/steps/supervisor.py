@@ -1,14 +1,14 @@
-"""Runs a step as its child, and runs it again when what ended it may pass.
+"""Runs a step as a child process, and runs it again after a failure that may pass.
 
     python -m saev.steps.supervisor step train --job … --slot …     # what a pod runs
-    python -m saev.steps.supervisor --ranks 8 step train …          # by torchrun, 8 on this machine
+    python -m saev.steps.supervisor --ranks 8 step train …          # 8 ranks, started by torchrun
     python -m saev.steps.supervisor --signal 15                     # what Argo runs to stop it
     python -m saev.steps.supervisor -- COMMAND …                    # another command, same rules
 
-Kubeflow Pipelines 2.17 does not retry a container that fails; it replaces only pods that are lost.
-So a store that was away, a process that was killed or a broken network are met here, in the same
-pod, where every step continues from what it finished. A mistake in the config or a damaged file
-ends the step at once, because another try would find the same.
+Kubeflow Pipelines 2.17 does not retry a container that fails. It replaces only lost pods. So the
+supervisor handles an unavailable store, a killed process or a broken network: it runs the step
+again in the same pod, and the step continues from its finished work. After a mistake in the config
+or a damaged file, the step ends at once, because a retry would find the same.
 """
 
 import collections
@@ -35,7 +35,7 @@ from saev.progress import Progress, log_to
 from saev.steps import environment, last_word, memory
 from saev.steps.last_word import LastWord
 
-logger = logging.getLogger("saev.steps.supervisor")  # not __main__, which shows no messages
+logger = logging.getLogger("saev.steps.supervisor")  # messages of __main__ are not shown
 
 MODULE = "saev.steps.supervisor"
 _RETRIES = "SAEV_RETRIES"
@@ -43,7 +43,7 @@ _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 STOPPED = 128 + signal.SIGTERM
 _MEET_SECONDS = 1800
-"""How long torchrun waits for that of other machines, some of which may have to load the image."""
+"""How long torchrun waits for the other machines. Some of them may first pull the image."""
 
 
 class Policy(tp.NamedTuple):
@@ -52,25 +52,26 @@ class Policy(tp.NamedTuple):
     retries: int = 3
     """Most restarts within a window."""
     window_s: float = 3600.0
-    """A failure that is longer ago does not count: a step may take days."""
+    """Seconds of the window. Older failures do not count, because a step may take days."""
     wait_s: float = 10.0
-    """Before the first restart; doubled before each further one."""
+    """Seconds before the first restart. They are doubled before each further one."""
     most_wait_s: float = 300.0
+    """Most seconds before a restart."""
 
     @classmethod
     def from_environment(cls) -> tp.Self:
-        """With SAEV_RETRIES, if that is a number."""
+        """The policy with SAEV_RETRIES as `retries`, if that is a number."""
         text = os.environ.get(_RETRIES, "")
         return cls(retries=int(text)) if text.isdecimal() else cls()
 
 
 class Supervisor:
-    """One step and its processes, one after the other.
+    """Runs one step in a process, and in a new process after each failure that may pass.
 
     Args:
-        command: of the step.
-        policy: how often it is tried again.
-        look: tells the memory of the container.
+        command: the step's command.
+        policy: how often it is run again.
+        look: returns the memory of the container.
     """
 
     def __init__(
@@ -84,13 +85,17 @@ class Supervisor:
         self._stop = threading.Event()
         self._failures: collections.deque[float] = collections.deque()
         self._before: LastWord | None = None
-        """Why the process before this one ended."""
+        """Why the last process ended."""
         self._was_short = False
-        """Whether that was for lack of memory."""
+        """Whether it ended for lack of memory."""
         self.n_runs = 0
 
     def run(self) -> LastWord | None:
-        """Run the step until it is done or hopeless. Returns why it failed; None if it is done."""
+        """Run the step until it is done or a retry cannot help.
+
+        Returns:
+            Why it failed; None if it is done.
+        """
         again = tenacity.Retrying(
             retry=tenacity.retry_if_result(
                 lambda word: word is not None and word.kind == "passing" and not word.is_spent
@@ -107,7 +112,7 @@ class Supervisor:
         return word
 
     def stop(self, *_: object) -> None:
-        """Ask the step to end: training writes a resume point first. Handles signals."""
+        """Ask the step to end; training first writes a resume point. This is a signal handler."""
         self._stop.set()
         child = self._child
         if child is not None:
@@ -117,15 +122,15 @@ class Supervisor:
         if self._stop.is_set():
             return LastWord("stopped", "It was stopped before it was run again.")
         self.n_runs += 1
-        environment.take()  # each time, as keys may have been renewed
+        environment.take()  # each time, because keys may have been renewed
         with tempfile.TemporaryDirectory(prefix="saev-last-word-") as folder:
             self._child = child = subprocess.Popen(
                 self._command,
                 env={**os.environ, last_word.FOLDER_VARIABLE: folder},
-                start_new_session=True,  # signals of a terminal come from here, once
+                start_new_session=True,  # so a terminal's signals reach the child only through us
                 preexec_fn=_end_with_the_parent if sys.platform == "linux" else None,
             )
-            if self._stop.is_set():  # it came while the process was made
+            if self._stop.is_set():  # the signal came while the process was started
                 child.terminate()
             short = self._follow(child)
             word = self._judge(child.returncode, last_word.heard(Path(folder)), short)
@@ -135,7 +140,11 @@ class Supervisor:
         return word
 
     def _follow(self, child: "subprocess.Popen[bytes]") -> memory.Memory | None:
-        """Wait for a process's end. Returns the memory in use if that was why it was ended."""
+        """Wait for a process's end.
+
+        Returns:
+            The memory in use, if the process was ended for lack of memory; otherwise None.
+        """
         while child.poll() is None:
             found = self._look()
             if found is not None and found.is_short:
@@ -149,7 +158,7 @@ class Supervisor:
     def _judge(
         self, status: int, said: LastWord | None, short: memory.Memory | None
     ) -> LastWord | None:
-        """Why a process ended, and whether another one may do better."""
+        """Why a process ended, and whether a new process may succeed; None after a success."""
         if short is not None:
             return self._judge_memory(short)
         if status == 0:
@@ -158,7 +167,7 @@ class Supervisor:
             return LastWord("stopped", "It was asked to end, and did.")
         if status < 0:
             return LastWord("passing", f"The process was killed by {signal.Signals(-status).name}.")
-        if said is None:  # it could not say anything: a wrong flag, or a crash of the interpreter
+        if said is None:  # it wrote no reason: a wrong flag, or a crash of the interpreter
             kind: last_word.Kind = "permanent" if status == 2 else "passing"
             said = LastWord(kind, f"The process ended with exit status {status}.")
         if said.is_unexpected and said == self._before:
@@ -172,7 +181,7 @@ class Supervisor:
             "was ended before the kernel would have ended the pod. Give it more, such as "
             "PARAMS='memory=64Gi', or let it use less (docs/costs.md)."
         )
-        # What else used memory may be gone, so once it is tried again.
+        # It is tried once more, because another process may have used the memory.
         return LastWord("permanent" if self._was_short else "passing", text)
 
     def _count(self, word: LastWord | None) -> None:
@@ -200,12 +209,15 @@ class Supervisor:
 
 
 def _end_with_the_parent() -> None:
-    """In a new process: end when the supervisor is killed (prctl(2), PR_SET_PDEATHSIG)."""
+    """Make a new process end when the supervisor is killed (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(argv: tp.Sequence[str] | None = None) -> None:
-    """Entry point of a pod. Ends with 0, 65 (permanent), 1 (passing), or 143 if it was stopped."""
+    """Entry point of a pod.
+
+    Exits with 0, 65 (permanent failure), 1 (passing failure), or 143 if it was stopped.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--signal"]:
         send(int(words[1]))
@@ -230,8 +242,8 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
 def _saev(words: tp.Sequence[str], ranks: int) -> list[str]:
     """A command of saev, in one process, or in several that torchrun starts.
 
-    The machines of a training are in the environment, as PET_NNODES and the like. torchrun starts
-    nothing again: when one rank ends, all ranks of all machines have to begin anew together.
+    torchrun reads the other machines from the environment (PET_NNODES and others). It restarts
+    nothing: when one rank ends, all ranks of all machines have to start again together.
     """
     if not ranks:
         return [sys.executable, "-m", "saev", *words]
@@ -255,20 +267,20 @@ def closing_line(word: LastWord, n_runs: int) -> str:
 
 
 def _keep(word: LastWord | None, words: tp.Sequence[str]) -> None:
-    """Put the last word into storage, or take an earlier one back."""
+    """Write the last word to storage, or delete an earlier one after a success."""
     flags = dict(itertools.pairwise(words))
     root, owner = flags.get("--root", ""), flags.get("--owner", "")
     if "--job" in flags:
-        from saev.steps import jobs  # reads configs, which nothing else here needs
+        from saev.steps import jobs  # slow to import, and needed only here
 
-        with contextlib.suppress(SaevError):  # a wrong URL is what the step has complained of
+        with contextlib.suppress(SaevError):  # the step has already reported a wrong URL
             job = jobs.read(flags["--job"])
             root, owner = job.root, job.owner
     if words[:1] != ["step"] or not root or not owner or (word and word.kind == "stopped"):
         return
     step, rest = words[1], list(words[2:])
     machine = os.environ.get("PET_NODE_RANK", "0")
-    if machine != "0":  # of a training on several, each of which has a word of its own
+    if machine != "0":  # each machine of a training has an own record
         rest += ["--machine", machine]
     if word is None:
         last_word.withdraw(root, owner, step, rest)
@@ -280,8 +292,8 @@ def send(number: int, proc: Path = Path("/proc")) -> None:
     """Send a signal to the supervisors of this container.
 
     Args:
-        number: of the signal.
-        proc: where the processes are listed.
+        number: the signal's number.
+        proc: the folder of the proc file system.
     """
     for pid in _supervisors(proc):
         with contextlib.suppress(ProcessLookupError):
@@ -296,13 +308,13 @@ def _supervisors(proc: Path) -> collections.abc.Iterator[int]:
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
             is_one = words[1:3] == [b"-m", MODULE.encode()] and b"--signal" not in words[3:4]
-            # A node lists the processes of all its containers.
+            # /proc may list the processes of other containers of the node, too.
             if is_one and (not own or _namespace(folder) in ("", own)):
                 yield int(folder.name)
 
 
 def _namespace(process: Path) -> str:
-    """Which list of processes a process is in; empty if that cannot be read."""
+    """A process's PID namespace; "" if it cannot be read."""
     try:
         return str((process / "ns" / "pid").readlink())
     except OSError:

@@ -1,8 +1,8 @@
-"""The Markdown page that Kubeflow's UI shows of a run: its SAEs, and where to go from here.
+"""The Markdown page of a run in Kubeflow's UI: a table of its SAEs, places and commands.
 
-The UI opens links of Markdown in a new tab, which its frame for HTML does not. It takes an address
-that begins with ``#`` for one of its own pages. It shows no HTML that stands in Markdown, and at
-most 400,000 characters.
+Links in Markdown open in a new tab; links in the UI's frame for HTML do not work. An address that
+begins with ``#`` is a page of the UI itself. The UI shows at most 400,000 characters, and no HTML
+inside Markdown.
 """
 
 import os
@@ -24,11 +24,11 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 _OTHER_CLOUDS = ("cn-", "us-gov-", "us-iso")
 """Regions of AWS whose consoles are elsewhere."""
 _COPY = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
-"""How a folder is copied from a store to the disk, by the scheme of its URL."""
+"""The command that copies a folder from a store to the disk, by the scheme of its URL."""
 
 
 def render(section: Section, page: str, owner: str) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         section: the SAEs of the run.
@@ -63,8 +63,8 @@ def render(section: Section, page: str, owner: str) -> str:
 
 
 def dataset_of(section: Section) -> str:
-    """A short name of what the SAEs were measured on."""
-    place = redact(section.dataset).rstrip("/")  # recorded by whoever wrote the folder
+    """A short name of the dataset that the SAEs were measured on."""
+    place = redact(section.dataset).rstrip("/")  # an untrusted text of the shards folder
     return place.rsplit("/", 1)[-1] or f"activations {section.shards}"
 
 
@@ -99,7 +99,7 @@ def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
 
 
 def _line(cells: tp.Sequence[str]) -> str:
-    """A row. The UI gives cells no room at their sides, and browsers join plain spaces."""
+    """A row. Its spaces do not collapse, because the UI puts no room beside the cells."""
     return "| " + " | ".join(f"{cell}{_ROOM}" for cell in cells) + " |"
 
 
@@ -108,7 +108,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _places(section: Section, best: Row, page: str, owner: str) -> tp.Iterator[str]:
-    """Below the root, since long addresses do not fit into the UI's frame."""
+    """Lines with places, relative to the root: long addresses do not fit into the UI's frame."""
     root = storage.parent(page)
     yield from _place("root", root, root)
     yield from _place("all SAEs on one page", page, root)
@@ -127,9 +127,9 @@ def _place(name: str, url: str, root: str) -> tp.Iterator[str]:
 
 
 def console(url: str) -> str:
-    """Address of the web console of the store that a URL is in; "" where none is known.
+    """Address of a URL in the web console of its store; "" if it has no known console.
 
-    AWS and Google Cloud have one address for all. A store with an endpoint of its own has none.
+    AWS and Google Cloud have one console for all buckets. A store with an own endpoint has none.
     """
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
@@ -164,7 +164,7 @@ def _commands(best: Row, page: str) -> tp.Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """A text that shows as it is."""
+    """A text with Markdown's special characters escaped."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 

@@ -236,7 +236,7 @@ def test_a_claim_fits_its_dataset_and_config(schedule: Schedule) -> None:
         ("dataset", f"{schedule.incoming}/b"),
     ):
         parameters = {**child["runtime_config"]["parameters"], name: value}
-        with pytest.raises(ConfigError, match="Leave it away"):
+        with pytest.raises(ConfigError, match="Leave it out"):
             schedule.discover({**child, "runtime_config": {"parameters": parameters}})
 
 
@@ -267,7 +267,7 @@ def test_a_run_that_may_succeed_is_retried_a_few_times(
         assert child["state"] == "RUNNING", "the same run goes on"
         assert f"retrying run {child['display_name']}" in caplog.text
         assert f"{i + 1} of 2 times: " in caplog.text
-        assert ("no step said why" in caplog.text) == (not kind)
+        assert ("no step recorded a reason" in caplog.text) == (not kind)
         folder = storage.parent(storage.list_dir(_claims(schedule))[0].url)
         with claims.held(folder, child["run_id"]):
             assert schedule.fire() == [], "it has its claim again"
@@ -304,7 +304,7 @@ def test_a_permanent_failure_is_not_tried_again(
     schedule.fail(child, "permanent")
     assert schedule.fire() == []
     assert child["state"] == "FAILED"
-    assert "failed for good in step extract" in caplog.text
+    assert "failed permanently in step extract" in caplog.text
     assert "a/1.png is no image" in caplog.text
     schedule.version = schedule.upload()
     (new,) = schedule.fire()
