@@ -1,15 +1,15 @@
 """KFP components, one for each step of `saev step …`, made from the steps' configs.
 
-A flag of a step is an input of its component, called like it, and a file that it writes (a flag
-``to_…``) is an output. So a new flag of `saev.config.steps` is all that a new input takes.
+Each flag of a step is an input of its component, with the same name. A flag ``to_…`` names a file
+that the step writes, and is an output. So a new input needs only a new flag in `saev.config.steps`.
 
-A step gets the URL of its job and the number of its slot, and looks up everything else below the
-root (`saev.steps.jobs`): what is an input is repeated about ten times for each pod in the one
-object that Kubernetes keeps of a run. Activations and checkpoints never become artifacts, which the
-launcher would copy; a step's artifacts are its metrics and pages for people.
+A step gets the URL of its job and the number of its slot, and looks up everything else in storage
+(`saev.steps.jobs`). Inputs are few, because Kubernetes repeats each input of each pod about ten
+times in the object that it keeps of a run. Activations and checkpoints never become artifacts,
+because KFP's launcher would copy them. A step's artifacts are its metrics, and pages for people.
 
-The images named here are placeholders: `pipelines.definition` sets the ones that a pipeline is
-compiled for.
+The images named here are placeholders. `pipelines.definition` replaces them by the images that a
+pipeline is compiled for.
 """
 
 import collections.abc
@@ -25,24 +25,24 @@ from saev.launch.pods import SUPERVISOR
 GPU_IMAGE = "saev"
 """The runtime image: torch and all of saev."""
 CPU_IMAGE = "saev-cpu"
-"""The small one, for steps that read listings, JSON and pictures; it has no torch."""
+"""The small image, for steps that read listings, JSON and pictures. It has no torch."""
 
 _EXECUTOR_INPUT = "executor_input"
-"""The flag for KFP's inputs and outputs of a step, which say where its metrics go. It is no input:
-KFP fills it in, for a placeholder."""
+"""The flag for KFP's description of a step's inputs and outputs, which says where metrics go. It is
+no input: KFP fills in the value for a placeholder."""
 _TYPES: dict[str, tp.Any] = {
     "config": dict, "claim": dict, "start": dict, "status": dsl.PipelineTaskFinalStatus,
 }  # fmt: skip
-"""Flags that take JSON text, and KFP's type of them; others have the type of the config."""
+"""Flags that take JSON text, and their KFP types. Other flags have the type of the config."""
 _TEXTS = ("to_job",)
-"""Files that hold one text. Others hold a JSON list of texts: the compiler declares the items of
-a list to be texts, and the backend refuses a text where a component expects something else."""
+"""Files that contain one text. Other files contain a JSON list of texts. The items must be texts,
+because the compiler declares the items of a list as texts, and the backend checks the type."""
 _PAGES: dict[tuple[str, str], tuple[str, type[dsl.Artifact]]] = {
     ("summarise", "to_page"): ("picture_book", dsl.HTML),
     ("report", "to_page"): ("sae_overview", dsl.HTML),
     ("report", "to_table"): ("sae_table", dsl.Markdown),
 }
-"""Files that Kubeflow's UI shows: step and flag → name and type of the artifact."""
+"""Files that Kubeflow's UI shows: (step, flag) → name and type of the artifact."""
 
 
 def component(
@@ -56,9 +56,9 @@ def component(
 
     Args:
         step: the step, a key of `saev.config.steps.STEPS`.
-        inputs: those flags that are inputs; by default all.
+        inputs: the flags that become inputs; by default all.
         constants: flag → value that is compiled into the pipeline.
-        called: name of the component, by default the step's.
+        called: name of the component; by default the step's name.
     """
     cfg = STEPS[step]
     constants = constants or {}
@@ -101,7 +101,7 @@ def component(
         image = CPU_IMAGE if step in SMALL else GPU_IMAGE
         return dsl.ContainerSpec(image=image, command=[*SUPERVISOR, "step", step], args=words)
 
-    run.__name__ = called or step  # kfp calls the component so
+    run.__name__ = called or step  # kfp takes the component's name from it
     run.__doc__ = cfg.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return dsl.container_component(run)

@@ -1,8 +1,8 @@
-"""Logs of pods that are gone, as KFP's API server keeps them.
+"""Reads the logs of deleted pods from KFP's API server.
 
-KFP deletes a run's Workflow with its pods an hour after its end. Before, Argo has written their
-logs to KFP's object store (`archiveLogs`). The API server serves them by the id of Argo's node, at
-an address that its own description does not list; the UI does not pass that address on.
+KFP deletes a run's Workflow and pods one hour after the run's end. Before that, Argo writes the
+pods' logs to KFP's object store (`archiveLogs`). The API server serves such a log by the id of
+Argo's node. The address is not in the API's description, and the UI does not pass it on.
 """
 
 import collections.abc
@@ -14,7 +14,7 @@ from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 
 _ERROR = '{"error_message"'
-"""How an error begins that the API server writes into an answer which it has begun as a success."""
+"""The start of an error that the API server appends to an answer that began as a success."""
 
 
 class Kept(tp.NamedTuple):
@@ -45,14 +45,14 @@ def logs(kfp: Kfp, run: tp.Any, step: str) -> collections.abc.Iterator[Kept]:
 
 
 def _nodes(run: tp.Any, name: str) -> list[str]:
-    """Nodes right below those of a step, which are its attempts. Only their parents tell ids."""
+    """The ids of a step's attempts: the nodes directly below the step's own nodes."""
     tasks = (run.run_details and run.run_details.task_details) or []
     children = [c for t in tasks if t.display_name == name for c in t.child_tasks or []]
     return list(dict.fromkeys(child.pod_name for child in children if child.pod_name))
 
 
 def _log(kfp: Kfp, run_id: str, node: str) -> str:
-    """The log below a node, from the archive. Empty if there is none."""
+    """The archived log of a node; "" if there is none."""
     with kfp.explained("read a log that KFP keeps"):
         text = kfp.text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
     said, mark, error = text.rpartition(_ERROR)
@@ -60,13 +60,13 @@ def _log(kfp: Kfp, run_id: str, node: str) -> str:
         return text
     try:
         json.loads(mark + error)
-    except ValueError:  # a step that writes such a line itself
+    except ValueError:  # the step itself wrote a line that looks like such an error
         return text
     return said
 
 
 def reason(err: ClusterError | None) -> str:
-    """Why there are none, for people."""
+    """Why there are no logs, for people."""
     if err is None:
         return "KFP keeps none (archiveLogs of its Argo)"
     return f"KFP does not serve the ones that it keeps at this address ({err})"

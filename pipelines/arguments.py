@@ -1,4 +1,4 @@
-"""The commands of `python -m pipelines` and their flags. Cheap to import: --help is quick."""
+"""The commands of `python -m pipelines` and their flags. Imports are few, so --help is fast."""
 
 import typing as tp
 
@@ -10,20 +10,20 @@ from saev.config.base import Config
 from saev.config.named import ConfigFile
 
 Text: tp.TypeAlias = tp.Annotated[str, tyro.conf.arg(help_behavior_hint="")]
-"""A flag whose absence is explained in its text."""
+"""A flag whose help text explains its default."""
 Number: tp.TypeAlias = tp.Annotated[
     float | None, tyro.conf.arg(help_behavior_hint="", metavar="NUMBER")
 ]
 
 
 class Cluster(Config):
-    """Which cluster. Every flag may stand in the environment or in cluster.toml instead."""
+    """Which cluster. Environment variables or cluster.toml may set every flag instead."""
 
     endpoint: Text = ""
     """URL of Kubeflow Pipelines [KFP_ENDPOINT]; by default a port is forwarded with the kubeconfig,
     and a pod uses the service of its cluster."""
     namespace: Text = ""
-    """Namespace of the runs [KFP_NAMESPACE]: that of your profile if Kubeflow is multi-user."""
+    """Namespace of the runs [KFP_NAMESPACE]; that of your profile if Kubeflow is multi-user."""
     kfp_namespace: Text = ""
     """Namespace of KFP itself [KFP_SYSTEM_NAMESPACE]; kubeflow by default."""
     kubeconfig: Text = ""
@@ -31,13 +31,13 @@ class Cluster(Config):
     context: Text = ""
     """Context of the kubeconfig [KUBE_CONTEXT]; its current one by default."""
     ca_file: Text = ""
-    """Certificates (PEM) that sign the endpoint's [KFP_CA_FILE]."""
+    """File with the certificates (PEM) of the endpoint's authority [KFP_CA_FILE]."""
     token_file: Text = ""
     """File with a bearer token [KFP_TOKEN_FILE; the token itself: KFP_TOKEN]."""
     timeout: Number = None
     """Seconds that a server may take to answer [KFP_TIMEOUT]; 30 by default."""
     cluster_file: Text = ""
-    """Path of the file with all of this; cluster.toml by default, which may be missing."""
+    """Path of the file with these settings; by default cluster.toml, which may be missing."""
 
 
 class Images(Config):
@@ -58,14 +58,15 @@ class Job(Config):
     """What is computed."""
 
     config: ConfigFile = pydantic.Field(default="dinov2-small", validate_default=True)
-    """What `saev run --config` takes: the name of a config of saev, or a TOML file with the tables
-    [shards], [train], … Its sweep is sent along."""
+    """As in `saev run --config`: the name of a config of saev, or a TOML file with the tables
+    [shards], [train], … Its sweep is sent with it."""
     root: Text = ""
     """URL of the storage root [SAEV_ROOT], such as s3://bucket/saev."""
     param: tp.Annotated[
         list[str], tyro.conf.arg(help_behavior_hint="", metavar="KEY=VALUE ...")
     ] = pydantic.Field(default_factory=list)
-    """Parameters of the run, such as n_parts=2 gpu_count=0 memory=64Gi. A wrong name lists all."""
+    """Parameters of the run, such as n_parts=2 gpu_count=0 memory=64Gi. The error after a wrong
+    name lists all."""
 
 
 _Cluster: tp.TypeAlias = tyro.conf.OmitArgPrefixes[Cluster]
@@ -79,7 +80,7 @@ class Compile(Config):
     pipeline: PipelineName = "saev"
     """saev for one dataset, saev-incoming for every new one below a prefix."""
     out: str = "pipeline.yaml"
-    """Path of the file; - is standard output."""
+    """Path of the file; - writes to standard output."""
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
@@ -88,15 +89,17 @@ class Submit(Config):
     """Start a run on a dataset. Its URL is the only thing on standard output."""
 
     dataset: Text = ""
-    """URL of a folder of images, such as s3://bucket/images; without it, the config's [data]."""
+    """URL of a folder of images, such as s3://bucket/images; by default the config's [data]."""
     name: Text = ""
     """Name of the run; by default the dataset's name and the time."""
     wait: bool = False
-    """Show the steps until the run is over; exit with 1 if it fails, after its last log lines."""
+    """Show the steps until the run is over. If it fails, show its last log lines and exit with
+    1."""
     max_retries: int = pydantic.Field(default=2, ge=0)
-    """How often --wait retries a run whose failure a new pod may mend, such as an eviction."""
+    """How often --wait retries a run that failed for a reason that may pass, such as an
+    eviction."""
     check: bool = True
-    """Look from here whether dataset and root are there, where this machine has credentials."""
+    """Check from here that dataset and root exist, if this machine has credentials."""
     job: _Job = pydantic.Field(default_factory=Job)
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
@@ -110,20 +113,20 @@ class Schedule(Config):
     cron: str
     """When, in UTC: 6 fields, the first of them seconds. '0 0 3 * * *' is 03:00 every day."""
     name: Text = ""
-    """Name of the schedule; by default saev- and the prefix's name. One of that name is
-    replaced."""
+    """Name of the schedule; by default saev- and the prefix's name. A schedule with the same name
+    is replaced."""
     wait: bool = False
-    """Wait for the runs of a schedule that is replaced, and delete it; else it stays, switched off,
-    while it has some."""
+    """Wait for the firings of a schedule that is replaced, and delete it. Without this, such a
+    schedule is switched off and kept while it has firings."""
     marker: Text = ""
-    """Name of the object that says that a dataset is complete, such as _SUCCESS; by default one is
-    complete when nothing in it has changed for --settle-minutes."""
+    """Name of the object that says that a dataset is complete, such as _SUCCESS; by default a
+    dataset is complete when nothing in it has changed for --settle-minutes."""
     settle_minutes: Number = None
     """See --marker; 60 by default."""
     claim_hours: Number = None
-    """How long a dataset stays claimed when its run is not heard of any more; 24 by default."""
+    """How long a dataset stays claimed when its run gives no more sign of life; 24 by default."""
     check: bool = True
-    """Look from here whether prefix and root are there, where this machine has credentials."""
+    """Check from here that prefix and root exist, if this machine has credentials."""
     job: _Job = pydantic.Field(default_factory=Job)
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
@@ -136,15 +139,15 @@ class Schedules(Config):
 
 
 class Unschedule(Config):
-    """Switch a schedule off and delete it, unless runs that it has started go on: KFP would end
-    them with it."""
+    """Switch a schedule off. It is deleted if no firing of it is active, because KFP would end
+    active firings with it."""
 
     name: tyro.conf.Positional[str]
     """Its name or id."""
     wait: bool = False
-    """Wait until its firing is over, then delete it. The runs that firings started stay."""
+    """Wait until its firing is over, then delete it. Runs that firings started go on."""
     force: bool = False
-    """Delete it though runs of it go on. KFP before 2.16 ends them, and their claims expire."""
+    """Delete it although firings are active. KFP before 2.16 ends them, and their claims expire."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
@@ -152,7 +155,7 @@ class List(Config):
     """List the newest runs."""
 
     n: int = pydantic.Field(default=20, ge=1, le=1000)
-    """How many."""
+    """Number of runs."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
@@ -178,14 +181,14 @@ class Logs(Config):
     run: tyro.conf.Positional[Text] = ""
     """Id, unique prefix of one, name or URL of a run; the newest by default."""
     step: Text = ""
-    """Only those of one step, such as extract."""
+    """Print only the logs of one step, such as extract."""
     tail: int = pydantic.Field(default=200, ge=0)
-    """Lines per pod; 0 is all."""
+    """Lines of each pod; 0 prints all."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
 class Cancel(Config):
-    """Stop a run. What it has finished stays, and a new run goes on from there."""
+    """Stop a run. Its finished work is kept, and a new run continues from there."""
 
     run: tyro.conf.Positional[str]
     """Id, unique prefix of one, name or URL of a run."""
@@ -198,9 +201,9 @@ class Doctor(Config):
     root: Text = ""
     """URL of the storage root [SAEV_ROOT]."""
     dataset: Text = ""
-    """URL of a dataset that the pods have to be able to read."""
+    """URL of a dataset that the pods must be able to read."""
     pod: bool = True
-    """Start short-lived pods that try images and storage as a step would, and delete them."""
+    """Start short-lived pods that try images and storage as a step does, and delete them."""
     images: _Images = pydantic.Field(default_factory=Images)
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
@@ -211,11 +214,11 @@ class RunLocal(Config):
     runner: tp.Literal["docker", "process"] = "docker"
     """docker: as on a cluster. process: the same steps as processes, where there is no Docker."""
     dataset: Text = ""
-    """Folder or URL of the images; empty takes the config's [data] as it is."""
+    """Folder or URL of the images; by default the config's [data]."""
     config: ConfigFile = pydantic.Field(default="dinov2-small", validate_default=True)
-    """What `saev run --config` takes."""
+    """As in `saev run --config`."""
     root: str = "./saev-out"
-    """Folder or URL for everything."""
+    """Folder or URL for all results."""
     image: str = "saev:dev"
     """The runtime image, from `make image`."""
     cpu_image: str = "saev-cpu:dev"
@@ -223,9 +226,9 @@ class RunLocal(Config):
     pipeline: PipelineName = "saev"
     """saev: one dataset. saev-incoming: every new dataset in the folder."""
     n_parts: int = pydantic.Field(default=2, ge=1)
-    """Most containers that extraction, and each SAE's inference, is cut into."""
+    """Most containers for the extraction, and for the inference of each SAE."""
     outputs: str = "./saev-local"
-    """Folder for what the Kubeflow UI would show: metrics and pages of each step."""
+    """Folder for metrics and pages of each step, which Kubeflow's UI would show."""
     gpus: bool = False
     """Give every container all GPUs."""
     network: str = "bridge"

@@ -1,9 +1,9 @@
-"""How large a run is in Kubernetes, and what fits.
+"""Estimates how large a run becomes in Kubernetes, and refuses runs that are too large.
 
-Argo keeps a run in one object, the Workflow, which Kubernetes limits to 1 MiB. Above that Argo
-compresses the part that grows, which Kubeflow 2.17 cannot read, so that the states of steps freeze.
-The figures were measured with this pipeline on Kubeflow Pipelines 2.17.0 and Argo 4.0.5
-(docs/pipeline.md); `make conformance` measures again.
+Argo keeps a run in one object, the Workflow. Kubernetes limits objects to 1 MiB. Above that, Argo
+compresses the part that grows. Kubeflow 2.17 cannot read the compressed part, so it shows old
+states of the steps. The figures were measured with this pipeline on Kubeflow Pipelines 2.17.0 and
+Argo 4.0.5 (docs/pipeline.md). `make conformance` measures them again.
 """
 
 import json
@@ -14,34 +14,34 @@ from pipelines.definition import Compiled
 from saev.errors import ConfigError
 
 MOST = 900_000
-"""Bytes of JSON. What is left of 1 MiB is for pods that are started again, 4 to 6 kB each."""
+"""Most bytes of JSON. The rest of 1 MiB is left for pods that are started again, 4 to 6 kB each."""
 
 _RUN = 285_000
-"""Bytes of what a run has once: the specification, its groups and loops, the steps outside them."""
+"""Bytes of the parts that every run has once: specification, loops, and steps outside of loops."""
 _SLOT = 105_000
 """Bytes of one slot of each of the loops over extract, train and infer."""
 _SUMMARY = 41_000
-"""Bytes of one slot of summarise, of which there are half as many."""
+"""Bytes of one slot of summarise, which has half as many slots."""
 _ROOT, _IMAGE = 43, 11
-"""Characters of the storage root and of the image where these figures were measured."""
+"""Characters of the storage root's URL and of the image's name in the measured runs."""
 _LOOPS, _STEPS = 3, 5
 """Loops over slots, without summarise, and steps outside of loops."""
 _PATCHES, _DRIVERS = 6, 2
-"""How often the backend stores what changes a pod, and how often what its driver gets. The root
-stands twice in the first: as the step's argument, and in KFP's own list of inputs."""
+"""How often the backend stores a pod's patch, and how often the input of the pod's driver. A patch
+contains the root twice: as the step's argument, and in KFP's own list of inputs."""
 
 FOR_MORE = 'For more pods, set launch = "job" in cluster.toml, under [compile].'
-"""How a run gets more pods than its Workflow can hold."""
+"""The remedy if a run needs more pods than its Workflow can hold."""
 
 
 def n_bytes(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
-    """About what a run takes of Kubernetes' 1 MiB at its end, when it is largest.
+    """About how many bytes of Kubernetes' 1 MiB a run takes at its end, when it is largest.
 
     Args:
-        pipeline: what is run.
-        values: its parameters, among them n_parts.
+        pipeline: the pipeline of the run.
+        values: its parameters, including n_parts.
     """
-    # A Job's pods are no part of the Workflow, and the step that launches them is one pod of it.
+    # The pods of a Job are no part of the Workflow. Only the step that launches them is.
     n_parts = 1 if pipeline.is_launched else int(values["n_parts"])
     n_summaries = max(1, n_parts // 2)
     size = _RUN + n_parts * _SLOT + n_summaries * _SUMMARY
@@ -53,25 +53,26 @@ def n_bytes(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
 
 
 def _of_config(config: tp.Any) -> int:
-    """Of the config: JSON inside JSON twelve times, in the patch of discover, and three times."""
+    """Bytes of the config. Patches contain it twelve times, as JSON in JSON, other parts three
+    times."""
     once = json.dumps(json.dumps(config, separators=(",", ":")))
     return 2 * _PATCHES * len(json.dumps(once)) + 3 * len(once)
 
 
 def most_parts(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> int:
-    """The largest n_parts that fits, 0 if none does. Arguments: as of :func:`n_bytes`."""
+    """The largest n_parts that fits; 0 if none does. The arguments are those of :func:`n_bytes`."""
     smaller = range(MOST // _SLOT, 0, -1)
     fits = (n for n in smaller if n_bytes(pipeline, {**values, "n_parts": n}) <= MOST)
     return next(fits, 0)
 
 
 def check(pipeline: Compiled, values: tp.Mapping[str, tp.Any]) -> None:
-    """Raise ConfigError if a run could become too large. Arguments: as of :func:`n_bytes`."""
+    """Raise ConfigError if a run could become too large. Arguments are as in :func:`n_bytes`."""
     size = n_bytes(pipeline, values)
     if size <= MOST:
         return
     most = most_parts(pipeline, values)
-    fits = f"What fits is n_parts = {most}: a pod does several parts one after the other."
+    fits = f"n_parts = {most} fits: a pod does several parts one after the other."
     remedy = fits if most else "Split the sweep into several runs."
     more = "" if pipeline.is_launched else f" {FOR_MORE}"
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""`python -m pipelines`: parse, call one module, print."""
+"""`python -m pipelines`: parses the command line, calls one module, and prints the result."""
 
 import collections.abc
 import logging
@@ -49,7 +49,7 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
 
 
 def spread(argv: collections.abc.Sequence[str]) -> list[str]:
-    """Replace `--flags=TEXT`, which make passes on, by the words that a shell would make of TEXT.
+    """Replace `--flags=TEXT`, which make passes on, by the words of TEXT, split as a shell does.
 
     Raises:
         ConfigError: a quote in TEXT is not closed.
@@ -69,7 +69,7 @@ def spread(argv: collections.abc.Sequence[str]) -> list[str]:
 
 
 def parse(argv: collections.abc.Sequence[str]) -> Config:
-    """The command that a command line stands for. Exits with status 2 if it is wrong."""
+    """Parse a command line. Exits with status 2 if it is wrong."""
     return tyro.extras.subcommand_cli_from_dict(
         tp.cast(dict[str, tp.Callable[..., Config]], a.COMMANDS),
         prog="python -m pipelines",
@@ -79,7 +79,7 @@ def parse(argv: collections.abc.Sequence[str]) -> Config:
 
 
 def _run(command: Config) -> int:
-    """Carry out a command. Modules are imported here, as some take seconds."""
+    """Carry out a command. Modules are imported when they are needed, because some take seconds."""
     if isinstance(command, a.Compile):
         return _compile(command)
     if isinstance(command, a.RunLocal):
@@ -137,8 +137,8 @@ def _submit(command: a.Submit) -> int:
             return _wait(kfp, run.run_id, command.max_retries)
         _say(f"make status RUN={run.run_id}   shows its steps")
         _say(
-            "If a pod is lost and Kubernetes does not replace it, nobody retries the run: press "
-            "Retry in Kubeflow, or submit it again; WAIT=1 retries by itself."
+            "If a pod is lost and Kubernetes does not replace it, the run is not retried: press "
+            "Retry in Kubeflow, or submit it again. WAIT=1 retries automatically."
         )
         return 0
 
@@ -191,7 +191,7 @@ def _schedule(command: a.Schedule) -> int:
 
 
 def _runs(command: Config) -> int:
-    """Commands about runs and schedules that exist."""
+    """Carry out a command about existing runs or schedules."""
     from pipelines import logs, runs, schedule, steps
     from pipelines.connect import connect
 
@@ -228,7 +228,7 @@ def _runs(command: Config) -> int:
 
 
 def _settings(command: tp.Any) -> settings.Settings:
-    """The settings, of which the command's flags are the first source."""
+    """The settings; the command's flags come before the other sources."""
     flags = command.cluster.model_dump(exclude={"cluster_file"})
     if hasattr(command, "images"):
         flags |= command.images.model_dump()
@@ -238,7 +238,7 @@ def _settings(command: tp.Any) -> settings.Settings:
 
 
 def _out() -> Console:
-    """Standard output; not cut to 80 columns where it is no terminal."""
+    """Standard output. It is 200 columns wide if it is no terminal."""
     console = Console(markup=False)
     return console if console.is_terminal else Console(width=200, markup=False)
 
@@ -248,7 +248,7 @@ def _say(text: str) -> None:
 
 
 def _log() -> None:
-    """Our messages as they are; those of libraries only where they are errors."""
+    """Show our messages without a prefix, and only errors of libraries."""
     logging.basicConfig(level="ERROR", format="%(message)s")
     logger = logging.getLogger("pipelines")
     logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())

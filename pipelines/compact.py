@@ -1,11 +1,11 @@
-"""Makes a compiled pipeline smaller, and its names speak.
+"""Makes a compiled pipeline smaller, and gives its loops and inputs readable names.
 
-Kubernetes holds a run in one object of at most 1 MiB, and the backend repeats each component and
-each task there for every pod and every iteration (docs/pipeline.md has the figures). So they lose
-what the backend does not read: descriptions, which the UI does not show either, and what kfp writes
-twice. KFP calls loops `for-loop-1` and their inputs `pipelinechannel--plan-extract-loop-item`
-wherever its UI shows them; here loops are called by the names that the pipeline gives them, and
-inputs `slot`.
+Kubernetes keeps a run in one object of at most 1 MiB. The backend repeats each component and each
+task in it for every pod and every iteration (docs/pipeline.md has the figures). So everything that
+the backend does not read is removed: descriptions, which the UI does not show either, and entries
+that kfp writes twice. KFP's UI shows loops as `for-loop-1` and their inputs as
+`pipelinechannel--plan-extract-loop-item`. Here, loops get the names that the pipeline gives them,
+and their inputs are called `slot`.
 """
 
 import typing as tp
@@ -22,18 +22,18 @@ _RESOURCES = {
     "memory_request",
 }  # fmt: skip
 _OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")
-"""Numbers that stand beside `resourceCpuLimit` and so on for backends before KFP 2.4."""
+"""Duplicates of `resourceCpuLimit` and so on, for backends before KFP 2.4."""
 _OLD_ACCELERATOR = ("count", "type")
-"""The same for `resourceCount` and `resourceType` of an accelerator."""
+"""Duplicates of `resourceCount` and `resourceType` of an accelerator, for the same backends."""
 _OLD_NAMES = ("secretName", "configMapName")
-"""Texts that stand beside `secretNameParameter` and `configMapNameParameter` for older ones."""
+"""Duplicates of `secretNameParameter` and `configMapNameParameter`, for older backends."""
 
 
 def compact(text: str) -> str:
-    """The same pipeline: YAML without comments, which say nothing and differ at every compilation.
+    """The same pipeline, smaller. YAML comments are dropped: they differ at every compilation.
 
     Args:
-        text: what kfp's compiler wrote.
+        text: the YAML of kfp's compiler.
     """
     spec, *platforms = yaml.safe_load_all(text)
     for component in spec["components"].values():
@@ -45,7 +45,7 @@ def compact(text: str) -> str:
             _drop_resources(task, spec["components"][task["componentRef"]["name"]])
     for component in (spec["root"], *spec["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
-            if task.get("cachingOptions") == {}:  # which is what its absence says
+            if task.get("cachingOptions") == {}:  # means the same as a missing key
                 del task["cachingOptions"]
     for executor in spec["deploymentSpec"]["executors"].values():
         resources = executor["container"].get("resources", {})
@@ -60,9 +60,9 @@ def compact(text: str) -> str:
 
 
 def _drop_resources(task: Tree, component: Tree) -> None:
-    """Remove inputs that kfp adds for resources, and that neither component nor pod reads.
+    """Remove a task's inputs that kfp adds for resources. Neither component nor pod reads them.
 
-    A pod's resources name the parameters of the graph, which are inputs of the task as well.
+    A pod's resources refer to parameters of the graph, and kfp makes these inputs of the task.
     """
     known = component.get("inputDefinitions", {}).get("parameters", {})
     inputs = task.get("inputs", {}).get("parameters", {})
@@ -82,9 +82,9 @@ def _drop_old_names(tree: Tree) -> None:
 
 
 def _loops(spec: Tree) -> dict[str, str]:
-    """What kfp calls loops and groups → the names that the pipeline gives them.
+    """kfp's names of loops and groups → the names that the pipeline gives them.
 
-    Renames the tasks, whose keys are unique only within their graph, on the way.
+    This also renames the tasks, because their keys are unique only within their graph.
     """
     components: dict[str, str] = {}
     dags = [spec["root"], *spec["components"].values()]
@@ -101,10 +101,10 @@ def _loops(spec: Tree) -> dict[str, str]:
 
 
 def _inputs(spec: Tree) -> dict[str, str]:
-    """What kfp calls the inputs of graphs → a name that says what they are.
+    """kfp's names of the inputs of graphs → readable names.
 
-    `slot` is the item of a loop and `slots` what the loop runs over; an input of the pipeline or an
-    output of a step keeps its own name.
+    `slot` is the item of a loop, and `slots` is the list that the loop runs over. Inputs of the
+    pipeline and outputs of steps keep their own names.
     """
     names: dict[str, str] = {}
     for component in spec["components"].values():
@@ -123,7 +123,7 @@ def _inputs(spec: Tree) -> dict[str, str]:
 
 
 def _renamed(tree: Tree, names: dict[str, str]) -> Tree:
-    """All keys and texts that are names, replaced, and names in placeholders."""
+    """The tree with all names replaced, in keys, in texts and in placeholders."""
     if isinstance(tree, dict):
         return {names.get(k, k): _renamed(value, names) for k, value in tree.items()}
     if isinstance(tree, list):

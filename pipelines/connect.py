@@ -1,7 +1,7 @@
 """A connection to the API of Kubeflow Pipelines.
 
-`kfp_server_api` is used as it is generated, since `kfp.Client` (2.17) has no time limits, retries a
-failed health check for 25 seconds with tracebacks, prints to standard output, and remembers
+The generated client `kfp_server_api` is used directly. `kfp.Client` (2.17) has no time limits,
+retries a failed health check for 25 seconds with tracebacks, prints to standard output, and stores
 namespaces in the user's home.
 """
 
@@ -22,14 +22,14 @@ from pipelines.settings import Settings
 from saev.errors import ConfigError
 from saev.launch.explain import LoginPageError, Server, explained, understood
 
-# The path that KFP documents for tokens that a pod mounts for it.
+# KFP documents this path for the token that a pod mounts.
 POD_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"
 API_PORT = 8888
 FORWARDED_UI = "http://localhost:8080"
 
 
 class _Client(kfp_server_api.ApiClient):
-    """With a time limit for every request, and without taking a login page for an answer."""
+    """The generated client, with a time limit for each request and an error for login pages."""
 
     def __init__(self, configuration: tp.Any, seconds: float, **kwargs: tp.Any):
         super().__init__(configuration, **kwargs)
@@ -48,11 +48,11 @@ class _Client(kfp_server_api.ApiClient):
 
 
 class Kfp:
-    """The API's services, and what is known of the installation behind them."""
+    """The API's services, and facts about the installation."""
 
     def __init__(self, settings: Settings, address: str, ui: str, bearer: str, shown: str):
         configuration = kfp_server_api.Configuration(host=address)
-        # The redirect to a login page is followed; what fails is told at once.
+        # Redirects to a login page are followed. Other failures are reported at once.
         configuration.retries = urllib3.Retry(total=5, connect=0, read=0, status=0, other=0)
         configuration.ssl_ca_cert = _ca_file(settings)
         configuration.proxy = _proxy(address)
@@ -78,7 +78,7 @@ class Kfp:
         return explained(self.server, doing)
 
     def check(self) -> None:
-        """Ask the API how it is, and whether it is multi-user. Raises ClusterError, ConfigError."""
+        """Connect, and find out whether KFP is multi-user. Raises ClusterError or ConfigError."""
         with self.explained("connect"):
             self.multi_user = bool(self.health.healthz_service_get_healthz().multi_user)
         if self.multi_user and not self.settings.namespace:
@@ -88,9 +88,9 @@ class Kfp:
             )
 
     def text(self, path: str) -> str:
-        """What the API answers at a path that the generated client does not know."""
+        """The API's answer at a path that the generated client does not know."""
         api = self.runs.api_client
-        with contextlib.suppress(UnicodeDecodeError):  # the client takes all answers for UTF-8
+        with contextlib.suppress(UnicodeDecodeError):  # the client decodes all answers as UTF-8
             api.call_api(path, "GET", auth_settings=["Bearer"])
         data = api.last_response.data
         return data if isinstance(data, str) else data.decode("utf-8", "replace")
@@ -101,8 +101,8 @@ class Kfp:
         """The pages of a list.
 
         Args:
-            doing: what errors call it, such as "list runs".
-            fetch: asks for the page of a token; "" is the first.
+            doing: what the requests are for, such as "list runs"; errors contain it.
+            fetch: requests the page of a token; "" is the first page.
         """
         token = ""
         while True:
@@ -115,21 +115,21 @@ class Kfp:
 
     @property
     def in_namespace(self) -> dict[str, str]:
-        """Keyword arguments of requests about a namespace; a single-user API takes none."""
+        """Keyword arguments for requests about a namespace. A single-user API takes none."""
         return {"namespace": self.settings.namespace} if self.multi_user else {}
 
     @property
     def pods(self) -> str:
-        """Namespace of the runs' pods; a single-user KFP runs them in its own."""
+        """Namespace of the runs' pods. A single-user KFP runs them in its own namespace."""
         return self.settings.namespace if self.multi_user else self.settings.kfp_namespace
 
     def run_url(self, run_id: str) -> str:
-        """Where a browser shows a run."""
+        """The address of a run in the UI."""
         return f"{self.ui}/#/runs/details/{run_id}"
 
     @property
     def hint(self) -> str:
-        """How to make :meth:`run_url` work, empty if it does."""
+        """The command that makes :meth:`run_url` work; "" if it works without one."""
         if self.ui != FORWARDED_UI:
             return ""
         namespace = self.settings.kfp_namespace
@@ -138,14 +138,14 @@ class Kfp:
 
 @contextlib.contextmanager
 def connect(settings: Settings) -> collections.abc.Iterator[Kfp]:
-    """Connect as the settings say, and check that the API is there.
+    """Connect as the settings say, and check that the API answers.
 
-    An endpoint is used as it is. Without one, a pod talks to the service inside its cluster, and
-    any other machine forwards a port with its kubeconfig for as long as the block lasts.
+    An endpoint of the settings is used unchanged. Without one, a pod uses the service inside its
+    cluster. Any other machine forwards a port with its kubeconfig until the block ends.
 
     Raises:
-        ClusterError: the API cannot be reached, or does not let the user in.
-        ConfigError: a file of the settings is missing, or there is no namespace.
+        ClusterError: the API cannot be reached, or refuses the user.
+        ConfigError: a file of the settings is missing, or the namespace is not set.
     """
     with contextlib.ExitStack() as stack:
         kfp = _open(settings, stack)
@@ -171,7 +171,7 @@ def _open(settings: Settings, stack: contextlib.ExitStack) -> Kfp:
 
 
 def in_cluster(settings: Settings) -> str:
-    """URL of the API for pods of its cluster, whatever the cluster's domain is."""
+    """URL of the API for pods of the same cluster. It works for any domain of the cluster."""
     return f"http://ml-pipeline.{settings.kfp_namespace}:{API_PORT}"
 
 
@@ -182,7 +182,7 @@ def is_in_cluster() -> bool:
 
 
 def _refresh(settings: Settings) -> tp.Callable[[tp.Any], None]:
-    """The kubelet, and other providers, replace a token before it expires."""
+    """A hook that reads the token again, because it may be replaced before it expires."""
 
     def hook(configuration: tp.Any) -> None:
         configuration.api_key["authorization"] = settings.bearer_token()
@@ -191,7 +191,7 @@ def _refresh(settings: Settings) -> tp.Callable[[tp.Any], None]:
 
 
 def _proxy(address: str) -> str | None:
-    """The environment's proxy for an address; the generated client knows of none."""
+    """The proxy of the environment for an address. The generated client ignores the environment."""
     parts = urllib.parse.urlsplit(address)
     if urllib.request.proxy_bypass(parts.hostname or "") or parts.hostname in (
         "127.0.0.1",

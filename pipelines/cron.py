@@ -1,7 +1,8 @@
 """Cron expressions in the dialect of KFP's scheduler (github.com/robfig/cron, version 1).
 
-Six fields, seconds first; no L, W and #; Sunday is 0 and not 7. No Python library reads exactly
-that, and one that reads more would let through what fails on the cluster.
+It has six fields, the first of them seconds. It has no L, W and #, and Sunday is 0 and not 7. No
+Python library accepts exactly this dialect. A library that accepts more would let expressions pass
+that fail on the cluster.
 """
 
 import datetime
@@ -18,7 +19,7 @@ _DESCRIPTORS = {
     "@hourly": "0 0 * * * *",
 }  # fmt: skip
 _YEARS = 5
-"""Years in which a schedule must fire at least once; KFP's scheduler looks as far."""
+"""Years in which a schedule must fire at least once. KFP's scheduler searches as many years."""
 
 
 class _Field(tp.NamedTuple):
@@ -26,7 +27,7 @@ class _Field(tp.NamedTuple):
     first: int
     last: int
     words: tuple[str, ...] = ()
-    """Names of values, of which the first stands for `first`."""
+    """Names of the values. The first one means `first`."""
 
 
 _FIELDS = (
@@ -52,7 +53,7 @@ class Cron(tp.NamedTuple):
     weekdays: frozenset[int]
     """0 is Sunday."""
     any_day: bool
-    """Whether the field of one kind of day is a star, so that the other alone decides."""
+    """Whether one of the two fields for days is a star. Then only the other one decides."""
 
     def next(self, after: datetime.datetime, n: int = 1) -> list[datetime.datetime]:
         """The next firings after a time, in UTC; fewer than ``n`` if five years have no more."""

@@ -1,13 +1,13 @@
-"""The pipelines, and how they are compiled.
+"""Defines and compiles the pipelines.
 
     saev            discover → plan → extract × slots → publish → train × slots → infer × slots
                     → summarise × slots → report
     saev-incoming   fire, which starts a run of saev for each new dataset below a prefix
 
-A loop runs over the slots that a step before it planned, of which there are at most ``n_parts``
-however much there is to do; an empty list is a loop of no pods, which is how work that is done
-already costs nothing. Nothing is cached by KFP: every step looks at storage, which the cache does
-not, and finds there by itself what is done.
+A loop runs over the slots that an earlier step planned. There are at most ``n_parts`` slots,
+however much work there is. If all work is done, the list is empty, and the loop starts no pods.
+KFP's cache is switched off, because it does not look at storage. Every step itself finds in storage
+what is done.
 """
 
 import collections.abc
@@ -34,18 +34,18 @@ KILL_COMMAND = (
     "workflows.argoproj.io/kill-cmd-main",
     json.dumps([*SUPERVISOR, "--signal", "%d"], separators=(",", ":")),
 )
-"""How Argo stops a step. By default it signals process 1, whose child, KFP's launcher, dies of it
-and takes the step with it."""
+"""The annotation with the command by which Argo stops a step. By default, Argo signals process 1.
+This ends its child, KFP's launcher, and the step with it."""
 
 _RETRIES = CompileOptions.model_fields["retries"].default
-"""What a supervisor does if its environment says nothing."""
+"""The supervisor's number of retries if its environment does not set one."""
 JOBS, TRAIN_JOBS = "jobs", "trainjobs"
-"""What steps make in Kubernetes where they launch pods, in the words of `saev step outcome`."""
+"""The objects that launching steps make in Kubernetes, as `saev step outcome` names them."""
 _FOREVER = "315360000s"
-"""Ten years: a step that launches pods may wait for a queue, and its pods have limits."""
+"""Ten years. A step that launches pods may wait for a queue, and its pods have their own limits."""
 
 Channel = tp.Any
-"""A value that is known when the pipeline runs."""
+"""A value that is known only when the pipeline runs."""
 
 
 class Parameter(tp.NamedTuple):
@@ -68,14 +68,14 @@ class Compiled(tp.NamedTuple):
     """Twelve hex digits of the text's SHA-256: equal pipelines are one version."""
     parameters: dict[str, Parameter]
     is_launched: bool
-    """Whether slots are pods of Jobs, of which the run's Workflow does not grow."""
+    """Whether slots are pods of Jobs. These do not make the run's Workflow larger."""
 
 
 def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
     """Compile one of the pipelines.
 
     Args:
-        name: which one.
+        name: its name.
         options: its constants.
     """
     pipeline = build(name, options)
@@ -84,19 +84,19 @@ def compile_pipeline(name: PipelineName, options: CompileOptions) -> Compiled:
         compiler.Compiler().compile(pipeline, str(path))
         text = compact(path.read_text(encoding="utf-8"))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    # Training on several machines stays a loop, of pods that wait.
+    # Training on several machines is always a loop. Its pods launch TrainJobs and wait for them.
     is_launched = options.launch == "job" and int(options.pods.train_nodes) == 1
     return Compiled(name, text, digest, _parameters(text), is_launched)
 
 
 def build(name: PipelineName, options: CompileOptions) -> base_component.BaseComponent:
-    """A pipeline that is not compiled: under `kfp.local`, a call of it runs it."""
+    """A pipeline that is not compiled. With `kfp.local`, a call runs it."""
     return {"saev": _one, "saev-incoming": _incoming}[name](options)
 
 
 @contextlib.contextmanager
 def _quiet() -> collections.abc.Iterator[None]:
-    """Without kfp's warnings of what a compiled pipeline does not concern."""
+    """Suppress kfp's warnings, which do not concern a compiled pipeline."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -209,13 +209,13 @@ def _incoming(options: CompileOptions) -> base_component.BaseComponent:
 
 
 class Graph:
-    """Makes the steps of one pipeline, each with its pod's settings."""
+    """Makes the steps of one pipeline, with the settings of their pods."""
 
     def __init__(self, options: CompileOptions):
         self._options = options
 
     def outcome(self, root: Channel) -> pipeline_task.PipelineTask:
-        """The step that runs whatever becomes of the others."""
+        """The last step. It also runs if another step fails."""
         launched = [JOBS] if self._options.launch == "job" else []
         if int(self._options.pods.train_nodes) > 1:
             launched.append(TRAIN_JOBS)
@@ -225,7 +225,7 @@ class Graph:
         return self.pod(task, "outcome")
 
     def process(self, job: Channel, n_parts: Channel) -> None:
-        """Everything that is done with one dataset."""
+        """All steps that process one dataset."""
         pods = self._options.pods
         planned = self.pod(component("plan")(job=job, n_parts=n_parts), "plan")
         extracted = self._slots("extract", job, planned, gpus=pods.gpu_count)
@@ -244,7 +244,7 @@ class Graph:
         *after: pipeline_task.PipelineTask,
         gpus: str = "",
     ) -> pipeline_task.PipelineTask:
-        """All slots of a step that were planned."""
+        """All planned slots of a step."""
         options = self._options
         machines = int(options.pods.train_nodes) if step == "train" else 1
         if options.launch == "job" and machines == 1:
@@ -260,7 +260,7 @@ class Graph:
             return self.pod(task, step, gpus=gpus)
 
     def _launcher(self, step: str, gpus: str, **constants: str) -> base_component.BaseComponent:
-        """A component, called like a step, that does its slots in pods which it makes itself."""
+        """A component with a step's name that makes pods for the step's slots."""
         settings = self._settings(step, gpus).model_dump()
         constants |= {"step": step, "pods": json.dumps(settings, separators=(",", ":"))}
         if self._options.pods.queue:
@@ -269,7 +269,7 @@ class Graph:
         return component("launch", inputs=inputs, constants=constants, called=step)
 
     def _settings(self, step: str, gpus: str, *, launches: bool = False) -> PodSettings:
-        """How the pods of a step are made; see :meth:`pod`."""
+        """The settings of a step's pods. The arguments are those of :meth:`pod`."""
         options = self._options
         is_small = launches or step in SMALL
         return PodSettings(
@@ -292,21 +292,21 @@ class Graph:
         gpus: str = "",
         launches: bool = False,
     ) -> pipeline_task.PipelineTask:
-        """Image, resources, storage, labels, time limit and retries of a step's pod.
+        """Set image, resources, storage, labels, time limit and retries of a step's pod.
 
         Args:
             task: the step.
             step: its name.
-            gpus: how many a GPU pod gets, which may be "0"; empty is a pod of another kind.
-            launches: whether the pod makes others, and waits for them.
+            gpus: number of GPUs of a GPU pod, which may be "0"; "" makes a pod of the other kind.
+            launches: whether the pod makes other pods and waits for them.
         """
         options = self._options
         settings = self._settings(step, gpus, launches=launches)
         kfp_pods.shape(task, settings)
         task.set_caching_options(False)
         if options.retries:
-            # Argo counts this from the start of the first attempt and does not retry after it: with
-            # kfp's default of an hour, a step that is evicted after two would not be run again.
+            # Argo does not retry after this time, which begins with the first attempt. With kfp's
+            # default of one hour, a step that is evicted after two hours would not be run again.
             whole = (options.retries + 1) * (settings.timeout_seconds + 3600)
             task.set_retry(
                 options.retries,

@@ -1,4 +1,4 @@
-"""Errors of the client: what a cluster refused, or what a run came to."""
+"""Errors of the client: a cluster refused a request, or a run failed."""
 
 from saev.errors import ClusterError, SaevError
 
@@ -6,4 +6,4 @@ __all__ = ["ClusterError", "RunFailedError"]
 
 
 class RunFailedError(SaevError):
-    """A run that was waited for ended in another state than success."""
+    """The run that the client waited for did not succeed."""

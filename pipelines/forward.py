@@ -1,7 +1,7 @@
-"""A forwarded port to a service in the cluster, without kubectl.
+"""Forwards a local port to a service in the cluster, without kubectl.
 
-Every connection to the local port becomes one of its own to a ready pod, so that a pod that is
-replaced ends connections and not the forwarding.
+Each connection to the local port gets its own connection to a ready pod. So when a pod is replaced,
+only its connections end, and the forwarding goes on.
 """
 
 import collections.abc
@@ -35,10 +35,10 @@ def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[
         URL of the local port, which ends with the block.
 
     Raises:
-        ClusterError: there is no such service or no ready pod, or it may not be forwarded to.
+        ClusterError: there is no such service or no ready pod, or forwarding is not allowed.
     """
     forwarder = _Forwarder(kube, service, port)
-    forwarder.connect().close()  # so that a refusal is told now, and by its cause
+    forwarder.connect().close()  # so that a refusal is reported now, with its cause
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=forwarder.serve, args=(listener,), daemon=True)
     thread.start()
@@ -64,7 +64,8 @@ class _Forwarder:
     def connect(self) -> tp.Any:
         """A socket that is connected to a pod's port. Raises ClusterError."""
         pod = self._pod()
-        # The library replaces its client's method while it connects: one client per connection.
+        # The library replaces a method of the client while it connects, so each connection has an
+        # own client.
         api = client.CoreV1Api(self._kube.new_client())
         with self._kube.explained(f"forward a port to pod {pod}"):
             forwarded = stream.portforward(
@@ -110,7 +111,7 @@ class _Forwarder:
             threading.Thread(target=self._relay, args=(local,), daemon=True).start()
 
     def thread_failed(self, failed: threading.ExceptHookArgs) -> None:
-        """End the connections, which the library leaves hanging when one of its threads fails."""
+        """End all connections. The library leaves them open when one of its threads fails."""
         name = failed.thread.name if failed.thread else ""
         if not name.startswith("Kubernetes port forward"):
             threading.__excepthook__(failed)
@@ -142,7 +143,7 @@ class _Forwarder:
                 remote = self.connect()
             except (ClusterError, urllib3.exceptions.HTTPError, OSError) as err:
                 logger.debug("forwarding: %s", err)
-                return  # the client sees a closed connection, and says so
+                return  # the HTTP client reports the closed connection
             with contextlib.closing(remote):
                 upward = threading.Thread(target=_copy, args=(local, remote), daemon=True)
                 upward.start()

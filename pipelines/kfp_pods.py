@@ -1,4 +1,4 @@
-"""A step's pod template, in the words of kfp's SDK."""
+"""Translates a step's pod template into calls of kfp's SDK."""
 
 import typing as tp
 
@@ -17,15 +17,15 @@ _QUANTITIES = {
     ("limits", "memory"): pipeline_task.PipelineTask.set_memory_limit,
 }
 _TOLERATION = {"tolerationSeconds": "toleration_seconds"}
-"""Kubernetes' names of a toleration's keys → those of kfp."""
+"""Kubernetes' names of a toleration's keys → kfp's names."""
 
 
 def shape(task: pipeline_task.PipelineTask, settings: PodSettings) -> None:
-    """Give a task the pod of a step: all of its template that KFP does not decide itself.
+    """Give a task the pod of a step: the parts of its template that KFP does not decide itself.
 
     Args:
-        task: of the pipeline that is compiled.
-        settings: of the step's pods.
+        task: a task of the pipeline that is compiled.
+        settings: the settings of the step's pods.
     """
     pod = template(settings, (), run_id="", service_account="")
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
@@ -58,7 +58,7 @@ def _resources(task: pipeline_task.PipelineTask, resources: Json) -> None:
 
 
 def _volume(task: pipeline_task.PipelineTask, volume: Json, path: str, are_files: bool) -> None:
-    """Mount a volume, or give what it holds as environment."""
+    """Mount a volume. A Secret or ConfigMap may become environment variables instead."""
     match volume:
         case {"emptyDir": of}:
             kubernetes.empty_dir_mount(
@@ -81,9 +81,10 @@ def _volume(task: pipeline_task.PipelineTask, volume: Json, path: str, are_files
 
 
 def _can_be_volumes(volumes: tp.Sequence[Json]) -> bool:
-    """Whether Secret and ConfigMap can be volumes, which KFP calls like them.
+    """Whether Secret and ConfigMap can be mounted as volumes.
 
-    The name of a volume has no dot and at most 63 characters, and no other volume has it.
+    KFP gives the volume the object's name. The name of a volume has no dot and at most 63
+    characters, and is unique in its pod.
     """
     names = [
         volume.get("secret", {}).get("secretName")

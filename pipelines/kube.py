@@ -15,7 +15,7 @@ from saev.launch.explain import Server, explained, understood
 
 
 class _Client(client.ApiClient):
-    """With a time limit for every request that has none of its own."""
+    """The Kubernetes client, with a time limit for each request that does not set its own."""
 
     seconds = 30.0
 
@@ -32,10 +32,10 @@ class _Client(client.ApiClient):
 
 
 class Kube:
-    """The API groups that the client needs."""
+    """The API groups that the client uses."""
 
     def __init__(self, settings: Settings):
-        """Read the configuration; nothing is sent yet. Raises ConfigError."""
+        """Read the configuration. Nothing is sent yet. Raises ConfigError."""
         self.settings = settings
         self.configuration = _configuration(settings)
         self.configuration.retries = urllib3.Retry(total=3, connect=0, read=0, status=0, other=0)
@@ -58,7 +58,7 @@ class Kube:
     def schemas(self, group_version: str) -> dict[str, tp.Any]:
         """The OpenAPI schemas of a group of the API, by their names.
 
-        Raises what the client does: 404 if the cluster does not serve the group.
+        The client's exceptions are passed on: status 404 if the cluster does not serve the group.
         """
         api = self.custom.api_client
         found = api.call_api(

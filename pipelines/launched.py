@@ -1,6 +1,6 @@
-"""The slots of steps that launch their pods themselves (launch = "job"), from their Jobs.
+"""Counts the slots of steps that launch their own pods (launch = "job"), by their Jobs.
 
-KFP sees one task of such a step.
+KFP knows only one task of such a step.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from saev.launch import jobs
 
 
 class Slots(tp.NamedTuple):
-    """How many slots of a step there are, and what they do."""
+    """Numbers of a step's slots."""
 
     total: int
     done: int
@@ -23,21 +23,21 @@ class Slots(tp.NamedTuple):
 
 
 class Looker:
-    """Looks at the Jobs of runs.
+    """Reads the Jobs of runs.
 
     Args:
-        kfp: the connection; its settings say whether runs have Jobs at all.
+        kfp: the connection. Its settings say whether runs have Jobs.
     """
 
     def __init__(self, kfp: Kfp):
         self._namespace = kfp.pods
         self._kube: Kube | None = None
         if kfp.settings.compile.get("launch") == "job":
-            with contextlib.suppress(SaevError):  # without a kubeconfig, KFP says what it knows
+            with contextlib.suppress(SaevError):  # without a kubeconfig, only KFP's view is shown
                 self._kube = Kube(kfp.settings)
 
     def slots(self, run: tp.Any) -> dict[str, Slots]:
-        """The slots of a run's steps, by their names; none where Kubernetes does not tell."""
+        """The slots of a run's steps, by the step's name; none if Kubernetes does not answer."""
         if self._kube is None:
             return {}
         try:

@@ -1,9 +1,9 @@
-"""The whole pipeline on this machine: every step in a container of its own, as on a cluster.
+"""Runs the whole pipeline on this machine, with each step in its own container.
 
-kfp.local walks the pipeline. Some of its functions are replaced here: its container runner can take
-a failed container for a successful one, its loops mix up what steps of the same graph wrote, and
-its reports replace `print` for a while, which two steps at once leave replaced by ever longer
-chains of replacements: after some loops, printing a line takes for ever.
+kfp.local goes through the pipeline. Some of its functions are replaced here, for three reasons. Its
+container runner can report a failed container as successful. Its loops confuse the outputs of steps
+of the same graph. Its reports replace `print` for a while. When two steps run at once, replacements
+stay and form a longer and longer chain, so that printing a line takes for ever after some loops.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from saev.config.stages import images_of, resolve
 from saev.errors import ConfigError
 
 _MOST_DATASETS = 10
-"""Of one call, where nobody says how many."""
+"""Most datasets of one call, if max_datasets is not given."""
 
 
 def run(cfg: RunLocal) -> str:
@@ -43,9 +43,9 @@ def run(cfg: RunLocal) -> str:
         URL of the root's index.html.
 
     Raises:
-        ConfigError: config, dataset or images are not as they should be; nothing was started.
-        RunFailedError: a step failed; what was finished is kept, and the same call goes on.
-        KeyboardInterrupt: after the containers were stopped.
+        ConfigError: config, dataset or images are wrong. Nothing was started.
+        RunFailedError: a step failed. Finished work is kept, and the same call continues.
+        KeyboardInterrupt: raised after the containers were stopped.
     """
     file = RunFile.portable(cfg.config)
     dataset = storage.normalize(cfg.dataset) if cfg.dataset else ""
@@ -65,12 +65,12 @@ def run(cfg: RunLocal) -> str:
     pipeline = one if cfg.pipeline == "saev" else prepare.both(firing, one)
     pairs = parameters.parse(cfg.param)
     values |= parameters.check(pipeline, pairs, "--param")
-    parameters.check_pods(pairs, "--param")  # what pods are like does not count here
+    parameters.check_pods(pairs, "--param")  # pod parameters are checked, but have no effect here
     outputs = Path(cfg.outputs).absolute()
     outputs.mkdir(parents=True, exist_ok=True)
     runner = _runner(cfg, _mounts(file, dataset, root))
     runner.check()
-    # Steps report on standard error; kfp prints its own account of them.
+    # Steps write to standard error. kfp's own reports on standard output are dropped.
     with runner.stopped_by_signals(), contextlib.redirect_stdout(io.StringIO()):
         if cfg.pipeline == "saev":
             _walk("saev", options, values, runner, outputs)
@@ -88,7 +88,7 @@ def _fire(
     runner: Runner,
     outputs: Path,
 ) -> None:
-    """What a firing and Kubeflow do on a cluster. A dataset is claimed when its turn has come."""
+    """Do the work of a firing and of Kubeflow. Each dataset is claimed just before its run."""
     for _ in range(of_firing.get("max_datasets", _MOST_DATASETS)):
         one_more = {**of_firing, "max_datasets": 1}
         started = _walk("saev-incoming", options, one_more, runner, outputs)
@@ -136,7 +136,7 @@ def _walk(
         setattr(module, attribute, ours)
     local.init(runner=local.DockerRunner(), pipeline_root=str(outputs))
     try:
-        # kfp warns of settings that only a cluster heeds.
+        # kfp warns about settings that only have an effect on a cluster.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             done = build(name, options)(**arguments)
@@ -145,7 +145,7 @@ def _walk(
             raise KeyboardInterrupt from err
         first = runner.failures[0] if runner.failures else str(err)
         raise RunFailedError(
-            f"{first} What was finished is kept: the same command goes on from there."
+            f"{first} Finished work is kept: the same command continues from there."
         ) from err
     finally:
         for (module, attribute, _), original in zip(replaced, originals, strict=True):
@@ -155,11 +155,11 @@ def _walk(
     return next(iter(done.outputs.values()), None)
 
 
-# --- What the containers see ---------------------------------------------------------------------
+# --- Mounts --------------------------------------------------------------------------------------
 
 
 def _mounts(file: RunFile, dataset: str, root: str) -> list[docker.types.Mount]:
-    """Local folders at the same paths, so that results name the places that a person knows."""
+    """Mounts of local folders at the same paths, so that results contain this machine's paths."""
     mounts: dict[str, docker.types.Mount] = {}
     place = storage.local_path(root)
     if place is not None:
@@ -191,10 +191,10 @@ _kfp_run_loop = enhanced_dag_orchestrator._run_parallel_for_task
 
 
 def _run_loop(*, task_spec: tp.Any, io_store: tp.Any, **more: tp.Any) -> bool:
-    """kfp's own, with what other steps wrote put in as constants.
+    """Run a loop with kfp's function, after the outputs of other steps are put in as constants.
 
-    By itself it looks for the list of a loop among the inputs of the graph only, and takes every
-    other output of a step for the loop's item.
+    kfp's function searches for the loop's list only among the inputs of the graph, and uses every
+    other output of a step as the loop's item.
     """
     resolved = type(task_spec)()
     resolved.CopyFrom(task_spec)

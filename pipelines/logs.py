@@ -1,7 +1,7 @@
-"""Logs of a run's pods, from Kubernetes, or from KFP where they are gone.
+"""Shows the logs of a run's pods: from Kubernetes, or from KFP if the pods are deleted.
 
-Pods are found by labels: KFP labels every pod of a run, and the pipeline labels each step's. So it
-needs neither the pod names that some versions of KFP leave out nor a guess at Argo's.
+Pods are found by labels: KFP labels every pod of a run, and the pipeline labels the pods of each
+step. So no pod names are needed, which some versions of KFP do not tell.
 """
 
 import re
@@ -18,13 +18,13 @@ from saev.launch import trainjobs
 from saev.launch.pods import MAIN, RUN_LABEL, STEP_LABEL
 
 _KFP_LABEL = "pipelines.kubeflow.org/v2_component"
-"""KFP's label of pods that it has started itself."""
+"""KFP's label for pods that it started itself."""
 END_LINES = 30
-"""Lines that are shown of a failed step."""
+"""Number of lines that are shown of a failed step."""
 _READ_LINES = 1000
-"""Lines that are read for it: the launcher's are among them."""
+"""Number of lines that are read for that. Lines of KFP's launcher are among them."""
 _LAST_WORD = re.compile(r"saev: (?:(?:permanent )?error: (.*)|(passing error, tried .*))")
-"""The line of saev, or of the supervisor above it, that says why a step ended."""
+"""The line of saev, or of its supervisor, that says why a step ended."""
 _LAUNCHER = re.compile(
     r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [\w.-]+\.go:\d+\] "  # KFP's launcher
     r"|time=\S+ level=\w+ msg=.*\bargo=true"  # Argo's executor, as text or JSON
@@ -32,22 +32,21 @@ _LAUNCHER = re.compile(
     r"|Error: exit status \d+$"
 )
 _MANY_TASKS = 100
-"""KFP reads at most about 170 tasks of a run that is too large; small runs have fewer than this."""
+"""A failed run with so many tasks was probably too large. KFP then reads about 170 tasks."""
 
 
 def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Console) -> None:
-    """Print the logs of a run's pods, or of one step's, oldest first; of pods that are gone, what
-    KFP keeps.
+    """Print the logs of a run's pods, oldest first. If the pods are deleted, print KFP's copies.
 
     Args:
         kfp: the connection.
         run: the run.
-        step: name of the step; empty means all.
-        tail: lines per pod; 0 means all.
-        console: where to.
+        step: name of the step; "" prints all steps.
+        tail: lines of each pod; 0 prints all.
+        console: receives the logs.
 
     Raises:
-        ClusterError: Kubernetes refuses, or there are no such logs any more.
+        ClusterError: Kubernetes refuses, or no log is left.
         ConfigError: there is no such step, or no kubeconfig.
     """
     _check(step)
@@ -69,16 +68,16 @@ def show(kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Cons
         said = " ".join(f"KFP says: {text}." for text in steps.messages(run))
         raise ClusterError(
             f"Kubernetes has no pods of run {run.display_name}"
-            f"{f', step {step}' if step else ''} in namespace {kfp.pods}: they have not been made, "
-            f"or are deleted already, as KFP does an hour after a run's end; {why}. {said} "
-            f"{kfp.run_url(run.run_id)} shows what it has, under a step's Logs."
+            f"{f', step {step}' if step else ''} in namespace {kfp.pods}: they are not made yet, "
+            f"or KFP has deleted them, as it does an hour after a run's end; {why}. {said} "
+            f"{kfp.run_url(run.run_id)} may show logs, under a step's Logs."
         )
 
 
 def _show_kept(
     kfp: Kfp, run: tp.Any, step: str, tail: int, console: rich.console.Console
 ) -> tuple[bool, str]:
-    """Print the logs that KFP keeps. Returns whether there were some, and else why not."""
+    """Print the logs that KFP keeps. Returns whether there were any, and the reason if not."""
     found, why = False, None
     failing, first = steps.failing(run), ""
     try:
@@ -97,14 +96,17 @@ def _show_kept(
 
 
 def _say_first(text: str, console: rich.console.Console) -> None:
-    """The first cause comes last, where people look. The exit handler's log is after it."""
+    """Print the first cause of a failure at the end, because people look there first."""
     if text:
         console.rule(align="left", style="dim")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def first_error(kfp: Kfp, run: tp.Any) -> str:
-    """Which step failed first and why, in a line; empty if none did. Raises nothing."""
+    """One line with the step that failed first, and the reason; "" if none failed.
+
+    Errors of the connection are not raised.
+    """
     step = steps.failing(run)
     if step not in (*steps.STEPS, *steps.EARLIER):
         return f"{step} failed, a pod of KFP's own." if step else ""
@@ -120,10 +122,12 @@ def first_error(kfp: Kfp, run: tp.Any) -> str:
 
 
 def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) -> str:
-    """The last lines of the pod that failed, or else what KFP says. Raises nothing.
+    """Print the last lines of the pod that failed, or KFP's messages if there are none.
+
+    Errors of the connection are not raised.
 
     Returns:
-        The step's error, in its own words; empty if it left none.
+        The step's own error message; "" if there is none.
     """
     try:
         if step not in (*steps.STEPS, *steps.EARLIER):
@@ -131,7 +135,7 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
         kube = Kube(kfp.settings)
         pods = _pods(kube, kfp.pods, run.run_id, step)
         failed = [pod for pod in pods if pod.status.phase == "Failed"] or pods
-        # A step that has launched others knows of all of them.
+        # A pod that KFP started, and that launched other pods, reports on all of them.
         failed = [pod for pod in failed if _KFP_LABEL in pod.metadata.labels] or failed
         if failed:
             _head(failed[-1], console)
@@ -152,20 +156,21 @@ def show_end(kfp: Kfp, run: tp.Any, step: str, console: rich.console.Console) ->
 
 
 def without_launcher(text: str) -> list[str]:
-    """Lines of a step's log that are the step's own: KFP's launcher and Argo write there too."""
+    """The step's own lines of a log, without those of KFP's launcher and of Argo."""
     return [line for line in text.splitlines(keepends=True) if not _LAUNCHER.match(line)]
 
 
 def error_of(lines: list[str]) -> str:
-    """The error that a step ended with; empty if it left none, as when it was killed."""
+    """The error that a step ended with; "" if there is none, for example after a kill."""
     found = [match for line in lines if (match := _LAST_WORD.match(line))]
     return (found[-1][1] or found[-1][2]).strip() if found else ""
 
 
 def ended_from_outside(kfp: Kfp, run: tp.Any, took: str) -> str:
-    """What to say of a run that failed though no step did. Argo's own words are in its Workflow.
+    """The message about a run that failed although no step failed.
 
-    Most often, the Workflow has outgrown what Kubernetes stores of one object (1 MiB, compressed).
+    The usual reason is that the Workflow became larger than 1 MiB (compressed), the limit of
+    Kubernetes for one object. Argo writes the reason into the Workflow.
     """
     n_tasks = len((run.run_details and run.run_details.task_details) or [])
     said = steps.messages(run)
@@ -176,17 +181,17 @@ def ended_from_outside(kfp: Kfp, run: tp.Any, took: str) -> str:
     elif n_tasks >= _MANY_TASKS:
         why = "Most likely it had more loop iterations than one Workflow can hold, about 170."
     else:
-        why = f"Nobody says why; {kfp.run_url(run.run_id)} may show more."
+        why = f"No reason is given; {kfp.run_url(run.run_id)} may show more."
     return (
         f"was ended by Argo after {took}, though no step failed. {why} Its exit handler did not "
-        "run, so its dataset stays claimed for a while; `make submit` takes it over. What is done "
-        "is on storage and skipped. Of a run that is too large, submit less: a smaller n_parts, "
-        "or a smaller sweep."
+        "run, so its dataset stays claimed for a while; `make submit` takes it over. Finished "
+        "work is in storage and is skipped. If the run was too large, submit a smaller one, with "
+        "a smaller n_parts or a smaller sweep."
     )
 
 
 def _workflow_message(kfp: Kfp, run: tp.Any) -> str:
-    """What Argo wrote into the Workflow; empty if it is gone or may not be read."""
+    """Argo's message in the Workflow; "" if the Workflow is deleted or may not be read."""
     try:
         kube = Kube(kfp.settings)
         with kube.explained("look at the run's Workflow"):
@@ -206,7 +211,7 @@ def _check(step: str) -> None:
 
 
 def _pods(kube: Kube, namespace: str, run_id: str, step: str) -> list[tp.Any]:
-    """Pods of a run, oldest first. Without a step, those that are steps."""
+    """The pods of a step, or of all steps of a run; oldest first."""
     selector = f"{RUN_LABEL}={run_id},{STEP_LABEL}"
     if step:
         selector += f"={'plan' if step in steps.EARLIER else step}"
@@ -229,12 +234,12 @@ def _head(pod: tp.Any, console: rich.console.Console) -> None:
 
 
 def _read(kube: Kube, pod: tp.Any, tail: int) -> str:
-    """The last lines of a pod's log; 0 is all. Empty if there is none."""
+    """The last lines of a pod's log, or all lines if `tail` is 0; "" if there is no log."""
     name = pod.metadata.name
     options = {"tail_lines": tail} if tail else {}
     try:
         with kube.explained(f"read the log of pod {name}"):
-            # Undecoded, since the library would turn JSON lines into Python.
+            # The raw answer is read, because the library would convert JSON lines to Python.
             answer = kube.core.read_namespaced_pod_log(
                 name,
                 pod.metadata.namespace,
@@ -250,13 +255,13 @@ def _read(kube: Kube, pod: tp.Any, tail: int) -> str:
 
 
 def _container(pod: tp.Any) -> str:
-    """Argo calls the step's container so, and Kubeflow Trainer otherwise."""
+    """Name of the step's container: Argo and Kubeflow Trainer use different names."""
     names = [container.name for container in pod.spec.containers or []]
     return trainjobs.CONTAINER if trainjobs.CONTAINER in names else MAIN
 
 
 def reasons(pod: tp.Any) -> str:
-    """What Kubernetes says of a pod that does not run: unschedulable, image, memory, eviction."""
+    """Why a pod does not run, by its status: no node, image, memory, eviction; "" if it runs."""
     found = [pod.status.message or pod.status.reason or ""]
     for condition in pod.status.conditions or []:
         if condition.type == "PodScheduled" and condition.status == "False":

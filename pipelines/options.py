@@ -1,4 +1,4 @@
-"""What is constant in a compiled pipeline. KFP takes these things at compile time only."""
+"""The constants of a compiled pipeline. KFP accepts these values only at compile time."""
 
 import typing as tp
 
@@ -8,7 +8,7 @@ from saev.config import Config
 from saev.launch.pods import PodParameters
 
 PipelineName = tp.Literal["saev", "saev-incoming"]
-"""The pipelines there are: one dataset, and every new dataset below a prefix."""
+"""The pipelines: `saev` processes one dataset, `saev-incoming` new datasets below a prefix."""
 
 _HOURS: dict[str, float] = {
     "fire": 1, "discover": 1, "plan": 2, "extract": 48, "publish": 6, "train": 168, "infer": 48,
@@ -17,10 +17,10 @@ _HOURS: dict[str, float] = {
 
 
 class PodOptions(PodParameters):
-    """How pods are made: constants of the compiled pipeline that users set like parameters.
+    """How pods are made. Users set these constants of the compiled pipeline like parameters.
 
-    As parameters of a run they would be repeated for each pod in the one object in which Kubernetes
-    keeps it. :mod:`pipelines.parameters` checks the values.
+    As parameters of a run, they would be repeated for each pod in the object in which Kubernetes
+    keeps the run. :mod:`pipelines.parameters` checks the values.
     """
 
     gpu_count: str = "1"
@@ -36,7 +36,7 @@ class PodOptions(PodParameters):
 
     @classmethod
     def of(cls, values: tp.Mapping[str, tp.Any]) -> tp.Self:
-        """From checked parameters, among which others may be."""
+        """Take the pod options from checked parameters, and ignore other parameters."""
         given = {key: value for key, value in values.items() if key in cls.model_fields}
         if "gpu_count" in given:
             given.setdefault("train_gpus", given["gpu_count"])

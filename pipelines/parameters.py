@@ -1,4 +1,4 @@
-"""The arguments of a run, checked before anything is sent: KFP's client does not."""
+"""Checks the parameters of a run before it is sent. KFP's client does not check them."""
 
 import collections.abc
 import json
@@ -39,24 +39,24 @@ PODS: dict[str, Parameter] = {
     for key, field in PodOptions.model_fields.items()
     for default in [field.get_default(call_default_factory=True)]
 }
-"""What users set like parameters, and what is compiled into the pipeline."""
+"""Values that users set like parameters, but that are compiled into the pipeline."""
 _INTERNAL = ("claim", "start")
-"""What schedules and their firings say to the runs that they start; no user does."""
+"""Parameters that schedules and firings set. Users do not set them."""
 _LARGEST = 100_000
-"""Characters of the config: a pod gets it as one argument, which Linux limits to 128 KiB."""
+"""Most characters of the config. A pod gets it as one argument, which Linux limits to 128 KiB."""
 
 
 def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
     """KEY=VALUE pairs, one or several in a text: ``n_parts=2 node_selector={"gpu": "a100"}``.
 
-    A value that begins as JSON does ends with that JSON, whatever spaces are in it. Any other value
-    ends before the next ``KEY=``.
+    A JSON value ends where the JSON ends, also if it contains spaces. Any other value ends before
+    the next ``KEY=``.
 
     Returns:
-        parameter → its text; :func:`check` gives it its type.
+        parameter → its text. :func:`check` converts it to its type.
 
     Raises:
-        ConfigError: something is no KEY=VALUE, a parameter is given twice, or JSON is incomplete.
+        ConfigError: a text is no KEY=VALUE, a parameter is given twice, or JSON is incomplete.
     """
     values: dict[str, tp.Any] = {}
     for text in texts:
@@ -73,17 +73,17 @@ def parse(texts: collections.abc.Sequence[str]) -> dict[str, tp.Any]:
 
 
 def _first_value(key: str, text: str) -> tuple[str, str]:
-    """The value at the start of a text, and what stands behind it."""
+    """The value at the start of a text, and the rest of the text."""
     if text[:1] in ("{", "[", '"'):
         try:
             end = json.JSONDecoder().raw_decode(text)[1]
         except ValueError as err:
             raise ConfigError(
-                f"Parameter {key} begins as JSON does, but is none: {text!r} ({err}). Correct it."
+                f"Parameter {key} begins like JSON, but is no JSON: {text!r} ({err}). Correct it."
             ) from None
         if text[end : end + 1].strip():
             raise ConfigError(
-                f"Parameter {key} has {text[end:]!r} behind its JSON. Remove it, or put a space "
+                f"Parameter {key} has {text[end:]!r} after its JSON. Remove it, or put a space "
                 "before it."
             )
         return text[:end], text[end:].strip()
@@ -93,15 +93,15 @@ def _first_value(key: str, text: str) -> tuple[str, str]:
 
 
 def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[str, tp.Any]:
-    """The values as the pipeline wants them, without those that are compiled into it.
+    """Convert values to the types of the pipeline, and leave out those that are compiled into it.
 
     Args:
         compiled: the pipeline.
         values: parameter → value, or its text.
-        source: what errors call the place where they stand.
+        source: where the values come from, for errors.
 
     Raises:
-        ConfigError: an unknown name or a value of the wrong kind.
+        ConfigError: a name is unknown, or a value has the wrong type.
     """
     checked = {}
     known = {key: p for key, p in compiled.parameters.items() if key not in _INTERNAL}
@@ -119,7 +119,7 @@ def check(compiled: Compiled, values: dict[str, tp.Any], source: str) -> dict[st
 
 
 def check_pods(values: tp.Mapping[str, tp.Any], source: str) -> dict[str, tp.Any]:
-    """Those of the values that say how pods are made. Raises ConfigError like :func:`check`."""
+    """The same for the values that are compiled into the pipeline. Raises ConfigError."""
     return {
         key: _value(key, value, PODS[key], source) for key, value in values.items() if key in PODS
     }
@@ -128,13 +128,13 @@ def check_pods(values: tp.Mapping[str, tp.Any], source: str) -> dict[str, tp.Any
 def complete(
     compiled: Compiled, values: dict[str, tp.Any], *, chosen: tp.Container[str] = ("n_parts",)
 ) -> dict[str, tp.Any]:
-    """The checked values, if none is missing.
+    """Check that no parameter is missing, and that the run is not too large. Returns the values.
 
     Args:
         compiled: the pipeline.
         values: the checked values.
-        chosen: what was said for this run. An ``n_parts`` that was not becomes as large as fits,
-            with a word about it.
+        chosen: names of the parameters that were given for this run. If ``n_parts`` is not among
+            them and is too large, it is made smaller, with a warning.
 
     Raises:
         ConfigError: one is missing, the config is too long, or the run could become too large.
@@ -160,7 +160,7 @@ def complete(
 def _smaller(
     compiled: Compiled, values: dict[str, tp.Any], defaults: dict[str, tp.Any]
 ) -> dict[str, tp.Any]:
-    """The values with an n_parts that fits: earlier versions of saev took larger ones."""
+    """The values with an n_parts that fits. Earlier versions of saev accepted larger ones."""
     full = {**defaults, **values}
     if "n_parts" not in full or budget.n_bytes(compiled, full) <= budget.MOST:
         return values
@@ -168,7 +168,7 @@ def _smaller(
     if not most:
         return values
     logger.warning(
-        "n_parts is %d instead of %d: with more pods, a run outgrows what Kubeflow can show of it "
+        "n_parts is %d instead of %d: with more pods, a run becomes too large for Kubeflow's UI "
         "(docs/pipeline.md, the size of a run). A pod does several parts one after the other. %s",
         most, full["n_parts"], budget.FOR_MORE,
     )  # fmt: skip
@@ -212,7 +212,7 @@ def _wrong(key: str, value: tp.Any, parameter: Parameter, source: str) -> Config
 
 
 def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
-    """What Kubernetes would only refuse hours later, when the first GPU pod is made."""
+    """Refuse values that Kubernetes would refuse hours later, when the first GPU pod is made."""
 
     def wrong(expected: str) -> ConfigError:
         return ConfigError(f"Parameter {key} ({source}) is {value!r}, expected {expected}.")
@@ -231,7 +231,7 @@ def _plausible(key: str, value: tp.Any, source: str) -> tp.Any:
         if not _NAME.fullmatch(value):
             raise wrong("a Kubernetes name: small letters, digits, dashes and dots")
     elif key == "queue" and value and not _NAME.fullmatch(value):
-        raise wrong("a Kubernetes name, or nothing")
+        raise wrong("a Kubernetes name, or an empty text")
     elif key == "node_selector" and not all(isinstance(v, str) for v in value.values()):
         raise wrong('labels with texts as values, such as {"gpu": "a100"}')
     elif key == "tolerations" and not all(map(_is_toleration, value)):

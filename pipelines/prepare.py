@@ -1,4 +1,4 @@
-"""What is checked and compiled on the user's machine, before the first request."""
+"""Checks and compiles a job on the user's machine, before the first request."""
 
 import typing as tp
 
@@ -14,7 +14,7 @@ from saev.errors import ConfigError
 _FILE = "cluster.toml [parameters]"
 _FLAG = "--param"
 _OF_FIRINGS = frozenset({"root", "dataset", "config", "claim", "claim_hours"})
-"""Parameters that a firing gives to the runs that it starts, as it knows them itself."""
+"""Parameters that a firing itself gives to the runs that it starts."""
 
 
 class Job(tp.NamedTuple):
@@ -23,9 +23,9 @@ class Job(tp.NamedTuple):
     compiled: Compiled
     parameters: dict[str, tp.Any]
     pods: PodOptions
-    """How its pods are made, which is compiled."""
+    """How its pods are made. The compiled pipeline contains it."""
     started: "Job | None" = None
-    """What each firing of a schedule starts: of it, only the parameters that no firing knows."""
+    """The job that each firing of a schedule starts, without the parameters that firings give."""
 
 
 def compiled(name: PipelineName, settings: Settings, pods: PodOptions) -> Compiled:
@@ -58,7 +58,11 @@ def compiled(name: PipelineName, settings: Settings, pods: PodOptions) -> Compil
 
 
 def pods(settings: Settings, pairs: tp.Mapping[str, tp.Any] | None = None) -> PodOptions:
-    """How pods are made, as cluster.toml and the command line say. Raises ConfigError."""
+    """How pods are made, by cluster.toml and the parameters of the command line.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
     return PodOptions.of(
         {
             **parameters.check_pods(settings.parameters, _FILE),
@@ -97,7 +101,7 @@ def job(
     root = place(settings.root, "the root", settings)
     file = RunFile.portable(asked.config)
     source = storage.normalize(asked.config)
-    # A prefix is no dataset, but every dataset below it is read in the same way.
+    # A prefix is no dataset, but all datasets below it are read in the same way.
     images = images_of(file, dataset)
     if images is None:
         raise ConfigError(
@@ -126,7 +130,7 @@ def job(
 
 
 def both(firing: Compiled, started: Compiled) -> Compiled:
-    """A schedule's pipeline as its user sees it: with the parameters of the runs that it starts."""
+    """A schedule's pipeline for its user: it also has the parameters of the runs that it starts."""
     parameters_of_both = {**started.parameters, **firing.parameters}
     return started._replace(name=firing.name, parameters=parameters_of_both)
 
@@ -134,7 +138,7 @@ def both(firing: Compiled, started: Compiled) -> Compiled:
 def divided(
     firing: Compiled, started: Compiled, values: dict[str, tp.Any]
 ) -> tuple[dict[str, tp.Any], dict[str, tp.Any]]:
-    """Of values for both, those of a firing and those of the runs that it starts."""
+    """Divide values for both into those of a firing and those of the runs that it starts."""
     own = {key: value for key, value in values.items() if key in firing.parameters}
     theirs = {key: value for key, value in values.items() if key in started.parameters}
     return own, {key: value for key, value in theirs.items() if key not in _OF_FIRINGS}
@@ -146,7 +150,7 @@ def usual_parameters(pipeline: Compiled, settings: Settings) -> dict[str, tp.Any
 
 
 def place(url: str, what: str, settings: Settings) -> str:
-    """A URL that means the same to the pods. Raises ConfigError."""
+    """The normalised URL, if it is one that pods can use. Raises ConfigError."""
     if url and "://" not in url and not url.startswith("/"):
         raise ConfigError(
             f"{what} is {url!r}, which pods cannot find. Give a URL such as s3://bucket/x, or with "
@@ -167,7 +171,7 @@ def place(url: str, what: str, settings: Settings) -> str:
 
 
 def plain(file: RunFile, source: str) -> dict[str, tp.Any]:
-    """The config as JSON that KFP can pass on: it has no null. Raises ConfigError."""
+    """The config as JSON without null, which KFP cannot pass on. Raises ConfigError."""
     values = file.model_dump(mode="json", exclude_none=True)
     null = _null(values, "")
     if null:
@@ -176,7 +180,7 @@ def plain(file: RunFile, source: str) -> dict[str, tp.Any]:
 
 
 def _null(value: tp.Any, key: str) -> str:
-    """The dotted key of a null, or nothing."""
+    """The dotted key of the first null; "" if there is none."""
     if value is None:
         return key
     children: tp.Iterable[tuple[tp.Any, tp.Any]] = ()

@@ -1,4 +1,4 @@
-"""What runs the steps of a pipeline on this machine: containers, or plain processes."""
+"""Runs the steps of a pipeline on this machine, in containers or in plain processes."""
 
 import contextlib
 import io
@@ -23,15 +23,15 @@ from saev.config.environment import CONFIG_ENV, SECRET_ENV
 from saev.errors import ConfigError
 
 LABEL = "saev.run-local"
-"""Label of the containers; its value is the run's id."""
+"""Label of the containers. Its value is the run's id."""
 STOP_SECONDS = 30
-"""As on Kubernetes: how long a step may take to stop before it is killed."""
+"""How long a step may take to stop before it is killed, as on Kubernetes."""
 
 _ENV = (*SECRET_ENV, *CONFIG_ENV)
 
 
 class Runner:
-    """Runs steps, from several threads. Subclasses say how."""
+    """Runs steps. Several threads may use it. Subclasses implement containers and processes."""
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -39,15 +39,15 @@ class Runner:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raises ConfigError if it cannot run anything here."""
+        """Raise ConfigError if steps cannot be run on this machine."""
 
     def run(self, image: str, command: list[str], outputs: str) -> int:
-        """Run one step, with its output on standard error.
+        """Run one step. Its output goes to standard error.
 
         Args:
             image: the step's image.
-            command: its whole command.
-            outputs: folder that it writes its KFP outputs to.
+            command: its complete command.
+            outputs: folder for its KFP outputs.
 
         Returns:
             Its exit status.
@@ -55,17 +55,17 @@ class Runner:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Ask all running steps to stop; kill those that take longer than a pod may."""
+        """Ask all running steps to stop, and kill those that take longer than STOP_SECONDS."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM stop the steps, which leave their resume points."""
+        """While the block runs, Ctrl-C and SIGTERM stop the steps, which write resume points."""
 
         def stop(signum: int, frame: object) -> None:
             del signum, frame
             if not self.interrupted:
-                self.interrupted = True  # without the lock, which this very thread may hold
+                self.interrupted = True  # without the lock, because this thread may hold it
                 sys.stderr.write("Stopping the steps …\n")
                 threading.Thread(target=self.stop, daemon=True).start()
 
@@ -77,7 +77,7 @@ class Runner:
                 signal.signal(number, handler)
 
     def _report(self, lines: tp.Iterable[str], step: str, wait: tp.Callable[[], int]) -> int:
-        """Pass on a step's output, and say how it ended."""
+        """Pass on a step's output, and print how it ended. Returns its exit status."""
         began, tail = time.monotonic(), ""
         for line in lines:
             sys.stderr.write(f"[{step}] {line}\n")
@@ -95,7 +95,7 @@ class Runner:
 
 
 class Processes(Runner):
-    """Steps as processes of this Python: no isolation, no image, the same code."""
+    """Runs steps as processes of this Python, without isolation and without an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Processes(Runner):
         with self._lock:
             if self.interrupted:
                 return 130
-            # A session of its own: Ctrl-C comes from this process, once, as SIGTERM.
+            # The step gets its own session, so Ctrl-C reaches it only as our SIGTERM.
             process = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 stdout=subprocess.PIPE,
@@ -137,15 +137,15 @@ class Processes(Runner):
 
 
 class Containers(Runner):
-    """Steps as Docker containers, with the limits that a restricted pod has.
+    """Runs steps as Docker containers, with the restrictions of a restricted pod.
 
     Args:
-        run_id: what their label says.
-        images: the images that must be here.
-        mounts: what they see of this machine.
+        run_id: value of the containers' label.
+        images: the images that must exist on this machine.
+        mounts: the folders of this machine that the containers see.
         network: Docker network.
         user: UID:GID.
-        gpus: whether they get the GPUs.
+        gpus: whether the containers get the GPUs.
     """
 
     def __init__(
@@ -176,12 +176,12 @@ class Containers(Runner):
             self._settings["device_requests"] = [request]
 
     def check(self) -> None:
-        """Raises ConfigError if there is no Docker, or an image is not here."""
+        """Raise ConfigError if Docker cannot be used, or an image is missing."""
         try:
             client = docker.from_env()
         except docker.errors.DockerException as err:
             raise ConfigError(
-                f"Docker cannot be used ({err}). Install it, start it, and see that you may use "
+                f"Docker cannot be used ({err}). Install it, start it, and check that you may use "
                 "it; or run the steps without it: --runner process."
             ) from err
         with contextlib.closing(client):
@@ -197,8 +197,8 @@ class Containers(Runner):
     def run(self, image: str, command: list[str], outputs: str) -> int:
         """See :meth:`Runner.run`.
 
-        The container is removed after its exit status was read. kfp lets Docker remove it as soon
-        as it ends, and where that is faster, takes a failure for success.
+        The container is removed after its exit status is read. kfp lets Docker remove it at its
+        end. If Docker is faster than kfp's question, kfp reports a failed container as a success.
         """
         step = describe(command)
         scratch = tempfile.mkdtemp(prefix="saev-step-")
@@ -247,7 +247,7 @@ class Containers(Runner):
 
 
 def _lines(chunks: tp.Iterable[bytes]) -> Iterator[str]:
-    """Whole lines of a stream whose chunks end anywhere."""
+    """The complete lines of a stream of chunks."""
     rest = io.BytesIO()
     for chunk in chunks:
         rest.write(chunk)
@@ -261,7 +261,7 @@ def _lines(chunks: tp.Iterable[bytes]) -> Iterator[str]:
 
 
 def describe(command: list[str]) -> str:
-    """What a step is called in the output: its name, and its slot's where it has one."""
+    """A step's name in the output, with the name of its slot if it has one."""
     step = command[command.index("step") + 1] if "step" in command[:-1] else " ".join(command[:3])
     name = (
         command[command.index("--slot") + 1].partition(":")[2] if "--slot" in command[:-1] else ""

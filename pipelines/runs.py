@@ -1,4 +1,4 @@
-"""Runs that there are: listing them, finding one, showing it, canceling it."""
+"""Lists, finds, shows and cancels existing runs."""
 
 import collections.abc
 import itertools
@@ -18,7 +18,7 @@ _PAGE, _PAGES = 100, 5
 
 
 def named(name: str) -> str:
-    """The API's filter for objects of a name."""
+    """The API's filter for objects with a name."""
     return json.dumps({"predicates": [_predicate("EQUALS", "display_name", name)]})
 
 
@@ -27,11 +27,11 @@ def _predicate(operation: str, key: str, value: str) -> dict[str, str]:
 
 
 def unfinished(kfp: Kfp, **equal: str) -> list[tp.Any]:
-    """Runs that are not over, newest first; a hundred at most.
+    """Up to a hundred runs that are not over, newest first.
 
     Args:
         kfp: the connection.
-        equal: fields of the runs and what they must be.
+        equal: fields of the runs, and the value that each must have.
     """
     predicates = [_predicate("EQUALS", key, value) for key, value in equal.items()]
     predicates += [_predicate("NOT_EQUALS", "state", state) for state in sorted(steps.OVER)]
@@ -50,7 +50,7 @@ def recent(kfp: Kfp, n: int) -> list[tp.Any]:
 
 
 def _newest(kfp: Kfp, page_size: int, doing: str) -> collections.abc.Iterator[tp.Any]:
-    """All runs, newest first; a page is asked for when it is needed."""
+    """All runs, newest first. Pages are requested when they are needed."""
     pages = kfp.pages(
         doing,
         lambda token: kfp.runs.run_service_list_runs(
@@ -62,17 +62,21 @@ def _newest(kfp: Kfp, page_size: int, doing: str) -> collections.abc.Iterator[tp
 
 
 def find(kfp: Kfp, which: str) -> tp.Any:
-    """The run of an id or a name, or of a unique prefix of one; the newest if it is empty.
+    """Find a run by its id, its URL, its name, or a unique prefix of id or name.
+
+    Args:
+        kfp: the connection.
+        which: the id, URL, name or prefix; "" takes the newest run.
 
     Raises:
-        ClusterError: there is none, or there are several.
+        ClusterError: no run matches, or several do.
     """
     if not which:
         newest = recent(kfp, 1)
         if not newest:
             raise ClusterError("There are no runs yet. `make submit DATASET=…` starts one.")
         return get(kfp, newest[0].run_id)
-    which = which.rsplit("/runs/details/", 1)[-1]  # its URL
+    which = which.rsplit("/runs/details/", 1)[-1]  # of a URL, the id
     if _UUID.fullmatch(which):
         return get(kfp, which)
     with kfp.explained("look for the run"):
@@ -91,7 +95,7 @@ def find(kfp: Kfp, which: str) -> tp.Any:
         )
     if len(found) > 1:
         ids = ", ".join(run.run_id for run in found)
-        raise ClusterError(f"Several runs are called {which!r}; say which, by its id: {ids}.")
+        raise ClusterError(f"Several runs are called {which!r}; choose one by its id: {ids}.")
     return get(kfp, found[0].run_id)
 
 
@@ -105,7 +109,7 @@ def started_by(kfp: Kfp, firing: tp.Any) -> list[tp.Any]:
 
 
 def _claim(run: tp.Any) -> dict[str, tp.Any]:
-    """What a firing said to a run that it started; empty for other runs."""
+    """The claim that a firing gave to a run that it started; {} for other runs."""
     values = (run.runtime_config and run.runtime_config.parameters) or {}
     claim = values.get("claim")
     return claim if isinstance(claim, dict) else {}
@@ -127,13 +131,13 @@ def cancel(kfp: Kfp, run: tp.Any) -> bool:
 
 
 def parameter(run: tp.Any, name: str) -> str:
-    """A parameter that a run, or a schedule, was started with, as text."""
+    """A parameter of a run or a schedule, as text."""
     values = (run.runtime_config and run.runtime_config.parameters) or {}
     return str(values.get(name, ""))
 
 
 def show_list(kfp: Kfp, runs: list[tp.Any], console: rich.console.Console) -> None:
-    """A table of runs."""
+    """Print a table of runs."""
     rows = rich.table.Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("STATE", "NAME", "DATASET", "AGE", "TOOK", "ID"):
         rows.add_column(title, overflow="fold" if title in ("NAME", "DATASET") else "ellipsis")
@@ -152,7 +156,7 @@ def show_list(kfp: Kfp, runs: list[tp.Any], console: rich.console.Console) -> No
 
 
 def show_started(kfp: Kfp, firing: tp.Any, console: rich.console.Console) -> None:
-    """The runs that a firing started."""
+    """Print the runs that a firing started."""
     found = started_by(kfp, firing)
     if not found:
         over = firing.state in steps.OVER
@@ -167,7 +171,7 @@ def show_started(kfp: Kfp, firing: tp.Any, console: rich.console.Console) -> Non
 
 
 def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
-    """A run and its steps."""
+    """Print a run and its steps."""
     made, ended = steps.real_time(run.created_at), steps.real_time(run.finished_at)
     console.print(
         f"{run.display_name}: {steps.state_of(run)}, {steps.duration(made, ended)}", highlight=False

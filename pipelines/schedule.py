@@ -1,9 +1,10 @@
-"""Recurring runs: a schedule has a name, and there is one of each name.
+"""Makes, lists and deletes schedules (KFP's recurring runs). Each schedule has its own name.
 
-KFP makes a recurring run the owner of the Workflows that it starts: its firings, not the runs on
-datasets, which those start. Whoever deletes it deletes them with their pods, and KFP calls the
-firings running for ever. So a schedule is switched off first, and deleted when no firing is active.
-(In version 0.1.0 a firing processed the datasets itself; such schedules may still be there.)
+A recurring run owns the Workflows of its firings, but not the runs on datasets, which the firings
+start. When a recurring run is deleted, the Workflows of its firings and their pods are deleted as
+well, and KFP shows these firings as running for ever. So a schedule is first switched off, and
+deleted when no firing is active. (In version 0.1.0, a firing processed the datasets itself. Such
+schedules may still exist.)
 """
 
 import datetime
@@ -30,19 +31,27 @@ _PAGE = 100
 
 
 def default_name(dataset: str) -> str:
-    """Name of the schedule of a prefix."""
+    """The default name of a schedule for a prefix."""
     return f"saev-{storage.name(dataset)}"
 
 
 def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool = False) -> tp.Any:
-    """Make a schedule, in place of those that have its name.
+    """Make a schedule. It replaces existing schedules of the same name.
 
-    KFP cannot change one, so the new one is made before the old ones are switched off: firings are
-    never lost, and two at once are harmless, since they claim datasets before they process them.
-    An old one that still has runs stays, switched off, unless ``wait`` says to wait for them.
+    KFP cannot change a schedule. So the new one is made before the old ones are switched off, and
+    no firing is lost. Two firings at the same time do no harm, because they claim datasets before
+    they start runs. An old schedule with active firings is switched off and kept, unless ``wait``
+    is set.
+
+    Args:
+        kfp: the connection.
+        job: what the schedule starts.
+        name: its name.
+        when: when it fires.
+        wait: wait for the firings of old schedules, and then delete these schedules.
 
     Raises:
-        ClusterError: KFP refuses; the message says what there is now.
+        ClusterError: KFP refuses. The message says which schedules exist now.
     """
     old = [item for item in existing(kfp) if item.display_name == name]
     _check_account(kfp)
@@ -75,14 +84,14 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool
         busy = _retire(kfp, old, wait=wait)
     except ClusterError as err:
         raise ClusterError(
-            f"The new schedule {name} is made, but an old one is still there: {err} The same "
+            f"The new schedule {name} is made, but an old one still exists: {err} The same "
             "command again replaces both."
         ) from err
     if busy:
         logger.warning(
-            "The old schedule %s is switched off and fires no more. It stays until its firings are "
-            "over, as KFP would end them with it: %s. Then `make schedule` or `make unschedule` "
-            "with this name deletes it.",
+            "The old schedule %s is switched off and fires no more. It is kept until its firings "
+            "are over, because KFP would end them with it: %s. Then `make schedule` or `make "
+            "unschedule` with this name deletes it.",
             name,
             _names(busy),
         )
@@ -90,9 +99,9 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool
 
 
 def _check_account(kfp: Kfp) -> None:
-    """Raise ClusterError if the firings' service account is certainly not there.
+    """Raise ClusterError if the firings' service account certainly does not exist.
 
-    Who reaches KFP without a kubeconfig, or may not look, is told nothing.
+    Without a kubeconfig, or without permission to look, nothing is checked.
     """
     name = kfp.settings.schedule_account
     try:
@@ -110,7 +119,7 @@ def _check_account(kfp: Kfp) -> None:
 
 
 def _start(kfp: Kfp, job: prepare.Job, experiment: str) -> dict[str, tp.Any]:
-    """What the firings start, and where: `saev.config.steps.Start`."""
+    """The parameter `start` of the firings: what they start, and where."""
     assert job.started is not None
     version = submit.upload(kfp, job.started.compiled)
     start = Start(
@@ -136,16 +145,17 @@ def existing(kfp: Kfp) -> list[tp.Any]:
 
 
 def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> list[str]:
-    """Switch off the schedules of a name, or of an id, and delete them. Returns their ids.
+    """Switch off and delete the schedules with a name or an id. Returns their ids.
 
     Args:
         kfp: the connection.
         name: the name or the id.
-        wait: wait until their runs are over.
-        force: delete them though runs are active.
+        wait: first wait until their firings are over.
+        force: delete them although firings are active.
 
     Raises:
-        ClusterError: there is none, or runs of it are active; it is switched off then.
+        ClusterError: there is no such schedule, or it has active firings. In the second case it is
+            switched off.
     """
     items = existing(kfp)
     chosen = [item for item in items if name in (item.display_name, item.recurring_run_id)]
@@ -156,7 +166,7 @@ def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> l
     if busy:
         raise ClusterError(
             f"Schedule {name} is switched off and fires no more, but is not deleted yet: KFP would "
-            f"end its firings with it, and these go on: {_names(busy)}. "
+            f"end its firings with it, and these are active: {_names(busy)}. "
             f"`make unschedule NAME={name} WAIT=1` waits for them and deletes it; "
             f"`make cancel RUN={busy[0].run_id}` stops one."
         )
@@ -164,7 +174,11 @@ def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> l
 
 
 def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -> list[tp.Any]:
-    """Switch schedules off and delete those that are idle. Returns the runs of the others."""
+    """Switch schedules off, and delete those without active firings.
+
+    Returns:
+        The active firings of the other schedules.
+    """
     for item in items:
         _switch_off(kfp, item)
     told = ""
@@ -191,7 +205,7 @@ def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -
 
 
 def _active(kfp: Kfp, item: tp.Any) -> list[tp.Any]:
-    """Runs of a schedule that are not over, newest first."""
+    """The firings of a schedule that are not over, newest first."""
     with kfp.explained(f"look for runs of schedule {item.display_name}"):
         return runs.unfinished(kfp, recurring_run_id=item.recurring_run_id)
 
@@ -212,7 +226,7 @@ def _switch_off(kfp: Kfp, item: tp.Any) -> None:
 
 
 def _delete(kfp: Kfp, item: tp.Any) -> None:
-    """Delete one. A run that started at the last moment is left alone, by KFP 2.16 and newer."""
+    """Delete a schedule. KFP 2.16 and newer keeps a firing that started at the last moment."""
     try:
         with kfp.explained(f"delete schedule {item.display_name}"):
             kfp.recurring.recurring_run_service_delete_recurring_run(
@@ -224,7 +238,7 @@ def _delete(kfp: Kfp, item: tp.Any) -> None:
 
 
 def show(items: list[tp.Any], console: rich.console.Console) -> None:
-    """A table of schedules."""
+    """Print a table of schedules."""
     rows = rich.table.Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for title in ("NAME", "CRON (UTC)", "NEXT", "STATE", "PREFIX", "ID"):
         rows.add_column(title, overflow="fold")
@@ -251,9 +265,9 @@ def text_of(item: tp.Any) -> str:
 
 
 def next_firing(item: tp.Any) -> str:
-    """When a schedule fires next, empty if that is not known from its expression."""
+    """When a schedule fires next; "" if its expression cannot be read."""
     try:
         when = cron.parse(text_of(item)).next(datetime.datetime.now(datetime.UTC))
-    except ConfigError:  # made by others, in another form
+    except ConfigError:  # somebody made it with another tool, in another form
         return ""
     return f"{when[0]:%Y-%m-%d %H:%M}" if when else ""

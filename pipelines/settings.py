@@ -1,6 +1,6 @@
 """The client's settings, from flags, then the environment, then `cluster.toml`, then defaults.
 
-Secrets (token, cookies) are no flags, since every user of a machine can read command lines.
+Secrets (token, cookies) have no flags, because every user of a machine can read command lines.
 """
 
 import os
@@ -40,8 +40,8 @@ class Settings(Config):
     """Everything that a user sets once per cluster."""
 
     endpoint: str = ""
-    """URL of Kubeflow Pipelines, such as https://kubeflow.example.com/pipeline; empty forwards a
-    port with the kubeconfig, or uses the service inside the cluster."""
+    """URL of Kubeflow Pipelines, such as https://kubeflow.example.com/pipeline. "" forwards a port
+    with the kubeconfig, or uses the service inside the cluster."""
     ui: str = ""
     """URL at which a browser opens the UI; by default the endpoint."""
     token: str = ""
@@ -53,7 +53,7 @@ class Settings(Config):
     user: str = ""
     """Value of the header kubeflow-userid, for a multi-user API behind a forwarded port."""
     ca_file: str = ""
-    """Certificates (PEM) that sign the endpoint's."""
+    """File with the certificates (PEM) of the authority that signed the endpoint's certificate."""
     namespace: str = ""
     """Namespace of the runs: the profile's if Kubeflow is multi-user, else that of KFP."""
     kfp_namespace: str = "kubeflow"
@@ -88,11 +88,11 @@ class Settings(Config):
     def _is_url(cls, value: str) -> str:
         if value and not value.startswith(("http://", "https://")):
             raise ValueError(f"expected a URL that begins with https:// or http://, not {value!r}")
-        # A pasted address of the UI or of the API itself means the place that holds them.
+        # From a pasted address of a page of the UI, or of the API, the part before it is taken.
         return value.split("/#", 1)[0].split("/apis/", 1)[0].rstrip("/")
 
     def bearer_token(self) -> str:
-        """The token to send now, empty if there is none. Raises ConfigError."""
+        """The token to send now; "" if there is none. Raises ConfigError."""
         if self.token:
             return self.token
         if not self.token_file:
@@ -111,9 +111,9 @@ def load(
     """Merge the four sources.
 
     Args:
-        flags: what the command line says; empty values say nothing.
-        cluster_file: path of the file; empty means `cluster.toml`, which may be missing.
-        environ: the environment; by default the process's.
+        flags: the values of the command line; empty values count as not given.
+        cluster_file: path of the file; "" means `cluster.toml`, which may be missing.
+        environ: the environment; by default that of the process.
 
     Raises:
         ConfigError: a source has an unknown key or a wrong value; the message names the source.

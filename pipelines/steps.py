@@ -1,10 +1,10 @@
-"""What the tasks of a run say about its steps.
+"""Computes the states of a run's steps from its tasks.
 
-KFP reports the nodes of the Argo workflow: beside every step its driver, and of a loop one node per
-iteration. Nodes of one name are one step here, so a loop reads `extract 3/8`. A node that Argo may
-run again has one more node for each attempt, `extract(0)`, which is no part of its own. A node that
-Argo never started has no state and ends when it begins. Tasks have neither pod names nor messages
-in every version of KFP, so nothing here depends on them.
+KFP reports the nodes of the Argo workflow: for every step also its driver, and for a loop one node
+for each iteration. Here, nodes of one name are one step, so a loop is shown as `extract 3/8`. A
+node that Argo may run again has one more node for each attempt, `extract(0)`, which is not counted.
+A node that Argo never started has no state, and its end is its start. Not every version of KFP
+gives pod names and messages of tasks, so nothing here uses them.
 """
 
 import datetime
@@ -20,26 +20,26 @@ STEPS = (
 """Names of the steps of a run on a dataset, in their order."""
 
 FIRING = ("fire",)
-"""Those of a firing of a schedule."""
+"""Names of the steps of a firing of a schedule."""
 
 EARLIER = {
     "plan-shards": "extract", "plan-training": "train", "plan-inference": "infer",
 }  # fmt: skip
-"""Steps that pipelines of version 0.1.0 have before others; a schedule may still run such a one."""
+"""Steps of pipelines of version 0.1.0, and the step after each. A schedule may still run them."""
 
 _LOOPS = frozenset({"extract", "train", "infer", "summarise"})
 """Steps that run once for each item of a list, which may be empty."""
 _ATTEMPT = re.compile(r"\(\d+\)$")
 _STATES = frozenset({None, "", "RUNTIME_STATE_UNSPECIFIED"})
-"""What the API says of a task whose state it has no word for."""
+"""The API's values for an unknown state of a task."""
 
 
 class Step(tp.NamedTuple):
-    """One step of a run, all its parts together."""
+    """One step of a run with all its parts, such as the iterations of a loop."""
 
     name: str
     total: int
-    """Parts seen so far; a loop may start more."""
+    """Number of parts until now; a loop may start more."""
     done: int
     running: int
     failed: int
@@ -47,7 +47,7 @@ class Step(tp.NamedTuple):
     finished: datetime.datetime | None
     """None as long as a part runs."""
     lost: int = 0
-    """Parts that seem to run though the run is over: KFP had stopped reading their states."""
+    """Parts that seem to run although the run is over: KFP stopped reading their states."""
     is_empty: bool = False
     """Whether it is a loop that had nothing to do."""
 
@@ -66,7 +66,7 @@ class Step(tp.NamedTuple):
 
     @property
     def progress(self) -> str:
-        """Such as 3/8; empty before the first part."""
+        """Done and total parts, such as 3/8; "" before the first part."""
         return f"{self.done}/{self.total}" if self.total else ""
 
 
@@ -81,14 +81,15 @@ def of_run(run: tp.Any) -> list[Step]:
     before = {name: earlier for earlier, name in EARLIER.items() if earlier in by_name}
     known = FIRING if is_firing(run) else STEPS
     names = [n for name in known for n in (before.get(name), name) if n]
-    if before:  # their publishing plans nothing, and their first step is called otherwise
+    if before:  # these pipelines have no step `plan`
         names.remove("plan")
     steps = [_step(name, by_name, is_over=run.state in OVER) for name in names]
     for i, step in enumerate(steps):
-        # A later step starts when the loop before it is over. The exit handler starts anyway.
+        # A later step starts when the loop before it is over. The exit handler, the last step,
+        # starts in any case.
         if step.name in _LOOPS and not step.total and any(s.total for s in steps[i + 1 : -1]):
             steps[i] = step._replace(is_empty=True)
-    if run.state in OVER:  # what never started never will
+    if run.state in OVER:  # steps that have not started will not start any more
         steps = [step for step in steps if step.total or step.is_empty]
     return steps
 
@@ -99,16 +100,16 @@ def is_firing(run: tp.Any) -> bool:
 
 
 def _never_started(task: tp.Any) -> bool:
-    """Whether Argo passed a node over, because of a failure before it (its phase Omitted)."""
+    """Whether Argo skipped a node because of an earlier failure (Argo's phase Omitted)."""
     return task.state in _STATES and real_time(task.end_time) is not None
 
 
 def _step(name: str, by_name: dict[str, list[tp.Any]], *, is_over: bool) -> Step:
-    """A driver prepares each part, and is all there is of a part that it refused."""
+    """The step of a name. Each part has a driver; if the driver fails, the part does not exist."""
     parts, drivers = by_name.get(name, []), by_name.get(f"{name}-driver", [])
     bad_drivers = sum(task.state == "FAILED" for task in drivers)
     states = [task.state for task in parts]
-    # Of a run that is over, a driver without its step is one whose step was not started any more.
+    # In a run that is over, a driver may have no part, because the part was not started any more.
     total = len(parts) + bad_drivers if is_over else max(len(parts), len(drivers))
     done = sum(state in ("SUCCEEDED", "SKIPPED") for state in states)
     failed = sum(state in ("FAILED", "CANCELED") for state in states) + bad_drivers
@@ -121,7 +122,7 @@ def _step(name: str, by_name: dict[str, list[tp.Any]], *, is_over: bool) -> Step
 
 
 def failing(run: tp.Any) -> str:
-    """The first step that failed, or else the first driver, of a loop; empty if none did."""
+    """The first step that failed, or the first driver if no step did; "" if neither failed."""
     step = next((step.name for step in of_run(run) if step.failed), "")
     tasks = (run.run_details and run.run_details.task_details) or []
     names = [task.display_name or "" for task in tasks if task.state == "FAILED"]
@@ -131,15 +132,12 @@ def failing(run: tp.Any) -> str:
 def is_idle(run: tp.Any) -> bool:
     """Whether a run that succeeded found no dataset to process."""
     ran = {step.name for step in of_run(run) if step.total}
-    # That is how schedules of version 0.1.0 end; of a firing, the runs that it started tell.
+    # Idle runs of schedules of version 0.1.0 end so. A firing is judged by the runs it started.
     return run.state == "SUCCEEDED" and ran in ({"discover"}, {"discover", "outcome"})
 
 
 def state_of(run: tp.Any) -> str:
-    """A run's state in small letters.
-
-    KFP ends a run that was canceled as failed.
-    """
+    """A run's state in small letters. A canceled run is `canceled`; KFP calls it failed."""
     state = (run.state or "PENDING").replace("RUNTIME_STATE_UNSPECIFIED", "PENDING")
     history = [status.state for status in run.state_history or []]
     if state == "FAILED" and api.was_canceled(history):
@@ -148,7 +146,7 @@ def state_of(run: tp.Any) -> str:
 
 
 def messages(run: tp.Any) -> list[str]:
-    """Whatever KFP itself says about why a run failed, without repetition."""
+    """KFP's own messages about the failure of a run, without repetition."""
     tasks = (run.run_details and run.run_details.task_details) or []
     errors = [task.error for task in tasks]
     errors += [status.error for task in tasks for status in task.state_history or []]
@@ -158,14 +156,14 @@ def messages(run: tp.Any) -> list[str]:
 
 
 def real_time(time: datetime.datetime | None) -> datetime.datetime | None:
-    """A time of the API. It says year 1 for what has not happened."""
+    """A time of the API; None for the year 1, which means that it has not happened."""
     if time is None or time.year < 1971:
         return None
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def duration(start: datetime.datetime | None, end: datetime.datetime | None) -> str:
-    """Such as `4 min`; until now where there is no end; empty where there is no start."""
+    """A time span such as `4 min`. Without an end it lasts until now; without a start it is ""."""
     if start is None:
         return ""
     return seconds(((end or datetime.datetime.now(datetime.UTC)) - start).total_seconds())

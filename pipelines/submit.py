@@ -1,4 +1,4 @@
-"""Uploading a pipeline and starting a run of it."""
+"""Uploads a pipeline and starts a run of it."""
 
 import datetime
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _STORAGE_SECONDS = 20.0
 _LONGEST_NAME = 60
-"""The UI cuts names of runs off; the time is behind the dataset's."""
+"""Most characters of the dataset's name. The time follows it, and the UI cuts long names."""
 
 
 class Version(tp.NamedTuple):
@@ -37,8 +37,8 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
 
     Args:
         kfp: the connection.
-        job: what to run.
-        name: the run's name; empty makes one of the dataset's name and the time.
+        job: the job to run.
+        name: the run's name; "" makes a name from the dataset's name and the time.
 
     Raises:
         ClusterError: KFP refuses.
@@ -60,13 +60,13 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
     except ClusterError as err:
         if err.status:
             raise
-        raise ClusterError(f"{err} The run may have started: `make list` tells.") from err
+        raise ClusterError(f"{err} The run may have started: `make list` shows it.") from err
 
 
 def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
-    """Say which runs process the same dataset with the same config just now.
+    """Warn about runs that process the same dataset with the same config now.
 
-    The claim is taken from them, since a person asked for it.
+    The new run takes over their claim, because a person asked for it.
     """
     try:
         with kfp.explained("look for other runs of this dataset"):
@@ -79,8 +79,8 @@ def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
         if certainty:
             logger.warning(
                 "Run %s (%s) %s this dataset with this config. The new run takes it over: the "
-                "other stops at its next safe point and fails; its supervisor does not try again. "
-                "What it has finished is used. `make cancel RUN=%s` stops it at once.",
+                "other run stops at its next safe point and fails, and its supervisor does not "
+                "retry. Its finished work is used. `make cancel RUN=%s` stops it at once.",
                 run.display_name,
                 run.run_id,
                 certainty,
@@ -89,7 +89,7 @@ def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
 
 
 def _does_the_same(run: tp.Any, job: prepare.Job) -> str:
-    """`is processing`, `may be processing` for a firing of version 0.1.0, or nothing."""
+    """`is processing`; `may be processing` for a firing of version 0.1.0; or ""."""
     theirs = (run.runtime_config and run.runtime_config.parameters) or {}
     ours = job.parameters
     if "start" in theirs or any(theirs.get(key) != ours[key] for key in ("root", "config")):
@@ -107,10 +107,10 @@ def default_name(parameters: tp.Mapping[str, tp.Any]) -> str:
 
 
 def dataset_name(parameters: tp.Mapping[str, tp.Any]) -> str:
-    """What people call the images of a run: the last part of their place, shortened.
+    """A name for the images of a run: the last part of their place, shortened.
 
     Args:
-        parameters: of the run. Where they name no dataset, the config's table [data] does.
+        parameters: those of the run. If they name no dataset, the config's table [data] does.
     """
     data = parameters["config"].get("data") or {}
     place = parameters["dataset"] or data.get("root") or data.get("name") or data.get("kind")
@@ -119,12 +119,12 @@ def dataset_name(parameters: tp.Mapping[str, tp.Any]) -> str:
 
 
 def describe(job: prepare.Job) -> str:
-    """What the UI shows of a run."""
+    """The description of a run in the UI."""
     return f"saev {saev.__version__}: {job.parameters['dataset'] or 'images of the config'}"
 
 
 def experiment(kfp: Kfp) -> str:
-    """Id of the experiment, made if it is missing."""
+    """Id of the experiment. It is made if it is missing."""
     name = kfp.settings.experiment
 
     def find() -> str:
@@ -146,9 +146,9 @@ def experiment(kfp: Kfp) -> str:
 
 
 def upload(kfp: Kfp, compiled: Compiled) -> Version:
-    """The pipeline's id and that of the version of this content, uploaded if they are missing.
+    """Upload a pipeline and its version if they are missing. Returns their ids.
 
-    Users who upload the same at the same time get the same version.
+    Equal pipelines are one version, also if two users upload them at the same time.
     """
     pipeline_id = _pipeline(kfp, compiled.name)
 
@@ -165,7 +165,7 @@ def upload(kfp: Kfp, compiled: Compiled) -> Version:
         return Version(pipeline_id, version_id)
     logger.info("uploading version %s of pipeline %s", compiled.digest, compiled.name)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")  # the server goes by the ending
+        path = Path(folder, "pipeline.yaml")  # the server needs the ending .yaml
         path.write_text(compiled.text, encoding="utf-8")
         try:
             with kfp.explained(f"upload version {compiled.digest} of pipeline {compiled.name}"):
@@ -201,7 +201,7 @@ def _pipeline(kfp: Kfp, name: str) -> str:
 
 
 def _made_by_another(err: ClusterError, find: tp.Callable[[], str]) -> str:
-    """The id of what somebody made between our look and our request. Raises `err` otherwise."""
+    """The id of an object that somebody else has just made. Raises `err` if there is none."""
     if err.status == 409:
         found = find()
         if found:
@@ -210,15 +210,15 @@ def _made_by_another(err: ClusterError, find: tp.Callable[[], str]) -> str:
 
 
 def check_storage(dataset: str, root: str, *, is_prefix: bool = False) -> None:
-    """Look at dataset and root with this machine's credentials, where it has some.
+    """Check dataset and root with this machine's credentials, if it has some.
 
-    A place that certainly is not there or empty is an error. What may only be this machine's lack
-    of access is a note, since the pods have credentials of their own.
+    A dataset that certainly does not exist or is empty is an error. If only this machine may lack
+    access, a warning is logged, because the pods have their own credentials.
 
     Args:
         dataset: URL of the dataset; "" if the config names it.
         root: URL of the storage root.
-        is_prefix: whether ``dataset`` holds the datasets of a schedule, which may come later.
+        is_prefix: whether ``dataset`` is the prefix of a schedule, which may still be empty.
 
     Raises:
         StorageError: the dataset does not exist or is empty.
@@ -257,7 +257,7 @@ def _is_missing(err: StorageError) -> bool:
 
 
 def _within(seconds: float, check: tp.Callable[[str], None], url: str) -> Exception | str | None:
-    """What a check raised, '' if it takes too long, None if it passed."""
+    """Run a check. Returns its exception, "" if it takes too long, or None if it passed."""
     outcome: list[Exception | None] = []
 
     def run() -> None:

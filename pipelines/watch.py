@@ -1,4 +1,4 @@
-"""Waiting for a run, with its steps as they go."""
+"""Waits for a run, and shows its steps meanwhile."""
 
 import time
 import typing as tp
@@ -17,7 +17,7 @@ _Slots: tp.TypeAlias = tp.Mapping[str, launched.Slots]
 
 POLL_SECONDS = 5.0
 PATIENCE = 600.0
-"""Seconds of errors in a row after which waiting ends; the run does not."""
+"""Seconds of errors without a break after which waiting ends. The run itself goes on."""
 _MARKS = {
     "waiting": "·", "running": "▶", "done": "✓", "failed": "✗", "empty": "–", "unknown": "?"
 }  # fmt: skip
@@ -32,12 +32,12 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console, max_retries: int 
 
     Args:
         kfp: the connection.
-        run_id: which run.
-        console: where the steps are shown: live on a terminal, else one line per change.
-        max_retries: how often a run is retried that failed and may succeed.
+        run_id: id of the run.
+        console: shows the steps: as a table on a terminal, otherwise one line for each change.
+        max_retries: how often a failed run is retried, if a retry may succeed.
 
     Raises:
-        RunFailedError: it failed or was canceled; the failing step's last lines were shown.
+        RunFailedError: the run failed or was canceled. The last lines of the step were shown.
         ClusterError: the API refuses, or has not answered for ten minutes.
     """
     run = _follow(kfp, run_id, console)
@@ -53,7 +53,7 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console, max_retries: int 
             break
         console.print(
             f"{run.display_name} failed in step {steps.failing(run) or 'unknown'}, for a reason "
-            f"that a new pod may mend. Retry {i + 1} of {max_retries}: what is done is kept.",
+            f"that may pass. Retry {i + 1} of {max_retries}: finished work is kept.",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
         retries.retry(kfp, run)
@@ -104,14 +104,17 @@ def _get(kfp: Kfp, run_id: str, show: "_Display") -> tp.Any:
 
 
 def patiently(request: tp.Callable[[], T], say: tp.Callable[[str], None]) -> T:
-    """What a request gives, through the transient errors that hours of waiting bring.
+    """Send a request, and repeat it after transient errors.
 
     Args:
-        request: raises ClusterError.
-        say: is told of each error.
+        request: sends the request, and raises ClusterError if it fails.
+        say: shows the message of each error.
+
+    Returns:
+        The answer to the request.
 
     Raises:
-        ClusterError: it is refused, or fails for ten minutes.
+        ClusterError: the request is refused, or fails for ten minutes.
     """
 
     def tell(state: tenacity.RetryCallState) -> None:
@@ -147,7 +150,7 @@ def _display(console: rich.console.Console) -> _Display:
 
 
 class _Live:
-    """A table that is drawn anew."""
+    """A table that is drawn again after each change."""
 
     def __init__(self, console: rich.console.Console):
         self._console = console
@@ -168,7 +171,7 @@ class _Live:
 
 
 class _Lines:
-    """One line for every change, for logs."""
+    """One line for each change, for logs."""
 
     def __init__(self, console: rich.console.Console):
         self._console = console
@@ -195,7 +198,7 @@ def _counts(step: steps.Step) -> tuple[tp.Any, ...]:
 
 
 def line(step: steps.Step) -> str:
-    """One step in words."""
+    """One line about a step."""
     if step.is_empty:
         return f"{step.name}: nothing to do"
     parts = [f"{step.name}: {step.progress} done", *_notes(step)]
@@ -204,7 +207,7 @@ def line(step: steps.Step) -> str:
 
 
 def of_run(run: tp.Any, slots: _Slots) -> list[steps.Step]:
-    """The steps of a run, with slots that KFP does not see."""
+    """The steps of a run. The numbers of launched slots, which KFP does not know, are filled in."""
     return [
         step._replace(**slots[step.name]._asdict()) if step.total and step.name in slots else step
         for step in steps.of_run(run)
@@ -228,7 +231,7 @@ def table(run: tp.Any, slots: _Slots) -> rich.table.Table:
 
 
 def _notes(step: steps.Step) -> list[str]:
-    """How many parts run, failed, or were lost sight of."""
+    """The numbers of parts that run, failed, or were not reported to the end."""
     notes = [f"{step.running} running"] if step.running else []
     notes += [f"{step.failed} failed"] if step.failed else []
     return notes + ([f"{step.lost} not reported to the end"] if step.lost else [])

@@ -1,7 +1,7 @@
-"""Whether a cluster is ready for runs: one line per check, with the remedy.
+"""Checks whether a cluster is ready for runs. Prints one line for each check, with the remedy.
 
-Nothing is changed; a short-lived pod for each image, which is always deleted, tries what only a pod
-can try.
+Nothing is changed. Checks that only a pod can do run in a short-lived pod for each image, which is
+always deleted.
 """
 
 import collections.abc
@@ -30,9 +30,9 @@ def examine(
 
     Args:
         settings: the cluster.
-        console: where to.
+        console: receives the lines.
         pod: whether a pod may be started.
-        dataset: URL of a dataset that the pod lists, too.
+        dataset: URL of a dataset that the pod lists; "" lists none.
 
     Returns:
         Whether nothing failed.
@@ -95,7 +95,7 @@ def _kubernetes(settings: Settings) -> tuple[Kube | None, Finding]:
         with kube.explained("connect"):
             version = kube.version.get_code().git_version
     except SaevError as err:
-        # Who has an endpoint can submit without it; logs and these checks need it.
+        # With an endpoint, runs can be submitted without it. Logs and these checks need it.
         say = warn if settings.endpoint else fail
         return None, say("Kubernetes API", str(err), "")
     return kube, ok("Kubernetes API", f"{kube.server.address}, version {version.removeprefix('v')}")
@@ -122,7 +122,7 @@ def _kfp(
 
 
 def _parameters(settings: Settings) -> tuple[PodOptions | None, Finding]:
-    """What `cluster.toml` sets for every pod; None if `make submit` would refuse a parameter."""
+    """The pod options of `cluster.toml`; None if `make submit` would refuse a parameter."""
     what = "parameters"
     try:  # any image will do: the parameters do not depend on it
         pods = prepare.pods(settings)
@@ -134,7 +134,7 @@ def _parameters(settings: Settings) -> tuple[PodOptions | None, Finding]:
 
 
 def _version(kube: Kube, namespace: str) -> str:
-    """Tag of the API server's image, since the API itself does not tell. Empty if unknown."""
+    """KFP's version, by the tag of the API server's image; "" if unknown."""
     try:
         with kube.explained("read KFP's version"):
             pods = kube.core.list_namespaced_pod(namespace, label_selector="app=ml-pipeline").items

@@ -1,4 +1,4 @@
-"""Checks of permissions: the user's, and those of the steps' service account."""
+"""Checks the permissions of the user and of the service accounts."""
 
 import collections.abc
 import typing as tp
@@ -15,10 +15,10 @@ class Right(tp.NamedTuple):
 
     verb: str
     resource: str
-    """With its subresource, such as pods/log."""
+    """The resource with its subresource, such as pods/log."""
     group: str = ""
     name: str = ""
-    """Of one object; empty means all."""
+    """Name of the one object that the permission is for; "" means all objects."""
 
     def __str__(self) -> str:
         name = f"/{self.name}" if self.name else ""
@@ -38,7 +38,7 @@ KFP = tuple(
     }.items()
     for verb in verbs
 )
-"""What a multi-user KFP asks Kubernetes about its users."""
+"""Permissions that a multi-user KFP checks for its users."""
 STEPS = (
     Right("create", "workflowtaskresults", "argoproj.io"),
     Right("patch", "workflowtaskresults", "argoproj.io"),
@@ -46,11 +46,11 @@ STEPS = (
     Right("get", "configmaps", name="kfp-launcher"),
     Right("get", "secrets", name="mlpipeline-minio-artifact"),
 )
-"""What the pods of a run need, as k8s/base/role.yaml explains."""
+"""Permissions that the pods of a run need; k8s/base/role.yaml explains them."""
 STARTING = tuple(
     Right(verb, "runs", "pipelines.kubeflow.org") for verb in ("create", "get", "list", "retry")
 )
-"""What a multi-user KFP asks Kubernetes about the firings of schedules."""
+"""Permissions that a multi-user KFP checks for the firings of schedules."""
 
 _IDENTITIES = (
     "eks.amazonaws.com/role-arn", "iam.gke.io/gcp-service-account",
@@ -64,13 +64,13 @@ JOBS = (
     Right("list", "pods"),
     Right("get", "pods/log"),
 )
-"""What they need beside that with launch = job, as k8s/components/jobs explains."""
+"""Permissions that the pods also need with launch = "job"; k8s/components/jobs explains them."""
 
 
 def permissions(
     kube: Kube, namespace: str, *, is_multi_user: bool, pod: bool
 ) -> collections.abc.Iterator[Finding]:
-    """What the user may do, for each thing that a command does."""
+    """Whether the user has the permissions that each command needs."""
     settings = kube.settings
     wanted: list[tuple[str, str, tuple[Right, ...]]] = [("logs", namespace, LOGS)]
     if not settings.endpoint:
@@ -96,12 +96,12 @@ def permissions(
 def service_account(
     kube: Kube, namespace: str, name: str, *, launches: bool = False
 ) -> collections.abc.Iterator[Finding]:
-    """Whether the steps' service account is there, and what it may do.
+    """Whether the steps' service account exists and has its permissions.
 
     Args:
         kube: the cluster.
-        namespace: of the runs.
-        name: of the account.
+        namespace: the namespace of the runs.
+        name: the account's name.
         launches: whether steps make Jobs.
     """
     what = f"service account {name}"
@@ -119,7 +119,7 @@ def service_account(
 def schedule_account(
     kube: Kube, namespace: str, *, is_multi_user: bool
 ) -> collections.abc.Iterator[Finding]:
-    """The same of the account of the firings of schedules, and whether it reaches the storage."""
+    """The same for the service account of firings, and whether it can use the storage."""
     name = kube.settings.schedule_account
     what = f"service account {name}"
     try:
@@ -151,7 +151,7 @@ def _install(namespace: str) -> str:
 
 
 def _account(kube: Kube, namespace: str, name: str) -> tp.Any:
-    """A service account, None if there is none of the name. Raises ClusterError."""
+    """A service account; None if it does not exist. Raises ClusterError."""
     try:
         with kube.explained(f"look at service account {name}"):
             return kube.core.read_namespaced_service_account(name, namespace)
@@ -185,7 +185,7 @@ def _rights(
 def refused(
     kube: Kube, namespace: str, account: str, rights: collections.abc.Iterable[Right]
 ) -> list[Right]:
-    """Those of the rights that a service account lacks. Raises ClusterError if nobody tells."""
+    """The permissions that a service account lacks. Raises ClusterError if they cannot be asked."""
     return [right for right in rights if not _may_they(kube, namespace, account, right)]
 
 

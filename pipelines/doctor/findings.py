@@ -1,4 +1,4 @@
-"""What a check of the doctor found."""
+"""The result of one check of the doctor."""
 
 import typing as tp
 
@@ -8,15 +8,15 @@ class Finding(tp.NamedTuple):
 
     level: tp.Literal["ok", "warn", "fail", "skip"]
     what: str
-    """What was looked at."""
+    """What was checked."""
     found: str
-    """What was found, in one sentence or less."""
+    """The result, in at most one sentence."""
     remedy: str = ""
-    """What to do about it."""
+    """What to do about it; "" if nothing is wrong."""
 
 
 def ok(what: str, found: str) -> Finding:
-    """As it should be."""
+    """Nothing is wrong."""
     return Finding("ok", what, found)
 
 

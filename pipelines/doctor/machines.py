@@ -1,5 +1,7 @@
-"""What a cluster needs for training on several machines (train_nodes): checked by the doctor, and
-before a run is submitted."""
+"""Checks what a cluster needs for training on several machines (train_nodes).
+
+The doctor does these checks, and `submit` before it sends a run.
+"""
 
 import collections.abc
 import logging
@@ -21,7 +23,7 @@ _WHAT = "Kubeflow Trainer"
 _OR_ONE = "or set train_nodes to 1"
 _INSTALL = "`make install OVERLAY=… NAMESPACE={} COMPONENTS='… trainer'` makes it"
 _TRAINER = ("kubeflow-system", "kubeflow-trainer-public", "kubeflow_trainer_version")
-"""Namespace, name and key of the ConfigMap in which Trainer tells everybody its version."""
+"""Namespace, name and key of the ConfigMap in which Trainer publishes its version."""
 RIGHTS = (
     *(Right(verb, "trainjobs", TRAIN_JOBS.group) for verb in ("create", "get", "list", "delete")),
     Right("watch", "trainjobs", TRAIN_JOBS.group),
@@ -29,17 +31,17 @@ RIGHTS = (
     Right("list", "pods"),
     Right("get", "pods/log"),
 )
-"""What the steps' account needs beside the rest, as k8s/components/trainer explains."""
+"""Further permissions that the steps' account needs; k8s/components/trainer explains them."""
 
 
 def findings(
     kube: Kube, namespace: str, pods: PodOptions | None
 ) -> collections.abc.Iterator[Finding]:
-    """Whether the machines of a training can be had; nothing where one is enough.
+    """Whether the cluster can train on several machines. No findings if one machine is enough.
 
     Args:
         kube: the cluster.
-        namespace: of the runs.
+        namespace: the namespace of the runs.
         pods: how the pods of every run are made; None if a parameter is wrong.
     """
     if pods is None or int(pods.train_nodes) == 1:
@@ -57,7 +59,7 @@ def findings(
 def check(settings: Settings, namespace: str, pods: PodOptions) -> None:
     """Raise ConfigError if a run certainly cannot train on several machines.
 
-    Who can only reach KFP, and not the Kubernetes API, learns it from the run.
+    Without access to the Kubernetes API, nothing is checked, and the run reports the error.
     """
     if int(pods.train_nodes) == 1:
         return
@@ -100,7 +102,7 @@ def _version(kube: Kube) -> str:
         try:
             with kube.explained(f"read {name}"):
                 found = kube.core.read_namespaced_config_map(name, place)
-        except ClusterError:  # it may be somewhere else
+        except ClusterError:  # try the next namespace
             continue
         return f"version {(found.data or {}).get(key, 'unknown').removeprefix('v')}"
     return "version unknown"

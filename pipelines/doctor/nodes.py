@@ -1,4 +1,4 @@
-"""Checks of GPUs: which nodes have them, and how many are free."""
+"""Checks the GPUs: which nodes have them, and how many are free."""
 
 import collections.abc
 import typing as tp
@@ -12,7 +12,7 @@ _WHAT = "GPUs"
 
 
 def gpus(kube: Kube, pods: PodOptions | None) -> collections.abc.Iterator[Finding]:
-    """Whether the GPUs that a run asks for exist and are free.
+    """Whether the GPUs that a run requests exist and are free.
 
     Args:
         kube: the cluster.
@@ -41,7 +41,7 @@ def gpus(kube: Kube, pods: PodOptions | None) -> collections.abc.Iterator[Findin
         why = "; ".join(sorted({_refuses(node, selector, tolerations) for node in having}))
         yield fail(
             _WHAT,
-            f"{kind} is on {_nodes(len(having))}, of which none takes the pods of a run: {why}",
+            f"{kind} is on {_nodes(len(having))}, but none of them accepts a run's pods: {why}",
             "Set tolerations or node_selector in cluster.toml [parameters].",
         )
         return
@@ -100,7 +100,7 @@ def _none(nodes: list[tp.Any], kind: str) -> Finding:
 
 
 def requested(pod: tp.Any, kind: str) -> int:
-    """How many of a resource a pod occupies: its containers' sum, or an init container's."""
+    """How many of a resource a pod uses: the sum of its containers, or an init container's more."""
 
     def of(containers: list[tp.Any] | None) -> list[int]:
         limits = [
@@ -125,7 +125,7 @@ def _sharing(node: tp.Any) -> str:
 
 
 def _refuses(node: tp.Any, selector: dict[str, str], tolerations: list[dict[str, str]]) -> str:
-    """Why a node does not take a run's pod; empty if it does."""
+    """Why a node does not accept a run's pod; "" if it does."""
     if node.spec.unschedulable:
         return "cordoned"
     labels = node.metadata.labels or {}

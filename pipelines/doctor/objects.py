@@ -1,4 +1,4 @@
-"""Checks of the objects that runs need: namespace, secret, config map, volume."""
+"""Checks the objects that runs need: namespace, secret, config map, volume."""
 
 import collections.abc
 import re
@@ -63,13 +63,13 @@ def _secret(kube: Kube, where: str, name: str) -> Finding:
 
 
 def _launcher(kube: Kube, where: str, secret: str) -> collections.abc.Iterator[Finding]:
-    """Whether KFP's launcher, which runs in the pods of steps, looks for keys in their environment.
+    """Warn if KFP's launcher expects storage keys in the environment of the steps' pods.
 
-    The keys of the secret are files there, which only the step reads.
+    In these pods, the secret's keys are files, which only the step itself reads.
     """
     what = "config map kfp-launcher"
     found = _read(kube, what, kube.core.read_namespaced_config_map, "kfp-launcher", where)
-    if found is None or isinstance(found, Finding):  # KFP's own defaults, or not for us to see
+    if found is None or isinstance(found, Finding):  # KFP uses its defaults, or we may not read it
         return
     if _FROM_ENV.search((found.data or {}).get("providers", "")):
         yield warn(
@@ -145,7 +145,7 @@ def _storage_class(kube: Kube, name: str | None) -> Finding:
 
 
 def _read(kube: Kube, what: str, read: tp.Callable[..., tp.Any], name: str, where: str) -> tp.Any:
-    """The object, None if it is missing, or a finding if that cannot be told."""
+    """The object; None if it is missing; a finding if it cannot be read."""
     try:
         with kube.explained(f"look at {what}"):
             return read(name, where)

@@ -1,4 +1,4 @@
-"""Pods like those of steps that try images and storage, and are deleted whatever happens."""
+"""Starts pods like those of steps to try images and storage. They are always deleted."""
 
 import collections.abc
 import contextlib
@@ -17,31 +17,31 @@ from saev.launch.pods import SUPERVISOR, Json, PodParameters, PodSettings, templ
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 600
-"""Seconds until a pod must have run; pulling the image may take most of it."""
+"""Most seconds until a pod has run. Most of them may be needed to pull the image."""
 _HOPELESS = frozenset(
     {
         "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError",
         "CreateContainerError", "RunContainerError",
     }
 )  # fmt: skip
-"""Reasons for waiting that time does not mend."""
+"""Reasons for waiting that do not pass by themselves."""
 _STORAGE = "storage, with the pods' credentials"
 _NO_ACCOUNT = re.compile(r"service ?account\b.*not found", re.IGNORECASE)
 
 
 class Trial(tp.NamedTuple):
-    """What one pod tries."""
+    """One pod and what it tries."""
 
     what: str
     """What is tried, for people."""
     image: str
     command: tuple[str, ...]
     has_storage: bool
-    """Whether the command tries the storage, and not only the image."""
+    """Whether the command also tries the storage."""
 
 
 def trials(settings: Settings, dataset: str) -> list[Trial]:
-    """The small image with the storage, and the runtime image, if that is another one."""
+    """The trials: the small image with the storage, and the runtime image if it is another one."""
     check: tuple[str, ...] = ("python", "-m", "saev", "step", "check", "--root", settings.root)
     check += ("--dataset", dataset) if dataset else ()
     if settings.cpu_image in ("", settings.image):
@@ -66,7 +66,7 @@ def run(
     """
     made: dict[str, Trial] = {}
     left: list[Finding] = []
-    try:  # a signal may come after a pod is made, before the answer is there
+    try:  # a signal may come after the pod is made and before the answer arrives
         for trial in trials(kube.settings, dataset):
             body = manifest(kube.settings, options, trial)
             name = body["metadata"]["name"]
@@ -89,7 +89,7 @@ def run(
 
 
 def _refused(kube: Kube, namespace: str, said: str) -> Finding:
-    """For a pod that Kubernetes does not take. It answers 403 to a missing account, too."""
+    """The finding for a pod that Kubernetes refuses. A missing account also gives status 403."""
     if _NO_ACCOUNT.search(said):
         return fail(
             "pod",
@@ -107,12 +107,12 @@ def _delete(kube: Kube, namespace: str, name: str) -> Finding | None:
     except ClusterError as err:
         if err.status != 404:
             remedy = f"`kubectl delete pod -n {namespace} {name}` removes it."
-            return warn("pod", f"{name} is left behind: {err}", remedy)
+            return warn("pod", f"{name} could not be deleted: {err}", remedy)
     return None
 
 
 def _wait(kube: Kube, namespace: str, name: str) -> tp.Any:
-    """The pod when it is over, or hopeless, or out of time."""
+    """Wait until the pod has ended, cannot start, or takes too long. Returns the pod."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         with kube.explained(f"look at pod {name}"):

@@ -1,7 +1,7 @@
-"""What Argo runs again, by the settings of its controller and of KFP.
+"""Checks which failures Argo retries, by the settings of its controller and of KFP.
 
-KFP's compiler writes how often a step is retried and not what for, so the installation decides.
-Found on a KFP 2.17.0; the same by the sources of 2.15 and 2.16.
+KFP's compiler writes how often a step is retried, but not after which failures. The installation
+decides that. This was observed on KFP 2.17.0, and read in the sources of 2.15 and 2.16.
 """
 
 import json
@@ -24,15 +24,15 @@ _NOT = {
     "OnFailure": (_FAILED, _LOST),
     "Always": (f"{_FAILED}; {_LOST}", ""),
 }
-"""Policy → what is run again, and what is not."""
+"""Policy → failures that are retried, and failures that are not."""
 
 
 def retries(kube: Kube, version: str) -> Finding:
-    """Which failures Argo answers with a new pod.
+    """Which failures Argo retries in a new pod.
 
     Args:
         kube: the cluster.
-        version: KFP's; empty if it is not known.
+        version: the version of KFP; "" if it is unknown.
     """
     try:
         policy, source = _policy(kube)
@@ -49,7 +49,7 @@ def retries(kube: Kube, version: str) -> Finding:
         return warn(
             _WHAT,
             f"policy Always ({source}): {again}",
-            "Whole loops are retried as well, so an error that stays is tried many times over.",
+            "Whole loops are retried as well, so a permanent error is tried many times.",
         )
     return ok(
         _WHAT,
@@ -66,7 +66,7 @@ def _policy(kube: Kube) -> tuple[str, str]:
             return policy, f"{PATCH} of deployment ml-pipeline"
     with kube.explained(f"read {CONFIG_MAP}"):
         data = kube.core.read_namespaced_config_map(CONFIG_MAP, where).data or {}
-    whole = yaml.safe_load(data.get("config", "")) or {}  # Argo takes all settings under one key
+    whole = yaml.safe_load(data.get("config", "")) or {}  # Argo also reads settings from this key
     text = data.get("workflowDefaults")
     defaults = yaml.safe_load(text) if text else whole.get("workflowDefaults")
     if policy := _of_defaults(((defaults or {}).get("spec") or {}).get("templateDefaults")):
@@ -75,7 +75,7 @@ def _policy(kube: Kube) -> tuple[str, str]:
 
 
 def _patches(kube: Kube, where: str) -> list[tp.Any]:
-    """What an administrator has KFP write into every Workflow. Raises ClusterError, ValueError."""
+    """The patches that KFP applies to every Workflow. Raises ClusterError or ValueError."""
     try:
         with kube.explained(f"read {PATCH} of deployment ml-pipeline"):
             deployment = kube.apps.read_namespaced_deployment("ml-pipeline", where)
@@ -93,7 +93,7 @@ def _of_defaults(defaults: tp.Any) -> str:
 
 
 def _as_installed(version: str) -> str:
-    """What KFP brings, where its settings may not be read."""
+    """The default policy of a version of KFP, for when the settings cannot be read."""
     numbers = version.split(".")
     if not all(part.isdigit() for part in numbers[:2]) or len(numbers) < 2:
         return f"As installed, KFP 2.17 runs again {_LOST}; KFP 2.16 {_FAILED}."

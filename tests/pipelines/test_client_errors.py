@@ -133,7 +133,7 @@ def test_a_start_without_answer_may_have_happened(
     kfp.drop("/runs$")
     said = client.fails(*COMMANDS["submit"])
     assert "cannot be reached" in said
-    assert "The run may have started: `make list` tells." in said
+    assert "The run may have started: `make list` shows it." in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

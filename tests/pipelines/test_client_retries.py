@@ -40,14 +40,14 @@ def test_what_a_new_pod_may_mend_is_retried(
         say(root, kfp, kind)
     said = client.ok(*SUBMIT, "--wait").err
     assert sum(path.endswith(":retry") for _, path, _ in kfp.requests) == 1
-    assert "failed in step extract, for a reason that a new pod may mend. Retry 1 of 2" in said
+    assert "failed in step extract, for a reason that may pass. Retry 1 of 2" in said
 
 
 def test_a_permanent_failure_is_not_retried(client: Client, kfp: KfpServer, root: str) -> None:
     say(root, kfp, "permanent")
     result = client(*SUBMIT, "--wait")
     assert result.status == 1
-    assert "is not retried: step extract failed for good." in result.err
+    assert "is not retried: step extract failed permanently." in result.err
     assert not any(path.endswith(":retry") for _, path, _ in kfp.requests)
 
 
@@ -69,4 +69,4 @@ def test_a_canceled_run_is_not_retried(client: Client, kfp: KfpServer, root: str
 
 def test_who_does_not_wait_is_told_that_nobody_retries(client: Client, kfp: KfpServer) -> None:
     said = " ".join(client.ok(*SUBMIT).err.split())
-    assert "nobody retries the run: press Retry in Kubeflow, or submit it again" in said
+    assert "the run is not retried: press Retry in Kubeflow, or submit it again" in said

@@ -130,7 +130,7 @@ def test_if_the_old_schedule_stays_that_is_told_and_mended(client: Client, kfp: 
     client.ok(*SCHEDULE, DAILY)
     kfp.fail("/recurringruns/", 500, method="DELETE", times=1)
     said = client.fails(*SCHEDULE, "0 30 4 * * *")
-    assert "The new schedule saev-incoming is made, but an old one is still there" in said
+    assert "The new schedule saev-incoming is made, but an old one still exists" in said
     assert len(kfp.recurring) == 2
     client.ok(*SCHEDULE, "0 30 4 * * *")
     assert len(kfp.recurring) == 1
@@ -183,7 +183,7 @@ def test_unschedule_does_not_kill_runs(client: Client, kfp: KfpServer) -> None:
     assert kfp.killed == []
     assert [r["status"] for r in kfp.recurring] == ["DISABLED"]
     assert "Schedule saev-incoming is switched off and fires no more" in said
-    assert f"these go on: nightly-7 ({run['run_id']})." in said
+    assert f"these are active: nightly-7 ({run['run_id']})." in said
     assert "`make unschedule NAME=saev-incoming WAIT=1`" in said
     assert f"`make cancel RUN={run['run_id']}`" in said
     run["state"] = "FAILED"

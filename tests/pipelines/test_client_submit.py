@@ -85,7 +85,7 @@ def test_a_dataset_that_is_being_processed(client: Client, kfp: KfpServer) -> No
     assert "Run nightly (" in lines[0]
     assert "may be processing" in lines[0]
     assert f"Run first ({kfp.runs[0]['run_id']}) is processing this dataset" in lines[1]
-    assert "The new run takes it over: the other stops at its next safe point" in lines[1]
+    assert "The new run takes it over: the other run stops at its next safe point" in lines[1]
     assert f"`make cancel RUN={kfp.runs[0]['run_id']}`" in lines[1]
 
 
