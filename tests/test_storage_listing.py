@@ -149,6 +149,7 @@ def test_a_million_files_are_scanned_one_by_one(tmp_path: Path) -> None:
     code = (
         "import sys, tracemalloc\n"
         "from saev import storage\n"
+        "sum(1 for _ in storage.walk(sys.argv[1]))\n"  # Python's table of names is that large now
         "tracemalloc.start()\n"
         "n = sum(1 for _ in storage.walk(sys.argv[1]))\n"
         "print(n, tracemalloc.get_traced_memory()[1])"
@@ -161,7 +162,7 @@ def test_a_million_files_are_scanned_one_by_one(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     n, peak = map(int, ran.stdout.split())
     assert n == 30_000
-    assert peak / n < 150  # a name and its place in a list
+    assert peak / n < 120  # a name and its place in a list
 
 
 def test_a_walk_finds_finished_files_only(tmp_path: Path) -> None:

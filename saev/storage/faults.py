@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import functools
+import importlib
 import socket
 import ssl
+import sys
 import time
 import typing as tp
 from collections.abc import Callable, Iterator
@@ -23,21 +25,29 @@ P = tp.ParamSpec("P")
 T = tp.TypeVar("T")
 ErrorT = tp.TypeVar("ErrorT", bound=BaseException)
 
-_EXPECTED: tuple[type[BaseException], ...] = (
-    OSError,
-    ValueError,
-)  # errors of fsspec backends for a failed request
-_BOTO: tp.Any = None
-try:  # botocore's errors are not OSErrors
-    import botocore.exceptions
-    import botocore.parsers
-    from aiohttp import ClientError as _HttpError
+# Importing botocore and aiohttp takes longer than the rest of this package, and most commands need
+# neither. No error of a library can be met before somebody has imported it.
+_LIBRARIES = (
+    ("botocore.exceptions", ("BotoCoreError", "ClientError")),  # these are not OSErrors
+    ("botocore.parsers", ("ResponseParserError",)),
+    ("aiohttp", ("ClientError",)),
+)
 
-    _BOTO = botocore.exceptions
-    _ParserError = botocore.parsers.ResponseParserError
-    _EXPECTED = (*_EXPECTED, _BOTO.BotoCoreError, _BOTO.ClientError, _ParserError, _HttpError)
-except ImportError:
-    pass
+
+def _imported(name: str) -> tp.Any:
+    """A module that is imported already, else None. Waits for a thread that is importing it."""
+    return importlib.import_module(name) if name in sys.modules else None
+
+
+def _of_libraries() -> tuple[type[BaseException], ...]:
+    """Errors of those libraries that are imported."""
+    modules = [(_imported(name), errors) for name, errors in _LIBRARIES]
+    return tuple(getattr(module, e) for module, errors in modules if module for e in errors)
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Errors of fsspec backends for a failed request."""
+    return (OSError, ValueError, *_of_libraries())
 
 
 # --- Explanations --------------------------------------------------------------------------
@@ -113,9 +123,10 @@ def _of_connection(err: BaseException, url: str) -> str:
         # fsspec wraps our error in one with an empty message.
         message = str(err) or str(err.__cause__ or "")
         return _no_answer(url, message or type(err).__name__)
-    if _BOTO is None:
+    boto = _imported("botocore.exceptions")
+    if boto is None:
         return ""
-    if isinstance(err, _BOTO.NoCredentialsError | _BOTO.PartialCredentialsError):
+    if isinstance(err, boto.NoCredentialsError | boto.PartialCredentialsError):
         return (
             f"no credentials were found ({str(err).rstrip('.')}). Set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, a profile (AWS_PROFILE) or the role of the pod; a public "
@@ -123,8 +134,8 @@ def _of_connection(err: BaseException, url: str) -> str:
         )
     if isinstance(
         err,
-        _BOTO.EndpointConnectionError | _BOTO.ConnectTimeoutError | _BOTO.ConnectionClosedError
-        | _BOTO.ReadTimeoutError,
+        boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ConnectionClosedError
+        | boto.ReadTimeoutError,
     ):  # fmt: skip
         return _no_answer(url, type(err).__name__)
     return ""
@@ -146,10 +157,11 @@ def _is_of_network(err: BaseException) -> bool:
 
 def answer_of(err: BaseException) -> answers.Answer | None:
     """The answer of an S3 store that caused an error; None if there was none."""
+    boto = _imported("botocore.exceptions")
     for cause in _causes(err):
         if isinstance(cause, answers.RefusedError):
             return cause.answer
-        if _BOTO is not None and isinstance(cause, _BOTO.ClientError):
+        if boto is not None and isinstance(cause, boto.ClientError):
             return answers.of_client_error(cause)
     return None
 
@@ -197,7 +209,7 @@ def explained(url: str, doing: str, *, foreign_code: bool = False) -> Iterator[N
         yield
     except StorageError:
         raise
-    except _EXPECTED as err:
+    except _expected() as err:
         if foreign_code and isinstance(err, ValueError) and not isinstance(err, OSError):
             raise
         raise explain(err, url, doing) from err
@@ -234,17 +246,16 @@ def is_passing(err: BaseException) -> bool:
             errno.EAGAIN,
             errno.ESTALE,
         )
-    if _BOTO is None:
-        return False
-    return isinstance(
-        err,
-        _BOTO.HTTPClientError
-        | _BOTO.ConnectionError
-        | _BOTO.IncompleteReadError
-        | _BOTO.ResponseStreamingError
-        | _ParserError
-        | _HttpError,
-    )
+    boto = _imported("botocore.exceptions")
+    if boto is not None and isinstance(err, boto.BotoCoreError | boto.ClientError):
+        return isinstance(
+            err,
+            boto.HTTPClientError
+            | boto.ConnectionError
+            | boto.IncompleteReadError
+            | boto.ResponseStreamingError,
+        )
+    return isinstance(err, _of_libraries())
 
 
 def retry(call: Callable[P, T]) -> Callable[P, T]:
