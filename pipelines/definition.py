@@ -25,7 +25,7 @@ from kfp.dsl import base_component, pipeline_task
 
 from components import component
 from pipelines import kfp_pods
-from pipelines.compact import compact
+from pipelines.compact import LOADER, compact
 from pipelines.options import CompileOptions, PipelineName
 from saev.config.steps import SMALL
 from saev.launch.pods import SUPERVISOR, PodParameters, PodSettings
@@ -103,7 +103,7 @@ def _quiet() -> collections.abc.Iterator[None]:
 
 
 def _parameters(text: str) -> dict[str, Parameter]:
-    spec = next(yaml.safe_load_all(text))
+    spec = next(yaml.load_all(text, LOADER))
     found = spec["root"]["inputDefinitions"]["parameters"]
     return {
         name: Parameter(
