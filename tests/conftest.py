@@ -29,9 +29,11 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def forker() -> Iterator[Forker]:
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
     """Starts `saev` commands quickly, as real processes."""
-    with Forker() as forker:
+    base = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    with Forker(shared=base.parent if is_worker else base) as forker:
         yield forker
 
 

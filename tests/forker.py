@@ -2,16 +2,24 @@
 
 Importing torch takes seconds. A process that has imported everything, and computed nothing, forks:
 each child is a process of its own, which runs the command line and may be killed like any other.
+Test processes that run side by side share one such process: it forks a helper for each of them.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import typing as tp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+# More threads than cores must not spin.
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 DEADLY = ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 """Audit events (https://docs.python.org/3/library/audit_events.html) that `die_at` counts: all
@@ -28,27 +36,34 @@ class Ended(tp.NamedTuple):
 
 
 class Forker:
-    """Keeps the warm process. Use it as a context manager."""
+    """A helper that starts commands. Use it as a context manager.
+
+    Args:
+        shared: a folder; who names the same one shares the process that imports everything. None
+            shares with nobody.
+    """
+
+    def __init__(self, shared: Path | None = None):
+        self._shared = shared
 
     def __enter__(self) -> tp.Self:
         self._folder = tempfile.TemporaryDirectory(prefix="saev-forker-")
-        self._warm = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # More threads than cores must not spin.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        )
-        if self._ask({"ask": "ready"}) != "yes":
-            raise RuntimeError("the warm process did not start")
+        self._helper = self._join(self._shared or Path(self._folder.name))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._warm.stdin is not None
-        self._warm.stdin.close()
-        self._warm.wait(timeout=60)
+        self._helper.close()
         self._folder.cleanup()
+
+    def _join(self, folder: Path) -> tp.TextIO:
+        """A helper of the warm process, which is started if it does not run."""
+        with (folder / "forker.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two tests do not start two of them
+            with contextlib.suppress(OSError):
+                return _connect(folder / "forker.sock")
+            (folder / "forker.sock").unlink(missing_ok=True)  # of one that has ended
+            _start_warm_process(folder / "forker.sock")
+            return _connect(folder / "forker.sock")
 
     def start(
         self,
@@ -65,14 +80,14 @@ class Forker:
             script: Python code.
             die_at: the process kills itself (SIGKILL) just before its die_at-th deadly event,
                 counted from 0.
-            env: more environment variables. What is read when torch is imported comes too late.
+            env: environment variables, besides those of this process. What is read when torch is
+                imported comes too late.
         """
-        # A server of a test may have started after the warm process.
-        own = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         return self._ask(
             {
                 "ask": "start", "argv": [str(word) for word in argv], "script": script,
-                "die_at": die_at, "env": {**own, **(env or {})},
+                "die_at": die_at, "env": {**os.environ, **THREADS, **(env or {})},
+                "cwd": str(Path.cwd()),
             }
         )  # fmt: skip
 
@@ -94,18 +109,48 @@ class Forker:
         return ended.stdout
 
     def _ask(self, question: dict[str, tp.Any]) -> tp.Any:
-        assert self._warm.stdin is not None
-        assert self._warm.stdout is not None
-        self._warm.stdin.write(json.dumps({**question, "folder": self._folder.name}) + "\n")
-        self._warm.stdin.flush()
-        line = self._warm.stdout.readline()
+        self._helper.write(json.dumps({**question, "folder": self._folder.name}) + "\n")
+        self._helper.flush()
+        line = self._helper.readline()
         if not line:
-            raise RuntimeError(f"the warm process ended with status {self._warm.wait()}")
+            raise RuntimeError("the process that starts commands has ended")
         return json.loads(line)
 
 
-def _answer() -> None:
-    """The warm process: one JSON question a line on stdin, one JSON answer a line on stdout."""
+def _connect(place: Path) -> tp.TextIO:
+    """A conversation with a new helper. Raises OSError if nobody listens, or has just ended."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(place))
+        helper = connection.makefile("rw")
+        if helper.readline() != "ready\n":
+            raise ConnectionError("the warm process has ended")
+        return helper
+    finally:
+        connection.close()  # the file keeps it open
+
+
+def _start_warm_process(place: Path) -> None:
+    """Returns when it listens; it ends by itself when nobody needs it any more."""
+    warm = subprocess.Popen(
+        [sys.executable, __file__, str(place)],
+        stdout=subprocess.PIPE,
+        env=os.environ | THREADS,
+        cwd=Path(__file__).parents[1],  # where it begins may be a folder of a test
+    )
+    assert warm.stdout is not None
+    with warm.stdout:
+        listens = warm.stdout.readline()
+    warm.wait()
+    if not listens:
+        raise RuntimeError("the warm process did not start; its error stands above")
+
+
+def _serve(place: str) -> None:
+    """The warm process: forks a helper for everybody who connects."""
+    if os.fork():
+        os._exit(0)  # it is no child of whoever started it, who may end first
+
     import open_clip  # noqa: F401
     import pyarrow
     import s3fs  # noqa: F401
@@ -116,25 +161,57 @@ def _answer() -> None:
 
     pyarrow.array([0])  # imports pandas, if it is there
 
-    for line in sys.stdin:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen()
+    listener.settimeout(0.2)
+    print("listening", flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    helpers: set[int] = set()
+    was_needed = False
+    while helpers or not was_needed:
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            pid = os.fork()
+            if not pid:
+                listener.close()
+                connection.setblocking(True)
+                _help(connection)
+                os._exit(0)
+            connection.close()
+            helpers.add(pid)
+            was_needed = True
+        helpers -= {pid for pid in helpers if os.waitpid(pid, os.WNOHANG)[0]}
+    os._exit(0)  # taking torch down would take long
+
+
+def _help(connection: socket.socket) -> None:
+    """One JSON question a line, one JSON answer a line, until there is nobody to ask."""
+    lines = connection.makefile("rw")
+    lines.write("ready\n")
+    lines.flush()
+    for line in lines:
         question = json.loads(line)
-        answer: tp.Any = "yes"
+        answer: tp.Any
         if question["ask"] == "start":
             answer = os.fork()
             if answer == 0:
+                os.close(connection.detach())
                 _child(question)
-        elif question["ask"] == "wait":
+        else:
             answer = os.waitstatus_to_exitcode(os.waitpid(question["pid"], 0)[1])
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        lines.write(json.dumps(answer) + "\n")
+        lines.flush()
 
 
 def _child(question: dict[str, tp.Any]) -> tp.NoReturn:
-    import signal
-
     from saev import cli
 
+    # Where a shell starts tests in the background, Ctrl-C is ignored, and this is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
     os.environ.update(question["env"])
+    os.chdir(question["cwd"])
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     for descriptor, end in ((1, "out"), (2, "err")):
@@ -170,4 +247,4 @@ def _child(question: dict[str, tp.Any]) -> tp.NoReturn:
 
 
 if __name__ == "__main__":
-    _answer()
+    _serve(sys.argv[1])
