@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ECHO = f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
+ECHO = f"#!{sys.executable} -IS\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
+NOTHING = "#!/bin/sh\n"
+"""A stand-in that starts at once, where nobody reads the words."""
 
 
 def call(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> list[str]:
@@ -26,7 +28,7 @@ def call(folder: Path, *words: str, env: Mapping[str, str] | None = None) -> lis
 
 
 def run(
-    folder: Path, *words: str, env: Mapping[str, str] | None = None
+    folder: Path, *words: str, env: Mapping[str, str] | None = None, program: str = ECHO
 ) -> subprocess.CompletedProcess[str]:
     """The same, whatever comes of it."""
     shutil.copy(ROOT / "Makefile", folder)
@@ -39,7 +41,7 @@ def run(
     ):
         stand_in = folder / place
         stand_in.parent.mkdir(parents=True, exist_ok=True)
-        stand_in.write_text(ECHO)
+        stand_in.write_text(program)
         stand_in.chmod(0o755)
     return subprocess.run(
         ["make", "--no-print-directory", "-o", "setup", *words],

@@ -91,9 +91,10 @@ def test_no_variable_of_any_target_is_code(text: str, origin: str, tmp_path: Pat
     for names in ([name for name in VARIABLES if name != "PYTHON"], ["PYTHON"]):
         given = dict.fromkeys(names, text)
         if origin == "environment":
-            dry_make.run(tmp_path, "-k", *targets, env=given)
+            dry_make.run(tmp_path, "-k", *targets, env=given, program=dry_make.NOTHING)
         else:
-            dry_make.run(tmp_path, "-k", *targets, *(f"{k}={v}" for k, v in given.items()))
+            words = (f"{k}={v}" for k, v in given.items())
+            dry_make.run(tmp_path, "-k", *targets, *words, program=dry_make.NOTHING)
         assert not (tmp_path / "x").exists()
 
 
