@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from saev.version import __version__
 
-# MKL splits the sums of some matrix products among however many threads there are. In its strict
-# mode a product has the same bits for any number of threads, at no measured cost
-# (benchmarks/training.py). MKL reads this when it first multiplies, so it stands where every module
-# of saev is imported through.
+# The bits of some matrix products of MKL depend on the number of threads. In MKL's strict mode they
+# do not, at no measured cost (benchmarks/training.py). MKL reads this variable at its first
+# product, so it is set here, before any module of saev is imported.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Where tables and lines for people are printed."""
+"""A console for tables and lines for people."""
 
 import typing as tp
 
@@ -9,12 +9,12 @@ from saev.secrets import redact
 
 
 class Console(rich.console.Console):
-    """A console that hides the keys of URLs.
+    """A console that hides secrets in URLs.
 
-    Every text becomes a ``rich.text.Text`` here, also that of a table's cell, before it is wrapped:
-    a key that is broken over two lines could not be found any more.
+    Texts, and cells of tables, are redacted in :meth:`render_str`, before they are wrapped. A
+    secret that is broken over two lines could not be found.
     """
 
     def render_str(self, text: str, **options: tp.Any) -> rich.text.Text:
-        """A text with its markup, without keys."""
+        """A text with its markup, without secrets."""
         return super().render_str(redact(text), **options)

@@ -1,4 +1,4 @@
-"""How many cores a process may use: a pod sees all of its node's and gets a share of them."""
+"""The number of cores that a process may use. A pod sees all cores of its node, but has a share."""
 
 import os
 
@@ -9,9 +9,9 @@ CGROUPS = "/sys/fs/cgroup"
 
 
 def available() -> int:
-    """Cores to use, at least 1: those that the process may run on, or its CPU quota if less."""
+    """Number of cores to use, at least 1: the cores of the process, or its CPU quota if less."""
     cores, share = _usable(), quota()
-    # Rounded down: a thread too many is throttled while all others wait for it.
+    # Rounded down: with one thread too many, threads are throttled and others wait for them.
     return cores if share is None else max(1, min(cores, int(share)))
 
 
@@ -19,7 +19,7 @@ def quota(cgroups: str = CGROUPS) -> float | None:
     """The CPU limit of this container, in cores; None if there is none.
 
     Args:
-        cgroups: where the container's control group is mounted, of version 2 or 1.
+        cgroups: folder at which the container's control group (version 1 or 2) is mounted.
     """
     words = _words(storage.join(cgroups, "cpu.max"))
     if not words:
@@ -32,10 +32,11 @@ def quota(cgroups: str = CGROUPS) -> float | None:
 
 
 def limit_threads() -> None:
-    """Where there is a CPU quota, let torch and MKL start no more threads than it has cores.
+    """Limit the threads of torch and MKL to the CPU quota, if there is one.
 
-    They count the node's. With two threads on a quota of one core, training took two to four times
-    as long as with one. Has an effect before torch is imported; OMP_NUM_THREADS, if set, stays.
+    By default they count the cores of the node. With two threads on a quota of one core, training
+    took two to four times as long as with one thread. This must be called before torch is imported.
+    OMP_NUM_THREADS is not changed if it is set.
     """
     if available() < _usable():
         os.environ.setdefault("OMP_NUM_THREADS", str(available()))
@@ -48,5 +49,5 @@ def _usable() -> int:
 def _words(url: str) -> list[str]:
     try:
         return storage.read_text(url).split() if storage.exists(url) else []
-    except StorageError:  # forbidden, or not what it is elsewhere
+    except StorageError:  # not readable, or not a file
         return []

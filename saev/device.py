@@ -1,4 +1,4 @@
-"""Which device a stage computes on."""
+"""The device of a stage."""
 
 import typing as tp
 
@@ -28,9 +28,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def upload(values: tp.Any, like: Tensor) -> Tensor:
-    """Numbers (or a tensor on the CPU) as a tensor of another's dtype and device.
+    """Numbers (or a tensor on the CPU) as a tensor with the dtype and device of another tensor.
 
-    ``torch.tensor(values, device="cuda")`` waits until the GPU has done all that was queued; this
-    does not.
+    Unlike ``torch.tensor(values, device="cuda")``, this does not wait until the GPU has finished
+    its queued work.
     """
     return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""What saev is called on PyPI, and which other distribution must not be installed beside it.
+"""The name of saev on PyPI, and the other distribution that must not be installed beside it.
 
-The package is ``saev``, the distribution is ``saevit``: on PyPI, ``saev`` is the published research
-package, which has a package ``saev`` too. Installed into one environment, each overwrites files of
-the other.
+The package is called ``saev`` and its distribution ``saevit``. On PyPI, ``saev`` is the published
+research code, which also has a package ``saev``. In one environment, each distribution would
+overwrite files of the other.
 """
 
 import functools
@@ -25,19 +25,19 @@ def install(extra: str) -> str:
 
 
 def version() -> str:
-    """The versions that a report of a mistake needs, in one line."""
+    """The versions to put into a bug report, in one line."""
     found = [f"{NAME} {__version__}", f"Python {platform.python_version()}"]
     for other in ("torch", "timm"):
         try:
             found.append(f"{other} {importlib.metadata.version(other)}")
         except importlib.metadata.PackageNotFoundError:
-            continue  # the client's installation, and the small image
+            continue  # not installed for the client and in the small image
     return ", ".join(found)
 
 
 @functools.cache
 def conflict() -> str:
-    """What is wrong with this environment, in one sentence; "" if nothing is."""
+    """A sentence if both distributions are installed, else ""."""
     try:
         other = importlib.metadata.distribution(OTHER)
     except importlib.metadata.PackageNotFoundError:

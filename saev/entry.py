@@ -1,6 +1,6 @@
-"""The command `saev`, from its first instant: signals, the environment, `--version`.
+"""The entry point of the command `saev`: signals, the environment, `--version`.
 
-It is not in `__main__`, which the other distribution of a package saev would overwrite.
+It is not in `__main__`, because the other distribution of a package saev would overwrite that file.
 """
 
 import sys
@@ -9,7 +9,7 @@ from saev import distributions, interrupts
 
 
 def main() -> None:
-    """Entry point. Signals are handled first, because importing the rest takes a second."""
+    """Entry point. Signal handlers are installed first, because importing saev takes a second."""
     interrupts.end_at_once("saev")
     if sentence := distributions.conflict():
         sys.stderr.write(f"saev: error: {sentence}\n")

@@ -1,7 +1,8 @@
-"""Every error that saev raises on purpose.
+"""All errors that saev raises on purpose.
 
-A message names the thing, the value found, the value expected and the remedy. The command line
-prints it without a traceback and exits with status 1; anything else that escapes is a bug.
+A message names the object, the value found, the value expected and the remedy. The command line
+prints it without a traceback and exits with status 1. Any other error that reaches the user is a
+bug.
 """
 
 import difflib
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from saev import distributions
 from saev.secrets import redact
 
-# All packages of saev import this module, so none works on files of two distributions.
+# Checked here, because all packages of saev import this module.
 distributions.check()
 
 
@@ -30,7 +31,7 @@ def did_you_mean(word: str, known: Iterable[str], *, n: int = 1) -> str:
 
 
 class SaevError(Exception):
-    """Base of all errors that a user can cause and mend. Secret keys inside URLs are hidden."""
+    """Base of all errors that a user can cause and correct. Secrets in URLs are hidden."""
 
     def __init__(self, *args: object):
         super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
@@ -44,15 +45,15 @@ class StorageError(SaevError):
     """A location is missing, unreadable, unwritable or full."""
 
     passing = False
-    """Whether the same operation may succeed later, without anybody mending anything."""
+    """Whether the same operation may succeed later without a repair."""
 
 
 class CorruptDataError(StorageError):
-    """Stored bytes are not what was recorded: wrong size, wrong checksum, unreadable header."""
+    """Stored bytes are damaged: wrong size, wrong checksum, or unreadable header."""
 
 
 class IncompleteError(StorageError):
-    """A stage's output exists but its closing object was never published."""
+    """The output of a stage exists, but its closing object was not published."""
 
 
 class ImageError(SaevError):
@@ -63,7 +64,7 @@ class ModelError(SaevError):
     """A model family, checkpoint or layer does not exist or does not fit."""
 
     passing = False
-    """As of StorageError: true where the model hub could not be reached."""
+    """As for StorageError: true if the model hub could not be reached."""
 
 
 class CheckpointError(SaevError):
@@ -71,16 +72,16 @@ class CheckpointError(SaevError):
 
 
 class RankError(SaevError):
-    """A process of a training over several of them ended or does not answer."""
+    """A rank of a training ended or does not answer."""
 
 
 class LaunchError(SaevError):
-    """What a step has started on Kubernetes failed, or Kubernetes refuses to start it.
+    """Pods that a step started on Kubernetes failed, or Kubernetes refuses to start them.
 
     Args:
         text: the message.
-        passing: whether the same may succeed later, without anybody mending anything.
-        spent: whether it was tried again already, as often as it should be.
+        passing: whether the same may succeed later without a repair.
+        spent: whether all retries have been used.
     """
 
     def __init__(self, text: str, *, passing: bool = False, spent: bool = False):
@@ -94,9 +95,9 @@ class ClusterError(SaevError):
     def __init__(self, message: str, *, status: int = 0):
         super().__init__(message)
         self.status = status
-        """The HTTP status; 0 where there was no answer."""
+        """The HTTP status; 0 if there was no answer."""
 
     @property
     def passing(self) -> bool:
-        """Whether the same request may succeed later, without anybody mending anything."""
+        """Whether the same request may succeed later without a repair."""
         return self.status in (0, 429) or self.status >= 500

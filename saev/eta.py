@@ -1,4 +1,4 @@
-"""How far work is and how long it will still take, in words for the log of a pod."""
+"""Progress and remaining time, as text for the log of a pod."""
 
 import contextlib
 import sys
@@ -7,7 +7,7 @@ import typing as tp
 from collections.abc import Callable, Iterator, Mapping
 
 Clock = Callable[[], float]
-"""Seconds since any moment."""
+"""Returns seconds since a fixed moment."""
 
 
 def span(seconds: float) -> str:
@@ -20,16 +20,16 @@ def span(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share, rounded down: only what is finished is 100%."""
+    """A share, rounded down, so that only finished work is 100%."""
     return f"{int(100 * min(1.0, share) + 1e-9)}%"
 
 
 def left(share: float, worked: float, elapsed: float) -> str:
-    """``about 4 min left``; empty where nothing has been done that could tell.
+    """``about 4 min left``; empty if there is no work yet to estimate from.
 
     Args:
-        share: of all work that is done.
-        worked: the part of it that was done in the seconds ``elapsed``.
+        share: finished share of all work.
+        worked: share of all work that was done in ``elapsed`` seconds.
         elapsed: seconds.
     """
     if worked <= 0 or share >= 1:
@@ -38,41 +38,42 @@ def left(share: float, worked: float, elapsed: float) -> str:
 
 
 class Slot:
-    """The items that one pod does, one after the other, of which all count the same.
+    """Progress of the items of one pod, done one after the other. All items count equally.
 
     Args:
-        n: how many.
-        clock: tells the time.
+        n: number of items.
+        clock: the clock.
     """
 
     def __init__(self, n: int, clock: Clock = time.monotonic):
         self._clock, self._started = clock, clock()
         self.n, self.number, self.name = n, 0, ""
         self._now = 0.0
-        """Share of the present item that is done."""
+        """Finished share of the current item."""
         self._found: float | None = None
-        """Share of it that an earlier run had done; None before that is known."""
+        """Share of the current item that an earlier run had done; None if it is not known yet."""
         self._worked = 0.0
-        """Items that were done here, parts of items included."""
+        """Items done by this process, including parts of items."""
 
     def start(self, name: str) -> None:
-        """Go on to the next item. Those before it are done, whatever became of them."""
+        """Go on to the next item. Previous items count as done, even if they failed."""
         self._worked += self._here(1.0)
         self.number, self.name, self._now, self._found = self.number + 1, name, 0.0, None
 
     def update(self, share: float) -> None:
-        """Say how much of the present item is done; the first call, how much was there before."""
+        """Set the finished share of the current item. The first call sets the share that an earlier
+        run had done."""
         if self._found is None:
             self._found = share
         self._now = max(self._now, share)
 
     def _here(self, now: float) -> float:
-        """How much of the present item was done here. One that was done before took no time."""
+        """Share of the current item that was done by this process."""
         return 0.0 if self._found is None else max(0.0, now - self._found)
 
     @property
     def title(self) -> str:
-        """Name of the present item, and which one of several it is."""
+        """Name of the current item, and its number if there are several."""
         return f"{self.name} ({self.number} of {self.n} here)" if self.n > 1 else self.name
 
     def said(self) -> str:
@@ -85,7 +86,7 @@ class Slot:
         return ", ".join(filter(None, words))
 
     def to_dict(self) -> dict[str, tp.Any]:
-        """For another process, which goes on to tell of the present item."""
+        """State for another process, which continues to report progress."""
         return {
             "n": self.n, "number": self.number, "name": self.name, "now": self._now,
             "found": self._found, "worked": self._worked, "elapsed": self._clock() - self._started,
@@ -102,14 +103,13 @@ class Slot:
 
 
 def bars_of_libraries() -> Iterator[str]:
-    """What bars of tqdm say, such as those of downloads from a model hub.
+    """Progress of tqdm's bars, such as those of downloads from a model hub.
 
-    They draw on a terminal by themselves; in the log of a pod, they are one line that ends with the
-    download.
+    tqdm draws bars on a terminal only. In the log of a pod, they become lines of text.
     """
     tqdm = sys.modules.get("tqdm.std")
     for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
-        with contextlib.suppress(Exception):  # it may end just now, in another thread
+        with contextlib.suppress(Exception):  # the bar may be closed by another thread
             found = bar.format_dict
             n, total, elapsed = float(found["n"]), found["total"], float(found["elapsed"])
             if not total or n >= total:

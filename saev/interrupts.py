@@ -1,6 +1,6 @@
-"""Signals before there is anything to tidy up, and readers that go away.
+"""Handling of Ctrl-C, SIGTERM and closed pipes.
 
-Imports nothing that takes time, so that it is in place from the first moment on.
+This module imports nothing that takes time, so that handlers are installed at once.
 """
 
 import contextlib
@@ -11,19 +11,20 @@ import typing as tp
 from collections.abc import Iterator
 
 BROKEN_PIPE = 141
-"""Exit status of a process whose output nobody reads, as of one that SIGPIPE ends."""
+"""Exit status if the reader of the output has gone, as for a process that SIGPIPE ends."""
 PERMANENT = 65
-"""Exit status of a pipeline's step that would fail again (EX_DATAERR of sysexits.h)."""
+"""Exit status of a pipeline's step for failures that a retry cannot help (EX_DATAERR of
+sysexits.h)."""
 
 
 def end_at_once(name: str) -> None:
-    """From now on, Ctrl-C and SIGTERM end the process with one line, whatever it is importing.
+    """From now on, Ctrl-C and SIGTERM end the process at once, with one line.
 
-    An exception would surface in the middle of a library's import, and some of them print their
-    own traceback then. Ctrl-C ends with status 130, SIGTERM with 143.
+    Used while libraries are imported. An exception would be raised inside an import, and some
+    libraries would print a traceback. The status is 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
-        name: of the command, which begins the line.
+        name: name of the command, with which the line begins.
     """
 
     def end(signum: int, frame: object) -> tp.NoReturn:
@@ -36,13 +37,14 @@ def end_at_once(name: str) -> None:
 
 
 def unwind() -> None:
-    """From now on, Ctrl-C and SIGTERM raise: temporaries go, and a resume point can be written."""
+    """From now on, Ctrl-C and SIGTERM raise an exception, so that temporary files are deleted and a
+    resume point can be written."""
     _handle(signal.SIGINT, signal.default_int_handler)
     _handle(signal.SIGTERM, _exit)
 
 
 def _handle(signum: signal.Signals, handler: tp.Callable[[int, tp.Any], tp.Any]) -> None:
-    if signal.getsignal(signum) != signal.SIG_IGN:  # as in a shell's background job, which stays
+    if signal.getsignal(signum) != signal.SIG_IGN:  # a shell's background job ignores signals
         signal.signal(signum, handler)
 
 
@@ -52,13 +54,13 @@ def _exit(signum: int, frame: object) -> tp.NoReturn:
 
 @contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Ends the process silently if the reader of standard output goes away, as ``head`` does."""
+    """End the process silently if the reader of standard output has gone, as ``head`` does."""
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # What is left in the buffer would be written, and complained of, at the interpreter's end.
+        # Otherwise the interpreter would try to write its buffer at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)

@@ -1,10 +1,10 @@
-"""Finds a result again without the model whose weights are part of its name.
+"""Finds an existing result without loading the model whose weights are part of its name.
 
     <folder of a result>/asked/<hash of the question>.json      {"key": …}
 
-A question is all that decides about a result and can be told without opening a model: the config,
-the digest of the images, the versions of libraries. Where no such object is, as in folders of
-earlier versions, the model is opened once more, and the object is written then.
+A question consists of all inputs of a result that are known without loading a model: the config,
+the digest of the images, and the versions of libraries. Folders of earlier versions do not have
+these objects. For them the model is loaded once, and then the object is written.
 """
 
 import concurrent.futures
@@ -20,22 +20,23 @@ _DIGITS = 16
 _N_READERS = 16
 
 Question = Mapping[str, tp.Any]
-"""Plain JSON."""
+"""The inputs of a result, as plain JSON."""
 
 
 class Known(tp.NamedTuple):
-    """A folder that answers a question."""
+    """A folder with the result of a question."""
 
     url: str
+    """The folder."""
     key: str
-    """Key of the result, which is to be compared with what the folder says."""
+    """Key of the result. The caller must compare it with the folder's own key."""
 
 
 def find(folders: Sequence[str], question: Question) -> Known | None:
-    """The first of some folders that was the answer to an equal question."""
+    """The first of some folders with the result of an equal question; None if there is none."""
 
     def key_in(folder: str) -> str:
-        with contextlib.suppress(SaevError):  # damaged, or of another version: as if it were not
+        with contextlib.suppress(SaevError):  # a damaged object counts as missing
             found = storage.find_sealed(_place(folder, question))
             if found is not None:
                 return str(found.record.get("key", ""))
@@ -47,11 +48,11 @@ def find(folders: Sequence[str], question: Question) -> Known | None:
 
 
 def note(folder: str, question: Question, key: str) -> None:
-    """Write down that a folder answers a question, unless it is known or cannot be written."""
+    """Record that a folder has the result of a question. Failures to write are ignored."""
     place = _place(folder, question)
     with contextlib.suppress(SaevError):
         if not storage.exists(place):
-            storage.clean_temporary(storage.parent(place))  # of a process that was killed
+            storage.clean_temporary(storage.parent(place))  # files of killed processes
             storage.write_json(place, storage.seal({"key": key}))
 
 

@@ -1,12 +1,12 @@
-"""Constants of the stages that `saev size` needs too, which imports no torch."""
+"""Constants of stages that `saev size` also needs. It must not import torch."""
 
 VAL_FRACTION = 0.1
 """Share of examples kept for evaluation when training and evaluation name the same folder."""
 N_RESUME_POINTS = 2
 """Resume points of a group that are kept."""
 INDEX_BYTES_PER_TOKEN = 32
-"""Most bytes that a token takes in a loader's window beside its vector, while the index is made:
-its place in the order and in the window, its example, and its number in the example."""
+"""Most bytes of a token in a loader's window, without its vector, while the index is made: its
+position in the order and in the window, its example, and its number in the example."""
 GPU_CHUNK_BYTES = 2 << 30
 """Bytes of the largest temporary of a training step on a GPU: pre-activations or reconstructions
 of a chunk of rows."""

@@ -1,4 +1,4 @@
-"""Messages that several stages or SAEs of one process come upon, and that are said once."""
+"""Log messages that are written once per process, even if several stages or SAEs cause them."""
 
 import logging
 
@@ -8,13 +8,13 @@ _said: set[tuple[str, str]] = set()
 def say_once(
     logger: logging.Logger, message: str, *, level: int = logging.WARNING, key: str = ""
 ) -> None:
-    """Log a message unless this process has logged it already.
+    """Log a message, unless this process has logged it already.
 
     Args:
-        logger: whose message it is.
+        logger: the logger.
         message: the whole sentence.
-        level: of the log record.
-        key: what makes two messages the same one; by default their text.
+        level: level of the log record.
+        key: messages with equal keys count as the same; by default the text.
     """
     said = (logger.name, key or message)
     if said not in _said:
@@ -23,5 +23,5 @@ def say_once(
 
 
 def forget() -> None:
-    """Say everything once more, as in a new process."""
+    """Allow all messages to be logged again, as in a new process."""
     _said.clear()

@@ -1,10 +1,10 @@
-"""Keys inside URLs: found, and hidden wherever a text is shown.
+"""Finds secrets in URLs, and hides them in texts that are shown.
 
-A URL can carry a key in two places: before the host (`https://user:password@host`,
-`s3://KEY:SECRET@bucket`) and in its query (`?X-Amz-Signature=…`). saev takes keys from the
-environment only, so :func:`saev.storage.normalize` and every config refuse such URLs.
-:class:`saev.errors.SaevError` and the loggers hide keys in what they show, because other
-libraries put URLs into their messages too.
+A URL can contain a secret in two places: before the host (`https://user:password@host`,
+`s3://KEY:SECRET@bucket`) and in its query (`?X-Amz-Signature=…`). saev takes secrets from the
+environment only, so :func:`saev.storage.normalize` and all configs refuse such URLs.
+:class:`saev.errors.SaevError` and the loggers hide secrets in messages, because messages of other
+libraries may contain URLs.
 """
 
 import logging
@@ -14,9 +14,9 @@ from collections.abc import Iterable
 
 HIDDEN = "***"
 
-# A password may hold a slash, as keys of AWS do. `host:9000/path@2x.png` is a port, no password.
+# A password may contain a slash, as keys of AWS do. In `host:9000/path@2x.png`, 9000 is a port.
 _USER_AND_PASSWORD = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@:'\"]*:(?!:|\d+/)[^\s@'\"]+@")
-# A user's name alone is no key, except for services that take a token in its place.
+# A user name alone is not secret, except for services that take a token instead of it.
 _TOKEN = re.compile(r"(?i)\b((?:https?|s3a?)://)[^\s/@:'\"]+@")
 _QUERY = re.compile(
     r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token|secret|passw(?:or)?d|pwd|api[-_]?key"
@@ -25,7 +25,7 @@ _QUERY = re.compile(
 
 
 def redact(text: str) -> str:
-    """``text`` with the keys of every URL in it replaced by ``***``."""
+    """``text`` with all secrets in URLs replaced by ``***``."""
     if "://" not in text:
         return text
     text = _USER_AND_PASSWORD.sub(rf"\g<1>{HIDDEN}@", text)
@@ -34,12 +34,12 @@ def redact(text: str) -> str:
 
 
 def holds_key(text: str) -> bool:
-    """Whether a text has a URL with a key in it (one that is not hidden yet)."""
+    """Whether a text contains a URL with a secret that is not hidden yet."""
     return redact(text) != text
 
 
 def refusal(text: str) -> str:
-    """What to tell somebody who gives such a URL; without the key."""
+    """The error message for a URL with a secret. The secret is hidden in it."""
     return (
         f"{redact(text)} has a key in it ({HIDDEN} here). saev takes no keys in URLs, because URLs "
         "are shown and stored. Put keys into the environment (for s3:// AWS_ACCESS_KEY_ID and "
@@ -48,7 +48,7 @@ def refusal(text: str) -> str:
 
 
 def refuse_in(argv: Iterable[str]) -> None:
-    """End a command whose words hold a key, with status 2, before a parser can repeat them."""
+    """Exit with status 2 if a word of a command contains a secret, before a parser prints it."""
     for word in argv:
         if holds_key(word):
             sys.stderr.write(f"error: {refusal(word)}\n")
@@ -56,10 +56,10 @@ def refuse_in(argv: Iterable[str]) -> None:
 
 
 class RedactingFilter(logging.Filter):
-    """Hides keys of URLs in whatever a handler prints."""
+    """Hides secrets of URLs in all records of a handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Replace the record's text by one without keys."""
+        """Replace the text of a record by one without secrets."""
         text = record.getMessage()
         if holds_key(text):
             record.msg, record.args = redact(text), ()

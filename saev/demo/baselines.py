@@ -1,4 +1,4 @@
-"""What an SAE has to beat at the same number of coefficients per token."""
+"""Baselines for SAEs, with the same number of coefficients per token."""
 
 import typing as tp
 
@@ -8,13 +8,15 @@ from torch import Tensor
 
 
 class Baselines(tp.NamedTuple):
-    """Normalised mean squared errors at one number of coefficients."""
+    """Normalised mean squared errors with k coefficients."""
 
     k: int
+    """Number of coefficients per token."""
     pca: float
-    """Projection on the k leading principal components."""
+    """Error of the projection onto the k leading principal components."""
     random: float
-    """The k best-matching of d_sae random unit vectors, with least-squares coefficients."""
+    """Error with the k best-matching of d_sae random unit vectors, with least-squares
+    coefficients."""
 
 
 def pca_basis(acts: Float[Tensor, "n d_model"]) -> tuple[Tensor, Tensor]:
@@ -34,10 +36,10 @@ def pca_nmse(acts: Float[Tensor, "n d_model"], mean: Tensor, basis: Tensor, k: i
 
 
 def random_nmse(acts: Float[Tensor, "n d_model"], mean: Tensor, k: int, d_sae: int) -> float:
-    """Error of a random dictionary used as well as k atoms chosen by inner product can be.
+    """Error of a random dictionary with k atoms per token.
 
-    Atoms are normal, of unit length; the k with the largest |⟨x, atom⟩| get least-squares
-    coefficients, which is more than a TopK SAE with these weights could do.
+    Atoms are normally distributed vectors, scaled to unit length. The k atoms with the largest
+    |⟨x, atom⟩| get least-squares coefficients. A TopK SAE with these weights could not be better.
     """
     generator = torch.Generator().manual_seed(0)
     x = acts.double()

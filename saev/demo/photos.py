@@ -23,7 +23,7 @@ PHOTOS: tp.Final = (
 """One class per photograph. Sources and licences: scikit-image's data/README.txt."""
 
 UNSEEN: tp.Final = PHOTOS[3::4]
-"""Photographs that nothing is trained on: every fourth by name, so that nobody chose them."""
+"""Photographs that are not used for training: every fourth by name, so that the choice is fair."""
 
 N_CLASSES = len(PHOTOS)
 CROP = 224
@@ -32,19 +32,19 @@ _SMALLEST = 0.35
 
 
 def write_crops(root: str, n_examples: int, seed: int = 0) -> str:
-    """Make a segmentation dataset of square crops; a pixel's label is its photograph.
+    """Make a segmentation dataset of square crops. The label of a pixel is its photograph.
 
-    Labels start at 1: 0 means background, as in ADE20K. Each photograph gives about equally many
-    crops of random place and size, resized to 224 × 224. The split "training" has no crop of
-    :data:`UNSEEN`, the split "validation" has no others.
+    Labels start at 1, because 0 means background, as in ADE20K. All photographs have about equally
+    many crops. Crops have random positions and sizes, and are resized to 224 × 224. The split
+    "validation" has only crops of :data:`UNSEEN`, the split "training" has all others.
 
     Args:
         root: URL of the folder.
-        n_examples: crops in all, of both splits.
-        seed: what places and sizes are drawn from.
+        n_examples: number of crops in both splits.
+        seed: seed of positions and sizes.
 
     Returns:
-        ``root``, which `data:img-seg-folder --data.root` takes. If it is complete it is left alone.
+        ``root``, for `data:img-seg-folder --data.root`. A complete folder is not written again.
 
     Raises:
         ConfigError: scikit-image is not installed.

