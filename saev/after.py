@@ -82,12 +82,15 @@ def go_on(cfg: Config, urls: Sequence[str]) -> str:
     if isinstance(cfg, ShardsConfig):
         return _command("train", *_train_flags(cfg, urls[0]))
     if isinstance(cfg, TrainConfig):
-        best_sae = min(_saes(urls), key=lambda sae: sae.order)
-        shards = best_sae.config.train_data.shards
-        return _command("inference", "--run", best_sae.url, "--shards", shards)
+        by_shards: dict[str, list[Sae]] = {}
+        for sae in sorted(_saes(urls), key=lambda sae: sae.order):
+            by_shards.setdefault(sae.config.train_data.shards, []).append(sae)
+        shards, saes = next(iter(by_shards.items()))  # those of the best one
+        layer = saes[0].config.train_data.layer
+        runs = [sae.url for sae in saes if sae.config.train_data.layer == layer]
+        return _command("inference", "--run", *runs, "--shards", shards)
     if isinstance(cfg, InferenceCommand):
-        results = [Results.open(url).metrics for url in urls]
-        best = min(range(len(urls)), key=lambda n: _value(results[n], "normalized_mse"))
+        best = min(range(len(urls)), key=lambda n: _order(urls[n]))
         return go_on(cfg.configs()[best], [urls[best]])
     if isinstance(cfg, InferenceConfig):
         return _command("visuals", *_visuals_flags(cfg, urls[0]))
@@ -134,7 +137,7 @@ def _train(urls: Sequence[str]) -> str:
     width = max(len(sae.name) for sae in shown)
     lines = [
         f"Trained {n} SAE{'s' * (n != 1)}",
-        "NMSE: squared error over variance, 0 is perfect. L0: latents that fire per token.",
+        "NMSE: squared error over variance, 0 is perfect. L0: latents firing per token.",
         "Held out: images that training has not seen.",
         f"{'':{width}}      held out        training side",
         f"{'SAE':{width}}    NMSE     L0     NMSE     L0   dead, held out",
@@ -199,26 +202,47 @@ def _inference(urls: Sequence[str]) -> str:
 
 def _inferences(urls: Sequence[str]) -> str:
     runs = [storage.parent(storage.parent(url)) for url in urls]
-    lines = [f"Measured {len(urls)} SAEs", "NMSE and L0 are of all images, those of training too."]
     said = names.of([TrainConfig.of_run(run) for run in runs])
     width = max(map(len, said))
-    for name, url in zip(said, urls, strict=True):
+    lines = [
+        f"Measured {len(urls)} SAEs; what is held out, training measured",
+        f"{'':{width}}      held out          all images",
+        f"{'SAE':{width}}    NMSE     L0     NMSE     L0   dead, all images",
+    ]
+    for name, run, url in zip(said, runs, urls, strict=True):
         metrics = Results.open(url).metrics
-        nmse, l0 = _number(metrics["normalized_mse"], ".4f"), metrics["l0"]
-        dead = f"dead {metrics['n_dead']:,} of {metrics['d_sae']:,}"
-        lines.append(f"{name:{width}}  NMSE {nmse} at L0 {l0:.1f}, {dead}")
+        words = [f"{name:{width}}"]
+        for side in (_measured_in_training(run, metrics), metrics):
+            words.append(f"{_number(side.get('normalized_mse'), '.4f'):>8}")
+            words.append(f"{_number(side.get('l0'), '.1f'):>6}")
+        lines.append(" ".join([*words, f"  {metrics['n_dead']:,} of {metrics['d_sae']:,}"]))
     return "\n".join(lines)
 
 
+def _order(url: str) -> float:
+    """What results are compared by: the held-out error, or that of all images."""
+    metrics = Results.open(url).metrics
+    found = _measured_in_training(storage.parent(storage.parent(url)), metrics)
+    return _value(found or metrics, "normalized_mse")
+
+
 def _held_out(run: str, metrics: Figures) -> list[str]:
-    """The headline of a run, if the results are in its folder and on its own images."""
-    if storage.exists(storage.join(run, _RUN)):
-        found = storage.read_sealed(storage.join(run, _RUN)).record.get("metrics") or {}
-        trained_on = storage.name(TrainConfig.of_run(run).train_data.shards)
-        if found and trained_on == metrics["shards_hash"]:
-            nmse = _number(found.get("normalized_mse"), ".4f")
-            return [f"held out:   NMSE {nmse} at L0 {found['l0']:.1f} (as training measured it)"]
-    return []
+    """The headline of a run, in a line."""
+    found = _measured_in_training(run, metrics)
+    if not found:
+        return []
+    nmse = _number(found.get("normalized_mse"), ".4f")
+    return [f"held out:   NMSE {nmse} at L0 {found['l0']:.1f} (as training measured it)"]
+
+
+def _measured_in_training(run: str, metrics: Figures) -> Figures:
+    """Held-out figures of a run, if the results are in its folder and on its own images."""
+    if not storage.exists(storage.join(run, _RUN)):
+        return {}
+    trained_on = storage.name(TrainConfig.of_run(run).train_data.shards)
+    if trained_on != metrics["shards_hash"]:
+        return {}
+    return storage.read_sealed(storage.join(run, _RUN)).record.get("metrics") or {}
 
 
 # --- Flags of the next command -------------------------------------------------------------------

@@ -69,7 +69,9 @@ class Task:
         if self._is_main:
             self._say_how_long()
         if self._bar is not None and self._progress._bars is not None:
-            self._progress._bars.update(self._bar, advance=n, rates=self.rates, note=note)
+            self._progress._bars.update(
+                self._bar, advance=n, rates=self.rates, note=f"\n{note}" * bool(note)
+            )
 
     def see(self, n: int) -> None:
         """Report ``n`` more files of a listing, where what takes the time may be something else."""
@@ -179,11 +181,10 @@ class Progress:
         if not quiet and console.is_terminal:
             self._bars = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=28),
+                rich.progress.BarColumn(bar_width=10),  # all has room in 80 columns
                 rich.progress.TaskProgressColumn(),
-                rich.progress.TextColumn("{task.fields[rates]}"),
+                rich.progress.TextColumn("{task.fields[rates]}[dim]{task.fields[note]}"),
                 rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("[dim]{task.fields[note]}"),
                 console=console,
             )
 

@@ -98,7 +98,7 @@ def test_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "Nothing is held out" in err
 
 
-def test_the_best_of_a_sweep_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_goes_on_together_the_best_first(tmp_path: Path) -> None:
     """By the held-out error. Others may have fitted their training images better."""
     urls = []
     for name, held_out, own in (("a", 0.3, 0.1), ("b", 0.2, 0.15), ("c", None, 0.05)):
@@ -113,7 +113,8 @@ def test_the_best_of_a_sweep_goes_on(tmp_path: Path) -> None:
         )
         urls.append(url)
     line = after.go_on(TrainConfig(), urls)
-    assert line == f"saev inference --run {tmp_path}/b --shards {tmp_path}/shards"
+    runs = " ".join(f"{tmp_path}/{name}" for name in "bac")
+    assert line == f"saev inference --run {runs} --shards {tmp_path}/shards"
 
 
 def test_the_page_of_a_root_grows_with_each_stage(

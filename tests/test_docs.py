@@ -1,11 +1,12 @@
 """The docs' examples run, and their links lead somewhere."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from saev import train
+from saev import cli, train
 from saev.config import FakeImg, LoaderConfig, SaeConfig, ShardsConfig, TopK, TrainConfig
 from saev.shards import extract
 
@@ -16,6 +17,26 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 def blocks(page: Path, language: str) -> list[str]:
     """Code blocks of a page."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that call saev, without comments."""
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    found = re.findall(r"(?:^|\$\()saev ([^#\n)]*)", text, re.MULTILINE)
+    return [line.strip() for line in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_parse(page: Path) -> None:
+    """Every flag is one that there is, and every value fits."""
+    for line in commands(page):
+        if "…" not in line and "--help" not in line and "--version" not in line:
+            cli.parse(shlex.split(line))
+
+
+def test_readmes_commands_are_found() -> None:
+    found = [line.split()[0] for line in commands(ROOT / "README.md")]
+    assert found == ["run", "shards", "train", "inference", "visuals", "open", "run", "run", "open"]
 
 
 def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

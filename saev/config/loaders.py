@@ -17,7 +17,8 @@ class DataConfig(Config):
     shards: str = ""
     """URL of a shards folder (one that holds metadata.json and shards.json)."""
     layer: int | tp.Literal["all"] | None = None
-    """Block number as recorded, or `all`; may be left out if only one layer was recorded."""
+    """Number of a recorded block, -1 for the last recorded one, or `all`; may be left out if only
+    one layer was recorded."""
     tokens: Tokens = "content"
     """Which tokens of every example."""
     ignore_labels: tuple[Label, ...] = ()

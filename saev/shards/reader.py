@@ -162,7 +162,11 @@ class Shards:
         return TORCH_DTYPES[self.metadata.dtype]
 
     def layer_index(self, layer: int | None) -> int:
-        """Position of a block among the recorded ones; None means the only one.
+        """Position of a block among the recorded ones.
+
+        Args:
+            layer: number of the block. A negative one counts from the last recorded one, which is
+                -1; None means the only one.
 
         Raises:
             ConfigError: it was not recorded, or None is ambiguous.
@@ -172,6 +176,8 @@ class Shards:
             if len(self.layers) == 1:
                 return 0
             raise ConfigError(f"{self.url} has layers {recorded}; name one of them (--….layer).")
+        if -len(self.layers) <= layer < 0:
+            return len(self.layers) + layer
         if layer not in self.layers:
             raise ConfigError(f"Layer {layer} was not recorded in {self.url}; it has {recorded}.")
         return self.layers.index(layer)

@@ -36,6 +36,9 @@ def test_what_it_says(recorded: str) -> None:
     assert shards.shard_starts.tolist() == [0, 5, 10, 15, 17]
     assert [shards.locate(i) for i in (0, 4, 5, 16)] == [(0, 0), (0, 4), (1, 0), (3, 1)]
     assert shards.layer_index(5) == 1
+    assert (shards.layer_index(-1), shards.layer_index(-2)) == (1, 0)  # of those recorded
+    with pytest.raises(ConfigError, match=r"Layer -3 was not recorded"):
+        shards.layer_index(-3)
     with pytest.raises(ConfigError, match=r"Layer 4 was not recorded in .*; it has 1, 5"):
         shards.layer_index(4)
     with pytest.raises(ConfigError, match="has layers 1, 5; name one"):
