@@ -20,6 +20,7 @@ from saev.inference.results import Results
 from saev.nn.io.load import HUB_PREFIX
 from saev.shards import Shards
 from saev.visuals import overview
+from saev.visuals.records import DONE
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def figures(cfg: Config, urls: Sequence[str], seconds: float) -> str:
     elif isinstance(cfg, InferenceConfig | InferenceCommand):
         text = _inference(urls) if len(urls) == 1 else _inferences(urls)
     elif isinstance(cfg, VisualsConfig):
-        text = f"The picture book is {urls[0]}"
+        text = _visuals(urls[0])
     else:
         return ""
     head, *rest = text.splitlines()
@@ -198,6 +199,11 @@ def _inference(urls: Sequence[str]) -> str:
             f"all images: {', '.join(words)}",
         ]
     return "\n".join(lines)
+
+
+def _visuals(url: str) -> str:
+    done = storage.read_sealed(storage.join(storage.parent(url), DONE)).record
+    return f"Drew {len(done['latents'])} latents"
 
 
 def _inferences(urls: Sequence[str]) -> str:

@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from saev import cli, train
 from saev.config import FakeImg, LoaderConfig, SaeConfig, ShardsConfig, TopK, TrainConfig
@@ -62,6 +64,28 @@ def test_python_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     code = "\n".join(blocks(ROOT / "docs" / "python-api.md", "python"))
     exec(compile(code, "docs/python-api.md", "exec"), {"SHARDS": shards, "RUN": run})
+
+
+def test_the_notebook_to_start_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With pictures, and with a network that needs no hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("saev.config.train.LEAST_TOKENS", 2_000)
+    (tmp_path / "pictures").mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    code = (ROOT / "notebooks" / "start.py").read_text()
+    for theirs, ours in (("dinov2", "timm"), ("vits14", "test_vit/random"), ("224", "64")):
+        assert theirs in code
+        code = code.replace(f'"{theirs}"', f'"{ours}"').replace(f"size={theirs}", f"size={ours}")
+    exec(compile(code, "notebooks/start.py", "exec"), {})
+    out = capsys.readouterr().out
+    # The network is 64 wide and has patches of 16 pixels.
+    assert "d_sae=128" in out
+    assert "torch.Size([16, 128])" in out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -45,7 +45,7 @@ FIGURES: tuple[tuple[str, str, str, str], ...] = (
 _METRICS: tuple[tuple[str, str, str, str], ...] = (
     ("d_sae", "Latents", "{:,.0f}", "Size of the dictionary."),
     (
-        "dense_share", "Dense", "{:.1%}",
+        "dense_share", "Dense (> 10 × mean)", "{:.1%}",
         "Share of the latents that fire more than ten times as often as the mean of all latents "
         "(L0 ÷ number of latents), or on more than half of the tokens.",
     ),
