@@ -1,4 +1,4 @@
-# The two commands of README are `make demo` and `make test`; both set up `.venv` from the lock.
+# The two commands of README are `make demo` and `make test`. Both set up `.venv` from the lock.
 
 PYTHON ?= python3
 DEMO   ?= demo-out
@@ -7,14 +7,14 @@ override BIN  := $(VENV)/bin
 override LOCK := requirements/dev.lock
 override INTEROP := .venv-interop
 
-# The value of a variable on the command line is text: neither make nor the shell may run a part of
-# it as code (DATASET='$(shell …)', DATASET='a"; …'). The next line switches off make's expansion.
-# Recipes read the environment ("$$DATASET"), so that the shell sees a name and not the text. No
-# recipe may have $(DATASET), also not inside $(if …): make would expand what the environment says.
+# Values of variables on the command line are text. Neither make nor the shell may run a part of them as
+# code (DATASET='$(shell …)', DATASET='a"; …'). The next line switches off make's expansion. Recipes read
+# the environment ("$$DATASET"), so that the shell sees only a name. No recipe may contain $(DATASET),
+# not even inside $(if …), because make would expand the value from the environment.
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 export PYTHON DEMO
 
-# Where this is set, as in many containers, every start would compile torch anew.
+# Many containers set this variable. With it, every start would compile torch's Python files again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ help: ## List the targets
 
 setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
-# uv, itself from PyPI, installs the hashed lock in seconds and without resolving anything.
+# uv is installed from PyPI. It installs the hashed lock in seconds, and resolves nothing.
 $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
 	@"$$PYTHON" -c 'import os, sys; v, name = sys.version_info[:2], os.environ["PYTHON"]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {name} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
 	"$$PYTHON" -m venv --clear $(VENV)
@@ -91,14 +91,15 @@ lock: ## Write the locks anew from pyproject.toml
 	  --no-emit-package setuptools --no-emit-package triton pyproject.toml --output-file requirements/gpu.lock
 
 override COMPILE := --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11
-# Images run the versions that the tests ran. They have no compiler, without which triton (900 MB)
-# does nothing; setuptools is for parts of torch and tensorboard that saev does not use.
+# Images contain the versions that the tests ran with. triton (900 MB) is left out, because it needs a
+# compiler, which images do not have. setuptools is only for parts of torch and tensorboard that saev does
+# not use.
 override COMPILE_IMAGE := $(COMPILE) --only-binary :all: --constraints $(LOCK)
 
 image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=…] [BASE_DIGEST=…] [PUSH=1]
 	@images/build.sh
 
-# --- The cluster's side: docs/cluster.md. Needs kubectl and python3, not .venv. ---
+# --- Preparing a cluster: docs/cluster.md. These targets need kubectl and python3, but not .venv. ---
 # OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated jobs tensorboard priority kfp-launcher"]
 # [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; install: [PRUNE=1];
 # uninstall: [FORCE=1] [DELETE_PVC=…]
@@ -108,14 +109,14 @@ override CLUSTER_FLAGS = --overlay "$$OVERLAY" $${NAMESPACE:+--namespace "$$NAME
   $${SIZE:+--size "$$SIZE"} $${STORAGE_CLASS:+--storage-class "$$STORAGE_CLASS"} \
   $${IMAGE:+--image "$$IMAGE"} $${DRY_RUN:+--dry-run}
 
-install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local (docs/cluster.md)
+install: ## Prepare a namespace of a cluster: OVERLAY=s3, pvc or local [PRUNE=1] (docs/cluster.md)
 	@$(CLUSTER) install $(CLUSTER_FLAGS) $${PRUNE:+--prune}
 
-uninstall: ## Remove that again, except data
+uninstall: ## Remove what `make install` installed, except data
 	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $${FORCE:+--force} $${DELETE_PVC:+--delete-pvc "$$DELETE_PVC"}
 
-# --- The user's side: docs/cluster-client.md. Connection and images come from the environment or from
-# cluster.toml. `.venv/bin/python -m pipelines COMMAND --help` explains all flags; FLAGS passes them. ---
+# --- Using a cluster: docs/cluster-client.md. Connection and images are set in the environment or in
+# cluster.toml. `.venv/bin/python -m pipelines COMMAND --help` explains all flags. FLAGS passes them on. ---
 override PIPELINES = @$(BIN)/python -m pipelines
 override MORE = $${FLAGS:+"--flags=$$FLAGS"}
 override JOB_FLAGS = $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
@@ -124,20 +125,20 @@ override JOB_FLAGS = $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$C
 doctor: setup ## Check that a cluster is ready, one line per check
 	$(PIPELINES) doctor $${DATASET:+--dataset "$$DATASET"} $${ROOT:+--root "$$ROOT"} $(MORE)
 
-conformance: setup ## Try out everything on a cluster, in up to 60 minutes: [CONFORMANCE="--quick --skip schedule"]
+conformance: setup ## Test everything on a cluster, in up to 60 minutes: [CONFORMANCE="--quick --skip schedule"]
 	@set -f; $(BIN)/python tests/conformance $$CONFORMANCE
 
 submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=2" WAIT=1]
 	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
-schedule: setup ## Process new datasets again and again: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
+schedule: setup ## Process new datasets at regular times: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
 	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON" \
 	  $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
 schedules: setup ## List the schedules
 	$(PIPELINES) schedules $(MORE)
 
-unschedule: setup ## Delete a schedule: NAME=… [WAIT=1: when its firing is over]
+unschedule: setup ## Delete a schedule: NAME=… [WAIT=1 waits for its firing]
 	$(PIPELINES) unschedule "$$NAME" $$([ "$${WAIT:-0}" = 0 ] || echo --wait) $(MORE)
 
 list: setup ## List the newest runs
@@ -146,7 +147,7 @@ list: setup ## List the newest runs
 status: setup ## Show a run's steps: [RUN=…], the newest by default
 	$(PIPELINES) status $${RUN:+"$$RUN"} $(MORE)
 
-watch: setup ## The same until it is over: [RUN=…]
+watch: setup ## Show a run's steps until it is over: [RUN=…]
 	$(PIPELINES) watch $${RUN:+"$$RUN"} $(MORE)
 
 logs: setup ## Print the logs of a run's pods: [RUN=… STEP=extract]
@@ -158,7 +159,7 @@ cancel: setup ## Stop a run: RUN=…
 compile: setup ## Write pipeline.yaml
 	$(PIPELINES) compile $(MORE)
 
-run-local: setup ## The same pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
+run-local: setup ## Run the pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
 	$(PIPELINES) run-local $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
 	  $${ROOT:+--root "$$ROOT"} $${IMAGE:+--image "$$IMAGE"} \
 	  $${CPU_IMAGE:+--cpu-image "$$CPU_IMAGE"} $${PARAMS:+--param "$$PARAMS"} $(MORE)
