@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 SCRIPTS = {
     "loader": "Reading activations from a disk",
     "loader_s3": "Reading activations from an object store",
+    "node_cache": "The node's cache",
     "training": "Training",
     "inference": "Inference",
     "extraction": "Recording activations",

@@ -67,8 +67,8 @@ def find_server(given: str) -> Path:
 
 
 @contextlib.contextmanager
-def serving(program: Path) -> Iterator[None]:
-    """The server with an empty bucket; the environment says how to reach it."""
+def serving(program: Path) -> Iterator[int]:
+    """The server with an empty bucket, and its process id; the environment has its address."""
     with tempfile.TemporaryDirectory(prefix="saev-bench-s3-") as scratch:
         folders = [Path(scratch) / name for name in ("metadata", "objects")]
         for folder in folders:
@@ -93,7 +93,7 @@ def serving(program: Path) -> Iterator[None]:
                     client().create_bucket(Bucket=BUCKET)
                     break
                 time.sleep(0.1)
-            yield
+            yield server.pid
         finally:
             server.terminate()
             server.wait()
