@@ -1,4 +1,4 @@
-"""The stages in their order. `saev run`, the command line and the pipeline's steps go by this list.
+"""The list of all stages, in order. `saev run`, the command line and the pipeline's steps use it.
 
 A new stage is a config, a module with a :class:`saev.stage.Job`, and an entry here.
 """
@@ -13,55 +13,57 @@ from saev.config.stages import Stages
 from saev.stage import Job
 
 Found = Mapping[str, str]
-"""URLs of the results of the stages before, by their names; of training, that of one run."""
+"""URLs of the results of previous stages, by stage name. For training, it is the URL of one run."""
 
 
 class Stage(tp.NamedTuple):
-    """What is known of a stage without its code, which is imported when a job is opened."""
+    """Description of a stage. The code of the stage is imported only when a job is opened."""
 
     name: str
-    """That of its command, and of its table in the file of `saev run`."""
+    """Name of its command, and of its table in the file of `saev run`."""
     config: type[Config]
+    """Class of its configs."""
     job: str
-    """Where its class of jobs is, ``module:class``."""
+    """Its job class, as ``module:class``."""
     slots: str
     """The step of the pipeline whose pods do its items."""
-    asks: Callable[[Stages, Found], Config]
+    make_config: Callable[[Stages, Found], Config]
     """Makes the config of a job."""
     of_run: bool = False
-    """Whether there is one job for each run of training, and not one for all."""
+    """Whether there is a job for each run of training, instead of one for all."""
     whole: bool = False
-    """Whether one pod does all of a job. It finishes the jobs of this run's stages before, too."""
+    """Whether one pod does a whole job. This pod also finishes the previous stages' jobs of the
+    same run."""
     together: bool = False
     """Whether one job may do the work for several runs of training, at less cost."""
     swept: bool = False
-    """Whether its jobs take a sweep, too: its `table`, and the keys that are `explicit`."""
+    """Whether its jobs also take a sweep: the arguments `table` and `explicit`."""
 
     @property
     def kind(self) -> tp.Any:
-        """Its class of jobs, which are made of a config; imports the stage's code."""
+        """The job class. Imports the code of the stage."""
         module, _, name = self.job.partition(":")
         return getattr(importlib.import_module(module), name)
 
     def of(self, stages: Stages, found: Found, device: str = "") -> Job:
-        """A job of the chain.
+        """Open a job.
 
         Args:
             stages: the configs of all stages.
             found: the results that it reads.
-            device: instead of the config's.
+            device: replaces the device of the config.
         """
         cfg = self._config(stages, found, device)
         job: Job = self.kind(cfg, **({"table": stages.sweep} if self.swept else {}))
         return job
 
     def of_all(self, stages: Stages, found: Sequence[Found], device: str = "") -> Job:
-        """The job of a stage that does the work for several runs together."""
+        """Open a job that does the work of several runs together."""
         job: Job = self.kind([self._config(stages, one, device) for one in found])
         return job
 
     def _config(self, stages: Stages, found: Found, device: str) -> Config:
-        cfg = self.asks(stages, found)
+        cfg = self.make_config(stages, found)
         if device and "device" in type(cfg).model_fields:
             cfg = cfg.model_copy(update={"device": device})
         return cfg
@@ -95,25 +97,25 @@ RUNS = OF_ALL[-1].name
 
 
 def of_slots(step: str) -> Stage:
-    """The stage whose items a step does."""
+    """The stage whose items are done by a step of the pipeline."""
     return next(stage for stage in STAGES if stage.slots == step)
 
 
 def planner(step: str) -> str:
-    """The step that plans the slots of a step.
+    """The step that plans the slots of another step.
 
-    Slots of the first stage are planned at the start, all others when its result is published.
+    Slots of the first stage are planned at the start, and all others when its result is published.
     """
     return "plan" if step == FIRST.slots else "publish"
 
 
 def before(stage: Stage) -> tuple[Stage, ...]:
-    """The stages whose jobs a pod of this one finishes first; none if other pods do that."""
+    """The stages whose jobs a pod of this stage finishes first; none if other pods do that."""
     return OF_RUN[: OF_RUN.index(stage)] if stage.whole else ()
 
 
 def tables(step: str) -> tuple[str, ...]:
-    """The tables of the file that a step of the pipeline goes by, the likeliest first."""
+    """The tables of the config file that a step of the pipeline uses, the most likely first."""
     if step == "plan":
         return (FIRST.name,)
     if step == "publish":

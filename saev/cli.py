@@ -37,15 +37,15 @@ DESCRIPTION = """\
 Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
-(shards), train SAEs on them (train), measure an SAE (inference), show its features (visuals). \
+(shards), train SAEs on them (train), measure SAEs (inference), show their features (visuals). \
 `run` does all four, `open` shows a page in the browser, `report` writes the page of a root. \
-`size` says beforehand how much a job takes, `gc` cleans up. Every location is a path or a URL \
-(s3://…). The URL of the result is the only thing on standard output."""
+`size` estimates a job beforehand, `gc` cleans up. Every location is a path or a URL (s3://…). \
+The URL of the result is the only output on standard output."""
 
 
 STEP_DESCRIPTION = """\
-One step of the pipeline that runs on a cluster: what its pods call. Texts that are JSON may be \
-long; lists and results are written where the flags --to-… say."""
+One step of the pipeline on a cluster, as its pods call it. JSON texts may be long. Lists and \
+results are written to the files of the flags --to-…."""
 
 
 def step() -> tp.NoReturn:
@@ -57,7 +57,7 @@ COMMANDS["step"] = step
 
 
 def parse(argv: tp.Sequence[str]) -> tp.Any:
-    """The config object that a command line stands for. Exits with status 2 if it is wrong."""
+    """Parse a command line to a config. Exits with status 2 if it is wrong."""
     if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
         hint = did_you_mean(argv[0], COMMANDS)
         _fail(f"There is no command {argv[0]!r}.{hint} There are {', '.join(COMMANDS)}.", 2)
@@ -69,7 +69,7 @@ def parse(argv: tp.Sequence[str]) -> tp.Any:
 
 
 def _about_flags(err: FlagError, argv: tp.Sequence[str]) -> str:
-    """What is wrong with flags, under the names by which the user called them."""
+    """The message about wrong flags, with the names that the user typed."""
     names = [word.split("=", 1)[0] for word in argv if word.startswith("--")]
     typed = {name[2:].rpartition(".")[2].replace("-", "_"): name for name in names}
     lines = []
@@ -96,7 +96,7 @@ def _parse(argv: tp.Sequence[str]) -> tp.Any:
         prog="saev",
         description=DESCRIPTION,
         args=_joined(argv) if argv[:1] == ["inference"] else argv,
-        # A stage's flags may stand behind `data:…` too, where a user who adds one would put it.
+        # Flags of a stage may also follow `data:…`, because users append flags there.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
 
@@ -118,17 +118,17 @@ def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
 
 
 _WITHOUT_BARS = (GcConfig, OpenConfig)
-"""Commands that ask a question, or wait for somebody."""
+"""Commands that ask a question or wait for the user, and so show no progress."""
 _HELP = "--help"
 
 
 class Made(tp.NamedTuple):
-    """What a command has made."""
+    """The result of a command."""
 
     urls: tp.Sequence[str] = ()
-    """The results."""
+    """URLs of the results."""
     go_on: str = ""
-    """The command that goes on from there."""
+    """The next command for the user."""
 
 
 def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callable[[], Made]:
@@ -164,7 +164,7 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
 
 
 def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
-    """Run a stage, and say what it has made."""
+    """Run a stage and print its metrics."""
     from saev import after
 
     started, part = time.monotonic(), getattr(cfg, "part", "")
@@ -183,15 +183,15 @@ def _page(page: str, cfg: Config) -> Made:
 
 
 def _no_urls(command: tp.Callable[[tp.Any], None], cfg: tp.Any) -> Made:
-    """Run a command that prints by itself."""
+    """Run a command that prints its own output."""
     command(cfg)
     return Made()
 
 
 def explicit_keys(argv: tp.Sequence[str]) -> frozenset[str]:
-    """Dotted config keys that a command line sets, whatever their values.
+    """Dotted config keys that a command line sets, also to their default values.
 
-    A sweep must not override them, and a value that equals the default cannot tell.
+    A sweep must not override them.
     """
     keys = set()
     for word in argv:
@@ -225,27 +225,27 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("Interrupted. The same command continues from here.", 130)
     except BrokenPipeError:
-        _fail("The reader of standard output went away.", interrupts.BROKEN_PIPE)
+        _fail("The reader of standard output has closed it.", interrupts.BROKEN_PIPE)
     except ModuleNotFoundError as err:
         package = (err.name or "saev").partition(".")[0]
         if package == "saev":
             raise
         _fail(
-            f"`saev {argv[0]}` needs {package}, which is not installed. In a container: take the "
-            "image saev, as saev-cpu only has what discovering and reporting need. "
+            f"`saev {argv[0]}` needs {package}, which is not installed. In a container: use the "
+            "image saev, because saev-cpu has only what discovering and reporting need. "
             "Elsewhere: install saev with its dependencies.",
             1,
         )
     with interrupts.readers_may_leave():
         for url in made.urls if rank == 0 else ():
             print(url)  # noqa: T201 - the one thing on standard output
-        sys.stdout.flush()  # before what is said on stderr
+        sys.stdout.flush()  # before the next line on stderr
     if made.go_on:
         progress.say(f"Next: {made.go_on}")
 
 
 def _work(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> Made:
-    """Run a config's command. In a pod, tell the supervisor why it fails."""
+    """Run a config's command. In a pod, tell the supervisor about errors."""
     try:
         with progress:
             call = stage(cfg, argv, progress)
@@ -260,7 +260,7 @@ def _work(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> Made:
 
 
 def _rank() -> int:
-    """This process's number among those that torchrun started, of which the first one speaks."""
+    """Rank of this process if torchrun started it, else 0. Only rank 0 prints."""
     place = torchrun.place()
     return 0 if place is None else place.rank
 

@@ -1,7 +1,7 @@
-"""Runs a job: does what is missing of its items, then publishes.
+"""Runs a job: does the missing items, then publishes the result.
 
-One function serves a command that does all, a command with ``--part``, a pod with its slot, and the
-ranks of a training. The items of a part are always the same; those that are done are skipped.
+The same code runs a command without and with ``--part``, a pod with its slot, and the ranks of a
+training. The items of a part never change. Items that are done are skipped.
 """
 
 import concurrent.futures
@@ -17,23 +17,23 @@ from saev.stage import Context, DoneMeanwhileError, Item, Job, Part, Result
 logger = logging.getLogger(__name__)
 
 _N_LOOKS = 16
-"""Items that are looked for at a time."""
+"""Items whose state is checked at the same time."""
 
 
 def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
-    """Do what is missing, publish, and close the job.
+    """Do the missing items, publish, and close the job.
 
     Args:
-        job: what to do.
-        part: ``I/N`` does only that part of the items and does not publish.
+        job: the job.
+        part: ``I/N`` does only this part of the items and does not publish.
         progress: where progress is shown.
 
     Returns:
-        What was published, or found. Of a part, where it will be.
+        The published result. With ``part``, only its future URLs.
 
     Raises:
-        ConfigError: ``part`` is no part.
-        SaevError: as the job's methods do. What was finished is kept; the same call goes on.
+        ConfigError: ``part`` is not of the form I/N.
+        SaevError: an error of the job. Finished items are kept, and the same call continues.
     """
     wanted, progress = Part.parse(part), progress or Progress(quiet=True)
     with contextlib.closing(job):
@@ -47,10 +47,10 @@ def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
 
 
 def do(job: Job, items: Sequence[Item], progress: Progress | None = None) -> None:
-    """Do those items of an opened job that are not done; none if its result is published.
+    """Do the missing items of an opened job. Does nothing if its result is published.
 
     Raises:
-        SaevError: the first item that fails ends the work.
+        SaevError: the error of the first item that fails.
     """
     progress = progress or Progress(quiet=True)
     ranks = job.ranks
@@ -67,7 +67,7 @@ def do(job: Job, items: Sequence[Item], progress: Progress | None = None) -> Non
 
 
 def finish(job: Job, progress: Progress | None = None) -> Result:
-    """Publish the result of an opened job unless it is published, and tidy up.
+    """Publish the result of an opened job, unless it is published, and tidy up.
 
     Raises:
         IncompleteError: an item is not done.
@@ -83,7 +83,7 @@ def finish(job: Job, progress: Progress | None = None) -> Result:
 
 
 def _named(job: Job) -> str:
-    """The result in a log line: its place, or the first of its places and their number."""
+    """The result in a log line: its first URL, and the number of further URLs."""
     first, *others = job.urls
     return f"{first} (and {len(others)} more)" if others else first
 
@@ -91,7 +91,7 @@ def _named(job: Job) -> str:
 def _todo(job: Job, items: Sequence[Item]) -> list[Item]:
     if job.published():
         return []
-    _ = job.key  # opens what the threads would otherwise open once each
+    _ = job.key  # opens the inputs once, before the threads use them
     with concurrent.futures.ThreadPoolExecutor(_N_LOOKS, "saev-items") as pool:
         done = list(pool.map(job.done, items))
     return [item for item, is_done in zip(items, done, strict=True) if not is_done]
@@ -133,7 +133,7 @@ def _in_threads(job: Job, todo: Sequence[Item], context: Context) -> None:
 
 def _one(job: Job, item: Item, context: Context) -> None:
     ranks = job.ranks
-    if ranks.tell(job.done(item) if ranks.first else None):  # two workers share what is left
+    if ranks.tell(job.done(item) if ranks.first else None):  # another worker was faster
         if job.unit and job.threads == 1:
             context.bar.advance(round(item.cost))
         return
@@ -146,13 +146,13 @@ def _one(job: Job, item: Item, context: Context) -> None:
 
 @contextlib.contextmanager
 def unless_done(done: Callable[[], bool], said: str) -> Iterator[None]:
-    """Errors that another worker may be the cause of count only if the work is not done.
+    """Turn errors of the block into a warning if another worker has done the work.
 
-    Another worker may have done the same work, and removed what this one needed.
+    Such a worker may have deleted objects that this one needed.
 
     Args:
-        done: looks at the storage.
-        said: how the log line begins.
+        done: returns whether the work is done.
+        said: start of the warning.
     """
     try:
         yield

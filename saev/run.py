@@ -57,7 +57,7 @@ def _do(
     started = time.monotonic()
     urls = driver.run(stage.of(stages, found), progress=progress).urls
     if not progress.quiet:
-        cfg = stage.asks(stages, found)
+        cfg = stage.make_config(stages, found)
         progress.say(after.figures(cfg, urls, time.monotonic() - started))
     return urls
 
@@ -71,7 +71,7 @@ def _do_runs(
     started = time.monotonic()
     urls = driver.run(stage.of_all(stages, of_runs), progress=progress).urls
     if not progress.quiet:
-        cfg = stage.asks(stages, of_runs[0])
+        cfg = stage.make_config(stages, of_runs[0])
         progress.say(after.figures(cfg, urls, time.monotonic() - started))
     return list(urls)
 

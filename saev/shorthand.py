@@ -1,4 +1,4 @@
-"""Short flags, and the help that `saev COMMAND --help` prints: the flags that most people set.
+"""Short flags, and the short help of `saev COMMAND --help` with the most common flags.
 
     saev train --shards URL --top-k 16 --objective matryoshka
 
@@ -30,13 +30,13 @@ class Flag(tp.NamedTuple):
     """A flag in a short help."""
 
     short: str
-    """Its name, without dashes, as a user writes it."""
+    """The short name, without dashes."""
     long: str
-    """The flag that it stands for; ending with ":" the subcommand that its value chooses."""
+    """The long flag. If it ends with ":", the flag's value chooses this subcommand."""
     of: type[Config] | str
-    """The config that explains it, or its explanation."""
+    """The config with its description, or the description itself."""
     default: str = ""
-    """What the default is called; by default the config's."""
+    """Text for the default value; by default that of the config."""
 
 
 class Command(tp.NamedTuple):
@@ -171,12 +171,12 @@ COMMANDS: dict[str, Command] = {
 
 
 def expand(argv: tp.Sequence[str]) -> list[str]:
-    """A command line without short flags. One that has none is returned as it is."""
+    """Replace short flags of a command line by long ones."""
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
         return list(argv)
     shorts = {flag.short: flag.long for flags in command.groups.values() for flag in flags}
-    chosen: list[str] = []  # subcommands stand first: all flags may stand behind them
+    chosen: list[str] = []  # subcommands come first, because all flags may follow them
     rest: list[str] = []
     words = iter(argv[1:])
     for word in words:
@@ -196,7 +196,7 @@ def expand(argv: tp.Sequence[str]) -> list[str]:
 
 
 def wants_help(argv: tp.Sequence[str]) -> bool:
-    """Whether a command line asks for a short help that there is."""
+    """Whether a command line asks for the help of a command that has a short help."""
     return bool(argv) and argv[0] in COMMANDS and ("--help" in argv[1:] or "-h" in argv[1:])
 
 
@@ -245,7 +245,7 @@ _NUMBERS = {int: "INT", float: "FLOAT"}
 
 
 def _first_sentence(text: str) -> str:
-    """What a flag is; --help-all has the sentences after that."""
+    """The first sentence of a description. --help-all prints the others."""
     parts = re.split(r"(?<=[.;])\s", text)
     for n in range(1, len(parts) + 1):
         sentence = " ".join(parts[:n])

@@ -1,8 +1,8 @@
-"""What a stage is. :mod:`saev.driver` runs every one of them, and :mod:`saev.chain` lists them.
+"""The interface of a stage. :mod:`saev.driver` runs stages, and :mod:`saev.chain` lists them.
 
-A stage makes one result from a config and from what earlier stages published. Its work is a list of
-items. An item can be done by any process, and a process that is killed at any instant is simply run
-again. The result is published by one small object, which is written last.
+A stage makes a result from a config and from the results of earlier stages. Its work is a list of
+items. Any process can do an item, and a killed process is simply run again. The result is published
+by one small object, which is written last.
 """
 
 import abc
@@ -21,35 +21,35 @@ class Item(tp.NamedTuple):
     """A piece of work."""
 
     name: str
-    """For people."""
+    """Name in messages."""
     cost: float
-    """How much work it is, in the job's unit."""
+    """Amount of work, in the job's unit."""
     spec: dict[str, tp.Any]
-    """What tells the item from the others, as plain JSON: a few numbers and ids, no configs."""
+    """Identifies the item, as plain JSON: a few numbers and ids, no configs."""
 
 
 class Result(tp.NamedTuple):
-    """What a stage has published."""
+    """The published result of a stage."""
 
     urls: tuple[str, ...]
-    """Where it is."""
+    """URLs of its folders."""
     figures: Mapping[str, str | float] = types.MappingProxyType({})
-    """What Kubeflow's UI shows of it."""
+    """Metrics for Kubeflow's UI."""
     page: Callable[[int], str] | None = None
-    """Makes an HTML page of at most about so many bytes, which needs no other file."""
+    """Makes a self-contained HTML page. The argument is its approximate most bytes."""
 
 
 class Context(tp.NamedTuple):
-    """What an item is done with."""
+    """Arguments of :meth:`Job.work` that are the same for all items."""
 
     progress: Progress
-    """Tells where the work has to stop, and shows what takes long."""
+    """Shows progress, and raises at points where the work has to stop."""
     bar: Task
-    """The bar of all items. A job without threads advances it while it works on an item."""
+    """The progress bar of all items. A job without threads advances it while it does an item."""
 
 
 class DoneMeanwhileError(Exception):
-    """Another worker was faster with an item, so this one writes nothing."""
+    """Another worker has done the item meanwhile, so this one must not write it."""
 
 
 class Ranks(tp.Protocol):
@@ -60,7 +60,7 @@ class Ranks(tp.Protocol):
         """Whether this is the process that writes and decides."""
 
     def tell(self, obj: tp.Any) -> tp.Any:
-        """The plain JSON that the first process passes; all of them have to call this."""
+        """The plain JSON that the first process passes. All processes have to call this."""
 
 
 class _Alone:
@@ -73,23 +73,24 @@ class _Alone:
 class Job(abc.ABC):
     """A stage with its config, opened in one process.
 
-    A job opens its model, its dataset or its SAEs when they are first needed, once for all items.
-    So a job that finds its result published opens none of them. Close it when all is done.
+    A job opens its model, dataset or SAEs when they are first needed, and once for all items. If
+    the result is published already, it opens none of them. The caller must close the job.
     """
 
     name: tp.ClassVar[str]
     """Of the stage, as in the chain."""
     opening: tp.ClassVar[str] = "look for the result"
-    """What it takes to learn whether the result is published, for the log."""
+    """Description of finding out whether the result is published, for the log."""
     unit: tp.ClassVar[str] = ""
-    """What the costs of items count, such as images; empty if each item has a bar of its own."""
+    """Unit of the costs of items, such as images; empty if each item has its own progress bar."""
 
     @classmethod
     def pieces(cls, found: Mapping[str, str]) -> int:
-        """In how many pieces, for so many pods, a job is worth being cut; it need not be there yet.
+        """The number of pods among which a job can usefully be divided. Its inputs need not exist
+        yet.
 
         Args:
-            found: URLs of results that it reads, by the names of stages.
+            found: URLs of the results that it reads, by stage name.
         """
         del found
         return 1
@@ -101,7 +102,7 @@ class Job(abc.ABC):
 
     @property
     def threads(self) -> int:
-        """How many items are done at a time; one by default."""
+        """Number of items done at the same time; one by default."""
         return 1
 
     @property
@@ -117,27 +118,27 @@ class Job(abc.ABC):
     @property
     @abc.abstractmethod
     def urls(self) -> tuple[str, ...]:
-        """Where the result is, or will be."""
+        """URLs of the result, which may not exist yet."""
 
     @abc.abstractmethod
     def published(self) -> bool:
         """Whether the result is complete. Looks at storage.
 
         Raises:
-            CorruptDataError: it is complete, and damaged.
+            CorruptDataError: it is complete, but damaged.
         """
 
     def there(self) -> Sequence[str]:
-        """Those of the URLs where a result is complete."""
+        """The URLs whose results are complete."""
         return self.urls if self.published() else ()
 
     @abc.abstractmethod
     def result(self) -> Result:
-        """What is published."""
+        """The published result."""
 
     @abc.abstractmethod
     def items(self) -> Sequence[Item]:
-        """All items, whatever is done already: equal inputs give equal items in an equal order."""
+        """All items, including done ones. Equal inputs give equal items in equal order."""
 
     @abc.abstractmethod
     def done(self, item: Item) -> bool:
@@ -149,11 +150,11 @@ class Job(abc.ABC):
         return [f"{self.name}: {n:,} {self.unit} to do."] if self.unit else []
 
     def begin(self, todo: Sequence[Item]) -> None:  # noqa: B027 - most jobs have nothing to do
-        """Prepare for these items. Raises at once if nothing can be written."""
+        """Prepare for these items. Raises an error at once if nothing can be written."""
 
     @abc.abstractmethod
     def work(self, item: Item, context: Context) -> None:
-        """Do an item. Writes only objects of this item; a second call is harmless."""
+        """Do an item. Writes only objects of this item, so a second call is harmless."""
 
     @abc.abstractmethod
     def publish(self, progress: Progress) -> None:
@@ -164,22 +165,24 @@ class Job(abc.ABC):
         """
 
     def tidy(self, items: Sequence[Item]) -> None:  # noqa: B027 - nothing may be left
-        """Remove what is left of these items and nobody needs any more, as of killed workers."""
+        """Delete objects of these items that are no longer needed, such as those of killed
+        workers."""
 
     def close(self) -> None:  # noqa: B027 - most jobs have nothing to close
-        """Free the memory and the files that it holds."""
+        """Free memory and open files."""
 
 
 class Part(tp.NamedTuple):
-    """Which of several equal slices of the items."""
+    """One of several equal slices of the items."""
 
     number: int
-    """From 1."""
+    """Number of the slice, from 1."""
     of: int
+    """Number of slices."""
 
     @classmethod
     def parse(cls, text: str) -> tp.Self:
-        """``I/N``; an empty text is all of the items.
+        """Parse ``I/N``. An empty text means all items.
 
         Raises:
             ConfigError: not 1 ≤ I ≤ N.
@@ -193,6 +196,6 @@ class Part(tp.NamedTuple):
         return cls(number, of)
 
     def slice(self, items: Sequence[_T]) -> Sequence[_T]:
-        """The part of all items, whatever is done already; none if there are more parts."""
+        """The items of this part, including done ones. It may be empty if there are many parts."""
         n = len(items)
         return items[n * (self.number - 1) // self.of : n * self.number // self.of]

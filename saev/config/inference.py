@@ -12,7 +12,7 @@ from saev.errors import ConfigError
 
 
 class _Measuring(Config):
-    """How an SAE is measured, whichever it is."""
+    """Settings of the measurement of an SAE."""
 
     added: tp.ClassVar = frozenset({"allow_other_model", "centre", "scale", "top_k"})
 
@@ -27,23 +27,23 @@ class _Measuring(Config):
     save: bool = True
     """Write token_acts.npz, the sparse codes of all tokens (--no-save leaves it out)."""
     concepts: bool = True
-    """Where tokens have labels, measure how well single latents tell the classes. Takes room for
-    the codes of all tokens while it runs, with --no-save too."""
+    """If tokens have labels, measure how well single latents predict the classes. While it runs,
+    this needs storage for the codes of all tokens, also with --no-save."""
     batch_size: int = pydantic.Field(default=8192, ge=1)
-    """Most tokens per step; fewer where the latents of a step would take much memory."""
+    """Most tokens per step; fewer if the latents of a step would take much memory."""
     subtract_b_dec: bool = False
-    """The SAE is a published sae.pt from before August 2025, whose encoder saw x - b_dec."""
+    """The SAE is a published sae.pt from before August 2025, whose encoder takes x - b_dec."""
     centre: str = ""
-    """URL of the vector centre (.npy), for SAEs of other projects that saw (x - centre) · scale."""
+    """URL of the vector centre (.npy), for SAEs of other projects on (x - centre) · scale."""
     scale: float | None = pydantic.Field(default=None, gt=0.0)
-    """The factor scale, for SAEs of other projects that saw (x - centre) · scale."""
+    """The factor scale, for SAEs of other projects on (x - centre) · scale."""
     top_k: int | None = pydantic.Field(default=None, ge=1)
     """Latents kept per token, for state dicts that do not record it (overcomplete's TopKSAE)."""
     allow_other_model: bool = False
     """Measure the SAE even if the activations are of another model, preprocessing or image size
     than those that it was trained on. The result then says so."""
     part: str = ""
-    """I/N: do only that part of the shards (1/N to N/N), and do not finish."""
+    """I/N: do only this part of the shards (1/N to N/N), and do not publish."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto (a GPU if there is one)."""
 
@@ -74,14 +74,14 @@ class InferenceCommand(_Measuring):
         if self.tag and not self.runs:
             refuse("--tag chooses among the run folders of --runs URL, which is missing")
         if not self.run and not self.runs:
-            refuse("Say which SAE: --run URL (or several), or --runs URL for all runs")
+            refuse("Name an SAE: --run URL (or several), or --runs URL for all runs")
         return self
 
     def configs(self) -> list[InferenceConfig]:
-        """One for each SAE, each once. Looks for them in ``runs``.
+        """The configs of all SAEs, without repetitions. Looks for SAEs in ``runs``.
 
         Raises:
-            ConfigError: there are none in ``runs``, or what is set does not fit several.
+            ConfigError: there are none in ``runs``, or a setting does not fit several SAEs.
         """
         named = [run if run.startswith("hf-hub:") else storage.normalize(run) for run in self.run]
         runs = list(dict.fromkeys([*named, *(self._found() if self.runs else ())]))

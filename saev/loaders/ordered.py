@@ -1,4 +1,4 @@
-"""The loader for inference: dataset order."""
+"""The loader in dataset order."""
 
 import torch
 
@@ -11,33 +11,33 @@ from saev.loaders.windows import N_BUFFERS
 from saev.shards import Shards
 
 _MIN_BLOCKS = 16
-"""Blocks of a window, if it is large enough: so many threads can share it."""
+"""Blocks of a window, if it is large enough. So many threads can read it at the same time."""
 
 
 class OrderedLoader(Loader):
-    """Every wanted token exactly once, in dataset order: by layer, example, token.
+    """Gives every wanted token exactly once, in dataset order: by layer, example, token.
 
     The class token comes before the content tokens of its example.
 
     Args:
         shards: the folder. It is not closed with the loader.
-        cfg: which activations (``cfg.shards`` is not looked at, nor how a LoaderConfig shuffles).
-        batch_size: rows of every batch but the last.
-        shard_range: only shards in [start, stop). Nothing may be wanted of them: no batches.
+        cfg: which activations (``cfg.shards`` and settings of the shuffle are not used).
+        batch_size: rows of a batch. The last batch may be smaller.
+        shard_range: only shards in [start, stop). If they have no wanted tokens, there is no batch.
         example_range: only examples in [start, stop), instead of ``shard_range``.
-        selection: what ``cfg`` selects, or some examples of it (:meth:`Selection.only`), instead of
-            a range. So several loaders share one selection, which may have read all labels.
-        epochs: how often, or None for an endless pass.
+        selection: the selection of ``cfg``, or a part of it (:meth:`Selection.only`), instead of a
+            range. So several loaders can share one selection, which may have read all labels.
+        epochs: number of epochs, or None for an endless pass.
         drop_last: leave out the last batch if it is smaller.
         labels: give ``token_labels``.
-        device: of the batches, ``cpu`` or ``cuda:N``.
-        dtype: of the batches' activations.
+        device: device of the batches, ``cpu`` or ``cuda:N``.
+        dtype: dtype of the batches' activations.
         buffer_mb: memory for reading ahead, in MiB; more if two examples need more.
-        n_threads: reader threads; 0 chooses what suits the storage, as LoaderConfig does.
-        verify: check every example that is read against its recorded checksum.
+        n_threads: reader threads; 0 chooses a number that suits the storage, as LoaderConfig does.
+        verify: check every example against its recorded checksum.
 
     Raises:
-        ConfigError: the config does not fit the data, or nothing is left of the whole of them.
+        ConfigError: the config does not fit the data, or selects no tokens.
     """
 
     def __init__(

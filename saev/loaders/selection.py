@@ -1,6 +1,6 @@
-"""Which vectors of a shards folder a config asks for.
+"""The vectors of a shards folder that a config selects.
 
-Nothing is copied or read for it but labels.bin: unwanted vectors are left out of the index.
+Selecting reads only labels.bin and copies nothing. Unwanted vectors are left out of the index.
 """
 
 import copy
@@ -21,13 +21,13 @@ class Selection:
 
     Args:
         shards: the folder.
-        cfg: what is wanted.
-        labels: whether token labels will be asked for.
+        cfg: the config.
+        labels: whether token labels will be needed.
         example_range: only examples in [start, stop).
 
     Raises:
         ConfigError: the layer was not recorded, there is no class token, there are no labels, or
-            nothing is left (an ``example_range`` may be empty: it is a share of the work).
+            no tokens are selected (an ``example_range`` may be without tokens).
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Selection:
         self._check_tokens(shards, labels)
         by_label = bool(cfg.ignore_labels) and cfg.tokens != "special"
         self.labels = _read_labels(shards, cfg) if labels or by_label else None
-        """uint8 [n_examples, content_tokens], if they are needed."""
+        """Labels, uint8 [n_examples, content_tokens], if they are needed."""
         self.ignored: np.ndarray | None = None
-        """bool [256], the labels that are left out."""
+        """Mask of the ignored labels, bool [256]."""
         if by_label:
             self.ignored = np.zeros(256, dtype=bool)
             self.ignored[list(cfg.ignore_labels)] = True
@@ -100,13 +100,13 @@ class Selection:
     def kept_tokens(self) -> int:
         """Tokens of an example that a window holds.
 
-        Special tokens alone are picked out when they are read, everything else stays as it lies in
-        the file: an example is one class token beside hundreds of content tokens.
+        With tokens=special, only the class token is kept. Otherwise all tokens are kept as they are
+        in the file, because a class token is small beside hundreds of content tokens.
         """
         return 1 if self.tokens == "special" else self.content_tokens + int(self.has_cls)
 
     def mask(self, examples: np.ndarray) -> np.ndarray:
-        """Which kept tokens of some examples are wanted, bool [n, kept_tokens]."""
+        """Mask of the wanted tokens among the kept tokens of examples, bool [n, kept_tokens]."""
         mask = np.ones((len(examples), self.kept_tokens), dtype=bool)
         first = int(self.has_cls)
         if self.tokens == "content" and self.has_cls:
@@ -117,7 +117,7 @@ class Selection:
         return mask
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
-        """Wanted rows of a window that holds some examples, as positions in it, int64."""
+        """Positions of the wanted rows in a window of examples, int64."""
         return np.flatnonzero(self.mask(examples))
 
     def _count_rows(self, examples: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ class Selection:
 
 
 def selected_layers(shards: Shards, layer: int | str | None) -> tuple[int, ...]:
-    """The block numbers that `DataConfig.layer` means. Raises ConfigError if there is no such."""
+    """The block numbers of `DataConfig.layer`. Raises ConfigError if one was not recorded."""
     if layer == "all":
         return shards.layers
     assert not isinstance(layer, str)
@@ -171,5 +171,5 @@ def _nothing_left(shards: Shards, cfg: DataConfig) -> str:
     return (
         f"No tokens are left of {shards.url}: tokens={cfg.tokens}, "
         f"ignore_labels={list(cfg.ignore_labels)}, split={cfg.split}, "
-        f"val_fraction={cfg.val_fraction:g}. Select less narrowly."
+        f"val_fraction={cfg.val_fraction:g}. Select more."
     )

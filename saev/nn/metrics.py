@@ -4,8 +4,8 @@ With x a token's vector, x̂ its reconstruction, N tokens, E = Σ‖x − x̂‖
 
     normalized_mse = E / (Q − ‖S‖²/N)      (the variance around the mean of all N tokens)
 
-so the result does not depend on how tokens were cut into batches. Averages of per-batch or
-per-token ratios are different numbers; none are computed here.
+so the result does not depend on the sizes of batches. Averages of ratios per batch or per token
+would be different numbers.
 """
 
 import typing as tp
@@ -16,7 +16,7 @@ from torch import Tensor
 from saev.errors import ConfigError
 
 Metrics = dict[str, float | int | None]
-"""Figures by name; None for one that is not a number."""
+"""Metrics by name; None if a metric is not defined."""
 
 ALMOST_DEAD = 1e-7
 """A latent that fires on a smaller share of tokens than this is dead or almost dead."""
@@ -57,8 +57,7 @@ class Vectors:
         x, work = self._x[: len(x_bd)], self._work[: len(x_bd)]
         x.copy_(x_bd)
         self.total = x.sum(0)
-        # Over rows first: a sum over everything is split by the number of threads, and its bits
-        # with it.
+        # Sum over rows first: the bits of a sum over all values depend on the number of threads.
         self.sq_norm = torch.mul(x, x, out=work).sum(0).sum()
         return self
 
@@ -73,9 +72,9 @@ class Vectors:
 class ReconstructionMetrics:
     """Running sums for one SAE. Counts are exact; sums are float64.
 
-    Sums of the same pieces merged in the same order are the same bits, so a stage that keeps one
-    accumulator per work item and merges them in item order has results that do not depend on where
-    the items ran.
+    Merging the same parts in the same order gives the same bits. So a stage that keeps one
+    accumulator per item and merges them in the order of items has the same result wherever the
+    items ran.
 
     Args:
         d_model: width of the activations.
@@ -122,7 +121,7 @@ class ReconstructionMetrics:
 
     @torch.no_grad()
     def update_reconstruction(self, x_bd: Tensor, x_hat_bd: Tensor) -> None:
-        """Add the tokens of a batch and their errors; their codes go to :meth:`update_codes`."""
+        """Add the tokens of a batch and their errors. Codes are added by :meth:`update_codes`."""
         self.add(Vectors(self._device).load(x_bd), x_hat_bd)
 
     def add(self, vectors: Vectors, x_hat_bd: Tensor) -> None:
@@ -143,7 +142,7 @@ class ReconstructionMetrics:
         self.l1_total += l1
 
     def merge(self, other: "ReconstructionMetrics") -> None:
-        """Add what ``other`` saw."""
+        """Add the sums of another accumulator."""
         if (other.d_model, other.d_sae) != (self.d_model, self.d_sae):
             raise ConfigError(
                 f"Metrics of widths {other.d_model}, {other.d_sae} cannot be merged into "
