@@ -7,13 +7,16 @@ Test processes that run side by side share one such process: it forks a helper f
 
 import contextlib
 import fcntl
+import importlib
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import types
 import typing as tp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,6 +161,7 @@ def _serve(place: str) -> None:
 
     from saev import cli, inference, train, visuals  # noqa: F401
     from saev.shards import extract  # noqa: F401
+    from saev.train import worker  # noqa: F401
 
     pyarrow.array([0])  # imports pandas, if it is there
 
@@ -204,9 +208,67 @@ def _help(connection: socket.socket) -> None:
         lines.flush()
 
 
+class _Fork:
+    """What `subprocess.Popen` is for `python -m MODULE`: a fork, which need not import anything."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **_pipes: object):
+        theirs_in, mine_in = os.pipe()
+        mine_out, theirs_out = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            _become(command[command.index("-m") + 1], theirs_in, theirs_out, env)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.stdin, self.stdout = os.fdopen(mine_in, "wb"), os.fdopen(mine_out, "rb")
+        self._status: int | None = None
+
+    def poll(self, how: int = os.WNOHANG) -> int | None:
+        if self._status is None and (found := os.waitpid(self.pid, how))[0]:
+            self._status = os.waitstatus_to_exitcode(found[1])
+        return self._status
+
+    def wait(self) -> int | None:
+        return self.poll(0)
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _become(module: str, stdin: int, stdout: int, env: Mapping[str, str]) -> tp.NoReturn:
+    """Run a module in this fork as a new interpreter would, in a session of its own."""
+    try:
+        os.setsid()
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logging.getLogger().handlers.clear()
+        os.environ.clear()
+        os.environ.update(env)
+        importlib.import_module(module).main()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:
+        os._exit(1)
+
+
 def _child(question: dict[str, tp.Any]) -> tp.NoReturn:
     from saev import cli
+    from saev.train import launch
 
+    # Ranks of `saev train`, each of which would import torch for seconds. Those that tests start
+    # in their own process (tests/train/test_ranks.py) are started as they always are.
+    launch.subprocess = types.SimpleNamespace(Popen=_Fork, PIPE=subprocess.PIPE)  # type: ignore
     # Where a shell starts tests in the background, Ctrl-C is ignored, and this is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
