@@ -25,15 +25,33 @@ HERE = Path(__file__).parent / "root"
 CONFIG = (HERE / "config.json").read_text()
 
 
-@pytest.fixture
-def base(s3: str) -> Iterator[str]:
-    """The old root on an S3 server, under the URL that it was written under."""
+@pytest.fixture(scope="module")
+def uploaded(s3: str) -> Iterator[dict[str, str]]:
+    """Entity tags of the old root's files, which are on an S3 server."""
     place = f"{s3}/upgrade"
-    for path in sorted(HERE.rglob("*")):
+    for path in HERE.rglob("*"):
         if path.is_file():
-            storage.write_bytes(storage.join(place, str(path.relative_to(HERE))), path.read_bytes())
-    yield place
+            restore(place, str(path.relative_to(HERE)))
+    yield {o.key: o.etag for o in storage.walk(place)}
     storage.delete(place, recursive=True)
+
+
+@pytest.fixture
+def base(s3: str, uploaded: dict[str, str]) -> Iterator[str]:
+    """The old root, under the URL that it was written under; what a test changes is put right."""
+    place = f"{s3}/upgrade"
+    yield place
+    found = {o.key: o.etag for o in storage.walk(place)}
+    for key in found.keys() - uploaded.keys():
+        storage.delete(storage.join(place, key))
+    for key, etag in uploaded.items():
+        if found.get(key) != etag:
+            restore(place, key)
+
+
+def restore(place: str, key: str) -> None:
+    """Write a file of the old root to the server."""
+    storage.write_bytes(storage.join(place, key), (HERE / key).read_bytes())
 
 
 def contents(url: str) -> dict[str, bytes]:
