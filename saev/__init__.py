@@ -6,7 +6,7 @@ that need them.
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+import typing as tp
 
 from saev.version import __version__
 
@@ -15,7 +15,7 @@ from saev.version import __version__
 # product, so it is set here, before any module of saev is imported.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-if TYPE_CHECKING:
+if tp.TYPE_CHECKING:
     from saev.nn import SparseAutoencoder
 
 __all__ = ["__version__", "load_sae", "register_family"]
@@ -29,13 +29,13 @@ _PACKAGES = frozenset(
 """Imported when they are first asked for: ``import saev; saev.train.run(cfg)``."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> tp.Any:
     if name in _PACKAGES:
         return importlib.import_module(f"saev.{name}")
     raise AttributeError(f"module 'saev' has no attribute {name!r}")
 
 
-def load_sae(url: str, device: str = "cpu", **options: Any) -> "SparseAutoencoder":
+def load_sae(url: str, device: str = "cpu", **options: tp.Any) -> "SparseAutoencoder":
     """Load a trained SAE from a run, a checkpoint folder, files of other projects, or the hub.
 
     See :func:`saev.nn.load_sae`, which this forwards to.
@@ -45,7 +45,7 @@ def load_sae(url: str, device: str = "cpu", **options: Any) -> "SparseAutoencode
     return nn.load_sae(url, device=device, **options)
 
 
-def register_family(*args: Any, **kwargs: Any) -> Any:
+def register_family(*args: tp.Any, **kwargs: tp.Any) -> tp.Any:
     """Register a model family. See :func:`saev.vit.register_family`, which this forwards to."""
     from saev import vit
 

@@ -179,6 +179,19 @@ def test_what_storage_offers_is_used() -> None:
     assert [name for name in offered if not re.search(rf"\bstorage\.{name}\b", text)] == []
 
 
+def test_each_module_has_its_own_logger() -> None:
+    """Called logger, after the module; log levels are set on `saev` alone."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+                continue
+            if ast.unparse(node.value.func) == "logging.getLogger":
+                found = (ast.unparse(node.targets[0]), ast.unparse(node.value.args[0]))
+                is_main = path.name == "supervisor.py"  # started as __main__
+                expected = "'saev.steps.supervisor'" if is_main else "__name__"
+                assert found == ("logger", expected), f"{path}:{node.lineno}"
+
+
 def test_nothing_is_unpickled() -> None:
     """pickle serves for the error that torch's restricted loader raises, and for nothing else."""
     for path in FILES:

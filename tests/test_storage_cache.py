@@ -341,7 +341,7 @@ storage.write_bytes(url, bytes(4 << 20))
 from saev.storage.sources import FsspecObject
 from saev.storage.urls import filesystem
 source = FsspecObject(url, *filesystem(url), 4 << 20, "a tag")
-cached = NodeCache(disk, 100 << 20).over(source)
+cached = NodeCache(disk, 100 << 20).wrap(source)
 for turn in range(2):
     for start in range(0, 4 << 20, 1 << 20):
         view = memoryview(bytearray(b"x" * (1 << 20)))

@@ -1,13 +1,15 @@
-"""Ranges of remote objects, kept on a disk of the node for all processes there.
+"""A cache of ranges of remote objects, on a disk of the node, for all processes of the node.
 
-``SAEV_CACHE_DIR`` names the folder, ``SAEV_CACHE_GB`` bounds it. An object is cut into segments of
-64 MiB, one sparse file each: a table with a checksum per chunk of 64 KiB, then the chunks. A chunk
-is written before its entry in the table, so whoever finds the entry finds the chunk; every chunk
-is verified when it is read, so nothing else has to hold when a process or the node dies. A file's
-name is made of URL, size and entity tag, so an object that was replaced is another one.
+``SAEV_CACHE_DIR`` is the folder, ``SAEV_CACHE_GB`` limits its size. An object is divided into
+segments of 64 MiB, with one sparse file each: a table with a checksum per chunk of 64 KiB, and then
+the chunks. A chunk is written before its entry in the table, so a process that finds an entry also
+finds the chunk. Chunks are verified when they are read, so the cache may be used after a process or
+the node was killed. The name of a file is a hash of URL, size and entity tag, so a replaced object
+has other files.
 
-Of what exists, fsspec's file caches are made for one process and never evict, and diskcache keeps a
-database that every hit writes to, copies once more, and verifies nothing.
+fsspec's own caches (blockcache, filecache) are not used. They are made for one process, have no
+limit of size, and return damaged bytes (benchmarks/node_cache.py compares them). diskcache writes
+to its database at every hit, and verifies nothing.
 """
 
 import collections
@@ -31,36 +33,36 @@ from saev.errors import StorageError
 from saev.storage.hashes import content_hash
 from saev.storage.sources import FsspecObject, Source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CHUNK = 64 << 10
-"""Bytes that have one checksum: the least that is read."""
+"""Bytes per checksum, and the smallest read."""
 SEGMENT = 64 << 20
-"""Bytes of an object in one file: the least that is evicted."""
+"""Bytes of an object per file, which is the unit of eviction."""
 DEFAULT_GB = 50.0
 
 _FOLDER = "saev-ranges-1"
-"""Below the given folder, which may hold other things. The number is that of the format."""
+"""Name of the cache's folder. The number is the version of the format."""
 _TABLE = 8 * (SEGMENT // CHUNK)
 _PRESENT = np.uint64(1 << 32)
-"""In a table's entry, above the CRC-32C: an entry that was never written is 0."""
+"""Bit of a written entry of the table, above the CRC-32C. An entry that was never written is 0."""
 _MAX_OPEN = 256
 _TOUCH_S = 60.0
 _LOOK_AGAIN_S = 30.0
-"""How long a full cache is taken to be full: looking for what may go reads all names."""
+"""Seconds before a full cache is checked again, because looking for old files lists all files."""
 _SPARE = 0.05
-"""Share of the bound that is freed at once, for the same reason."""
+"""Share of the limit that is freed at once, for the same reason."""
 
 
 def from_environment() -> "NodeCache | None":
-    """The cache that SAEV_CACHE_DIR and SAEV_CACHE_GB describe, one per process; None without.
+    """The cache of this process, as SAEV_CACHE_DIR and SAEV_CACHE_GB say. None without the former.
 
     Raises:
-        StorageError: SAEV_CACHE_GB is no positive number.
+        StorageError: SAEV_CACHE_GB is not a positive number.
     """
     folder = os.environ.get("SAEV_CACHE_DIR", "")
     gb = os.environ.get("SAEV_CACHE_GB", "")
-    # A forked process must not wait for a lock that a thread of its parent held.
+    # By process id, because a forked process must not use the locks of its parent.
     return _of(folder, gb, os.getpid()) if folder else None
 
 
@@ -78,15 +80,15 @@ def _of(folder: str, gb: str, pid: int) -> "NodeCache":
 class NodeCache:
     """Ranges of objects in a folder, for any number of threads and processes.
 
-    What was not used longest goes first, but nothing that was used since this process began: an
-    epoch over more than fits would otherwise evict each range shortly before it comes again. What
-    then finds no room is read from the store, and only that much of it.
+    The least recently used segments are evicted first. Segments that were used since this process
+    started are never evicted: otherwise an epoch over more data than fits would evict each range
+    shortly before it is needed again. Ranges for which there is no space are read from the store.
 
-    A cache never fails: where its folder cannot be used, one warning says so.
+    A failing disk is not an error. It disables the cache with one warning.
 
     Args:
         folder: on a local disk; made if missing.
-        max_bytes: most bytes of all files, but for what is being written.
+        max_bytes: most bytes of all files. Writes in progress may exceed it.
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int):
@@ -99,22 +101,22 @@ class NodeCache:
         self._lock = threading.RLock()
         self._local = threading.local()
         self._size_fd = -1
-        with self.or_without("be used"):
+        with self.disabled_on_error("be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(0)
 
-    def over(self, source: Source) -> Source:
-        """``source`` with this cache before it, if it can be told from other contents."""
+    def wrap(self, source: Source) -> Source:
+        """``source`` read through this cache. Sources without entity tag are returned unchanged."""
         if isinstance(source, FsspecObject) and source.etag:
             return _CachedObject(self, source)
         return source
 
     def admits(self) -> bool:
-        """Whether there may be room."""
+        """Whether there may be space for new data."""
         return self._writable and time.monotonic() >= self._full_until
 
     def scratch(self, n_bytes: int) -> memoryview:
-        """Memory of this thread, until it asks again."""
+        """A buffer of this thread. It is valid until the thread's next call."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or buffer.nbytes < n_bytes:
             buffer = self._local.buffer = memoryview(bytearray(n_bytes))
@@ -123,7 +125,7 @@ class NodeCache:
     # --- Segments --------------------------------------------------------------------------
 
     def segment(self, name: str, *, create: bool = False) -> "_Segment | None":
-        """One file of the cache, opened; None if there is none, or it cannot be used."""
+        """Open a segment's file. Returns None if it does not exist or cannot be used."""
         if not self._readable:
             return None
         with self._lock:
@@ -145,26 +147,27 @@ class NodeCache:
             return found
 
     def put(self, name: str, start: int, data: memoryview) -> None:
-        """Keep what lies at ``start`` of a segment: whole chunks, but for the object's last."""
-        if not self.admits() or not self._has_room(data.nbytes + _TABLE):
+        """Store data at ``start`` of a segment. It must be whole chunks; the object's last chunk
+        may be shorter."""
+        if not self.admits() or not self._reserve(data.nbytes + _TABLE):
             return
-        with self.or_without("be written"):
+        with self.disabled_on_error("be written"):
             segment = self.segment(name, create=True)
             if segment is not None:
                 segment.write(start, data)
 
     def drop(self, name: str, why: str) -> None:
-        """Remove a segment that is damaged."""
+        """Delete a damaged segment."""
         with self._lock, contextlib.suppress(OSError):
             self._open.pop(name, None)
             (self.folder / name[:2] / name).unlink()
-            log.warning("Dropped %s from the cache: %s", self.folder / name[:2] / name, why)
+            logger.warning("Dropped %s from the cache: %s", self.folder / name[:2] / name, why)
 
-    # --- Room ------------------------------------------------------------------------------
+    # --- Space -----------------------------------------------------------------------------
 
-    def _has_room(self, n_bytes: int) -> bool:
-        """Reserve bytes. The sum of all processes' reservations is in the lock's own file."""
-        with self.or_without("be written"), self._locked() as fd:
+    def _reserve(self, n_bytes: int) -> bool:
+        """Reserve space. The lock file holds the sum of all processes' reservations."""
+        with self.disabled_on_error("be written"), self._locked() as fd:
             used = struct.unpack("<q", os.pread(fd, 8, 0).ljust(8, b"\0"))[0]
             if used + n_bytes <= self.max_bytes:
                 os.pwrite(fd, struct.pack("<q", used + n_bytes), 0)
@@ -179,9 +182,10 @@ class NodeCache:
             self._evict(fd, n_bytes)
 
     def _evict(self, fd: int, n_bytes: int) -> bool:
-        """Count what is there, and remove old segments until ``n_bytes`` fit, which are reserved.
+        """Count all files, and delete old segments until there is space for ``n_bytes``. Reserves
+        this space and returns True if there is enough.
 
-        A process that has a removed file open goes on reading it.
+        A process that has a deleted file open can still read it.
         """
         files = []
         for path in self.folder.glob("??/*"):
@@ -202,7 +206,7 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """Alone among the threads and processes that count; yields the file with the sum."""
+        """Hold the lock of all threads and processes. Yields the file with the sum."""
         with self._lock:
             if self._size_fd < 0:
                 self._size_fd = os.open(
@@ -214,11 +218,11 @@ class NodeCache:
             finally:
                 fcntl.flock(self._size_fd, fcntl.LOCK_UN)
 
-    # --- Without it ------------------------------------------------------------------------
+    # --- Faults of the disk ----------------------------------------------------------------
 
     @contextlib.contextmanager
-    def or_without(self, what: str) -> Iterator[None]:
-        """A fault of the disk in the block ends the cache's use, and is no error."""
+    def disabled_on_error(self, what: str) -> Iterator[None]:
+        """Disable the cache if the block raises OSError, which is suppressed."""
         try:
             yield
         except OSError as err:
@@ -227,9 +231,9 @@ class NodeCache:
     def _stop(self, err: OSError, what: str) -> None:
         with self._lock:
             if self._writable:
-                log.warning(
+                logger.warning(
                     "The cache %s cannot %s any more (%s); going on without. "
-                    "SAEV_CACHE_DIR says where it is, SAEV_CACHE_GB how large.",
+                    "SAEV_CACHE_DIR sets its folder, SAEV_CACHE_GB its size.",
                     self.folder,
                     what,
                     err.strerror or err,
@@ -239,7 +243,7 @@ class NodeCache:
 
 
 class _Segment:
-    """A file of the cache, closed when nobody refers to it."""
+    """A file of the cache. It is closed when nothing refers to it."""
 
     def __init__(self, path: Path, *, create: bool):
         flags = os.O_RDWR | os.O_CLOEXEC
@@ -255,22 +259,22 @@ class _Segment:
             os.close(self._fd)
 
     def is_linked(self) -> bool:
-        """Whether it still has a name."""
+        """Whether the file has not been deleted."""
         return os.fstat(self._fd).st_nlink > 0
 
     def present(self, first: int, stop: int) -> np.ndarray:
-        """Entries of the table, uint64 [stop - first]; 0 for chunks that are not there."""
+        """Entries of the table, uint64 [stop - first]; 0 for missing chunks."""
         raw = os.pread(self._fd, 8 * (stop - first), 8 * first)
         return np.frombuffer(raw.ljust(8 * (stop - first), b"\0"), dtype="<u8")
 
     def read(self, start: int, view: memoryview, size: int, entries: np.ndarray) -> bool:
-        """Fill ``view`` from byte ``start``; returns whether every chunk is as it was written.
+        """Fill ``view`` from byte ``start``. Returns whether all chunks have the right checksum.
 
         Args:
-            start: counted inside the segment.
-            view: what to fill.
+            start: offset inside the segment.
+            view: target.
             size: bytes of the object in this segment.
-            entries: the table's entries of all chunks that are touched.
+            entries: entries of the table for all chunks of the range.
         """
         self._touch()
         begin = start // CHUNK * CHUNK
@@ -291,7 +295,7 @@ class _Segment:
         return True
 
     def write(self, start: int, data: memoryview) -> None:
-        """Chunks first, then their entries."""
+        """Write chunks, and then their entries."""
         entries = [
             int(_PRESENT) | crc32c.crc32c(data[i : i + CHUNK]) for i in range(0, data.nbytes, CHUNK)
         ]
@@ -313,7 +317,7 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
 
 
 class _CachedObject:
-    """An object with the cache before it."""
+    """An object that is read through the cache."""
 
     def __init__(self, cache: NodeCache, source: FsspecObject):
         self.size = source.size
@@ -326,13 +330,13 @@ class _CachedObject:
             self._fetch(start, stop, offset, view)
 
     def reread(self, offset: int, view: memoryview) -> None:
-        # If a bit flipped on the way from the store, the cache's checksum is of the wrong bytes.
+        # If a bit flipped before the bytes were cached, their checksum in the cache is right.
         for number in range(offset // SEGMENT, -(-(offset + view.nbytes) // SEGMENT)):
             self._cache.drop(self._name(number), "its bytes are not those that were recorded")
         self._source.reread(offset, view)
 
     def _missing(self, offset: int, view: memoryview) -> list[tuple[int, int]]:
-        """Fill what the cache has; returns the ranges of the object that it has not, in order."""
+        """Fill ``view`` from the cache. Returns the missing ranges of the object, in order."""
         missing: list[tuple[int, int]] = []
         end = offset + view.nbytes
         for number in range(offset // SEGMENT, -(-end // SEGMENT)):
@@ -347,7 +351,7 @@ class _CachedObject:
         return missing
 
     def _missing_of(self, number: int, start: int, view: memoryview) -> list[tuple[int, int]]:
-        """The same for one segment; ``start`` and the result are counted inside it."""
+        """The same for one segment. ``start`` and the result are offsets inside the segment."""
         stop = start + view.nbytes
         name = self._name(number)
         segment = self._cache.segment(name)
@@ -356,7 +360,7 @@ class _CachedObject:
         first, last = start // CHUNK, -(-stop // CHUNK)
         size = min(SEGMENT, self.size - number * SEGMENT)
         missing = []
-        with self._cache.or_without("be read"):
+        with self._cache.disabled_on_error("be read"):
             entries = segment.present(first, last)
             there = entries != 0
             cuts = [0, *(np.flatnonzero(there[1:] != there[:-1]) + 1).tolist(), last - first]
@@ -371,7 +375,7 @@ class _CachedObject:
         return [(start, stop)]
 
     def _fetch(self, start: int, stop: int, offset: int, view: memoryview) -> None:
-        """Read a range from the store into its place in ``view``, and keep it in whole chunks."""
+        """Read a range from the store into ``view``, and store its whole chunks in the cache."""
         wanted = view[start - offset : stop - offset]
         if not self._cache.admits():
             self._source.readinto(start, wanted)

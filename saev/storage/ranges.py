@@ -49,7 +49,7 @@ class RangeReader:
                 self._source: Source = LocalFile(path, direct=direct)
             else:
                 remote = _open(self.url, size, etag)
-                self._source = remote if cache is None else cache.over(remote)
+                self._source = remote if cache is None else cache.wrap(remote)
         self.size = self._source.size
 
     def readinto(self, offset: int, buffer: tp.Any) -> None:
