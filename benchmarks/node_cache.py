@@ -123,13 +123,17 @@ def flip(folder: str) -> bool:
     return True
 
 
+class FailedError(Exception):
+    """A process ended with an error."""
+
+
 def read_all(kind: str, root: str, folder: str, max_bytes: int, sums: Path) -> tuple[float, int]:
     """All processes of the node at once: the seconds of the slowest, and the wrong blocks."""
     command = [sys.executable, __file__, "--worker", kind, root, folder, str(max_bytes), str(sums)]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(N_PROCESSES)]
     outs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
-        raise RuntimeError(f"a process with {kind} failed")
+        raise FailedError(kind)
     found = [json.loads(out) for out in outs]
     return max(seconds for seconds, _ in found), sum(n for _, n in found)
 
@@ -177,7 +181,13 @@ def main() -> None:
         rows: dict[str, tuple[list[float], str]] = {}
         for _ in range(args.repeats):
             for kind in KINDS:
-                for what, (value, unit) in trial(kind, root, size, scratch, server).items():
+                n_failed = 0
+                try:
+                    found = trial(kind, root, size, scratch, server)
+                except FailedError:
+                    found, n_failed = {}, 1
+                found["trials that failed"] = n_failed, ""
+                for what, (value, unit) in found.items():
                     rows.setdefault(f"{kind}: {what}", ([], unit))[0].append(value)
         for what, (values, unit) in rows.items():
             report.add(what, values, unit)
@@ -186,7 +196,7 @@ def main() -> None:
 
 def write(root: str, mb: float) -> tuple[list[list[int]], int]:
     """Objects of noise; returns the checksum of each block, and the bytes of all."""
-    n_bytes = int(mb * 1e6 / N_OBJECTS)
+    n_bytes = max(1, round(mb * 1e6 / N_OBJECTS / BLOCK)) * BLOCK
     sums = []
     for i in range(N_OBJECTS):
         data = np.random.default_rng(i).bytes(n_bytes)
