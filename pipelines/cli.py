@@ -128,7 +128,7 @@ def _submit(command: a.Submit) -> int:
         if command.check:
             submit.check_storage(job.parameters["dataset"], job.parameters["root"])
         machines.check(cluster, kfp.pods, job.pods)
-        submit.tell_of_others(kfp, job)
+        submit.warn_of_others(kfp, job)
         run = submit.start(kfp, job, command.name)
         print(kfp.run_url(run.run_id), flush=True)  # noqa: T201 - the result
         if kfp.hint:

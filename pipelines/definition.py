@@ -302,7 +302,7 @@ class Graph:
         """
         options = self._options
         settings = self._settings(step, gpus, launches=launches)
-        kfp_pods.shape(task, settings)
+        kfp_pods.apply_template(task, settings)
         task.set_caching_options(False)
         if options.retries:
             # Argo does not retry after this time, which begins with the first attempt. With kfp's

@@ -20,7 +20,7 @@ _TOLERATION = {"tolerationSeconds": "toleration_seconds"}
 """Kubernetes' names of a toleration's keys → kfp's names."""
 
 
-def shape(task: pipeline_task.PipelineTask, settings: PodSettings) -> None:
+def apply_template(task: pipeline_task.PipelineTask, settings: PodSettings) -> None:
     """Give a task the pod of a step: the parts of its template that KFP does not decide itself.
 
     Args:

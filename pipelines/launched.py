@@ -22,7 +22,7 @@ class Slots(tp.NamedTuple):
     failed: int
 
 
-class Looker:
+class JobReader:
     """Reads the Jobs of runs.
 
     Args:

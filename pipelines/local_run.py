@@ -62,7 +62,7 @@ def run(cfg: RunLocal) -> str:
         "n_parts": cfg.n_parts,
     }
     firing, one = (compile_pipeline(name, options) for name in ("saev-incoming", "saev"))
-    pipeline = one if cfg.pipeline == "saev" else prepare.both(firing, one)
+    pipeline = one if cfg.pipeline == "saev" else prepare.combined(firing, one)
     pairs = parameters.parse(cfg.param)
     values |= parameters.check(pipeline, pairs, "--param")
     parameters.check_pods(pairs, "--param")  # pod parameters are checked, but have no effect here
@@ -75,7 +75,7 @@ def run(cfg: RunLocal) -> str:
         if cfg.pipeline == "saev":
             _walk("saev", options, values, runner, outputs)
         else:
-            of_firing, of_run = prepare.divided(firing, one, values)
+            of_firing, of_run = prepare.split_parameters(firing, one, values)
             of_run |= {k: values[k] for k in ("root", "config", "claim_hours") if k in values}
             _fire(options, of_firing, of_run, runner, outputs)
     return storage.join(root, "index.html")

@@ -114,7 +114,7 @@ def job(
     how = pods(settings, given)
     own = compiled(name, settings, how)
     started = compiled("saev", settings, how) if name == "saev-incoming" else None
-    pipeline = both(own, started) if started else own
+    pipeline = combined(own, started) if started else own
     usual = usual_parameters(pipeline, settings)
     values: dict[str, tp.Any] = {"dataset": dataset, "root": root, "config": plain(file, source)}
     values = {
@@ -125,17 +125,17 @@ def job(
     values = parameters.complete(pipeline, values, chosen=given)
     if started is None:
         return Job(own, values, how)
-    of_firing, of_run = divided(own, started, values)
+    of_firing, of_run = split_parameters(own, started, values)
     return Job(own, of_firing, how, Job(started, of_run, how))
 
 
-def both(firing: Compiled, started: Compiled) -> Compiled:
+def combined(firing: Compiled, started: Compiled) -> Compiled:
     """A schedule's pipeline for its user: it also has the parameters of the runs that it starts."""
     parameters_of_both = {**started.parameters, **firing.parameters}
     return started._replace(name=firing.name, parameters=parameters_of_both)
 
 
-def divided(
+def split_parameters(
     firing: Compiled, started: Compiled, values: dict[str, tp.Any]
 ) -> tuple[dict[str, tp.Any], dict[str, tp.Any]]:
     """Divide values for both into those of a firing and those of the runs that it starts."""

@@ -181,7 +181,7 @@ def show_status(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     for name, value in facts.items():
         if value:
             console.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
-    console.print(watch.table(run, launched.Looker(kfp).slots(run)))
+    console.print(watch.table(run, launched.JobReader(kfp).slots(run)))
     if steps.is_firing(run):
         show_started(kfp, run, console)
     if steps.state_of(run) == "failed":

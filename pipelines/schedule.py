@@ -189,7 +189,7 @@ def _retire(kfp: Kfp, items: list[tp.Any], *, wait: bool, force: bool = False) -
             if force:
                 active = []
             else:
-                active = watch.patiently(request, logger.warning) if wait else request()
+                active = watch.with_retries(request, logger.warning) if wait else request()
             if active:
                 runs_of[item.recurring_run_id] = active
             else:

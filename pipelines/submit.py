@@ -63,7 +63,7 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
         raise ClusterError(f"{err} The run may have started: `make list` shows it.") from err
 
 
-def tell_of_others(kfp: Kfp, job: prepare.Job) -> None:
+def warn_of_others(kfp: Kfp, job: prepare.Job) -> None:
     """Warn about runs that process the same dataset with the same config now.
 
     The new run takes over their claim, because a person asked for it.

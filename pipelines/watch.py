@@ -63,7 +63,7 @@ def wait(kfp: Kfp, run_id: str, console: rich.console.Console, max_retries: int 
 
 def _follow(kfp: Kfp, run_id: str, console: rich.console.Console) -> tp.Any:
     """Show a run's steps until it is over. Returns the run."""
-    look = launched.Looker(kfp)
+    look = launched.JobReader(kfp)
     with _display(console) as show:
         run = _get(kfp, run_id, show)
         show.update(run, look.slots(run))
@@ -100,10 +100,10 @@ def _get(kfp: Kfp, run_id: str, show: "_Display") -> tp.Any:
         with kfp.explained("look at the run"):
             return kfp.runs.run_service_get_run(run_id=run_id)
 
-    return patiently(get, show.say)
+    return with_retries(get, show.say)
 
 
-def patiently(request: tp.Callable[[], T], say: tp.Callable[[str], None]) -> T:
+def with_retries(request: tp.Callable[[], T], say: tp.Callable[[str], None]) -> T:
     """Send a request, and repeat it after transient errors.
 
     Args:

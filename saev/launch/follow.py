@@ -136,7 +136,7 @@ def run(cluster: Cluster, workload: Workload, progress: Progress) -> None:
     try:
         found = _ensure(cluster, workload, progress)
         found = _to_the_end(cluster, workload, found, progress, logs)
-    except _Withdrawn as err:
+    except _MustStop as err:
         stop(cluster, workload)
         raise err.why from None
     except (KeyboardInterrupt, SystemExit):
@@ -208,7 +208,7 @@ def conditions(found: Json) -> dict[str, Json]:
 # --- The parts of `run` --------------------------------------------------------------------------
 
 
-class _Withdrawn(Exception):
+class _MustStop(Exception):
     """The work must not go on, for a reason that `progress.safe_point` gave."""
 
     def __init__(self, why: SaevError):
@@ -219,7 +219,7 @@ def _check(progress: Progress) -> None:
     try:
         progress.safe_point()
     except SaevError as err:
-        raise _Withdrawn(err) from err
+        raise _MustStop(err) from err
 
 
 def _ensure(cluster: Cluster, workload: Workload, progress: Progress) -> Json:

@@ -17,7 +17,7 @@ LABELS = {"app.kubernetes.io/name": "saev", "app.kubernetes.io/part-of": "saev"}
 STEP_LABEL = "app.kubernetes.io/component"
 RUN_LABEL = "pipeline/runid"
 """KFP's label for the pods of a run. `make logs` finds pods by it."""
-OUTSIDE_THE_MESH = ("sidecar.istio.io/inject", "false")
+NO_ISTIO_SIDECAR = ("sidecar.istio.io/inject", "false")
 """KFP's annotation for its pods. An Istio sidecar would keep running when the step has ended."""
 
 SUPERVISOR = ("python", "-m", "saev.steps.supervisor")
@@ -40,9 +40,9 @@ class Resources(tp.NamedTuple):
     most_memory: str = "8Gi"
 
 
-LOOKING = Resources("250m", "1Gi")
+SMALL_IMAGE_RESOURCES = Resources("250m", "1Gi")
 """For steps in the small image."""
-READING = Resources("250m", "4Gi")
+RUNTIME_IMAGE_RESOURCES = Resources("250m", "4Gi")
 """For steps in the runtime image that use no GPU."""
 
 GRACE_SECONDS = 300
@@ -89,7 +89,7 @@ class PodSettings(PodParameters):
     gpus: int | None = pydantic.Field(default=None, ge=0)
     """GPUs of a GPU pod, which also gets `cpu` and `memory`; None makes a pod of the other kind."""
     is_small: bool = False
-    """For pods that are no GPU pods: `LOOKING`, for the small image, instead of `READING`."""
+    """For pods that are no GPU pods: whether the image is the small one, which needs less."""
     mounts_volume: bool = False
     """Whether the volume claim is mounted."""
     timeout_seconds: int = pydantic.Field(ge=1)
@@ -150,14 +150,14 @@ def template(
         spec |= {"nodeSelector": settings.node_selector, "tolerations": settings.tolerations}
     metadata = {
         "labels": labels(settings.step, run_id),
-        "annotations": dict([OUTSIDE_THE_MESH]),
+        "annotations": dict([NO_ISTIO_SIDECAR]),
     }
     return {"metadata": metadata, "spec": spec}
 
 
 def _resources(settings: PodSettings) -> Json:
     if settings.gpus is None:
-        some = LOOKING if settings.is_small else READING
+        some = SMALL_IMAGE_RESOURCES if settings.is_small else RUNTIME_IMAGE_RESOURCES
         return {
             "requests": {"cpu": some.cpu, "memory": some.memory},
             "limits": {"cpu": some.most_cpu, "memory": some.most_memory},

@@ -112,12 +112,12 @@ def one(
     else:
         found = Found(file.data.kind, "", [])
     chosen = _identify(root, found, file, "")
-    _insist(root, chosen, owner, hours)
+    _claim_by_force(root, chosen, owner, hours)
     remember(root, owner, [chosen])
     return chosen
 
 
-def handed(
+def take_over(
     root: str, claim: tp.Any, dataset: str, file: RunFile, owner: str, hours: float
 ) -> Dataset:
     """Take over the claim of the firing that started this run. Returns the dataset.
@@ -385,7 +385,7 @@ def plain_numbers(obj: tp.Any) -> tp.Any:
 # --- Records -------------------------------------------------------------------------------------
 
 
-def _insist(root: str, dataset: Dataset, owner: str, hours: float) -> None:
+def _claim_by_force(root: str, dataset: Dataset, owner: str, hours: float) -> None:
     """Claim a dataset, also if another run holds it."""
     if not owner:
         return

@@ -30,7 +30,7 @@ _LONGEST_NAME = 100
 _DIGITS = 12
 
 
-class Nothing:
+class NoRuns:
     """Starts no runs. The caller reads the firing's output and starts them."""
 
     def get(self, run_id: str) -> Run | None:

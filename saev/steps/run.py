@@ -80,7 +80,7 @@ def _discover(cfg: cfgs.DiscoverStep, progress: Progress) -> list[str]:
     claim = cfgs.parse_json(cfg.claim, "--claim")
     with progress.task("list the images", total=None, unit="file") as task:
         if claim:
-            dataset = discover.handed(
+            dataset = discover.take_over(
                 cfg.root, claim, cfg.dataset, cfg.file, cfg.owner, cfg.claim_hours
             )
         else:
@@ -95,7 +95,7 @@ def _discover(cfg: cfgs.DiscoverStep, progress: Progress) -> list[str]:
 def _fire(cfg: cfgs.FireStep, progress: Progress) -> list[str]:
     storage.check_writable(cfg.root)
     target = cfg.target
-    runs: Runs = fire.Nothing()
+    runs: Runs = fire.NoRuns()
     if target is not None:
         fields = {name: getattr(target, name) for name in Target._fields}
         runs = Kubeflow(Target(**fields))

@@ -38,7 +38,7 @@ def plan(cfg: cfgs.PlanStep, job: Job, progress: Progress) -> list[str]:
     slots = {chain.FIRST.slots: jobs.cut(parts, cfg.n_parts)}
     keys = {chain.FIRST.name: key}
     jobs.write_plan(job, "plan", Plan(storage.name(url), [], slots, keys))
-    _tell_slots(cfg, slots)
+    _write_slots(cfg, slots)
     return [url]
 
 
@@ -78,7 +78,7 @@ def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
     with progress.doing("plan the SAEs"):
         plan = _plan_all(stages, result.urls[0], cfg.n_parts)
     jobs.write_plan(job, "publish", plan)
-    _tell_slots(cfg, plan.slots)
+    _write_slots(cfg, plan.slots)
     return [*result.urls, *map(job.run, plan.runs)]
 
 
@@ -167,7 +167,7 @@ def _cut(stage: Stage, runs: tp.Sequence[str], found: chain.Found, n_slots: int)
 # --- Jobs ----------------------------------------------------------------------------------------
 
 
-def _tell_slots(cfg: tp.Any, slots: tp.Mapping[str, list[list[jobs.Item]]]) -> None:
+def _write_slots(cfg: tp.Any, slots: tp.Mapping[str, list[list[jobs.Item]]]) -> None:
     for step, of_step in slots.items():
         outputs.write_parameter(getattr(cfg, f"to_{step}"), jobs.numbered(of_step))
 

@@ -417,4 +417,4 @@ def test_many_pages_of_runs(schedule: Schedule) -> None:
 
 def test_a_firing_needs_an_owner(schedule: Schedule) -> None:
     with pytest.raises(ConfigError, match="--owner is empty"):
-        fire.Firing(schedule.step(owner=""), fire.Nothing()).run()
+        fire.Firing(schedule.step(owner=""), fire.NoRuns()).run()

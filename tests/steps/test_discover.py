@@ -19,7 +19,7 @@ from saev.config.steps import FireStep
 from saev.errors import ConfigError, CorruptDataError, StorageError
 from saev.steps import discover, last_word
 from saev.steps.discover import Dataset
-from saev.steps.fire import Firing, Nothing
+from saev.steps.fire import Firing, NoRuns
 
 from .places import Place
 
@@ -48,10 +48,10 @@ def fire(
         claim_hours=1.0,
         max_datasets=limit,
     )
-    firing = Firing(cfg, Nothing())
+    firing = Firing(cfg, NoRuns())
     firing.run()
     taken = [
-        discover.handed(place.root, run["claim"], run["dataset"], file, owner, 1.0)
+        discover.take_over(place.root, run["claim"], run["dataset"], file, owner, 1.0)
         for run in firing.started
     ]
     if taken:
@@ -176,7 +176,7 @@ def test_a_replaced_file_of_the_same_size_is_new_data(place: Place) -> None:
     second = fire(place, "two")
     assert names(second) == ["a"]
     assert second[0].version, "equal names and sizes must not give equal shards"
-    again = discover.handed(
+    again = discover.take_over(
         place.root, discover.claim_for(second[0], "firing-of-two"), second[0].url, FILE, "two", 1.0
     )
     assert again == second[0], "a step that is retried finds the same"
