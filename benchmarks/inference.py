@@ -1,17 +1,21 @@
-"""Tokens/s and memory of `saev inference`, beside the bare encode + decode of the same SAE.
+"""Tokens/s and memory of `saev inference`, beside the encoder's product and selection alone.
 
-    python benchmarks/inference.py              # 15 minutes and 8 GB, most of them for 5 M tokens
+    python benchmarks/inference.py              # 25 minutes and 8 GB, most of them for 5 M tokens
     python benchmarks/inference.py --small      # a trial
 
-Random activations and weights; the page cache is warm. Everything is saved: statistics, codes,
-distributions, top examples. Measured in turn:
+Random activations and weights; the page cache is warm. Measured in turn:
 
 - bare: `sae.forward` on batches that are already in memory, which is what a loop without metrics,
   statistics, top examples or files takes at least, if it keeps codes dense as it does;
-- the stage from a config to a published metrics.json;
-- the stage with --no-save.
+- product and selection: the codes of batches that are already in memory, without a reconstruction;
+- the stage from configs to published results, for one SAE and for eight in one pass: everything
+  saved (statistics, codes, distributions, top examples), and statistics only (--no-save).
 
-And in processes of their own: the memory that the stage adds for 50 k and for 5 M tokens.
+SAE-tokens/s are tokens/s times the number of SAEs. CPU seconds count all threads; on a machine that
+others use, too, their shares say more than those of rates.
+
+And in processes of their own: the memory that the stage adds for 50 k and for 5 M tokens, and for
+one SAE and eight.
 """
 
 import argparse
@@ -28,8 +32,8 @@ from activations import LAYER, Folder, write
 from harness import Memory, Report, alternate, invocation, parser
 
 from saev import inference, storage
-from saev.config import DataConfig, InferenceConfig, Relu, SaeConfig, TopK
-from saev.nn import SparseAutoencoder, load_sae
+from saev.config import DataConfig, InferenceConfig, Relu, SaeConfig, TopK, TrainConfig
+from saev.nn import SparseAutoencoder, codes, load_sae
 from saev.shards import Shards
 
 CONTENT_TOKENS = 256
@@ -43,89 +47,120 @@ def folder(n_tokens: float, args: argparse.Namespace) -> Folder:
                   n_labels=args.labels)  # fmt: skip
 
 
-def write_sae(root: str, args: argparse.Namespace) -> str:
-    """A random SAE; about 0.6% of the latents of a ReLU fire."""
+def write_sae(root: str, shards: str, args: argparse.Namespace, seed: int = 0) -> str:
+    """A run folder of a random SAE; about 0.6% of the latents of a ReLU fire."""
     activation = TopK(top_k=args.top_k) if args.top_k else Relu()
     cfg = SaeConfig(d_model=args.d_model, d_sae=args.d_sae, activation=activation)
     sae = SparseAutoencoder(cfg).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(args.d_sae, args.d_model, generator=generator)
     sae.W_dec.copy_(torch.nn.functional.normalize(rows))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.b_enc.fill_(0.0 if args.top_k else -2.5)
-    url = storage.join(root, "sae")
-    sae.save(url)
+    url = storage.join(root, "runs", str(seed))
+    sae.save(storage.join(url, "checkpoint"))
+    keys = {"train_data": {"shards": shards, "layer": LAYER}, "sae": cfg.to_dict()}
+    storage.write_json(storage.join(url, "config.json"), TrainConfig.from_dict(keys).to_dict())
     return url
 
 
-def bare(shards_url: str, sae_url: str, args: argparse.Namespace) -> Callable[[], float]:
-    """Tokens/s of encode + decode."""
-    sae = load_sae(sae_url, device=args.device)
+class Timed:
+    """Repeats something, which returns the number of its SAE-tokens, and keeps CPU times, too."""
+
+    def __init__(self, do: Callable[[], int]):
+        self._do = do
+        self.cpu: list[float] = []
+        """Microseconds per SAE-token, of every call."""
+
+    def __call__(self) -> float:
+        """SAE-tokens/s."""
+        start, cpu = time.perf_counter(), time.process_time()
+        n = self._do()
+        self.cpu.append((time.process_time() - cpu) / n * 1e6)
+        return n / (time.perf_counter() - start)
+
+
+def in_memory(
+    shards_url: str,
+    run: str,
+    args: argparse.Namespace,
+    do: Callable[[SparseAutoencoder, tp.Any], object],
+) -> Timed:
+    """Something with batches that are in memory already."""
+    sae = load_sae(run, device=args.device)
     opened = Shards.open(shards_url)
     acts = opened.read(0, LAYER, 0, opened.infos[0].n_examples)[:, 1:].reshape(-1, args.d_model)
 
     @torch.no_grad()
-    def run() -> float:
-        start = time.perf_counter()
+    def work() -> int:
         for batch in acts.split(args.batch_size):
-            sae(batch.to(args.device))
+            do(sae, batch.to(args.device))
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return len(acts) / (time.perf_counter() - start)
+        return len(acts)
 
-    return run
+    return Timed(work)
+
+
+def select(sae: SparseAutoencoder, x: torch.Tensor) -> None:
+    """Product and selection, as the stage does them."""
+    for part in x.split(len(x) if x.is_cuda else codes.chunk_rows(sae)):
+        codes.select(sae, part)
 
 
 def stage(
-    shards_url: str, sae_url: str, out: str, args: argparse.Namespace, *, save: bool = True
-) -> Callable[[], float]:
-    """Tokens/s of the stage."""
-    cfg = InferenceConfig(
-        run=sae_url, data=DataConfig(shards=shards_url, layer=LAYER), out=out, save=save,
-        batch_size=args.batch_size, device=args.device,
-    )  # fmt: skip
+    shards_url: str, runs: tp.Sequence[str], args: argparse.Namespace, *, save: bool = True
+) -> Timed:
+    """The stage."""
+    data = DataConfig(shards=shards_url, layer=LAYER)
+    cfgs = [
+        InferenceConfig(
+            run=run, data=data, save=save, batch_size=args.batch_size, device=args.device
+        )
+        for run in runs
+    ]  # fmt: skip
 
-    def run() -> float:
-        storage.delete(out, recursive=True)
-        start = time.perf_counter()
-        url = inference.run(cfg)
-        seconds = time.perf_counter() - start
-        return storage.read_json(storage.join(url, "metrics.json"))["n_tokens"] / seconds
+    def work() -> int:
+        for run in runs:
+            storage.delete(storage.join(run, "inference"), recursive=True)
+        urls = inference.run_all(cfgs)
+        found = [storage.read_json(storage.join(url, "metrics.json")) for url in urls]
+        return sum(metrics["n_tokens"] for metrics in found)
 
-    return run
+    return Timed(work)
 
 
 def child(args: argparse.Namespace) -> None:
-    """Print tokens/s of the stage and the MB of memory that it adds."""
-    shards_url, sae_url, out = args.child
-    inference.run  # noqa: B018 - imports what is imported late
+    """Print SAE-tokens/s of the stage and the MB of memory that it adds."""
+    shards_url, *runs = args.child
+    inference.run_all([])  # imports what is imported late
     held = Memory()
-    found = stage(shards_url, sae_url, out, args)()
+    found = stage(shards_url, runs, args)()
     print(json.dumps({"rate": found, "added": held.added()}))
 
 
-def memory(report: Report, sae_url: str, root: str, args: argparse.Namespace) -> None:
+def memory(report: Report, runs: tp.Sequence[str], root: str, args: argparse.Namespace) -> None:
     """Rows about memory."""
     few, many = (2_000, 8_000) if args.small else (50_000, args.most_tokens)
     added = {}
-    for n in (few, many):
+    for n, n_saes in ((few, 1), (many, 1), (few, len(runs))):
         place = storage.join(root, f"tokens-{n}")
         shards_url = write(place, folder(n, args))
         flags = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in _SHAPE]
-        command = [
-            sys.executable, __file__, *flags, "--child", shards_url, sae_url,
-            storage.join(place, "out"),
-        ]  # fmt: skip
+        command = [sys.executable, __file__, *flags, "--child", shards_url, *runs[:n_saes]]
         ran = subprocess.run(command, check=True, capture_output=True)
         found = json.loads(ran.stdout)
-        added[n] = found["added"]
-        report.add(f"{n:,} tokens, everything saved", [found["rate"]], "tokens/s",
+        added[n, n_saes] = found["added"]
+        what = f"{n:,} tokens, N = {n_saes}, everything saved"
+        report.add(what, [found["rate"]], "SAE-tokens/s",
                    at_least=12e3 if n >= 50_000 and not args.small else None)  # fmt: skip
-        report.add(f"{n:,} tokens: memory added", [found["added"]], "MB")
+        report.add(f"{what}: memory added", [found["added"]], "MB")
         storage.delete(place, recursive=True)
     # Flat: 100 times the tokens may not cost more than what a few more pieces in flight take.
-    growth = added[many] - added[few]
+    growth = added[many, 1] - added[few, 1]
     report.add(f"memory of {many:,} tokens − that of {few:,}", [growth], "MB", at_most=300)
+    more = (added[few, len(runs)] - added[few, 1]) / (len(runs) - 1)
+    report.add("memory of one more SAE", [more], "MB")
 
 
 _SHAPE = ("d_model", "d_sae", "top_k", "batch_size", "device")
@@ -143,31 +178,51 @@ def main() -> None:
     made.add_argument("--labels", type=int, default=0, help="classes; 0: none")
     made.add_argument("--device", default="cpu")
     made.add_argument("--root", default="", help="where to write; a temporary folder if not given")
-    made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    made.add_argument("--saes", type=int, default=8, help="SAEs in one pass")
+    made.add_argument("--no-memory", action="store_true", help="leave out the rows of memory")
+    made.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.child:
         child(args)
         return
     if args.small:
-        args.tokens, args.d_sae = 4_000, 1536
+        args.tokens, args.d_sae, args.saes = 4_000, 1536, 2
     report = Report(invocation(), args.json)
     with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
-        shards_url, sae_url = write(root, folder(args.tokens, args)), write_sae(root, args)
-        found = alternate(
-            {
-                "bare": bare(shards_url, sae_url, args),
-                "saved": stage(shards_url, sae_url, storage.join(root, "out"), args),
-                "unsaved": stage(shards_url, sae_url, storage.join(root, "out"), args, save=False),
-            },
-            args.repeats,
-        )
-        name = f"{args.tokens:,} tokens"
-        report.add("bare encode + decode, dense", found["bare"], "tokens/s")
-        report.add(f"{name}, everything saved", found["saved"], "tokens/s", at_least=12e3)
-        report.share(f"{name}, everything saved ÷ bare", found["saved"], found["bare"])
-        report.add(f"{name}, --no-save", found["unsaved"], "tokens/s")
-        memory(report, sae_url, root, args)
+        shards_url = write(root, folder(args.tokens, args))
+        runs = [write_sae(root, shards_url, args, seed) for seed in range(args.saes)]
+        rates(report, shards_url, runs, args)
+        if not args.no_memory:
+            memory(report, runs, root, args)
     report.close()
+
+
+def rates(
+    report: Report, shards_url: str, runs: tp.Sequence[str], args: argparse.Namespace
+) -> None:
+    """Rows about time."""
+    several = f"N = {len(runs)}"
+    ways = {
+        "bare encode + decode, dense": in_memory(
+            shards_url, runs[0], args, lambda sae, x: sae(x)
+        ),
+        "product and selection": in_memory(shards_url, runs[0], args, select),
+        "N = 1, statistics only": stage(shards_url, runs[:1], args, save=False),
+        "N = 1, everything saved": stage(shards_url, runs[:1], args),
+        f"{several}, statistics only": stage(shards_url, runs, args, save=False),
+        f"{several}, everything saved": stage(shards_url, runs, args),
+    }  # fmt: skip
+    found = alternate(ways, args.repeats)
+    for name in ways:
+        report.add(name, found[name], "SAE-tokens/s")
+    _, limit, *stages = ways
+    selecting = ways[limit]
+    for name in stages:
+        way = ways[name]
+        target = 0.8 if "only" in name else 0.65
+        report.share(f"{name} ÷ product and selection", found[name], found[limit], at_least=target)
+        shares = [of / cpu for of, cpu in zip(selecting.cpu[1:], way.cpu[1:], strict=True)]
+        report.add(f"{name}: the same share of CPU seconds", shares, "×", at_least=target)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from saev import cli, inference, run, storage, train, vit
-from saev.config import BatchTopK, JumpRelu, Relu, SaeConfig, TopK, Vanilla
+from saev.config import BatchTopK, InferenceCommand, JumpRelu, Relu, SaeConfig, TopK, Vanilla
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.errors import ConfigError
+from saev.inference import stage
 from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank
 from saev.shards import Shards
@@ -136,6 +137,24 @@ def test_measuring(job: Path) -> None:
     assert 0.5 * found["storage_runs_bytes"] < kept <= found["storage_runs_bytes"]
     (shards,) = (job / "root" / "shards").iterdir()
     assert found["inference_items"] == inference.n_pieces(Shards.open(str(shards)))
+    with Shards.open(str(shards)) as opened:
+        layer = sum(x.n_examples * x.row_bytes for x in opened.layouts)
+    assert found["inference_shared_read_bytes"] == layer
+    assert found["inference_read_bytes"] == 4 * layer
+
+
+@pytest.mark.parametrize(("latents", "n"), [(1000, 1), (96, 2), (1, 4)])
+def test_passes_are_those_of_inference(
+    job: Path, monkeypatch: pytest.MonkeyPatch, latents: int, n: int
+) -> None:
+    """Whether there is room for the weights of all SAEs, of any two, or of one."""
+    cfg = SizeConfig(config=str(job / "run.toml"), load_model=True)
+    given = inputs.gather(cfg)
+    for module in (estimate, stage):
+        monkeypatch.setattr(module, "GROUP_BYTES", 8 * given.recording.d_model * latents)
+    measuring = stage.Measuring(InferenceCommand(runs=str(job / "root" / "runs")))
+    assert len(estimate.Estimate(given, cfg).passes()) == len(measuring._groups) == n
+    measuring.close()
 
 
 def test_groups_are_those_of_training(job: Path) -> None:
@@ -198,8 +217,6 @@ def test_resume_point_of_a_group_with_several_banks() -> None:
 
 
 def test_constants_are_those_of_the_stages() -> None:
-    from saev.inference import stage
-
     assert stage._ITEM_TOKENS == estimate._ITEM_TOKENS
     assert torch.Generator().get_state().nbytes == formats.RNG_BYTES
 

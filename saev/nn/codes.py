@@ -45,28 +45,49 @@ def encode(sae: SparseAutoencoder, x: Float[Tensor, "n d_model"]) -> Encoded:
         sae: the SAE.
         x: activations as recorded, on the SAE's device.
     """
-    rows = len(x) if x.is_cuda else max(64, _CHUNK_BYTES // sae.b_enc.nbytes)
-    parts = [_encode_chunk(sae, x_c) for x_c in x.to(sae.W_enc.dtype).split(max(1, rows))]
-    return parts[0] if len(parts) == 1 else Encoded(*map(torch.cat, zip(*parts, strict=True)))
+    x = x.to(sae.W_enc.dtype)
+    x_hat = torch.empty_like(x)
+    rows = len(x) if x.is_cuda else chunk_rows(sae)
+    parts = [
+        _encode_chunk(sae, *pair) for pair in zip(x.split(rows), x_hat.split(rows), strict=True)
+    ]
+    row_nnz, latents, values = (torch.cat(side) for side in zip(*parts, strict=True))
+    return Encoded(row_nnz, latents, values, x_hat)
 
 
-def _encode_chunk(sae: SparseAutoencoder, x: Tensor) -> Encoded:
+def chunk_rows(sae: SparseAutoencoder) -> int:
+    """Tokens that are encoded at a time on the CPU."""
+    return max(64, _CHUNK_BYTES // sae.b_enc.nbytes)
+
+
+def select(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The codes of a chunk of tokens.
+
+    Returns:
+        Active latents per token int64 [n], active latents int32 [nnz], ascending in each token,
+        their values, and the dense latents [n, d_sae] if they had to be made.
+    """
     z = torch.addmm(sae.b_enc, x, sae.W_enc)
     k = _top_k(sae)
     if k is not None and k < _SPARSE_BELOW * sae.d_sae:
-        row_nnz, latents, values = _top_codes(sae, z, k)
+        return *_top_codes(sae, z, k), None
+    acts = sae.activate(z)
+    rows, latents = acts.nonzero(as_tuple=True)
+    return torch.bincount(rows, minlength=len(x)), latents.int(), acts[rows, latents], acts
+
+
+def _encode_chunk(
+    sae: SparseAutoencoder, x: Tensor, x_hat: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes of a chunk of tokens, as :func:`select`; writes their reconstruction."""
+    row_nnz, latents, values, acts = select(sae, x)
+    if acts is not None and len(values) >= _SPARSE_BELOW * acts.numel():
+        x_hat.copy_(sae.decode(acts))
     else:
-        acts = sae.activate(z)
-        rows, latents = acts.nonzero(as_tuple=True)
-        values = acts[rows, latents]
-        row_nnz = torch.bincount(rows, minlength=len(x))
-        latents = latents.int()
-        if len(values) >= _SPARSE_BELOW * acts.numel():
-            return Encoded(row_nnz, latents, values, sae.decode(acts))
-    ptr = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
-    torch.cumsum(row_nnz, 0, out=ptr[1:])
-    x_hat = sum_bags(sae.W_dec, latents, values, ptr).add_(sae.b_dec)
-    return Encoded(row_nnz, latents, values, x_hat)
+        ptr = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
+        torch.cumsum(row_nnz, 0, out=ptr[1:])
+        torch.add(sum_bags(sae.W_dec, latents, values, ptr), sae.b_dec, out=x_hat)
+    return row_nnz, latents, values
 
 
 def _top_k(sae: SparseAutoencoder) -> int | None:
@@ -87,4 +108,6 @@ def _top_codes(sae: SparseAutoencoder, z: Tensor, k: int) -> tuple[Tensor, Tenso
     assert isinstance(sae.cfg.activation, TopK)
     # Asked this way round, NaN is kept, and the shard reported.
     active = ~(values <= 0) if sae.cfg.activation.rectify else values != 0
+    if not values.is_cuda and bool(active.all()):
+        return active.sum(-1), ascending.values.flatten(), values.flatten()
     return active.sum(-1), ascending.values[active], values[active]

@@ -7,7 +7,14 @@ import numpy as np
 
 from saev.config.size import SizeConfig
 from saev.config.train import TrainConfig, default_batch_size, default_n_train
-from saev.limits import GPU_CHUNK_BYTES, INDEX_BYTES_PER_TOKEN, N_RESUME_POINTS, VAL_FRACTION
+from saev.limits import (
+    GPU_CHUNK_BYTES,
+    GROUP_BYTES,
+    INDEX_BYTES_PER_TOKEN,
+    N_RESUME_POINTS,
+    PIECE_ENTRIES,
+    VAL_FRACTION,
+)
 from saev.shards.protocol import Layout, in_validation
 from saev.size import formats
 from saev.size.inputs import Inputs
@@ -320,6 +327,29 @@ class Estimate:
         )
         return sum(formats.safetensors(tensors) for tensors in files)
 
+    def passes(self) -> list[list[int]]:
+        """SAEs that `saev run` measures together, by their numbers."""
+        by_tokens: dict[str, list[int]] = {}
+        for i, sae in enumerate(self.inputs.saes):
+            key = f"{sae.train_data.layer} {sae.train_data.tokens}"
+            by_tokens.setdefault(key, []).append(i)
+        passes: list[list[int]] = []
+        for members in by_tokens.values():
+            held = 0
+            for number, i in enumerate(members):
+                n_bytes = 8 * self.meta.d_model * self.widths[i]
+                if number == 0 or held + n_bytes > GROUP_BYTES:
+                    passes.append([])
+                    held = 0
+                passes[-1].append(i)
+                held += n_bytes
+        return passes
+
+    def measuring_bytes(self, i: int) -> int:
+        """Memory that an SAE takes while it is measured, alone or with others."""
+        pieces = 2 * PIECE_ENTRIES * (8 + 16 // self.l0(self.inputs.saes[i]))
+        return self.checkpoint_bytes(i) + self.statistics_bytes(i) + pieces
+
     def measuring(self) -> list[Row]:
         """Rows about `saev inference`."""
         saes, meta = self.inputs.saes, self.meta
@@ -328,6 +358,7 @@ class Estimate:
         sure: Sure = "about" if self.inputs.inference.save else "exact"
         l0 = max(self.l0(sae) for sae in saes)
         step = max(1, _ITEM_TOKENS // max(1, self.layout.n_examples * meta.tokens_per_example))
+        passes = self.passes()
         return [
             Row(
                 "codes_bytes", "sparse codes of an SAE", codes, "bytes", sure,
@@ -345,7 +376,18 @@ class Estimate:
             ),
             Row(
                 "inference_read_bytes", "read in all", n * meta.n_examples * self.row_bytes,
-                "bytes", "exact", "every SAE reads its layer once",
+                "bytes", "at most", "in the pipeline, where every SAE reads its layer once",
+            ),
+            Row(
+                "inference_shared_read_bytes", "read by `saev run`",
+                len(passes) * meta.n_examples * self.row_bytes, "bytes", "exact",
+                "SAEs of one layer are measured together and read it once, as long as their "
+                "weights have 4 GiB",
+            ),
+            Row(
+                "inference_sae_bytes", "memory of each SAE that is measured",
+                max(map(self.measuring_bytes, range(n))), "bytes", "at most",
+                "its weights, its statistics and top examples, and two pieces of 2 million codes",
             ),
             Row(
                 "inference_items", "work items per SAE", math.ceil(meta.n_shards / step), "",
