@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 import typing as tp
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -215,15 +216,18 @@ class VisionModel:
         """The forward hook of a block.
 
         Hooks are never removed, because other threads may be running a forward pass. A hook does
-        nothing unless its own thread is recording this layer.
+        nothing unless its own thread is recording this layer. It refers to this object weakly:
+        otherwise the weights would stay in memory until Python looks for cycles.
         """
+        reference = weakref.ref(self)
 
         def hook(_module: nn.Module, _args: tp.Any, output: tp.Any) -> None:
-            request = getattr(self._recording, "request", None)
-            if request is None or layer not in request[0]:
+            model = reference()
+            request = getattr(model._recording, "request", None) if model else None
+            if model is None or request is None or layer not in request[0]:
                 return
             layers, keep = request
-            keep(layer, self._stream(layer, output))
+            keep(layer, model._stream(layer, output))
             if layer == max(layers):
                 raise _Done
 

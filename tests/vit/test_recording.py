@@ -1,7 +1,9 @@
 """Recorded activations against an independent forward pass of the same network, bit by bit."""
 
 import concurrent.futures
+import gc
 import typing as tp
+import weakref
 
 import open_clip.transformer
 import pytest
@@ -279,6 +281,30 @@ def test_blocks_may_return_tuples():
     found = toy(tupled).record(images, [0, 2])
     assert torch.equal(found, toy(plain).record(images, [0, 2]))
     assert torch.equal(toy(plain).pool(images), found[1].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("family", "ckpt"), [("timm", "test_vit/random"), ("clip", "ViT-S-32/random")]
+)
+def test_its_memory_is_free_as_soon_as_nobody_uses_it(family: str, ckpt: str):
+    gc.collect()
+    gc.disable()
+    try:
+        model = vit.load(family, ckpt)
+        module = weakref.ref(model.module)
+        del model
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_a_network_that_outlives_its_model_runs():
+    net = Toy()
+    images = torch.randn(1, 3, 8, 12)
+    model = toy(net)
+    expected = model.module(images)
+    del model
+    assert torch.equal(net(images), expected)
 
 
 def test_a_refused_network_keeps_no_hooks():
