@@ -236,7 +236,7 @@ def uninstall(plan: Plan, *, dry_run: bool, force: bool, delete_pvc: str) -> Non
             delete.append((kind, name))
     if not found:
         say("  nothing is installed")
-    say("Left as they are: the namespace and its labels, and what is cluster-wide (priority).")
+    say("Not changed: the namespace and its labels, and cluster-wide objects (priority).")
     if dry_run:
         say("Nothing was changed (DRY_RUN).")
     elif delete:

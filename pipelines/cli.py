@@ -213,7 +213,7 @@ def _runs(command: Config) -> int:
         elif isinstance(command, a.Cancel):
             run = runs.find(kfp, command.run)
             if runs.cancel(kfp, run):
-                _say(f"{run.display_name} is being canceled; what it has finished stays.")
+                _say(f"{run.display_name} is being canceled; its finished work is kept.")
             else:
                 _say(f"{run.display_name} is over already: {steps.state_of(run)}.")
         elif isinstance(command, a.Status | a.Watch | a.Logs):

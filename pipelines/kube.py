@@ -117,7 +117,7 @@ def _server(settings: Settings, address: str) -> Server:
     return Server(
         name="the Kubernetes API",
         address=address,
-        who="Log in to the cluster anew, until `kubectl auth whoami` works.",
+        who="Log in to the cluster again, until `kubectl auth whoami` works.",
         allowed="Ask the administrator of the cluster for this permission.",
         found="Check KUBECONFIG and KUBE_CONTEXT, until `kubectl version` works.",
         certificate="Check certificate-authority-data in the kubeconfig.",

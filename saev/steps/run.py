@@ -146,7 +146,7 @@ def _report(cfg: cfgs.ReportStep, job: Job, progress: Progress) -> list[str]:
     if missing:
         raise StorageError(
             f"{len(missing)} of {len(runs)} SAEs have no results on {plan.shards}, such as "
-            f"{min(missing)}. Retry the run: what is done is skipped."
+            f"{min(missing)}. Retry the run: finished work is skipped."
         )
     progress.publish_point()
     url = overview.write(job.root)
