@@ -77,7 +77,7 @@ def recording_runs(cfg: ShardsConfig) -> dict[str, Callable[[], float]]:
         recording = extract.Recording(cfg)
         recording.model, recording.dataset = model, dataset  # loading them is not recording
         start = time.perf_counter()
-        (url,) = driver.run(recording).urls
+        (url,) = driver.run_job(recording).urls
         seconds = time.perf_counter() - start
         storage.delete(url, recursive=True)
         return n / seconds

@@ -29,7 +29,7 @@ from pipelines.options import CompileOptions, PipelineName
 from pipelines.runners import Containers, Processes, Runner
 from saev import storage
 from saev.config.run import RunFile
-from saev.config.stages import images_of, resolve
+from saev.config.stages import images_of, resolve_stages
 from saev.errors import ConfigError
 
 _MOST_DATASETS = 10
@@ -53,7 +53,7 @@ def run(cfg: RunLocal) -> str:
     source = storage.normalize(cfg.config)
     if dataset and storage.local_path(dataset) and not Path(dataset).exists():
         raise ConfigError(f"The dataset {dataset} does not exist. Check the path.")
-    resolve(file, root, images_of(file, dataset), source)
+    resolve_stages(file, root, images_of(file, dataset), source)
     options = CompileOptions(image=cfg.image, cpu_image=cfg.cpu_image, retries=0)
     values: dict[str, tp.Any] = {
         "dataset": dataset,

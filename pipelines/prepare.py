@@ -8,7 +8,7 @@ from pipelines.options import CompileOptions, PipelineName, PodOptions
 from pipelines.settings import Settings
 from saev import storage
 from saev.config.run import RunFile
-from saev.config.stages import images_of, resolve
+from saev.config.stages import images_of, resolve_stages
 from saev.errors import ConfigError
 
 _FILE = "cluster.toml [parameters]"
@@ -109,7 +109,7 @@ def job(
         )
     if not dataset and hasattr(images, "root"):
         place(str(images.root), f"data.root of {source}", settings)
-    resolve(file, root, images, source)
+    resolve_stages(file, root, images, source)
     given = parameters.parse(asked.param)
     how = pods(settings, given)
     own = compiled(name, settings, how)

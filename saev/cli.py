@@ -145,11 +145,11 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
     if isinstance(cfg, SizeConfig):
         from saev import size
 
-        return lambda: _no_urls(size.run, cfg)
+        return lambda: _no_urls(size.print_sizes, cfg)
     if isinstance(cfg, GcConfig):
         from saev import gc
 
-        return lambda: _no_urls(gc.run, cfg)
+        return lambda: _no_urls(gc.clean_up, cfg)
     if isinstance(cfg, OpenConfig):
         from saev import opened
 
@@ -168,7 +168,7 @@ def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
     from saev import after
 
     started, part = time.monotonic(), getattr(cfg, "part", "")
-    urls = driver.run(job, part, progress).urls
+    urls = driver.run_job(job, part, progress).urls
     if part or progress.quiet:
         return Made(urls)
     progress.say(after.figures(cfg, urls, time.monotonic() - started))

@@ -20,7 +20,7 @@ _N_LOOKS = 16
 """Items whose state is checked at the same time."""
 
 
-def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
+def run_job(job: Job, part: str = "", progress: Progress | None = None) -> Result:
     """Do the missing items, publish, and close the job.
 
     Args:
@@ -39,14 +39,14 @@ def run(job: Job, part: str = "", progress: Progress | None = None) -> Result:
     with contextlib.closing(job):
         with progress.doing(job.opening) as task, storage.told_of_files(task.see):
             items = wanted.slice(job.items())
-        do(job, items, progress)
+        do_items(job, items, progress)
         if not part:
             return finish(job, progress)
         logger.info("Part %s of %s is done.", part, _named(job))
         return Result(job.urls)
 
 
-def do(job: Job, items: Sequence[Item], progress: Progress | None = None) -> None:
+def do_items(job: Job, items: Sequence[Item], progress: Progress | None = None) -> None:
     """Do the missing items of an opened job. Does nothing if its result is published.
 
     Raises:

@@ -8,8 +8,7 @@ from saev import after, chain, driver, storage
 from saev.config.images import ImageData, ImgFolder, ImgSegFolder
 from saev.config.named import FIRST_LOOK, named_config
 from saev.config.run import RunConfig, RunFile
-from saev.config.stages import Stages
-from saev.config.stages import resolve as resolve_stages
+from saev.config.stages import Stages, resolve_stages
 from saev.config.train import TOKENS_PER_LATENT, TrainConfig, default_n_train
 from saev.errors import ConfigError
 from saev.progress import Progress
@@ -55,7 +54,7 @@ def _do(
 ) -> tuple[str, ...]:
     """Run a stage and say what it has made; returns where that is."""
     started = time.monotonic()
-    urls = driver.run(stage.of(stages, found), progress=progress).urls
+    urls = driver.run_job(stage.of(stages, found), progress=progress).urls
     if not progress.quiet:
         cfg = stage.make_config(stages, found)
         progress.say(after.figures(cfg, urls, time.monotonic() - started))
@@ -69,7 +68,7 @@ def _do_runs(
     if not stage.together:
         return [_do(stage, stages, found, progress)[0] for found in of_runs]
     started = time.monotonic()
-    urls = driver.run(stage.of_all(stages, of_runs), progress=progress).urls
+    urls = driver.run_job(stage.of_all(stages, of_runs), progress=progress).urls
     if not progress.quiet:
         cfg = stage.make_config(stages, of_runs[0])
         progress.say(after.figures(cfg, urls, time.monotonic() - started))

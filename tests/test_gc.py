@@ -175,7 +175,7 @@ def test_what_unfinished_work_leaves(anywhere: str) -> None:
     assert "within the grace of 24h" in kept(anywhere, days=0)[f"shards/{begun}"]
     assert look(anywhere, older_than="5d", incomplete=True) == []
 
-    gc.run(GcConfig(root=anywhere, grace="0m", delete=True, incomplete=True, yes=True))
+    gc.clean_up(GcConfig(root=anywhere, grace="0m", delete=True, incomplete=True, yes=True))
     assert look(anywhere) == []
     assert {"runs/notes/mine.txt", "shards/README"} <= set(keys(anywhere))
     assert storage.exists(storage.join(anywhere, "runs", first, "run.json"))
@@ -305,7 +305,7 @@ def test_old_runs_go_before_their_shards(anywhere: str) -> None:
     found = going(anywhere, older_than="2d")
     assert found == {**{f"runs/{r}": "run" for r in runs}, f"shards/{name}": "shards"}
     assert list(found)[-1] == f"shards/{name}"
-    gc.run(GcConfig(root=anywhere, older_than="0m", grace="0m", delete=True, yes=True))
+    gc.clean_up(GcConfig(root=anywhere, older_than="0m", grace="0m", delete=True, yes=True))
     left = keys(anywhere)
     assert [key for key in left if key.startswith(("runs/", "shards/"))] == []
     assert "index.html" in left
@@ -324,7 +324,7 @@ def test_a_run_that_cannot_be_deleted_keeps_its_shards(
 
     monkeypatch.setattr(storage, "delete", refuse)  # as a bulk deletion that S3 denies
     with pytest.raises(StorageError, match=rf"{first}/run.json is still there .* permission"):
-        gc.run(GcConfig(root=str(root), older_than="0m", grace="0m", delete=True))
+        gc.clean_up(GcConfig(root=str(root), older_than="0m", grace="0m", delete=True))
     assert not (root / "runs" / second).exists()
     assert (root / "shards" / the_shards(root) / "shards.json").exists()
     assert "in use" in capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_the_claims_folder_is_the_one_that_discovery_uses() -> None:
 def test_nothing_is_deleted_without_delete(root: Path) -> None:
     storage.write_text(root / "shards" / ("0" * 16) / "metadata.json", "{}")
     before = keys(root)
-    gc.run(GcConfig(root=str(root), grace="0m", older_than="0m"))
+    gc.clean_up(GcConfig(root=str(root), grace="0m", older_than="0m"))
     assert keys(root) == before
 
 
@@ -421,7 +421,7 @@ def test_a_link_and_what_it_leads_to_stay(root: Path, tmp_path: Path) -> None:
     assert kept(root) == {f"shards/{'0' * 16}": "a symbolic link"}
     (root / "shards" / ("1" * 16)).mkdir()
     (root / "shards" / ("1" * 16) / "data").symlink_to(outside)
-    gc.run(GcConfig(root=str(root), grace="0m", delete=True))
+    gc.clean_up(GcConfig(root=str(root), grace="0m", delete=True))
     assert not (root / "shards" / ("1" * 16)).exists()
     assert (outside / "metadata.json").exists()
 
@@ -448,11 +448,11 @@ def test_temporary_files_go_when_they_are_old_and_their_writer_is_dead(root: Pat
     assert list(going(root).values()) == ["temporary"]
     assert going(root, days=0) == {}
     cfg = GcConfig(root=str(root), grace="0m", delete=True)
-    gc.run(cfg)
+    gc.clean_up(cfg)
     assert list(going(root).values()) == ["temporary"], "its writer lives"
     writer.kill()
     writer.communicate()
-    gc.run(cfg)
+    gc.clean_up(cfg)
     assert going(root) == {}
     assert place.exists()
 

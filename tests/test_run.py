@@ -11,7 +11,7 @@ from saev import run, storage
 from saev.config import FakeImgSeg, ImgSegFolder, LoaderConfig, TrainConfig
 from saev.config.named import named_config
 from saev.config.run import RunConfig, RunFile
-from saev.config.stages import resolve
+from saev.config.stages import resolve_stages
 from saev.errors import ConfigError
 
 FILE = """
@@ -122,7 +122,7 @@ def test_layers_that_are_named_count(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "run/config.json"), trained.to_dict())
     for own, measured in ((raw["inference"], 5), ({}, 3)):
         file = RunFile.from_dict({**raw, "inference": own})
-        stages = resolve(file, str(tmp_path), None, "the file")
+        stages = resolve_stages(file, str(tmp_path), None, "the file")
         training = stages.training("s3://b/shards")
         assert (training.train_data.layer, training.val_data.layer) == (3, 7)
         data = stages.measuring(str(tmp_path / "run"), "s3://b/shards").data

@@ -49,7 +49,7 @@ class World:
         here: list[dict[str, str]] = [{}]
         for stage in chain.STAGES:
             self._found[stage.name] = here
-            urls = [driver.run(job).urls for job in self.jobs(stage.name)]
+            urls = [driver.run_job(job).urls for job in self.jobs(stage.name)]
             here = [
                 {**found, stage.name: u} for found, us in zip(here, urls, strict=True) for u in us
             ]
@@ -125,9 +125,9 @@ def test_killed_and_run_again(world: World, name: str) -> None:
     killed = 0
     for at in (0, 2, 5, 9):
         world.before(name)
-        killed += dies(lambda: [driver.run(job) for job in world.jobs(name)], at)
+        killed += dies(lambda: [driver.run_job(job) for job in world.jobs(name)], at)
         for job in world.jobs(name):
-            driver.run(job)
+            driver.run_job(job)
         assert world.contents() == world.expected(name), f"killed before name {at}"
     assert killed >= 3
 
@@ -137,7 +137,9 @@ def test_two_workers(world: World, name: str) -> None:
     world.before(name)
     for job, twin in zip(world.jobs(name), world.jobs(name), strict=True):
         said: list[object] = []
-        driver.run(job, progress=in_the_middle(lambda j=twin, s=said: s.append(driver.run(j)), 1))
+        driver.run_job(
+            job, progress=in_the_middle(lambda j=twin, s=said: s.append(driver.run_job(j)), 1)
+        )
         assert said, "the twin did not run"
     assert world.contents() == world.expected(name)
 
@@ -147,10 +149,10 @@ def test_parts_in_any_order(world: World, name: str) -> None:
     world.before(name)
     for number in (3, 1, 2):
         for job in world.jobs(name):
-            urls = driver.run(job, f"{number}/3").urls
+            urls = driver.run_job(job, f"{number}/3").urls
             assert urls == job.urls
     for job in world.jobs(name):
-        driver.run(job)
+        driver.run_job(job)
     assert world.contents() == world.expected(name)
 
 
@@ -158,7 +160,7 @@ def test_parts_in_any_order(world: World, name: str) -> None:
 def test_a_part_that_is_missing_is_named(world: World, name: str) -> None:
     world.before(name)
     job = world.jobs(name)[0]
-    driver.do(job, Part(1, 2).slice(job.items()))
+    driver.do_items(job, Part(1, 2).slice(job.items()))
     with pytest.raises(IncompleteError):
         driver.finish(job)
 
@@ -176,9 +178,9 @@ def test_nothing_to_do_opens_no_model(
                    "train.stage.Trainer", "visuals.stage.Source"):  # fmt: skip
         monkeypatch.setattr(f"saev.{opener}", refuse)
     for job in world.jobs(name):
-        assert all(map(storage.exists, driver.run(job).urls))
+        assert all(map(storage.exists, driver.run_job(job).urls))
     for job in world.jobs(name):
-        driver.run(job, "1/2")
+        driver.run_job(job, "1/2")
     assert world.contents() == world.expected(name)
 
 
@@ -190,7 +192,7 @@ def test_results_of_earlier_versions_are_found(world: World, name: str) -> None:
         for url in job.urls:
             shutil.rmtree(Path(url) / "asked", ignore_errors=True)
     for job in world.jobs(name):
-        driver.run(job)
+        driver.run_job(job)
     assert world.contents() == world.expected(name)
 
 

@@ -15,7 +15,7 @@ from saev.errors import ConfigError
 
 
 class Stages(tp.NamedTuple):
-    """The configs of all stages, validated before the first stage starts. See :func:`resolve`."""
+    """The configs of all stages, validated before the first one starts: :func:`resolve_stages`."""
 
     shards: ShardsConfig
     """The complete config."""
@@ -60,7 +60,7 @@ class Stages(tp.NamedTuple):
         )
 
 
-def resolve(file: RunFile, root: str, data: ImageData | None, source: str) -> Stages:
+def resolve_stages(file: RunFile, root: str, data: ImageData | None, source: str) -> Stages:
     """Check every table of a config file, and every combination of its sweep.
 
     Args:

@@ -9,6 +9,6 @@
 Nothing here needs torch.
 """
 
-from saev.gc.command import run
+from saev.gc.command import clean_up
 
-__all__ = ["run"]
+__all__ = ["clean_up"]

@@ -46,7 +46,7 @@ class Report:
         return [item for item in self.items if not item.kept]
 
 
-def run(cfg: GcConfig) -> None:
+def clean_up(cfg: GcConfig) -> None:
     """List, and with ``cfg.delete`` delete; prints to standard output.
 
     Raises:

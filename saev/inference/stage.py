@@ -54,7 +54,7 @@ def work(
 ) -> None:
     """Do one shard, unless it is done. Loads the SAE: see :func:`run` for many shards."""
     job = Measuring(cfg)
-    driver.do(job, [job.items()[int(item["shard"])]], progress)
+    driver.do_items(job, [job.items()[int(item["shard"])]], progress)
 
 
 def finish(cfg: InferenceConfig, progress: Progress | None = None) -> str:
@@ -88,7 +88,7 @@ def run(cfg: InferenceConfig, progress: Progress | None = None) -> str:
     Returns:
         URL of the results' folder.
     """
-    return driver.run(Measuring(cfg), cfg.part, progress).urls[0]
+    return driver.run_job(Measuring(cfg), cfg.part, progress).urls[0]
 
 
 def run_all(cfgs: Sequence[InferenceConfig], progress: Progress | None = None) -> list[str]:
@@ -101,7 +101,7 @@ def run_all(cfgs: Sequence[InferenceConfig], progress: Progress | None = None) -
     Returns:
         URLs of the results' folders, in the order of the configs.
     """
-    return list(driver.run(Measuring(cfgs), progress=progress).urls) if cfgs else []
+    return list(driver.run_job(Measuring(cfgs), progress=progress).urls) if cfgs else []
 
 
 class Measuring(Job):

@@ -51,7 +51,7 @@ def run(cfg: ShardsConfig, progress: Progress | None = None) -> str:
         StorageError: something cannot be read or written, or a shard is damaged. Finished shards
             are kept, and the same call continues from there.
     """
-    return driver.run(Recording(cfg), cfg.part, progress).urls[0]
+    return driver.run_job(Recording(cfg), cfg.part, progress).urls[0]
 
 
 class Recording(Job):

@@ -10,6 +10,6 @@
 Only --load-model needs torch.
 """
 
-from saev.size.command import run
+from saev.size.command import print_sizes
 
-__all__ = ["run"]
+__all__ = ["print_sizes"]

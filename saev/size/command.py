@@ -19,7 +19,7 @@ _WIDTH = 120
 """Columns if standard output is not a terminal."""
 
 
-def run(cfg: SizeConfig) -> None:
+def print_sizes(cfg: SizeConfig) -> None:
     """Print the sizes to standard output.
 
     Raises:

@@ -8,7 +8,7 @@ from saev.config.inference import InferenceConfig
 from saev.config.run import RunFile
 from saev.config.shards import ShardsConfig
 from saev.config.size import SizeConfig
-from saev.config.stages import resolve as resolve_stages
+from saev.config.stages import resolve_stages
 from saev.config.sweeps import requested_configs
 from saev.config.train import TrainConfig
 from saev.errors import ConfigError

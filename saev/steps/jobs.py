@@ -18,7 +18,7 @@ import typing as tp
 
 from saev import storage
 from saev.config.run import RunFile
-from saev.config.stages import Stages, images_of, resolve
+from saev.config.stages import Stages, images_of, resolve_stages
 from saev.errors import ConfigError, SaevError
 from saev.progress import Progress
 from saev.steps import discover, last_word
@@ -55,7 +55,7 @@ class Job(tp.NamedTuple):
         raw = storage.read_sealed(self.config, remedy=_RESTORE).record["config"]
         file = RunFile.from_dict(raw, source=self.config)
         images = images_of(file, self.dataset.url, self.dataset.version)
-        return resolve(file, self.root, images, self.config)
+        return resolve_stages(file, self.root, images, self.config)
 
     def shards(self, plan: "Plan") -> str:
         """URL of the shards folder of a plan."""

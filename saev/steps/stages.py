@@ -59,7 +59,7 @@ def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
                 one_job = stack.enter_context(contextlib.closing(stage.of(stages, found)))
                 _check(one_job, plan, job, progress)
                 opened[run] = one_job  # after the check, so that it is repeated for other items
-            driver.do(opened[run], _items(opened[run], one), progress)
+            driver.do_items(opened[run], _items(opened[run], one), progress)
             return list(opened[run].urls) if len(opened[run].urls) == 1 else []
 
         return list(dict.fromkeys(jobs.each(assigned, work, progress)))
@@ -94,7 +94,7 @@ def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
             with contextlib.closing(earlier.of(stages, found, _CPU)) as begun:
                 results.append(driver.finish(begun, progress))
             found[earlier.name] = results[-1].urls[0]
-        results.append(driver.run(stage.of(stages, found, _CPU), progress=progress))
+        results.append(driver.run_job(stage.of(stages, found, _CPU), progress=progress))
         shown.add(overview.row(job.run(one["run"]), plan.shards), results)
         return [url for result in results for url in result.urls]
 

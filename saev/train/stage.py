@@ -63,7 +63,7 @@ def work(
     group = Group.from_item(item)
     job = Training(group.members[0].config)
     job.groups = [group]
-    driver.do(job, job.items(), progress)
+    driver.do_items(job, job.items(), progress)
     return list(job.urls)
 
 
@@ -87,7 +87,7 @@ def run(
     table: tp.Mapping[str, tp.Any] | None = None,
 ) -> list[str]:
     """Train everything that ``cfg`` asks for and is not there yet; returns the run folders."""
-    return list(driver.run(Training(cfg, explicit, table), progress=progress).urls)
+    return list(driver.run_job(Training(cfg, explicit, table), progress=progress).urls)
 
 
 class Training(Job):

@@ -66,7 +66,7 @@ def work(cfg: VisualsConfig, item: tp.Mapping[str, tp.Any]) -> None:
         StorageError: one is gone, or the result cannot be written.
     """
     job = Drawing(cfg)
-    driver.do(job, [job.item(int(item["latent"]))])
+    driver.do_items(job, [job.item(int(item["latent"]))])
 
 
 def finish(cfg: VisualsConfig) -> str:
@@ -111,7 +111,7 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     Returns:
         URL of index.html.
     """
-    return driver.run(Drawing(cfg), progress=progress).urls[0]
+    return driver.run_job(Drawing(cfg), progress=progress).urls[0]
 
 
 class _Drawn(tp.NamedTuple):

@@ -192,7 +192,7 @@ def test_nothing_is_read_for_what_is_published(place, tmp_path, read_bytes) -> N
 def test_parts(place, tmp_path, order) -> None:
     cfgs = place.fresh(tmp_path)
     for number in order:
-        driver.run(Measuring(cfgs), f"{number}/3")
+        driver.run_job(Measuring(cfgs), f"{number}/3")
     assert not list(tmp_path.rglob("metrics.json"))
     inference.run_all(cfgs)
     assert place.found(tmp_path) == place.alone
@@ -200,8 +200,8 @@ def test_parts(place, tmp_path, order) -> None:
 
 def test_parts_of_one_sae_and_of_the_group_fit_together(place, tmp_path, read_bytes) -> None:
     cfgs = place.fresh(tmp_path)
-    driver.run(Measuring(cfgs[0]), "1/2")
-    driver.run(Measuring(cfgs), "2/2")
+    driver.run_job(Measuring(cfgs[0]), "1/2")
+    driver.run_job(Measuring(cfgs), "2/2")
     inference.run(cfgs[0])
     inference.run_all(cfgs)
     assert place.found(tmp_path) == place.alone
@@ -253,7 +253,7 @@ def test_more_weights_than_memory_are_several_groups(place, tmp_path, monkeypatc
     assert [[Path(one.run).name for one in group] for group in job._groups] == [
         ["top-k", "wide"], ["threshold", "relu", "jump-relu", "matryoshka"],
     ]  # fmt: skip
-    driver.run(job)
+    driver.run_job(job)
     assert place.found(tmp_path) == place.alone
 
 

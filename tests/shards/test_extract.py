@@ -148,12 +148,12 @@ def test_work_items_one_by_one(tmp_path: Path, reference: dict[str, bytes]) -> N
     for item in reversed(items):
         with pytest.raises(IncompleteError, match=r"acts000000\.bin of .* is not recorded yet"):
             driver.finish(extract.Recording(cfg))
-        driver.do(extract.Recording(cfg), [item])
+        driver.do_items(extract.Recording(cfg), [item])
     with pytest.raises(ConfigError, match="no shard 4: there are 4"):
         extract.Recording(cfg).item(4)
     (url,) = driver.finish(extract.Recording(cfg)).urls
     assert tree(tmp_path) == reference
-    driver.do(extract.Recording(cfg), items[:1])  # late: a no-op
+    driver.do_items(extract.Recording(cfg), items[:1])  # late: a no-op
     assert driver.finish(extract.Recording(cfg)).urls == (url,)
     assert tree(tmp_path) == reference
 

@@ -18,7 +18,7 @@ from saev import storage, vit
 from saev.config import ImgFolder
 from saev.config.run import RunFile
 from saev.config.source import ActivationSource, compare
-from saev.config.stages import resolve
+from saev.config.stages import resolve_stages
 from saev.errors import IncompleteError, ModelError
 from saev.shards import Shards, extract, parts
 from saev.shards.protocol import Metadata
@@ -287,7 +287,7 @@ def test_pictures_are_drawn_from_the_images_at_hand(tmp_path: Path) -> None:
         file = RunFile.from_dict(
             {"data": {"kind": "img-folder", "root": str(place)}, "shards": keys}
         )
-        stages = resolve(file, str(tmp_path / "s"), None, "test")
+        stages = resolve_stages(file, str(tmp_path / "s"), None, "test")
         assert extract.run(stages.shards) == url
         data = stages.showing("r", url, "m").data
         assert isinstance(data, ImgFolder)
