@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from described import files_below
 from forker import Forker
 from PIL import Image
+from test_storage import can_mount
 from torch import Tensor
 
 from saev import driver, storage, vit
@@ -321,48 +320,43 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 
 
 FULL = """
-import os, sys
+import ctypes, os, shutil, sys
+disk, copy, size, filler = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+assert not libc.unshare(0x10000000 | 0x20000), "CLONE_NEWUSER | CLONE_NEWNS"
+for name, text in ("uid_map", f"0 {user} 1"), ("setgroups", "deny"), ("gid_map", f"0 {group} 1"):
+    with open(f"/proc/self/{name}", "w") as handle:
+        handle.write(text)
+assert not libc.mount(b"none", disk.encode(), b"tmpfs", 0, b"size=%d" % size), "mount"
+
 from shards.recording import config
 from saev.errors import StorageError
 from saev.shards import extract
-cfg = config(sys.argv[1])
-filler = sys.argv[1] + "/filler"
-with open(filler, "wb") as handle:
-    handle.write(bytes(int(sys.argv[2])))
+cfg = config(disk)
+with open(disk + "/filler", "wb") as handle:
+    handle.write(bytes(int(filler)))
 try:
     extract.run(cfg)
 except StorageError as err:
     print(err)
-os.unlink(filler)
+os.unlink(disk + "/filler")
 print(extract.run(cfg))
+shutil.copytree(disk, copy)
 """
 
 
-@pytest.mark.skipif(
-    subprocess.run(
-        ["sh", "-c", "unshare -Urm mount -t tmpfs none /tmp"], capture_output=True, check=False
-    ).returncode
-    != 0,
-    reason="needs user namespaces, to mount a small disk",
-)
+@can_mount
 def test_a_full_disk_and_the_same_command_afterwards(
-    tmp_path: Path, reference: dict[str, bytes]
+    tmp_path: Path, reference: dict[str, bytes], forker: Forker
 ) -> None:
+    """On a disk of its own, which only the process that mounts it sees."""
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     size, filler = 1 << 20, (1 << 20) - 150_000  # room for one shard of 87 kB, not for two
-    script = (
-        f'mount -t tmpfs -o size={size} none {disk} && {sys.executable} -c "$0" {disk} {filler}'
-        f" && cp -r {disk} {copy}"
-    )
-    done = subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", script, FULL],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "tests"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, _url = done.stdout.splitlines()
+    first, _url = forker.output(FULL, disk, copy, size, filler).splitlines()
     assert "no space left on the device. Free some space and run the same command again" in first
     assert tree(copy) == reference
+    assert tree(disk) == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
