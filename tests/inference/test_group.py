@@ -331,7 +331,10 @@ def test_the_command_measures_all(place, tmp_path, capsys) -> None:
     flags = f"--n-dists 5 --n-top 3 --data.layer {LAYER} --device cpu"
     where = ["--runs", str(tmp_path / "runs"), "--data.shards", place.shards]
     cli.main(["inference", *where, *flags.split()])
-    urls = capsys.readouterr().out.split()
+    said = capsys.readouterr()
+    assert "Measured 6 SAEs" in said.err
+    assert "saev visuals --run" in said.err  # of the best one
+    urls = said.out.split()
     assert [Path(url).parents[1].name for url in urls] == sorted(SAES)
     assert place.found(tmp_path).keys() == place.alone.keys()
     for name, alone in place.alone.items():
