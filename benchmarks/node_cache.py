@@ -59,14 +59,15 @@ def through_saev(root: str, cache: storage.NodeCache | None) -> Read:
 def through_fsspec(kind: str, root: str, folder: str) -> Read:
     """One file per object, under a lock: fsspec's files are for one thread."""
     fs = fsspec.filesystem(kind, target_protocol="s3", cache_storage=folder)
-    locks = [threading.Lock() for _ in range(N_OBJECTS)]
+    opening, locks = threading.Lock(), [threading.Lock() for _ in range(N_OBJECTS)]
     files: dict[int, object] = {}
 
     def read(i: int, offset: int) -> bytes:
         with locks[i]:
             if i not in files:
                 place = storage.join(root, name(i)).removeprefix("s3://")
-                files[i] = fs.open(place, "rb", block_size=BLOCK)
+                with opening:
+                    files[i] = fs.open(place, "rb", block_size=BLOCK)
             files[i].seek(offset)  # type: ignore[attr-defined]
             return bytes(files[i].read(BLOCK))  # type: ignore[attr-defined]
 
