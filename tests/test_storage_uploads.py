@@ -1,10 +1,12 @@
 """Uploads in parts, while a network loses, delays, doubles and reorders requests and answers."""
 
 import random
+import types
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import s3_proxy
 from test_storage_s3 import endpoint, proxy  # noqa: F401 - fixtures
@@ -15,6 +17,7 @@ from saev.storage import uploads
 from saev.storage.urls import filesystem
 
 MB = 1 << 20
+PART_BYTES = uploads.PART_BYTES
 FIRST = random.Random(1).randbytes(11 * MB)
 SECOND = random.Random(2).randbytes(11 * MB)
 
@@ -154,3 +157,21 @@ def test_what_failed_leaves_no_parts(s3: str, url: str) -> None:
     fs, _ = filesystem(s3)
     left = fs.call_s3("list_multipart_uploads", Bucket=s3[len("s3://") :]).get("Uploads", [])
     assert [row for row in left if row["Key"] in url] == []
+
+
+def test_the_largest_object_fits_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html: 5 TiB in 10,000 parts of
+    5 MiB to 5 GiB."""
+    monkeypatch.setattr(uploads, "PART_BYTES", PART_BYTES)
+
+    def size(n_before: int) -> int:
+        upload = types.SimpleNamespace(
+            _fs=types.SimpleNamespace(fixed_upload_size=False), _parts=range(n_before)
+        )
+        return uploads.Upload._part_bytes(upload)  # type: ignore[arg-type]
+
+    sizes = np.array([size(n) for n in range(10_000)])
+    written = sizes.cumsum()
+    assert written[-1] >= 5 << 40
+    assert sizes[0] >= 5 << 20
+    assert sizes[written <= 5 << 40].max() <= 5 << 30

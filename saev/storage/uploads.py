@@ -19,7 +19,7 @@ from saev.storage.faults import answer_of, is_passing, retry
 from saev.storage.waiting import patience
 
 PART_BYTES = 32 << 20
-_PARTS_OF_A_SIZE = 2000
+_PARTS_OF_A_SIZE = 1000
 """The part size doubles after this number of parts, because 5 TiB must fit into 10,000 parts."""
 _ABORT_S = 2.0
 """Seconds of silence allowed for an abort. It is short, because the store itself may be down."""
