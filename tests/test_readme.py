@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), r
 MODEL = "timm/vit_small_patch14_dinov2.lvd142m"
 REVISION = "0" * 40
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a minute on two idle cores
 
 
 def block(language: str, text: str) -> str:
