@@ -302,7 +302,7 @@ def test_named_and_found_saes(place) -> None:
         runs["wide"], runs["threshold"], runs["top-k"],
     ]  # fmt: skip
     for keys, message in [
-        ({}, "Say which SAE"),
+        ({}, "Name an SAE: --run URL"),
         ({"tag": "t"}, "--runs URL, which is missing"),
         ({"runs": str(place.root)}, "no complete run folders"),
         ({"runs": str(folder), "tag": "x"}, "has the tag 'x'; tags there: 'j', 'm', 'r', 't', 'w'"),
