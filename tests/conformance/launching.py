@@ -73,8 +73,14 @@ class Launching:
         config = jobs.config("lost", f"seed = 2\n{LONG}", CONFIG.replace("4000", "2_000_000"))
         before = jobs.points()
         run_id = cluster.submit("job-lost", jobs.dataset, config)
+
+        def every_pod_wrote() -> bool | None:
+            groups = {point.group for point in jobs.points() - before}
+            pods = cluster.pods(run_id, "train")
+            return (bool(pods) and len(groups) >= len(pods)) or None
+
         cluster.until(
-            RUN_SECONDS, "training wrote no resume point", lambda: jobs.points() - before or None
+            RUN_SECONDS, "not every pod of training wrote a resume point", every_pod_wrote
         )
         _execute(cluster, cluster.pods(run_id, "train")[-1], KILL)
         said = io.StringIO()
@@ -82,7 +88,9 @@ class Launching:
         if "Retry 1 of 2" not in said.getvalue():
             return "this cluster made a new pod by itself, and the run succeeded"
         found = re.findall(r"Continuing at step (\d+)", cluster.logs(run_id, "train"))
-        return f"retried by the client, training continued at step {found[-1] if found else 0}"
+        if not found:
+            raise Failed("it was retried by the client, and trained from the beginning")
+        return f"retried by the client, training continued at step {found[-1]}"
 
     def machines(self) -> str:
         """One group is trained by two pods of a TrainJob, which is deleted when it has."""
