@@ -5,7 +5,7 @@ import re
 import typing as tp
 
 from conformance.cluster import Cluster, with_settings
-from conformance.jobs import Jobs
+from conformance.jobs import RUN_SECONDS, Jobs
 from conformance.table import Check, Failed
 from pipelines import cron, schedule, steps
 from saev import storage
@@ -78,6 +78,8 @@ class Incoming:
         runs = self.runs(made.recurring_run_id)
         for run in runs:
             cluster.run_ids.append(run.run_id)
+            cluster.end(run.run_id, RUN_SECONDS)  # a schedule is replaced when its firings are over
+        runs = self.runs(made.recurring_run_id)
         overlap = [
             (a.display_name, b.display_name)
             for a, b in itertools.pairwise(runs)
