@@ -111,9 +111,9 @@ def test_a_file_of_the_user_goes_before(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_name_lists_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="which has clip-vitb16, dinov2-small"):
+    with pytest.raises(ValueError, match="it has clip-vitb16, dinov2-small"):
         named_config("dinov3")
-    with pytest.raises(ValueError, match="which has kinds, layers, lr, relu, topk"):
+    with pytest.raises(ValueError, match="it has kinds, layers, lr, relu, topk"):
         named_sweep("topp")
     assert named_sweep("s3://bucket/topp") == "s3://bucket/topp"
     assert named_sweep("") == ""

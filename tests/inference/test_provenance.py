@@ -39,7 +39,7 @@ DIFFERENT = [
     ({**UNKNOWN, "ckpt": "ViT-L-14/openai"}, "ViT-B-16/openai .*training, clip ViT-L-14/openai h"),
     ({**UNKNOWN, "family": "timm"}, "clip ViT-B-16/openai .*training, timm ViT-B-16/openai here"),
     ({"image_size": [96, 96], "image_spec": OTHER_WIDE, "weights": "sha256:fitted"},
-     "SHARDS: image size 64 x 64 in training, 96 x 96 here. Figures"),
+     "SHARDS: image size 64 x 64 in training, 96 x 96 here. Metrics"),
     ({"image_spec": {**SPEC, "mean": [0.48, 0.46, 0.41]}},
      r"mean \(0.5, 0.5, 0.5\) in training, \(0.48, 0.46, 0.41\) here"),
     ({"image_spec": {**SPEC, "interpolation": "bilinear"}}, "bicubic in training, bilinear here"),

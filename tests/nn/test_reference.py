@@ -294,8 +294,8 @@ def test_an_sae_encodes_and_decodes_as_it_was_trained(act, wide):
 
     found = encode(sae, recorded)
     dense = torch.zeros_like(f)
-    rows = torch.arange(B).repeat_interleave(torch.from_numpy(found.row_nnz))
-    dense[rows, torch.from_numpy(found.latents).long()] = torch.from_numpy(found.values).double()
+    rows = torch.arange(B).repeat_interleave(found.row_nnz)
+    dense[rows, found.latents.long()] = found.values.double()
     torch.testing.assert_close(dense, f / scale, **tolerance)
     torch.testing.assert_close(found.x_hat.double(), x_hat, **tolerance)
     assert len(found.values) == (out.acts > 0).sum()

@@ -286,7 +286,7 @@ def test_wrong_part(tmp_path: Path, part: str) -> None:
         ({"layers": []}, ModelError, "No layer"),
         ({"d_model": 65}, ModelError, "65.*64"),
         ({"content_tokens_per_example": 100}, ModelError, "100.*16"),
-        ({"family": "clipp"}, ModelError, "Unknown model family 'clipp'.*'clip'"),
+        ({"family": "clipp"}, ModelError, "Unknown model family 'clipp'. Did you mean clip\\?"),
         ({"ckpt": "no_such_vit/random"}, ModelError, "no_such_vit"),
         ({"device": "tpu"}, ConfigError, "--device tpu cannot be used"),
         ({"device": "cuda:99"}, ConfigError, "--device cuda:99 cannot be used"),

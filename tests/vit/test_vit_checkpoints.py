@@ -377,13 +377,13 @@ def test_a_file_with_two_networks(trained: tp.Any, tmp_path: Path):
 @pytest.mark.parametrize(
     ("family", "ckpt", "message"),
     [
-        ("timm", "vit_tini_patch16_224/random", "Near: vit_tiny_patch16_224"),
+        ("timm", "vit_tini_patch16_224/random", "Did you mean vit_tiny_patch16_224"),
         ("timm", "vit_tiny_patch16_224.nope/random", "no pretrained tag 'nope' .* augreg_in21k"),
         ("timm", "vit_tiny_patch16_224/augreg", "after a dot, as in vit_tiny_patch16_224.augreg"),
-        ("clip", "ViT-B-17/random", "open_clip has no model 'ViT-B-17'. Near: ViT-B-16"),
+        ("clip", "ViT-B-17/random", "open_clip has no model 'ViT-B-17'. Did you mean ViT-B-16"),
         ("clip", "ViT-B-16", "names no weights; write ViT-B-16/TAG with one of openai"),
         ("clip", "s3://b/x.pt", "does not say which architecture"),
-        ("siglip", "ViT-B-16/openai", "not a SigLIP model .*ViT-B-16-SigLIP"),
+        ("siglip", "ViT-B-16/openai", "not a SigLIP model. Did you mean ViT-B-16-SigLIP"),
     ],
 )
 def test_names_that_do_not_exist(family: str, ckpt: str, message: str):
