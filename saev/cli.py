@@ -233,7 +233,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
         _fail(
             f"`saev {argv[0]}` needs {package}, which is not installed. In a container: use the "
             "image saev, because saev-cpu has only what discovering and reporting need. "
-            "Elsewhere: install saev with its dependencies.",
+            "Elsewhere: install saevit with its dependencies.",
             1,
         )
     with interrupts.readers_may_leave():

@@ -221,7 +221,7 @@ def test_the_small_image_says_what_it_cannot_do(docker: Docker, saev_images: Ima
     done = docker.run(saev_images.cpu, *SHARDS)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert re.match("saev: error: `saev shards` needs .*take the image saev", done.stderr)
+    assert re.match("saev: error: `saev shards` needs .*use the image saev", done.stderr)
 
 
 # --- Stages, signals and kills -------------------------------------------------------------
