@@ -64,7 +64,7 @@ def figures(cfg: Config, urls: Sequence[str], seconds: float) -> str:
     elif isinstance(cfg, TrainConfig):
         text = _train(urls)
     elif isinstance(cfg, InferenceConfig | InferenceCommand):
-        text = _inference(urls) if len(urls) == 1 else _inferences(urls)
+        text = _inference(urls[0]) if len(urls) == 1 else _inferences(urls)
     elif isinstance(cfg, VisualsConfig):
         text = _visuals(urls[0])
     else:
@@ -83,16 +83,18 @@ def go_on(cfg: Config, urls: Sequence[str]) -> str:
     if isinstance(cfg, ShardsConfig):
         return _command("train", *_train_flags(cfg, urls[0]))
     if isinstance(cfg, TrainConfig):
-        by_shards: dict[str, list[Sae]] = {}
-        for sae in sorted(_saes(urls), key=lambda sae: sae.order):
-            by_shards.setdefault(sae.config.train_data.shards, []).append(sae)
-        shards, saes = next(iter(by_shards.items()))  # those of the best one
-        layer = saes[0].config.train_data.layer
-        runs = [sae.url for sae in saes if sae.config.train_data.layer == layer]
-        return _command("inference", "--run", *runs, "--shards", shards)
+        best, *others = sorted(_saes(urls), key=lambda sae: sae.order)
+        data = best.config.train_data
+
+        def reads_the_same(sae: Sae) -> bool:
+            other = sae.config.train_data
+            return (other.shards, other.layer) == (data.shards, data.layer)
+
+        runs = [best.url, *(sae.url for sae in others if reads_the_same(sae))]
+        return _command("inference", "--run", *runs, "--shards", data.shards)
     if isinstance(cfg, InferenceCommand):
-        best = min(range(len(urls)), key=lambda n: _order(urls[n]))
-        return go_on(cfg.configs()[best], [urls[best]])
+        first = min(range(len(urls)), key=lambda n: _order(urls[n]))
+        return go_on(cfg.configs()[first], [urls[first]])
     if isinstance(cfg, InferenceConfig):
         return _command("visuals", *_visuals_flags(cfg, urls[0]))
     return _command("open", urls[0])
@@ -156,12 +158,16 @@ def _train(urls: Sequence[str]) -> str:
 
 def _row(sae: Sae, width: int) -> str:
     dead = sae.held_out.get("n_dead", sae.trained_on.get("n_dead"))
-    words = [f"{sae.name:{width}}"]
-    for side in (sae.held_out, sae.trained_on):
-        words.append(f"{_number(side.get('normalized_mse'), '.4f'):>8}")
-        words.append(f"{_number(side.get('l0'), '.1f'):>6}")
+    words = [f"{sae.name:{width}}", *_columns(sae.held_out, sae.trained_on)]
     words.append(f"  {_number(dead, ',')} of {sae.config.sae.d_sae:,}")
     return " ".join(words)
+
+
+def _columns(*sides: Figures) -> tp.Iterator[str]:
+    """NMSE and L0 of each side, as wide as their columns."""
+    for side in sides:
+        yield f"{_number(side.get('normalized_mse'), '.4f'):>8}"
+        yield f"{_number(side.get('l0'), '.1f'):>6}"
 
 
 def _saes(urls: Sequence[str]) -> list[Sae]:
@@ -182,22 +188,20 @@ def _last_batch(url: str) -> dict[str, tp.Any]:
     return {}
 
 
-def _inference(urls: Sequence[str]) -> str:
-    lines = []
-    for url in urls:
-        metrics = Results.open(url).metrics
-        words = [
-            f"NMSE {_number(metrics['normalized_mse'], '.4f')} at L0 {metrics['l0']:.1f}",
-            f"dead {metrics['n_dead']:,} of {metrics['d_sae']:,}",
-        ]
-        if "dense_share" in metrics:
-            above = f"latents that fire on over {metrics['dense_above']:.2g} of the tokens"
-            words.append(f"dense {metrics['dense_share']:.1%} ({above})")
-        lines += [
-            f"Measured on {metrics['n_tokens']:,} tokens of {metrics['n_examples']:,} images",
-            *_held_out(storage.parent(storage.parent(url)), metrics),
-            f"all images: {', '.join(words)}",
-        ]
+def _inference(url: str) -> str:
+    metrics = Results.open(url).metrics
+    words = [
+        f"NMSE {_number(metrics['normalized_mse'], '.4f')} at L0 {metrics['l0']:.1f}",
+        f"dead {metrics['n_dead']:,} of {metrics['d_sae']:,}",
+    ]
+    if "dense_share" in metrics:
+        above = f"latents that fire on over {metrics['dense_above']:.2g} of the tokens"
+        words.append(f"dense {metrics['dense_share']:.1%} ({above})")
+    lines = [
+        f"Measured on {metrics['n_tokens']:,} tokens of {metrics['n_examples']:,} images",
+        *_held_out(storage.parent(storage.parent(url)), metrics),
+        f"all images: {', '.join(words)}",
+    ]
     return "\n".join(lines)
 
 
@@ -217,10 +221,7 @@ def _inferences(urls: Sequence[str]) -> str:
     ]
     for name, run, url in zip(said, runs, urls, strict=True):
         metrics = Results.open(url).metrics
-        words = [f"{name:{width}}"]
-        for side in (_measured_in_training(run, metrics), metrics):
-            words.append(f"{_number(side.get('normalized_mse'), '.4f'):>8}")
-            words.append(f"{_number(side.get('l0'), '.1f'):>6}")
+        words = [f"{name:{width}}", *_columns(_measured_in_training(run, metrics), metrics)]
         lines.append(" ".join([*words, f"  {metrics['n_dead']:,} of {metrics['d_sae']:,}"]))
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from saev import after, chain, driver, storage
+from saev.config.base import Config
 from saev.config.images import ImageData, ImgFolder, ImgSegFolder
 from saev.config.named import FIRST_LOOK, named_config
 from saev.config.run import RunConfig, RunFile
@@ -13,6 +14,7 @@ from saev.config.train import TOKENS_PER_LATENT, TrainConfig, default_n_train
 from saev.errors import ConfigError
 from saev.progress import Progress
 from saev.shards import Shards
+from saev.stage import Job
 from saev.visuals import overview
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
     found: dict[str, str] = {}
     runs: tuple[str, ...] = ()
     for stage in chain.OF_ALL:
-        runs = _do(stage, stages, found, progress)
+        runs = _do(stage.of(stages, found), stage.make_config(stages, found), progress)
         found[stage.name] = runs[0]
         if is_first_look and stage is chain.FIRST:
             stages = stages._replace(train=sized(stages.train, runs[0]))
@@ -49,14 +51,17 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
     return overview.write(cfg.root)
 
 
-def _do(
-    stage: chain.Stage, stages: Stages, found: chain.Found, progress: Progress
-) -> tuple[str, ...]:
-    """Run a stage and say what it has made; returns where that is."""
+def _do(job: Job, cfg: Config, progress: Progress) -> tuple[str, ...]:
+    """Run a job and print its figures. Returns the URLs of its results.
+
+    Args:
+        job: the job.
+        cfg: its config, or that of one of its runs.
+        progress: where figures are printed.
+    """
     started = time.monotonic()
-    urls = driver.run_job(stage.of(stages, found), progress=progress).urls
+    urls = driver.run_job(job, progress=progress).urls
     if not progress.quiet:
-        cfg = stage.make_config(stages, found)
         progress.say(after.figures(cfg, urls, time.monotonic() - started))
     return urls
 
@@ -64,15 +69,14 @@ def _do(
 def _do_runs(
     stage: chain.Stage, stages: Stages, of_runs: Sequence[chain.Found], progress: Progress
 ) -> list[str]:
-    """The same of a stage that has a result for each run; returns them in their order."""
-    if not stage.together:
-        return [_do(stage, stages, found, progress)[0] for found in of_runs]
-    started = time.monotonic()
-    urls = driver.run_job(stage.of_all(stages, of_runs), progress=progress).urls
-    if not progress.quiet:
-        cfg = stage.make_config(stages, of_runs[0])
-        progress.say(after.figures(cfg, urls, time.monotonic() - started))
-    return list(urls)
+    """Run a stage that has a result for each run of training. Returns their URLs, in order."""
+    configs = [stage.make_config(stages, found) for found in of_runs]
+    if stage.together:
+        return list(_do(stage.of_all(stages, of_runs), configs[0], progress))
+    return [
+        _do(stage.of(stages, found), cfg, progress)[0]
+        for found, cfg in zip(of_runs, configs, strict=True)
+    ]
 
 
 def resolve(cfg: RunConfig) -> Stages:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "saev"
 # the pairs named in ALLOWED.
 LEVELS = {
     "distributions": -1, "secrets": -1, "console": 0, "errors": 0, "eta": 0, "interrupts": 0,
-    "once": 0, "limits": 0, "version": -2,
+    "once": 0, "limits": 0, "grouping": 1, "version": -2,
     "storage": 1,
     "config": 2, "cores": 2, "device": 2, "hub": 2, "known": 2, "progress": 2, "torchrun": 2,
     "names": 3, "stage": 3, "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saev import cli, inference, run, storage, train, vit
+from saev import cli, inference, limits, run, storage, train, vit
 from saev.config import BatchTopK, InferenceCommand, JumpRelu, Relu, SaeConfig, TopK, Vanilla
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
@@ -150,8 +150,7 @@ def test_passes_are_those_of_inference(
     """Whether there is room for the weights of all SAEs, of any two, or of one."""
     cfg = SizeConfig(config=str(job / "run.toml"), load_model=True)
     given = inputs.gather(cfg)
-    for module in (estimate, stage):
-        monkeypatch.setattr(module, "GROUP_BYTES", 8 * given.recording.d_model * latents)
+    monkeypatch.setattr(limits, "GROUP_BYTES", 8 * given.recording.d_model * latents)
     measuring = stage.Measuring(InferenceCommand(runs=str(job / "root" / "runs")))
     assert len(estimate.Estimate(given, cfg).passes()) == len(measuring._groups) == n
     measuring.close()

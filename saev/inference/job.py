@@ -16,6 +16,7 @@ from saev.config.source import ActivationSource, check, compare
 from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
+from saev.grouping import group_by
 from saev.inference import files, provenance
 from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
@@ -331,17 +332,6 @@ def _choose_dists(members: Sequence[Pass]) -> list[tuple[int, ...]]:
         spread_by_frequency(counts[one], n) if n else ()
         for one, n in zip(members, wanted, strict=True)
     ]
-
-
-_Key = tp.TypeVar("_Key", int, str)
-
-
-def group_by(members: Sequence[Pass], key: Callable[[Pass], _Key]) -> dict[_Key, list[Pass]]:
-    """Members by something that they may have in common, in their order."""
-    found: dict[_Key, list[Pass]] = {}
-    for one in members:
-        found.setdefault(key(one), []).append(one)
-    return found
 
 
 def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:

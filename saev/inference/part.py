@@ -15,9 +15,10 @@ from torch import Tensor
 from saev import storage
 from saev.config.base import Config
 from saev.errors import ConfigError, CorruptDataError
+from saev.grouping import group_by
 from saev.inference import files
 from saev.inference.codes import CodesInfo, CodesWriter, Columns, TokenRows
-from saev.inference.job import Pass, group_by
+from saev.inference.job import Pass
 from saev.inference.topk import Entries, TopExamples
 from saev.limits import PIECE_ENTRIES
 from saev.nn.codes import encode

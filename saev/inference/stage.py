@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from saev import driver, storage
 from saev.config.inference import InferenceCommand, InferenceConfig
+from saev.grouping import measured_together
 from saev.inference import files, part, publish
-from saev.inference.job import Opened, Pass, claim, group_by
+from saev.inference.job import Opened, Pass, claim
 from saev.inference.results import Results
-from saev.limits import GROUP_BYTES
 from saev.progress import Progress, Task
 from saev.shards import Shards
 from saev.stage import Context, Item, Job, Result
@@ -135,20 +135,11 @@ class Measuring(Job):
     @functools.cached_property
     def _groups(self) -> list[list[Pass]]:
         """SAEs that read the same tokens and whose weights have room in memory together."""
-        by_tokens = group_by(
-            self._members, lambda one: storage.content_hash([one.data.to_dict(), one.has_concepts])
+        return measured_together(
+            self._members,
+            lambda one: storage.content_hash([one.data.to_dict(), one.has_concepts]),
+            lambda one: one.weights_bytes,
         )
-        groups: list[list[Pass]] = []
-        for members in by_tokens.values():
-            held = 0
-            for number, one in enumerate(members):
-                n_bytes = one.weights_bytes if len(members) > 1 else 0
-                if number == 0 or held + n_bytes > GROUP_BYTES:
-                    groups.append([])
-                    held = 0
-                groups[-1].append(one)
-                held += n_bytes
-        return groups
 
     def _group(self, item: Item) -> list[Pass]:
         """The SAEs of an item. Frees the weights of all others."""

@@ -7,9 +7,9 @@ import numpy as np
 
 from saev.config.size import SizeConfig
 from saev.config.train import TrainConfig, default_batch_size, default_n_train
+from saev.grouping import measured_together
 from saev.limits import (
     GPU_CHUNK_BYTES,
-    GROUP_BYTES,
     INDEX_BYTES_PER_TOKEN,
     N_RESUME_POINTS,
     PIECE_ENTRIES,
@@ -329,21 +329,12 @@ class Estimate:
 
     def passes(self) -> list[list[int]]:
         """SAEs that `saev run` measures together, by their numbers."""
-        by_tokens: dict[str, list[int]] = {}
-        for i, sae in enumerate(self.inputs.saes):
-            key = f"{sae.train_data.layer} {sae.train_data.tokens}"
-            by_tokens.setdefault(key, []).append(i)
-        passes: list[list[int]] = []
-        for members in by_tokens.values():
-            held = 0
-            for number, i in enumerate(members):
-                n_bytes = 8 * self.meta.d_model * self.widths[i]
-                if number == 0 or held + n_bytes > GROUP_BYTES:
-                    passes.append([])
-                    held = 0
-                passes[-1].append(i)
-                held += n_bytes
-        return passes
+        saes = self.inputs.saes
+        return measured_together(
+            range(len(saes)),
+            lambda i: f"{saes[i].train_data.layer} {saes[i].train_data.tokens}",
+            lambda i: 8 * self.meta.d_model * self.widths[i],
+        )
 
     def measuring_bytes(self, i: int) -> int:
         """Memory that an SAE takes while it is measured, alone or with others."""

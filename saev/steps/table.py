@@ -37,6 +37,7 @@ def render(section: Section, page: str, owner: str) -> str:
     """
     rows = section.best_first()
     n = len(rows)
+    side, meaning = _SIDES[section.side]
     lines = [
         f"## {n} sparse autoencoder{'s' * (n != 1)} of {_plain(dataset_of(section))}",
         "",
@@ -47,7 +48,7 @@ def render(section: Section, page: str, owner: str) -> str:
         lines += [f"The best {_MOST_ROWS} of {n}; all of them are on the page below.", ""]
     lines += [
         "Best first, by the normalised mean squared error (NMSE); 0 is perfect. "
-        f"{_SIDES[section.side]} *Training*: of images that training has seen. The error falls as "
+        f"*{side}*: {meaning} *Training*: of images that training has seen. The error falls as "
         f"L0 rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other "
         "has both a lower L0 and a lower NMSE.",
         "",
@@ -69,14 +70,15 @@ def dataset_of(section: Section) -> str:
 
 
 _SIDES = {
-    HELD_OUT: "*Held out*: of images that training has not seen.",
-    ELSEWHERE: "*These images*: of all images here, on which nothing was trained.",
-    ALL: "*All images*: those of training among them.",
+    HELD_OUT: ("Held out", "of images that training has not seen."),
+    ELSEWHERE: ("These images", "of all images here, on which nothing was trained."),
+    ALL: ("All images", "those of training among them."),
 }
+"""The name of a side, and what it is."""
 
 
 def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
-    side = re.findall(r"\*(.*?)\*", _SIDES[section.side])[0].lower().replace(" ", _NO_BREAK)
+    side = _SIDES[section.side][0].lower().replace(" ", _NO_BREAK)
     columns = [f"NMSE, {side}", f"L0, {side}", f"dead, {side}", "NMSE, training", "L0, training"]
     yield _line(["", "SAE", *columns, "run"])
     yield "|--:|:--|--:|--:|--:|--:|--:|:--|"

@@ -11,7 +11,7 @@ from inference.world import LAYER, LAYERS, contents, make_run, make_world
 from test_stages import dies
 from test_two_workers import in_the_middle
 
-from saev import cli, driver, inference, storage
+from saev import cli, driver, inference, limits, storage
 from saev.config import (
     BatchTopK,
     DataConfig,
@@ -27,7 +27,6 @@ from saev.config.sae import Activation
 from saev.errors import ConfigError, CorruptDataError
 from saev.inference import job as job_module
 from saev.inference import part as part_module
-from saev.inference import stage as stage_module
 from saev.inference.stage import Measuring
 from saev.nn import SparseAutoencoder
 from saev.shards import Shards
@@ -248,7 +247,7 @@ def test_saes_of_other_tokens_are_other_groups(place, tmp_path, read_bytes) -> N
 def test_more_weights_than_memory_are_several_groups(place, tmp_path, monkeypatch) -> None:
     cfgs = place.fresh(tmp_path)
     # Two of the larger ones have room together.
-    monkeypatch.setattr(stage_module, "GROUP_BYTES", 8 * D_MODEL * 260)
+    monkeypatch.setattr(limits, "GROUP_BYTES", 8 * D_MODEL * 260)
     job = Measuring(cfgs)
     assert [[Path(one.run).name for one in group] for group in job._groups] == [
         ["top-k", "wide"], ["threshold", "relu", "jump-relu", "matryoshka"],
