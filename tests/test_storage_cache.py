@@ -272,6 +272,21 @@ def test_many_threads(s3: str, tmp_path: Path) -> None:
     assert 0 < used(tmp_path) <= 6 * MB
 
 
+def test_writes_in_progress_count(tmp_path: Path) -> None:
+    bound = 6 * MB
+    cache = NodeCache(tmp_path, bound)
+    data = memoryview(noise(7 * CHUNK))
+    n_segments = 17
+    with ThreadPoolExecutor(8) as pool:  # each thread writes while others count all files
+        futures = [
+            pool.submit(cache.put, f"segment-{i % n_segments:02d}", i // n_segments * 7 * CHUNK, data)
+            for i in range(5 * n_segments)
+        ]
+        for future in futures:
+            future.result()
+    assert bound // 2 < used(tmp_path) <= bound
+
+
 FILL = """
 import sys
 from saev import storage

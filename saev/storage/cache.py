@@ -88,7 +88,7 @@ class NodeCache:
 
     Args:
         folder: on a local disk; made if missing.
-        max_bytes: most bytes of all files. Writes in progress may exceed it.
+        max_bytes: most bytes of all files. On macOS, writes in progress may exceed it.
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int):
@@ -149,10 +149,10 @@ class NodeCache:
     def put(self, name: str, start: int, data: memoryview) -> None:
         """Store data at ``start`` of a segment. It must be whole chunks; the object's last chunk
         may be shorter."""
-        if not self.admits() or not self._reserve(data.nbytes + _TABLE):
+        if not self.admits():
             return
         with self.disabled_on_error("be written"):
-            segment = self.segment(name, create=True)
+            segment = self._reserve(name, start, data.nbytes)
             if segment is not None:
                 segment.write(start, data)
 
@@ -165,17 +165,24 @@ class NodeCache:
 
     # --- Space -----------------------------------------------------------------------------
 
-    def _reserve(self, n_bytes: int) -> bool:
-        """Reserve space. The lock file holds the sum of all processes' reservations."""
-        with self.disabled_on_error("be written"), self._locked() as fd:
+    def _reserve(self, name: str, start: int, n_bytes: int) -> "_Segment | None":
+        """The segment with disk space for ``n_bytes`` at ``start``. None if there is no space.
+
+        The lock file holds the sum of all processes' files. The space is allocated before the lock
+        is released, so that a process that counts the files also counts writes in progress.
+        """
+        wanted = n_bytes + _TABLE
+        with self._locked() as fd:
             used = struct.unpack("<q", os.pread(fd, 8, 0).ljust(8, b"\0"))[0]
-            if used + n_bytes <= self.max_bytes:
-                os.pwrite(fd, struct.pack("<q", used + n_bytes), 0)
-                return True
-            if self._evict(fd, n_bytes):
-                return True
-            self._full_until = time.monotonic() + _LOOK_AGAIN_S
-        return False
+            if used + wanted <= self.max_bytes:
+                os.pwrite(fd, struct.pack("<q", used + wanted), 0)
+            elif not self._evict(fd, wanted):
+                self._full_until = time.monotonic() + _LOOK_AGAIN_S
+                return None
+            segment = self.segment(name, create=True)
+            if segment is not None:
+                segment.allocate(start, n_bytes)
+            return segment
 
     def _make_room(self, n_bytes: int) -> None:
         with self._locked() as fd:
@@ -293,6 +300,12 @@ class _Segment:
             if entry != int(_PRESENT) | crc:
                 return False
         return True
+
+    def allocate(self, start: int, n_bytes: int) -> None:
+        """Allocate disk space for the table and for ``n_bytes`` of chunks."""
+        with contextlib.suppress(AttributeError):  # macOS has no such call
+            os.posix_fallocate(self._fd, 0, _TABLE)
+            os.posix_fallocate(self._fd, _TABLE + start, n_bytes)
 
     def write(self, start: int, data: memoryview) -> None:
         """Write chunks, and then their entries."""
