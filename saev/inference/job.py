@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import typing as tp
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from saev.nn.codes import encode
 from saev.nn.io.load import HUB_PREFIX, load_sae
 from saev.nn.sae import SparseAutoencoder
 from saev.shards import Shards
+from saev.shards.folders import Folders
 
 FORMAT = 2
 """Part of the hash; raised when the same inputs would give other bytes."""
@@ -35,18 +36,12 @@ _SAMPLE_TOKENS = 8192
 _HASH_DIGITS = 16
 
 
-class Opened:
+class Opened(Folders):
     """Shards folders and their tokens, each opened once for all SAEs that read it."""
 
     def __init__(self) -> None:
-        self._shards: dict[str, Shards] = {}
+        super().__init__()
         self._sources: dict[str, TokenSource] = {}
-
-    def shards(self, url: str) -> Shards:
-        """The folder at a URL."""
-        if url not in self._shards:
-            self._shards[url] = Shards.open(url)
-        return self._shards[url]
 
     def source(self, shards: Shards, data: DataConfig, *, labels: bool) -> TokenSource:
         """Reads the tokens of a folder that a config selects."""
@@ -57,8 +52,7 @@ class Opened:
 
     def close(self) -> None:
         """Close all folders."""
-        while self._shards:
-            self._shards.popitem()[1].close()
+        super().close()
         self._sources.clear()
 
 
@@ -87,7 +81,7 @@ class Pass:
 
     @functools.cached_property
     def _opened(self) -> tuple[Shards, DataConfig]:
-        return open_shards(self.cfg, self._trained, self._others.shards)
+        return open_shards(self.cfg, self._trained, self._others)
 
     @property
     def shards(self) -> Shards:
@@ -349,14 +343,14 @@ def spread_by_frequency(counts: np.ndarray, n: int) -> tuple[int, ...]:
 
 
 def open_shards(
-    cfg: InferenceConfig, trained: TrainConfig | None, opener: Callable[[str], Shards] = Shards.open
+    cfg: InferenceConfig, trained: TrainConfig | None, folders: Folders
 ) -> tuple[Shards, DataConfig]:
     """The shards, and `cfg.data` with what was left out filled in from the run.
 
     Args:
         cfg: the config.
         trained: how the SAE was trained, if it is known.
-        opener: opens the folder at a URL.
+        folders: what is open already.
 
     Raises:
         ConfigError: no shards are known, or the layer was not recorded.
@@ -371,7 +365,7 @@ def open_shards(
         url = storage.recorded_folder(theirs.shards, run, remedy)
     else:
         raise ConfigError(f"No activations. {remedy}")
-    shards = opener(url)
+    shards = folders[url]
     layer = data.layer if data.layer is not None else theirs.layer
     if layer == "all":
         raise ConfigError("Inference reads one layer; --data.layer all is for loaders only.")
@@ -419,10 +413,12 @@ def current_keys(
     trained, sae = read_run(run), load_sae(run)
     trained_on, checksum = provenance.trained_on(run, sae.metadata), sae_checksum(sae)
 
+    folders = Folders()
+
     def key(config: tp.Mapping[str, tp.Any]) -> str:
         cfg = InferenceConfig.from_dict({**config, "run": run})
         data = cfg.data.model_copy(update={"shards": shards_url})
-        shards, data = open_shards(cfg.model_copy(update={"data": data}), trained)
+        shards, data = open_shards(cfg.model_copy(update={"data": data}), trained, folders)
         used = shards.metadata.source(tp.cast(int, data.layer), data.tokens)
         is_other = trained_on is not None and bool(compare(trained_on, used).refused)
         inputs = _inputs(cfg, data, shards, checksum, is_other=is_other)

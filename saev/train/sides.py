@@ -10,7 +10,7 @@ from saev.errors import ConfigError
 from saev.limits import VAL_FRACTION
 from saev.loaders.selection import Selection
 from saev.once import say_once
-from saev.shards import Shards
+from saev.shards.folders import Folders
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +18,12 @@ _MOST_LABELS = 1 << 28
 """Bytes of labels.bin that are read to count tokens exactly."""
 
 
-class Places:
-    """Shards folders, opened once."""
+class Places(Folders):
+    """Shards folders, opened once, and how many tokens configs select in them."""
 
     def __init__(self) -> None:
-        self._opened: dict[str, Shards] = {}
+        super().__init__()
         self._counts: dict[str, int] = {}
-
-    def __getitem__(self, url: str) -> Shards:
-        if url not in self._opened:
-            self._opened[url] = Shards.open(url)
-        return self._opened[url]
 
     def n_tokens(self, data: DataConfig) -> int:
         """Tokens that a config selects, maybe none; of very large folders, labels are not read."""
