@@ -171,15 +171,16 @@ def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
     urls = driver.run_job(job, part, progress).urls
     if part or progress.quiet:
         return Made(urls)
-    progress.say(after.figures(cfg, urls, time.monotonic() - started))
-    after.update_page(cfg, urls)
-    return Made(urls, after.go_on(cfg, urls))
+    outcome = after.of(cfg, urls)
+    progress.say(outcome.figures(time.monotonic() - started))
+    outcome.update_page()
+    return Made(urls, outcome.go_on())
 
 
 def _page(page: str, cfg: Config) -> Made:
     from saev import after
 
-    return Made([page], after.go_on(cfg, [page]))
+    return Made([page], after.of(cfg, [page]).go_on())
 
 
 def _no_urls(command: tp.Callable[[tp.Any], None], cfg: tp.Any) -> Made:

@@ -62,7 +62,7 @@ def _do(job: Job, cfg: Config, progress: Progress) -> tuple[str, ...]:
     started = time.monotonic()
     urls = driver.run_job(job, progress=progress).urls
     if not progress.quiet:
-        progress.say(after.figures(cfg, urls, time.monotonic() - started))
+        progress.say(after.of(cfg, urls).figures(time.monotonic() - started))
     return urls
 
 

@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from saev import after, cli, storage
-from saev.config import LoaderConfig, TrainConfig
+from saev.config import LoaderConfig, SaeConfig, TrainConfig
 from saev.visuals import overview
 
 
@@ -104,7 +105,8 @@ def test_a_sweep_goes_on_together_the_best_first(tmp_path: Path) -> None:
     for name, held_out, own in (("a", 0.3, 0.1), ("b", 0.2, 0.15), ("c", None, 0.05)):
         url = str(tmp_path / name)
         data = LoaderConfig(shards=str(tmp_path / "shards"), layer=1)
-        config = storage.json_bytes(TrainConfig(train_data=data).to_dict())
+        resolved = TrainConfig(train_data=data, sae=SaeConfig(d_sae=32))
+        config = storage.json_bytes(resolved.to_dict())
         storage.write_bytes(f"{url}/config.json", config)
         metrics = {"normalized_mse": held_out, "l0": 2.0, "n_dead": 0} if held_out else {}
         record = {"metrics": metrics, "train_metrics": {"normalized_mse": own, "l0": 2.0}}
@@ -112,7 +114,12 @@ def test_a_sweep_goes_on_together_the_best_first(tmp_path: Path) -> None:
             f"{url}/run.json", storage.seal(record, {"config.json": storage.Listed.of(config)})
         )
         urls.append(url)
-    line = after.go_on(TrainConfig(), urls)
+    outcome = after.of(TrainConfig(), urls)
+    first_name = outcome.figures(1.0).splitlines()[5].split()[0]
+    for url in urls:  # what the figures are read from is not read again for the command
+        shutil.rmtree(url)
+    line = outcome.go_on()
+    assert first_name.startswith("topk")
     runs = " ".join(f"{tmp_path}/{name}" for name in "bac")
     assert line == f"saev inference --run {runs} --shards {tmp_path}/shards"
 

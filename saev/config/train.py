@@ -107,8 +107,13 @@ class TrainConfig(Config):
         """
         is_complete = storage.exists(storage.join(url, "run.json"))
         kind = storage.Folder.open if is_complete else storage.Folder.unlisted
-        folder = kind(url, "run.json", "Restore the run folder from a copy, or train it again.")
-        place = storage.join(url, "config.json")
+        remedy = "Restore the run folder from a copy, or train it again."
+        return cls.of_folder(kind(url, "run.json", remedy))
+
+    @classmethod
+    def of_folder(cls, folder: storage.Folder) -> tp.Self:
+        """:meth:`of_run` for a run folder that is open already."""
+        place = storage.join(folder.url, "config.json")
         return cls.from_dict(folder.read_json("config.json"), source=place)
 
 

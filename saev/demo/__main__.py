@@ -16,7 +16,6 @@ from torch import Tensor
 
 import saev.shards.extract as extract
 from saev import inference, run, storage, train
-from saev.config import TrainConfig
 from saev.config.base import Config
 from saev.config.run import RunConfig
 from saev.console import Console
@@ -27,6 +26,7 @@ from saev.progress import Progress
 from saev.shards import Shards
 from saev.shards.protocol import in_validation
 from saev.visuals import overview
+from saev.visuals.rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +134,12 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]
     urls = train.run(stages.training(shards.url), progress=progress, table=stages.sweep)
     measuring = [stages.measuring(url, unseen.url) for url in urls]
     for url, measured in zip(urls, inference.run_all(measuring, progress), strict=True):
-        cfg = TrainConfig.of_run(url)
-        d_sae = cfg.sae.d_sae or 0
-        held_out = storage.read_sealed(storage.join(url, "run.json")).record["metrics"]
+        trained = Row.of_run(url)
+        cfg, d_sae = trained.config, trained.config.sae.d_sae or 0
         results = Results.open(measured)
         is_plain = cfg.objective.kind == "vanilla"
         name = cfg.sae.activation.kind + ("" if is_plain else f" {cfg.objective.kind}")
-        on_crops = _beside(held_out, crops, pca, d_sae)
+        on_crops = _beside(trained.held_out, crops, pca, d_sae)
         rows.append(
             Measured(name, d_sae, on_crops, _beside(results.metrics, photographs, pca, d_sae))
         )

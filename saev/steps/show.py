@@ -10,9 +10,11 @@ import typing as tp
 
 from saev import storage
 from saev.stage import Result
+from saev.visuals.rows import HELD_OUT
 
 if tp.TYPE_CHECKING:
-    from saev.visuals.overview import Row, Section
+    from saev.visuals.overview import Section
+    from saev.visuals.rows import Row
 
 Figures = dict[str, str | float]
 """The content of an artifact of figures, by name."""
@@ -48,11 +50,9 @@ def _sides(row: "Row") -> Figures:
 
     They are of all images if no image is held out, or if the SAE was trained on other shards.
     """
-    held_out, prefix = row.held_out, "held_out"
-    if row.elsewhere or not held_out:
-        held_out, prefix = row.metrics, "all_images"
+    prefix = "held_out" if row.side == HELD_OUT else "all_images"
     found: Figures = {}
-    for side, name in ((held_out, prefix), (row.trained_on, "training")):
+    for side, name in ((row.of_side(row.side), prefix), (row.trained_on, "training")):
         keys = {"normalized_mse": "nmse", "l0": "l0", "n_dead": "dead"}
         found |= {f"{name}_{s}": side[k] for k, s in keys.items() if side.get(k) is not None}
     return found

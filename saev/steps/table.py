@@ -13,7 +13,8 @@ import urllib.parse
 
 from saev import storage
 from saev.secrets import redact
-from saev.visuals.overview import ALL, ELSEWHERE, HELD_OUT, Row, Section
+from saev.visuals.overview import Section
+from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row, number
 
 _MOST_ROWS = 500
 _ROOM = "\u2002"
@@ -82,19 +83,19 @@ def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
     columns = [f"NMSE, {side}", f"L0, {side}", f"dead, {side}", "NMSE, training", "L0, training"]
     yield _line(["", "SAE", *columns, "run"])
     yield "|--:|:--|--:|--:|--:|--:|--:|:--|"
-    for number, row in enumerate(rows, start=1):
-        best = number == 1 and len(rows) > 1
+    for place, row in enumerate(rows, start=1):
+        best = place == 1 and len(rows) > 1
         name = _plain(row.name).replace("-", _NO_BREAK_HYPHEN)
         found = section.headline(row)
         yield _line(
             [
-                f"{_FRONT * row.on_front}{_NO_BREAK}{number}",
+                f"{_FRONT * row.on_front}{_NO_BREAK}{place}",
                 f"**{name}** (best)" if best else name,
-                _number(found.nmse, ".4f"),
-                _number(found.l0, ".1f"),
-                f"{_number(found.n_dead, ',')}/{row.config.sae.d_sae}",
-                _number(row.training.nmse, ".4f"),
-                _number(row.training.l0, ".1f"),
+                number(found.nmse, ".4f"),
+                number(found.l0, ".1f"),
+                f"{number(found.n_dead, ',')}/{row.config.sae.d_sae}",
+                number(row.training.nmse, ".4f"),
+                number(row.training.l0, ".1f"),
                 _code(storage.name(row.run)),
             ]
         )
@@ -103,10 +104,6 @@ def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
 def _line(cells: tp.Sequence[str]) -> str:
     """A row. Its spaces do not collapse, because the UI puts no room beside the cells."""
     return "| " + " | ".join(f"{cell}{_ROOM}" for cell in cells) + " |"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _places(section: Section, best: Row, page: str, owner: str) -> tp.Iterator[str]:

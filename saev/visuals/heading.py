@@ -5,20 +5,21 @@ import math
 import typing as tp
 
 from saev import names, storage
-from saev.config import TrainConfig
 from saev.config.source import ActivationSource
 from saev.errors import SaevError
 from saev.inference.results import Results
 from saev.secrets import redact
 from saev.shards import Shards
-from saev.visuals import overview, page
+from saev.visuals import page
+from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row
 
 _SIDES = {
-    "held out": "of images that training has not seen",
-    "training": "of images that training has seen",
-    "all images": "of all images of the folder, also those of training",
-    "these images": "of images of another folder than that of training",
+    HELD_OUT: ("held out", "of images that training has not seen"),
+    ELSEWHERE: ("these images", "of images of another folder than that of training"),
+    ALL: ("all images", "of all images of the folder, also those of training"),
 }
+"""The name of a side, and which images it is."""
+_TRAINING = ("training", "of images that training has seen")
 
 
 class Heading(tp.NamedTuple):
@@ -55,18 +56,13 @@ def of(run: str, results: Results, shards: Shards, activations: ActivationSource
     return Heading(title, " · ".join(filter(None, words)), _figures(metrics, row))
 
 
-def _row(run: str, results: Results) -> overview.Row | None:
+def _row(run: str, results: Results) -> Row | None:
     """What is known of the run; None if it is no run folder."""
     try:
-        config = TrainConfig.of_run(run)
-        record = storage.read_sealed(storage.join(run, overview.RUN)).record
+        trained = Row.find(run)
     except SaevError:
         return None
-    elsewhere = results.metrics.get("shards_hash") != storage.name(config.train_data.shards)
-    return overview.Row(
-        run, "", config, results.metrics, record.get("metrics") or {},
-        record.get("train_metrics") or {}, elsewhere=elsewhere,
-    )  # fmt: skip
+    return None if trained is None else trained.on(results)
 
 
 def _day(run: str) -> str:
@@ -79,17 +75,14 @@ def _day(run: str) -> str:
         return ""
 
 
-def _figures(metrics: tp.Mapping[str, tp.Any], row: overview.Row | None) -> list[page.Metric]:
+def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Metric]:
     """The header's numbers: those of images that training has not seen first."""
-    sides: list[tuple[str, tp.Mapping[str, tp.Any]]] = [("all images", metrics)]
-    if row is not None and row.elsewhere:
-        sides = [("these images", metrics)]
-    elif row is not None and row.held_out:
-        sides = [("held out", row.held_out)]
+    side = ALL if row is None else row.side
+    sides = [(_SIDES[side], metrics if row is None else row.of_side(side))]
     if row is not None and row.trained_on:
-        sides.append(("training", row.trained_on))
+        sides.append((_TRAINING, row.trained_on))
     shown = []
-    for number, (side, figures) in enumerate(sides):
+    for number, ((side, images), figures) in enumerate(sides):
         for key, label, form, hint in page.FIGURES:
             value = figures.get(key)
             if (
@@ -99,6 +92,6 @@ def _figures(metrics: tp.Mapping[str, tp.Any], row: overview.Row | None) -> list
                     number and key == "n_dead"  # said once
                 )
             ):
-                hint_of_side = f"{hint.rstrip('.')}, {_SIDES[side]}."
+                hint_of_side = f"{hint.rstrip('.')}, {images}."
                 shown.append(page.Metric(f"{label}, {side}", form.format(value), hint_of_side))
     return shown + page.metrics(metrics)

@@ -17,24 +17,15 @@ from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import pages
 from saev.visuals.records import DONE
+from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Figures, Row
 
 logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
-RUN = "run.json"
 _MARK = "<title>saev:"
 """In the head of every page of a root, also of those of version 0.1.0."""
 _HEAD = 1000
-_REMEDY = "Restore the run folder from a copy, or train it again."
 _N_READERS = 16
-
-
-HELD_OUT = "held-out"
-"""Images of the folder of training that training has not seen."""
-ELSEWHERE = "elsewhere"
-"""Images of another folder than that of training, all of them."""
-ALL = "all"
-"""All images of the folder, also those of training."""
 
 
 _SIDES = {
@@ -43,55 +34,6 @@ _SIDES = {
     ALL: "of all images of this folder, those of training among them",
 }
 _SHORT = {HELD_OUT: "held out", ELSEWHERE: "images not trained on", ALL: "all images"}
-
-
-class Figures(tp.NamedTuple):
-    """What is said of an SAE first. None is not known, or not a number (see docs/metrics)."""
-
-    nmse: float | None = None
-    l0: float | None = None
-    n_dead: int | None = None
-
-    @classmethod
-    def of(cls, raw: tp.Mapping[str, tp.Any]) -> tp.Self:
-        """From the metrics that training or inference stored."""
-        return cls(raw.get("normalized_mse"), raw.get("l0"), raw.get("n_dead"))
-
-    @property
-    def order(self) -> float:
-        """Lower is better; what is not known is last."""
-        return math.inf if self.nmse is None else self.nmse
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One SAE, and what was measured on one shards folder."""
-
-    run: str
-    """URL of the run folder."""
-    report: str
-    """URL of the report's first page, "" if the report is not complete."""
-    config: TrainConfig
-    """The resolved training config."""
-    metrics: tp.Mapping[str, tp.Any]
-    """What inference measured, on the whole shards folder; empty if it did not."""
-    held_out: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
-    """What training measured in the end, on images that it had not seen; empty if it did not."""
-    trained_on: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
-    """The same on images that it had seen; empty if it did not, as in runs of version 0.1.0."""
-    name: str = ""
-    """What tells the SAE from the others of its section."""
-    other_model: tp.Sequence[str] = ()
-    """How the activations differ from those of training, if such a difference was allowed."""
-    on_front: bool = False
-    """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
-    elsewhere: bool = False
-    """Whether the folder is another one than that of training."""
-
-    @property
-    def training(self) -> Figures:
-        """Of the training side."""
-        return Figures.of(self.trained_on)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +52,12 @@ class Section:
 
         SAEs beside each other are compared on the same images.
         """
-        if all(row.elsewhere for row in self.rows):
-            return ELSEWHERE
-        is_known = all(row.held_out and not row.elsewhere for row in self.rows)
-        return HELD_OUT if is_known else ALL
+        sides = {row.side for row in self.rows}
+        return sides.pop() if len(sides) == 1 else ALL
 
     def headline(self, row: Row) -> Figures:
         """The figures of one of its SAEs, of :attr:`side`."""
-        return Figures.of(row.held_out if self.side == HELD_OUT else row.metrics)
+        return Figures.of(row.of_side(self.side))
 
     def best_first(self) -> list[Row]:
         """By NMSE."""
@@ -253,23 +193,16 @@ def _named(rows: tp.Sequence[Row]) -> list[Row]:
 
 def _rows_of(run: str) -> list[tuple[str, Row]]:
     """An SAE on each shards folder that it was measured on, or else on that of its training."""
-    if not storage.exists(storage.join(run, RUN)):
+    trained = Row.find(run)
+    if trained is None:
         return []
-    config = TrainConfig.of_run(run)
-    record = storage.Folder.open(run, RUN, _REMEDY).record
-    of_training = storage.name(config.train_data.shards)
-    row = Row(run, "", config, {}, record.get("metrics") or {}, record.get("train_metrics") or {})
-    rows = []
+    found = []
     for entry in storage.list_dir(storage.join(run, "inference"), missing_ok=True):
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
             results = Results.open(entry.url)
-            shards = str(results.metrics["shards_hash"])
-            one = dataclasses.replace(
-                row, report=_report_of(storage.join(entry.url, "report")), metrics=results.metrics,
-                other_model=results.other_model, elsewhere=shards != of_training,
-            )  # fmt: skip
-            rows.append((shards, one))
-    return rows or [(of_training, row)]
+            report = _report_of(storage.join(entry.url, "report"))
+            found.append((str(results.metrics["shards_hash"]), trained.on(results, report)))
+    return found or [(storage.name(trained.config.train_data.shards), trained)]
 
 
 def _report_of(folder: str) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 from saev.config import TrainConfig
 from saev.steps import table
-from saev.visuals.overview import Row, Section
+from saev.visuals.overview import Section
+from saev.visuals.rows import Row
 
 
 def row(run: str, nmse: float, held_out: float | None, *, on_front: bool = True) -> Row:

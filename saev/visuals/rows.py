@@ -1,0 +1,135 @@
+"""An SAE with its figures, and which images each figure is measured on.
+
+Reports, the page of a root, the table in Kubeflow's UI and the lines on the terminal all show these
+rows, so that they say the same of an SAE.
+"""
+
+import dataclasses
+import math
+import typing as tp
+
+from saev import storage
+from saev.config import TrainConfig
+from saev.inference.results import Results
+
+RUN = "run.json"
+NO_NUMBER = "–"
+"""Stands for a figure that is not known."""
+_REMEDY = "Restore the run folder from a copy, or train it again."
+
+HELD_OUT = "held-out"
+"""Images of the folder of training that training has not seen."""
+ELSEWHERE = "elsewhere"
+"""Images of another folder than that of training, all of them."""
+ALL = "all"
+"""All images of the folder, also those of training."""
+
+
+class Figures(tp.NamedTuple):
+    """An SAE's main figures. None is not known, or not a number (see docs/metrics)."""
+
+    nmse: float | None = None
+    l0: float | None = None
+    n_dead: int | None = None
+
+    @classmethod
+    def of(cls, raw: tp.Mapping[str, tp.Any]) -> tp.Self:
+        """From the metrics that training or inference stored."""
+        return cls(raw.get("normalized_mse"), raw.get("l0"), raw.get("n_dead"))
+
+    @property
+    def order(self) -> float:
+        """For sorting by NMSE. An NMSE that is not known is last."""
+        return math.inf if self.nmse is None else self.nmse
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One SAE, and what was measured on one shards folder."""
+
+    run: str
+    """URL of the run folder."""
+    report: str
+    """URL of the report's first page, "" if the report is not complete."""
+    config: TrainConfig
+    """The resolved training config."""
+    metrics: tp.Mapping[str, tp.Any]
+    """What inference measured, on the whole shards folder; empty if it did not."""
+    held_out: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
+    """What training measured in the end, on images that it had not seen; empty if it did not."""
+    trained_on: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
+    """The same on images that it had seen; empty if it did not, as in runs of version 0.1.0."""
+    name: str = ""
+    """What tells the SAE from the others of its section."""
+    other_model: tp.Sequence[str] = ()
+    """How the activations differ from those of training, if such a difference was allowed."""
+    on_front: bool = False
+    """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
+    elsewhere: bool = False
+    """Whether the folder is another one than that of training."""
+
+    @classmethod
+    def of_run(cls, run: str) -> tp.Self:
+        """An SAE as training published it, without what inference measured.
+
+        Args:
+            run: URL of the run folder.
+
+        Raises:
+            CorruptDataError: config.json or run.json is damaged.
+            StorageError: one of them is missing.
+        """
+        folder = storage.Folder.open(run, RUN, _REMEDY)
+        held_out, trained_on = (
+            folder.record.get(key) or {} for key in ("metrics", "train_metrics")
+        )
+        return cls(run, "", TrainConfig.of_folder(folder), {}, held_out, trained_on)
+
+    @classmethod
+    def find(cls, run: str) -> tp.Self | None:
+        """As :meth:`of_run`, but None if there is no run.json."""
+        return cls.of_run(run) if storage.exists(storage.join(run, RUN)) else None
+
+    def on(self, results: Results, report: str = "") -> tp.Self:
+        """The same SAE with what inference measured on a shards folder.
+
+        Args:
+            results: what it measured.
+            report: URL of the first page of their report, "" if there is none.
+        """
+        of_training = storage.name(self.config.train_data.shards)
+        return dataclasses.replace(
+            self, report=report, metrics=results.metrics, other_model=results.other_model,
+            elsewhere=results.metrics["shards_hash"] != of_training,
+        )  # fmt: skip
+
+    @property
+    def side(self) -> str:
+        """Which images come first: HELD_OUT if their figures are known, else ELSEWHERE or ALL."""
+        if self.elsewhere:
+            return ELSEWHERE
+        return HELD_OUT if self.held_out else ALL
+
+    def of_side(self, side: str) -> tp.Mapping[str, tp.Any]:
+        """The metrics on HELD_OUT images, or on ALL or ELSEWHERE, which inference measured."""
+        return self.held_out if side == HELD_OUT else self.metrics
+
+    @property
+    def headline(self) -> Figures:
+        """Of :attr:`side`."""
+        return Figures.of(self.of_side(self.side))
+
+    @property
+    def training(self) -> Figures:
+        """Of the training side."""
+        return Figures.of(self.trained_on)
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure as text.
+
+    Args:
+        value: the figure; None if it is not known.
+        form: how it is formatted, such as ".4f".
+    """
+    return NO_NUMBER if value is None else format(value, form)
