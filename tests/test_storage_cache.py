@@ -279,7 +279,9 @@ def test_writes_in_progress_count(tmp_path: Path) -> None:
     n_segments = 17
     with ThreadPoolExecutor(8) as pool:  # each thread writes while others count all files
         futures = [
-            pool.submit(cache.put, f"segment-{i % n_segments:02d}", i // n_segments * 7 * CHUNK, data)
+            pool.submit(
+                cache.put, f"segment-{i % n_segments:02d}", i // n_segments * 7 * CHUNK, data
+            )
             for i in range(5 * n_segments)
         ]
         for future in futures:
