@@ -77,7 +77,7 @@ typecheck: setup ## Check types
 
 lock: ## Write the locks anew from pyproject.toml
 	$(BIN)/uv pip compile $(COMPILE) \
-	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra launch --extra demo --extra docs --extra dev \
+	  --constraints requirements/pins.in --extra s3 --extra hf --extra heic --extra kfp --extra launch --extra demo --extra docs --extra notebooks --extra dev \
 	  pyproject.toml requirements/build.in --output-file $(LOCK)
 	echo 'uv==0.13.9' | $(BIN)/uv pip compile $(COMPILE) - --output-file requirements/uv.lock
 	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --overrides requirements/of-venv.in \
