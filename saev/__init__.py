@@ -22,8 +22,8 @@ __all__ = ["__version__", "load_sae", "register_family"]
 
 _PACKAGES = frozenset(
     (
-        *("config", "images", "inference", "loaders", "nn", "shards", "storage", "train"),
-        *("visuals", "vit"),
+        *("config", "images", "inference", "loaders", "nn", "shards", "storage", "tables"),
+        *("train", "visuals", "vit"),
     )
 )
 """Imported when they are first asked for: ``import saev; saev.train.run(cfg)``."""

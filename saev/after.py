@@ -22,6 +22,7 @@ from saev.inference.results import Results
 from saev.nn.io.load import HUB_PREFIX
 from saev.shards import Shards
 from saev.visuals import overview
+from saev.visuals.pasted import command
 from saev.visuals.records import DONE
 from saev.visuals.rows import HELD_OUT, NO_NUMBER, Figures, Row, number
 
@@ -286,12 +287,14 @@ class _Measured(Outcome):
         cfg, url = self._configs[best], self.urls[best]
         recorded = storage.read_sealed(storage.join(url, files.CONFIG), remedy=files.REMEDY).record
         shards = cfg.data.shards or recorded["config"]["data"]["shards"]
-        flags = ["--run", cfg.run, "--shards", shards]
-        if cfg.out:
-            flags += ["--inference", url]
-        if cfg.allow_other_model:
-            flags += ["--allow-other-model"]
-        return _command("visuals", *flags)
+        return command(
+            VisualsConfig(
+                run=cfg.run,
+                shards=shards,
+                inference=url if cfg.out else "",
+                allow_other_model=cfg.allow_other_model,
+            )
+        )
 
     def runs(self) -> list[str]:
         return [cfg.run for cfg in self._configs]

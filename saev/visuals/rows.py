@@ -67,6 +67,8 @@ class Row:
     """Whether no other SAE of the section has both a lower L0 and a lower NMSE."""
     elsewhere: bool = False
     """Whether the folder is another one than that of training."""
+    results: str = ""
+    """URL of the folder with what inference measured, "" if it did not."""
 
     @classmethod
     def of_run(cls, run: str) -> tp.Self:
@@ -99,7 +101,8 @@ class Row:
         """
         of_training = storage.name(self.config.train_data.shards)
         return dataclasses.replace(
-            self, report=report, metrics=results.metrics, other_model=results.other_model,
+            self, report=report, metrics=results.metrics, results=results.url,
+            other_model=results.other_model,
             elsewhere=results.metrics["shards_hash"] != of_training,
         )  # fmt: skip
 
