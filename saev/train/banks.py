@@ -17,11 +17,11 @@ from saev.train.schedule import lr_scale, sparsity_scale
 INIT_TOKENS = 8192
 """Tokens that an SAE is initialised from, or one per latent if those are more."""
 INIT_BUFFER_MB = 256.0
-"""Most memory to shuffle them in: the first window of training may be gigabytes."""
+"""Memory limit of the loader that reads these tokens. That of training may be gigabytes."""
 
 
 class TrainingBank(tp.NamedTuple):
-    """SAEs of one shape that see activations normalised in one way."""
+    """SAEs of the same shape, trained on activations with the same normalisation."""
 
     indices: tuple[int, ...]
     """Which members of the group."""
@@ -30,7 +30,7 @@ class TrainingBank(tp.NamedTuple):
     bank: SaeBank
 
     def step(self, acts_bd: Tensor, step: int, n_steps: int, n_tokens: int) -> StepMetrics:
-        """One optimiser step on recorded activations, which are left as they are.
+        """Take one optimiser step on recorded activations, which are not changed.
 
         Args:
             acts_bd: this rank's share of the batch.
@@ -67,8 +67,9 @@ def build_banks(
         members: with resolved configs that share their data.
         shards: the training activations.
         device: where they are trained.
-        initialise: start from activations; not needed if a state is taken over anyway.
-        ranks: who trains them together.
+        initialise: compute initial weights from activations. Not needed before a resume point is
+            loaded.
+        ranks: the processes that train together.
     """
     shapes: dict[tuple[tp.Any, ...], list[int]] = {}
     for index, member in enumerate(members):
@@ -99,8 +100,8 @@ def build_banks(
 
 
 def _shape(c: TrainConfig) -> tuple[tp.Any, ...]:
-    """Equal for SAEs that can be in one bank, and should be: plain SAEs are not held up by the
-    prefixes of Matryoshka ones."""
+    """Equal for SAEs that go into one bank. It contains the objective, because Matryoshka prefixes
+    would slow down the plain SAEs of the same bank."""
     kinds = (c.sae.activation.kind, c.objective.kind, c.optim)
     return (c.sae.d_sae, *kinds, c.dead_after, c.scale_mean, c.scale_norm)
 

@@ -1,11 +1,12 @@
 """The curves of one run: metrics.jsonl, TensorBoard event files, Weights & Biases.
 
     metrics.jsonl   one row per logged step; nothing in it depends on time or on interruptions
-    timings.jsonl   wall time, speed and waiting at the same steps
+    timings.jsonl   wall time, speed and time spent waiting, at the same steps
     tb/             the same values for TensorBoard, one event file per flush
 
-Object stores cannot append, so rows are kept in memory (a few hundred bytes each) and a flush
-writes the files whole. Rows are a part of resume points: a run that resumes writes all three anew.
+Object stores cannot append to an object. So all rows are kept in memory (a few hundred bytes each),
+and a flush writes whole files. Resume points contain the rows, so that a resumed run can write all
+files again.
 """
 
 import importlib.util
@@ -32,7 +33,7 @@ class Curves:
 
     Args:
         url: the run folder. The curves in it are replaced by ``rows``.
-        rows: what a resumed run goes on from.
+        rows: those up to the resume point, if the run is resumed.
         keep: write nothing, because the run is published already.
         hyperparameters: what TensorBoard's tab HPARAMS shows of the run.
     """
@@ -76,7 +77,8 @@ class Curves:
 
     @property
     def listed(self) -> dict[str, storage.Listed]:
-        """The curves in a list of files, without those whose wall times differ each time."""
+        """metrics.jsonl with its checksum, for the run's list of files. The other files are not
+        listed, because they contain wall times."""
         return {METRICS: storage.Listed.of(_lines(self.rows).encode())}
 
     def flush(self) -> None:
@@ -96,11 +98,11 @@ class Curves:
         self._n_flushed = len(self.rows)
 
     def finish(self, step: int, sides: tp.Mapping[str, tp.Mapping[str, tp.Any]]) -> None:
-        """Write the figures of the evaluation for TensorBoard.
+        """Write the metrics of the evaluation for TensorBoard.
 
         Args:
             step: the last one.
-            sides: figures by the name of what they are of, such as ``held_out``.
+            sides: metrics by the name of the images they are measured on, such as ``held_out``.
         """
         if self._keep:
             return
@@ -116,9 +118,9 @@ def _lines(rows: tp.Iterable[Row]) -> str:
 
 
 def of_run_folder(url: str, n_rows: int) -> CurveRows:
-    """The first rows of a run's curves, for a resume point of version 0.1.0, which has none.
+    """The first rows of the curves in a run folder. Resume points of version 0.1.0 have no curves.
 
-    Rows that are lost stay lost, with a warning: the weights do not depend on them.
+    If rows are missing, this only logs a warning, because the weights do not depend on them.
     """
     metrics, timings = (_read_rows(storage.join(url, name), n_rows) for name in (METRICS, TIMINGS))
     n_found = min(len(metrics), len(timings))
@@ -189,7 +191,8 @@ def _session(hyperparameters: tp.Mapping[str, str | float]) -> tp.Any:
 def _record(data: bytes) -> bytes:
     """TFRecord framing: length, its masked CRC, data, its masked CRC.
 
-    TensorBoard's own RecordWriter does the same, after seconds of importing cloud clients.
+    TensorBoard's own RecordWriter does the same, but its import takes seconds, because it imports
+    the clients of cloud stores.
     """
     length = struct.pack("<Q", len(data))
     return length + _masked_crc(length) + data + _masked_crc(data)
@@ -227,7 +230,7 @@ class WandbRun:
             name=name,
             config=config,
             resume="allow",
-            reinit="create_new",  # a group is many runs in one process
+            reinit="create_new",  # this process has one run for each SAE of the group
         )
 
     def log(self, row: Row) -> None:

@@ -1,8 +1,8 @@
-"""Runs and groups that a runs' root holds already, under other names than they would get now.
+"""Finds runs and groups below a runs' root whose names differ from those they would get now.
 
-Version 0.1.0 made the seed of an SAE from its place in the sweep, so its run ids are others. And a
-group whose training has begun keeps its name while its sweep grows. This module looks for complete
-runs and for groups with resume points. What it finds goes on under its old name; all other SAEs are
+Version 0.1.0 made the seed of an SAE from its place in the sweep, so its run ids are different. A
+group whose training has begun keeps its name when SAEs are added to its sweep. This module looks
+for complete runs and for groups with resume points. They keep their names. All other SAEs are
 grouped anew.
 """
 
@@ -27,7 +27,7 @@ class Wanted(tp.NamedTuple):
 
 
 def choose(by_data: tp.Sequence[tp.Sequence[Wanted]], max_parallel: int) -> list[Group]:
-    """Group SAEs for training. Those that are there already keep their names.
+    """Group SAEs for training. SAEs and groups that exist already keep their names.
 
     Args:
         by_data: lists of SAEs that can share batches.
@@ -82,7 +82,7 @@ def _published_before(one: Wanted, root: "_Root") -> Member | None:
 
 
 class _Root:
-    """What lies below a runs' root. Everything is listed at most once."""
+    """The runs and the resume points below a runs' root. Each folder is listed at most once."""
 
     def __init__(self, url: str):
         self._url = url
@@ -108,8 +108,8 @@ class _Root:
     def in_flight(self, group: str) -> resume.Flight:
         """The runs of a group's newest resume point; no runs if no point is intact.
 
-        A point that cannot be read is waited for, as training itself does: were it passed over, the
-        group's SAEs would be trained from the start, beside those in flight.
+        While the storage fails, this waits, as training itself does. If it skipped the point, the
+        group's SAEs would be trained again from the start.
 
         Raises:
             StorageError: it could not be read for a long time; nothing was changed.

@@ -1,8 +1,8 @@
-"""Measuring trained SAEs on held-out activations, in the form in which they are used.
+"""Measures trained SAEs on held-out activations, in the form in which they are used.
 
-SAEs that aim at an L0 are calibrated first (:mod:`saev.nn.calibration`), on the tokens of every
-second held-out example, and reported on the others. The same figures are measured on tokens that
-they were trained on, too.
+SAEs with a target L0 are calibrated first (:mod:`saev.nn.calibration`), on the tokens of every
+second held-out example. Their metrics are measured on the other held-out examples. The same metrics
+are also measured on tokens of the training side.
 """
 
 import contextlib
@@ -32,14 +32,15 @@ _VAL_SEED = 0
 
 
 class Evaluation(tp.TypedDict):
-    """What run.json says of an SAE's evaluation. Without held-out tokens `metrics` is empty."""
+    """An SAE's evaluation, as run.json stores it. `metrics` is empty if nothing is held out."""
 
     metrics: Metrics
-    """Figures of held-out tokens, except those that the SAE was calibrated on."""
+    """On held-out tokens, except those that the SAE was calibrated on."""
     train_metrics: tp.NotRequired[Metrics]
-    """The same figures of as many tokens of the training side."""
+    """On the same number of tokens of the training side."""
     calibration: tp.NotRequired[Metrics]
-    """Target L0, level, number of the tokens that decided the level, and their L0 before."""
+    """The target L0, the chosen level, on how many tokens it was chosen, and the L0 of these tokens
+    before."""
 
 
 class _Rows(tp.NamedTuple):
@@ -52,11 +53,11 @@ class _Rows(tp.NamedTuple):
 
 
 class _Tokens:
-    """A fixed choice of the tokens of one side.
+    """A fixed selection of tokens of the training side or of the held-out side.
 
     Args:
-        data: which side.
-        n_most: the most tokens.
+        data: how the side is read.
+        n_most: upper limit of the number of tokens.
         device: of the batches.
         progress: where progress is shown.
     """
@@ -101,7 +102,7 @@ class _Tokens:
 
 
 def aim(config: TrainConfig) -> float | None:
-    """The L0 that an SAE aims at; None if there is none, or if its activation fixes it (TopK)."""
+    """The target L0 of an SAE; None if it has none, or if its activation fixes L0 (TopK)."""
     activation = config.sae.activation
     return activation.top_k if isinstance(activation, BatchTopK) else config.objective.target_l0
 
@@ -119,7 +120,7 @@ def evaluate(
     sees the same batches, and its numbers do not depend on the others.
 
     Args:
-        saes: those that aim at an L0 are changed.
+        saes: the SAEs. The thresholds of those with a target L0 are changed.
         configs: of the SAEs; they share their data.
         device: where the SAEs are.
         progress: where progress is shown.
@@ -146,7 +147,7 @@ def evaluate(
 def _calibrate(
     saes: tp.Sequence[SparseAutoencoder], aims: tp.Mapping[int, float], held_out: _Tokens
 ) -> dict[int, Metrics]:
-    """Set the levels of SAEs, by their index; returns what run.json says of it."""
+    """Set the levels of SAEs. Returns the `calibration` of each, by its index."""
     counts = {n: Calibration(saes[n], l0) for n, l0 in aims.items()}
     n_others = 0
     for acts_bd, calibrating in held_out.batches("calibrate"):
@@ -157,9 +158,9 @@ def _calibrate(
     n_tokens = next(iter(counts.values())).n_tokens
     if not n_tokens or not n_others:
         logger.warning(
-            "Thresholds are not calibrated: of the held-out tokens (--n-val), %d are of examples "
-            "to calibrate on and %d of others to report on; both need some. Raise --n-val, or use "
-            "more images.",
+            "Thresholds are not calibrated: there are %d held-out tokens (--n-val) for the "
+            "calibration and %d for the metrics after it, and both numbers must be above 0. Raise "
+            "--n-val, or use more images.",
             *(n_tokens, n_others),
         )
         return {}
@@ -182,7 +183,7 @@ def _measure(
     title: str,
     calibrated: tp.Collection[int] = (),
 ) -> list[Metrics]:
-    """Metrics of each SAE; those that were calibrated are measured on the other half."""
+    """Metrics of each SAE. Tokens on which an SAE was calibrated are left out."""
     found = [ReconstructionMetrics(sae.d_model, sae.d_sae, sae.b_enc.device) for sae in saes]
     for acts_bd, calibrating in tokens.batches(title):
         for n, (sae, metrics) in enumerate(zip(saes, found, strict=True)):
@@ -197,6 +198,6 @@ def _measure(
 
 
 def _parts(acts_bd: Tensor, sae: SparseAutoencoder) -> tuple[Tensor, ...]:
-    """Rows whose latents fit into memory; none if there are no rows."""
+    """The rows in parts whose latents fit into memory; no part if there are no rows."""
     rows = max(1, _LATENT_BYTES // (4 * sae.d_sae))
     return acts_bd.split(rows) if len(acts_bd) else ()

@@ -1,7 +1,8 @@
-"""Keys that change nothing for an SAE, because of the value of another key.
+"""Warns of config keys that have no effect on an SAE, because of the value of another key.
 
-A sweep of such a key trains repetitions. Their run ids are different, and stay so, because ids that
-left these keys out would be other ids for SAEs that are trained already. So there is a warning.
+A sweep of such a key trains the same SAE several times, under different run ids. The ids cannot be
+made equal: if idle keys were left out of the hash, SAEs that are trained already would get other
+ids.
 """
 
 import logging
@@ -46,7 +47,7 @@ def idle_keys(config: TrainConfig, n_tokens: int) -> dict[str, str]:
         found["sae.activation.threshold_momentum"] = reason
     if not objective.aux_coeff:
         found["objective.k_aux"] = "aux_coeff is 0"
-        if not isinstance(activation, JumpRelu):  # there, thresholds of dead latents fall
+        if not isinstance(activation, JumpRelu):  # JumpReLU lowers thresholds of dead latents
             found["dead_after"] = "aux_coeff is 0"
     if isinstance(objective, Matryoshka) and objective.n_prefixes == 1:
         found["objective.pareto_alpha"] = "n_prefixes is 1"
@@ -58,7 +59,7 @@ def idle_keys(config: TrainConfig, n_tokens: int) -> dict[str, str]:
 
 
 def warn_of_idle_axes(members: tp.Sequence[Sized]) -> None:
-    """Say which swept keys make SAEs that are equal but for their seeds."""
+    """Warn of swept keys that make SAEs which are equal except for their seeds."""
     alike: dict[str, list[Sized]] = {}
     for member in members:
         alike.setdefault(_effective(member), []).append(member)
@@ -75,7 +76,7 @@ def warn_of_idle_axes(members: tp.Sequence[Sized]) -> None:
     if not reasons:
         return
     logger.warning(
-        "%s: %d SAEs %s. Leave it out of the sweep, or choose other values with which it counts.",
+        "%s: %d SAEs %s. Leave it out of the sweep, or change the other key so that it matters.",
         "; ".join(
             f"{key} is swept, but {' and '.join(sorted(why))}" for key, why in reasons.items()
         ),
@@ -85,7 +86,7 @@ def warn_of_idle_axes(members: tp.Sequence[Sized]) -> None:
 
 
 def _effective(member: Sized) -> str:
-    """Equal for SAEs that would be equal if they had one seed."""
+    """Equal for SAEs that would be equal if they had the same seed."""
     idle = {*idle_keys(member.config, member.n_tokens), "seed"}
 
     def walk(table: tp.Mapping[str, tp.Any], path: str) -> dict[str, tp.Any]:

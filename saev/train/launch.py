@@ -1,18 +1,20 @@
 """Starts the ranks of a training on this machine, and ends all of them when one fails.
 
-The process that started them computes nothing: it waits, passes signals on, and says what went
-wrong. Each rank is `python -m saev.train.worker`. It reads its job from standard input, which stays
-open, so that a rank notices if this process is killed; it writes how it ended to standard output;
-its log goes where this process's goes. Ranks have a session of their own: Ctrl-C in a terminal
-reaches this process alone.
+The process that starts the ranks does not train. It waits, forwards signals and reports errors.
+Each rank is a process `python -m saev.train.worker`:
 
-Why not torch's elastic launcher (torch.distributed.elastic, as torchrun uses it; read in the source
-of torch 2.14.1):
+- It reads its job from standard input. Standard input stays open, so that the rank notices if this
+  process is killed.
+- It writes to standard output how it ended. Its log goes to the standard error of this process.
+- It has its own session, so that Ctrl-C in a terminal reaches only this process.
+
+Why this is not torch's elastic launcher (torch.distributed.elastic, which torchrun uses; as read in
+the source of torch 2.14.1):
 
 - If the launcher is killed by SIGKILL, ranks that it started as commands go on. Ranks that it
   started as functions get SIGINT, on Linux only, and train until their next safe point.
-- If one rank fails, the others get SIGTERM at once. They cannot say what they know, and the error
-  that is reported is the earliest one by time. That may be the error of a rank that lost another.
+- If one rank fails, the others get SIGTERM at once, before they can report their own errors. The
+  launcher reports the earliest error, which may be only that another rank is gone.
 - After SIGTERM the ranks have 30 seconds (LaunchConfig.shutdown_timeout), or another fixed time.
   Rank 0 may need longer for a large resume point. Here only Kubernetes limits that time.
 """
@@ -36,7 +38,7 @@ from saev.train.signals import EXIT_SIGTERM, Interruption
 
 _POLL_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
-"""How long the others may go on after one has failed: enough to say what they know."""
+"""When one rank has failed, the others have this time to report their own errors."""
 _RESUME = "The same command continues from the last resume point."
 
 
@@ -48,7 +50,7 @@ def train(item: tp.Mapping[str, tp.Any], size: int, progress: Progress) -> None:
         RankError: a rank was killed, or ended in an error that is a bug.
         SystemExit, KeyboardInterrupt: after SIGTERM, Ctrl-C; a resume point was written.
     """
-    if torch.cuda.is_initialized():  # by a stage before this one, whose memory a rank now needs
+    if torch.cuda.is_initialized():  # by an earlier stage; the ranks need its memory
         torch.cuda.empty_cache()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with Interruption() as interruption, progress.handed_over():
@@ -86,9 +88,9 @@ class _Rank:
         )
 
     def give(self, job: tp.Mapping[str, tp.Any]) -> None:
-        """Say what to do."""
+        """Send the process its job."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already; its status says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its status is read later
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -99,7 +101,7 @@ class _Rank:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended otherwise than by finishing or by being asked to."""
+        """Whether it has ended, neither with success nor because of SIGTERM."""
         return self.status not in (None, 0, EXIT_SIGTERM, -signal.SIGTERM)
 
     def terminate(self) -> None:
@@ -124,7 +126,7 @@ class _Rank:
 
 
 def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption, progress: Progress) -> None:
-    """Wait until all have ended, or one has failed and the rest has had its time."""
+    """Wait until all ranks have ended. After one has failed, the others have limited time."""
     passed_on = False
     deadline = float("inf")
     while any(one.status is None for one in ranks) and time.monotonic() < deadline:
@@ -133,7 +135,7 @@ def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption, progress: Prog
             passed_on = True
             for one in ranks:
                 one.terminate()
-        # Rank 0 writes the resume point, so after a signal the others end before it does.
+        # After a signal, rank 0 ends last, because it writes the resume point.
         hopeless = any(one.failed for one in ranks) or ranks[0].status is not None
         if hopeless and deadline == float("inf"):
             deadline = time.monotonic() + _LAST_WORDS_SECONDS
@@ -141,14 +143,15 @@ def _watch(ranks: tp.Sequence[_Rank], interruption: Interruption, progress: Prog
 
 
 def _judge(ranks: tp.Sequence[_Rank], interruption: Interruption) -> None:
-    """Return if all is well, else raise the reason."""
-    # With rank 0 done everything is published, and nobody needs to wait for the others' goodbye.
+    """Return if the training succeeded, else raise the error that made it fail."""
+    # Everything is published once rank 0 has succeeded, so the others may have been killed.
     if ranks[0].status == 0 and all(one.status == 0 or one.killed for one in ranks):
         if interruption.requested:
             interruption.leave()
         return
     reports = {one.number: one.report() for one in ranks if not one.killed}
-    # A rank that lost another one is not the reason; what the lost one says, or its end, is.
+    # A RankError only says that another rank is gone. The cause is what that rank reported, or how
+    # it ended.
     for report in reports.values():
         kind = getattr(errors, report.get("kind", ""), None)
         if kind is not None and issubclass(kind, SaevError) and kind is not RankError:

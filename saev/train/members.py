@@ -10,9 +10,9 @@ from saev.errors import CorruptDataError
 RUN = "run.json"
 """The object of a run folder that is written last."""
 RULES = 2
-"""Counts changes of how a command becomes configs: how seeds of a sweep are made, what evaluation
-takes over from training, how long a warm-up is. A run.json without it is of version 0.1.0, rules 1.
-"""
+"""Version of the rules that turn a command into resolved configs: how seeds of a sweep are made,
+which settings evaluation takes from training, how long a warm-up is. A run.json without this number
+was written by version 0.1.0, with rules 1."""
 RUN_ID_DIGITS = 12
 REMEDY = "Restore the run folder from a copy, or delete it and run the same command again."
 """What to do about damage."""
@@ -48,8 +48,8 @@ class Member(tp.NamedTuple):
         """What its run.json says; empty if the run is not published.
 
         Raises:
-            CorruptDataError: run.json is damaged or of another run. The SAE is not trained again
-                in its place, because its weights may be sound.
+            CorruptDataError: run.json is damaged or of another run. The SAE is not trained again,
+                because its weights may be intact.
         """
         place = storage.join(self.url, RUN)
         found = storage.find_sealed(place, remedy=REMEDY)
@@ -64,7 +64,7 @@ class Member(tp.NamedTuple):
 
 
 def unpublished(members: tp.Sequence[Member]) -> list[Member]:
-    """Those that are not trained and complete: one listing, then a look at each run that is there.
+    """The members that are not published. Lists each root once, then reads the run.json of runs.
 
     Raises:
         CorruptDataError: a run.json is damaged or of another run.
@@ -112,5 +112,5 @@ class Group(tp.NamedTuple):
 
     @classmethod
     def of(cls, members: tp.Sequence[Member]) -> "Group":
-        """A group that is named by its members."""
+        """A group whose name is a hash of its members' names."""
         return cls(digest([m.run_id for m in members]), tuple(members))

@@ -1,6 +1,6 @@
 """What training does to activations before an SAE sees them: (x − mean) · scale.
 
-Both numbers are folded into the saved weights, so a trained SAE takes activations as recorded.
+Mean and scale are folded into the saved weights, so a trained SAE takes activations as recorded.
 """
 
 import logging
@@ -34,7 +34,8 @@ class Normalization(tp.NamedTuple):
     def of(cls, stats: LayerStats, *, scale_mean: bool, scale_norm: bool) -> "Normalization":
         """From a layer's moments.
 
-        ``scale_norm`` makes the root mean square norm √d_model, of what ``scale_mean`` leaves.
+        With ``scale_norm``, the root mean square norm becomes √d_model. With ``scale_mean`` too,
+        that is the norm after the mean is subtracted.
 
         Raises:
             ConfigError: the activations do not vary, or are all zero.
@@ -60,8 +61,8 @@ class Normalization(tp.NamedTuple):
 def layer_stats(shards: Shards, data: DataConfig) -> LayerStats:
     """Moments of the tokens that ``data`` selects: the recorded ones if there are any.
 
-    A folder without statistics is sampled: examples at equal distances, at most SAMPLE_TOKENS
-    tokens, always the same ones. Both ways count all examples, whatever their label or split.
+    If there are none, they are computed from evenly spaced examples, at most SAMPLE_TOKENS tokens,
+    always the same ones. Both kinds of moments include examples of every label and split.
     """
     layer = shards.layers[shards.layer_index(None if data.layer == "all" else data.layer)]
     recorded = shards.stats(layer, data.tokens)

@@ -1,4 +1,4 @@
-"""What a training is going to do, in lines for people, before it begins."""
+"""Messages before training begins: what is going to be trained, and on how much data."""
 
 import logging
 import typing as tp

@@ -35,7 +35,7 @@ class CurveRows(tp.NamedTuple):
 
 
 class ResumePoint(tp.NamedTuple):
-    """A state that training can go on from."""
+    """The state of training after a step."""
 
     step: int
     """Steps done."""
@@ -186,7 +186,7 @@ def _lines(data: bytes, url: str) -> Iterator[tuple[str, Row, Row]]:
 
 
 def _write_tensors(out: storage.ChecksumWriter, point: ResumePoint) -> None:
-    """Write the safetensors format tensor by tensor: the state may fill most of the memory.
+    """Write the safetensors format tensor by tensor, because memory may not hold a second copy.
 
     Format: https://huggingface.co/docs/safetensors (length of the header as little-endian u64, the
     header as JSON padded with spaces, the buffers in the header's order).
