@@ -1,6 +1,6 @@
-"""From what the user wrote to what is trained: every default decided, runs named and grouped.
+"""Resolves the user's config: decides every default, names the runs, and groups the SAEs.
 
-Only metadata is read, so this is cheap enough for a pipeline's planning step.
+This reads only metadata, so it is cheap enough for a pipeline's planning step.
 """
 
 import logging
@@ -29,11 +29,11 @@ from saev.train.sides import Places, check_model, decide, other_model
 logger = logging.getLogger(__name__)
 
 NUMERICS = {"top-k": 1, "relu": 1, "batch-top-k": 2, "jump-relu": 2}
-"""Counts changes of the training algorithm, by kind of activation: part of every run id, so that a
-run trained by an older version is not taken for one that a newer version would train."""
+"""Version of the training algorithm, by kind of activation. It is a part of every run id, so that a
+run of an older algorithm is not taken for a run of the current one."""
 
 _UNHASHED_DATA = ("n_threads", "verify")
-"""How data is read, not what is read."""
+"""Keys that decide how data is read, but not which data."""
 
 
 def groups(
@@ -60,7 +60,7 @@ def groups(
         if one.position is not None:
             config = config.model_copy(update={"seed": derived_seed(config)})
         member = Member(run_id(config, places), config)
-        if member.run_id in wanted:  # equal after all defaults: d_sae = 1536 and exp_factor = 4
+        if member.run_id in wanted:  # such as d_sae = 1536 and exp_factor = 4, for d_model = 384
             logger.warning("Run %s is asked for twice; it is trained once.", member.run_id)
         found = wanted.setdefault(member.run_id, earlier.Wanted(member, []))
         found.older.extend(_older(one, member, places))
@@ -79,7 +79,7 @@ def _older(one: RequestedSae, member: Member, places: Places) -> tp.Iterator[Mem
         config = resolve_one(one.config.model_copy(update={"seed": seed}), places, before=True)
     except ConfigError:  # version 0.1.0 refused such a config
         return
-    # It read the activations of --val-data.shards with memory of their own, 2 GiB by default.
+    # It read --val-data.shards with a memory limit of their own, 2 GiB by default.
     val_buffer_mb = LoaderConfig().buffer_mb if one.config.val_data.shards else None
     name = run_id(config, places, val_buffer_mb=val_buffer_mb)
     if name != member.run_id:
@@ -87,9 +87,9 @@ def _older(one: RequestedSae, member: Member, places: Places) -> tp.Iterator[Mem
 
 
 def derived_seed(config: TrainConfig) -> int:
-    """The seed of an SAE in a sweep: a hash of its config, with the seed that was given in it.
+    """The seed of an SAE in a sweep: a hash of its config, which contains the seed that was given.
 
-    So the seed does not depend on the other SAEs of the sweep, nor on where the data is.
+    It depends neither on the other SAEs of the sweep nor on the place of the data.
     """
     raw = _hashed(config)
     for side in ("train_data", "val_data"):
@@ -100,7 +100,7 @@ def derived_seed(config: TrainConfig) -> int:
 def resolve_one(
     cfg: TrainConfig, places: Places | None = None, *, before: bool = False
 ) -> TrainConfig:
-    """``cfg`` with every default decided that depends on the data or on other values.
+    """``cfg`` with all defaults that depend on the data or on other values.
 
     Args:
         cfg: what was asked for.
@@ -137,7 +137,7 @@ def resolve_one(
         n_train = MOST_TOKENS
     batch_size = cfg.batch_size or default_batch_size(n_train)
     n_steps = math.ceil(n_train / min(batch_size, places.n_tokens(train)))
-    if before:  # version 0.1.0 did not compare the batch with the tokens
+    if before:  # version 0.1.0 allowed batches of more tokens than there are
         n_steps = math.ceil(n_train / batch_size)
     found = cfg.model_copy(
         update={
@@ -186,12 +186,13 @@ def default_dead_after(n_train: int) -> int:
 
 
 def default_objective(cfg: TrainConfig) -> Objective:
-    """The objective with its defaults decided: λ if there is a penalty without a target, and
-    ``k_aux`` as half of k or of the target if there is one.
+    """The objective with its defaults: λ if there is a penalty without a target L0, and ``k_aux``
+    as half of k or of the target L0, if there is one.
 
-    AuxK latents then compete for a token as they would if they were alive. Gao et al. take half of
-    d_model, and there are always more dead latents than that; here there are fewer, so all of them
-    would share each residual, as a small dense autoencoder that never wakes up.
+    With this ``k_aux``, dead latents compete for each token, as live latents do. Gao et al. use
+    d_model / 2, and have more dead latents than that. Here there are often fewer dead latents, so
+    that all of them would be active on every token. They would learn a small dense autoencoder
+    together, and stay dead.
     """
     objective, top_k = cfg.objective, getattr(cfg.sae.activation, "top_k", 0)
     found: dict[str, tp.Any] = {}
@@ -217,14 +218,14 @@ def _check_target(target: float, activation: Activation, d_sae: int) -> None:
 
 
 LONGEST_WARMUP = 0.5
-"""Share of the run to which a warm-up that is longer than the run is cut."""
+"""A warm-up that is longer than the run is cut to this share of the run."""
 
 
 def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bool) -> int:
-    """Steps of a warm-up: as wanted or, by default, a share of the run.
+    """Steps of a warm-up: the given number or, by default, a share of the run.
 
-    A warm-up that is longer than the run is cut: otherwise the rate, or the penalty, would be below
-    what was asked for in every step.
+    A warm-up that is longer than the run is cut. Otherwise the learning rate, or the penalty, would
+    never reach the value that was asked for.
     """
     wanted: int | None = getattr(cfg, key)
     if wanted is None:
@@ -250,11 +251,11 @@ def _warmup(cfg: TrainConfig, key: str, n_steps: int, places: Places, before: bo
 def run_id(
     config: TrainConfig, places: Places | None = None, *, val_buffer_mb: float | None = None
 ) -> str:
-    """Content address of a resolved config: equal work has equal names.
+    """Content address of a resolved config: equal trainings have equal names.
 
-    Left out is what does not change the result: where it is written, the tag, the device, how often
-    it is saved and logged, and how data is read. The shards count by the hash of their metadata, so
-    a copy of a folder elsewhere is the same folder.
+    Keys that do not change the result are left out: the place of the run, the tag, the device, how
+    often it is saved and logged, and how data is read. Shards are identified by the hash of their
+    metadata, so a copy of a folder gives the same name.
 
     Args:
         config: the resolved config.
@@ -269,8 +270,8 @@ def run_id(
         if side in raw:
             shards = places[raw[side]["shards"]]
             raw[side]["shards"] = [shards.metadata.hash, shards.n_examples]
-    # Version 0.1.0 evaluated on activations of another model without a warning. Its runs must not
-    # pass for ones that name the difference.
+    # Version 0.1.0 evaluated on activations of another model without a warning. Its runs need other
+    # names than runs that record the difference.
     other = {"other_model": True} if other_model(config, places) else {}
     numerics = NUMERICS[config.sae.activation.kind]
     return digest({"numerics": numerics, "config": raw, **other})
@@ -284,7 +285,7 @@ def _hashed(config: TrainConfig) -> dict[str, tp.Any]:
     for side in ("train_data", "val_data"):
         if side in raw:
             raw[side] = {k: v for k, v in raw[side].items() if k not in _UNHASHED_DATA}
-    del raw["sae"]["exp_factor"]  # d_sae says it
+    del raw["sae"]["exp_factor"]  # d_sae follows from it
     return raw
 
 

@@ -8,9 +8,9 @@
         generation-2/step-…              the points since then
         set-aside-1/<run_id>/…           the curves until then
 
-A point is used only if every byte of it is as it was written. It is passed over only if damage is
-proven. After any other error it is read again, for some minutes. Version 0.1.0 wrote points without
-curves; theirs are in the run folders. The folder is deleted when the group's runs are published.
+A point is used only if all its checksums are right. It is passed over only if damage is proven.
+After any other error it is read again, for some minutes. The folder is deleted when the group's
+runs are published. Points of version 0.1.0 have no curves; these are read from the run folders.
 """
 
 import logging
@@ -33,7 +33,7 @@ _T = tp.TypeVar("_T")
 
 
 class Patience(tp.NamedTuple):
-    """How long to wait for a storage that does not answer as it should."""
+    """How long to retry while the storage fails."""
 
     total_s: float = 600.0
     """Seconds in all."""
@@ -51,7 +51,7 @@ def folder(runs_root: str, group: str) -> str:
 
 
 def patiently(read: Callable[[], _T], url: str, patience: Patience | None = None) -> _T:
-    """What ``read`` returns, tried again for as long as the storage fails.
+    """Call ``read`` until it succeeds, and return its result. Retries while the storage fails.
 
     Args:
         read: reads something.
@@ -59,7 +59,7 @@ def patiently(read: Callable[[], _T], url: str, patience: Patience | None = None
         patience: how long; by default PATIENCE.
 
     Raises:
-        CorruptDataError: as soon as ``read`` does: waiting does not mend bytes.
+        CorruptDataError: as soon as ``read`` raises it, because retries do not repair damage.
         StorageError: what ``read`` raised last.
     """
     total_s, pause_s = patience or PATIENCE
@@ -93,10 +93,10 @@ class Points:
         self.generation = 1
         """How often training began from the start."""
         self.set_aside: list[dict[str, tp.Any]] = []
-        """What became of the generations before, as plain JSON."""
+        """The damaged points of earlier generations, and where their curves are, as plain JSON."""
         self._patience = patience
         self._known: set[str] | None = None
-        """Points that were there when training began, and our own."""
+        """Points that existed when training began, and those of this worker. None before that."""
 
     @property
     def _place(self) -> str:
@@ -135,7 +135,7 @@ class Points:
         """
         stem = points.stem(point.step)
         storage.clean_temporary(self._place)
-        # Only what is listed here, before anything is written, is deleted below.
+        # Only objects of this listing are deleted below, never those that are written after it.
         before = [e for e in storage.list_dir(self._place, missing_ok=True) if not e.is_dir]
         self._check_alone(before)
         if self._known is not None:
@@ -175,7 +175,7 @@ class Points:
             place = storage.join(self.url, f"generation-{self.generation}.json")
             try:
                 self.set_aside = list(storage.read_sealed(place).record["set_aside"])
-            except (CorruptDataError, KeyError, TypeError) as err:  # that it exists is enough
+            except (CorruptDataError, KeyError, TypeError) as err:  # its name is enough
                 logger.warning("%s", err)
 
     def _begin_anew(self, damaged: list[dict[str, tp.Any]], run_urls: tp.Sequence[str]) -> None:
@@ -202,7 +202,7 @@ class Points:
 
 
 def _delete_older(before: tp.Sequence[storage.Entry], newest: str) -> None:
-    """Delete what was there before the newest point was written, except the point before it."""
+    """Delete what was listed before the newest point was written, except the point before it."""
     others = [e for e in before if e.name.startswith("step-") and points.stem_of(e.name) != newest]
     lower = {points.stem_of(e.name) for e in others if points.is_pointer(e.name)}
     kept = sorted(stem for stem in lower if stem < newest)[1 - N_RESUME_POINTS :]

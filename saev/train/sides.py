@@ -52,7 +52,7 @@ def decide(cfg: TrainConfig, places: Places, *, before: bool = False) -> Sides:
     Args:
         cfg: with URLs of complete folders.
         places: the folders.
-        before: as version 0.1.0 did: for other shards, keys of val_data that are not given had the
+        before: decide as version 0.1.0 did. If val_data named other shards, its other keys had the
             defaults of a loader, not the values of training.
 
     Raises:
@@ -103,7 +103,7 @@ def _fractions(
 
 
 def _val_side(train: LoaderConfig, given: tp.Mapping[str, tp.Any], before: bool) -> LoaderConfig:
-    """Training's side with what was given for evaluation; the split may be decided later."""
+    """The training side with the keys that were given for evaluation. Its split is not final."""
     shards = storage.normalize(given["shards"]) if given["shards"] else train.shards
     if before and given["shards"]:
         return LoaderConfig(**{**given, "shards": shards})
@@ -145,7 +145,7 @@ def _check_not_empty(
     asked: tp.Mapping[str, float],
     places: Places,
 ) -> None:
-    """Now, since reading the activations may take days."""
+    """Refuse an empty side now, because reading the activations may take days."""
     for what, flag, data in (("train", "--train-data", train), ("evaluate", "--val-data", val)):
         if (what == "evaluate" and not n_val) or places.n_tokens(data):
             continue
@@ -179,7 +179,7 @@ def sources(config: TrainConfig, places: Places) -> tuple[ActivationSource, Acti
 
 
 def check_model(config: TrainConfig, places: Places) -> None:
-    """Refuse to evaluate on what training says nothing about; see :func:`saev.config.source.check`.
+    """Refuse to evaluate on activations of another model; see :func:`saev.config.source.check`.
 
     Raises:
         ConfigError: both sides differ in model, preprocessing or image size, and that is not
@@ -194,5 +194,5 @@ def check_model(config: TrainConfig, places: Places) -> None:
 
 
 def other_model(config: TrainConfig, places: Places) -> list[str]:
-    """In what the model of the evaluation differs from that of training."""
+    """How the activations of the evaluation differ from those of training, such as in the model."""
     return compare(*sources(config, places)).refused if config.n_val else []

@@ -1,4 +1,4 @@
-"""Ending a training loop between two steps, when the system or the user asks for it."""
+"""Ends a training loop between two steps after SIGTERM or Ctrl-C."""
 
 import signal
 import threading
@@ -9,10 +9,11 @@ EXIT_SIGTERM = 128 + signal.SIGTERM
 
 
 class Interruption:
-    """While the block runs, SIGTERM and Ctrl-C only leave a note; a second one acts at once.
+    """While the block runs, the first SIGTERM or Ctrl-C only sets ``requested``. A second one has
+    its usual effect.
 
-    Kubernetes sends SIGTERM some time before it kills a pod: enough to finish a step and write a
-    resume point. Outside the main thread, where Python handles no signals, nothing changes.
+    Kubernetes sends SIGTERM some time before it kills a pod. That is enough to finish a step and to
+    write a resume point. Outside the main thread Python handles no signals, so this does nothing.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Interruption:
         self._restore()
 
     def leave(self) -> tp.NoReturn:
-        """Leave as if the signal had come now, here or at another rank.
+        """Do now what the signal does by default. Another rank may have received it.
 
         Raises:
             SystemExit: status 143, for SIGTERM.

@@ -27,9 +27,9 @@ def plan(
 ) -> list[dict[str, tp.Any]]:
     """One work item per group of SAEs that share their batches; plain JSON.
 
-    Reads the sweep file, the shards' metadata, and which runs and resume points of earlier versions
-    and sweeps there are: those keep their names. Otherwise equal inputs give equal items, whatever
-    is already done.
+    Reads the sweep file and the shards' metadata. Looks for runs and resume points of earlier
+    versions and sweeps, because these keep their names. Apart from that, equal inputs give equal
+    items, whatever is already done.
 
     Args:
         cfg: what to train.
@@ -48,14 +48,14 @@ def work(
 ) -> list[str]:
     """Train the SAEs of one item that are not published yet; returns the URLs of all of its runs.
 
-    Continues from the newest resume point. Each run folder is published by its run.json, written
-    last; the group's resume points are deleted after that. Starts one process per GPU if there are
-    several (:func:`saev.train.team.n_ranks`); if torchrun or the like started this process as one
-    of several, it takes its part and all of them return the same.
+    Continues from the newest resume point. A run folder is published when its run.json is written.
+    After that, the group's resume points are deleted. Starts one process per GPU if there are
+    several (:func:`saev.train.team.n_ranks`). If torchrun or a similar launcher started several
+    processes, each of them does its part, and all return the same URLs.
 
     Raises:
         ConfigError: the loss is not finite any more; the message names the run, step and remedy. Or
-            this is one of several machines, and nobody gave it a rank.
+            this is one of several machines, and no launcher gave it a rank.
         StorageError: data cannot be read or results cannot be written.
         RankError: another rank ended.
     """
@@ -119,7 +119,7 @@ class Training(Job):
 
     @functools.cached_property
     def _team(self) -> Team | None:
-        """The ranks that torchrun or the like started; None if this process was started alone."""
+        """The ranks that torchrun or a similar launcher started; None if it started none."""
         place = torchrun.place()
         if place is not None:
             return join(place, self.cfg)
@@ -159,7 +159,7 @@ class Training(Job):
         return items
 
     def _group(self, item: Item) -> Group:
-        """The group of an item; by its runs, since groups may be others once training has begun.
+        """The group of an item, found by its runs: groups may change once training has begun.
 
         Raises:
             ConfigError: the item is of another config.
@@ -210,10 +210,10 @@ class Training(Job):
 
 
 def train_group(group: Group, team: Team, progress: Progress) -> None:
-    """Train a group as one of its ranks; returns when all of them are at the end."""
+    """Train a group as one of its ranks. Returns when all ranks have finished."""
     ranks = team.ranks
     points = resume.Points(_resume_folder(group))
-    # Rank 0 looks at the storage and tells the others, who might see it change.
+    # Only rank 0 looks at the storage, and tells the others: it may change between two looks.
     members, point = _pending(group, points) if ranks.first else ((), None)
     told = ranks.tell(
         {"run_ids": [m.run_id for m in members], "point": point and [point.step, point.meta]}
@@ -227,7 +227,7 @@ def train_group(group: Group, team: Team, progress: Progress) -> None:
             trainer.finish(progress)
     if ranks.first:
         _clear(group)
-    ranks.tell(None)  # nobody goes on before everything is there
+    ranks.tell(None)  # no rank returns before everything is published
 
 
 def _resume_folder(group: Group) -> str:
@@ -242,7 +242,7 @@ def _clear(group: Group) -> None:
 def _pending(
     group: Group, points: resume.Points
 ) -> tuple[tuple[Member, ...], resume.ResumePoint | None]:
-    """Members to train, and where to go on from."""
+    """Members to train, and the resume point to continue from."""
     pending = tuple(unpublished(group.members))
     if len(pending) < len(group.members):
         logger.info(
@@ -250,7 +250,7 @@ def _pending(
         )
     point = points.load([m.url for m in pending]) if pending else None
     if point is not None:
-        # A group that was interrupted while it published goes on with the members it trained.
+        # If the group was killed while it published, the point has published members too.
         trained = set(point.meta["run_ids"])
         pending = tuple(m for m in group.members if m.run_id in trained)
     return pending, point

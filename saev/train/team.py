@@ -14,7 +14,7 @@ from saev.nn.ranks import ALONE, Ranks
 from saev.torchrun import Place
 
 TIMEOUT = datetime.timedelta(minutes=30)
-"""How long a rank waits for the others: rank 0 may be writing a large resume point meanwhile."""
+"""How long a rank waits for the others. Rank 0 may be writing a large resume point."""
 N_RANKS_REMEDY = "Give --n-ranks 1, or leave the number out of --device."
 
 
@@ -52,16 +52,16 @@ def n_ranks(config: TrainConfig) -> int:
 
 
 def join(place: Place, config: TrainConfig, store: dist.Store | None = None) -> Team:
-    """Meet the other ranks. A second call, for another group of SAEs, meets the same ones.
+    """Connect to the other ranks. Later calls, for other groups of SAEs, use the same connections.
 
     Args:
-        place: this process's.
+        place: rank of this process and number of ranks.
         config: of the SAEs.
-        store: where ranks find each other; without it, as the environment says.
+        store: through which the ranks find each other; by default the environment names it.
 
     Raises:
-        ConfigError: there is no GPU for this rank, or `n_ranks` says something else.
-        RankError: the others do not come.
+        ConfigError: there is no GPU for this rank, or `n_ranks` is another number.
+        RankError: the other ranks did not connect in time.
     """
     if config.n_ranks not in (0, place.size):
         raise ConfigError(
@@ -90,15 +90,15 @@ def join(place: Place, config: TrainConfig, store: dist.Store | None = None) -> 
         except RuntimeError as err:
             reason = str(err).splitlines()[0]
             raise RankError(
-                f"Rank {place.rank} of {place.size} did not meet the others ({reason}). Look at "
-                "their messages, and at MASTER_ADDR and MASTER_PORT."
+                f"Rank {place.rank} of {place.size} cannot connect to the others ({reason}). Read "
+                "their messages, and check MASTER_ADDR and MASTER_PORT."
             ) from err
         atexit.register(leave)
     return Team(Ranks(place.rank, place.size), device)
 
 
 def leave() -> None:
-    """Part from the other ranks."""
+    """Disconnect from the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

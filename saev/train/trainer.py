@@ -40,7 +40,7 @@ CHECKPOINT = "checkpoint"
 CONFIG = "config.json"
 
 _FEW_ROWS = 256
-"""Rows of a rank for which a step is mostly waiting, for kernels to start and for other ranks."""
+"""With fewer rows per rank, a step is mostly waiting: for kernel launches and for other ranks."""
 _FLUSH_SECONDS = 60.0
 """Time between writes of the curves."""
 
@@ -54,8 +54,8 @@ class Trainer:
     Args:
         members: SAEs that share their batches, with resolved configs.
         points: the group's resume points.
-        team: who trains together, and where.
-        point: where to go on from; None starts from the beginning. Only rank 0 needs its tensors.
+        team: the ranks that train together, and the device of this one.
+        point: the resume point; None starts from the beginning. Only rank 0 needs its tensors.
 
     Raises:
         ConfigError: the data or the device do not fit.
@@ -71,7 +71,7 @@ class Trainer:
     ):
         self.members = tuple(members)
         self.config: TrainConfig = members[0].config
-        """For what all members share."""
+        """That of the first member, for settings that all members share."""
         self.step = 0
         """Steps done."""
         self._points = points
@@ -100,8 +100,8 @@ class Trainer:
             )
         if self._ranks.size > 1 and self.batch_size < _FEW_ROWS * self._ranks.size:
             logger.warning(
-                "%d ranks share batches of %d tokens, about %d each, which keeps them little busy: "
-                "fewer ranks (--n-ranks) may be as fast, or raise batch_size.",
+                "%d ranks share batches of %d tokens, about %d each. That is little work for a "
+                "rank: fewer ranks (--n-ranks) may be as fast, or raise batch_size.",
                 *(self._ranks.size, self.batch_size, self.batch_size // self._ranks.size),
             )
         self.n_steps = math.ceil(decided(self.config.n_train) / self.batch_size)
@@ -133,7 +133,7 @@ class Trainer:
         for part in self.banks:
             part.bank.begin_together()
         if self._ranks.first and point is not None:
-            # A group that was killed while it published goes on with all that it trained.
+            # If the group was killed while it published, some members are published already.
             self._done = {i for i, m in enumerate(self.members) if m.published}
         self.curves = self._start_curves(point) if self._ranks.first else []
         self._wandb = self._start_wandb()
@@ -158,7 +158,8 @@ class Trainer:
     def train(self, progress: Progress) -> None:
         """Take the steps that are left and save the final state.
 
-        On SIGTERM or Ctrl-C, at any rank, the step is finished and a resume point written first.
+        After SIGTERM or Ctrl-C at any rank, all ranks finish their step, and rank 0 writes a resume
+        point before it ends.
 
         Raises:
             ConfigError: a loss is not finite.
@@ -209,14 +210,15 @@ class Trainer:
         return bool((every and self.step % every == 0) or (minutes and seconds >= 60 * minutes))
 
     def _watch(self, metrics: tp.Sequence[StepMetrics], batch: Batch) -> None:
-        """Note the first step at which a loss is not finite, and the first example that is not,
-        without waiting for the device."""
+        """Record on the device the first step with a loss that is not finite, and the first example
+        with an activation that is not. The host does not wait for the device."""
         for index, m in zip(self._indices, metrics, strict=True):
             old = self._bad_step[index]
             bad = ~(m.loss.isfinite() & m.grad_norm.isfinite()) & (old < 0)
             self._bad_step[index] = torch.where(bad, self.step + 1, old)
-        # On a CPU, a look at the whole batch takes up to 5% of a step, and the losses tell as much:
-        # each has the squares of all activations in it. To ask them would stop a GPU.
+        # On a CPU, checking the whole batch takes up to 5% of a step, so it is checked only if a
+        # loss is not finite: a loss contains the squares of all activations. On a GPU the batch is
+        # always checked, because the host would have to wait for the losses.
         if self.device.type == "cpu" and int(self._bad_step.max()) < 0:
             return
         if len(batch.act):
@@ -227,7 +229,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         bad_steps = self._bad_step.tolist()
-        if max(bad_steps) >= 0:  # on all ranks, as they share their sums
+        if max(bad_steps) >= 0:  # the same on all ranks, because losses are sums over all of them
             found = [n for n in self._ranks.collect(int(self._bad_example)) if n >= 0]
             if found:
                 raise finite.error(self._shards, found[0], int(self.config.train_data.layer or 0))
@@ -244,7 +246,7 @@ class Trainer:
     # --- Curves ----------------------------------------------------------------------------
 
     def _log(self, batch: Batch, metrics: tp.Sequence[StepMetrics], tokens_per_s: float) -> str:
-        """Add a row to every curve; returns the note behind the progress bar."""
+        """Add a row to every curve. Returns the text after the progress bar."""
         self._check_finite()
         batch = self._of_all_ranks(batch)
         if not self._ranks.first:
@@ -288,7 +290,7 @@ class Trainer:
         return _note(rows)
 
     def _of_all_ranks(self, batch: Batch) -> Batch:
-        """With the examples and tokens of the whole batch."""
+        """The batch with the example and token indices of all ranks."""
         if self._ranks.alone:
             return batch
         columns = torch.stack([batch.example_idx, batch.token_idx])
@@ -429,7 +431,7 @@ class Trainer:
         return measured
 
     def _provenance(self, member: Member) -> dict[str, tp.Any]:
-        """What a user of the weights alone wants to know about their training."""
+        """What the checkpoint itself says about its training, for users without the run folder."""
         return {
             "run_id": member.run_id,
             "n_tokens": self.n_steps * self.batch_size,
@@ -451,7 +453,7 @@ class Trainer:
 
 
 def _note(rows: tp.Sequence[tp.Mapping[str, float]]) -> str:
-    """What stands behind the progress bar: from the least to the most of all SAEs."""
+    """Text after the progress bar: each figure, from the lowest to the highest of all SAEs."""
     words = []
     for key, form in (("nmse", "NMSE {:.3f}"), ("l0", "L0 {:.0f}"), ("n_dead", "dead {:.0f}")):
         said = [form.format(end(row[key] for row in rows)) for end in (min, max)]
@@ -481,7 +483,7 @@ def _say_what_was_found(
 
 @contextlib.contextmanager
 def _fast_matmul(device: torch.device) -> Iterator[None]:
-    """TF32 products of float32 matrices on GPUs that have them, while training lasts."""
+    """During training, multiply float32 matrices in TF32 on GPUs that can."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

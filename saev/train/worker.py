@@ -20,13 +20,13 @@ from saev.train.signals import EXIT_SIGTERM
 from saev.train.stage import train_group
 
 _LONGEST = 20_000
-"""Characters of a traceback; a pipe holds 64 KiB without a reader."""
+"""Most characters of a traceback. A pipe holds 64 KiB until it is read."""
 
 
 def main() -> None:
     """Read the job from standard input, do it, and say how it ended on standard output."""
     report = os.dup(1)
-    os.dup2(2, 1)  # whatever libraries print
+    os.dup2(2, 1)  # what libraries print goes to standard error
     job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     status, said = 0, {}
@@ -43,7 +43,7 @@ def main() -> None:
     if said:
         os.write(report, json.dumps(said).encode())
     sys.stderr.flush()
-    os._exit(status)  # threads may wait for ranks that have ended
+    os._exit(status)  # a usual exit waits for threads, which may wait for ranks that have ended
 
 
 def _train(job: dict[str, tp.Any]) -> None:
@@ -64,7 +64,7 @@ def _terminate(signum: int, frame: object) -> tp.NoReturn:
 
 
 def _end_with_parent() -> None:
-    """Standard input ends when the process that started this one does, however it was killed."""
+    """End this process when its parent ends, even by SIGKILL: that closes standard input."""
     while sys.stdin.buffer.readline():
         pass
     os._exit(1)
