@@ -5,7 +5,7 @@ import io
 import pytest
 import rich.table
 
-from saev.console import Console
+from saev.console import Console, size
 
 KEYS = ("SHHpassword", "SHHsignature", "SHHtoken")
 
@@ -30,3 +30,12 @@ def test_no_key_is_printed(place: str, width: int) -> None:
     text = "".join(c for c in out.getvalue() if c.isalnum() or c in "*:/")
     assert not [key for key in KEYS if key in text]
     assert text.count("***") >= 2
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (12_345, "12.3 kB"), (999_600, "1 MB"),
+     (999_499, "999 kB"), (2.5e16, "25 PB")],
+)  # fmt: skip
+def test_sizes_have_three_digits_and_no_exponent(n_bytes: float, text: str) -> None:
+    assert size(n_bytes) == text

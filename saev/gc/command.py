@@ -13,7 +13,7 @@ import rich.table
 
 from saev import storage
 from saev.config.gc import GcConfig
-from saev.console import Console
+from saev.console import for_tables, size
 from saev.errors import SaevError, StorageError
 from saev.gc import facts
 from saev.gc.choose import Item, age, choose
@@ -24,8 +24,6 @@ from saev.secrets import redact
 logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
-_WIDTH = 120
-"""Columns of the table where standard output is no terminal."""
 
 
 @dataclasses.dataclass
@@ -127,9 +125,7 @@ def render(report: Report, now: float) -> str:
     """A table of what may go and one of what is kept."""
     going, kept = report.going, [item for item in report.items if item.kept]
     out = io.StringIO()
-    console = Console(
-        file=out, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False
-    )
+    console = for_tables(out)
     if going:
         n_bytes = sum(item.n_bytes for item in going)
         title = f"May be deleted below {report.root}: {len(going)}, {size(n_bytes)}"
@@ -201,11 +197,3 @@ def to_dict(report: Report) -> dict[str, tp.Any]:
         "items": rows,
         "failures": report.failures,
     }
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in decimal units, three digits."""
-    value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"

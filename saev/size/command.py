@@ -10,13 +10,10 @@ import rich.table
 import rich.text
 
 from saev.config.size import SizeConfig
-from saev.console import Console
+from saev.console import for_tables, size
 from saev.size import inputs, models
 from saev.size.estimate import estimate
 from saev.size.rows import Row, Section
-
-_WIDTH = 120
-"""Columns if standard output is not a terminal."""
 
 
 def print_sizes(cfg: SizeConfig) -> None:
@@ -47,7 +44,7 @@ def _list_models() -> str:
         table.add_row(
             name, vit.family, vit.arch, str(vit.d_model), str(vit.n_layers), patches
         )  # fmt: skip
-    _console(out).print(table)
+    for_tables(out).print(table)
     return out.getvalue()
 
 
@@ -63,13 +60,8 @@ def render(sections: list[Section]) -> str:
         table.add_row(rich.text.Text(section.name, style="bold"), "", "")
         for row in section.rows:
             table.add_row(row.what, _value(row), row.how)
-    _console(out).print(table)
+    for_tables(out).print(table)
     return out.getvalue()
-
-
-def _console(out: io.StringIO) -> Console:
-    width = None if sys.stdout.isatty() else _WIDTH
-    return Console(file=out, width=width, highlight=False, markup=False)
 
 
 def _value(row: Row) -> str:
@@ -79,14 +71,6 @@ def _value(row: Row) -> str:
     if row.unit == "hours":
         return f"{prefix}{row.value:.1f} h"
     return f"{prefix}{row.value:,.0f}"
-
-
-def size(n_bytes: float) -> str:
-    """Bytes in decimal units with three digits."""
-    value, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
 
 
 def _to_json(sections: list[Section]) -> str:
