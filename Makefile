@@ -18,7 +18,7 @@ export PYTHON DEMO
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup setup-client test docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: conformance doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -27,12 +27,24 @@ help: ## List the targets
 setup: $(VENV)/.installed ## Build .venv from the lock (PyPI only)
 
 # uv is installed from PyPI. It installs the hashed lock in seconds, and resolves nothing.
+define NEW_VENV
+@"$$PYTHON" -c 'import os, sys; v, name = sys.version_info[:2], os.environ["PYTHON"]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {name} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+"$$PYTHON" -m venv --clear $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+endef
 $(VENV)/.installed: $(LOCK) pyproject.toml requirements/uv.lock
-	@"$$PYTHON" -c 'import os, sys; v, name = sys.version_info[:2], os.environ["PYTHON"]; sys.exit(not ((3, 11) <= v < (3, 14)) and f"saev needs Python 3.11 to 3.13, {name} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
-	"$$PYTHON" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	$(call NEW_VENV,$(VENV))
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK) requirements/uv.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The commands for a cluster need no torch. Where there is no .venv, they get an environment of their own.
+override CLIENT := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-client)
+setup-client: $(CLIENT)/.installed
+
+.venv-client/.installed: requirements/client.lock requirements/uv.lock
+	$(call NEW_VENV,.venv-client)
+	.venv-client/bin/uv pip sync --quiet --python .venv-client/bin/python --require-hashes requirements/client.lock requirements/uv.lock
 	@touch $@
 
 test: setup ## Set up, then run all tests but those of tests/e2e
@@ -85,6 +97,7 @@ lock: ## Write the locks anew from pyproject.toml
 	  --output-file requirements/interop.lock
 	echo 'sae-lens>=5,<6' | $(BIN)/uv pip compile $(COMPILE) --no-deps - --output-file requirements/interop-5.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
+	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --extra s3 saevit-client/pyproject.toml --output-file requirements/client.lock
 	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/cpu.in --output-file requirements/cpu.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) --extra s3 --extra gs --extra hf --extra launch \
@@ -116,50 +129,50 @@ uninstall: ## Remove what `make install` installed, except data
 	@$(CLUSTER) uninstall $(CLUSTER_FLAGS) $${FORCE:+--force} $${DELETE_PVC:+--delete-pvc "$$DELETE_PVC"}
 
 # --- Using a cluster: docs/cluster-client.md. Connection and images are set in the environment or in
-# cluster.toml. `.venv/bin/python -m pipelines COMMAND --help` explains all flags. FLAGS passes them on. ---
-override PIPELINES = @$(BIN)/python -m pipelines
+# cluster.toml. `python -m pipelines COMMAND --help` explains all flags. FLAGS passes them on. ---
+override PIPELINES = @$(CLIENT)/bin/python -m pipelines
 override MORE = $${FLAGS:+"--flags=$$FLAGS"}
 override JOB_FLAGS = $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
   $${ROOT:+--root "$$ROOT"} $${NAME:+--name "$$NAME"} $${PARAMS:+--param "$$PARAMS"} $(MORE)
 
-doctor: setup ## Check that a cluster is ready, one line per check
+doctor: setup-client ## Check that a cluster is ready, one line per check
 	$(PIPELINES) doctor $${DATASET:+--dataset "$$DATASET"} $${ROOT:+--root "$$ROOT"} $(MORE)
 
 conformance: setup ## Test everything on a cluster, in up to 60 minutes: [CONFORMANCE="--quick --skip schedule"]
 	@set -f; $(BIN)/python tests/conformance $$CONFORMANCE
 
-submit: setup ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=2" WAIT=1]
+submit: setup-client ## Start a run: DATASET=s3://… [CONFIG=… NAME=… ROOT=… PARAMS="n_parts=2" WAIT=1]
 	$(PIPELINES) submit $(JOB_FLAGS) $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
-schedule: setup ## Process new datasets at regular times: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
+schedule: setup-client ## Process new datasets at regular times: DATASET=s3://…/ CRON="0 0 3 * * *" [MARKER=…]
 	$(PIPELINES) schedule $(JOB_FLAGS) $${MARKER:+--marker "$$MARKER"} --cron "$$CRON" \
 	  $$([ "$${WAIT:-0}" = 0 ] || echo --wait)
 
-schedules: setup ## List the schedules
+schedules: setup-client ## List the schedules
 	$(PIPELINES) schedules $(MORE)
 
-unschedule: setup ## Delete a schedule: NAME=… [WAIT=1 waits for its firing]
+unschedule: setup-client ## Delete a schedule: NAME=… [WAIT=1 waits for its firing]
 	$(PIPELINES) unschedule "$$NAME" $$([ "$${WAIT:-0}" = 0 ] || echo --wait) $(MORE)
 
-list: setup ## List the newest runs
+list: setup-client ## List the newest runs
 	$(PIPELINES) list $(MORE)
 
-status: setup ## Show a run's steps: [RUN=…], the newest by default
+status: setup-client ## Show a run's steps: [RUN=…], the newest by default
 	$(PIPELINES) status $${RUN:+"$$RUN"} $(MORE)
 
-watch: setup ## Show a run's steps until it is over: [RUN=…]
+watch: setup-client ## Show a run's steps until it is over: [RUN=…]
 	$(PIPELINES) watch $${RUN:+"$$RUN"} $(MORE)
 
-logs: setup ## Print the logs of a run's pods: [RUN=… STEP=extract]
+logs: setup-client ## Print the logs of a run's pods: [RUN=… STEP=extract]
 	$(PIPELINES) logs $${RUN:+"$$RUN"} $${STEP:+--step "$$STEP"} $(MORE)
 
-cancel: setup ## Stop a run: RUN=…
+cancel: setup-client ## Stop a run: RUN=…
 	$(PIPELINES) cancel "$$RUN" $(MORE)
 
-compile: setup ## Write pipeline.yaml
+compile: setup-client ## Write pipeline.yaml
 	$(PIPELINES) compile $(MORE)
 
-run-local: setup ## Run the pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
+run-local: setup-client ## Run the pipeline in Docker, without a cluster: DATASET=… [CONFIG=… ROOT=… IMAGE=…]
 	$(PIPELINES) run-local $${DATASET:+--dataset "$$DATASET"} $${CONFIG:+--config "$$CONFIG"} \
 	  $${ROOT:+--root "$$ROOT"} $${IMAGE:+--image "$$IMAGE"} \
 	  $${CPU_IMAGE:+--cpu-image "$$CPU_IMAGE"} $${PARAMS:+--param "$$PARAMS"} $(MORE)
@@ -168,4 +181,4 @@ e2e-servers: setup ## Build the servers that end-to-end tests start (needs go)
 	$(BIN)/python tests/e2e/compiled.py
 
 clean: ## Remove what make made
-	rm -rf $(VENV) $(INTEROP) "$$DEMO" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-client $(INTEROP) "$$DEMO" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,6 +26,7 @@ problem=$("$docker" version 2>&1 >/dev/null) ||
 git_or() { git "$@" 2>/dev/null || echo unknown; }
 version=$(git_or describe --tags --always --dirty)
 revision=$(git_or rev-parse HEAD)
+described=$(git describe --tags --long --match 'v[0-9]*' 2>/dev/null || true)
 # An address with a user name, or of this machine, does not belong into an image.
 source=$(git config --get remote.origin.url 2>/dev/null | grep -E '^https://[^@]+$' || true)
 
@@ -50,7 +51,7 @@ build() { # flavour image base digest
   "$docker" build --file images/Dockerfile --tag "$2" \
     --build-arg "$name=$base" --build-arg "BASE=$base" \
     ${PIP_INDEX_URL:+--secret id=index_url,env=PIP_INDEX_URL} \
-    --build-arg "FLAVOUR=$1" --build-arg "VERSION=$version" \
+    --build-arg "FLAVOUR=$1" --build-arg "VERSION=$version" --build-arg "DESCRIBED=$described" \
     --build-arg "REVISION=$revision" --build-arg "SOURCE=$source" ${BUILD_ARGS:-} .
 }
 

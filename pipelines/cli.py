@@ -1,4 +1,4 @@
-"""`python -m pipelines`: parses the command line, calls one module, and prints the result."""
+"""The client: parses the command line, calls one module, and prints the result."""
 
 import collections.abc
 import logging
@@ -12,7 +12,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 import tyro
 
 from pipelines import arguments as a
-from pipelines import settings
+from pipelines import called, settings
 from pipelines.errors import ClusterError
 from saev import interrupts, secrets
 from saev.config.base import Config
@@ -40,10 +40,10 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
             interrupts.unwind()  # signals raise, so that the doctor's pod is deleted
             status = _run(command)
     except SaevError as err:
-        sys.stderr.write(f"pipelines: error: {err}\n")
+        sys.stderr.write(f"{called.NAME}: error: {err}\n")
         status = 1
     except KeyboardInterrupt:
-        sys.stderr.write("pipelines: interrupted.\n")
+        sys.stderr.write(f"{called.NAME}: interrupted.\n")
         status = 130
     sys.exit(status)
 
@@ -72,7 +72,7 @@ def parse(argv: collections.abc.Sequence[str]) -> Config:
     """Parse a command line. Exits with status 2 if it is wrong."""
     return tyro.extras.subcommand_cli_from_dict(
         tp.cast(dict[str, tp.Callable[..., Config]], a.COMMANDS),
-        prog="python -m pipelines",
+        prog=called.PROG,
         description=DESCRIPTION,
         args=list(argv),
     )
@@ -135,10 +135,10 @@ def _submit(command: a.Submit) -> int:
             _say(f"To open it: {kfp.hint}")
         if command.wait:
             return _wait(kfp, run.run_id, command.max_retries)
-        _say(f"make status RUN={run.run_id}   shows its steps")
+        _say(f"{called.by('status', run.run_id)}   shows its steps")
         _say(
             "If a pod is lost and Kubernetes does not replace it, the run is not retried: press "
-            "Retry in Kubeflow, or submit it again. WAIT=1 retries automatically."
+            f"Retry in Kubeflow, or submit it again. {called.WAIT} retries automatically."
         )
         return 0
 
@@ -150,12 +150,12 @@ def _wait(kfp: tp.Any, run_id: str, max_retries: int = 0) -> int:
         watch.wait(kfp, run_id, _ERR, max_retries)
     except ClusterError as err:
         raise ClusterError(
-            f"{err} The run goes on; `make watch RUN={run_id}` watches it again."
+            f"{err} The run goes on; `{called.by('watch', run_id)}` watches it again."
         ) from err
     except KeyboardInterrupt:
         _say(
-            f"\nThe run goes on. `make watch RUN={run_id}` watches it again, "
-            f"`make cancel RUN={run_id}` stops it."
+            f"\nThe run goes on. `{called.by('watch', run_id)}` watches it again, "
+            f"`{called.by('cancel', run_id)}` stops it."
         )
         return 130
     return 0
@@ -196,10 +196,13 @@ def _runs(command: Config) -> int:
     from pipelines.connect import connect
 
     if isinstance(command, a.Cancel) and not command.run:
-        raise ConfigError("No run is named. `make list` shows them; `make cancel RUN=…`.")
+        raise ConfigError(
+            f"No run is named. `{called.by('list')}` shows them; `{called.by('cancel', '…')}`."
+        )
     if isinstance(command, a.Unschedule) and not command.name:
         raise ConfigError(
-            "No schedule is named. `make schedules` shows them; `make unschedule NAME=…`."
+            f"No schedule is named. `{called.by('schedules')}` shows them; "
+            f"`{called.by('unschedule', '…')}`."
         )
     with connect(_settings(command)) as kfp:
         if isinstance(command, a.Schedules):

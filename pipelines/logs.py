@@ -9,7 +9,7 @@ import typing as tp
 
 import rich.console
 
-from pipelines import archive, steps
+from pipelines import archive, called, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
@@ -184,9 +184,9 @@ def ended_from_outside(kfp: Kfp, run: tp.Any, took: str) -> str:
         why = f"No reason is given; {kfp.run_url(run.run_id)} may show more."
     return (
         f"was ended by Argo after {took}, though no step failed. {why} Its exit handler did not "
-        "run, so its dataset stays claimed for a while; `make submit` takes it over. Finished "
-        "work is in storage and is skipped. If the run was too large, submit a smaller one, with "
-        "a smaller n_parts or a smaller sweep."
+        f"run, so its dataset stays claimed for a while; `{called.by('submit')}` takes it over. "
+        "Finished work is in storage and is skipped. If the run was too large, submit a smaller "
+        "one, with a smaller n_parts or a smaller sweep."
     )
 
 

@@ -19,6 +19,7 @@ import docker.errors
 import docker.models.containers
 import docker.types
 
+from saev import distributions
 from saev.config.environment import CONFIG_ENV, SECRET_ENV
 from saev.errors import ConfigError
 
@@ -100,6 +101,15 @@ class Processes(Runner):
     def __init__(self) -> None:
         super().__init__()
         self._running: set[subprocess.Popen[bytes]] = set()
+
+    def check(self) -> None:
+        """See :meth:`Runner.check`."""
+        if not distributions.is_installed(distributions.LIBRARY):
+            raise ConfigError(
+                f"Steps as processes need {distributions.LIBRARY} (with torch) in this environment "
+                f"({sys.prefix}); it has the client only. Install it (in a checkout: `make "
+                "setup`), or leave out --runner process and use Docker."
+            )
 
     def run(self, image: str, command: list[str], outputs: str) -> int:
         """See :meth:`Runner.run`. The image is not used."""

@@ -9,7 +9,7 @@ import typing as tp
 import rich.console
 import rich.table
 
-from pipelines import launched, logs, steps, watch
+from pipelines import called, launched, logs, steps, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 
@@ -74,7 +74,7 @@ def find(kfp: Kfp, which: str) -> tp.Any:
     if not which:
         newest = recent(kfp, 1)
         if not newest:
-            raise ClusterError("There are no runs yet. `make submit DATASET=…` starts one.")
+            raise ClusterError(f"There are no runs yet. `{called.by('submit', '…')}` starts one.")
         return get(kfp, newest[0].run_id)
     which = which.rsplit("/runs/details/", 1)[-1]  # of a URL, the id
     if _UUID.fullmatch(which):
@@ -91,7 +91,8 @@ def find(kfp: Kfp, which: str) -> tp.Any:
         found = [r for r in runs if r.run_id.startswith(which) or r.display_name.startswith(which)]
     if not found:
         raise ClusterError(
-            f"There is no run {which!r}, neither by id nor by name. `make list` shows them."
+            f"There is no run {which!r}, neither by id nor by name. `{called.by('list')}` shows "
+            "them."
         )
     if len(found) > 1:
         ids = ", ".join(run.run_id for run in found)

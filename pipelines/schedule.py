@@ -17,7 +17,7 @@ import kfp_server_api
 import rich.console
 import rich.table
 
-from pipelines import connect, cron, prepare, runs, steps, submit, watch
+from pipelines import called, connect, cron, prepare, runs, steps, submit, watch
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
@@ -90,10 +90,12 @@ def create(kfp: Kfp, job: prepare.Job, name: str, when: cron.Cron, *, wait: bool
     if busy:
         logger.warning(
             "The old schedule %s is switched off and fires no more. It is kept until its firings "
-            "are over, because KFP would end them with it: %s. Then `make schedule` or `make "
-            "unschedule` with this name deletes it.",
+            "are over, because KFP would end them with it: %s. Then `%s` or `%s` with this name "
+            "deletes it.",
             name,
             _names(busy),
+            called.by("schedule"),
+            called.by("unschedule"),
         )
     return made
 
@@ -161,14 +163,16 @@ def delete(kfp: Kfp, name: str, *, wait: bool = False, force: bool = False) -> l
     chosen = [item for item in items if name in (item.display_name, item.recurring_run_id)]
     if not chosen:
         hint = did_you_mean(name, [item.display_name for item in items])
-        raise ClusterError(f"There is no schedule {name!r}.{hint} `make schedules` lists them.")
+        raise ClusterError(
+            f"There is no schedule {name!r}.{hint} `{called.by('schedules')}` lists them."
+        )
     busy = _retire(kfp, chosen, wait=wait, force=force)
     if busy:
         raise ClusterError(
             f"Schedule {name} is switched off and fires no more, but is not deleted yet: KFP would "
             f"end its firings with it, and these are active: {_names(busy)}. "
-            f"`make unschedule NAME={name} WAIT=1` waits for them and deletes it; "
-            f"`make cancel RUN={busy[0].run_id}` stops one."
+            f"`{called.by('unschedule', name)} {called.WAIT}` waits for them and deletes it; "
+            f"`{called.by('cancel', busy[0].run_id)}` stops one."
         )
     return [item.recurring_run_id for item in chosen]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import kfp_server_api
 
 import saev
-from pipelines import prepare, runs
+from pipelines import called, prepare, runs
 from pipelines.connect import Kfp
 from pipelines.definition import Compiled
 from pipelines.errors import ClusterError
@@ -60,7 +60,9 @@ def start(kfp: Kfp, job: prepare.Job, name: str) -> tp.Any:
     except ClusterError as err:
         if err.status:
             raise
-        raise ClusterError(f"{err} The run may have started: `make list` shows it.") from err
+        raise ClusterError(
+            f"{err} The run may have started: `{called.by('list')}` shows it."
+        ) from err
 
 
 def warn_of_others(kfp: Kfp, job: prepare.Job) -> None:
@@ -80,11 +82,11 @@ def warn_of_others(kfp: Kfp, job: prepare.Job) -> None:
             logger.warning(
                 "Run %s (%s) %s this dataset with this config. The new run takes it over: the "
                 "other run stops at its next safe point and fails, and its supervisor does not "
-                "retry. Its finished work is used. `make cancel RUN=%s` stops it at once.",
+                "retry. Its finished work is used. `%s` stops it at once.",
                 run.display_name,
                 run.run_id,
                 certainty,
-                run.run_id,
+                called.by("cancel", run.run_id),
             )
 
 

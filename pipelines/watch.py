@@ -8,7 +8,7 @@ import rich.live
 import rich.table
 import tenacity
 
-from pipelines import launched, logs, retries, steps
+from pipelines import called, launched, logs, retries, steps
 from pipelines.connect import Kfp
 from pipelines.errors import ClusterError, RunFailedError
 
@@ -80,7 +80,7 @@ def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     if state in ("succeeded", "skipped"):
         idle = " There was nothing to process." if steps.is_idle(run) else ""
         if steps.is_firing(run):
-            idle = f" `make status RUN={run.run_id}` names the runs that it started."
+            idle = f" `{called.by('status', run.run_id)}` names the runs that it started."
         console.print(f"{run.display_name} succeeded after {took}.{idle}", highlight=False)
         return
     if state == "canceled":
@@ -91,7 +91,8 @@ def _end(kfp: Kfp, run: tp.Any, console: rich.console.Console) -> None:
     error = logs.show_end(kfp, run, step, console)
     raise RunFailedError(
         f"{run.display_name} failed in step {step} after {took}. "
-        f"`make logs RUN={run.run_id}` shows more." + (f" The step's error: {error}" * bool(error))
+        f"`{called.by('logs', run.run_id)}` shows more."
+        + (f" The step's error: {error}" * bool(error))
     )
 
 

@@ -1,3 +1,9 @@
-"""The version, in its own module, because `saev.distributions` must not import `saev`."""
+"""The version, in its own module, because `saev.distributions` must not import `saev`.
 
-__version__ = "0.2.0"
+setuptools-scm makes it of git's tags (pyproject.toml), and writes it when saev is installed.
+"""
+
+try:
+    from saev._version import __version__
+except ModuleNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"

@@ -1,5 +1,7 @@
 """The distribution's name, the other one of a package saev, and the files that come with ours."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from saev.config.named import named_config, named_sweep
 from saev.config.run import RunFile
 
 ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "images/Dockerfile").read_text()
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("saev/*/__init__.py"))
 FIRST = {
     "demo": "demo.photos", "inference": "inference.stage", "launch": "launch.runs",
@@ -117,3 +120,68 @@ def test_an_unknown_name_lists_those_that_exist() -> None:
         named_sweep("topp")
     assert named_sweep("s3://bucket/topp") == "s3://bucket/topp"
     assert named_sweep("") == ""
+
+
+# --- Versions, from git's tags -------------------------------------------------------------------
+
+
+def made_of_git(folder: Path) -> str:
+    """The version of a tree that is built in a folder."""
+    code = "from setuptools_scm import get_version; print(get_version(**{}))"
+    options = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
+    for name in ("version_file", "version_file_template"):
+        options.pop(name)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(options)],
+        cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A tree with our pyproject.toml, without git."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def git(folder: Path, *words: str) -> None:
+    user = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+    subprocess.run(["git", *user, *words], cwd=folder, check=True, capture_output=True)
+
+
+def commit(folder: Path) -> None:
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", "one more")
+
+
+def test_the_version_is_that_of_the_tag(tree: Path, tmp_path: Path) -> None:
+    git(tree, "init", "--quiet")
+    git(tree, "add", ".")
+    commit(tree)
+    assert re.fullmatch(r"0\.2\.0\.dev1\+g[0-9a-f]+", made_of_git(tree)), "no tag yet"
+    git(tree, "tag", "v0.3.0")
+    assert made_of_git(tree) == "0.3.0"
+    commit(tree)
+    assert re.fullmatch(r"0\.3\.1\.dev1\+g[0-9a-f]+", made_of_git(tree))
+    shallow = tmp_path / "shallow"
+    git(tmp_path, "clone", "--quiet", "--depth", "1", tree.as_uri(), str(shallow))
+    assert re.fullmatch(r"0\.2\.0\.dev1\+g[0-9a-f]+", made_of_git(shallow)), "no tag is reachable"
+
+
+def test_without_git_there_is_a_fallback(tree: Path) -> None:
+    assert made_of_git(tree) == "0.2.0.dev0"
+
+
+def test_an_image_gets_the_version_of_the_commit(tree: Path) -> None:
+    """As images/Dockerfile writes it, whose builds see no git."""
+    (line,) = re.findall(r"^.*(printf .*\.git_archival\.txt)", DOCKERFILE, re.MULTILINE)
+    script = line.replace("/src/", "").replace("; fi", "")
+    env = {"DESCRIBED": "v0.3.0-5-gabcdef1", "PATH": os.environ["PATH"]}
+    subprocess.run(["sh", "-c", script], cwd=tree, check=True, env=env)
+    assert made_of_git(tree) == "0.3.1.dev5+gabcdef1"
+    subprocess.run(
+        ["sh", "-c", script], cwd=tree, check=True, env={**env, "DESCRIBED": "v0.3.0-0-gabcdef1"}
+    )
+    assert made_of_git(tree) == "0.3.0"

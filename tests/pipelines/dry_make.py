@@ -34,6 +34,7 @@ def run(
     shutil.copy(ROOT / "Makefile", folder)
     for place in (
         ".venv/bin/python",
+        ".venv-client/bin/python",
         ".venv/bin/ruff",
         ".venv/bin/mypy",
         "python",
@@ -44,7 +45,7 @@ def run(
         stand_in.write_text(program)
         stand_in.chmod(0o755)
     return subprocess.run(
-        ["make", "--no-print-directory", "-o", "setup", *words],
+        ["make", "--no-print-directory", "-o", "setup", "-o", "setup-client", *words],
         cwd=folder,
         env={**os.environ, "PYTHON": "./python", **(env or {})},
         capture_output=True,
