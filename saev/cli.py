@@ -16,7 +16,7 @@ import tyro
 from saev import chain, cores, driver, interrupts, secrets, shorthand, storage, torchrun
 from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
-from saev.config.pages import OpenConfig, ReportConfig
+from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "gc": GcConfig,
     "open": OpenConfig,
     "report": ReportConfig,
+    "notebook": NotebookConfig,
 }
 
 DESCRIPTION = """\
@@ -38,7 +39,8 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure SAEs (inference), show their features (visuals). \
-`run` does all four, `open` shows a page in the browser, `report` writes the page of a root. \
+`run` does all four, `open` shows a page in the browser, `report` writes the page of a root, \
+`notebook` a notebook. \
 `size` estimates a job beforehand, `gc` cleans up. Every location is a path or a URL (s3://…). \
 The URL of the result is the only output on standard output."""
 
@@ -158,6 +160,10 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
         from saev.visuals import overview
 
         return lambda: _page(overview.write(storage.normalize(cfg.root)), cfg)
+    if isinstance(cfg, NotebookConfig):
+        from saev import notebook
+
+        return lambda: Made([notebook.write(cfg)], notebook.how_to_open(cfg))
     from saev import run
 
     return lambda: _page(run.run(cfg, progress=progress), cfg)

@@ -41,7 +41,7 @@ def saes(root: str) -> pa.Table:
     "all". Columns ``training_…`` are of images of training, ``all_…`` of all images that `saev
     inference` measured, as are ``dense_share`` and ``dense_above``. ``on_front`` is true if no
     other SAE on these shards has both a lower L0 and a lower error. ``run``, ``shards`` and
-    ``inference`` are URLs. What is not known is null.
+    ``inference`` are URLs; shards that were deleted keep theirs. What is not known is null.
 
     Args:
         root: URL of the folder that holds `runs` and `shards`.
@@ -87,12 +87,12 @@ def _figures(prefix: str, figures: Figures) -> dict[str, float | int | None]:
     return {f"{prefix}{key}": value for key, value in figures._asdict().items()}
 
 
-def _shards_url(root: str, name: str, config: TrainConfig) -> str | None:
-    """Where a shards folder is: in the root, or where training found it; None if in neither."""
-    places = [storage.join(root, "shards", name)] if storage.is_file_name(name) else []
-    if storage.name(config.train_data.shards) == name:
-        places.append(config.train_data.shards)
-    return next((place for place in places if storage.is_dir(place)), None)
+def _shards_url(root: str, name: str, config: TrainConfig) -> str:
+    """Where a shards folder is: in the root, or where training found it, or else where it was."""
+    in_root = storage.join(root, "shards", storage.name(name))
+    of_training = config.train_data.shards
+    is_moved = storage.name(of_training) == name and not storage.is_dir(in_root)
+    return of_training if is_moved and storage.is_dir(of_training) else in_root
 
 
 def latents(inference: str) -> pa.Table:

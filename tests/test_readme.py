@@ -130,3 +130,12 @@ def test_one_command_on_your_own_pictures(environment: dict[str, str]) -> None:
     last = block("sh", "--config dinov2-small").splitlines()[-1]
     (page,) = run_until_open(f"{first}\n{last}\n", environment)
     assert "1 sparse autoencoder" in page
+
+
+def test_the_notebooks_come_with_the_wheel(environment: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["saev", "notebook", "metrics"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "metrics.py")
+    assert (tmp_path / "metrics.py").read_text() == (ROOT / "notebooks/metrics.py").read_text()

@@ -8,46 +8,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import small_root
 
 import saev
-from saev import cli, inference, tables, train
-from saev.config import (
-    FakeImg,
-    ImgFolder,
-    InferenceConfig,
-    LoaderConfig,
-    SaeConfig,
-    ShardsConfig,
-    TopK,
-    TrainConfig,
-    VisualsConfig,
-)
+from saev import cli, inference, tables
+from saev.config import ImgFolder, VisualsConfig
 from saev.errors import CorruptDataError, IncompleteError, StorageError
-from saev.shards import extract
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two SAEs, of which one is measured."""
-    root = tmp_path_factory.mktemp("root")
-    shards = extract.run(
-        ShardsConfig(
-            shards_root=str(root / "shards"), family="timm", ckpt="test_vit/random",
-            image_size=32, layers=(-1,), data=FakeImg(n_examples=40),
-        )
-    )  # fmt: skip
-    runs = [
-        train.run(
-            TrainConfig(
-                runs_root=str(root / "runs"), n_train=500, batch_size=32, log_every=5,
-                sae=SaeConfig(d_sae=128, activation=TopK(top_k=k)),
-                train_data=LoaderConfig(shards=shards, val_fraction=0.2),
-            )
-        )[0]
-        for k in (4, 8)
-    ]  # fmt: skip
-    inference.run(InferenceConfig(run=runs[0]))
-    return root
+    return small_root.make(tmp_path_factory.mktemp("root"), (4,), not_measured=(8,))
 
 
 def stored(root: Path, pattern: str) -> list[tuple[Path, dict]]:

@@ -1,4 +1,6 @@
-"""The configs of `saev open` and `saev report`."""
+"""The configs of `saev open`, `saev report` and `saev notebook`."""
+
+import typing as tp
 
 import pydantic
 import tyro
@@ -22,3 +24,16 @@ class ReportConfig(Config):
 
     root: str = "./saev-out"
     """URL of the folder that holds runs and shards; the page is root/index.html."""
+
+
+class NotebookConfig(Config):
+    """Write one of saev's notebooks into a folder, to be opened and changed there.
+
+    `metrics` compares the SAEs of a root and chooses latents; `start` is ten lines from pictures to
+    latents.
+    """
+
+    name: tyro.conf.Positional[tp.Literal["metrics", "start"]]
+    """Which notebook."""
+    out: str = "."
+    """URL of the folder that it is written to."""

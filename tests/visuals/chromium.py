@@ -106,6 +106,18 @@ class Page:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the mouse at one point of the window, move, and release it at another."""
+        steps = [tuple(a + (b - a) * n / 10 for a, b in zip(start, end, strict=True))
+                 for n in range(11)]  # fmt: skip
+        kinds = ["mousePressed", *["mouseMoved"] * 10, "mouseReleased"]
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=start[0], y=start[1])
+        for kind, (x, y) in zip(kinds, [*steps, end], strict=True):
+            self.send(
+                "Input.dispatchMouseEvent",
+                type=kind, x=x, y=y, button="left", buttons=1, clickCount=1,
+            )  # fmt: skip
+
     def screenshot(self, path: str | Path) -> None:
         data = self.send("Page.captureScreenshot", format="png")["data"]
         Path(path).write_bytes(base64.b64decode(data))

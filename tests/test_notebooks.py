@@ -1,0 +1,202 @@
+"""The notebooks run on real data, and what they return is what `saev visuals` then draws."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+import small_root
+from visuals import chromium
+
+from saev import cli, tables
+
+NOTEBOOKS = Path(__file__).parents[1] / "saev" / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_root.make(tmp_path_factory.mktemp("a root"), (4, 8), not_measured=(16,))
+
+
+def notebook(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawn(command: str, capsys: pytest.CaptureFixture) -> list[int]:
+    """Run a pasted command; returns the latents in the report that it makes."""
+    program, *argv = shlex.split(command)
+    assert program == "saev"
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        cli.main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    page = Path(capsys.readouterr().out.strip())
+    return json.loads((page.parent / "visuals.json").read_text())["latents"]
+
+
+def test_what_is_between_the_thresholds(root: Path, capsys: pytest.CaptureFixture) -> None:
+    _, found = notebook("metrics").app.run(defs={"root": str(root)})
+    assert len(found["saes"]) == 3
+    assert len(found["curves"]) == 3
+    latents = tables.latents(found["sae"].inference).to_pandas()
+    (f_low, f_high), (v_low, v_high) = found["frequency_range"].value, found["value_range"].value
+    expected = latents[
+        (latents.frequency >= 10**f_low) & (latents.frequency <= 10**f_high)
+        & (latents.mean_value >= 10**v_low) & (latents.mean_value <= 10**v_high)
+    ]  # fmt: skip
+    assert 0 < len(expected) < len(latents)
+    pd.testing.assert_frame_equal(found["within"], expected)
+    assert drawn(found["threshold_command"], capsys) == list(expected.latent)
+
+
+def test_what_is_in_the_rectangle(root: Path) -> None:
+    """The browser sends the rectangle's edges in units of the axes."""
+    _, found = notebook("metrics").app.run(defs={"root": str(root)})
+    assert found["brush_command"] == ""
+    latents = tables.latents(found["sae"].inference).to_pandas()
+    alive = latents[latents.frequency > 0]
+    edges = {key: alive[key].quantile([0.25, 0.75]).tolist() for key in ("frequency", "mean_value")}
+    found["brush"]._update({"select_interval": edges})
+    inside = latents.frequency.between(*edges["frequency"])
+    inside &= latents.mean_value.between(*edges["mean_value"])
+    assert 0 < inside.sum() < len(alive)
+    assert list(found["brush"].value.latent) == list(latents[inside].latent)
+
+
+@pytest.mark.parametrize("url", ["", "file://"])
+def test_a_root_without_saes_is_one_sentence(tmp_path: Path, url: str) -> None:
+    outputs, found = notebook("metrics").app.run(defs={"root": f"{url}{tmp_path}"})
+    assert "saes" not in found
+    assert "There is no complete SAE" in str([getattr(o, "text", o) for o in outputs])
+
+
+@contextlib.contextmanager
+def served(name: str, *argv: str) -> Iterator[str]:
+    """A notebook as an app, as `marimo run` serves it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "marimo", "run", "--headless", "--no-token"]
+    process = subprocess.Popen(
+        [*command, "--port", str(port), str(NOTEBOOKS / f"{name}.py"), "--", *argv],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
+def test_a_rectangle_drawn_with_the_mouse(root: Path, capsys: pytest.CaptureFixture) -> None:
+    with served("metrics", "--root", str(root)) as app, chromium.browser() as page:
+        page.open(app, width=1200, height=3000)
+        page.wait("document.body.innerText.includes('This draws them')", timeout=120)
+        page.wait("document.querySelectorAll('h3').length == 2")
+        # The chart is between the two headings; its axes take less than a tenth of each side.
+        left, top, right, bottom = page.js(
+            """(() => {
+              const [above, below] = [...document.querySelectorAll('h3')]
+                .map(e => e.getBoundingClientRect().y);
+              const all = [];
+              const walk = node => { for (const e of node.querySelectorAll('*')) {
+                if (e.tagName == 'CANVAS') all.push(e.getBoundingClientRect());
+                if (e.shadowRoot) walk(e.shadowRoot);
+              } };
+              walk(document);
+              const box = all.find(b => b.y > above && b.y < below);
+              return [box.left, box.top, box.right, box.bottom];
+            })()"""
+        )
+        width, height = right - left, bottom - top
+        start = left + 0.3 * width, top + 0.15 * height
+        end = left + 0.75 * width, top + 0.85 * height
+        page.drag(start, end)
+        page.wait("/\\d+ latents\\. This draws them/.test(document.body.innerText)", timeout=60)
+        command = page.js("document.body.innerText.match(/saev visuals.*--n-latents 0/)[0]")
+        own = (app, app.replace("http", "ws"), "data:", "about:")
+        assert [url for url in page.requested() if not url.startswith(own)] == []
+    latents = drawn(command, capsys)
+    measured = re.search(r"--inference '?([^']*?/inference/\w+)", command)
+    assert measured
+    every = tables.latents(measured[1]).to_pandas()
+    inside = every[every.latent.isin(latents)]
+    edges = inside.agg(["min", "max"])
+    expected = every[
+        every.frequency.between(*edges.frequency) & every.mean_value.between(*edges.mean_value)
+    ]
+    assert 0 < len(inside) < (every.frequency > 0).sum()
+    assert latents == list(expected.latent)
+
+
+# --- `saev notebook` -----------------------------------------------------------------------------
+
+
+def saev(*argv: str, capsys: pytest.CaptureFixture) -> tuple[int | str | None, str, str]:
+    """Run a command; returns its status, standard output and standard error."""
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    status: int | str | None = 0
+    try:
+        cli.main(argv)
+    except SystemExit as err:
+        status = err.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.py")))
+def test_a_notebook_is_written_and_never_over_a_changed_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = saev("notebook", name, capsys=capsys)
+    place = tmp_path / f"{name}.py"
+    assert (status, out.strip()) == (0, str(place))
+    assert place.read_text() == (NOTEBOOKS / f"{name}.py").read_text()
+    assert re.search(rf"^Next: (marimo edit|python) {name}\.py", err, re.MULTILINE)
+    assert saev("notebook", name, capsys=capsys)[0] == 0  # it is there, unchanged
+    place.write_text("mine")
+    status, _, err = saev("notebook", name, capsys=capsys)
+    assert status == 1
+    assert f"{place} is there already" in err
+    assert place.read_text() == "mine"
+
+
+def test_it_says_how_to_get_marimo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "marimo", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _, _, err = saev("notebook", "metrics", "--out", str(tmp_path), capsys=capsys)
+    assert "Next: pip install 'saevit[notebooks]' && marimo edit" in err
