@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from saev import storage
-from saev.errors import CheckpointError, RankError, StorageError
+from saev.errors import CheckpointError, IncompleteError, RankError, StorageError
 from saev.progress import Progress
 from saev.stage import Context, DoneMeanwhileError, Item, Job, Part, Result
 
@@ -42,6 +42,7 @@ def run_job(job: Job, part: str = "", progress: Progress | None = None) -> Resul
         do_items(job, items, progress)
         if not part:
             return finish(job, progress)
+        _raise_failure(job)
         logger.info("Part %s of %s is done.", part, _named(job))
         return Result(job.urls)
 
@@ -71,6 +72,7 @@ def finish(job: Job, progress: Progress | None = None) -> Result:
 
     Raises:
         IncompleteError: an item is not done.
+        SaevError: some results failed alone. The others are published.
     """
     progress = progress or Progress(quiet=True)
     if job.ranks.first:
@@ -78,8 +80,28 @@ def finish(job: Job, progress: Progress | None = None) -> Result:
             with unless_done(job.published, "Another worker has published it meanwhile"):
                 job.publish(progress)
         job.tidy(job.items())
+        _raise_failure(job)
         logger.info("%s is complete.", _named(job))
     return job.result()
+
+
+def end_part(job: Job, progress: Progress | None = None) -> None:
+    """Raise the error of results that failed alone, if there is one.
+
+    Nobody may come to publish the others after this failure. So they are published here, unless
+    items of other parts are missing.
+    """
+    failure = job.failure()
+    if failure is not None:
+        with contextlib.suppress(IncompleteError):
+            finish(job, progress)
+        raise failure
+
+
+def _raise_failure(job: Job) -> None:
+    failure = job.failure()
+    if failure is not None:
+        raise failure
 
 
 def _named(job: Job) -> str:

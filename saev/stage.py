@@ -11,7 +11,7 @@ import types
 import typing as tp
 from collections.abc import Callable, Mapping, Sequence
 
-from saev.errors import ConfigError
+from saev.errors import ConfigError, SaevError
 from saev.progress import Progress, Task
 
 _T = tp.TypeVar("_T")
@@ -167,6 +167,11 @@ class Job(abc.ABC):
     def tidy(self, items: Sequence[Item]) -> None:  # noqa: B027 - nothing may be left
         """Delete objects of these items that are no longer needed, such as those of killed
         workers."""
+
+    def failure(self) -> SaevError | None:
+        """The error of the results that failed alone, while the job went on with the others. It is
+        to be raised when these are done."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - most jobs have nothing to close
         """Free memory and open files."""

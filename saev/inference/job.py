@@ -16,6 +16,7 @@ from saev.config.source import ActivationSource, check, compare
 from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
+from saev.failures import Failures
 from saev.grouping import group_by
 from saev.inference import files, provenance
 from saev.inference.provenance import read_run
@@ -287,21 +288,25 @@ class Pass:
         }
 
 
-def claim(members: Sequence[Pass]) -> None:
+def claim(members: Sequence[Pass], failures: Failures[Pass]) -> None:
     """Write config.json of each result unless it is there.
 
     Args:
         members: of one group: they read the same tokens.
-
-    Raises:
-        ConfigError: a folder belongs to other inputs.
+        failures: gets the errors of single SAEs, such as that a folder belongs to other inputs.
     """
-    missing = [one for one in members if not storage.exists(one.place(files.CONFIG))]
-    for one, latents in zip(missing, _choose_dists(missing), strict=True):
-        place = one.place(files.CONFIG)
-        storage.write_json(place, storage.seal(one.describe(latents)))
+    missing = []
     for one in members:
-        _ = one.dist_latents
+        with failures.of(one):
+            if not storage.exists(one.place(files.CONFIG)):
+                _ = one.sae
+                missing.append(one)
+    for one, latents in zip(missing, _choose_dists(missing), strict=True):
+        with failures.of(one):
+            storage.write_json(one.place(files.CONFIG), storage.seal(one.describe(latents)))
+    for one in failures.left(members):
+        with failures.of(one):
+            _ = one.dist_latents
 
 
 def _choose_dists(members: Sequence[Pass]) -> list[tuple[int, ...]]:

@@ -26,6 +26,8 @@ from saev.nn.metrics import ReconstructionMetrics, Vectors
 from saev.progress import Task
 from saev.shards import finite
 
+Alone = tp.Callable[[Pass], contextlib.AbstractContextManager[None]]
+
 _PIECE_ENTRIES = PIECE_ENTRIES
 _MAX_WAITING = 2
 
@@ -148,7 +150,7 @@ def read_stats(job: Pass, record: PartRecord) -> PartStats:
 # --- Computing -----------------------------------------------------------------------------
 
 
-def compute(members: tp.Sequence[Pass], shard: int, task: Task) -> None:
+def compute(members: tp.Sequence[Pass], shard: int, task: Task, alone: Alone) -> None:
     """Run SAEs over one shard and store the part of each, its record last.
 
     Every SAE sees the same steps, and so gives the same bytes, whoever else is measured with it.
@@ -157,35 +159,40 @@ def compute(members: tp.Sequence[Pass], shard: int, task: Task) -> None:
         members: of one group: they read the same tokens. Their config.json is there.
         shard: which one.
         task: is advanced by the tokens of the shard.
+        alone: for an SAE, a block whose errors end the work for this SAE only.
 
     Raises:
-        CorruptDataError: the shard is damaged, or something is not finite. Parts of SAEs that are
-            sound are stored nevertheless.
+        CorruptDataError: the shard is damaged, or something in it is not finite.
     """
     source, device = members[0].source, members[0].device
     vectors = Vectors(device)
     with contextlib.ExitStack() as stack:
-        shares = {one: _Share(one, shard, stack) for one in members}
-        writing = stack.enter_context(_Writing())
-        by_size = group_by(members, lambda one: one.examples_per_step)
-        first = next(iter(by_size))
-        for size, chunk in source.chunks(source.shard_examples(shard), [*by_size], device):
-            x, tokens = chunk
-            if not bool(vectors.load(x).total.isfinite().all()):
-                row = tp.cast(int, finite.bad_row(x))
-                example = int(tokens.example_idx[row])
-                raise finite.error(members[0].shards, example, source.layer)
-            for one in by_size[size]:
-                if shares[one].add(x, tokens, vectors):
-                    writing.submit(shares[one].take())
-            if size == first:
-                n_bytes = x.numel() * members[0].shards.dtype.itemsize
-                task.advance(len(x), n_bytes=n_bytes)
-        for share in shares.values():
-            writing.submit(share.take())
-    failed = [err for share in shares.values() if (err := share.write()) is not None]
-    if failed:
-        raise failed[0]
+        shares: dict[Pass, _Share] = {}
+        for one in members:
+            with alone(one):
+                shares[one] = stack.enter_context(_Share(one, shard))
+        if not shares:  # another worker was faster
+            return
+        with _Writing() as writing:
+            by_size = group_by(shares, lambda one: one.examples_per_step)
+            first = next(iter(by_size))
+            for size, chunk in source.chunks(source.shard_examples(shard), [*by_size], device):
+                x, tokens = chunk
+                if not bool(vectors.load(x).total.isfinite().all()):
+                    row = tp.cast(int, finite.bad_row(x))
+                    example = int(tokens.example_idx[row])
+                    raise finite.error(members[0].shards, example, source.layer)
+                for one in by_size[size]:
+                    if shares[one].add(x, tokens, vectors):
+                        writing.submit(shares[one].take())
+                if size == first:
+                    n_bytes = x.numel() * members[0].shards.dtype.itemsize
+                    task.advance(len(x), n_bytes=n_bytes)
+            for share in shares.values():
+                writing.submit(share.take())
+        for one, share in shares.items():
+            with alone(one):
+                share.write()
 
 
 class _Codes(tp.NamedTuple):
@@ -202,26 +209,37 @@ class _Codes(tp.NamedTuple):
 
 
 class _Share:
-    """What one SAE gives for a shard.
+    """What one SAE gives for a shard. Files that :meth:`write` has not published are dropped.
 
     Args:
         job: the SAE.
         shard: which one.
-        stack: publishes the files of codes when it ends well.
     """
 
-    def __init__(self, job: Pass, shard: int, stack: contextlib.ExitStack):
+    def __init__(self, job: Pass, shard: int):
         self._job, self._shard = job, shard
         sae = job.sae
         self._stats = PartStats(sae.d_model, sae.d_sae, job.cfg.n_top, sae.W_enc.device)
         self._dist_latents = job.dist_latents
-        self._codes = self._dists = None
-        if job.keeps_codes:
-            self._codes = self._open(stack, "codes", sae.d_sae)
-        if self._dist_latents:
-            self._dists = self._open(stack, "dists", len(self._dist_latents))
+        self._codes: CodesWriter | None = None
+        self._dists: CodesWriter | None = None
+        self._files = contextlib.ExitStack()
         self._steps: list[_Codes] = []
         self._held = 0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> tp.Self:
+        with contextlib.ExitStack() as files_:
+            if self._job.keeps_codes:
+                self._codes = self._open(files_, "codes", self._job.sae.d_sae)
+            if self._dist_latents:
+                self._dists = self._open(files_, "dists", len(self._dist_latents))
+            self._files = files_.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(_DroppedError), self._files:
+            raise _DroppedError
 
     def _open(self, stack: contextlib.ExitStack, suffix: str, n_latents: int) -> CodesWriter:
         place = _place(self._job, self._shard, suffix)
@@ -234,6 +252,8 @@ class _Share:
         Returns:
             Whether a piece is complete, which is then to be taken.
         """
+        if self._error is not None:
+            return False
         found = encode(self._job.sae, x)
         self._stats.metrics.add(vectors, found.x_hat)
         row_nnz, latents, values = (side.cpu().numpy() for side in found[:3])
@@ -247,8 +267,14 @@ class _Share:
         return lambda: self._keep(steps)
 
     def _keep(self, steps: list[_Codes]) -> None:
-        if not steps:
+        if not steps or self._error is not None:
             return
+        try:
+            self._add_codes(steps)
+        except Exception as err:  # raised in write(), since only this SAE has failed
+            self._error = err
+
+    def _add_codes(self, steps: list[_Codes]) -> None:
         tokens = TokenRows.concatenate([step.tokens for step in steps])
         columns = Columns.from_rows(
             np.concatenate([step.row_nnz for step in steps]),
@@ -262,16 +288,25 @@ class _Share:
         if self._dists:
             self._dists.append(columns.select(np.array(self._dist_latents)), tokens)
 
-    def write(self) -> CorruptDataError | None:
-        """Store the statistics, then the record; or return what is wrong with the SAE."""
+    def write(self) -> None:
+        """Store the codes and the statistics, then the record.
+
+        Raises:
+            CorruptDataError: the weights are not finite.
+            StorageError: something could not be written.
+        """
+        if self._error is not None:
+            with self._files:  # which explain errors of the operating system
+                raise self._error
         job, shard = self._job, self._shard
         error = float(self._stats.metrics.sq_error)
         if not np.isfinite(error):
-            return CorruptDataError(
+            raise CorruptDataError(
                 f"{storage.join(job.shards.url, job.shards.infos[shard].name)}: the reconstruction "
                 f"error of the SAE at {job.run} is {error}, so its weights hold NaN or infinity. "
                 "Leave it out, or restore its checkpoint."
             )
+        self._files.close()
         data = self._stats.to_bytes()
         storage.write_bytes(_place(job, shard, "safetensors"), data)
         record = PartRecord(
@@ -283,7 +318,10 @@ class _Share:
             dists=self._dists.info() if self._dists else None,
         )
         storage.write_json(_place(job, shard, "json"), storage.seal(record.to_dict()))
-        return None
+
+
+class _DroppedError(Exception):
+    """Ends files that are not to be published."""
 
 
 class _Writing:

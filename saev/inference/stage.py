@@ -3,16 +3,19 @@
 SAEs that read the same tokens are a group, which reads them once. An item is one shard and one
 group. It writes sums, best examples and sparse codes of each SAE under its parts/; publishing
 merges them in shard order and writes each SAE's metrics.json last. Results do not depend on the
-group.
+group. An SAE that cannot be measured fails alone: its error is raised when the others are done.
 """
 
+import contextlib
 import functools
 import math
 import typing as tp
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from saev import driver, storage
 from saev.config.inference import InferenceCommand, InferenceConfig
+from saev.errors import IncompleteError, SaevError
+from saev.failures import Failures
 from saev.grouping import measured_together
 from saev.inference import files, part, publish
 from saev.inference.job import Opened, Pass, claim
@@ -100,6 +103,9 @@ def run_all(cfgs: Sequence[InferenceConfig], progress: Progress | None = None) -
 
     Returns:
         URLs of the results' folders, in the order of the configs.
+
+    Raises:
+        SaevError: an SAE cannot be measured. All others are.
     """
     return list(driver.run_job(Measuring(cfgs), progress=progress).urls) if cfgs else []
 
@@ -109,18 +115,24 @@ class Measuring(Job):
 
     Args:
         cfg: of one SAE, or of each.
+        failed: the errors of further SAEs, which have no config.
     """
 
     name = "inference"
     unit = "tok"
 
-    def __init__(self, cfg: InferenceConfig | InferenceCommand | Sequence[InferenceConfig]):
+    def __init__(
+        self,
+        cfg: InferenceConfig | InferenceCommand | Sequence[InferenceConfig],
+        failed: Sequence[SaevError] = (),
+    ):
         cfgs = [cfg] if isinstance(cfg, InferenceConfig) else cfg
         cfgs = cfgs.configs() if isinstance(cfgs, InferenceCommand) else cfgs
         self._opened = Opened()
         unique: dict[InferenceConfig, Pass] = {}
         self._asked = tuple(unique.setdefault(one, Pass(one, self._opened)) for one in cfgs)
         self._members = tuple(unique.values())
+        self._failures = Failures(self._members, "SAEs", failed)
 
     @classmethod
     def pieces(cls, found: tp.Mapping[str, str]) -> int:
@@ -135,8 +147,13 @@ class Measuring(Job):
     @functools.cached_property
     def _groups(self) -> list[list[Pass]]:
         """SAEs that read the same tokens and whose weights have room in memory together."""
+        opened = []
+        for one in self._members:
+            with self._failures.of(one):
+                _ = one.has_concepts, len(self._members) > 1 and one.weights_bytes
+                opened.append(one)
         return measured_together(
-            self._members,
+            opened,
             lambda one: storage.content_hash([one.data.to_dict(), one.has_concepts]),
             lambda one: one.weights_bytes,
         )
@@ -157,21 +174,44 @@ class Measuring(Job):
     def key(self) -> str:
         keys = []
         for group in self._groups:
-            keys += [one.key for one in group]
+            for one in self._failures.left(group):
+                with self._failures.of(one):
+                    _ = one.url
+                    keys.append(one.key)
             if len(self._groups) > 1:
                 self._forget(group)
         return keys[0] if len(keys) == 1 else storage.content_hash(keys)
 
     @property
-    def urls(self) -> tuple[str, ...]:
+    def _sound(self) -> list[Pass]:
+        """The SAEs that have not failed. Opens all of them."""
         _ = self.key
-        return tuple(one.url for one in self._asked)
+        return self._failures.left(self._members)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        sound = self._sound
+        return tuple(one.url for one in self._asked if one in sound)
 
     def published(self) -> bool:
-        return all(one.published() for one in self._members)
+        found = self._published()
+        return len(found) == len(self._sound)
 
     def there(self) -> tuple[str, ...]:
-        return tuple(one.url for one in self._asked if one.published())
+        found = self._published()
+        return tuple(one.url for one in self._asked if one in found)
+
+    def _published(self) -> list[Pass]:
+        """The SAEs whose results are complete."""
+        found = []
+        for one in self._sound:
+            with self._failures.of(one):
+                if one.published():
+                    found.append(one)
+        return found
+
+    def failure(self) -> SaevError | None:
+        return self._failures.error()
 
     def result(self) -> Result:
         urls = self.urls
@@ -201,21 +241,41 @@ class Measuring(Job):
     def _missing(self, item: Item) -> list[Pass]:
         """The SAEs that an item is to be done for. Looks at storage."""
         shard = item.spec["shard"]
-        return [
-            one
-            for one in self._groups[_number(item)]
-            if part.find_record(one, shard) is None and not storage.exists(one.place(files.METRICS))
-        ]
+        missing = []
+        for one in self._failures.left(self._groups[_number(item)]):
+            with self._failures.of(one):
+                if not self._is_done(one, shard):
+                    missing.append(one)
+        return missing
+
+    def _is_done(self, one: Pass, shard: int) -> bool:
+        return part.find_record(one, shard) is not None or self._has_metrics(one)
+
+    def _has_metrics(self, one: Pass) -> bool:
+        return storage.exists(one.place(files.METRICS))
 
     def begin(self, todo: Sequence[Item]) -> None:
         for item in {_number(item): item for item in todo}.values():
-            members = self._group(item)
-            claim([one for one in members if not storage.exists(one.place(files.METRICS))])
+            members = self._failures.left(self._group(item))
+            claim([one for one in members if not self._has_metrics(one)], self._failures)
 
     def work(self, item: Item, context: Context) -> None:
         self._group(item)
         if missing := self._missing(item):  # another worker may have published
-            part.compute(missing, item.spec["shard"], context.bar)
+            shard = item.spec["shard"]
+            part.compute(
+                missing, shard, context.bar, lambda one: self._alone(one, shard, context.progress)
+            )
+
+    @contextlib.contextmanager
+    def _alone(self, one: Pass, shard: int, progress: Progress) -> Iterator[None]:
+        """A block about one SAE, whose errors end the work for this SAE only."""
+        said = f"Shard {shard} of {one.url} was done by another worker meanwhile"
+        with (
+            self._failures.of(one, progress.safe_point),
+            driver.unless_done(lambda: self._is_done(one, shard), said),
+        ):
+            yield
 
     def refuse(self) -> None:
         """Raise ConfigError if an SAE was trained on activations of another model."""
@@ -223,12 +283,13 @@ class Measuring(Job):
 
     def publish(self, progress: Progress) -> None:
         self.refuse()
-        n_parts = sum(len(one.shards.infos) for one in self._members)
+        n_parts = sum(len(one.shards.infos) for one in self._sound)
         with progress.task("merge", total=n_parts, unit="part") as task:
             for group in self._groups:
-                for one in group:
-                    if not one.published():
-                        self._publish(one, progress, task)
+                for one in self._failures.left(group):
+                    with self._failures.of(one, progress.safe_point, but=IncompleteError):
+                        if not one.published():
+                            self._publish(one, progress, task)
                 if len(self._groups) > 1:
                     self._forget(group)
 
@@ -237,10 +298,9 @@ class Measuring(Job):
             publish.publish(one, progress.publish_point, task.advance)
 
     def tidy(self, items: Sequence[Item]) -> None:
-        for one in self._members:
-            if one.published():
-                publish.remove_parts(one)  # an earlier process may have been killed before this
-                one.note()
+        for one in self._published():
+            publish.remove_parts(one)  # an earlier process may have been killed before this
+            one.note()
 
     def close(self) -> None:
         self._forget(self._members)

@@ -24,12 +24,13 @@ from saev.config import (
     TrainConfig,
 )
 from saev.config.sae import Activation
-from saev.errors import ConfigError, CorruptDataError
+from saev.errors import ConfigError, CorruptDataError, SaevError
 from saev.inference import job as job_module
 from saev.inference import part as part_module
 from saev.inference.stage import Measuring
 from saev.nn import SparseAutoencoder
 from saev.shards import Shards
+from saev.stage import Part
 
 SAES = {
     "top-k": (48, TopK(top_k=3), "vanilla"),
@@ -270,17 +271,65 @@ def test_an_sae_that_is_not_sound_is_named(place, tmp_path) -> None:
     sae = SparseAutoencoder(SaeConfig(d_model=D_MODEL, d_sae=33, activation=Relu()))
     sae.b_dec.data.fill_(float("nan"))
     sae.save(storage.join(broken, "checkpoint"))
-    with pytest.raises(CorruptDataError, match=rf"the SAE at {broken} is nan"):
+    with pytest.raises(CorruptDataError, match=rf"the SAE at {broken} is nan") as raised:
         inference.run_all(cfgs)
-    stored = [path.parts[-5] for path in tmp_path.rglob("parts/000000.json")]
-    assert sorted(stored) == sorted(set(SAES) - {"relu"})
+    assert "SAEs failed" not in str(raised.value)  # the error is the one that it has alone
+    assert not list(Path(broken).rglob("parts/*"))
+    found = place.found(tmp_path)
+    assert {n: d for n, d in found.items() if n != "relu"} == {
+        n: d for n, d in place.alone.items() if n != "relu"
+    }
 
 
-def test_an_sae_of_another_width_is_named(place, tmp_path) -> None:
+def test_saes_fail_alone(place, tmp_path, read_bytes) -> None:
+    """All that can be wrong with one SAE; and a second try reads nothing for the others."""
     cfgs = place.fresh(tmp_path)
+    runs = {name: Path(cfg.run) for name, cfg in zip(SAES, cfgs, strict=True)}
     other = make_run(tmp_path / "other", place.shards, d_model=24, d_sae=32, top_k=2)
-    with pytest.raises(ConfigError, match=rf"{other} .*width 24"):
-        inference.run_all([*cfgs, cfgs[0].model_copy(update={"run": other})])
+    cfgs.append(cfgs[0].model_copy(update={"run": other}))
+    (runs["wide"] / "checkpoint" / "sae.safetensors").unlink()
+    (runs["threshold"] / "config.json").write_text("{")
+    (runs["jump-relu"] / "inference").write_text("a file, where a folder is expected")
+    weights = runs["matryoshka"] / "checkpoint" / "sae.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(SaevError) as raised:
+        inference.run_all(cfgs)
+    said = str(raised.value)
+    assert said.startswith("5 of 7 SAEs failed. ")
+    for part in ("width 24", *(str(runs[n]) for n in SAES if n not in ("top-k", "relu"))):
+        assert part in said
+    found = place.found(tmp_path)
+    for name in ("top-k", "relu"):
+        assert found[name] == place.alone[name]
+    read_bytes.clear()
+    with pytest.raises(SaevError, match="5 of 7 SAEs failed"):
+        inference.run_all(cfgs)
+    assert not read_bytes
+    for name, run in runs.items():
+        if name not in ("top-k", "relu"):
+            shutil.rmtree(run)
+            shutil.copytree(place.root / "runs" / name, run)
+    inference.run_all(cfgs[:-1])
+    assert place.found(tmp_path) == place.alone
+
+
+def test_parts_of_saes_that_fail_alone(place, tmp_path) -> None:
+    """The part that comes last publishes the others: nobody may come after it."""
+    cfgs = place.fresh(tmp_path)
+    sae = SparseAutoencoder(SaeConfig(d_model=D_MODEL, d_sae=33, activation=Relu()))
+    sae.b_dec.data.fill_(float("nan"))
+    sae.save(storage.join(cfgs[3].run, "checkpoint"))
+    for number in (2, 1):
+        assert not list(tmp_path.rglob("metrics.json"))
+        job = Measuring(cfgs)
+        driver.do_items(job, Part(number, 2).slice(job.items()))
+        with pytest.raises(CorruptDataError, match="is nan"):
+            driver.end_part(job)
+        job.close()
+    found = {p.parts[-4] for p in tmp_path.rglob("metrics.json")}
+    assert found == SAES.keys() - {"relu"}
 
 
 # --- Which SAEs ----------------------------------------------------------------------------
