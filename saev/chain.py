@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from saev.config import InferenceCommand, ShardsConfig, TrainConfig, VisualsConfig
 from saev.config.base import Config
 from saev.config.stages import Stages
+from saev.errors import SaevError
 from saev.stage import Job
 
 Found = Mapping[str, str]
@@ -58,8 +59,18 @@ class Stage(tp.NamedTuple):
         return job
 
     def of_all(self, stages: Stages, found: Sequence[Found], device: str = "") -> Job:
-        """Open a job that does the work of several runs together."""
-        job: Job = self.kind([self._config(stages, one, device) for one in found])
+        """Open a job that does the work of several runs together.
+
+        A run whose config cannot be read fails alone, see :meth:`saev.stage.Job.failure`.
+        """
+        configs: list[Config] = []
+        failed: list[SaevError] = []
+        for one in found:
+            try:
+                configs.append(self._config(stages, one, device))
+            except SaevError as err:
+                failed.append(err)
+        job: Job = self.kind(configs, failed)
         return job
 
     def _config(self, stages: Stages, found: Found, device: str) -> Config:

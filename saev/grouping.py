@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterable
 
 from saev import limits
 
+_SUMS_BYTES = 64
+"""Bytes of a latent's counts, sums and largest value."""
+_EXAMPLE_BYTES = 28
+"""Bytes of one of a latent's top examples, without the values of its tokens, which take 8 each."""
+
 _T = tp.TypeVar("_T")
 _Key = tp.TypeVar("_Key")
 
@@ -17,6 +22,22 @@ def group_by(members: Iterable[_T], key: Callable[[_T], _Key]) -> dict[_Key, lis
     return found
 
 
+def measuring_bytes(d_model: int, d_sae: int, tokens: int, n_top: int) -> int:
+    """Most memory that an SAE takes while it is measured, alone or with others.
+
+    These are its weights, a latent's sums, its top examples if it fires on all of their tokens, and
+    two pieces of codes.
+
+    Args:
+        d_model: width of the activations.
+        d_sae: number of latents.
+        tokens: tokens of an example that are read.
+        n_top: examples kept per latent.
+    """
+    latent = 8 * d_model + _SUMS_BYTES + n_top * (_EXAMPLE_BYTES + 8 * tokens)
+    return d_sae * latent + 2 * 8 * limits.PIECE_ENTRIES
+
+
 def measured_together(
     saes: Iterable[_T], tokens: Callable[[_T], tp.Hashable], n_bytes: Callable[[_T], int]
 ) -> list[list[_T]]:
@@ -25,8 +46,9 @@ def measured_together(
     Args:
         saes: the SAEs.
         tokens: returns what identifies the tokens that an SAE reads.
-        n_bytes: returns the size of an SAE's weights. Those of a group have room in GROUP_BYTES.
-            It is not called for an SAE that no other one shares its tokens with.
+        n_bytes: returns the memory that an SAE takes, see :func:`measuring_bytes`. The SAEs of a
+            group have room in GROUP_BYTES. It is not called for an SAE that no other one shares its
+            tokens with.
     """
     groups: list[list[_T]] = []
     for members in group_by(saes, tokens).values():

@@ -10,9 +10,12 @@ position in the order and in the window, its example, and its number in the exam
 GPU_CHUNK_BYTES = 2 << 30
 """Bytes of the largest temporary of a training step on a GPU: pre-activations or reconstructions
 of a chunk of rows."""
-GROUP_BYTES = 4 << 30
-"""Bytes of the weights of the SAEs that are measured together. More SAEs make more groups, each of
-which reads the activations once."""
+GROUP_BYTES = 8 << 30
+"""Most bytes that the SAEs of a group take while they are measured together. More SAEs make more
+groups, each of which reads the activations once."""
+ITEM_TOKENS = 4_000_000
+"""Tokens, times the number of SAEs that are run over them, that are worth a pod: it has to load
+the SAEs for them."""
 PIECE_ENTRIES = 1 << 21
 """Sparse codes of an SAE, of 8 bytes each, that are gathered before they are turned into columns,
 added up and written. Sums are made per piece, so that another number changes their last digits."""

@@ -11,6 +11,8 @@ import types
 import typing as tp
 from collections.abc import Callable, Mapping, Sequence
 
+from saev.config.stages import Stages
+from saev.config.train import TrainConfig
 from saev.errors import ConfigError, SaevError
 from saev.progress import Progress, Task
 
@@ -26,6 +28,15 @@ class Item(tp.NamedTuple):
     """Amount of work, in the job's unit."""
     spec: dict[str, tp.Any]
     """Identifies the item, as plain JSON: a few numbers and ids, no configs."""
+
+
+class Share(tp.NamedTuple):
+    """The work of one job for several runs of training."""
+
+    runs: tuple[int, ...]
+    """Numbers of the runs."""
+    pieces: int = 1
+    """Number of pods among which the items of the job can usefully be divided."""
 
 
 class Result(tp.NamedTuple):
@@ -85,15 +96,19 @@ class Job(abc.ABC):
     """Unit of the costs of items, such as images; empty if each item has its own progress bar."""
 
     @classmethod
-    def pieces(cls, found: Mapping[str, str]) -> int:
-        """The number of pods among which a job can usefully be divided. Its inputs need not exist
-        yet.
+    def shares(
+        cls, stages: Stages, found: Mapping[str, str], runs: Sequence[TrainConfig], n_slots: int
+    ) -> "list[Share]":
+        """Divides the work for runs of training, which need not be trained yet, among jobs.
 
         Args:
-            found: URLs of the results that it reads, by stage name.
+            stages: the configs of all stages.
+            found: URLs of the results of all runs that it reads, by stage name.
+            runs: the runs' configs.
+            n_slots: number of pods.
         """
-        del found
-        return 1
+        del stages, found, n_slots
+        return [Share((number,)) for number in range(len(runs))]
 
     @property
     def title(self) -> str:
@@ -109,6 +124,11 @@ class Job(abc.ABC):
     def ranks(self) -> Ranks:
         """The processes that work on each item together; this one alone by default."""
         return _Alone()
+
+    @property
+    def configs(self) -> Mapping[str, TrainConfig]:
+        """The configs of runs of training that it makes, by the URL of the run."""
+        return {}
 
     @property
     @abc.abstractmethod

@@ -15,6 +15,7 @@ from saev.config import BatchTopK, InferenceCommand, JumpRelu, Relu, SaeConfig, 
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.errors import ConfigError
+from saev.grouping import measuring_bytes
 from saev.inference import stage
 from saev.loaders import ShuffledLoader
 from saev.nn import SaeBank
@@ -136,22 +137,25 @@ def test_measuring(job: Path) -> None:
     kept += found["checkpoints_bytes"]
     assert 0.5 * found["storage_runs_bytes"] < kept <= found["storage_runs_bytes"]
     (shards,) = (job / "root" / "shards").iterdir()
-    assert found["inference_items"] == inference.n_pieces(Shards.open(str(shards)))
+    assert found["inference_items"] == inference.n_pieces(Shards.open(str(shards)), 4)
     with Shards.open(str(shards)) as opened:
         layer = sum(x.n_examples * x.row_bytes for x in opened.layouts)
-    assert found["inference_shared_read_bytes"] == layer
-    assert found["inference_read_bytes"] == 4 * layer
+    assert found["inference_groups"] == 1
+    assert found["inference_read_bytes"] == layer
 
 
 @pytest.mark.parametrize(("latents", "n"), [(1000, 1), (96, 2), (1, 4)])
 def test_passes_are_those_of_inference(
     job: Path, monkeypatch: pytest.MonkeyPatch, latents: int, n: int
 ) -> None:
-    """Whether there is room for the weights of all SAEs, of any two, or of one."""
+    """Whether there is room for all SAEs, for any two, or for one."""
     cfg = SizeConfig(config=str(job / "run.toml"), load_model=True)
     given = inputs.gather(cfg)
-    monkeypatch.setattr(limits, "GROUP_BYTES", 8 * given.recording.d_model * latents)
-    measuring = stage.Measuring(InferenceCommand(runs=str(job / "root" / "runs")))
+    monkeypatch.setattr(limits, "PIECE_ENTRIES", 0)  # what does not depend on the latents
+    meta = given.recording
+    room = measuring_bytes(meta.d_model, latents, meta.tokens_per_example, 3)
+    monkeypatch.setattr(limits, "GROUP_BYTES", room)
+    measuring = stage.Measuring(InferenceCommand(runs=str(job / "root" / "runs"), n_top=3))
     assert len(estimate.Estimate(given, cfg).passes()) == len(measuring._groups) == n
     measuring.close()
 
@@ -216,7 +220,6 @@ def test_resume_point_of_a_group_with_several_banks() -> None:
 
 
 def test_constants_are_those_of_the_stages() -> None:
-    assert stage._ITEM_TOKENS == estimate._ITEM_TOKENS
     assert torch.Generator().get_state().nbytes == formats.RNG_BYTES
 
 

@@ -37,15 +37,18 @@ class Stages(tp.NamedTuple):
     def measuring(self, run: str, shards: str) -> InferenceConfig:
         """The config of inference with the SAE of a run. By default it uses the layer and tokens of
         training."""
-        trained = TrainConfig.of_run(run).train_data
+        data = self.measured(TrainConfig.of_run(run), shards).to_dict()
+        return InferenceConfig.from_dict({**self.inference, "run": run, "data": data})
+
+    def measured(self, trained: TrainConfig, shards: str) -> DataConfig:
+        """The activations that inference reads for the SAE of a config."""
         data = {
-            "layer": trained.layer,
-            "tokens": trained.tokens,
+            "layer": trained.train_data.layer,
+            "tokens": trained.train_data.tokens,
             **self.inference.get("data", {}),
             "shards": shards,
         }
-        keys = {**self.inference, "run": run, "data": DataConfig.from_dict(data).to_dict()}
-        return InferenceConfig.from_dict(keys)
+        return DataConfig.from_dict(data)
 
     def showing(self, run: str, shards: str, measured: str) -> VisualsConfig:
         """The config of the visuals of a run.

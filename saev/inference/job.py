@@ -12,12 +12,13 @@ import torch
 from saev import known, storage
 from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
+from saev.config.sae import SaeConfig
 from saev.config.source import ActivationSource, check, compare
 from saev.config.train import TrainConfig
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
 from saev.failures import Failures
-from saev.grouping import group_by
+from saev.grouping import group_by, measuring_bytes
 from saev.inference import files, provenance
 from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
@@ -105,11 +106,10 @@ class Pass:
         return self._others.source(self.shards, self.data, labels=self.has_concepts)
 
     @property
-    def weights_bytes(self) -> int:
-        """Size of the weights. An SAE that is no run of training is loaded for it."""
-        d_model = self.shards.d_model
+    def memory(self) -> int:
+        """Most bytes that it takes. An SAE that is no run of training is loaded to know it."""
         cfg = self._trained.sae if self._trained else self.sae.cfg
-        return 8 * d_model * (cfg.d_sae or cfg.exp_factor * d_model)
+        return memory_of(cfg, self.shards, self.cfg.n_top)
 
     @functools.cached_property
     def sae(self) -> SparseAutoencoder:
@@ -286,6 +286,18 @@ class Pass:
             "d_sae": self.sae.d_sae,
             "dist_latents": dist_latents,
         }
+
+
+def memory_of(cfg: SaeConfig, shards: Shards, n_top: int) -> int:
+    """Most bytes that an SAE takes while it is measured.
+
+    Args:
+        cfg: of the SAE.
+        shards: the activations.
+        n_top: examples kept per latent.
+    """
+    d_sae = cfg.d_sae or cfg.exp_factor * shards.d_model
+    return measuring_bytes(shards.d_model, d_sae, shards.tokens_per_example, n_top)
 
 
 def claim(members: Sequence[Pass], failures: Failures[Pass]) -> None:

@@ -14,19 +14,20 @@ from collections.abc import Iterator, Sequence
 
 from saev import driver, storage
 from saev.config.inference import InferenceCommand, InferenceConfig
+from saev.config.stages import Stages
+from saev.config.train import TrainConfig
 from saev.errors import IncompleteError, SaevError
 from saev.failures import Failures
 from saev.grouping import measured_together
 from saev.inference import files, part, publish
-from saev.inference.job import Opened, Pass, claim
+from saev.inference.job import Opened, Pass, claim, memory_of
 from saev.inference.results import Results
+from saev.limits import ITEM_TOKENS
 from saev.progress import Progress, Task
 from saev.shards import Shards
-from saev.stage import Context, Item, Job, Result
+from saev.stage import Context, Item, Job, Result, Share
 from saev.stage import Part as Slice
 
-_ITEM_TOKENS = 4_000_000
-"""Tokens that are worth a pod, which has to load the SAE for them."""
 _FIGURES = (
     "normalized_mse", "explained_variance", "l0", "l1", "n_dead", "n_almost_dead", "dense_share",
     "d_sae", "n_tokens", "mean_average_precision", "purity_at_16", "coverage_at_0.3", "probe_r",
@@ -44,11 +45,16 @@ def plan(cfg: InferenceConfig) -> list[dict[str, tp.Any]]:
     return [item.spec for item in Slice.parse(cfg.part).slice(Measuring(cfg).items())]
 
 
-def n_pieces(shards: Shards) -> int:
-    """In how many pieces a pass over a shards folder is worth being cut, at least one."""
+def n_pieces(shards: Shards, n_saes: int = 1) -> int:
+    """In how many pieces a pass over a shards folder is worth being cut, at least one.
+
+    Args:
+        shards: the folder.
+        n_saes: number of SAEs that are measured together.
+    """
     n_shards = len(shards.infos)
     largest = max((info.n_examples for info in shards.infos), default=0)
-    step = max(1, _ITEM_TOKENS // max(1, largest * shards.tokens_per_example))
+    step = max(1, ITEM_TOKENS // max(1, largest * shards.tokens_per_example * n_saes))
     return max(1, math.ceil(n_shards / step))
 
 
@@ -135,9 +141,36 @@ class Measuring(Job):
         self._failures = Failures(self._members, "SAEs", failed)
 
     @classmethod
-    def pieces(cls, found: tp.Mapping[str, str]) -> int:
+    def shares(
+        cls,
+        stages: Stages,
+        found: tp.Mapping[str, str],
+        runs: Sequence[TrainConfig],
+        n_slots: int,
+    ) -> list[Share]:
+        """SAEs that read the same tokens, with the number of pieces that the shards allow.
+
+        If there are fewer pieces than slots, groups are cut into smaller ones, as long as a piece
+        is worth a pod.
+        """
+        n_top = InferenceConfig.from_dict({**stages.inference, "run": ""}).n_top
         with Shards.open(found["shards"]) as shards:
-            return n_pieces(shards)
+            groups = measured_together(
+                range(len(runs)),
+                lambda i: storage.content_hash(stages.measured(runs[i], shards.url).to_dict()),
+                lambda i: memory_of(runs[i].sae, shards, n_top),
+            )
+            n_tokens = shards.n_examples * shards.tokens_per_example
+            shares = []
+            for group in groups:
+                pieces = n_pieces(shards, len(group))
+                wanted = math.ceil(n_slots * len(group) / len(runs) / pieces)
+                worth = n_tokens * len(group) // (ITEM_TOKENS * pieces)
+                n = max(1, min(len(group), wanted, worth))
+                for number in range(1, n + 1):
+                    few = tuple(Slice(number, n).slice(group))
+                    shares.append(Share(few, n_pieces(shards, len(few))))
+        return shares
 
     @property
     def title(self) -> str:
@@ -146,16 +179,16 @@ class Measuring(Job):
 
     @functools.cached_property
     def _groups(self) -> list[list[Pass]]:
-        """SAEs that read the same tokens and whose weights have room in memory together."""
+        """SAEs that read the same tokens and have room in memory together."""
         opened = []
         for one in self._members:
             with self._failures.of(one):
-                _ = one.has_concepts, len(self._members) > 1 and one.weights_bytes
+                _ = one.has_concepts, len(self._members) > 1 and one.memory
                 opened.append(one)
         return measured_together(
             opened,
             lambda one: storage.content_hash([one.data.to_dict(), one.has_concepts]),
-            lambda one: one.weights_bytes,
+            lambda one: one.memory,
         )
 
     def _group(self, item: Item) -> list[Pass]:

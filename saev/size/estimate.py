@@ -7,12 +7,13 @@ import numpy as np
 
 from saev.config.size import SizeConfig
 from saev.config.train import TrainConfig, default_batch_size, default_n_train
-from saev.grouping import measured_together
+from saev.grouping import measured_together, measuring_bytes
 from saev.limits import (
     GPU_CHUNK_BYTES,
+    GROUP_BYTES,
     INDEX_BYTES_PER_TOKEN,
+    ITEM_TOKENS,
     N_RESUME_POINTS,
-    PIECE_ENTRIES,
     VAL_FRACTION,
 )
 from saev.shards.protocol import Layout, in_validation
@@ -20,8 +21,6 @@ from saev.size import formats
 from saev.size.inputs import Inputs
 from saev.size.rows import Row, Section, Sure
 
-_ITEM_TOKENS = 4_000_000
-"""Tokens per item of inference."""
 _EXAMPLE_BYTES = 100
 """Bytes of a row of examples.parquet, mostly for the image's name."""
 _EXACT_EXAMPLES = 20_000_000
@@ -328,18 +327,24 @@ class Estimate:
         return sum(formats.safetensors(tensors) for tensors in files)
 
     def passes(self) -> list[list[int]]:
-        """SAEs that `saev run` measures together, by their numbers."""
+        """SAEs that are measured together, by their numbers."""
         saes = self.inputs.saes
         return measured_together(
             range(len(saes)),
             lambda i: f"{saes[i].train_data.layer} {saes[i].train_data.tokens}",
-            lambda i: 8 * self.meta.d_model * self.widths[i],
+            self.measuring_bytes,
         )
 
     def measuring_bytes(self, i: int) -> int:
         """Memory that an SAE takes while it is measured, alone or with others."""
-        pieces = 2 * PIECE_ENTRIES * (8 + 16 // self.l0(self.inputs.saes[i]))
-        return self.checkpoint_bytes(i) + self.statistics_bytes(i) + pieces
+        meta = self.meta
+        n_top = self.inputs.inference.n_top
+        return measuring_bytes(meta.d_model, self.widths[i], meta.tokens_per_example, n_top)
+
+    def n_items(self, n_saes: int) -> int:
+        """Work items of a group of SAEs."""
+        tokens = self.layout.n_examples * self.meta.tokens_per_example
+        return math.ceil(self.meta.n_shards / max(1, ITEM_TOKENS // max(1, tokens * n_saes)))
 
     def measuring(self) -> list[Row]:
         """Rows about `saev inference`."""
@@ -348,7 +353,6 @@ class Estimate:
         codes = max(self.codes_bytes(sae) for sae in saes) if self.inputs.inference.save else 0
         sure: Sure = "about" if self.inputs.inference.save else "exact"
         l0 = max(self.l0(sae) for sae in saes)
-        step = max(1, _ITEM_TOKENS // max(1, self.layout.n_examples * meta.tokens_per_example))
         passes = self.passes()
         return [
             Row(
@@ -366,14 +370,15 @@ class Estimate:
                 "the codes once more, by shard, until they are merged",
             ),
             Row(
-                "inference_read_bytes", "read in all", n * meta.n_examples * self.row_bytes,
-                "bytes", "at most", "in the pipeline, where every SAE reads its layer once",
+                "inference_groups", "groups", len(passes), "", "exact",
+                f"SAEs of one layer that have room in {GROUP_BYTES >> 30} GiB are measured "
+                "together",
             ),
             Row(
-                "inference_shared_read_bytes", "read by `saev run`",
-                len(passes) * meta.n_examples * self.row_bytes, "bytes", "exact",
-                "SAEs of one layer are measured together and read it once, as long as their "
-                "weights have 4 GiB",
+                "inference_read_bytes", "read in all",
+                len(passes) * meta.n_examples * self.row_bytes, "bytes", "about",
+                "groups × images × all tokens × width × bytes; more in a pipeline with fewer work "
+                "items than slots, where groups are divided, too",
             ),
             Row(
                 "inference_sae_bytes", "memory of each SAE that is measured",
@@ -381,8 +386,13 @@ class Estimate:
                 "its weights, its statistics and top examples, and two pieces of 2 million codes",
             ),
             Row(
-                "inference_items", "work items per SAE", math.ceil(meta.n_shards / step), "",
-                "exact", "whole shards of about 4 million tokens together",
+                "inference_group_bytes", "memory of a group",
+                max(sum(map(self.measuring_bytes, members)) for members in passes), "bytes",
+                "at most", "the sum of the SAEs that are measured together",
+            ),
+            Row(
+                "inference_items", "work items", sum(self.n_items(len(m)) for m in passes), "",
+                "exact", "groups × ranges of shards: each of at least 4 million tokens × SAEs",
             ),
         ]  # fmt: skip
 
@@ -400,7 +410,7 @@ class Estimate:
         )
         activations = self.activations + self.beside + _EXAMPLE_BYTES * self.meta.n_examples
         reads = sum(self.read_bytes(saes[m[0]]) for m in self.groups)
-        reads += len(saes) * self.meta.n_examples * self.row_bytes
+        reads += len(self.passes()) * self.meta.n_examples * self.row_bytes
         rows = [
             Row("storage_shards_bytes", "shards on storage", activations, "bytes", "about",
                 "may be deleted once all SAEs are measured; see docs/cleanup.md"),

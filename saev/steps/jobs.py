@@ -27,6 +27,7 @@ from saev.steps.discover import Dataset
 logger = logging.getLogger(__name__)
 
 Item = dict[str, tp.Any]
+_T = tp.TypeVar("_T")
 
 _RESTORE = "Restore it from a copy, or submit the dataset again."
 _FOLDER = "jobs"
@@ -168,7 +169,7 @@ def items_of(plan: Plan, step: str, slot: str) -> list[Item]:
 # --- Slots ----------------------------------------------------------------------------------------
 
 
-def cut(items: tp.Sequence[Item], n: int, costs: tp.Sequence[float] | None = None) -> list:
+def cut(items: tp.Sequence[_T], n: int, costs: tp.Sequence[float] | None = None) -> list[list[_T]]:
     """Divide items into at most n slots of about equal cost. Equal arguments give equal slots.
 
     Items are assigned in order of falling cost, each to the slot that costs least so far. By
@@ -189,21 +190,27 @@ def cut(items: tp.Sequence[Item], n: int, costs: tp.Sequence[float] | None = Non
     return [[items[k] for k in sorted(slot)] for slot in slots]
 
 
-def n_pieces(n_passes: int, n_slots: int, most: int) -> int:
+def n_pieces(costs: tp.Sequence[float], n_slots: int, most: tp.Sequence[int]) -> list[int]:
     """The number of pieces of each pass, so that slots of whole pieces are about equal.
 
-    Fewer pieces are better, because each piece opens an SAE and its activations.
+    Fewer pieces are better, because each piece opens SAEs and their activations.
 
     Args:
-        n_passes: number of passes over the activations, one for each SAE.
+        costs: the cost of each pass over the activations, such as the number of its SAEs.
         n_slots: number of slots.
-        most: the largest number of pieces that a pass can be divided into.
+        most: the largest number of pieces that each pass can be divided into.
     """
-    for n in range(1, min(n_slots, most)):
-        longest = math.ceil(n_passes * n / n_slots)
-        if longest * n_slots <= _UNEVEN * n_passes * n:
-            return n
-    return min(n_slots, most)
+    found: list[int] = []
+    for of_largest in range(1, n_slots + 1):
+        found = [
+            min(math.ceil(of_largest * cost / max(costs)), n)
+            for cost, n in zip(costs, most, strict=True)
+        ]
+        pieces = [cost / n for cost, n in zip(costs, found, strict=True) for _ in range(n)]
+        longest = max(map(sum, cut(pieces, n_slots, pieces)), default=0.0)
+        if longest * n_slots <= _UNEVEN * sum(costs):
+            break
+    return found
 
 
 def each(

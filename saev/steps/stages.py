@@ -8,9 +8,9 @@ from saev import chain, driver, storage
 from saev.chain import Stage
 from saev.config import steps as cfgs
 from saev.config.stages import Stages
-from saev.errors import ConfigError
+from saev.errors import ConfigError, SaevError
 from saev.progress import Progress
-from saev.stage import Item, Part
+from saev.stage import Item, Part, Share
 from saev.stage import Job as StageJob
 from saev.steps import discover, jobs, outputs, show
 from saev.steps.jobs import Job, Plan
@@ -46,21 +46,22 @@ def slot(cfg: cfgs.SlotStep, job: Job, progress: Progress) -> list[str]:
     """Do the items of one slot. Consecutive items of the same job open it once."""
     stage = chain.of_slots(cfgs.NAMES[type(cfg)])
     plan = jobs.read_plan(job, chain.planner(stage.slots))
-    assigned, stages = jobs.items_of(plan, stage.slots, cfg.slot), job.stages()
+    assigned = jobs.items_of(plan, stage.slots, cfg.slot)
     with contextlib.ExitStack() as stack:
-        opened: dict[str, StageJob] = {}
+        opened: dict[tuple[str, ...], StageJob] = {}
 
         def work(one: jobs.Item) -> list[str]:
-            run = one.get("run", "")
-            if run not in opened:
+            runs = tuple(one.get("runs", ()))
+            if runs not in opened:
                 stack.close()  # close the job before, because this one needs its memory
                 opened.clear()
-                found = _found(job, plan, run) if stage is not chain.FIRST else {}
-                one_job = stack.enter_context(contextlib.closing(stage.of(stages, found)))
+                one_job = stack.enter_context(contextlib.closing(_open(stage, job, plan, runs)))
                 _check(one_job, plan, job, progress)
-                opened[run] = one_job  # after the check, so that it is repeated for other items
-            driver.do_items(opened[run], _items(opened[run], one), progress)
-            return list(opened[run].urls) if len(opened[run].urls) == 1 else []
+                opened[runs] = one_job  # after the check, so that it is repeated for other items
+            now = opened[runs]
+            driver.do_items(now, _items(now, one), progress)
+            driver.end_part(now, progress)
+            return list(now.urls) if runs or len(now.urls) == 1 else []
 
         return list(dict.fromkeys(jobs.each(assigned, work, progress)))
 
@@ -120,7 +121,7 @@ def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
             todo = [item for item in items if not one.done(item)]
             if not todo:
                 driver.finish(one)  # removes the remains of killed workers
-            runs, there = one.urls, set(one.there())
+            runs, there = one.configs, set(one.there())
             plan.keys[stage.name] = one.key
         assigned = [{"name": item.name, "item": item.spec} for item in todo]
         plan.slots[stage.slots] = jobs.cut(assigned, n_slots, [item.cost for item in todo])
@@ -128,40 +129,69 @@ def _plan_all(stages: Stages, first: str, n_slots: int) -> Plan:
     plan.runs.extend(map(storage.name, runs))
     left = _left(stages, found, runs, there)
     for stage in chain.OF_RUN:
-        plan.slots[stage.slots] = _cut(stage, left[stage.name], found, n_slots)
-        logger.info("%s: %d of %d SAEs to do.", stage.name, len(left[stage.name]), len(runs))
+        todo_runs = {storage.name(url): runs[url] for url in left[stage.name]}
+        if stage.whole:
+            saes = [{"name": f"SAE {name}", "run": name} for name in todo_runs]
+            # Few pods: each pod makes the object larger in which Kubernetes keeps the run.
+            plan.slots[stage.slots] = jobs.cut(saes, max(1, n_slots // 2))
+        else:
+            shares = stage.kind.shares(stages, found, [*todo_runs.values()], n_slots)
+            plan.slots[stage.slots] = _cut(shares, [*todo_runs], n_slots)
+        logger.info("%s: %d of %d SAEs to do.", stage.name, len(todo_runs), len(runs))
     return plan
 
 
 def _left(
-    stages: Stages, found: chain.Found, runs: tp.Sequence[str], there: tp.Collection[str]
+    stages: Stages, found: chain.Found, runs: tp.Iterable[str], there: tp.Collection[str]
 ) -> dict[str, list[str]]:
-    """Names of the runs that lack a stage's result, by the stage's name."""
+    """The runs that lack a stage's result, by the stage's name."""
     left: dict[str, list[str]] = {stage.name: [] for stage in chain.OF_RUN}
     for run in runs:
         here, is_there = {**found, chain.RUNS: run}, run in there
         for stage in chain.OF_RUN:
             if is_there:
-                with contextlib.closing(stage.of(stages, here, _CPU)) as one:
-                    is_there = one.published()
-                    here[stage.name] = one.urls[0] if is_there else ""
+                here[stage.name] = _published(stage, stages, here)
+                is_there = bool(here[stage.name])
             if not is_there:  # then the later stages are not done either
-                left[stage.name].append(storage.name(run))
+                left[stage.name].append(run)
     return left
 
 
-def _cut(stage: Stage, runs: tp.Sequence[str], found: chain.Found, n_slots: int) -> list:
-    if stage.whole:
-        items = [{"name": f"SAE {run}", "run": run} for run in runs]
-        # Few pods: each pod makes the object larger in which Kubernetes keeps the run.
-        return jobs.cut(items, max(1, n_slots // 2))
-    n = jobs.n_pieces(len(runs), n_slots, stage.kind.pieces(found))
-    pieces = [
-        {"name": f"SAE {run}, part {i} of {n}", "run": run, "part": f"{i}/{n}"}
-        for run in runs
-        for i in range(1, n + 1)
-    ]
-    return jobs.cut(pieces, n_slots)
+def _published(stage: Stage, stages: Stages, found: chain.Found) -> str:
+    """URL of a stage's result for one run; "" if it is not complete.
+
+    An error that is not passing is left to the pod that does the run, and which fails alone.
+    """
+    try:
+        with contextlib.closing(stage.of(stages, found, _CPU)) as one:
+            return one.urls[0] if one.published() else ""
+    except SaevError as err:
+        if storage.is_passing(err):
+            raise
+        logger.warning("%s: %s", found[chain.RUNS], err)
+        return ""
+
+
+def _cut(shares: tp.Sequence[Share], runs: tp.Sequence[str], n_slots: int) -> list[list[jobs.Item]]:
+    """Divide the work for runs into slots.
+
+    Args:
+        shares: what is done together.
+        runs: names of the runs.
+        n_slots: most slots.
+    """
+    costs = [float(len(share.runs)) for share in shares]
+    n_pieces = jobs.n_pieces(costs, n_slots, [share.pieces for share in shares])
+    items, cost_of = [], []
+    for number, (share, n) in enumerate(zip(shares, n_pieces, strict=True), start=1):
+        named = [runs[i] for i in share.runs]
+        name = f"SAE {named[0]}" if len(named) == 1 else f"{len(named)} SAEs"
+        if len(named) > 1 and len(shares) > 1:
+            name = f"group {number} of {len(shares)}: {name}"
+        for i in range(1, n + 1):
+            items.append({"name": f"{name}, part {i} of {n}", "runs": named, "part": f"{i}/{n}"})
+            cost_of.append(costs[number - 1] / n)
+    return jobs.cut(items, n_slots, cost_of)
 
 
 # --- Jobs ----------------------------------------------------------------------------------------
@@ -172,9 +202,16 @@ def _write_slots(cfg: tp.Any, slots: tp.Mapping[str, list[list[jobs.Item]]]) -> 
         outputs.write_parameter(getattr(cfg, f"to_{step}"), jobs.numbered(of_step))
 
 
+def _open(stage: Stage, job: Job, plan: Plan, runs: tp.Sequence[str]) -> StageJob:
+    """A job of a stage, for runs of training or for all of them."""
+    stages = job.stages()
+    if runs:
+        return stage.of_all(stages, [_found(job, plan, run) for run in runs])
+    return stage.of(stages, {} if stage is chain.FIRST else {chain.FIRST.name: job.shards(plan)})
+
+
 def _found(job: Job, plan: Plan, run: str) -> dict[str, str]:
-    found = {chain.FIRST.name: job.shards(plan)}
-    return {**found, chain.RUNS: job.run(run)} if run else found
+    return {chain.FIRST.name: job.shards(plan), chain.RUNS: job.run(run)}
 
 
 def _items(opened: StageJob, one: jobs.Item) -> tp.Sequence[Item]:

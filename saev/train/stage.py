@@ -131,6 +131,10 @@ class Training(Job):
         return self._team.ranks if self._team else ALONE
 
     @property
+    def configs(self) -> dict[str, TrainConfig]:
+        return {member.url: member.config for member in self._members}
+
+    @property
     def key(self) -> str:
         return digest([member.run_id for member in self._members])
 

@@ -25,6 +25,7 @@ from saev.config import (
 )
 from saev.config.sae import Activation
 from saev.errors import ConfigError, CorruptDataError, SaevError
+from saev.grouping import measuring_bytes
 from saev.inference import job as job_module
 from saev.inference import part as part_module
 from saev.inference.stage import Measuring
@@ -248,7 +249,8 @@ def test_saes_of_other_tokens_are_other_groups(place, tmp_path, read_bytes) -> N
 def test_more_weights_than_memory_are_several_groups(place, tmp_path, monkeypatch) -> None:
     cfgs = place.fresh(tmp_path)
     # Two of the larger ones have room together.
-    monkeypatch.setattr(limits, "GROUP_BYTES", 8 * D_MODEL * 260)
+    monkeypatch.setattr(limits, "PIECE_ENTRIES", 0)
+    monkeypatch.setattr(limits, "GROUP_BYTES", measuring_bytes(D_MODEL, 260, TOKENS, n_top=3))
     job = Measuring(cfgs)
     assert [[Path(one.run).name for one in group] for group in job._groups] == [
         ["top-k", "wide"], ["threshold", "relu", "jump-relu", "matryoshka"],

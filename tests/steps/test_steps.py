@@ -9,9 +9,11 @@ from described import files_below
 from walk import Walk
 
 from saev import cli, storage
-from saev.errors import ConfigError, CorruptDataError, StorageError
+from saev.config import TrainConfig
+from saev.errors import CheckpointError, ConfigError, CorruptDataError, StorageError
+from saev.inference import stage as inference_stage
 from saev.progress import Progress
-from saev.steps import advice, check, discover, jobs, outputs, run
+from saev.steps import advice, check, discover, jobs, last_word, outputs, run
 from saev.steps.jobs import Plan
 
 from .places import Place
@@ -282,21 +284,23 @@ def test_unequal_costs_are_divided_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_saes", "n_slots", "most", "expected"),
+    ("costs", "n_slots", "most", "expected"),
     [
-        (200, 8, 64, 1),  # 25 each
-        (1, 8, 64, 8),
-        (2, 8, 64, 4),
-        (1, 8, 3, 3),  # a pass cannot be cut more finely
-        (3, 2, 64, 2),  # 2 and 1 would be uneven
-        (20, 8, 64, 2),  # 5 halves each
-        (0, 8, 64, 1),
+        ([1] * 200, 8, 64, [1] * 200),  # 25 each
+        ([1], 8, 64, [8]),
+        ([1, 1], 8, 64, [4, 4]),
+        ([1], 8, 3, [3]),  # a pass cannot be cut more finely
+        ([1] * 3, 2, 64, [2] * 3),  # 2 and 1 would be uneven
+        ([1] * 20, 8, 64, [2] * 20),  # 5 halves each
+        ([6, 2], 8, 64, [6, 2]),
+        ([6, 2], 4, 64, [3, 1]),
+        ([], 8, 64, []),
     ],
 )
 def test_passes_are_cut_no_more_than_even_slots_need(
-    n_saes: int, n_slots: int, most: int, expected: int
+    costs: list[float], n_slots: int, most: int, expected: list[int]
 ) -> None:
-    assert jobs.n_pieces(n_saes, n_slots, most) == expected
+    assert jobs.n_pieces(costs, n_slots, [most] * len(costs)) == expected
 
 
 def test_one_that_fails_for_good_does_not_keep_the_others(tmp_path: Path) -> None:
@@ -326,6 +330,46 @@ def test_what_may_pass_ends_the_slot_at_once() -> None:
     with pytest.raises(StorageError, match="away"):
         jobs.each([{"name": "a"}, {"name": "b"}], work, Progress(quiet=True))
     assert done == ["a"]
+
+
+def test_pods_are_groups_of_saes_times_ranges_of_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an SAE without weights keeps nobody else: those beside it are measured and published."""
+    monkeypatch.setattr(inference_stage, "ITEM_TOKENS", 1)
+    root = tmp_path / "out"
+    file = json.loads(FAKE)
+    file["data"] |= {"n_examples": 12, "image_size": 32}
+    file["shards"] |= {"layers": [-2, -1], "image_size": 32, "max_tokens_per_shard": 20}
+    file["train"] = {"n_train": 100, "device": "cpu", "sae": {"d_sae": 32}}
+    file["sweep"] = {"sae.activation.top_k": [2, 4], "train_data.layer": [-2, -1]}
+    walk = Walk(str(root), json.dumps(file), tmp_path / "kfp")
+    walk.until("infer", "--n-parts", "4")
+    plan = jobs.read_plan(jobs.read(walk.job), "publish")
+    items = [item for slot in plan.slots["infer"] for item in slot]
+    assert sorted(len(slot) for slot in plan.slots["infer"]) == [1] * 4
+    assert sorted(item["part"] for item in items) == ["1/2", "1/2", "2/2", "2/2"]
+    groups = {tuple(item["runs"]) for item in items}
+    layers = {run: TrainConfig.of_run(f"{root}/runs/{run}").train_data.layer for run in plan.runs}
+    assert sorted(run for group in groups for run in group) == sorted(plan.runs)
+    assert all(len({layers[run] for run in group}) == 1 for group in groups)
+
+    broken, beside = next(iter(groups))
+    weights = root / "runs" / broken / "checkpoint" / "sae.safetensors"
+    kept = weights.read_bytes()
+    weights.unlink()
+    for slot, (item,) in zip(walk.slots("infer"), plan.slots["infer"], strict=True):
+        if broken in item["runs"]:
+            with pytest.raises(CheckpointError, match=broken) as raised:
+                walk.do("infer", "--slot", slot)
+            assert last_word.of(raised.value).kind == "permanent"
+        else:
+            walk.do("infer", "--slot", slot)
+    assert {path.parts[-4] for path in root.rglob("metrics.json")} == {beside}
+    weights.write_bytes(kept)
+    walk.all_of("infer")
+    walk.all_of("summarise")
+    assert {path.parts[-4] for path in root.rglob("metrics.json")} == set(plan.runs)
 
 
 def test_a_slot_holds_many_saes(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:
     for kind, run in zip(kinds(urls), urls, strict=True):
         assert (run == old[kind]) == (kind not in TRAINED_ANEW)
     anew = set(plan.runs) - {storage.name(u) for u in old.values()}
-    assert {i["run"] for slot in plan.slots["infer"] for i in slot} == anew
+    assert {run for slot in plan.slots["infer"] for i in slot for run in i["runs"]} == anew
 
 
 def test_saev_run_computes_nothing(
