@@ -3,13 +3,14 @@
 import contextlib
 import contextvars
 import json
+import types
 import typing as tp
 from collections.abc import Iterator, Mapping
 
 import pydantic
 
 from saev import secrets, storage
-from saev.errors import ConfigError
+from saev.errors import ConfigError, did_you_mean
 
 Dtype = tp.Literal["float32", "float16", "bfloat16"]
 Tokens = tp.Literal["content", "special", "all"]
@@ -94,7 +95,7 @@ class Config(pydantic.BaseModel):
             return handler(raw)
         except pydantic.ValidationError as err:
             if _are_flags.get():
-                raise FlagError([_wrong(item) for item in err.errors()]) from err
+                raise FlagError([_wrong(item, cls) for item in err.errors()]) from err
             raise
 
     @pydantic.model_validator(mode="before")
@@ -161,7 +162,7 @@ class Config(pydantic.BaseModel):
         try:
             return cls.model_validate(raw, context={"stored": stored})
         except pydantic.ValidationError as err:
-            raise ConfigError(describe_validation_error(err, source)) from err
+            raise ConfigError(describe_validation_error(err, source, cls)) from err
 
 
 def _identity(value: tp.Any, plain: tp.Any) -> tp.Any:
@@ -198,20 +199,78 @@ def _texts(value: tp.Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(inner, f"{key}.{i}")
 
 
-def describe_validation_error(err: pydantic.ValidationError, source: str) -> str:
-    """All errors in one line. Each has the key, the message, and the value that was found."""
-    lines = [f"{key or '(top level)'}: {text}" for key, text in map(_wrong, err.errors())]
+def describe_validation_error(
+    err: pydantic.ValidationError, source: str, model: type[Config] | None = None
+) -> str:
+    """All errors in one line. Each has the key, the message, and the value that was found.
+
+    Args:
+        err: the errors.
+        source: name of the config.
+        model: the config's class, whose keys are suggested for misspelt ones; None for data that no
+            person writes.
+    """
+    wrong = (_wrong(item, model) for item in err.errors())
+    lines = [f"{key or '(top level)'}: {text}" for key, text in wrong]
     return f"Invalid {source}: " + "; ".join(lines)
 
 
-def _wrong(item: tp.Any) -> tuple[str, str]:
+def _wrong(item: tp.Any, model: type[Config] | None) -> tuple[str, str]:
     """The dotted key and the message of one of pydantic's errors."""
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
+    is_unknown = item["type"] == "extra_forbidden"
+    if is_unknown:
         message = "unknown key"
     if item["type"] not in ("missing", "value_error"):
         message += f" (found {_short(item['input'])})"
+    if is_unknown and model and (hint := _nearest(item["loc"], model)):
+        message += f".{hint}"
     return ".".join(str(part) for part in item["loc"]), message
+
+
+def _nearest(loc: tuple[int | str, ...], model: type[Config]) -> str:
+    """A hint about the key that was meant: this one in another table, or one of this table."""
+    tables = [model]
+    for part in loc[:-1]:
+        inner = [m for table in tables for m in _at(table, part)]
+        of_kind = [m for m in tables if _kind(m) == part]
+        tables = inner or of_kind or tables  # an index of a list changes nothing
+    word = str(loc[-1])
+    if elsewhere := next(_paths(model, word), ""):
+        return did_you_mean(elsewhere, [elsewhere])
+    return did_you_mean(word, [key for table in tables for key in table.model_fields])
+
+
+def _paths(model: type[Config], word: str) -> Iterator[str]:
+    """The dotted keys of a config whose last part is a word."""
+    for key in model.model_fields:
+        if key == word:
+            yield key
+        for inner in _at(model, key):
+            yield from (f"{key}.{path}" for path in _paths(inner, word))
+
+
+def _at(model: type[Config], key: int | str) -> list[type[Config]]:
+    """The configs that a key of a config may have as value."""
+    field = model.model_fields.get(str(key))
+    return configs_in(field.annotation) if field else []
+
+
+def _kind(model: type[Config]) -> tp.Any:
+    """The kind by which pydantic names a member of a union."""
+    field = model.model_fields.get("kind")
+    return field.default if field else None
+
+
+def configs_in(annotation: tp.Any) -> list[type[Config]]:
+    """The config classes of an annotation: the class itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if tp.get_origin(annotation) is tp.Annotated:
+        return configs_in(tp.get_args(annotation)[0])
+    if tp.get_origin(annotation) in (tp.Union, types.UnionType):
+        return [m for arg in tp.get_args(annotation) for m in configs_in(arg)]
+    return []
 
 
 def _short(value: tp.Any) -> str:

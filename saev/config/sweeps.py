@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 import pydantic
 
 from saev import storage
-from saev.config.base import Config, describe_validation_error
+from saev.config.base import Config, configs_in, describe_validation_error
 from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.run import read_toml
 from saev.config.sae import BatchTopK, TopK
@@ -286,7 +286,7 @@ def leaves() -> dict[str, tuple[tuple[tp.Any, tuple[tp.Any, ...]], ...]]:
 
     def walk(model: type[Config], path: tuple[str, ...]) -> None:
         for name, field in model.model_fields.items():
-            models = _models(field.annotation)
+            models = configs_in(field.annotation)
             for inner in models:
                 walk(inner, (*path, name))
             if not models:
@@ -307,22 +307,11 @@ def _removed() -> frozenset[str]:
     def walk(model: type[Config], path: tuple[str, ...]) -> None:
         found.update(".".join((*path, old)) for old, new in model.removed.items() if not new)
         for name, field in model.model_fields.items():
-            for inner in _models(field.annotation):
+            for inner in configs_in(field.annotation):
                 walk(inner, (*path, name))
 
     walk(TrainConfig, ())
     return frozenset(found - leaves().keys())
-
-
-def _models(annotation: tp.Any) -> list[type[Config]]:
-    """The config classes of an annotation: the class itself, or the members of a union."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    if tp.get_origin(annotation) is tp.Annotated:
-        return _models(tp.get_args(annotation)[0])
-    if tp.get_origin(annotation) in (tp.Union, types.UnionType):
-        return [m for arg in tp.get_args(annotation) for m in _models(arg)]
-    return []
 
 
 @functools.cache
@@ -332,7 +321,7 @@ def _kinds() -> dict[str, dict[str, type[Config]]]:
 
     def walk(model: type[Config], path: tuple[str, ...]) -> None:
         for name, field in model.model_fields.items():
-            models = _models(field.annotation)
+            models = configs_in(field.annotation)
             if len(models) > 1:
                 unions[".".join((*path, name))] = {
                     m.model_fields["kind"].default: m for m in models
@@ -371,7 +360,7 @@ def _apply(
     try:
         return TrainConfig.model_validate(raw)
     except pydantic.ValidationError as err:
-        raise ConfigError(describe_validation_error(err, source)) from err
+        raise ConfigError(describe_validation_error(err, source, TrainConfig)) from err
 
 
 def _switch(raw: dict[str, tp.Any], path: str, kind: str) -> None:
