@@ -18,7 +18,7 @@ export PYTHON DEMO
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-client test docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
+.PHONY: help setup setup-client test test-slow test-all docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
 .PHONY: conformance doctor submit schedule schedules unschedule list status watch logs cancel compile
 
 help: ## List the targets
@@ -47,8 +47,16 @@ setup-client: $(CLIENT)/.installed
 	.venv-client/bin/uv pip sync --quiet --python .venv-client/bin/python --require-hashes requirements/client.lock requirements/uv.lock
 	@touch $@
 
-test: setup ## Set up, then run all tests but those of tests/e2e
-	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/e2e
+override PYTEST := PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/e2e
+
+test: setup ## Set up, then run the tests that take seconds
+	$(PYTEST) -m "not slow"
+
+test-slow: setup ## Run the tests that `make test` leaves out: kills, several ranks, builds, slow stores
+	$(PYTEST) -m slow
+
+test-all: setup ## Run the tests of `make test` and `make test-slow`
+	$(PYTEST)
 
 interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop
 

@@ -1,7 +1,9 @@
 """What all tests share."""
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import hypothesis
 import pytest
@@ -12,6 +14,10 @@ from saev import once
 
 # Two pytest workers on two cores: one thread of arithmetic each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts tests in the background (`make test &`) lets them, and all that they start,
+# ignore Ctrl-C. Tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # What lands must depend neither on luck nor on how busy the machine is; elsewhere, property tests
 # look at something new each time.
 hypothesis.settings.register_profile("usual", deadline=None)
@@ -40,6 +46,35 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+"""How many slow tests `make test` left out."""
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    config = items[0].config
+    config.stash[LEFT_OUT] = sum(item.get_closest_marker("slow") is not None for item in items)
+    if hasattr(config, "workeroutput"):  # in a worker of pytest-xdist
+        config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All workers of pytest-xdist collect the same tests, so any of them has the number."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> Iterator[None]:
+    """Below what was skipped, and why: what `make test` leaves to other commands."""
+    yield
+    if config.option.markexpr == "not slow" and (n := config.stash.get(LEFT_OUT, 0)):
+        terminalreporter.write_line(
+            f"{n} slow tests were left out: `make test-slow` runs them, `make test-all` runs all."
+        )
 
 
 def pytest_runtest_setup() -> None:

@@ -232,9 +232,7 @@ def test_a_signal_in_the_first_second_is_one_line(command: str, signum: signal.S
         argv = [sys.executable, "-m", command, "compile", "--out", os.devnull]
     seen = set()
     for delay in (0.02, 0.4):
-        process = subprocess.Popen(
-            argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=_default_signals
-        )
+        process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         _wait_for_handlers(process)
         time.sleep(delay)
         process.send_signal(signum)
@@ -245,11 +243,6 @@ def test_a_signal_in_the_first_second_is_one_line(command: str, signum: signal.S
             raise AssertionError(f"status {process.returncode}: {err}")
         seen.add(process.returncode)
     assert 128 + signum in seen
-
-
-def _default_signals() -> None:
-    """pytest's own handlers, or a shell's background job, may have Ctrl-C ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait_for_handlers(process: subprocess.Popen) -> None:

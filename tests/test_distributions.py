@@ -49,6 +49,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_no_package_works_on_files_of_two_distributions(tmp_path: Path) -> None:
     names = [f"saev.{FIRST.get(name, name)}" for name in PACKAGES]
     done = subprocess.run(

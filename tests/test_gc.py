@@ -457,6 +457,7 @@ def test_temporary_files_go_when_they_are_old_and_their_writer_is_dead(root: Pat
     assert place.exists()
 
 
+@pytest.mark.slow
 def test_an_interruption_at_any_instant_leaves_nothing_that_looks_complete(
     root: Path, tmp_path: Path, forker
 ) -> None:

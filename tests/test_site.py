@@ -41,6 +41,7 @@ def hooks() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_public_name_is_documented(site: Path, hooks: ModuleType) -> None:
     """mkdocstrings leaves out what has no docstring. A name counts where Python finds it."""
     for package in hooks.PACKAGES:
@@ -51,6 +52,7 @@ def test_every_public_name_is_documented(site: Path, hooks: ModuleType) -> None:
             assert f'id="{package}.{name}"' in html, f"{package}.{name} is not documented"
 
 
+@pytest.mark.slow
 def test_every_page_of_docs_is_there(site: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / f"{page.stem}.html").exists(), page.name
@@ -59,6 +61,7 @@ def test_every_page_of_docs_is_there(site: Path) -> None:
     assert 'href="changelog.html"' in home
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(
@@ -90,6 +93,21 @@ def test_the_last_lines_say_what_was_skipped_and_how_to_have_it() -> None:
     assert "1 skipped" in total
 
 
+@pytest.mark.slow
+def test_the_last_lines_say_how_many_slow_tests_were_left_out() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-n", "2"]
+    done = subprocess.run(
+        [*command, "-m", "not slow", "-k", "finds_a_function"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stdout  # nothing ran
+    assert (
+        "1 slow tests were left out: `make test-slow` runs them, `make test-all` runs all."
+        in done.stdout.splitlines()[-3:]
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
 def test_the_search_finds_a_function(site: Path) -> None:
     with served(site) as url, chromium.browser() as page:

@@ -252,6 +252,7 @@ def test_every_model_is_as_the_list_says(name: str) -> None:
     assert norms[0].normalized_shape == (model.d_model,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip-vitb32", "siglip-vitb16", "dinov2-vits14", "vit-tiny16"])
 def test_small_models_record_what_the_list_says(name: str) -> None:
     model = models.MODELS[name]

@@ -120,6 +120,7 @@ def dies(do: Callable[[], object], at: int) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_and_run_again(world: World, name: str) -> None:
     killed = 0

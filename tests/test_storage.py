@@ -374,6 +374,7 @@ print(storage.create(url, me.encode()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_of_racing_processes_one_creates(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str

@@ -239,6 +239,7 @@ def test_a_reader_keeps_what_is_evicted_under_it(s3: str, tmp_path: Path) -> Non
         assert reader.read(7, MB) == data[7 : MB + 7]
 
 
+@pytest.mark.slow
 def test_many_processes_with_a_tiny_bound(s3: str, tmp_path: Path) -> None:
     data = [noise(6 * MB, seed) for seed in range(3)]
     urls = [put(s3, d) for d in data]
@@ -304,6 +305,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant(s3: str, tmp_path: Path) -> None:
     data = noise(4 * MB)
     url = put(s3, data)

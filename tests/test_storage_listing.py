@@ -144,6 +144,7 @@ def test_a_page_is_freed_with_its_last_reference() -> None:
     assert not left
 
 
+@pytest.mark.slow
 def test_a_million_files_are_scanned_one_by_one(tmp_path: Path) -> None:
     """Here 30,000 in one folder: what is kept of each would be seen."""
     code = (

@@ -73,6 +73,7 @@ print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@pytest.mark.slow
 def test_memory_of_large_images_is_that_of_few(tmp_path: Path, forker: Forker):
     """Four images of 10 megapixels, which take 40 MB each: not four at once in four threads."""
     data = encode(Image.new("L", (4_000, 2_500)))

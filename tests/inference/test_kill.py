@@ -49,6 +49,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path: Path, one_thread) -> None:
     world = make_world(tmp_path, n_examples=60, per_shard=5)

@@ -5,6 +5,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import pytest
 from forker import Forker
 from inference.world import make_world
 
@@ -16,6 +17,7 @@ from saev.inference import part as part_module
 from saev.storage import checksums
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(forker: Forker, tmp_path) -> None:
     # In a process of its own: other tests grow tables of the interpreter, which then double here.
     found = json.loads(forker.output(Path(__file__).read_text(), tmp_path))

@@ -90,7 +90,8 @@ def fails(folder: Path, tests: list[str]) -> bool:
         sys.dont_write_bytecode = True
         import pytest
 
-        flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        # `make test` alone must find every mutant.
+        flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
         os._exit(pytest.main([*flags, *tests]))
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

@@ -125,6 +125,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "place")
 
 
+@pytest.mark.slow
 def test_its_results_are_those_of_saev_run(
     run_local: Callable[..., list[str]], base: str, forker: Forker, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) 
     assert all(f", L0 {k}.0, " in said[f"topk{k}-s64"] for k in (2, 4))
 
 
+@pytest.mark.slow
 def test_what_is_new_below_a_prefix(run_local: Callable[..., list[str]], base: str) -> None:
     incoming, root = storage.join(base, "incoming"), storage.join(base, "out")
     for name in ("a", "b"):
@@ -190,6 +192,7 @@ def test_what_is_new_below_a_prefix(run_local: Callable[..., list[str]], base: s
     assert storage.join(incoming, "b") in html
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_fails_the_run_and_the_next_one_goes_on(
     run_local: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def undisturbed(forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> dic
     return files
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(
     forker: Forker, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_killed_at_random_moments(
     assert len(seen) >= 4  # the kills did hit different states
 
 
+@pytest.mark.slow
 def test_killed_before_every_change_of_a_name(
     forker: Forker, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -85,6 +87,7 @@ def test_killed_before_every_change_of_a_name(
     assert any("labels.bin" in names and "shards.json" not in names for names in states)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
     forker: Forker, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

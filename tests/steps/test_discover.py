@@ -275,6 +275,7 @@ def test_a_config_without_a_folder_cannot_wait_for_folders(place: Place) -> None
         fire(place, file=file)
 
 
+@pytest.mark.slow
 def test_ten_thousand_keys(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     n = 10_000
     if place.incoming.startswith("s3://"):

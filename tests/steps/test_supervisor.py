@@ -141,6 +141,7 @@ class Relay(socketserver.BaseRequestHandler):
             to.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its bucket: a store without one would be a mistake, which is not tried again."""
     from s3_server import SERVE, free_port, wait_for
@@ -180,6 +181,7 @@ def test_a_store_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         server.wait(20)
 
 
+@pytest.mark.slow
 def test_a_stopped_step_writes_its_resume_point(tmp_path: Path) -> None:
     """As on a cluster: Argo runs a command in the container, which signals the supervisor."""
     root, config = str(tmp_path / "root"), json.dumps(FAKE)

@@ -318,6 +318,7 @@ def test_an_outage_is_waited_for(two, proxy, clock, caplog):
     assert "up to 10.0 minutes more" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_outage_longer_than_the_retries(two, proxy, caplog):
     """Connections break until nobody waits any more; then all is as it was."""
     proxy.fault = lambda request: "reset"

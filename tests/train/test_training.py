@@ -509,6 +509,7 @@ def kill_after(monkeypatch, n: int) -> list[int]:
     return left
 
 
+@pytest.mark.slow
 def test_a_kill_between_any_two_writes(cfg, tmp_path, monkeypatch):
     """Of two members, with resume points at every step; each time it ends with the same bytes."""
     sweep = tmp_path / "s.toml"

@@ -164,6 +164,7 @@ def test_old_folders_are_read(base: str) -> None:
         assert saev.load_sae(url).d_sae == 96
 
 
+@pytest.mark.slow
 def test_training_in_flight_is_finished_under_its_old_name(base: str, tmp_path: Path) -> None:
     sweep = tmp_path / "flight.toml"
     shutil.copy(HERE / "flight.toml", sweep)

@@ -163,6 +163,7 @@ def test_class_names(tmp_path: Path) -> None:
         read_class_names(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_masks", [False, True])
 def test_threads_hold_a_bounded_number_of_pixels(
     has_masks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

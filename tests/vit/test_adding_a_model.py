@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from saev import vit
 from saev.vit import dino
 
@@ -16,6 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.M | re.S)
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_it_stands(tmp_path: Path):
     """The network and its family in a module, the trial in a script, as a reader would do it."""
     network, family, trial = blocks("python")

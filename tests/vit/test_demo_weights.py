@@ -33,6 +33,7 @@ def test_every_parameter_of_the_timm_model_is_there():
     assert all(np.isfinite(v).all() and v.std() > 0 for v in found.values())
 
 
+@pytest.mark.slow
 def test_every_block_equals_the_onnx_model(graph_bytes: bytes, dinov2_url: str):  # noqa: F811
     """The strongest proof of the mapping: the same image through onnxruntime and through us.
 
@@ -70,6 +71,7 @@ def nearest_neighbour_accuracy(embeddings: Tensor, labels: list[str]) -> float:
     return sum(labels[i] == labels[j] for i, j in enumerate(nearest)) / len(labels)
 
 
+@pytest.mark.slow
 def test_class_token_knows_photographs(tmp_path: tp.Any, dinov2_url: str):  # noqa: F811
     photos.write_crops(str(tmp_path), 5 * photos.N_CLASSES, seed=1)
     urls = files_below(storage.join(tmp_path, "images"))

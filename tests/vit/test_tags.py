@@ -71,6 +71,7 @@ def test_without_them_the_architecture_decides(
     assert not warned(caplog)  # no tag, so nothing is known that could be said
 
 
+@pytest.mark.slow
 def test_timm_s_networks_follow_the_same_marks(tmp_path: Path) -> None:
     """timm's own name of the network gives the same activations, and GELU gives others."""
     torch.manual_seed(0)
