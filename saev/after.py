@@ -71,7 +71,7 @@ class Outcome:
         for run in {storage.parent(run): run for run in runs}.values():
             try:
                 overview.update(run)
-            except SaevError as err:  # what the command was asked for is done
+            except SaevError as err:  # the command itself has succeeded
                 logger.warning("The page of the root is not up to date: %s", err)
 
 

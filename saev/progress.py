@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, and in the log of a pod a line every half minute."""
+"""Progress on stderr: bars on a terminal, and a line every half minute in the log of a pod."""
 
 import contextlib
 import logging
@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
 FIRST_SECONDS = 3.0
-"""How long a rate is measured before it is said how long the rest takes."""
+"""How long the rate is measured before the remaining time is estimated."""
 LONG_SECONDS = 3600.0
-"""What takes longer is said as a warning."""
+"""If the work takes longer than this, the estimate is logged as a warning."""
 
 
 class Task:
@@ -57,7 +57,7 @@ class Task:
         )
 
     def advance(self, n: int, *, n_bytes: int = 0, note: str = "") -> None:
-        """Report ``n`` more units (and bytes moved for them); ``note`` is shown behind the bar.
+        """Report ``n`` more units (and bytes read for them). ``note`` is shown after the bar.
 
         This is a safe point: it raises if the work has to stop.
         """
@@ -74,7 +74,7 @@ class Task:
             )
 
     def see(self, n: int) -> None:
-        """Report ``n`` more files of a listing, where what takes the time may be something else."""
+        """Report ``n`` more files of a listing."""
         self.done += n
         self._note = f"{self.done:,} files found"
         bars = self._progress._bars
@@ -84,8 +84,8 @@ class Task:
             bars.update(self._bar, note=self._note)
 
     def _say_how_long(self) -> None:
-        """Say once how long it will take, measured from the second call on: the first one warms
-        up."""
+        """Log once how long the work will take. The time before the first call is not counted,
+        because that is warm-up."""
         now = self._clock()
         if self._first is None:
             self._first = (now, self.done)
@@ -123,7 +123,7 @@ class Task:
         return text
 
     def said(self) -> str:
-        """How far it is, for a log: `shards: 45%, 450/1,000 img, 3.1 img/s, about 3 min left`."""
+        """The progress, for a log: `shards: 45%, 450/1,000 img, 3.1 img/s, about 3 min left`."""
         elapsed = self._clock() - self._started
         if not self._unit:
             words = [f"{self._name}: {eta.span(elapsed)} so far", self._note]
@@ -143,21 +143,22 @@ def _short(rate: float) -> str:
 
 
 class Progress:
-    """A display of bars on stderr; a log line every half minute where stderr is no terminal.
+    """Shows bars on stderr, or logs a line every half minute if stderr is no terminal.
 
-    The lines come from a thread, so that they also come while a model is loaded, a store is listed
-    or a batch takes minutes.
+    A thread logs the lines, so that they also come while a model is loaded, a store is listed or a
+    batch takes minutes.
 
     Args:
-        quiet: neither bars nor lines.
-        clock: tells the time.
-        slot: the items of this process, as the process that started it says (:meth:`place`).
+        quiet: show neither bars nor lines.
+        clock: returns seconds.
+        slot: progress of this process's items, as the process that started it knows it
+            (:meth:`place`).
     """
 
     safe_point: tp.Callable[[], None]
-    """Called often, where work can stop. Raises if it has to stop."""
+    """Called often, at points where the work can stop. Raises if it has to stop."""
     may_publish: tp.Callable[[], object]
-    """Called right before something is published, and may take a while. Raises if it must not be
+    """Called right before something is published, and may take some time. Raises if nothing may be
     published."""
 
     def __init__(
@@ -189,8 +190,8 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """Print lines for a person as they are: without a time, and never broken, so that a
-        command in them can be pasted."""
+        """Print lines for a person, without a time. Long lines are not wrapped, so that a command
+        in them can be pasted."""
         if not self.quiet and text:
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
@@ -203,14 +204,14 @@ class Progress:
     def task(
         self, name: str, *, total: int | None, unit: str, done: int = 0, is_main: bool = False
     ) -> Iterator[Task]:
-        """A bar that is there while the block runs.
+        """Show a bar while the block runs.
 
         Args:
             name: what is being done.
-            total: units in all, if known.
+            total: number of all units, if it is known.
             unit: what is counted (img, tok, step).
             done: units that an earlier run finished.
-            is_main: whether its share is that of the item of a slot which is being done.
+            is_main: whether this is the progress of the slot's current item.
         """
         task = Task(self, name, total, unit, done, is_main=is_main)
         self._tasks.append(task)
@@ -225,10 +226,10 @@ class Progress:
 
     @contextlib.contextmanager
     def doing(self, name: str) -> Iterator[Task]:
-        """Say in a log what the block does, if it takes longer than half a minute.
+        """Log what the block does if it takes longer than half a minute.
 
         Args:
-            name: of something that is not counted, such as loading a model.
+            name: of work that is not counted, such as loading a model.
         """
         with self.task(name, total=None, unit="") as task:
             yield task
@@ -247,11 +248,11 @@ class Progress:
 
     @property
     def place(self) -> dict[str, tp.Any] | None:
-        """Which item of a slot is being done, for a process that does it."""
+        """Progress of the slot's items, for another process that continues to report it."""
         return None if self._slot is None else self._slot.to_dict()
 
     def line(self) -> str:
-        """How far all is, for a log."""
+        """The progress of everything, for a log."""
         words = []
         if self._slot is not None and self._slot.number:
             words.append(self._slot.title)
@@ -265,7 +266,7 @@ class Progress:
 
     @contextlib.contextmanager
     def handed_over(self) -> Iterator[None]:
-        """While the block runs, another process draws on this one's terminal."""
+        """While the block runs, another process uses this one's terminal."""
         self.__exit__()
         try:
             yield
@@ -274,7 +275,7 @@ class Progress:
 
     @property
     def console(self) -> rich.console.Console:
-        """Where log lines go so that they do not tear the bars."""
+        """The console for log lines. It prints them above the bars."""
         if self._bars is not None:
             return self._bars.console
         return Console(file=sys.stderr)
@@ -306,8 +307,8 @@ def log_to(progress: Progress, rank: int = 0) -> None:
 
     Args:
         progress: where the bars are.
-        rank: of this process among those that train together; all but the first are silent, for
-            they would say the same.
+        rank: of this process among those that train together. Only rank 0 logs more than errors,
+            because the others would log the same.
     """
     # asyncio logs broken connections with tracebacks. saev.storage already reports them to users.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -320,7 +321,7 @@ def log_to(progress: Progress, rank: int = 0) -> None:
             log_time_format="%H:%M:%S",
         )
         form = "%(message)s"
-    else:  # whole lines, for the log of a pod
+    else:  # the log of a pod
         handler, form = logging.StreamHandler(), "%(asctime)s %(levelname)s %(message)s"
     handler.addFilter(RedactingFilter())
     logging.basicConfig(level="WARNING" if rank == 0 else "ERROR", format=form, handlers=[handler])

@@ -2,9 +2,9 @@
 
     scan      one listing of shards, runs and datasets
     facts     what the runs refer to, who holds a claim
-    choose    what may go, and what is kept for which reason
-    remove    closing object first, so that what is half deleted never looks complete
-    command   table or JSON, question, deletion
+    choose    what may be deleted, what is kept, and why
+    remove    deletes the closing object first, so that a half-deleted folder is not complete
+    command   prints a table or JSON, asks, deletes
 
 Nothing here needs torch.
 """

@@ -1,4 +1,4 @@
-"""What may be deleted, and what is kept although it was asked for, each with the reason."""
+"""Decides what may be deleted, and what is kept although it was asked for, each with the reason."""
 
 import dataclasses
 import typing as tp
@@ -22,16 +22,16 @@ class Item:
     kind: Kind
     state: State
     reason: str
-    """Why it may go."""
+    """Why it may be deleted."""
     n_bytes: int
     n_files: int
     modified: float
     """Newest change, seconds since the epoch."""
     tag: str = ""
     kept: str = ""
-    """Why it is kept all the same; empty if it is not."""
+    """Why it is kept nevertheless; empty if it may be deleted."""
     after: frozenset[str] = frozenset()
-    """URLs of runs that have to be gone before."""
+    """URLs of runs that have to be deleted before."""
 
 
 def choose(cfg: GcConfig, facts: Facts, now: float) -> list[Item]:
@@ -39,7 +39,7 @@ def choose(cfg: GcConfig, facts: Facts, now: float) -> list[Item]:
 
     Args:
         cfg: the command line.
-        facts: what there is.
+        facts: what is below the root.
         now: seconds since the epoch.
 
     Raises:
@@ -56,7 +56,7 @@ class _Choice:
         self.only_shards = bool(cfg.shards) and not cfg.tag
 
     def items(self) -> list[Item]:
-        """In the order of deletion: what refers to something goes before it."""
+        """In the order of deletion. An item is deleted before the items that it refers to."""
         self._check_names()
         runs = {name: item for name, item in self._runs() if self._is_old(item)}
         going = {name for name, item in runs.items() if not item.kept}
@@ -85,7 +85,7 @@ class _Choice:
         return not self.only_shards and (not self.cfg.tag or run.tag == self.cfg.tag)
 
     def _run_modified(self, name: str) -> float:
-        """A run is as fresh as the group that it is trained in."""
+        """When a run, or the group that it is trained in, was changed last."""
         groups = [g for g, names in self.facts.groups.items() if name in names]
         own = self.facts.runs[name].folder.modified
         return max([own, *map(self._group_modified, groups)])
@@ -96,7 +96,7 @@ class _Choice:
         return max([points.modified, *(run.folder.modified for run in runs)])
 
     def _resume(self, going: set[str]) -> Iterator[Item]:
-        """Resume points of runs that are done, or that go too."""
+        """Resume points of complete runs, and of runs that are deleted too."""
         for group, folder in self.facts.snapshot.resume.items():
             names = self.facts.groups[group]
             runs = [self.facts.runs[n] for n in names if n in self.facts.runs]
@@ -115,7 +115,7 @@ class _Choice:
             yield self._make("resume", tp.cast(State, state), folder, reason, modified)
 
     def _inference(self, going: set[str]) -> Iterator[Item]:
-        """Unfinished results below runs that stay."""
+        """Unfinished results below runs that are kept."""
         for name, run in self.facts.runs.items():
             if name in going or not self._wants_run(run):
                 continue
@@ -154,7 +154,7 @@ class _Choice:
         return dataclasses.replace(item, kept=kept, after=after)
 
     def _unknown_references(self, going: set[str]) -> str:
-        """Why complete shards may be in use although no run says so."""
+        """Why complete shards may be in use although no run refers to them; "" if they are not."""
         runs = self.facts.runs
         silent = [n for n, r in runs.items() if r.complete and not r.readable and n not in going]
         if silent:
@@ -166,7 +166,7 @@ class _Choice:
         return f"run {min(active)} may be training on it" if active else ""
 
     def _parts(self, going: set[str]) -> Iterator[Item]:
-        """What a finished stage did not get to delete."""
+        """Folders of parts that a finished stage did not delete, because it was killed."""
         owners: list[tuple[str, Folder]] = []
         for name, folder in self.facts.snapshot.shards.items():
             wanted = not self.only_runs and (not self.cfg.shards or name in self.cfg.shards)

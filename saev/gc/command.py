@@ -1,4 +1,4 @@
-"""The command: list, ask, delete, say what happened."""
+"""The command: lists, asks, deletes, and prints what was done."""
 
 import dataclasses
 import io
@@ -40,16 +40,16 @@ class Report:
 
     @property
     def going(self) -> list[Item]:
-        """What may be deleted."""
+        """The items that may be deleted."""
         return [item for item in self.items if not item.kept]
 
 
 def clean_up(cfg: GcConfig) -> None:
-    """List, and with ``cfg.delete`` delete; prints to standard output.
+    """List, and delete if ``cfg.delete`` is set. Prints to standard output.
 
     Raises:
-        ConfigError: the root is none, or --shards names a folder that is not there.
-        StorageError: something cannot be listed or deleted; what could be is deleted.
+        ConfigError: the URL is not a root, or --shards names a folder that is not there.
+        StorageError: something cannot be listed or deleted. Everything else is deleted.
     """
     report = _look(cfg)
     if not cfg.as_json:
@@ -74,7 +74,7 @@ def _look(cfg: GcConfig) -> Report:
 
 
 def _agrees(report: Report) -> bool:
-    """Whether the person at the terminal says yes; where there is none, --delete said it."""
+    """Whether the person at the terminal says yes. Without a terminal, --delete is enough."""
     if not sys.stdin.isatty():
         return True
     n_bytes = sum(item.n_bytes for item in report.going)
@@ -84,7 +84,7 @@ def _agrees(report: Report) -> bool:
 
 
 def _again(cfg: GcConfig, shown: Report) -> Report:
-    """Look again: the answer may have taken its time. Only what was shown goes."""
+    """Look again, because the answer may have come late. Only items that were shown are deleted."""
     known = {item.url for item in shown.going}
     report = _look(cfg)
     report.items = [item for item in report.items if item.kept or item.url in known]
@@ -107,7 +107,7 @@ def _delete(report: Report) -> None:
 
 
 def _rewrite_index(root: str) -> None:
-    """The page that lists the runs, if there is one, without those that are gone."""
+    """Write the page that lists the runs again, without the deleted ones, if there is a page."""
     if not storage.exists(storage.join(root, INDEX)):
         return
     from saev.visuals import overview
@@ -122,7 +122,7 @@ def _rewrite_index(root: str) -> None:
 
 
 def render(report: Report, now: float) -> str:
-    """A table of what may go and one of what is kept."""
+    """A table of the items that may be deleted, and one of the items that are kept."""
     going, kept = report.going, [item for item in report.items if item.kept]
     out = io.StringIO()
     console = for_tables(out)

@@ -1,4 +1,4 @@
-"""What has to be known before anything may be deleted: what the runs refer to, and the claims."""
+"""Reads what has to be known before anything is deleted: references of the runs, and claims."""
 
 import concurrent.futures
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _N_READERS = 16
 CLOSING = {"shards": "shards.json", "run": "run.json", "inference": "metrics.json"}
-"""What is written last, and therefore deleted first."""
+"""The closing object of each kind of folder. It is written last, so it is deleted first."""
 
 
 class Inference(tp.NamedTuple):
@@ -22,7 +22,7 @@ class Inference(tp.NamedTuple):
     folder: Folder
     complete: bool
     shards: frozenset[str]
-    """Names of the shards folders that it reads; empty if it does not say."""
+    """Names of the shards folders that it reads; empty if they are not known."""
 
 
 class Run(tp.NamedTuple):
@@ -31,22 +31,22 @@ class Run(tp.NamedTuple):
     folder: Folder
     complete: bool
     tag: str
-    """Empty if it is not known: an unfinished run does not say."""
+    """Empty if it is not known, as for an unfinished run."""
     shards: frozenset[str]
     """Names of the shards folders that it, or an inference below it, refers to."""
     readable: bool
-    """Whether it says which; an unfinished run need not."""
+    """Whether all of these names are known. Those of an unfinished run may not be."""
     inference: tuple[Inference, ...]
 
 
 class Held(tp.NamedTuple):
-    """Claims that keep others out."""
+    """Claims that are held now."""
 
     folders: frozenset[str]
     """Names of the datasets' folders of records, NAME-HASH."""
 
     def of_dataset(self, url: str) -> bool:
-        """Whether one is on this dataset; if that is not known, whether there is any."""
+        """Whether a claim on this dataset is held. For an unknown dataset (""): on any dataset."""
         if not url:
             return bool(self.folders)
         ending = discover.ending(storage.normalize(url))
@@ -54,20 +54,20 @@ class Held(tp.NamedTuple):
 
 
 class Facts(tp.NamedTuple):
-    """Everything."""
+    """Everything that is known of a root."""
 
     snapshot: Snapshot
     runs: dict[str, Run]
     """By name."""
     groups: dict[str, frozenset[str]]
-    """Names of the runs of each group of resume points; empty if they do not say."""
+    """Names of the runs of each group of resume points; empty if they are not known."""
     datasets: dict[str, str]
-    """URL of the images of each shards folder, "" where it does not say."""
+    """URL of the images of each shards folder; "" if it is not known."""
     held: Held
 
 
 def gather(snapshot: Snapshot) -> Facts:
-    """Read the small objects that say what belongs together, many at a time."""
+    """Read the small objects that name references, many at a time."""
     with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-gc") as pool:
         runs = dict(zip(snapshot.runs, pool.map(_read_run, snapshot.runs.values()), strict=True))
         groups = pool.map(_read_group, snapshot.resume.values())
@@ -140,7 +140,7 @@ def _read_dataset(folder: Folder) -> str:
 
 
 def _at(raw: tp.Any, *keys: str) -> str:
-    """A text inside of nested objects, "" if there is none. Configs of any version are read."""
+    """A text inside of nested objects; "" if there is none. Works for configs of any version."""
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw if isinstance(raw, str) else ""
@@ -154,7 +154,7 @@ def _held(folders: dict[str, str], pool: concurrent.futures.Executor) -> Held:
 def _is_held(folder: str) -> bool:
     try:
         claim = claims.current(folder)
-    except SaevError as err:  # better to keep too much
+    except SaevError as err:  # if in doubt, keep
         logger.warning("%s Until then it counts as held.", err)
         return True
     return claim is not None and claim.is_held

@@ -1,4 +1,4 @@
-"""Deleting: the closing object first, so that a half-deleted folder is an unfinished one."""
+"""Deletes items. The closing object goes first, so that a half-deleted folder is unfinished."""
 
 import typing as tp
 
@@ -8,7 +8,8 @@ from saev.gc.choose import Item
 from saev.gc.facts import CLOSING
 
 _LAST = "config.json"
-"""Of a run: it says the tag, so the same command finds what an interruption left."""
+"""Deleted last in a run folder. It has the tag, by which the same command finds the rest after an
+interruption."""
 
 Outcome = tp.Literal["deleted", "gone", "changed", "in use"]
 
@@ -16,7 +17,7 @@ Outcome = tp.Literal["deleted", "gone", "changed", "in use"]
 def remove(item: Item) -> Outcome:
     """Delete one item, unless anything in it changed since it was listed.
 
-    An interruption at any instant leaves something that is listed again, as incomplete.
+    If this is interrupted, the rest of the item is listed again, as incomplete.
 
     Raises:
         StorageError: something cannot be deleted.
@@ -51,7 +52,8 @@ def _delete_but_last(url: str) -> None:
 
 
 def _delete(url: str, *, recursive: bool = False) -> None:
-    """Delete and look: object stores answer a bulk deletion with success and a list of errors."""
+    """Delete, then check. Object stores may answer a bulk deletion with success and a list of
+    errors."""
     storage.delete(url, recursive=recursive)
     if storage.exists(url):
         raise StorageError(

@@ -1,4 +1,4 @@
-"""What there is below a root, from one listing of each of its parts."""
+"""Lists what is below a root, with one listing for each of its parts."""
 
 import re
 import typing as tp
@@ -10,7 +10,7 @@ from saev.storage import Object
 
 SHARDS, RUNS, RESUME, DATASETS = "shards", "runs", "resume", "datasets"
 _HASH = re.compile(r"[0-9a-f]{12}|[0-9a-f]{16}")
-"""Names of runs and of shards: a folder of another name is somebody's own."""
+"""Names of runs and of shards. Folders with other names are not saev's."""
 
 
 class Folder(tp.NamedTuple):
@@ -18,7 +18,7 @@ class Folder(tp.NamedTuple):
 
     url: str
     objects: tuple[Object, ...]
-    """Temporary files too."""
+    """All files, including temporary ones."""
     modified: float
     """Newest change of any of them, seconds since the epoch."""
 
@@ -55,7 +55,7 @@ class Folder(tp.NamedTuple):
 
     @property
     def is_link(self) -> bool:
-        """Whether it is a symbolic link: what it leads to is not below the root."""
+        """Whether it is a symbolic link. Its target may be outside of the root."""
         path = storage.local_path(self.url)
         return path is not None and path.is_symlink()
 
@@ -124,7 +124,7 @@ def _claims(datasets: Folder) -> dict[str, str]:
 
 
 def _ours(part: Folder, below: str = "") -> dict[str, Folder]:
-    """The folders that saev made, empty ones of a disk too: a deletion may have left them."""
+    """The folders that saev made. On a disk also empty ones, which a deletion may have left."""
     found = {n: f for n, f in part.folders(below).items() if _HASH.fullmatch(n)}
     path = storage.local_path(storage.join(part.url, below))
     if path is not None and path.is_dir():
