@@ -56,7 +56,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 UNSWEPT = frozenset(
     (
         *("runs_root", "tag", "sweep", "device", "max_parallel", "log_every", "wandb_project"),
-        *("checkpoint_every", "checkpoint_minutes", "n_ranks", "allow_other_model"),
+        *("checkpoint_every", "checkpoint_minutes", "n_ranks", "kernels", "allow_other_model"),
     )
 )
 """Keys that do not affect trained weights. A list of their values would train equal SAEs twice."""

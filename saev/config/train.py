@@ -14,7 +14,7 @@ from saev.config.sae import Objective, SaeConfig, Vanilla
 class TrainConfig(Config):
     """Train sparse autoencoders on recorded activations; with a sweep, many on the same batches."""
 
-    added: tp.ClassVar[frozenset[str]] = frozenset({"allow_other_model"})
+    added: tp.ClassVar[frozenset[str]] = frozenset({"allow_other_model", "kernels"})
     removed: tp.ClassVar = {"grad_clip": ""}
 
     runs_root: str = "./runs"
@@ -68,7 +68,11 @@ class TrainConfig(Config):
     result does not depend on it, except for rounding."""
     bf16: bool = True
     """On a GPU, multiply with encoders (and dense decoders) in bfloat16. Weights and all other
-    values are float32. The CPU never uses bfloat16."""
+    values are float32, except that Triton's kernels read decoders, batches and gradients of
+    reconstructions in bfloat16 too. The CPU never uses bfloat16."""
+    kernels: tp.Literal["auto", "reference", "triton"] = "auto"
+    """What computes a step on a GPU beside matrix products: Triton's kernels, or torch (reference).
+    auto takes Triton's if they work there; else it says why not."""
     max_parallel: int = pydantic.Field(default=0, ge=0)
     """Most SAEs trained on one pass over the data; 0 means all that can share it."""
     checkpoint_every: int = pydantic.Field(default=0, ge=0)

@@ -12,21 +12,24 @@ rounds differently for small shapes. On a GPU, one wide product computes as many
     sae = bank.to_sae(0, mean, scale)
 """
 
+import math
 import typing as tp
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saev.config.sae import JumpRelu, Matryoshka, Objective, SaeConfig, TopK
+from saev.config.sae import BatchTopK, JumpRelu, Matryoshka, Objective, SaeConfig, TopK
+from saev.device import upload
 from saev.errors import CheckpointError, ConfigError
 from saev.limits import GPU_CHUNK_BYTES
 from saev.nn.folding import fold_normalization
 from saev.nn.group import DeadLatents, Group, GroupSums, group_gradients
 from saev.nn.init import initial_weights
+from saev.nn.kernels.choice import Kernels, Shape, use_triton
 from saev.nn.kernels.errors import squared_norm, total
 from saev.nn.objectives import draw_prefixes, n_prefixes, prefix_probabilities, variation
-from saev.nn.optim import Adam, Muon, Optimizer
+from saev.nn.optim import BETA1, BETA2, Adam, Muon, Optimizer
 from saev.nn.ranks import ALONE, Ranks
 from saev.nn.sae import SparseAutoencoder
 from saev.nn.sparsity import Coefficient, SparsityControl, stacked
@@ -89,6 +92,8 @@ class SaeBank:
         dtype: of parameters.
         ranks: processes that train the bank together, each on its share of every batch. All begin
             with the state of rank 0; see :meth:`begin_together`.
+        kernels: see :func:`saev.nn.kernels.choice.use_triton`. Other dtypes than float32 never use
+            Triton.
 
     Raises:
         ConfigError: members that cannot share a bank, or a setting that cannot be trained.
@@ -108,6 +113,7 @@ class SaeBank:
         data: Float[Tensor, "sample d_model"] | None = None,
         dtype: torch.dtype = torch.float32,
         ranks: Ranks = ALONE,
+        kernels: Kernels = "auto",
     ):
         self.ranks = ranks
         self.cfgs = [cfg.resolved(d_model) for cfg in cfgs]
@@ -119,6 +125,9 @@ class SaeBank:
         self.device = torch.device(device)
         self.bf16 = bf16 and self.device.type == "cuda"
         self.kind = self.cfgs[0].activation.kind
+        self.triton = dtype == torch.float32 and use_triton(
+            kernels, self.device, self._shape(), ranks
+        )
         self.t = 0
         self.n_tokens = 0
 
@@ -155,6 +164,14 @@ class SaeBank:
 
     def __len__(self) -> int:
         return len(self.cfgs)
+
+    def _shape(self) -> Shape:
+        """What kernels are checked with."""
+        sparse = [
+            c.activation.top_k for c in self.cfgs if isinstance(c.activation, TopK | BatchTopK)
+        ]
+        n_p = max(n_prefixes(o, self.d_sae) for o in self.objectives)
+        return Shape(self.d_model, self.d_sae, max(sparse, default=1), n_p, self.bf16)
 
     # --- Training --------------------------------------------------------------------------
 
@@ -217,7 +234,7 @@ class SaeBank:
 
         self.n_tokens += n_tokens
         self.since_fired.add_(n_tokens).masked_fill_(sums.n_active > 0, 0)
-        self._remove_parallel()
+        grad_norm = self._gradient_norm(self._remove_parallel())
         l0, l1 = sums.l0 / n_tokens, sums.l1 / n_tokens
         self.sparsity.observe(l0)
         penalty = {"relu": l1, "jump-relu": l0}.get(self.kind, torch.zeros_like(l0))
@@ -231,7 +248,7 @@ class SaeBank:
             l1=l1,
             nmse=sums.error / variance,
             n_dead=(self.since_fired >= self.dead_after).sum(-1),
-            grad_norm=self._gradient_norm(),
+            grad_norm=grad_norm,
         )
 
     @torch.no_grad()
@@ -244,13 +261,33 @@ class SaeBank:
             {name: rate * factor for name, rate in own.items()}
             for own, factor in zip(self._rates, factors, strict=True)
         ]
-        self.optimizer.step(self.grads, rates, self.t)
+        if self.triton and isinstance(self.optimizer, Adam):
+            self.optimizer.step(self.grads, rates, self.t, skip=("W_dec",))
+            self._update_decoders(rates)
+        else:
+            self.optimizer.step(self.grads, rates, self.t)
+            self._normalise_decoders()
         self._lower_dead_thresholds(rates)
+
+    def _normalise_decoders(self) -> None:
         w_dec = self.params["W_dec"]
         for n, cfg in enumerate(self.cfgs):
             if cfg.normalize_w_dec:
                 norm = torch.linalg.vector_norm(w_dec[n], dim=-1, keepdim=True)
                 w_dec[n].div_(norm.clamp(min=1e-12))
+
+    def _update_decoders(self, rates: tp.Sequence[tp.Mapping[str, float]]) -> None:
+        """Adam's step and the norm of the rows, by Triton's kernel."""
+        from saev.nn.kernels.triton import upkeep
+
+        size, root = 1 - BETA1**self.t, math.sqrt(1 - BETA2**self.t)
+        of_members = [
+            [own[""] / size, root, float(cfg.normalize_w_dec)]
+            for own, cfg in zip(rates, self.cfgs, strict=True)
+        ]
+        m, v = (self.optimizer.state[f"adam.W_dec.{moment}"] for moment in ("m", "v"))
+        w_dec, grad = self.params["W_dec"], self.grads["W_dec"]
+        upkeep.update(w_dec, grad, m, v, upload(of_members, w_dec))
 
     def _lower_dead_thresholds(self, rates: tp.Sequence[tp.Mapping[str, float]]) -> None:
         """Lower ln θ of dead latents until they fire again, down to 1 below the mean of ln θ of
@@ -306,6 +343,7 @@ class SaeBank:
             bf16=self.bf16,
             n_tokens=n_tokens,
             ranks=self.ranks,
+            triton=self.triton,
         )
 
     def _row_bytes(self, n_p: int) -> int:
@@ -326,24 +364,35 @@ class SaeBank:
         budget = GPU_CHUNK_BYTES if self.device.type == "cuda" else _CPU_CHUNK
         return max(_MIN_ROWS, min(n_rows, budget // self._row_bytes(n_p)))
 
-    def _remove_parallel(self) -> None:
+    def _remove_parallel(self) -> dict[str, Tensor]:
         """Remove the part of decoder gradients that is parallel to the rows. Normalising the rows
-        would undo it."""
+        would undo it. Returns squared norms of rows of gradients, if they are known by the way."""
+        if self.triton:
+            from saev.nn.kernels.triton import upkeep
+
+            removing = upload([float(c.remove_parallel_grads) for c in self.cfgs], self.threshold)
+            w_dec, grad = self.params["W_dec"], self.grads["W_dec"]
+            return {"W_dec": upkeep.remove_parallel(w_dec, grad, removing)}
         for n, cfg in enumerate(self.cfgs):
             if cfg.remove_parallel_grads:
                 w, grad = self.params["W_dec"][n], self.grads["W_dec"][n]
                 along = torch.linalg.vecdot(grad, w)
                 along /= torch.linalg.vecdot(w, w).clamp(min=1e-24)
                 grad.addcmul_(along[:, None], w, value=-1)
+        return {}
 
-    def _gradient_norm(self) -> Float[Tensor, " n"]:
+    def _gradient_norm(self, known: tp.Mapping[str, Tensor]) -> Float[Tensor, " n"]:
         # One member at a time: torch may add a row of [n, d_sae] in another order than [1, d_sae].
         norms = []
         for n in range(len(self)):
             square = torch.zeros((), dtype=self.threshold.dtype, device=self.device)
-            for grad in self.grads.values():
+            for name, grad in self.grads.items():
                 g = grad[n]
-                square = square + total(squared_norm(g) if g.ndim == 2 else g.square())
+                if name in known:
+                    rows = known[name][n]
+                else:
+                    rows = squared_norm(g) if g.ndim == 2 else g.square()
+                square = square + total(rows)
             norms.append(square.sqrt())
         return torch.stack(norms)
 

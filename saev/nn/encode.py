@@ -7,7 +7,7 @@ import typing as tp
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saev.device import upload
@@ -31,7 +31,12 @@ def pre_activations(weights: Weights, x: Float[Tensor, "c d"], bf16: bool) -> Te
 
 
 def top_k_codes(
-    weights: Weights, x: Float[Tensor, "b d"], top_k: tp.Sequence[int], chunk: int, bf16: bool
+    weights: Weights,
+    x: Float[Tensor, "b d"],
+    top_k: tp.Sequence[int],
+    chunk: int,
+    bf16: bool,
+    triton: bool = False,
 ) -> Codes:
     """TopK codes; rows are (member, token). A member with a smaller k is padded with zeros.
 
@@ -41,28 +46,47 @@ def top_k_codes(
         top_k: k of each member.
         chunk: rows at a time.
         bf16: multiply in bfloat16.
+        triton: select by Triton's kernel.
     """
     n_g, d_sae, _ = weights.W_enc.shape
     k = max(top_k)
-    same = min(top_k) == k
-    values, latents = [], []
-    for x_c in x.split(chunk):
-        z = pre_activations(weights, x_c, bf16).transpose(0, 1)
-        top_values, top_latents = largest(z, k, ordered=not same)
-        kept = torch.relu(top_values.to(x.dtype))
-        if not same:
-            place = torch.arange(k, device=x.device)
-            kept = kept * (place < upload(top_k, place)[:, None, None])
-        ascending = top_latents.to(torch.int32).sort(dim=-1)
-        values.append(kept.gather(-1, ascending.indices))
-        latents.append(ascending.values)
-    offset = torch.arange(n_g, dtype=torch.int32, device=x.device)[:, None, None] * d_sae
+    select = _selected
+    if triton:
+        from saev.nn.kernels.triton.select import supports
+
+        select = _selected_by_triton if supports(d_sae, k) else _selected
+    parts = [select(pre_activations(weights, x_c, bf16), top_k, x.dtype) for x_c in x.split(chunk)]
+    values, latents = (torch.cat(side, dim=1).flatten() for side in zip(*parts, strict=True))
     n_rows = n_g * x.shape[0]
-    return Codes(
-        torch.cat(values, dim=1).flatten(),
-        (torch.cat(latents, dim=1) + offset).flatten(),
-        torch.arange(n_rows + 1, dtype=torch.int32, device=x.device) * k,
-    )
+    return Codes(values, latents, torch.arange(n_rows + 1, dtype=torch.int32, device=x.device) * k)
+
+
+def _selected(
+    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype
+) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
+    """Values and table rows of the largest, ascending in each row."""
+    k = max(top_k)
+    same = min(top_k) == k
+    top_values, top_latents = largest(z.transpose(0, 1), k, ordered=not same)
+    kept = torch.relu(top_values.to(dtype))
+    if not same:
+        place = torch.arange(k, device=z.device)
+        kept = kept * (place < upload(top_k, place)[:, None, None])
+    ascending = top_latents.to(torch.int32).sort(dim=-1)
+    offset = torch.arange(z.shape[1], dtype=torch.int32, device=z.device) * z.shape[2]
+    return kept.gather(-1, ascending.indices), ascending.values + offset[:, None, None]
+
+
+def _selected_by_triton(
+    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype
+) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
+    """:func:`_selected` by the kernel, whose values are float32."""
+    from saev.nn.kernels.triton import select
+
+    k = max(top_k)
+    of_members = upload(top_k, torch.empty(0, dtype=torch.int32, device=z.device))
+    values, latents = select.top_k(z, of_members, k, same=min(top_k) == k)
+    return values.to(dtype), latents
 
 
 def largest(z: Float[Tensor, "*rows s"], k: int, *, ordered: bool) -> tuple[Tensor, Tensor]:

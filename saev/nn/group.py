@@ -44,6 +44,8 @@ class Group(tp.NamedTuple):
     """B, the tokens of the batch over all ranks."""
     ranks: Ranks
     """The ranks that hold the other rows of the batch."""
+    triton: bool = False
+    """Use Triton's kernels where codes are sparse."""
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -98,36 +100,12 @@ def group_gradients(
         dead: dead latents of the group; None if there cannot be any.
         variance: v of the AuxK term.
     """
-    weights = group.weights.leaves(group.grads)
     codes = _codes(group, x)
     reviving = _reviving(group, dead)
-    measured, residuals = [], []
-    parts: list[sparse.Part] = []
-    grads_of_values: list[Tensor] = []
-    for start in range(0, max(1, x.shape[0]), group.chunk):
-        x_c = x[start : start + group.chunk]
-        with torch.enable_grad():
-            if codes is None:
-                f: Latents = dense_latents(weights, x_c, group.activations[0], group.bf16)
-            else:
-                parts.append(_part(group, x_c, codes, start))
-                f = _leaf(parts[-1])
-            blocks = f.decode(weights.W_dec, group.prefixes)
-            errors, residual = nested_errors(
-                blocks, weights.b_dec, x_c, group.prefixes.lengths.shape[1]
-            )
-            loss = reconstruction_loss(errors, group.prefixes, group.n_tokens, x.shape[1])
-            if f.penalty is not None:
-                loss = loss + f.penalty.sum() * (group.coeffs[0] / group.n_tokens)
-        loss.backward()
-        measured.append((errors.detach(), *f.per_latent(group.weights.b_enc)))
-        if isinstance(f, SparseLatents):
-            assert f.codes.values.grad is not None
-            grads_of_values.append(f.codes.values.grad)
-        if reviving:
-            residuals.append(residual)
-    if parts:
-        _encoder_backward(weights, parts, torch.cat(grads_of_values))
+    if group.triton and codes is not None:
+        measured, residuals = _by_kernels(group, x, codes, bool(reviving))
+    else:
+        measured, residuals = _by_autograd(group, x, codes, bool(reviving))
     error, n_active, value = (
         functools.reduce(torch.add, sums) for sums in zip(*measured, strict=True)
     )
@@ -141,8 +119,79 @@ def group_gradients(
     )
 
 
+Measured = list[tuple[Tensor, Tensor, Tensor]]
+"""Of each chunk of rows: Σ ‖x - x̂_j‖², and per latent the tokens on which it is active, and Σ f."""
+
+
+def _by_autograd(
+    group: Group, x: Tensor, codes: sparse.Codes | None, residual: bool
+) -> tuple[Measured, list[Tensor]]:
+    """Forward, loss and backward, chunk by chunk. Returns residuals if they are wanted."""
+    weights = group.weights.leaves(group.grads)
+    measured: Measured = []
+    residuals: list[Tensor] = []
+    parts: list[sparse.Part] = []
+    grads_of_values: list[Tensor] = []
+    for start in range(0, max(1, x.shape[0]), group.chunk):
+        x_c = x[start : start + group.chunk]
+        with torch.enable_grad():
+            if codes is None:
+                f: Latents = dense_latents(weights, x_c, group.activations[0], group.bf16)
+            else:
+                parts.append(_part(group, x_c, codes, start))
+                f = _leaf(parts[-1])
+            blocks = f.decode(weights.W_dec, group.prefixes)
+            errors, residual_c = nested_errors(
+                blocks, weights.b_dec, x_c, group.prefixes.lengths.shape[1]
+            )
+            loss = reconstruction_loss(errors, group.prefixes, group.n_tokens, x.shape[1])
+            if f.penalty is not None:
+                loss = loss + f.penalty.sum() * (group.coeffs[0] / group.n_tokens)
+        loss.backward()
+        measured.append((errors.detach(), *f.per_latent(group.weights.b_enc)))
+        if isinstance(f, SparseLatents):
+            assert f.codes.values.grad is not None
+            grads_of_values.append(f.codes.values.grad)
+        if residual:
+            residuals.append(residual_c)
+    if parts:
+        _encoder_backward(weights, parts, torch.cat(grads_of_values))
+    return measured, residuals
+
+
+def _by_kernels(
+    group: Group, x: Tensor, codes: sparse.Codes, residual: bool
+) -> tuple[Measured, list[Tensor]]:
+    """The same for sparse codes, by Triton's kernels."""
+    from saev.nn import fused
+
+    measured: Measured = []
+    residuals: list[Tensor] = []
+    for start in range(0, max(1, x.shape[0]), group.chunk):
+        x_c = x[start : start + group.chunk]
+        sums, residual_c = fused.chunk_gradients(
+            group.weights,
+            group.grads,
+            group.prefixes,
+            x_c,
+            _codes_of(group, x_c, codes, start),
+            1 / (group.n_tokens * x.shape[1]),
+            group.bf16,
+            residual,
+        )
+        measured.append(sums)
+        if residual_c is not None:
+            residuals.append(residual_c)
+    return measured, residuals
+
+
+def _codes_of(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.Codes:
+    """The codes of a chunk of rows. A group of more than one member has one chunk only."""
+    return codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
+
+
 def _part(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.Part:
-    rows = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
+    rows = _codes_of(group, x_c, codes, start)
     return sparse.Part.of(x_c, rows, group.weights.b_enc.numel())
 
 
@@ -196,7 +245,9 @@ def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
     match group.activations[0]:
         case TopK():
             top_k = [a.top_k for a in group.activations if isinstance(a, TopK)]
-            return encode.top_k_codes(group.weights, x, top_k, group.chunk, group.bf16)
+            return encode.top_k_codes(
+                group.weights, x, top_k, group.chunk, group.bf16, group.triton
+            )
         case BatchTopK():
             batch_top_k = [a for a in group.activations if isinstance(a, BatchTopK)]
             codes, smallest = encode.batch_top_k_codes(

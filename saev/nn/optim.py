@@ -41,16 +41,19 @@ class Adam:
             for moment in ("m", "v")
         }
 
-    def step(self, grads: tp.Mapping[str, Tensor], rates: Rates, t: int) -> None:
+    def step(
+        self, grads: tp.Mapping[str, Tensor], rates: Rates, t: int, skip: tp.Collection[str] = ()
+    ) -> None:
         """Update all members.
 
         Args:
             grads: gradients of the parameters.
             rates: learning rates of each member.
             t: number of this step, from 1.
+            skip: parameters that somebody else updates. They have the rate "".
         """
         for n, own in enumerate(rates):
-            others = [name for name in self._params if name not in own]
+            others = [name for name in self._params if name not in own and name not in skip]
             self._update(n, others, grads, own[""], t)
             for name in own.keys() & self._params.keys():
                 self._update(n, [name], grads, own[name], t)

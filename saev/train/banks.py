@@ -93,6 +93,7 @@ def build_banks(
             bf16=first.bf16,
             data=data,
             ranks=ranks,
+            kernels=first.kernels,
         )
         norm = norm._replace(mean=norm.mean.to(device))
         banks.append(TrainingBank(tuple(indices), configs, norm, bank))
