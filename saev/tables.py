@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.config.train import RUN, open_run
 from saev.inference.results import Results
 from saev.visuals import overview
-from saev.visuals.rows import RUN, Figures, Row
+from saev.visuals.rows import Figures, Row
 
 _CURVES = "metrics.jsonl"
 _REMEDY = "Restore the run folder from a copy, or train it again."
@@ -138,7 +139,7 @@ def curves(run: str) -> pa.Table:
     run = storage.normalize(run)
     place = storage.join(run, _CURVES)
     if storage.exists(storage.join(run, RUN)):
-        data = storage.Folder.open(run, RUN, _REMEDY).read_bytes(_CURVES)
+        data = open_run(run).read_bytes(_CURVES)
     else:
         data = storage.read_bytes(place)
     with storage.parsed(place, "a file of curves", remedy=_REMEDY):

@@ -7,7 +7,7 @@ import pydantic
 from saev import storage
 from saev.config.base import Config, refuse
 from saev.config.loaders import DataConfig
-from saev.config.train import TrainConfig
+from saev.config.train import RUN, TrainConfig
 from saev.errors import ConfigError
 
 
@@ -97,7 +97,7 @@ class InferenceCommand(_Measuring):
         """Complete run folders in ``runs``, by name."""
         place = storage.normalize(self.runs)
         folders = [entry.url for entry in storage.list_dir(place) if entry.is_dir]
-        complete = [url for url in folders if storage.exists(storage.join(url, "run.json"))]
+        complete = [url for url in folders if storage.exists(storage.join(url, RUN))]
         if not complete:
             raise ConfigError(
                 f"{place} has no complete run folders. Expected a folder of them, such as out/runs."

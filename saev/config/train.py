@@ -10,6 +10,20 @@ from saev.config.loaders import LoaderConfig, ValDataConfig
 from saev.config.named import SweepFile
 from saev.config.sae import Objective, SaeConfig, Vanilla
 
+RUN = "run.json"
+"""The closing object of a run folder."""
+_REMEDY = "Restore the run folder from a copy, or train it again."
+
+
+def open_run(url: str) -> storage.Folder:
+    """Open a complete run folder.
+
+    Raises:
+        CorruptDataError: run.json is damaged.
+        StorageError: it is missing or cannot be read.
+    """
+    return storage.Folder.open(url, RUN, _REMEDY)
+
 
 class TrainConfig(Config):
     """Train sparse autoencoders on recorded activations; with a sweep, many on the same batches."""
@@ -109,10 +123,9 @@ class TrainConfig(Config):
             CorruptDataError: config.json or run.json is damaged.
             StorageError: there is no config.json.
         """
-        is_complete = storage.exists(storage.join(url, "run.json"))
-        kind = storage.Folder.open if is_complete else storage.Folder.unlisted
-        remedy = "Restore the run folder from a copy, or train it again."
-        return cls.of_folder(kind(url, "run.json", remedy))
+        is_complete = storage.exists(storage.join(url, RUN))
+        folder = open_run(url) if is_complete else storage.Folder.unlisted(url, RUN, _REMEDY)
+        return cls.of_folder(folder)
 
     @classmethod
     def of_folder(cls, folder: storage.Folder) -> tp.Self:

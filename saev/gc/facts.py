@@ -5,6 +5,7 @@ import logging
 import typing as tp
 
 from saev import storage
+from saev.config.train import RUN
 from saev.errors import SaevError
 from saev.gc.scan import Folder, Snapshot
 from saev.steps import claims, discover
@@ -12,7 +13,7 @@ from saev.steps import claims, discover
 logger = logging.getLogger(__name__)
 
 _N_READERS = 16
-CLOSING = {"shards": "shards.json", "run": "run.json", "inference": "metrics.json"}
+CLOSING = {"shards": "shards.json", "run": RUN, "inference": "metrics.json"}
 """The closing object of each kind of folder. It is written last, so it is deleted first."""
 
 

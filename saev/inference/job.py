@@ -14,7 +14,7 @@ from saev.config.inference import InferenceConfig
 from saev.config.loaders import DataConfig
 from saev.config.sae import SaeConfig
 from saev.config.source import ActivationSource, check, compare
-from saev.config.train import TrainConfig
+from saev.config.train import RUN, TrainConfig, open_run
 from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
 from saev.failures import Failures
@@ -157,7 +157,7 @@ class Pass:
         """What decides about the key, as far as it is known without the SAE; None if it is not."""
         if self._trained is None or self.cfg.centre or not storage.exists(self._run_json):
             return None
-        run = storage.Folder.open(self.run, "run.json")  # lists the checksum of the weights
+        run = open_run(self.run)  # lists the checksum of the weights
         is_other = bool(self.trained_on and compare(self.trained_on, self._used).refused)
         if run.files is None or (is_other and not self.cfg.allow_other_model):
             return None
@@ -167,7 +167,7 @@ class Pass:
 
     @property
     def _run_json(self) -> str:
-        return storage.join(self.run, "run.json")
+        return storage.join(self.run, RUN)
 
     @functools.cached_property
     def _known(self) -> known.Known | None:

@@ -5,10 +5,9 @@ import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.config.train import RUN
 from saev.errors import CorruptDataError
 
-RUN = "run.json"
-"""The object of a run folder that is written last."""
 RULES = 2
 """Version of the rules that turn a command into resolved configs: how seeds of a sweep are made,
 which settings evaluation takes from training, how long a warm-up is. A run.json without this number

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from saev import driver, storage, torchrun
 from saev.config import TrainConfig
+from saev.config.train import RUN
 from saev.errors import ConfigError, IncompleteError
 from saev.nn.ranks import ALONE, Ranks
 from saev.progress import Progress
 from saev.stage import Context, Item, Job, Result
 from saev.train import curves, launch, outlook, resume
-from saev.train.members import RUN, Group, Member, digest, unpublished
+from saev.train.members import Group, Member, digest, unpublished
 from saev.train.resolve import groups
 from saev.train.team import Team, alone, join, n_ranks
 from saev.train.trainer import Trainer

@@ -16,6 +16,7 @@ import torch
 from saev import names, storage
 from saev.config import TrainConfig
 from saev.config.source import ActivationSource
+from saev.config.train import RUN
 from saev.errors import CheckpointError, ConfigError
 from saev.loaders import Batch, ShuffledLoader, batch_metrics
 from saev.loaders.selection import Selection
@@ -28,7 +29,7 @@ from saev.shards import Shards, finite
 from saev.train import evaluate, resume, sides
 from saev.train.banks import build_banks, decided
 from saev.train.curves import TENSORBOARD, Curves, WandbRun, of_run_folder
-from saev.train.members import RUN, Member
+from saev.train.members import Member
 from saev.train.schedule import lr_scale
 from saev.train.signals import Interruption
 from saev.train.team import Team

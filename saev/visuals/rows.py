@@ -10,12 +10,11 @@ import typing as tp
 
 from saev import storage
 from saev.config import TrainConfig
+from saev.config.train import RUN, open_run
 from saev.inference.results import Results
 
-RUN = "run.json"
 NO_NUMBER = "–"
 """Stands for a figure that is not known."""
-_REMEDY = "Restore the run folder from a copy, or train it again."
 
 HELD_OUT = "held-out"
 """Images of the folder of training that training has not seen."""
@@ -81,7 +80,7 @@ class Row:
             CorruptDataError: config.json or run.json is damaged.
             StorageError: one of them is missing.
         """
-        folder = storage.Folder.open(run, RUN, _REMEDY)
+        folder = open_run(run)
         held_out, trained_on = (
             folder.record.get(key) or {} for key in ("metrics", "train_metrics")
         )
