@@ -312,6 +312,13 @@ def test_old_runs_go_before_their_shards(anywhere: str) -> None:
     assert runs[0] not in storage.read_text(storage.join(anywhere, "index.html"))
 
 
+def test_another_programs_page_is_not_replaced(root: Path) -> None:
+    (root / "index.html").write_text("<title>My site</title>")
+    gc.clean_up(GcConfig(root=str(root), older_than="0m", grace="0m", delete=True, yes=True))
+    assert not list((root / "runs").glob("*/run.json"))
+    assert (root / "index.html").read_text() == "<title>My site</title>"
+
+
 def test_a_run_that_cannot_be_deleted_keeps_its_shards(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

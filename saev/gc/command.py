@@ -113,7 +113,8 @@ def _rewrite_index(root: str) -> None:
     from saev.visuals import overview
 
     try:
-        overview.write(root)
+        if overview.may_write(root):
+            overview.write(root)
     except SaevError as err:
         logger.warning("%s still lists what was deleted: %s", storage.join(root, INDEX), err)
 

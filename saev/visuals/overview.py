@@ -129,12 +129,13 @@ def update(run: str) -> str:
         URL of the page; "" if the run is in no root, or another program's page is in its place.
     """
     root = root_of(run)
-    if not root:
-        return ""
+    return write(root) if root and may_write(root) else ""
+
+
+def may_write(root: str) -> bool:
+    """Whether the page of a root is missing, or was written by saev."""
     place = storage.join(root, INDEX)
-    if storage.exists(place) and _MARK not in storage.read_text(place)[:_HEAD]:
-        return ""
-    return write(root)
+    return not storage.exists(place) or _MARK in storage.read_text(place)[:_HEAD]
 
 
 def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
