@@ -1,25 +1,25 @@
-"""What SAEs are called: short names such as ``topk32-s6144``, which say in what they differ."""
+"""Short names of SAEs, such as ``topk32-s6144``, made of the config keys in which they differ."""
 
 import typing as tp
 
 from saev.config import TrainConfig
 
 _BASE = ("sae.activation.kind", "sae.activation.top_k", "objective.target_l0", "sae.d_sae")
-"""In every name."""
+"""Keys that every name contains."""
 _FIRST = (
     *_BASE, "objective.kind", "train_data.layer", "objective.sparsity_coeff", "lr",
 )  # fmt: skip
-"""What people compare, most wanted first. All other keys come after them."""
+"""Keys that people compare, the most important first. All other keys come after them."""
 _SECOND = frozenset({"seed", "data_seed"})
-"""What is named last, where nothing else differs: a sweep gives each SAE its own seed."""
+"""Keys that come last, so that a name has them only if nothing else differs."""
 _NEVER = frozenset({"runs_root", "tag", "sweep", "device", "wandb_project", "sae.exp_factor"})
 _SHORT = {
     "objective.target_l0": "l", "sae.d_sae": "s", "train_data.layer": "layer",
     "objective.sparsity_coeff": "coeff",
 }  # fmt: skip
-"""What stands before the value of a key; by default its last part."""
+"""What a key is called in names; by default its last part."""
 _PLAIN = "vanilla"
-"""The objective that is not named, unless others are."""
+"""The objective that names leave out."""
 
 
 def of(configs: tp.Sequence[TrainConfig]) -> list[str]:
@@ -51,7 +51,7 @@ def _words(one: dict[str, str], telling: tp.Sequence[str]) -> tp.Iterator[str]:
 
 
 def _telling(plain: tp.Sequence[dict[str, str]]) -> list[str]:
-    """Keys that tell apart what the keys before them do not."""
+    """Keys that distinguish SAEs which the keys before them do not distinguish."""
     keys = {key for one in plain for key in one if key not in _NEVER}
     last = len(_FIRST)
 
@@ -69,7 +69,7 @@ def _telling(plain: tp.Sequence[dict[str, str]]) -> list[str]:
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, str | float]:
-    """What an SAE is and how it was trained, by short keys, for tables of other programs."""
+    """An SAE's name and settings by short keys, for TensorBoard's table of runs."""
     found: dict[str, str | float] = {"name": of([config])[0]}
     plain = _flat(config.to_dict())
     for key in (*_FIRST, "tag", "optim", "n_train", "batch_size", "seed"):

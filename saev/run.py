@@ -109,7 +109,7 @@ def recognised(url: str) -> ImageData:
 
 
 def sized(training: TrainConfig, shards: str) -> TrainConfig:
-    """A first look's training, as long and as wide as suits the activations at a URL."""
+    """The training of the config first-look, adapted to the activations at a URL."""
     with Shards.open(shards) as opened:
         n_tokens = opened.n_examples * opened.metadata.content_tokens_per_example
         d_model = opened.d_model
@@ -117,7 +117,7 @@ def sized(training: TrainConfig, shards: str) -> TrainConfig:
 
 
 def suited(training: TrainConfig, n_tokens: int, d_model: int) -> TrainConfig:
-    """A training of the default length, or less, and of half the width where tokens are few.
+    """A training with at most the default length, and with half the width if there are few tokens.
 
     Args:
         training: the training of the config; its ``n_train`` is the most.
