@@ -4,10 +4,8 @@ All of it is read from what the stage has published, so that the same command sa
 work was done before.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import shlex
 import typing as tp
@@ -24,7 +22,7 @@ from saev.shards import Shards
 from saev.visuals import overview
 from saev.visuals.pasted import command
 from saev.visuals.records import DONE
-from saev.visuals.rows import HELD_OUT, NO_NUMBER, Figures, Row, number
+from saev.visuals.rows import HELD_OUT, NO_NUMBER, Figures, Row, last_logged, number
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +192,8 @@ def _trained_line(row: Row, width: int) -> str:
 
 def _last_batch(url: str) -> dict[str, tp.Any]:
     """Figures of the last row of a run's curve."""
-    with contextlib.suppress(SaevError, ValueError, IndexError):
-        row = json.loads(storage.read_text(storage.join(url, "metrics.jsonl")).splitlines()[-1])
-        return {key.removeprefix("train/"): value for key, value in row.items()}
-    return {}
+    row = last_logged(url, "metrics.jsonl")
+    return {key.removeprefix("train/"): value for key, value in row.items()}
 
 
 # --- Inference -----------------------------------------------------------------------------------

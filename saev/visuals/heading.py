@@ -11,7 +11,7 @@ from saev.inference.results import Results
 from saev.secrets import redact
 from saev.shards import Shards
 from saev.visuals import page
-from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row
+from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row, last_logged
 
 _SIDES = {
     HELD_OUT: ("held out", "of images that training has not seen"),
@@ -67,11 +67,10 @@ def _row(run: str, results: Results) -> Row | None:
 
 def _day(run: str) -> str:
     """When the run was trained, as its curve says; "" if that is not known."""
+    seconds = last_logged(run, "timings.jsonl").get("wall_time")
     try:
-        rows = storage.read_text(storage.join(run, "timings.jsonl")).splitlines()
-        seconds = storage.parse_json(rows[-1].encode(), run)["wall_time"]
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
-    except (SaevError, LookupError, TypeError, ValueError, OverflowError):
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, OSError):
         return ""
 
 

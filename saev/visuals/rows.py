@@ -4,6 +4,7 @@ Reports, the page of a root, the table in Kubeflow's UI and the lines on the ter
 rows, so that they say the same of an SAE.
 """
 
+import contextlib
 import dataclasses
 import math
 import typing as tp
@@ -11,6 +12,7 @@ import typing as tp
 from saev import storage
 from saev.config import TrainConfig
 from saev.config.train import RUN, open_run
+from saev.errors import SaevError
 from saev.inference.results import Results
 
 NO_NUMBER = "–"
@@ -125,6 +127,20 @@ class Row:
     def training(self) -> Figures:
         """Of the training side."""
         return Figures.of(self.trained_on)
+
+
+def last_logged(run: str, name: str) -> dict[str, tp.Any]:
+    """The last row of a file of curves in a run folder; empty if it is missing or damaged.
+
+    Args:
+        run: URL of the run folder.
+        name: ``metrics.jsonl`` or ``timings.jsonl``.
+    """
+    place = storage.join(run, name)
+    with contextlib.suppress(SaevError, IndexError):
+        row = storage.parse_json(storage.read_bytes(place).splitlines()[-1], place)
+        return row if isinstance(row, dict) else {}
+    return {}
 
 
 def number(value: float | None, form: str) -> str:
