@@ -1,10 +1,13 @@
 """What all tests share."""
 
+import functools
+import gc
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import botocore.loaders
 import hypothesis
 import pytest
 import s3_server
@@ -27,6 +30,18 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "usual")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+_read = botocore.loaders.JSONFileLoader._load_file
+
+
+@functools.cache
+def _read_once(path: str, opened: Callable) -> Any:
+    """Each new client of S3 reads the same descriptions, which takes a tenth of a second."""
+    return _read(botocore.loaders.JSONFileLoader(), path, opened)
+
+
+botocore.loaders.JSONFileLoader._load_file = lambda self, path, opened: _read_once(path, opened)
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """URL of a bucket on an S3 server of our own."""
@@ -46,6 +61,17 @@ def forker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forker]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays, so the garbage collector need not look at it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 LEFT_OUT = pytest.StashKey[int]()

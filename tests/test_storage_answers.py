@@ -171,7 +171,8 @@ def test_a_store_that_is_down_is_told_while_it_is_waited_for(
     caplog: pytest.LogCaptureFixture,
     way: str,
 ) -> None:
-    monkeypatch.setenv("SAEV_PATIENCE_S", "6")
+    assert not storage.exists(url + ".none")  # starts the client, which takes long
+    monkeypatch.setenv("SAEV_PATIENCE_S", "4")
     monkeypatch.setattr(waiting, "QUIET_S", 0.5)
     monkeypatch.setattr(waiting, "_warned", {})
     proxy.fault = lambda request: s3_proxy.error(503, "SlowDown", "Please reduce your rate.")
