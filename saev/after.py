@@ -22,7 +22,7 @@ from saev.shards import Shards
 from saev.visuals import overview
 from saev.visuals.pasted import command
 from saev.visuals.records import DONE
-from saev.visuals.rows import HELD_OUT, NO_NUMBER, Figures, Row, last_logged, number
+from saev.visuals.rows import HELD_OUT, NO_NUMBER, SIDES, Figures, Row, last_logged, number
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Trained(Outcome):
         lines = [
             f"Trained {n} SAE{'s' * (n != 1)}",
             "NMSE: squared error over variance, 0 is perfect. L0: latents firing per token.",
-            "Held out: images that training has not seen.",
+            f"Held out: {SIDES[HELD_OUT].images}.",
             f"{'':{width}}      held out        training side",
             f"{'SAE':{width}}    NMSE     L0     NMSE     L0   dead, held out",
             *(_trained_line(row, width) for row in shown),

@@ -14,7 +14,7 @@ import urllib.parse
 from saev import storage
 from saev.secrets import redact
 from saev.visuals.overview import Section
-from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row, number
+from saev.visuals.rows import SIDES, TRAINING, Row, number
 
 _MOST_ROWS = 500
 _ROOM = "\u2002"
@@ -38,7 +38,7 @@ def render(section: Section, page: str, owner: str) -> str:
     """
     rows = section.best_first()
     n = len(rows)
-    side, meaning = _SIDES[section.side]
+    side = SIDES[section.side]
     lines = [
         f"## {n} sparse autoencoder{'s' * (n != 1)} of {_plain(dataset_of(section))}",
         "",
@@ -49,9 +49,9 @@ def render(section: Section, page: str, owner: str) -> str:
         lines += [f"The best {_MOST_ROWS} of {n}; all of them are on the page below.", ""]
     lines += [
         "Best first, by the normalised mean squared error (NMSE); 0 is perfect. "
-        f"*{side}*: {meaning} *Training*: of images that training has seen. The error falls as "
-        f"L0 rises, so compare SAEs of about the same L0. {_FRONT}: on the Pareto front, no other "
-        "has both a lower L0 and a lower NMSE.",
+        f"*{side.name.capitalize()}*: of {side.images}. *Training*: of {SIDES[TRAINING].images}. "
+        f"The error falls as L0 rises, so compare SAEs of about the same L0. {_FRONT}: on the "
+        "Pareto front, no other has both a lower L0 and a lower NMSE.",
         "",
         "### Where it is",
         "",
@@ -70,16 +70,8 @@ def dataset_of(section: Section) -> str:
     return place.rsplit("/", 1)[-1] or f"activations {section.shards}"
 
 
-_SIDES = {
-    HELD_OUT: ("Held out", "of images that training has not seen."),
-    ELSEWHERE: ("These images", "of all images here, on which nothing was trained."),
-    ALL: ("All images", "those of training among them."),
-}
-"""The name of a side, and what it is."""
-
-
 def _table(section: Section, rows: tp.Sequence[Row]) -> tp.Iterator[str]:
-    side = _SIDES[section.side][0].lower().replace(" ", _NO_BREAK)
+    side = SIDES[section.side].name.replace(" ", _NO_BREAK)
     columns = [f"NMSE, {side}", f"L0, {side}", f"dead, {side}", "NMSE, training", "L0, training"]
     yield _line(["", "SAE", *columns, "run"])
     yield "|--:|:--|--:|--:|--:|--:|--:|:--|"

@@ -11,15 +11,7 @@ from saev.inference.results import Results
 from saev.secrets import redact
 from saev.shards import Shards
 from saev.visuals import page
-from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Row, last_logged
-
-_SIDES = {
-    HELD_OUT: ("held out", "of images that training has not seen"),
-    ELSEWHERE: ("these images", "of images of another folder than that of training"),
-    ALL: ("all images", "of all images of the folder, also those of training"),
-}
-"""The name of a side, and which images it is."""
-_TRAINING = ("training", "of images that training has seen")
+from saev.visuals.rows import ALL, SIDES, TRAINING, Row, last_logged
 
 
 class Heading(tp.NamedTuple):
@@ -77,9 +69,9 @@ def _day(run: str) -> str:
 def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Metric]:
     """The header's numbers: those of images that training has not seen first."""
     side = ALL if row is None else row.side
-    sides = [(_SIDES[side], metrics if row is None else row.of_side(side))]
+    sides = [(SIDES[side], metrics if row is None else row.of_side(side))]
     if row is not None and row.trained_on:
-        sides.append((_TRAINING, row.trained_on))
+        sides.append((SIDES[TRAINING], row.trained_on))
     shown = []
     for number, ((side, images), figures) in enumerate(sides):
         for key, label, form, hint in page.FIGURES:
@@ -91,6 +83,6 @@ def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Met
                     number and key == "n_dead"  # said once
                 )
             ):
-                hint_of_side = f"{hint.rstrip('.')}, {images}."
+                hint_of_side = f"{hint.rstrip('.')}, of {images}."
                 shown.append(page.Metric(f"{label}, {side}", form.format(value), hint_of_side))
     return shown + page.metrics(metrics)

@@ -17,7 +17,7 @@ from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import pages
 from saev.visuals.records import DONE
-from saev.visuals.rows import ALL, ELSEWHERE, HELD_OUT, Figures, Row
+from saev.visuals.rows import ALL, SIDES, Figures, Row
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,6 @@ _MARK = "<title>saev:"
 """In the head of every page of a root, also of those of version 0.1.0."""
 _HEAD = 1000
 _N_READERS = 16
-
-
-_SIDES = {
-    HELD_OUT: "of held-out images, which training has not seen",
-    ELSEWHERE: "of all images of this folder, on which nothing was trained",
-    ALL: "of all images of this folder, those of training among them",
-}
-_SHORT = {HELD_OUT: "held out", ELSEWHERE: "images not trained on", ALL: "all images"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +233,7 @@ def render(sections: tp.Sequence[Section], base: str = "") -> str:
                 (section, _plot(section), section.best_first()[0].run) for section in sections
             ],
             links=bool(base),
-            sides=_SIDES,
-            short=_SHORT,
+            sides=SIDES,
             relative=lambda url: url.removeprefix(prefix),
         )
     )

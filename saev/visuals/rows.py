@@ -18,12 +18,25 @@ from saev.inference.results import Results
 NO_NUMBER = "–"
 """Stands for a figure that is not known."""
 
-HELD_OUT = "held-out"
-"""Images of the folder of training that training has not seen."""
-ELSEWHERE = "elsewhere"
-"""Images of another folder than that of training, all of them."""
-ALL = "all"
-"""All images of the folder, also those of training."""
+HELD_OUT, ELSEWHERE, ALL, TRAINING = "held-out", "elsewhere", "all", "training"
+"""The sides: which images a figure is measured on."""
+
+
+class Side(tp.NamedTuple):
+    """What people are told of a side."""
+
+    name: str
+    """In headings."""
+    images: str
+    """Which images it has."""
+
+
+SIDES = {
+    HELD_OUT: Side("held out", "images that training has not seen"),
+    ELSEWHERE: Side("other images", "images of another folder than that of training"),
+    ALL: Side("all images", "all images of the folder, also those of training"),
+    TRAINING: Side("training", "images that training has seen"),
+}
 
 
 class Figures(tp.NamedTuple):
