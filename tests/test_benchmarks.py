@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +61,7 @@ def test_l0_on_unseen_images_is_what_was_asked_for(forker: Forker, tmp_path) -> 
         assert row["values"][0] < 10, ran.stdout
 
 
-def test_the_page_holds_the_tables(tmp_path) -> None:
+def test_the_page_holds_the_tables(forker: Forker, tmp_path) -> None:
     row = {"what": "w", "unit": "GB/s", "values": [1.0, 3.0], "target": "≥ 4", "met": False}
     machine = {
         "date": "2026-01-01", "processor": "P", "cores": 2, "memory_gb": 8, "gpu": "none",
@@ -72,14 +70,11 @@ def test_the_page_holds_the_tables(tmp_path) -> None:
     record = {"command": "python benchmarks/loader.py", "machine": machine, "rows": [row]}
     (tmp_path / "loader.json").write_text(json.dumps(record))
     code = (
-        "import pathlib, runpy, sys; main = runpy.run_path(sys.argv[1]);"
-        "print(main['page'](pathlib.Path(sys.argv[2])))"
+        f"import pathlib, runpy, sys; sys.path.insert(0, {str(BENCHMARKS)!r});"
+        "print(runpy.run_path(sys.argv[1])['page'](pathlib.Path(sys.argv[2])))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(BENCHMARKS / "__main__.py"), str(tmp_path)],
-        capture_output=True, text=True, env={"PYTHONPATH": str(BENCHMARKS), "PATH": ""},
-    )  # fmt: skip
-    assert "| w | 2 GB/s | 1 – 3 | ≥ 4 | **no** |" in ran.stdout, ran.stderr
+    page = forker.output(code, BENCHMARKS / "__main__.py", tmp_path)
+    assert "| w | 2 GB/s | 1 – 3 | ≥ 4 | **no** |" in page
 
 
 def test_a_benchmark_that_is_not_there_is_an_error(forker: Forker, tmp_path) -> None:

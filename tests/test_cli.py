@@ -196,14 +196,10 @@ def test_all_stages_print_only_the_url(
     assert Path(page).exists()
 
 
-def test_python_m_saev_keeps_logs_off_standard_output(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "saev", "shards", "--shards-root", str(tmp_path), *TINY]
-    done = subprocess.run(
-        [*argv, "data:fake-img", "--data.n-examples", "3"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (url,) = done.stdout.splitlines()
+def test_python_m_saev_keeps_logs_off_standard_output(forker: Forker, tmp_path: Path) -> None:
+    script = "import runpy; runpy.run_module('saev', run_name='__main__')"
+    argv = ["shards", "--shards-root", tmp_path, *TINY, "data:fake-img", "--data.n-examples", "3"]
+    (url,) = forker.output(script, *argv).splitlines()
     assert (Path(url) / "shards.json").exists()
 
 

@@ -86,14 +86,12 @@ def test_the_true_directions_are_found(cfg, truth, name):
     assert synthetic.recovered(load_sae(url).W_dec, truth) > 0.9
 
 
-def test_jump_relu_and_its_penalty(cfg):
+def test_jump_relu_and_its_penalty(cfg, tmp_path):
     """A larger coefficient of the L0 penalty leaves fewer latents on."""
-    found = []
-    for coeff in (0.0, 1e-3, 1e-2, 1e-1):
-        sae = SaeConfig(d_sae=96, activation=JumpRelu())
-        objective = Vanilla(sparsity_coeff=coeff)
-        (url,) = train.run(update(cfg, **LONG, sae=sae, objective=objective))
-        found.append(metrics_of(url))
+    sweep = tmp_path / "s.toml"
+    sweep.write_text("objective.sparsity_coeff = [0.0, 1e-3, 1e-2, 1e-1]\n")
+    sae = SaeConfig(d_sae=96, activation=JumpRelu())
+    found = [metrics_of(u) for u in train.run(update(cfg, **LONG, sae=sae, sweep=str(sweep)))]
     l0 = [m["l0"] for m in found]
     assert l0[0] > 1.3 * l0[1] > 1.3 * 1.3 * l0[2], l0
     assert l0[3] < 4, l0
