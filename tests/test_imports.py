@@ -1,6 +1,7 @@
 """The arrows of docs/design: imports point one way, and importing saev is cheap."""
 
 import ast
+import functools
 import graphlib
 import inspect
 import re
@@ -34,6 +35,12 @@ ALLOWED = {
 }  # fmt: skip
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The syntax of a file."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def room(module: str) -> str | None:
     """The room of a dotted module name below saev; None for the package itself."""
     parts = module.split(".")[1:]
@@ -46,7 +53,7 @@ def room(module: str) -> str | None:
 def imports(path: Path) -> set[str]:
     """Dotted saev modules that a file imports, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -118,7 +125,7 @@ def test_saev_knows_nothing_of_kubernetes() -> None:
     for path in FILES:
         if path.parent == ROOT / "launch":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names.append(node.module or "")
@@ -135,7 +142,7 @@ def test_the_client_starts_without_torch_or_kfp() -> None:
 
 def test_no_relative_imports() -> None:
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             assert not (isinstance(node, ast.ImportFrom) and node.level), path
 
 
@@ -169,7 +176,7 @@ def test_only_storage_opens_files() -> None:
     for path in FILES:
         if room("saev." + ".".join(path.relative_to(ROOT).with_suffix("").parts)) == "storage":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "open", f"{path}:{node.lineno} opens a file itself"
 
@@ -185,7 +192,7 @@ def test_what_storage_offers_is_used() -> None:
 def test_each_module_has_its_own_logger() -> None:
     """Called logger, after the module; log levels are set on `saev` alone."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
                 continue
             if ast.unparse(node.value.func) == "logging.getLogger":
@@ -198,7 +205,7 @@ def test_each_module_has_its_own_logger() -> None:
 def test_nothing_is_unpickled() -> None:
     """pickle serves for the error that torch's restricted loader raises, and for nothing else."""
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom):
                 assert node.module not in ("pickle", "dill", "joblib"), f"{path}:{node.lineno}"
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
