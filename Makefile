@@ -80,8 +80,8 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
 	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $${SMALL:+--small}
 
-docs: setup ## Build the documentation's site into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+docs: setup ## Build the documentation's site into site/, with the notebooks (two minutes)
+	SAEV_DOCS_NOTEBOOKS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "Look at it: $(BIN)/python -m http.server -d site"
 
 torture: setup ## Kill runs, break requests, flip bits (docs/reliability.md): [TORTURE="--kills 100"]

@@ -4,6 +4,9 @@ mkdocs calls the functions that begin with ``on_`` (see mkdocs.yml).
 """
 
 import ast
+import html
+import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ PACKAGES = (
     "saev.config", "saev.errors",
 )  # fmt: skip
 """What people import. Each gets a page with its public names."""
-FILES = ("cluster.example.toml", "k8s/examples/external-secret.yaml")
+NOTEBOOKS = ("metrics", "own_model")
+"""Pages that docs/notebooks.py makes, if SAEV_DOCS_NOTEBOOKS=1; it takes a minute or two."""
+FILES = ("cluster.example.toml", "k8s/examples/external-secret.yaml", "saev/notebooks/start.py")
 """Files that pages link to, copied into the site."""
 
 
@@ -34,6 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=moved((ROOT / source).read_text())))
     for name in FILES:
         files.append(File.generated(config, Path(name).name, content=(ROOT / name).read_text()))
+    for name in NOTEBOOKS:
+        source = (ROOT / "saev" / "notebooks" / f"{name}.py").read_text()
+        code = f"<!DOCTYPE html><title>{name}.py</title><pre>{html.escape(source)}</pre>"
+        files.append(File.generated(config, f"notebooks/{name}.html", content=code))
     for package in PACKAGES:
         files.append(File.generated(config, f"api/{package}.md", content=reference(package)))
     return files
@@ -47,9 +56,28 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """Run the notebooks, if that is asked for. Without it, their pages show their code."""
+    if os.environ.get("SAEV_DOCS_NOTEBOOKS") == "1":
+        spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+        assert spec is not None
+        assert spec.loader is not None
+        notebooks = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(notebooks)
+        notebooks.export(Path(config.site_dir))
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that leave docs/ lead to the copies."""
-    return re.sub(r"\]\(\.\./([^)#\s]+)", lambda m: f"]({TOP.get(m[1], Path(m[1]).name)}", markdown)
+    return re.sub(r"\]\(\.\./([^)#\s]+)", lambda m: f"]({_copy(m[1])}", markdown)
+
+
+def _copy(path: str) -> str:
+    """Where the site has a file of the checkout."""
+    name = Path(path)
+    if name.parts[:2] == ("saev", "notebooks") and name.stem in NOTEBOOKS:
+        return f"notebooks/{name.stem}.html"
+    return TOP.get(path, name.name)
 
 
 def moved(text: str) -> str:
@@ -57,7 +85,7 @@ def moved(text: str) -> str:
     text = re.sub(r"\]\(docs/", "](", text)
     for source, name in TOP.items():
         text = re.sub(rf"\]\({source}", f"]({name}", text)
-    return text
+    return re.sub(r"\]\((saev/notebooks/\w+\.py)", lambda m: f"]({_copy(m[1])}", text)
 
 
 def public_names(package: str) -> list[str]:

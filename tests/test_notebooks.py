@@ -18,6 +18,8 @@ from types import ModuleType
 import pandas as pd
 import pytest
 import small_root
+import torch
+from PIL import Image
 from visuals import chromium
 
 from saev import cli, tables
@@ -156,6 +158,30 @@ def test_a_rectangle_drawn_with_the_mouse(root: Path, capsys: pytest.CaptureFixt
     ]
     assert 0 < len(inside) < (every.frequency > 0).sum()
     assert latents == list(expected.latent)
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    """With few pictures, which is too little to learn from."""
+    defs = {"root": str(tmp_path), "n_images": 45, "n_epochs": 1}
+    _, found = notebook("own_model").app.run(defs=defs)
+    saes = tables.saes(str(tmp_path)).to_pandas()
+    assert sorted(saes.l0) == [3, 6, 12]
+    assert sorted(saes.run) == sorted(found["runs"])
+    assert len(found["examples"]) == 45
+    # Recorded was the network with the weights that were trained, through hooks of saev.
+    network, shards = found["ShapeViT"](), found["shards"]
+    network.load_state_dict(found["safetensors"].torch.load_file(found["weights"]))
+    with Image.open(found["examples"].url[7]) as image, torch.no_grad():
+        stream = network.patches(found["spec"].apply(image)[None]).flatten(2).transpose(1, 2)
+        special = torch.cat([network.cls, network.registers], dim=1)
+        stream = torch.cat([special, stream + network.place], dim=1)
+        for block in network.eval().blocks[:2]:
+            stream = block(stream)
+    recorded = shards.read(shard=0, layer=1, start=7, stop=8)
+    torch.testing.assert_close(recorded[0], torch.cat([stream[0, :1], stream[0, 3:]]))
+    record = json.loads((Path(found["page"]).parent / "visuals.json").read_text())
+    assert set(found["best_of"].values()) <= set(record["latents"])
 
 
 # --- `saev notebook` -----------------------------------------------------------------------------

@@ -29,11 +29,11 @@ class ReportConfig(Config):
 class NotebookConfig(Config):
     """Write one of saev's notebooks into a folder, to be opened and changed there.
 
-    `metrics` compares the SAEs of a root and chooses latents; `start` is ten lines from pictures to
-    latents.
+    `metrics` compares the SAEs of a root and chooses latents, `own_model` goes all the way with a
+    model that timm does not have, `start` is ten lines from pictures to latents.
     """
 
-    name: tyro.conf.Positional[tp.Literal["metrics", "start"]]
+    name: tyro.conf.Positional[tp.Literal["metrics", "own_model", "start"]]
     """Which notebook."""
     out: str = "."
     """URL of the folder that it is written to."""
