@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 INDEX = "index.html"
 _HOST = "127.0.0.1"
 _TYPES = {".html": "text/html; charset=utf-8", ".webp": "image/webp", ".json": "application/json"}
-"""What pages are made of. Nothing else of the root is served."""
+"""The kinds of files that pages use. Other files of the root are not served."""
 _POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
-"""A page may be somebody else's: its scripts reach nothing, not even the files beside it."""
+"""Somebody else may have made a page, so its scripts can load nothing, not even files beside it."""
 
 
 class Place(tp.NamedTuple):
-    """A page, and what is served for it."""
+    """A page, and the folder that is served for it."""
 
     base: str
     """URL of the folder below which files are served."""
@@ -36,7 +36,7 @@ class Place(tp.NamedTuple):
 
 
 def run(cfg: OpenConfig) -> None:
-    """Serve a page until Ctrl-C; prints its address on standard output.
+    """Serve a page until Ctrl-C. Prints its address on standard output.
 
     Raises:
         ConfigError: there is no page, or the port is taken.
@@ -57,9 +57,9 @@ def run(cfg: OpenConfig) -> None:
 
 
 def find(url: str) -> Place:
-    """The page that is meant by a URL: itself, or that of a root, a run, results or a report.
+    """The page of a URL, which may be a page, a root, a run, results or a report.
 
-    All of the root is served where the page is below one, because pages link to each other.
+    If the page is below a root, the whole root is served, because its pages link to each other.
 
     Raises:
         ConfigError: there is no page.
@@ -96,23 +96,23 @@ def _root_of(folder: str) -> str:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with files below a folder."""
+    """Serves the files below a folder."""
 
     def __init__(self, *args: tp.Any, base: str):
         self._base = base
         super().__init__(*args)
 
     def do_GET(self) -> None:
-        """A file."""
+        """Send a file."""
         self._answer(body=True)
 
     def do_HEAD(self) -> None:
-        """The same without its bytes."""
+        """Send the headers of a file."""
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
         host = self.headers.get("Host", "").rpartition(":")[0]
-        if host not in (_HOST, "localhost"):  # another site's name that leads here
+        if host not in (_HOST, "localhost"):  # another site, whose name resolves to this address
             return self.send_error(http.HTTPStatus.FORBIDDEN)
         path = urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/") or INDEX
         kind = _TYPES.get(path[path.rfind(".") :])
@@ -136,12 +136,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def log_message(self, form: str, *args: tp.Any) -> None:
-        """Only for those who look for a mistake."""
+        """Log requests as debug messages."""
         logger.debug(form, *args)
 
 
 def serve(place: Place, port: int = 0) -> http.server.ThreadingHTTPServer:
-    """A server of the files of a page, which listens and does not answer yet.
+    """A server of the files of a page. It answers once its ``serve_forever`` is called.
 
     Raises:
         ConfigError: the port is taken.
