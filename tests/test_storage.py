@@ -22,6 +22,7 @@ import pytest
 import s3_proxy
 import s3fs
 from described import files_below
+from forker import Forker
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -364,40 +365,32 @@ def test_of_racing_threads_one_creates(root: str) -> None:
 
 
 CREATE = """
-import sys
+import os, sys, time
 from saev import storage
-url, me = sys.argv[1:]
-storage.exists(url)  # imports and connects
-print("ready", flush=True)
-sys.stdin.readline()
+url, me, ready, go = sys.argv[1:]
+storage.exists(url)  # connects
+open(ready, "w").close()
+while not os.path.exists(go):
+    time.sleep(0.001)
 print(storage.create(url, me.encode()))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_of_racing_processes_one_creates(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+    request: pytest.FixtureRequest, forker: Forker, tmp_path: Path, kind: str
 ) -> None:
     n, folder = (8, tmp_path) if kind == "local" else (3, request.getfixturevalue("s3"))
-    url = storage.join(folder, str(uuid.uuid4()))
+    url, go = storage.join(folder, str(uuid.uuid4())), tmp_path / "go"
+    ready = [tmp_path / f"ready{i}" for i in range(n)]
     racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", CREATE, url, f"racer {i}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(n)
+        forker.start([url, f"racer {i}", place, go], script=CREATE) for i, place in enumerate(ready)
     ]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    answers = [racer.communicate()[0].strip() for racer in racers]
+    deadline = time.monotonic() + 60
+    while not all(place.exists() for place in ready) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    go.touch()
+    answers = [forker.wait(racer).stdout.strip() for racer in racers]
     assert sorted(answers) == ["False"] * (n - 1) + ["True"]
     assert storage.read_text(url) == f"racer {answers.index('True')}"
 

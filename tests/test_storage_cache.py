@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import s3_proxy
 import s3fs
+from forker import Forker
 from loaders.folders import write_shards
 from test_storage import can_mount
 
@@ -95,12 +96,14 @@ def test_a_range_over_segments(s3: str, proxy: s3_proxy.Proxy, tmp_path: Path) -
     assert used(tmp_path) < 2 * MB  # sparse
 
 
-def test_another_process_finds_it(s3: str, proxy: s3_proxy.Proxy, tmp_path: Path) -> None:
+def test_another_process_finds_it(
+    s3: str, proxy: s3_proxy.Proxy, forker: Forker, tmp_path: Path
+) -> None:
     data = noise(3 * MB)
     url = put(s3, data)
-    read(url, tmp_path, 100 * MB)
+    read(forker, url, tmp_path, 100 * MB)
     proxy.requests.clear()
-    assert read(url, tmp_path, 100 * MB) == storage.format_checksum(storage.crc32c(data))
+    assert read(forker, url, tmp_path, 100 * MB) == storage.format_checksum(storage.crc32c(data))
     assert [r.method for r in proxy.requests] == ["HEAD"]
 
 
@@ -117,10 +120,9 @@ print(storage.format_checksum(crc))
 """
 
 
-def read(url: str, folder: Path, bound: int) -> str:
+def read(forker: Forker, url: str, folder: Path, bound: int) -> str:
     """Checksum of an object that another process reads through the cache."""
-    command = [sys.executable, "-c", READ, url, str(folder), str(bound)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return forker.output(READ, url, folder, bound).strip()
 
 
 def test_a_second_epoch_asks_for_nothing(

@@ -128,7 +128,6 @@ def test_a_part_that_changes_on_its_way_is_not_taken(url, endpoint, proxy) -> No
     assert all("content-md5" in request.headers for request in parts)
 
 
-@pytest.mark.slow
 def test_many_threads_and_every_fault(s3, proxy) -> None:  # noqa: F811
     chance = random.Random(0)
     kinds = ["reset", "lost", "cut", "twice", "late", "503", "500"]

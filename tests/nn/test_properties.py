@@ -130,7 +130,7 @@ SHAPES_OF_INPUT = {
 }
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=80)
 @given(problems(), st.integers(1, 12), st.sampled_from(sorted(SHAPES_OF_INPUT)))
 def test_any_shape_trains_as_the_equations_say(problem, n_tokens, inputs):
     """One token, one latent, one dimension; k up to d_sae, fewer positive latents than k, none; no
@@ -173,7 +173,7 @@ def test_a_member_has_the_same_bits_alone(problem, n_tokens):
 # --- Sizes that float32 cannot hold ----------------------------------------------------------
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=80)
 @given(problems(), st.integers(1, 12), st.integers(-36, 30))
 def test_numbers_of_any_size_are_right_or_seen_to_be_wrong(problem, n_tokens, exponent):
     """Overflow shows in the loss or in the gradient's norm, which training reports. Whatever is
@@ -252,7 +252,7 @@ def test_nothing_but_zeros_is_nothing_to_learn(kind):
         torch.testing.assert_close(p, before[name], rtol=0, atol=1e-6)
 
 
-@settings(properties, max_examples=150)
+@settings(properties, max_examples=80)
 @given(
     problems(),
     st.integers(1, 12),

@@ -43,8 +43,10 @@ def test_jump_relu_starts_at_its_target(l0):
     assert started.l0[0].item() == pytest.approx(l0, rel=0.15)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0])
-@pytest.mark.parametrize(("activation", "n_steps"), [(Relu(), 700), (JumpRelu(), 150)])
+@pytest.mark.parametrize(
+    ("activation", "n_steps", "scale"),
+    [(Relu(), 700, 0.3), (JumpRelu(), 150, 0.3), (JumpRelu(), 150, 1.0)],
+)
 def test_a_target_is_reached_whatever_the_unit(activation, n_steps, scale):
     bank = bank_of(activation, [Vanilla(target_l0=k) for k in (4, 12, 30)], scale=scale)
     steps = [bank.step(tokens(128, t, scale), 1 - t / n_steps) for t in range(n_steps)]

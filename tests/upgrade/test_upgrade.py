@@ -89,6 +89,7 @@ def test_a_schedule_knows_what_it_has_processed(base: str, tmp_path: Path) -> No
     assert walk_of(base, tmp_path).fire(*words) == []
 
 
+@pytest.mark.slow
 def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:
     """Asked for by name, the dataset is processed again: all but what CHANGELOG names is there."""
     walk = walk_of(base, tmp_path)
@@ -109,6 +110,7 @@ def test_planning_finds_the_old_folders(base: str, tmp_path: Path) -> None:
     assert {run for slot in plan.slots["infer"] for i in slot for run in i["runs"]} == anew
 
 
+@pytest.mark.slow
 def test_saev_run_computes_nothing(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
