@@ -12,7 +12,14 @@ import typing as tp
 from collections.abc import Sequence
 
 from saev import eta, names, storage
-from saev.config import InferenceCommand, InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import (
+    InferenceCommand,
+    InferenceConfig,
+    ShardsConfig,
+    TrainConfig,
+    VisualsCommand,
+    VisualsConfig,
+)
 from saev.config.base import Config
 from saev.errors import SaevError
 from saev.inference import files
@@ -300,19 +307,28 @@ class _Measured(Outcome):
 
 
 class _Drawn(Outcome):
-    cfg: VisualsConfig
+    cfg: VisualsConfig | VisualsCommand
 
     def lines(self) -> list[str]:
-        place = storage.join(storage.parent(self.urls[0]), DONE)
-        return [f"Drew {len(storage.read_sealed(place).record['latents'])} latents"]
+        places = [storage.join(storage.parent(url), DONE) for url in self.urls]
+        n = sum(len(storage.read_sealed(place).record["latents"]) for place in places)
+        of = f" of {len(places)} SAEs" if len(places) > 1 else ""
+        return [f"Drew {n:,} latents{of}"]
+
+    def go_on(self) -> str:
+        """Opens the page, or that of the root if there are several."""
+        run = self.runs()[0]
+        root = overview.root_of(run) if len(self.urls) > 1 else ""
+        return _command("open", storage.join(root, overview.INDEX) if root else self.urls[0])
 
     def runs(self) -> list[str]:
-        return [self.cfg.run]
+        cfg = self.cfg
+        return [one.run for one in cfg.configs()] if isinstance(cfg, VisualsCommand) else [cfg.run]
 
 
 _OUTCOMES: dict[tp.Any, type[Outcome]] = {
     ShardsConfig: _Recorded,
     TrainConfig: _Trained,
     InferenceConfig | InferenceCommand: _Measured,
-    VisualsConfig: _Drawn,
+    VisualsConfig | VisualsCommand: _Drawn,
 }

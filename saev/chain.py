@@ -7,7 +7,7 @@ import importlib
 import typing as tp
 from collections.abc import Callable, Mapping, Sequence
 
-from saev.config import InferenceCommand, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import InferenceCommand, ShardsConfig, TrainConfig, VisualsCommand
 from saev.config.base import Config
 from saev.config.stages import Stages
 from saev.errors import SaevError
@@ -31,12 +31,10 @@ class Stage(tp.NamedTuple):
     make_config: Callable[[Stages, Found], Config]
     """Makes the config of a job."""
     of_run: bool = False
-    """Whether there is a job for each run of training, instead of one for all."""
+    """Whether a job is for some runs of training: one run, or several together at less cost."""
     whole: bool = False
     """Whether one pod does a whole job. This pod also finishes the previous stages' jobs of the
-    same run."""
-    together: bool = False
-    """Whether one job may do the work for several runs of training, at less cost."""
+    same runs."""
     swept: bool = False
     """Whether its jobs also take a sweep: the arguments `table` and `explicit`."""
 
@@ -92,10 +90,9 @@ STAGES = (
     Stage(
         "inference", InferenceCommand, "saev.inference.stage:Measuring", "infer",
         lambda stages, found: stages.measuring(found["train"], found["shards"]), of_run=True,
-        together=True,
     ),
     Stage(
-        "visuals", VisualsConfig, "saev.visuals.stage:Drawing", "summarise",
+        "visuals", VisualsCommand, "saev.visuals.stage:Drawing", "summarise",
         lambda stages, found: stages.showing(found["train"], found["shards"], found["inference"]),
         of_run=True, whole=True,
     ),

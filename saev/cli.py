@@ -97,7 +97,7 @@ def _parse(argv: tp.Sequence[str]) -> tp.Any:
         COMMANDS,
         prog="saev",
         description=DESCRIPTION,
-        args=_joined(argv) if argv[:1] == ["inference"] else argv,
+        args=_joined(argv) if argv[:1] in (["inference"], ["visuals"]) else argv,
         # Flags of a stage may also follow `data:…`, because users append flags there.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 
 from saev import after, chain, driver, storage
 from saev.config.base import Config
@@ -45,7 +44,8 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
             stages = stages._replace(train=sized(stages.train, runs[0]))
     of_runs = [{**found, chain.RUNS: run_url} for run_url in runs]
     for stage in chain.OF_RUN:
-        urls = _do_runs(stage, stages, of_runs, progress)
+        config = stage.make_config(stages, of_runs[0])
+        urls = _do(stage.of_all(stages, of_runs), config, progress)
         for of_run, url in zip(of_runs, urls, strict=True):
             of_run[stage.name] = url
     return overview.write(cfg.root)
@@ -64,19 +64,6 @@ def _do(job: Job, cfg: Config, progress: Progress) -> tuple[str, ...]:
     if not progress.quiet:
         progress.say(after.of(cfg, urls).figures(time.monotonic() - started))
     return urls
-
-
-def _do_runs(
-    stage: chain.Stage, stages: Stages, of_runs: Sequence[chain.Found], progress: Progress
-) -> list[str]:
-    """Run a stage that has a result for each run of training. Returns their URLs, in order."""
-    configs = [stage.make_config(stages, found) for found in of_runs]
-    if stage.together:
-        return list(_do(stage.of_all(stages, of_runs), configs[0], progress))
-    return [
-        _do(stage.of(stages, found), cfg, progress)[0]
-        for found, cfg in zip(of_runs, configs, strict=True)
-    ]
 
 
 def resolve(cfg: RunConfig) -> Stages:

@@ -15,10 +15,18 @@ import typing as tp
 import pydantic
 import tyro
 
-from saev.config import InferenceCommand, InferenceConfig, ShardsConfig, TrainConfig, VisualsConfig
+from saev.config import (
+    InferenceCommand,
+    InferenceConfig,
+    ShardsConfig,
+    TrainConfig,
+    VisualsCommand,
+    VisualsConfig,
+)
 from saev.config.base import Config
 from saev.config.images import ImgFolder
 from saev.config.loaders import DataConfig, LoaderConfig
+from saev.config.many import ManySaes
 from saev.config.named import FIRST_LOOK
 from saev.config.run import RunConfig
 from saev.config.sae import SaeConfig, TopK, Vanilla
@@ -48,7 +56,6 @@ class Command(tp.NamedTuple):
 
 
 IMAGES = Flag("images", "data:img-folder --data.root", ImgFolder, "required")
-RUN = Flag("run", "run", InferenceConfig, "required")
 DEVICE = Flag("device", "device", TrainConfig)
 
 COMMANDS: dict[str, Command] = {
@@ -137,11 +144,16 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "visuals": Command(
-        VisualsConfig,
-        ("saev visuals --run out/runs/ID --shards out/shards/HASH --latents 17 42",),
+        VisualsCommand,
+        (
+            "saev visuals --run out/runs/ID --shards out/shards/HASH --latents 17 42",
+            "saev visuals --runs out/runs --shards out/shards/HASH",
+        ),
         {
             "common": (
-                RUN,
+                Flag("run", "run", ManySaes, "required, or --runs"),
+                Flag("runs", "runs", ManySaes, "none"),
+                Flag("tag", "tag", ManySaes, "any"),
                 Flag("shards", "shards", VisualsConfig, "required"),
                 Flag("latents", "latents", VisualsConfig, "none"),
                 Flag("n-latents", "n-latents", VisualsConfig),

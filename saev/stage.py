@@ -156,6 +156,10 @@ class Job(abc.ABC):
     def result(self) -> Result:
         """The published result."""
 
+    def results(self) -> Sequence[Result]:
+        """The published result of each of the configs that the job was opened for."""
+        return [self.result()]
+
     @abc.abstractmethod
     def items(self) -> Sequence[Item]:
         """All items, including done ones. Equal inputs give equal items in equal order."""

@@ -176,7 +176,7 @@ def test_nothing_to_do_opens_no_model(
         raise AssertionError("opened")
 
     for opener in ("vit.load", "nn.io.load.load_sae", "inference.job.load_sae",
-                   "train.stage.Trainer", "visuals.stage.Source"):  # fmt: skip
+                   "train.stage.Trainer", "visuals.views.Source"):  # fmt: skip
         monkeypatch.setattr(f"saev.{opener}", refuse)
     for job in world.jobs(name):
         assert all(map(storage.exists, driver.run_job(job).urls))

@@ -25,7 +25,7 @@ from saev.config.sae import (
 )
 from saev.config.shards import ShardsConfig
 from saev.config.train import TrainConfig
-from saev.config.visuals import VisualsConfig
+from saev.config.visuals import VisualsCommand, VisualsConfig
 
 __all__ = [
     "Activation",
@@ -54,5 +54,6 @@ __all__ = [
     "TrainConfig",
     "ValDataConfig",
     "Vanilla",
+    "VisualsCommand",
     "VisualsConfig",
 ]

@@ -4,11 +4,9 @@ import typing as tp
 
 import pydantic
 
-from saev import storage
-from saev.config.base import Config, refuse
+from saev.config.base import Config
 from saev.config.loaders import DataConfig
-from saev.config.train import RUN, TrainConfig
-from saev.errors import ConfigError
+from saev.config.many import ManySaes
 
 
 class _Measuring(Config):
@@ -55,7 +53,7 @@ class InferenceConfig(_Measuring):
     """URL of the run folder (or of any SAE that saev.load_sae reads; then --out is needed)."""
 
 
-class InferenceCommand(_Measuring):
+class InferenceCommand(_Measuring, ManySaes):
     """Run SAEs over all activations: metrics, statistics, sparse codes, top examples.
 
     SAEs that read the same tokens read them once, together. The results of each are the same as
@@ -64,18 +62,6 @@ class InferenceCommand(_Measuring):
 
     run: tuple[str, ...] = ()
     """URLs of run folders (or of one SAE that saev.load_sae reads; then --out is needed)."""
-    runs: str = ""
-    """URL of a folder of run folders, such as out/runs: measure all of them that are complete."""
-    tag: str = ""
-    """Of the run folders in --runs, take only those that were trained with this --tag."""
-
-    @pydantic.model_validator(mode="after")
-    def _names_saes(self) -> tp.Self:
-        if self.tag and not self.runs:
-            refuse("--tag chooses among the run folders of --runs URL, which is missing")
-        if not self.run and not self.runs:
-            refuse("Name an SAE: --run URL (or several), or --runs URL for all runs")
-        return self
 
     def configs(self) -> list[InferenceConfig]:
         """The configs of all SAEs, without repetitions. Looks for SAEs in ``runs``.
@@ -83,32 +69,5 @@ class InferenceCommand(_Measuring):
         Raises:
             ConfigError: there are none in ``runs``, or a setting does not fit several SAEs.
         """
-        named = [run if run.startswith("hf-hub:") else storage.normalize(run) for run in self.run]
-        runs = list(dict.fromkeys([*named, *(self._found() if self.runs else ())]))
-        if self.out and len(runs) > 1:
-            raise ConfigError(
-                f"--out is one folder, but there are {len(runs)} SAEs. Leave it out: the results "
-                "of each go into its run folder."
-            )
-        settings = {k: v for k, v in self if k not in ("run", "runs", "tag")}
-        return [InferenceConfig(run=run, **settings) for run in runs]
-
-    def _found(self) -> list[str]:
-        """Complete run folders in ``runs``, by name."""
-        place = storage.normalize(self.runs)
-        folders = [entry.url for entry in storage.list_dir(place) if entry.is_dir]
-        complete = [url for url in folders if storage.exists(storage.join(url, RUN))]
-        if not complete:
-            raise ConfigError(
-                f"{place} has no complete run folders. Expected a folder of them, such as out/runs."
-            )
-        if not self.tag:
-            return sorted(complete)
-        tags = {url: TrainConfig.of_run(url).tag for url in complete}
-        found = sorted(url for url, tag in tags.items() if tag == self.tag)
-        if not found:
-            known = ", ".join(repr(tag) for tag in sorted(set(tags.values()) - {""})) or "none"
-            raise ConfigError(
-                f"No complete run in {place} has the tag {self.tag!r}; tags there: {known}."
-            )
-        return found
+        settings = {k: v for k, v in self if k not in ManySaes.model_fields}
+        return [InferenceConfig(run=run, **settings) for run in self.named("out")]

@@ -6,15 +6,14 @@ import pydantic
 
 from saev.config.base import Config
 from saev.config.images import ImageData
+from saev.config.many import ManySaes
 
 
-class VisualsConfig(Config):
-    """Pictures of what latents respond to, and a page to leaf through them."""
+class _Showing(Config):
+    """Settings of the pictures of an SAE."""
 
     added: tp.ClassVar = frozenset({"allow_other_model"})
 
-    run: str
-    """URL of the run folder."""
     shards: str
     """URL of the shards folder that inference ran on."""
     inference: str = ""
@@ -41,3 +40,28 @@ class VisualsConfig(Config):
     data: ImageData | None = None
     """The images, if they have moved since they were recorded or the shards do not say where they
     are (protocol 2.1); by default the dataset that the shards name."""
+
+
+class VisualsConfig(_Showing):
+    """Pictures of what latents of one SAE respond to, and a page to leaf through them."""
+
+    run: str
+    """URL of the run folder."""
+
+
+class VisualsCommand(_Showing, ManySaes):
+    """Pictures of what latents respond to, and a page for each SAE to leaf through them.
+
+    An image that several SAEs or latents show is decoded once. The page of each SAE is the same as
+    when it is drawn alone.
+    """
+
+    def configs(self) -> list[VisualsConfig]:
+        """The configs of all SAEs, without repetitions. Looks for SAEs in ``runs``.
+
+        Raises:
+            ConfigError: there are none in ``runs``, or a setting does not fit several SAEs.
+        """
+        settings = {k: v for k, v in self if k not in ManySaes.model_fields}
+        given = self.named("inference", "out").values()
+        return [VisualsConfig(run=run, **settings) for run in given]

@@ -10,7 +10,7 @@ from saev.config import steps as cfgs
 from saev.config.stages import Stages
 from saev.errors import ConfigError, SaevError
 from saev.progress import Progress
-from saev.stage import Item, Part, Share
+from saev.stage import Item, Part, Result, Share
 from saev.stage import Job as StageJob
 from saev.steps import discover, jobs, outputs, show
 from saev.steps.jobs import Job, Plan
@@ -84,22 +84,41 @@ def publish(cfg: cfgs.PublishStep, job: Job, progress: Progress) -> list[str]:
 
 
 def whole(cfg: cfgs.SummariseStep, job: Job, progress: Progress) -> list[str]:
-    """Finish the earlier stages for the SAEs of one slot, and run the next stage as a whole."""
+    """Finish the earlier stages for the SAEs of one slot, then run the next stage as a whole, for
+    all of them together."""
     stage = chain.of_slots(cfgs.NAMES[type(cfg)])
     stages, plan = job.stages(), jobs.read_plan(job, "publish")
     shown = show.Saes(job.dataset.name)
+    begun: dict[str, tuple[dict[str, str], list[Result]]] = {}
 
-    def work(one: jobs.Item) -> list[str]:
-        found, results = _found(job, plan, one["run"]), []
+    def begin(run: str) -> list[str]:
+        found, results = _found(job, plan, run), []
         for earlier in chain.before(stage):
-            with contextlib.closing(earlier.of(stages, found, _CPU)) as begun:
-                results.append(driver.finish(begun, progress))
+            with contextlib.closing(earlier.of(stages, found, _CPU)) as one:
+                results.append(driver.finish(one, progress))
             found[earlier.name] = results[-1].urls[0]
-        results.append(driver.run_job(stage.of(stages, found, _CPU), progress=progress))
-        shown.add(overview.row(job.run(one["run"]), plan.shards), results)
+        begun[run] = (found, results)
         return [url for result in results for url in result.urls]
 
-    made = jobs.each(jobs.items_of(plan, stage.slots, cfg.slot), work, progress)
+    def end() -> list[str]:
+        with contextlib.closing(
+            stage.of_all(stages, [found for found, _ in begun.values()], _CPU)
+        ) as opened:
+            driver.do_items(opened, opened.items(), progress)
+            driver.finish(opened, progress)
+            ends = opened.results()
+        for (run, (_, results)), last in zip(begun.items(), ends, strict=True):
+            shown.add(overview.row(job.run(run), plan.shards), [*results, last])
+        return [url for result in ends for url in result.urls]
+
+    def work(one: jobs.Item) -> list[str]:
+        if "run" in one:
+            return begin(one["run"])
+        return end() if begun else []
+
+    assigned = jobs.items_of(plan, stage.slots, cfg.slot)
+    # An SAE that fails for good does not keep the others from being shown.
+    made = jobs.each([*assigned, {"name": stage.name}], work, progress)
     if cfg.executor_input or cfg.to_page:
         names = overview.names_of([job.run(name) for name in plan.runs])
         outputs.write_metrics(cfg.executor_input, shown.figures(names))

@@ -5,9 +5,9 @@ import typing as tp
 from saev.visuals.pasted import command
 
 if tp.TYPE_CHECKING:
-    from saev.visuals.stage import book, find, finish, plan, run, work
+    from saev.visuals.stage import book, find, finish, plan, run, run_all, work
 
-__all__ = ["book", "command", "find", "finish", "plan", "run", "work"]
+__all__ = ["book", "command", "find", "finish", "plan", "run", "run_all", "work"]
 
 
 def __getattr__(name: str) -> tp.Any:

@@ -19,7 +19,7 @@ def command(cfg: VisualsConfig) -> str:
 
 
 def _words(cfg: Config, prefix: str = "") -> Iterator[str]:
-    for key, field in type(cfg).model_fields.items():
+    for key, field in sorted(type(cfg).model_fields.items(), key=lambda pair: pair[0] != "run"):
         value = getattr(cfg, key)
         flag = prefix + key.replace("_", "-")
         if key == _KIND or value == field.get_default(call_default_factory=True):

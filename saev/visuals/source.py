@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -39,7 +38,6 @@ OBJECT_INFO = "objectInfo150.txt"
 """The same as ADE20K's scene parsing benchmark has it: tab-separated, first and last column."""
 
 _SIDE_UNKNOWN = 224
-_CACHED_VIEWS = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,6 @@ class Source:
         self._pixels = PixelBudget.of_threads(cores.available(), self._dataset.max_pixels)
         self._cost = cost_of(self._spec, has_mask=self._dataset.has_masks)
         self.class_names = read_class_names(self._config)
-        self.view = functools.lru_cache(maxsize=_CACHED_VIEWS)(self._view)
 
     @property
     def dataset(self) -> ImageDataset:
@@ -96,7 +93,7 @@ class Source:
         """Name of a mask's value; its number where the dataset names none."""
         return self.class_names.get(label, f"class {label}")
 
-    def _view(self, example: int) -> View:
+    def view(self, example: int) -> View:
         """An example by its row in the shards.
 
         Raises:

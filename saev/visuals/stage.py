@@ -1,51 +1,23 @@
-"""The visuals stage: pictures of each latent, then the page."""
+"""The visuals stage: pictures of each latent, then a page for each SAE.
 
-import base64
-import concurrent.futures
-import dataclasses
+An item is one latent of one SAE. An image that several latents show is decoded once for all of
+them. An SAE whose pictures cannot be drawn fails alone.
+"""
+
+import contextlib
 import functools
-import importlib.resources
-import logging
 import typing as tp
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from saev import cores, driver, storage
-from saev.config import VisualsConfig
-from saev.config.source import ActivationSource, check
-from saev.errors import ConfigError, CorruptDataError, IncompleteError
-from saev.inference.results import Results, TopExamples
+from saev.config.visuals import VisualsCommand, VisualsConfig
+from saev.errors import IncompleteError, SaevError
+from saev.failures import Failures
+from saev.inference.results import TopExamples
 from saev.progress import Progress
-from saev.shards import Shards, protocol
 from saev.stage import Context, Item, Job, Result
-from saev.visuals import heading, overview, page, render
-from saev.visuals.choose import Choice, choose
-from saev.visuals.records import (
-    DONE,
-    RECORD,
-    ClassShare,
-    ExamplePictures,
-    Histogram,
-    LatentRecord,
-    folder_name,
-)
-from saev.visuals.source import Source, View
-
-logger = logging.getLogger(__name__)
-
-FORMAT = 2
-"""Goes up when the pictures change, so that old ones are drawn again. Version 1 did not compare the
-images' names and labels with what was recorded."""
-INDEX = "index.html"
-
-_REMEDY = f"Delete the {RECORD} of its latent and run the same command again."
-
-_N_READERS = 16
-"""Records that are read at a time."""
-VALUE_BINS = 32
-_MAX_CODES_BYTES = 256 << 20
-_SMALLEST_SHARE = 0.005  # classes that cover less of a picture are left out of its legend
+from saev.visuals.pictures import Pictures
+from saev.visuals.views import Images, Views
 
 
 def plan(cfg: VisualsConfig) -> list[dict[str, tp.Any]]:
@@ -89,7 +61,7 @@ def find(cfg: VisualsConfig) -> str:
         StorageError: one of them is missing.
     """
     job = Drawing(cfg)
-    return job.index_url if job.published() else ""
+    return job.urls[0] if job.published() else ""
 
 
 def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
@@ -102,7 +74,7 @@ def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
     Raises:
         IncompleteError: the report is not finished.
     """
-    return Drawing(cfg).book(max_bytes)
+    return _book(cfg, max_bytes)
 
 
 def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
@@ -114,126 +86,110 @@ def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
     return driver.run_job(Drawing(cfg), progress=progress).urls[0]
 
 
-class _Drawn(tp.NamedTuple):
-    """A latent that is drawn and up to date."""
+def run_all(cfgs: Sequence[VisualsConfig], progress: Progress | None = None) -> list[str]:
+    """Draw several SAEs, which share the images: each is decoded once.
 
-    record: LatentRecord
-    listed: storage.Listed
-    """Of the record's bytes."""
+    Args:
+        cfgs: one for each SAE. The pictures and pages are those of :func:`run`.
+        progress: where progress is shown.
+
+    Returns:
+        URLs of the pages, in the order of the configs.
+
+    Raises:
+        SaevError: an SAE cannot be drawn. All others are.
+    """
+    return list(driver.run_job(Drawing(cfgs), progress=progress).urls) if cfgs else []
 
 
 class Drawing(Job):
-    """The report of one SAE. An item is one latent; images are opened when one is to be drawn.
+    """The reports of SAEs.
 
     Args:
-        cfg: the config.
-
-    Raises:
-        ConfigError: shards and inference do not fit together.
-        StorageError: one of them is missing.
+        cfg: of one SAE, or of each.
+        failed: the errors of further SAEs, which have no config.
     """
 
     name = "visuals"
     unit = "latent"
 
-    def __init__(self, cfg: VisualsConfig):
-        self.cfg = cfg
-        self.shards = Shards.open(cfg.shards)
-        self.results = self._open_results()
-        self.inference_url = self.results.url
-        self.other_model = self._check_model()
-        self.out = storage.normalize(cfg.out or storage.join(self.inference_url, "report"))
-        self.index_url = storage.join(self.out, INDEX)
+    def __init__(
+        self,
+        cfg: VisualsConfig | VisualsCommand | Sequence[VisualsConfig],
+        failed: Sequence[SaevError] = (),
+    ):
+        cfgs = [cfg] if isinstance(cfg, VisualsConfig) else cfg
+        cfgs = cfgs.configs() if isinstance(cfgs, VisualsCommand) else cfgs
+        self._cfgs = tuple(dict.fromkeys(cfgs))
+        self._asked = [self._cfgs.index(one) for one in cfgs]
+        self._images = Images()
+        self._failures = Failures(range(len(self._cfgs)), "SAEs", failed)
+        self._top: dict[tuple[int, int], TopExamples] = {}
+        self._views: dict[int, Views] = {}
 
-    def _open_results(self) -> Results:
-        shards_hash = self.shards.metadata.hash
-        if not self.cfg.inference:
-            run = storage.normalize(self.cfg.run)
-            return Results.find(run, shards_hash, self.shards.url)
-        results = Results.open(self.cfg.inference)
-        found = results.metrics.get("shards_hash")
-        if found != shards_hash:
-            raise ConfigError(
-                f"{results.url} was measured on shards {found}, but --shards {self.shards.url} are "
-                f"{shards_hash}. Give the shards that inference ran on."
-            )
-        return results
-
-    def _check_model(self) -> tuple[str, ...]:
-        """In what the activations differ from those of training, where that was allowed."""
-        trained_on = self.results.trained_on(self.cfg.run)
-        if trained_on is None:
-            return ()
-        return check(
-            trained_on, self.activations, sae=f"The SAE at {storage.normalize(self.cfg.run)}",
-            shards=self.shards.url, allow=self.cfg.allow_other_model,
-        )  # fmt: skip
+    @functools.cached_property
+    def _opened(self) -> dict[int, Pictures]:
+        """What each config is about, by its number."""
+        found = {}
+        for number, cfg in enumerate(self._cfgs):
+            with self._failures.of(number):
+                found[number] = Pictures(cfg, self._images)
+        return found
 
     @property
-    def activations(self) -> ActivationSource:
-        """What was measured on."""
-        metrics = self.results.metrics
-        return self.shards.metadata.source(metrics.get("layer"), metrics.get("tokens"))
-
-    @functools.cached_property
-    def choice(self) -> Choice:
-        return choose(self.cfg, self.results.frequency, self.results.mean_values)
-
-    @functools.cached_property
-    def source(self) -> Source:
-        return Source(self.shards, self.cfg.data)
-
-    @functools.cached_property
-    def _pictures_key(self) -> str:
-        """Hash of everything that a latent's pictures depend on, the choice of latents apart."""
-        return _hash(
-            {
-                "format": FORMAT,
-                "inference": self.results.folder.checksum,
-                "shards": self.shards.metadata.hash,
-                "n_top": self.cfg.n_top,
-                "image_size": self.cfg.image_size,
-                "data": self._other_data,
-            }
-        )
+    def _sound(self) -> dict[int, Pictures]:
+        """The SAEs that have not failed."""
+        opened = self._opened
+        return {number: opened[number] for number in self._failures.left([*opened])}
 
     @property
-    def _other_data(self) -> tp.Any:
-        """The dataset's config in the key: None if it is the recorded one, wherever it lies."""
-        given = self.cfg.identity()["data"]
-        if given is None or self.shards.metadata.data_digest is None:
-            return given
-        plain, recorded = map(_without_place, (given, self.shards.metadata.data))
-        return None if plain == recorded else plain
+    def title(self) -> str:
+        n = len(self._cfgs)
+        return f"{self.name} of {n} SAEs" if n > 1 else self.name
 
     @functools.cached_property
     def key(self) -> str:
-        """Hash of everything that the page depends on."""
-        folder = importlib.resources.files("saev.visuals").joinpath("templates")
-        templates = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
-        cfg = {**self.cfg.identity(), "data": None}  # the pictures' key has what matters of it
-        return _hash({"pictures": self._pictures_key, "templates": templates, "config": cfg})
-
-    def published(self) -> bool:
-        """Whether the whole report is there and up to date."""
-        done = storage.join(self.out, DONE)
-        if not (storage.exists(done) and storage.exists(self.index_url)):
-            return False
-        try:
-            folder = storage.Folder.open(self.out, DONE)
-            if folder.files is not None:
-                folder.read_bytes(INDEX)
-        except CorruptDataError as err:
-            logger.warning("%s The page is written again.", err)
-            return False
-        return folder.record.get("key") == self.key
+        keys = []
+        for number, one in self._sound.items():
+            with self._failures.of(number):
+                keys.append(one.key)
+        return keys[0] if len(keys) == 1 else storage.content_hash(keys)
 
     @property
     def urls(self) -> tuple[str, ...]:
-        return (self.index_url,)
+        sound = self._sound
+        return tuple(sound[n].index_url for n in self._asked if n in sound)
+
+    def published(self) -> bool:
+        return len(self._published()) == len(self._sound)
+
+    def there(self) -> tuple[str, ...]:
+        found = self._published()
+        return tuple(found[n].index_url for n in self._asked if n in found)
+
+    def _published(self) -> dict[int, Pictures]:
+        """The SAEs whose reports are complete."""
+        found = {}
+        for number, one in self._sound.items():
+            with self._failures.of(number):
+                if one.published():
+                    found[number] = one
+        return found
+
+    def failure(self) -> SaevError | None:
+        return self._failures.error()
 
     def result(self) -> Result:
-        return Result(self.urls, page=functools.partial(book, self.cfg))
+        results = self.results()
+        return results[0] if len(results) == 1 else Result(self.urls)
+
+    def results(self) -> list[Result]:
+        sound = self._sound
+        return [
+            Result((sound[n].index_url,), page=functools.partial(_book, sound[n].cfg))
+            for n in self._asked
+            if n in sound
+        ]
 
     # --- Work ------------------------------------------------------------------------------
 
@@ -243,280 +199,76 @@ class Drawing(Job):
 
     def items(self) -> list[Item]:
         """One per latent."""
-        return list(map(self.item, self.choice.latents))
+        found = []
+        for number, one in self._sound.items():
+            with self._failures.of(number):
+                found += [self.item(latent, number) for latent in one.choice.latents]
+        return found
 
-    def item(self, latent: int) -> Item:
-        """One latent."""
-        return Item(f"latent {latent}", 1, {"latent": latent})
+    def item(self, latent: int, number: int = 0) -> Item:
+        """A latent of an SAE."""
+        if len(self._cfgs) == 1:
+            return Item(f"latent {latent}", 1, {"latent": latent})
+        name = f"latent {latent} of SAE {number + 1}"
+        return Item(name, 1, {"latent": latent, "sae": number})
 
     def done(self, item: Item) -> bool:
-        return self._find_drawn(item.spec["latent"]) is not None
+        number, latent = _place(item)
+        if number in self._failures:
+            return True
+        with self._failures.of(number):
+            return self._opened[number].find_drawn(latent) is not None
+        return True
 
     def begin(self, todo: Sequence[Item]) -> None:
-        """Open now what the threads that draw these latents would otherwise open once each."""
-        storage.check_writable(self.out)
-        if any(self.results.frequency[item.spec["latent"]] > 0 for item in todo):
-            _ = (self.source, self._all_values)
+        for number, one in self._sound.items():
+            latents = [item.spec["latent"] for item in todo if _place(item)[0] == number]
+            if not latents:
+                continue
+            top = {}
+            with self._failures.of(number):
+                one.prepare()
+                top = one.top(latents)
+                self._top |= {(number, latent): found for latent, found in top.items()}
+                self._views[number] = one.views(top.values())
+            if top:
+                _ = one.source  # an error of it is one of all SAEs
 
     def work(self, item: Item, context: Context) -> None:
-        self.draw(item.spec["latent"])
+        number, latent = _place(item)
+        if number in self._failures:
+            return
+        with self._alone(number, item, context.progress):
+            top = self._top.get((number, latent))
+            self._opened[number].draw(latent, top, self._views[number])
 
-    def draw(self, latent: int) -> None:
-        """Write a latent's pictures, and its record last."""
-        frequency = float(self.results.frequency[latent])
-        max_value = float(self.results.max_values[latent])
-        examples: list[ExamplePictures] = []
-        listed: dict[str, storage.Listed] = {}
-        values = None
-        if frequency > 0:
-            top = self.results.top(latent)
-            examples = [
-                self._draw_example(latent, rank, top, max_value, listed)
-                for rank in range(min(self.cfg.n_top, len(top.example_idx)))
-            ]
-            values = self._values(latent, top)
-        mean = float(self.results.mean_values[latent])
-        record = LatentRecord(
-            key=self._pictures_key,
-            latent=latent,
-            frequency=frequency,
-            mean_value=mean if frequency > 0 and np.isfinite(mean) else None,
-            max_value=max_value if frequency > 0 else 0.0,
-            values=values,
-            examples=tuple(examples),
-        )
-        place = self._record_url(latent)
-        storage.clean_temporary(storage.parent(place))  # of a process that was killed
-        storage.write_json(place, storage.seal(record.to_dict(), listed))
-
-    def find_drawn(self, latents: tp.Sequence[int]) -> list["_Drawn | None"]:
-        """The records of latents; None for one that is not drawn or not up to date."""
-        _ = self._pictures_key  # opens what threads would otherwise open once each
-        with concurrent.futures.ThreadPoolExecutor(_N_READERS, "saev-records") as pool:
-            return list(pool.map(self._find_drawn, latents))
-
-    def _find_drawn(self, latent: int) -> "_Drawn | None":
-        url = self._record_url(latent)
-        found = storage.find_sealed(url, remedy=_REMEDY)
-        if found is None or found.record.get("key") != self._pictures_key:
-            return None
-        try:
-            record = LatentRecord.from_dict(found.record, source=url)
-        except ConfigError as err:
-            raise CorruptDataError(f"{err}. Delete it and run the same command again.") from err
-        if record.latent != latent:
-            raise CorruptDataError(
-                f"{url} is of latent {record.latent}, expected {latent}. Delete it and run the "
-                "same command again."
-            )
-        return _Drawn(record, found.listed)
-
-    def _record_url(self, latent: int) -> str:
-        return storage.join(self.out, folder_name(latent), RECORD)
-
-    def _draw_example(
-        self,
-        latent: int,
-        rank: int,
-        top: TopExamples,
-        max_value: float,
-        listed: dict[str, storage.Listed],
-    ) -> ExamplePictures:
-        """Write the pictures of one image, which are added to ``listed``."""
-        example = int(top.example_idx[rank])
-        view = self.source.view(example)
-        acts = np.asarray(top.token_acts[rank]).reshape(self.shards.metadata.grid_shape)
-        plain = render.picture(view.image, self.cfg.image_size)
-        pictures = {"plain": plain, "highlight": render.highlight(plain, acts, max_value)}
-        if view.mask is not None:
-            pictures["segmentation"] = render.segmentation(plain, view.mask, acts)
-        names = {}
-        for kind, image in pictures.items():
-            names[kind] = f"{rank:02d}-{kind}.webp"
-            url = storage.join(self.out, folder_name(latent), names[kind])
-            data = render.encode(image)
-            storage.write_bytes(url, data)
-            listed[names[kind]] = storage.Listed.of(data)
-        return ExamplePictures(
-            rank=rank,
-            example=example,
-            index=view.index,
-            name=view.name,
-            label=view.label,
-            value=float(top.value[rank]),
-            n_firing=int(np.count_nonzero(acts)),
-            n_patches=acts.size,
-            firing_label=self._firing_label(view, acts),
-            plain=names["plain"],
-            highlight=names["highlight"],
-            segmentation=names.get("segmentation"),
-            classes=self._classes(view.mask),
-            height=plain.height,
-            width=plain.width,
-        )
-
-    def _firing_label(self, view: View, acts: np.ndarray) -> str:
-        if view.token_labels is None or not acts.any():
-            return ""
-        label = int(view.token_labels.flat[int(acts.argmax())])
-        # A bare number says less than the image's own class.
-        return self.source.class_names.get(label, "" if view.label else f"class {label}")
-
-    def _classes(self, mask: np.ndarray | None) -> tuple[ClassShare, ...]:
-        if mask is None:
-            return ()
-        shares = np.bincount(mask.ravel(), minlength=256) / mask.size
-        order = np.argsort(-shares, kind="stable")
-        return tuple(
-            ClassShare(
-                label=int(label),
-                name=self.source.class_name(int(label)),
-                share=round(float(shares[label]), 4),
-            )
-            for label in order
-            if shares[label] >= _SMALLEST_SHARE
-        )
-
-    def _values(self, latent: int, top: TopExamples) -> Histogram | None:
-        known = self._all_values.get(latent)
-        if known is not None:
-            values, source = known, "all tokens"
-        else:
-            values = top.token_acts[top.token_acts != 0]
-            source = f"tokens of its top {len(top.token_acts)} images"
-        if not len(values):
-            return None
-        low, high = min(0.0, float(values.min())), float(values.max())
-        if not low < high:
-            return None
-        counts, _ = np.histogram(values, bins=VALUE_BINS, range=(low, high))
-        return Histogram(low=low, high=high, counts=tuple(int(c) for c in counts), source=source)
-
-    @functools.cached_property
-    def _all_values(self) -> dict[int, np.ndarray]:
-        """All values of the chosen latents, as far as inference kept them in a size to load."""
-        latents = np.array(self.choice.latents, dtype=np.int64)
-        if 0 < self.results.codes_bytes <= _MAX_CODES_BYTES:
-            columns = self.results.codes()[:, latents].tocsc()
-        else:
-            kept = self.results.distributions()
-            is_chosen = np.isin(kept.latents, latents)
-            latents, columns = kept.latents[is_chosen], kept.values.tocsc()[:, is_chosen]
-        return {
-            int(latent): columns.data[columns.indptr[i] : columns.indptr[i + 1]]
-            for i, latent in enumerate(latents)
-        }
-
-    # --- Finish ----------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _alone(self, number: int, item: Item, progress: Progress) -> Iterator[None]:
+        """A block about a latent, whose errors end the work for its SAE only."""
+        said = f"{item.name} was drawn by another worker meanwhile"
+        with (
+            self._failures.of(number, progress.safe_point),
+            driver.unless_done(lambda: self.done(item), said),
+        ):
+            yield
 
     def publish(self, progress: Progress) -> None:
-        drawn = self._drawn()
-        report = self._report([record for record, _ in drawn], self._note())
-        report = dataclasses.replace(report, home=overview.home_of(self.out))
-        text = page.build(report).encode()
-        progress.publish_point()
-        storage.write_bytes(self.index_url, text)
-        listed = {INDEX: storage.Listed.of(text)}
-        for record, row in drawn:
-            listed[f"{folder_name(record.latent)}/{RECORD}"] = row
-        done = {
-            "key": self.key,
-            "config": self.cfg.to_dict(),
-            "latents": list(self.choice.latents),
-        }
-        storage.clean_temporary(self.out)
-        progress.publish_point()
-        storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
+        for number, one in self._sound.items():
+            with self._failures.of(number, progress.safe_point, but=IncompleteError):
+                if not one.published():
+                    one.publish(progress)
 
     def close(self) -> None:
-        self.shards.close()
-
-    def _drawn(self) -> list["_Drawn"]:
-        """What is known of all latents, which have to be drawn."""
-        latents = self.choice.latents
-        found = self.find_drawn(latents)
-        if None in found:
-            raise IncompleteError(
-                f"{self.out} is incomplete: latent {latents[found.index(None)]} was not drawn. Run "
-                "the same command again; what is done is kept."
-            )
-        return [drawn for drawn in found if drawn is not None]
-
-    def _report(self, records: list[LatentRecord], note: str) -> page.Report:
-        return page.Report(
-            **heading.of(self.cfg.run, self.results, self.shards, self.activations)._asdict(),
-            records=records,
-            explicit=self.choice.explicit,
-            frequency=self.results.frequency,
-            other_model=self.other_model,
-            activations=f"Activations: {self.activations.described}",
-            note=note,
-        )
-
-    def book(self, max_bytes: int) -> str:
-        records = [record for record, _ in self._drawn()]
-        pictures: dict[str, str] = {}
-        shown: list[LatentRecord] = []
-        n_bytes = 0
-        for record in records:
-            found = self._inlined(record)
-            n_bytes += sum(map(len, found.values()))
-            if shown and n_bytes > max_bytes:
-                break
-            shown.append(record)
-            pictures |= found
-        note = self._note()
-        if len(shown) < len(records):
-            note = (
-                f"The first {len(shown)} of {len(records)} latents; all of them are in "
-                f"{self.index_url}."
-            )
-        return page.build(self._report(shown, note), pictures.__getitem__)
-
-    def _inlined(self, record: LatentRecord) -> dict[str, str]:
-        """Pictures of a latent as data URIs, by their path in the report."""
-        names = _pictures(record)
-        if not names:
-            return {}
-        place = storage.join(self.out, folder_name(record.latent))
-        folder = storage.Folder.open(place, RECORD, _REMEDY)
-        return {f"{folder_name(record.latent)}/{name}": _inline(folder, name) for name in names}
-
-    def _note(self) -> str:
-        if self.choice.latents:
-            return ""
-        low, high = self.cfg.log_freq_range
-        return (
-            f"No latent has a log10 frequency between {low:g} and {high:g} and a log10 mean value "
-            f"between {self.cfg.log_value_range[0]:g} and {self.cfg.log_value_range[1]:g}. Widen "
-            "--log-freq-range or --log-value-range, or name latents with --latents."
-        )
+        self._top.clear()
+        self._views.clear()
+        self._images.close()
 
 
-def _inline(folder: storage.Folder, name: str) -> str:
-    """A picture as a data URI."""
-    url = storage.inside(folder.url, name)
-    data = folder.read_bytes(name)
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        raise CorruptDataError(
-            f"{url} is not a WebP picture. Delete {RECORD} beside it and run the same command "
-            "again."
-        )
-    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+def _place(item: Item) -> tuple[int, int]:
+    """The number of the SAE of an item, and its latent."""
+    return int(item.spec.get("sae", 0)), int(item.spec["latent"])
 
 
-def _pictures(record: LatentRecord) -> list[str]:
-    """File names of a latent's pictures."""
-    return [n for e in record.examples for n in (e.plain, e.highlight, e.segmentation) if n]
-
-
-def _without_place(data: tp.Any) -> tp.Any:
-    """A dataset's config without what the images' digest covers, or where they lie."""
-    plain = protocol.without_place(data)
-    if not isinstance(plain, dict):
-        return plain
-    return {k: v for k, v in plain.items() if k not in ("name", "version")}
-
-
-def _hash(obj: tp.Any) -> str:
-    return storage.content_hash(obj, 16)
+def _book(cfg: VisualsConfig, max_bytes: int) -> str:
+    with contextlib.closing(Images()) as images:
+        return Pictures(cfg, images).book(max_bytes)

@@ -99,10 +99,10 @@ def write_photos(root: str, n: int = 8) -> None:
     storage.write_text(f"{root}/classes.csv", f'label,name\n0,noise\n1,"{quoted}"\n2,ramp\n')
 
 
-def make_run(run: str, shards: str, d_model: int) -> None:
+def make_run(run: str, shards: str, d_model: int, seed: int = 0) -> None:
     """A run folder as training leaves it; DEAD never fires, 1 and 2 do on many patches."""
     cfg = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=TopK(top_k=4))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     sae = SparseAutoencoder(cfg).requires_grad_(False)
     weights = torch.randn(D_SAE, d_model, generator=generator)
     sae.W_dec.copy_(torch.nn.functional.normalize(weights))
