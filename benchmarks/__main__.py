@@ -23,6 +23,7 @@ SCRIPTS = {
     "node_cache": "The node's cache",
     "training": "Training",
     "inference": "Inference",
+    "many": "Many SAEs, measured and shown",
     "extraction": "Recording activations",
     "planning": "Planning and opening",
     "gpu": "On a GPU",

@@ -12,6 +12,7 @@ FLAGS = {
     "loader": ["--root={}"],
     "training": [],
     "inference": ["--root={}"],
+    "many": ["--root={}"],
     "extraction": ["--root={}"],
     "planning": ["--root={}"],
     "gpu": ["--root={}", "--device=cpu"],
