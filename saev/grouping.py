@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 
 from saev import limits
 
-_SUMS_BYTES = 64
-"""Bytes of a latent's counts, sums and largest value."""
+_SUMS_BYTES = 2 * (64 + 8 * limits.HISTOGRAM_BINS)
+"""Bytes of a latent's counts, sums, largest value and histogram, of all and of held-out images."""
 _EXAMPLE_BYTES = 28
-"""Bytes of one of a latent's top examples, without the values of its tokens, which take 8 each."""
+"""Bytes of one of a latent's examples, without the values of its tokens, which take 8 each."""
 
 _T = tp.TypeVar("_T")
 _Key = tp.TypeVar("_Key")
@@ -25,7 +25,7 @@ def group_by(members: Iterable[_T], key: Callable[[_T], _Key]) -> dict[_Key, lis
 def measuring_bytes(d_model: int, d_sae: int, tokens: int, n_top: int) -> int:
     """Most memory that an SAE takes while it is measured, alone or with others.
 
-    These are its weights, a latent's sums, its top examples if it fires on all of their tokens, and
+    These are its weights, a latent's sums, its examples if it fires on all of their tokens, and
     two pieces of codes.
 
     Args:
@@ -34,7 +34,8 @@ def measuring_bytes(d_model: int, d_sae: int, tokens: int, n_top: int) -> int:
         tokens: tokens of an example that are read.
         n_top: examples kept per latent.
     """
-    latent = 8 * d_model + _SUMS_BYTES + n_top * (_EXAMPLE_BYTES + 8 * tokens)
+    n_examples = n_top + limits.SPREAD_EXAMPLES
+    latent = 8 * d_model + _SUMS_BYTES + n_examples * (_EXAMPLE_BYTES + 8 * tokens)
     return d_sae * latent + 2 * 8 * limits.PIECE_ENTRIES
 
 

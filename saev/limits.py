@@ -19,3 +19,7 @@ the SAEs for them."""
 PIECE_ENTRIES = 1 << 21
 """Sparse codes of an SAE, of 8 bytes each, that are gathered before they are turned into columns,
 added up and written. Sums are made per piece, so that another number changes their last digits."""
+SPREAD_EXAMPLES = 12
+"""Examples kept per latent that are a random sample of those on which it fires."""
+HISTOGRAM_BINS = 256
+"""Bins of the histograms of a latent's values."""

@@ -12,7 +12,7 @@ from saev.config.many import ManySaes
 class _Measuring(Config):
     """Settings of the measurement of an SAE."""
 
-    added: tp.ClassVar = frozenset({"allow_other_model", "centre", "scale", "top_k"})
+    added: tp.ClassVar = frozenset({"allow_other_model", "centre", "image_floor", "scale", "top_k"})
 
     data: DataConfig = DataConfig()
     """The activations; by default those that the run was trained on."""
@@ -24,6 +24,9 @@ class _Measuring(Config):
     """Examples kept per latent."""
     save: bool = True
     """Write token_acts.npz, the sparse codes of all tokens (--no-save leaves it out)."""
+    image_floor: float = pydantic.Field(default=0.05, ge=0.0, lt=1.0)
+    """Leave out of the tables image_acts the images on which a latent's largest value is below this
+    share of its largest value of all. What is left out is counted, and no statistic lacks it."""
     concepts: bool = True
     """If tokens have labels, measure how well single latents predict the classes. While it runs,
     this needs storage for the codes of all tokens, also with --no-save."""

@@ -14,7 +14,7 @@ import numpy as np
 N_CLASSES = 256
 """Labels are uint8."""
 
-_LABEL_BITS, _VALUE_BITS = 8, 32
+_VALUE_BITS = 32
 
 
 class Carry(tp.NamedTuple):
@@ -23,12 +23,12 @@ class Carry(tp.NamedTuple):
     n: np.ndarray
     """Tokens with higher values, int64 [latents]."""
     by_class: np.ndarray
-    """Of them, in each class, int64 [latents, N_CLASSES]."""
+    """Of them, in each class, int64 [latents, classes]."""
 
     @classmethod
-    def zeros(cls, n_latents: int) -> "Carry":
+    def zeros(cls, n_latents: int, n_classes: int = N_CLASSES) -> "Carry":
         """Nothing yet."""
-        shape = (n_latents, N_CLASSES)
+        shape = (n_latents, n_classes)
         return cls(np.zeros(n_latents, dtype=np.int64), np.zeros(shape, dtype=np.int64))
 
 
@@ -55,26 +55,28 @@ def precision_sums(
     Args:
         latents: column of each entry, int64 [nnz], from 0.
         values: its value, float32 [nnz], not 0.
-        labels: its class, [nnz], 0 to 255.
+        labels: its class, [nnz].
         carry: tokens that come before the entries; updated to come after them.
 
     Returns:
-        float64 [n_latents, N_CLASSES].
+        float64 [n_latents, classes].
     """
-    n_latents = len(carry.n)
+    n_latents, n_classes = carry.by_class.shape
+    label_bits = max(1, (n_classes - 1).bit_length())
     value_key = descending_key(values).astype(np.uint64)
     latent_key = latents.astype(np.uint64)
     by_value = np.sort((latent_key << np.uint64(_VALUE_BITS)) | value_key)
-    class_key = (latent_key << np.uint64(_LABEL_BITS)) | labels.astype(np.uint64)
+    class_key = (latent_key << np.uint64(label_bits)) | labels.astype(np.uint64)
     by_class = np.sort((class_key << np.uint64(_VALUE_BITS)) | value_key)
 
     group = (by_class >> np.uint64(_VALUE_BITS)).astype(np.int64)  # latent and class
-    latent = group >> _LABEL_BITS
-    counts = np.bincount(group, minlength=n_latents * N_CLASSES)
+    latent = group >> label_bits
+    group = latent * n_classes + (group & ((1 << label_bits) - 1))
+    counts = np.bincount(group, minlength=n_latents * n_classes)
     group_starts = np.cumsum(counts) - counts
     t = _run_ends(by_class) - group_starts[group]
 
-    n_by_latent = counts.reshape(n_latents, N_CLASSES).sum(axis=1)
+    n_by_latent = counts.reshape(n_latents, n_classes).sum(axis=1)
     latent_starts = np.cumsum(n_by_latent) - n_by_latent
     query = (latent.astype(np.uint64) << np.uint64(_VALUE_BITS)) | (
         by_class & np.uint64(0xFFFFFFFF)
@@ -82,11 +84,11 @@ def precision_sums(
     n = np.searchsorted(by_value, query, side="right") - latent_starts[latent]
 
     precision = (t + carry.by_class.reshape(-1)[group]) / (n + carry.n[latent])
-    sums = np.bincount(group, weights=precision, minlength=n_latents * N_CLASSES)
+    sums = np.bincount(group, weights=precision, minlength=n_latents * n_classes)
     sums = sums.astype(np.float64, copy=False)  # numpy gives integers where there are no entries
     carry.n[:] += n_by_latent
-    carry.by_class[:] += counts.reshape(n_latents, N_CLASSES)
-    return sums.reshape(n_latents, N_CLASSES)
+    carry.by_class[:] += counts.reshape(n_latents, n_classes)
+    return sums.reshape(n_latents, n_classes)
 
 
 def _run_ends(ordered: np.ndarray) -> np.ndarray:
@@ -105,16 +107,24 @@ def zero_group(
     Args:
         carry: tokens with positive values; updated.
         active: tokens on which each latent fires, int64 [latents].
-        active_by_class: of them, in each class, int64 [latents, N_CLASSES].
-        n_by_class: tokens of each class, int64 [N_CLASSES].
+        active_by_class: of them, in each class, int64 [latents, classes].
+        n_by_class: tokens of each class, int64 [classes].
 
     Returns:
-        float64 [latents, N_CLASSES].
+        float64 [latents, classes].
     """
     silent_by_class = n_by_class - active_by_class
     carry.n[:] += n_by_class.sum() - active
     carry.by_class[:] += silent_by_class
     return silent_by_class * (carry.by_class / np.maximum(carry.n, 1)[:, None])
+
+
+def count_by_class(
+    latents: np.ndarray, labels: np.ndarray, n_latents: int, n_classes: int
+) -> np.ndarray:
+    """Entries of each latent and class, int64 [n_latents, n_classes]."""
+    found = np.bincount(latents * n_classes + labels, minlength=n_latents * n_classes)
+    return found.reshape(n_latents, n_classes)
 
 
 def average_precision(
@@ -128,15 +138,14 @@ def average_precision(
         values: its value, float32 [nnz], not 0.
         labels: its class, [nnz].
         n_latents: number of columns.
-        n_by_class: tokens of each class, int64 [N_CLASSES], those without an entry too.
+        n_by_class: tokens of each class, int64 [classes], those without an entry too.
 
     Returns:
-        float64 [n_latents, N_CLASSES]; 0 for a class without tokens.
+        float64 [n_latents, classes]; 0 for a class without tokens.
     """
-    carry = Carry.zeros(n_latents)
-    group = latents * N_CLASSES + labels
-    active_by_class = np.bincount(group, minlength=n_latents * N_CLASSES)
-    active_by_class = active_by_class.reshape(n_latents, N_CLASSES)
+    n_classes = len(n_by_class)
+    carry = Carry.zeros(n_latents, n_classes)
+    active_by_class = count_by_class(latents, labels, n_latents, n_classes)
     above = values > 0
     sums = precision_sums(latents[above], values[above], labels[above], carry)
     sums += zero_group(carry, active_by_class.sum(axis=1), active_by_class, n_by_class)

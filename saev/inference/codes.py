@@ -96,6 +96,12 @@ class Columns(tp.NamedTuple):
             np.concatenate([self.values[:0], *(self.values[span] for span in spans)]),
         )
 
+    def where(self, is_wanted: np.ndarray) -> "Columns":
+        """The entries of some rows, whose numbers stay; ``is_wanted`` is bool [n_rows]."""
+        keep = is_wanted[self.rows]
+        before = np.concatenate([[0], np.cumsum(keep)])
+        return Columns(before[self.indptr], self.rows[keep], self.values[keep])
+
     @property
     def counts(self) -> np.ndarray:
         """Entries per latent, int64 [d_sae]."""
@@ -133,6 +139,8 @@ class CodesInfo(Config):
     """CRC-32C of each MiB of it, eight hex digits each, if there is more than one."""
     pieces: tuple[PieceInfo, ...]
     """In dataset order."""
+    by_image: bool = False
+    """Whether rows are images, whose entries have a largest and a mean value."""
 
     @property
     def has_blocks(self) -> bool:
@@ -158,13 +166,16 @@ class _Field:
     count: int
 
 
-def _fields(piece: PieceInfo, n_latents: int) -> dict[str, _Field]:
+def _fields(piece: PieceInfo, n_latents: int, *, by_image: bool) -> dict[str, _Field]:
     """Arrays of a piece, in file order; widest first, so that all are aligned."""
-    layout = (
+    layout = [
         ("indptr", "<i8", n_latents + 1), ("example_idx", "<i8", piece.n_rows),
         ("rows", "<i4", piece.nnz), ("values", "<f4", piece.nnz),
-        ("token_idx", "<i4", piece.n_rows), ("label", "<i2", piece.n_rows),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if by_image:
+        layout += [("means", "<f4", piece.nnz)]
+    else:
+        layout += [("token_idx", "<i4", piece.n_rows), ("label", "<i2", piece.n_rows)]
     fields, offset = {}, piece.offset
     for name, dtype, count in layout:
         fields[name] = _Field(name, np.dtype(dtype), offset, count)
@@ -179,20 +190,29 @@ class CodesWriter:
         handle: from `storage.open_write`.
         name: object name, for the record.
         n_latents: columns of every piece.
+        by_image: whether rows are images.
     """
 
-    def __init__(self, handle: tp.BinaryIO, name: str, n_latents: int):
+    def __init__(self, handle: tp.BinaryIO, name: str, n_latents: int, *, by_image: bool = False):
         self._writer = storage.ChecksumWriter(handle)
-        self._name, self._n_latents = name, n_latents
+        self._name, self._n_latents, self._by_image = name, n_latents, by_image
         self._pieces: list[PieceInfo] = []
 
     def append(self, columns: Columns, tokens: TokenRows) -> None:
-        """Write one piece."""
+        """Write one piece of tokens."""
+        self._append({**columns._asdict(), **tokens._asdict()})
+
+    def append_images(self, columns: Columns, means: np.ndarray, example_idx: np.ndarray) -> None:
+        """Write one piece of images; see :class:`saev.inference.images.ImageActs`."""
+        self._append({**columns._asdict(), "means": means, "example_idx": example_idx})
+
+    def _append(self, arrays: tp.Mapping[str, np.ndarray]) -> None:
         piece = PieceInfo(
-            offset=self._writer.n_bytes, n_rows=len(tokens.example_idx), nnz=len(columns.values)
+            offset=self._writer.n_bytes,
+            n_rows=len(arrays["example_idx"]),
+            nnz=len(arrays["values"]),
         )
-        arrays = {**columns._asdict(), **tokens._asdict()}
-        for field in _fields(piece, self._n_latents).values():
+        for field in _fields(piece, self._n_latents, by_image=self._by_image).values():
             self._writer.write(np.ascontiguousarray(arrays[field.name], dtype=field.dtype))
         self._pieces.append(piece)
 
@@ -205,6 +225,7 @@ class CodesWriter:
             checksum=self._writer.checksum,
             blocks=self._writer.blocks,
             pieces=tuple(self._pieces),
+            by_image=self._by_image,
         )
 
 
@@ -216,10 +237,12 @@ class Piece:
         reader: storage.RangeReader | storage.CheckedReader,
         info: PieceInfo,
         n_latents: int,
+        *,
+        by_image: bool = False,
     ):
         self.info = info
         self._reader = reader
-        self._fields = _fields(info, n_latents)
+        self._fields = _fields(info, n_latents, by_image=by_image)
         self._n_latents = n_latents
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -277,14 +300,14 @@ class StoredCodes:
         for info in self.infos:
             with self._open(info) as reader:
                 for piece in info.pieces:
-                    yield Piece(reader, piece, info.n_latents)
+                    yield Piece(reader, piece, info.n_latents, by_image=info.by_image)
 
     def map(self, read: tp.Callable[[Piece], T]) -> Iterator[T]:
         """``read`` of every piece, in order; a few at a time, to hide the storage's latency."""
 
         def task(info: CodesInfo, piece: PieceInfo) -> T:
             with self._open(info) as reader:
-                return read(Piece(reader, piece, info.n_latents))
+                return read(Piece(reader, piece, info.n_latents, by_image=info.by_image))
 
         pieces = ((info, piece) for info in self.infos for piece in info.pieces)
         with concurrent.futures.ThreadPoolExecutor(_READERS, "saev-codes") as pool:

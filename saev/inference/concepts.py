@@ -15,6 +15,7 @@ from saev.inference.alignment import (
     N_CLASSES,
     Carry,
     average_precision,
+    count_by_class,
     descending_key,
     precision_sums,
     probe_r,
@@ -22,6 +23,7 @@ from saev.inference.alignment import (
     zero_group,
 )
 from saev.inference.codes import Piece, StoredCodes
+from saev.inference.scores import ALL, SIDES, Classes, Found, Scores
 
 MAX_ENTRIES = 1 << 21
 """Entries held at a time: about 300 MB with what sorting them takes."""
@@ -50,9 +52,22 @@ class ClassAlignment(Config):
     """McFadden's pseudo-R² of a logistic probe on the latent."""
 
 
+class Alignment(tp.NamedTuple):
+    """What the labels of patches say."""
+
+    classes: list[ClassAlignment]
+    """One row per class, by label."""
+    scores: Scores
+    """Of all latents and classes, for `classes.parquet`."""
+
+
 def align(
-    codes: StoredCodes, counts: np.ndarray, max_entries: int = MAX_ENTRIES
-) -> list[ClassAlignment]:
+    codes: StoredCodes,
+    counts: np.ndarray,
+    side: np.ndarray,
+    first: int = 0,
+    max_entries: int = MAX_ENTRIES,
+) -> Alignment:
     """Find the best latent of every class that occurs.
 
     Tokens without a label (the class token) do not take part.
@@ -60,26 +75,34 @@ def align(
     Args:
         codes: with labels.
         counts: entries per latent over all of `codes`, int64 [d_sae].
+        side: of each example of the shards, see :mod:`saev.inference.sides`.
+        first: number of the first class in `classes.parquet`.
         max_entries: most entries to hold at a time.
-
-    Returns:
-        One row per class, by label.
     """
-    n_by_class = np.zeros(N_CLASSES, dtype=np.int64)
+    by_side = {one: np.zeros(N_CLASSES, dtype=np.int64) for one in SIDES}
     for piece in codes:
-        labels = piece.array("label")
-        n_by_class += np.bincount(labels[labels >= 0], minlength=N_CLASSES)
+        labels, sides = piece.array("label"), side[piece.array("example_idx")]
+        for one, n_by_class in by_side.items():
+            mine = (labels >= 0) & ((sides == one) | (one == ALL))
+            n_by_class += np.bincount(labels[mine], minlength=N_CLASSES)
+    n_by_class = by_side[ALL]
+    classes = Classes("mask", np.arange(N_CLASSES), [None] * N_CLASSES, by_side)
+    scores = Scores(classes, first, len(counts))
     best_ap = np.full(N_CLASSES, -1.0)
     best: dict[int, ClassAlignment] = {}
     for start, stop in _blocks(counts, max_entries):
         is_long = int(counts[start:stop].sum()) > max_entries
-        block = (_LongColumn if is_long else _Block)(codes, start, stop, max_entries)
-        ap = block.average_precision(n_by_class)
+        block = (_LongColumn if is_long else _Block)(codes, side, start, stop, max_entries)
+        found = {one: block.measure(one, by_side[one]) for one in classes.sides}
+        if not found:
+            break  # no token has a label
+        scores.add(start, found)
+        ap = found[ALL].ap
         for label in np.flatnonzero((n_by_class > 0) & (ap.max(axis=0) > best_ap)).tolist():
             column = int(ap[:, label].argmax())
             best_ap[label] = ap[column, label]
             best[label] = _describe(block, column, start, label, ap, n_by_class)
-    return [best[label] for label in sorted(best)]
+    return Alignment([best[label] for label in sorted(best)], scores)
 
 
 def summarize(classes: tp.Sequence[ClassAlignment]) -> dict[str, float | int]:
@@ -146,18 +169,36 @@ def _blocks(counts: np.ndarray, max_entries: int) -> Iterator[tuple[int, int]]:
         yield start, len(counts)
 
 
-def _labelled(
-    codes: StoredCodes, start: int, stop: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Per piece: column (from 0), value and label of the entries of latents start:stop."""
+class _Entries(tp.NamedTuple):
+    """Entries of some latents on labelled tokens."""
 
-    def read(piece: Piece) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    latents: np.ndarray
+    """From 0, int64 [nnz]."""
+    values: np.ndarray
+    """float32 [nnz]."""
+    labels: np.ndarray
+    """int64 [nnz]."""
+    sides: np.ndarray
+    """int8 [nnz]."""
+
+    def on(self, side: int) -> "_Entries":
+        """Those of one side."""
+        return self if side == ALL else _Entries(*(field[self.sides == side] for field in self))
+
+
+def _labelled(codes: StoredCodes, side: np.ndarray, start: int, stop: int) -> Iterator[_Entries]:
+    """Per piece the entries of latents start:stop."""
+
+    def read(piece: Piece) -> _Entries:
         columns = piece.columns(start, stop)
         if not len(columns.values):
-            return columns.latents, columns.values, columns.latents
+            return _Entries(columns.latents, columns.values, columns.latents, side[:0])
         labels = piece.array("label")[columns.rows].astype(np.int64)
         keep = labels >= 0
-        return columns.latents[keep], columns.values[keep], labels[keep]
+        example_idx = piece.array("example_idx")[columns.rows[keep]]
+        return _Entries(
+            columns.latents[keep], columns.values[keep], labels[keep], side[example_idx]
+        )
 
     return codes.map(read)
 
@@ -165,60 +206,64 @@ def _labelled(
 class _Block:
     """Some latents, all of whose entries are in memory."""
 
-    def __init__(self, codes: StoredCodes, start: int, stop: int, max_entries: int):
+    def __init__(
+        self, codes: StoredCodes, side: np.ndarray, start: int, stop: int, max_entries: int
+    ):
         self._n_latents = stop - start
-        parts = list(_labelled(codes, start, stop))
-        empty = (np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
-        fields = zip(empty, *parts, strict=True)
-        self._latents, self._values, self._labels = (np.concatenate(field) for field in fields)
+        parts = list(_labelled(codes, side, start, stop))
+        empty = (np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64), side[:0])
+        self._entries = _Entries(*map(np.concatenate, zip(empty, *parts, strict=True)))
 
-    def average_precision(self, n_by_class: np.ndarray) -> np.ndarray:
-        """float64 [latents, N_CLASSES]."""
-        return average_precision(
-            self._latents, self._values, self._labels, self._n_latents, n_by_class
-        )
+    def measure(self, side: int, n_by_class: np.ndarray) -> Found:
+        """Scores of all latents and classes on one side."""
+        found = self._entries.on(side)
+        active = count_by_class(found.latents, found.labels, self._n_latents, N_CLASSES)
+        return Found(average_precision(*found[:3], self._n_latents, n_by_class), active)
 
     def column(self, column: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Values and labels of one latent."""
-        mine = self._latents == column
-        yield self._values[mine], self._labels[mine]
+        mine = self._entries.latents == column
+        yield self._entries.values[mine], self._entries.labels[mine]
 
 
 class _LongColumn:
     """One latent that has too many entries to hold: every question is a pass over them."""
 
-    def __init__(self, codes: StoredCodes, start: int, stop: int, max_entries: int):
-        self._codes, self._latent, self._max_entries = codes, start, max_entries
+    def __init__(
+        self, codes: StoredCodes, side: np.ndarray, start: int, stop: int, max_entries: int
+    ):
+        self._codes, self._side, self._latent = codes, side, start
+        self._max_entries = max_entries
         self._bins = np.zeros(1 << _BIN_BITS, dtype=np.int64)
-        self._by_class = np.zeros(N_CLASSES, dtype=np.int64)
-        for values, labels in self.column(0):
+        for values, _ in self.column(0):
             self._bins += np.bincount(_bin(values), minlength=len(self._bins))
-            self._by_class += np.bincount(labels, minlength=N_CLASSES)
 
-    def average_precision(self, n_by_class: np.ndarray) -> np.ndarray:
-        """float64 [1, N_CLASSES]."""
+    def measure(self, side: int, n_by_class: np.ndarray) -> Found:
+        """Scores of the latent for all classes on one side."""
+        by_class = np.zeros((1, N_CLASSES), dtype=np.int64)
+        for _, labels in self.column(0, side):
+            by_class[0] += np.bincount(labels, minlength=N_CLASSES)
         carry = Carry.zeros(1)
         sums = np.zeros((1, N_CLASSES))
         for first, last in self._bands(0, _FIRST_NEGATIVE_BIN):
-            sums += self._band(first, last, carry)
-        active = np.array([self._by_class.sum()])
-        sums += zero_group(carry, active, self._by_class[None], n_by_class)
+            sums += self._band(first, last, side, carry)
+        sums += zero_group(carry, by_class.sum(axis=1), by_class, n_by_class)
         for first, last in self._bands(_FIRST_NEGATIVE_BIN, len(self._bins)):
-            sums += self._band(first, last, carry)
-        return sums / np.maximum(n_by_class, 1)
+            sums += self._band(first, last, side, carry)
+        return Found(sums / np.maximum(n_by_class, 1), by_class)
 
-    def column(self, column: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def column(self, column: int, side: int = ALL) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Values and labels, piece by piece."""
-        for _, values, labels in _labelled(self._codes, self._latent, self._latent + 1):
-            yield values, labels
+        for entries in _labelled(self._codes, self._side, self._latent, self._latent + 1):
+            yield entries.on(side).values, entries.on(side).labels
 
     def _bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         for start, stop in _blocks(self._bins[first:last], self._max_entries):
             yield first + start, first + stop
 
-    def _band(self, first: int, last: int, carry: Carry) -> np.ndarray:
+    def _band(self, first: int, last: int, side: int, carry: Carry) -> np.ndarray:
         kept_values, kept_labels = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-        for values, labels in self.column(0):
+        for values, labels in self.column(0, side):
             bins = _bin(values)
             inside = (bins >= first) & (bins < last)
             kept_values.append(values[inside])

@@ -19,7 +19,7 @@ from saev.device import choose_device
 from saev.errors import ConfigError, CorruptDataError
 from saev.failures import Failures
 from saev.grouping import group_by, measuring_bytes
-from saev.inference import files, provenance
+from saev.inference import embeddings, files, provenance, sides
 from saev.inference.provenance import read_run
 from saev.inference.source import TokenSource
 from saev.nn.codes import encode
@@ -104,6 +104,22 @@ class Pass:
     def source(self) -> TokenSource:
         """Reads the tokens."""
         return self._others.source(self.shards, self.data, labels=self.has_concepts)
+
+    def sides(self, examples: np.ndarray) -> np.ndarray:
+        """Which side of the SAE's training each example is on; see :mod:`saev.inference.sides`."""
+        trained_hash = self.trained_on.shards if self.trained_on else None
+        return sides.of_examples(self.shards, examples, self._trained, trained_hash)
+
+    def embedder(self, shard: int) -> embeddings.Embedder:
+        """Makes the embeddings of a shard's images."""
+        wanted = embeddings.sample(self.source.examples)
+        inside = np.intersect1d(wanted, self.source.shard_examples(shard), assume_unique=True)
+        return embeddings.Embedder(self.shards, self.data, inside)
+
+    @property
+    def embedding_source(self) -> TokenSource:
+        """Reads the tokens that embeddings are made of."""
+        return self._others.source(self.shards, embeddings.config(self.shards), labels=False)
 
     @property
     def memory(self) -> int:
@@ -406,6 +422,8 @@ def _inputs(
         "n_examples": shards.n_examples,
         "data": {k: v for k, v in data.identity().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
+        # Keys that came later do not change the names of results while they have their defaults.
+        **{k: v for k, v in cfg.identity().items() if k in ("image_floor",)},
         # Version 0.1.0 measured on activations of another model without a warning. Its results must
         # not pass for ones that name the difference.
         **({"other_model": True} if is_other else {}),

@@ -16,11 +16,13 @@ from saev import storage
 from saev.config.base import Config
 from saev.errors import ConfigError, CorruptDataError
 from saev.grouping import group_by
-from saev.inference import files
+from saev.inference import files, sides
 from saev.inference.codes import CodesInfo, CodesWriter, Columns, TokenRows
+from saev.inference.images import ImageActs
 from saev.inference.job import Pass
-from saev.inference.topk import Entries, TopExamples
-from saev.limits import PIECE_ENTRIES
+from saev.inference.sums import LatentSums
+from saev.inference.topk import Entries, TopExamples, by_chance
+from saev.limits import PIECE_ENTRIES, SPREAD_EXAMPLES
 from saev.nn.codes import encode
 from saev.nn.metrics import ReconstructionMetrics, Vectors
 from saev.progress import Task
@@ -46,6 +48,22 @@ class PartRecord(Config):
     """All codes, if they are needed later."""
     dists: CodesInfo | None
     """Codes of `dist_latents`."""
+    images: CodesInfo | None = None
+    """The largest and mean value of each latent on each image; None in a record of an earlier
+    version, whose shard is done again."""
+
+
+class ImageRows(tp.NamedTuple):
+    """What is known of each image, whatever latents fire on it."""
+
+    example_idx: np.ndarray
+    """int64 [n_images], ascending."""
+    n_tokens: np.ndarray
+    """Selected tokens, int64 [n_images]."""
+    n_active: np.ndarray
+    """Active latents, summed over tokens, int64 [n_images]."""
+    sq_error: np.ndarray
+    """Σ‖x − x̂‖² over tokens, float64 [n_images]."""
 
 
 class PartStats:
@@ -60,57 +78,113 @@ class PartStats:
 
     def __init__(self, d_model: int, d_sae: int, n_top: int, device: str | torch.device = "cpu"):
         self.metrics = ReconstructionMetrics(d_model, d_sae, device)
-        self.value_sums = np.zeros(d_sae)
-        """Σ f per latent, float64."""
-        self.max_values = np.full(d_sae, -np.inf, dtype=np.float32)
-        """Largest value per latent; -inf if it never fires."""
+        self.sums = LatentSums(d_sae)
+        """Of all tokens."""
+        self.held_out = LatentSums(d_sae)
+        """Of tokens of held-out images."""
         self.top = TopExamples(d_sae, n_top)
+        self.spread = TopExamples(d_sae, SPREAD_EXAMPLES, by_chance)
+        """A sample of the examples on which each latent fires."""
+        self._images: list[ImageRows] = []
+        self._embeddings = [np.zeros((0, d_model), dtype=np.float32)]
 
-    def add_codes(self, columns: Columns, tokens: TokenRows) -> None:
-        """Add the codes of some whole examples."""
-        counts = columns.counts
-        firing = np.flatnonzero(counts)
-        if len(firing):
-            starts = columns.indptr[firing]
-            values = columns.values.astype(np.float64)
-            self.value_sums[firing] += np.add.reduceat(values, starts)
-            peaks = np.maximum.reduceat(columns.values, starts)
-            self.max_values[firing] = np.maximum(self.max_values[firing], peaks)
+    @property
+    def images(self) -> ImageRows:
+        """All images, in dataset order."""
+        empty = ImageRows(*(np.zeros(0, kind) for kind in ("i8", "i8", "i8", "f8")))
+        return ImageRows(*(np.concatenate(f) for f in zip(empty, *self._images, strict=True)))
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """Of the images of :func:`saev.inference.embeddings.sample`, float32 [n, d_model]."""
+        return np.concatenate(self._embeddings)
+
+    def embed(self, vectors: np.ndarray) -> None:
+        """Add the embeddings of the next images."""
+        self._embeddings.append(vectors)
+
+    def add_codes(
+        self,
+        columns: Columns,
+        tokens: TokenRows,
+        sq_errors: np.ndarray | None = None,
+        held_out: np.ndarray | None = None,
+    ) -> ImageActs:
+        """Add the codes of some whole examples.
+
+        Args:
+            columns: codes.
+            tokens: which tokens the rows are.
+            sq_errors: ‖x − x̂‖² of each token, float64 [n_rows].
+            held_out: whether each token is of a held-out image, bool [n_rows].
+
+        Returns:
+            The codes by image.
+        """
+        images = ImageActs.of(columns, tokens)
+        self.sums.add(columns, images.columns.counts, len(tokens.label), len(images.example_idx))
         l1 = float(np.abs(columns.values).sum(dtype=np.float64))
-        self.metrics.update_codes(torch.from_numpy(counts), l1)
-        self.top.add(columns, tokens)
+        self.metrics.update_codes(torch.from_numpy(columns.counts), l1)
+        self.top.add(columns, tokens, images)
+        self.spread.add(columns, tokens, images)
+        ends = np.cumsum(images.n_tokens)
+        if held_out is not None and held_out.any():
+            by_image = held_out[ends - 1]
+            counts = images.columns.where(by_image).counts
+            n_tokens, n_images = int(held_out.sum()), int(by_image.sum())
+            self.held_out.add(columns.where(held_out), counts, n_tokens, n_images)
+        if sq_errors is not None and len(ends):
+            n_active = np.bincount(columns.rows, minlength=len(tokens.label))
+            starts = ends - images.n_tokens
+            sums = (np.add.reduceat(each, starts) for each in (n_active, sq_errors))
+            self._images.append(ImageRows(images.example_idx, images.n_tokens, *sums))
+        return images
 
     def merge(self, other: "PartStats") -> None:
         """Add a later part. Sums are added in the order of calls."""
         self.metrics.merge(other.metrics)
-        self.value_sums += other.value_sums
-        np.maximum(self.max_values, other.max_values, out=self.max_values)
+        self.sums.merge(other.sums)
+        self.held_out.merge(other.held_out)
         self.top.merge(other.top.result())
+        self.spread.merge(other.spread.result())
+        self._images += other._images
+        self._embeddings += other._embeddings
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""
-        metrics = {f"metrics.{k}": v.numpy() for k, v in self.metrics.tensors().items()}
-        top = {f"top.{k}": v for k, v in self.top.result()._asdict().items()}
-        own = {"value_sums": self.value_sums, "max_values": self.max_values}
-        return safetensors.numpy.save(metrics | top | own)
+        groups: dict[str, tp.Mapping[str, np.ndarray]] = {
+            "metrics": {k: v.numpy() for k, v in self.metrics.tensors().items()},
+            "sums": self.sums.tensors(),
+            "held_out": self.held_out.tensors(),
+            "top": self.top.result()._asdict(),
+            "spread": self.spread.result()._asdict(),
+            "images": self.images._asdict(),
+            "sample": {"embeddings": self.embeddings},
+        }
+        tensors = {f"{g}.{k}": v for g, group in groups.items() for k, v in group.items()}
+        return safetensors.numpy.save(tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes, n_top: int, source: str) -> "PartStats":
         """Inverse of :meth:`to_bytes`. Raises CorruptDataError."""
         tensors = storage.parse_tensors(data, source, remedy="Delete the folder.")
+
+        def group(name: str) -> dict[str, np.ndarray]:
+            prefix = f"{name}."
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
         with storage.parsed(source, "the statistics of a shard", remedy="Delete the folder."):
-            fields = {k: tensors[f"top.{k}"] for k in Entries._fields}
-            prefix = "metrics."
-            sums = {
-                k.removeprefix(prefix): torch.from_numpy(v)
-                for k, v in tensors.items()
-                if k.startswith(prefix)
-            }
-            metrics = ReconstructionMetrics.from_tensors(sums)
+            metrics = ReconstructionMetrics.from_tensors(
+                {k: torch.from_numpy(v) for k, v in group("metrics").items()}
+            )
             self = cls(metrics.d_model, metrics.d_sae, n_top)
-            self.value_sums, self.max_values = tensors["value_sums"], tensors["max_values"]
+            self.sums = LatentSums.from_tensors(group("sums"))
+            self.held_out = LatentSums.from_tensors(group("held_out"))
+            self.top.merge(Entries(**group("top")))
+            self.spread.merge(Entries(**group("spread")))
+            self._images = [ImageRows(**group("images"))]
+            self._embeddings = [tensors["sample.embeddings"]]
         self.metrics = metrics
-        self.top.merge(Entries(**fields))
         return self
 
 
@@ -136,7 +210,7 @@ def find_record(job: Pass, shard: int) -> PartRecord | None:
         record = PartRecord.from_dict(raw, source=place)
     except ConfigError as err:
         raise CorruptDataError(f"{err} {remedy}") from err
-    return record if record.key == job.key else None
+    return record if record.key == job.key and record.images is not None else None
 
 
 def read_stats(job: Pass, record: PartRecord) -> PartStats:
@@ -176,6 +250,7 @@ def compute(members: tp.Sequence[Pass], shard: int, task: Task, alone: Alone) ->
         with _Writing() as writing:
             by_size = group_by(shares, lambda one: one.examples_per_step)
             first = next(iter(by_size))
+            embedder = members[0].embedder(shard)
             for size, chunk in source.chunks(source.shard_examples(shard), [*by_size], device):
                 x, tokens = chunk
                 if not bool(vectors.load(x).total.isfinite().all()):
@@ -186,13 +261,17 @@ def compute(members: tp.Sequence[Pass], shard: int, task: Task, alone: Alone) ->
                     if shares[one].add(x, tokens, vectors):
                         writing.submit(shares[one].take())
                 if size == first:
+                    if embedder.is_read_anyway:
+                        embedder.add(x, tokens)
                     n_bytes = x.numel() * members[0].shards.dtype.itemsize
                     task.advance(len(x), n_bytes=n_bytes)
             for share in shares.values():
                 writing.submit(share.take())
+            if not embedder.is_read_anyway:
+                embedder.read(members[0].embedding_source)
         for one, share in shares.items():
             with alone(one):
-                share.write()
+                share.write(embedder.result())
 
 
 class _Codes(tp.NamedTuple):
@@ -206,6 +285,8 @@ class _Codes(tp.NamedTuple):
     """Their values, float32 [nnz]."""
     tokens: TokenRows
     """Which tokens they are."""
+    sq_errors: np.ndarray
+    """‖x − x̂‖² of each, float64 [n]."""
 
 
 class _Share:
@@ -223,6 +304,7 @@ class _Share:
         self._dist_latents = job.dist_latents
         self._codes: CodesWriter | None = None
         self._dists: CodesWriter | None = None
+        self._images: CodesWriter
         self._files = contextlib.ExitStack()
         self._steps: list[_Codes] = []
         self._held = 0
@@ -230,6 +312,7 @@ class _Share:
 
     def __enter__(self) -> tp.Self:
         with contextlib.ExitStack() as files_:
+            self._images = self._open(files_, "images", self._job.sae.d_sae, by_image=True)
             if self._job.keeps_codes:
                 self._codes = self._open(files_, "codes", self._job.sae.d_sae)
             if self._dist_latents:
@@ -241,10 +324,12 @@ class _Share:
         with contextlib.suppress(_DroppedError), self._files:
             raise _DroppedError
 
-    def _open(self, stack: contextlib.ExitStack, suffix: str, n_latents: int) -> CodesWriter:
+    def _open(
+        self, stack: contextlib.ExitStack, suffix: str, n_latents: int, *, by_image: bool = False
+    ) -> CodesWriter:
         place = _place(self._job, self._shard, suffix)
         handle = stack.enter_context(storage.open_write(place))
-        return CodesWriter(handle, storage.name(place), n_latents)
+        return CodesWriter(handle, storage.name(place), n_latents, by_image=by_image)
 
     def add(self, x: Tensor, tokens: TokenRows, vectors: Vectors) -> bool:
         """Do a step.
@@ -255,9 +340,9 @@ class _Share:
         if self._error is not None:
             return False
         found = encode(self._job.sae, x)
-        self._stats.metrics.add(vectors, found.x_hat)
+        errors = self._stats.metrics.add(vectors, found.x_hat).cpu().numpy()
         row_nnz, latents, values = (side.cpu().numpy() for side in found[:3])
-        self._steps.append(_Codes(row_nnz, latents, values, tokens))
+        self._steps.append(_Codes(row_nnz, latents, values, tokens, errors))
         self._held += len(values)
         return self._held >= _PIECE_ENTRIES
 
@@ -282,14 +367,20 @@ class _Share:
             np.concatenate([step.values for step in steps]),
             self._job.sae.d_sae,
         )
-        self._stats.add_codes(columns, tokens)
+        errors = np.concatenate([step.sq_errors for step in steps])
+        held_out = self._job.sides(tokens.example_idx) == sides.HELD_OUT
+        images = self._stats.add_codes(columns, tokens, errors, held_out)
+        self._images.append_images(images.columns, images.means, images.example_idx)
         if self._codes:
             self._codes.append(columns, tokens)
         if self._dists:
             self._dists.append(columns.select(np.array(self._dist_latents)), tokens)
 
-    def write(self) -> None:
+    def write(self, embedded: np.ndarray) -> None:
         """Store the codes and the statistics, then the record.
+
+        Args:
+            embedded: embeddings of the shard's images.
 
         Raises:
             CorruptDataError: the weights are not finite.
@@ -307,6 +398,7 @@ class _Share:
                 "Leave it out, or restore its checkpoint."
             )
         self._files.close()
+        self._stats.embed(embedded)
         data = self._stats.to_bytes()
         storage.write_bytes(_place(job, shard, "safetensors"), data)
         record = PartRecord(
@@ -316,6 +408,7 @@ class _Share:
             stats_checksum=storage.format_checksum(storage.crc32c(data)),
             codes=self._codes.info() if self._codes else None,
             dists=self._dists.info() if self._dists else None,
+            images=self._images.info(),
         )
         storage.write_json(_place(job, shard, "json"), storage.seal(record.to_dict()))
 

@@ -9,10 +9,11 @@ import safetensors.numpy
 
 from saev import storage
 from saev.errors import CorruptDataError, IncompleteError
-from saev.inference import concepts, files, npz, part
+from saev.inference import concepts, files, npz, part, tabulate
 from saev.inference.codes import CodesInfo, StoredCodes
 from saev.inference.job import Pass
 from saev.inference.part import PartRecord, PartStats
+from saev.inference.scores import Scores
 from saev.inference.topk import Entries
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def publish(
     codes = StoredCodes(place, _infos(records, "codes"))
     if codes.infos:
         codes.verify()
+    labels, masks = tabulate.ImageLabels.read(job), None
     if job.has_concepts:
-        classes = _concepts(codes, stats.metrics.fired.numpy())
+        classes, masks = _concepts(job, codes, stats, first=len(labels.targets))
         if classes:
             metrics |= concepts.summarize(classes)
             objects[files.CONCEPTS] = storage.json_bytes([row.to_dict() for row in classes])
@@ -69,6 +71,9 @@ def publish(
         listed[name] = storage.Listed.of(data)
     if job.cfg.save:
         listed[files.TOKEN_ACTS] = npz.write_codes(job.place(files.TOKEN_ACTS), codes)
+    acts = StoredCodes(place, _infos(records, "images"))
+    acts.verify()
+    listed |= tabulate.write(job, stats, acts, labels, masks)
     ready()
     storage.write_json(job.place(files.METRICS), storage.seal(metrics | _identity(job), listed))
 
@@ -100,7 +105,9 @@ def _read_records(job: Pass) -> list[PartRecord]:
     return records
 
 
-def _infos(records: list[PartRecord], kind: tp.Literal["codes", "dists"]) -> list[CodesInfo]:
+def _infos(
+    records: list[PartRecord], kind: tp.Literal["codes", "dists", "images"]
+) -> list[CodesInfo]:
     infos = [getattr(record, kind) for record in records]
     return [info for info in infos if info is not None]
 
@@ -116,8 +123,8 @@ def _latents(stats: PartStats) -> dict[str, bytes]:
     counts = stats.metrics.fired.numpy()
     sparsity = np.log10(frequency + LOG_FLOOR).astype(np.float32)
     means = {
-        "mean_values": stats.value_sums / np.maximum(counts, 1),
-        "max_values": np.where(counts > 0, stats.max_values, np.float32(0)),
+        "mean_values": stats.sums.means(),
+        "max_values": stats.sums.peaks(),
     }
     return {
         files.SPARSITY: safetensors.numpy.save(
@@ -141,11 +148,14 @@ def _top(job: Pass, top: Entries) -> bytes:
     )
 
 
-def _concepts(codes: StoredCodes, counts: np.ndarray) -> list[concepts.ClassAlignment]:
-    classes = concepts.align(codes, counts)
-    if not classes:
+def _concepts(
+    job: Pass, codes: StoredCodes, stats: PartStats, first: int
+) -> tuple[list[concepts.ClassAlignment], Scores]:
+    side = job.sides(np.arange(job.shards.n_examples))
+    found = concepts.align(codes, stats.sums.counts, side, first)
+    if not found.classes:
         logger.warning("No content token is left to align latents with classes.")
-    return classes
+    return found.classes, found.scores
 
 
 def _identity(job: Pass) -> dict[str, tp.Any]:

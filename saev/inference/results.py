@@ -19,7 +19,10 @@ from saev.inference import files, provenance
 from saev.inference.members import Members
 
 if tp.TYPE_CHECKING:
+    import pyarrow as pa
     import scipy.sparse  # at run time where it is used: steps that read figures do without it
+
+    from saev.parquet import Tables
 
 
 class TopExamples(tp.NamedTuple):
@@ -162,8 +165,7 @@ class Results:
         Raises:
             ConfigError: there is no such latent.
         """
-        if not 0 <= latent < self.d_sae:
-            raise ConfigError(f"There is no latent {latent}: the SAE has {self.d_sae}.")
+        self._check_latent(latent)
         t = self._top_examples
         first, last = t["indptr"][latent : latent + 2]
         n = int(last - first)
@@ -224,6 +226,83 @@ class Results:
             members = Members(reader, files.REMEDY)
             example_idx = members.array("example_idx", ["<i8"], (n,))
             return example_idx, members.array("token_idx", ["<i4"], (n,))
+
+    # --- Tables ----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def tables(self) -> "Tables":
+        """The Parquet tables; docs/formats.md describes their columns.
+
+        Raises:
+            StorageError: an earlier version of saev wrote the results, without tables.
+        """
+        from saev.parquet import TABLES, Tables  # need pyarrow
+
+        if not self.folder.has(TABLES):
+            raise StorageError(
+                f"{self.url} has no tables, because an earlier version of saev wrote it. To have "
+                "them, delete this folder and run the same `saev inference` command again."
+            )
+        return Tables.open(self.url, self.folder.read_bytes(TABLES), files.REMEDY)
+
+    def latents(self, columns: tp.Sequence[str] | None = None) -> "pa.Table":
+        """One row for each latent: `latents.parquet`, or some of its columns."""
+        return self.tables.read("latents", columns)
+
+    def images(self, columns: tp.Sequence[str] | None = None) -> "pa.Table":
+        """One row for each image: `images.parquet`, or some of its columns."""
+        return self.tables.read("images", columns)
+
+    def classes(self, columns: tp.Sequence[str] | None = None) -> "pa.Table":
+        """Pairs of a class and a latent: `classes.parquet`, or some of its columns."""
+        return self.tables.read("classes", columns)
+
+    def latent_examples(self, latent: int) -> "pa.Table":
+        """The images of one latent, strongest first, then a sample of all on which it fires: its
+        rows of `examples.parquet`.
+
+        Raises:
+            ConfigError: there is no such latent.
+        """
+        return self.tables.rows("examples", self._check_latent(latent))
+
+    def latent_acts(self, latent: int) -> "pa.Table":
+        """One latent's largest and mean value on each image: its rows of
+        `image_acts_by_latent.parquet`.
+
+        Raises:
+            ConfigError: there is no such latent.
+        """
+        return self.tables.rows("image_acts_by_latent", self._check_latent(latent))
+
+    def image_acts(self, example: int) -> "pa.Table":
+        """The latents that fire on one image: its rows of `image_acts_by_image.parquet`."""
+        return self.tables.rows("image_acts_by_image", example)
+
+    def class_latents(self, name: str) -> "pa.Table":
+        """The latents that find a class of images or of patches, best first: its rows of
+        `classes.parquet`.
+
+        Args:
+            name: of the class, or where classes have no names, its number in the dataset.
+
+        Raises:
+            ConfigError: there is no such class.
+        """
+        import pyarrow.compute as pc
+
+        table = self.classes()
+        found = table.filter(pc.equal(table["name"], name))
+        if not len(found) and name.isdigit():
+            found = table.filter(pc.equal(table["value"], int(name)))
+        if not len(found):
+            raise ConfigError(f"No latent of {self.url} fires on a class {name!r}.")
+        return found
+
+    def _check_latent(self, latent: int) -> int:
+        if not 0 <= latent < self.d_sae:
+            raise ConfigError(f"There is no latent {latent}: the SAE has {self.d_sae}.")
+        return latent
 
     def distributions(self) -> Distribution:
         """All values of `n_dists` latents; none if there are no distributions."""

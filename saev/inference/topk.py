@@ -6,10 +6,12 @@ is exact, associative, and needs no more memory than the result.
 """
 
 import typing as tp
+from collections.abc import Callable
 
 import numpy as np
 
 from saev.inference.codes import Columns, TokenRows
+from saev.inference.images import ImageActs
 
 _COMPACT_AT = 1 << 20
 """Pending entries that are worth a compaction."""
@@ -62,40 +64,67 @@ def ragged_index(starts: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> 
     return np.repeat(starts[index] - before, chosen) + np.arange(int(chosen.sum()))
 
 
+Priority = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Of pairs, from their latents, examples and scores: float64 [n]. Those above 0 may be kept."""
+
+
+def by_value(latent: np.ndarray, example_idx: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The strongest first."""
+    return value.astype(np.float64)
+
+
+def by_chance(latent: np.ndarray, example_idx: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """A fixed order that has nothing to do with values, so that the first k examples are a random
+    sample of those on which a latent is positive. The mixing function is that of SplitMix64 (public
+    domain)."""
+    x = (latent.astype(np.uint64) << np.uint64(40)) ^ example_idx.astype(np.uint64)
+    x += np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    chance = ((x >> np.uint64(11)).astype(np.float64) + 1) / 2.0**53
+    return np.where(value > 0, chance, 0.0)
+
+
 class TopExamples:
     """Keeps the ``k`` best examples of every latent.
 
     Args:
         n_latents: number of latents.
         k: examples to keep per latent.
+        priority: which are best.
     """
 
-    def __init__(self, n_latents: int, k: int):
-        self._n_latents, self._k = n_latents, k
+    def __init__(self, n_latents: int, k: int, priority: Priority = by_value):
+        self._n_latents, self._k, self._priority = n_latents, k, priority
         self._kept = Entries.empty()
         self._pending: list[Entries] = []
         self._n_pending = 0
-        # What a score must exceed: the k-th best so far. Zero also keeps out examples on which a
+        # What a priority must exceed: the k-th best so far. Zero also keeps out examples on which a
         # latent is never positive.
-        self._bar = np.zeros(n_latents, dtype=np.float32)
+        self._bar = np.zeros(n_latents)
 
-    def add(self, columns: Columns, tokens: TokenRows) -> None:
-        """Offer the tokens of some whole examples, later ones than all that were added before."""
+    def add(self, columns: Columns, tokens: TokenRows, images: ImageActs | None = None) -> None:
+        """Offer the tokens of some whole examples, later ones than all that were added before.
+
+        Args:
+            columns: codes.
+            tokens: which tokens the rows are.
+            images: the same codes by image, if they were gathered already.
+        """
         if not len(columns.values):
             return
-        latents, examples = columns.latents, tokens.example_idx[columns.rows]
-        is_new = np.ones(len(latents), dtype=bool)
-        is_new[1:] = (latents[1:] != latents[:-1]) | (examples[1:] != examples[:-1])
-        starts = np.flatnonzero(is_new)
-        lengths = np.diff(starts, append=len(latents))
-        scores = np.maximum.reduceat(columns.values, starts)
+        images = images or ImageActs.of(columns, tokens)
+        latents, scores = images.columns.latents, images.columns.values
+        examples = images.example_idx[images.columns.rows]
+        starts, lengths = images.starts, images.lengths
         # An equal score of a later example loses, so `>` drops nothing that would be kept.
-        index = np.flatnonzero(scores > self._bar[latents[starts]])
+        index = np.flatnonzero(self._priority(latents, examples, scores) > self._bar[latents])
         entries = ragged_index(starts, lengths, index)
         self._push(
             Entries(
-                latents[starts[index]],
-                examples[starts[index]],
+                latents[index],
+                examples[index],
                 scores[index],
                 lengths[index],
                 tokens.token_idx[columns.rows[entries]],
@@ -122,11 +151,12 @@ class TopExamples:
         if not self._pending:
             return
         every = Entries(*(np.concatenate(f) for f in zip(self._kept, *self._pending, strict=True)))
-        order = np.lexsort((every.example_idx, -every.value, every.latent))
+        priority = self._priority(every.latent, every.example_idx, every.value)
+        order = np.lexsort((every.example_idx, -priority, every.latent))
         latent = every.latent[order]
         first = np.searchsorted(latent, np.arange(self._n_latents))
         rank = np.arange(len(latent)) - first[latent]
         self._kept = every.take(order[rank < self._k])
         self._pending, self._n_pending = [], 0
         last = order[rank == self._k - 1]
-        self._bar[every.latent[last]] = every.value[last]
+        self._bar[every.latent[last]] = priority[last]

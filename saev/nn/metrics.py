@@ -62,11 +62,15 @@ class Vectors:
         return self
 
     @torch.no_grad()
-    def sq_error(self, x_hat_bd: Tensor) -> Tensor:
-        """Σ‖x − x̂‖² with the reconstructions of the batch, [batch, d_model]; float64."""
+    def sq_error(self, x_hat_bd: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors with the reconstructions of the batch, [batch, d_model].
+
+        Returns:
+            Σ‖x − x̂‖², and ‖x − x̂‖² of each token [batch]; float64.
+        """
         n = self.n_tokens
-        error = torch.sub(self._x[:n], x_hat_bd.to(self._device), out=self._work[:n])
-        return error.square_().sum(0).sum()
+        error = torch.sub(self._x[:n], x_hat_bd.to(self._device), out=self._work[:n]).square_()
+        return error.sum(0).sum(), error.sum(1)
 
 
 class ReconstructionMetrics:
@@ -124,12 +128,15 @@ class ReconstructionMetrics:
         """Add the tokens of a batch and their errors. Codes are added by :meth:`update_codes`."""
         self.add(Vectors(self._device).load(x_bd), x_hat_bd)
 
-    def add(self, vectors: Vectors, x_hat_bd: Tensor) -> None:
-        """As :meth:`update_reconstruction`, of tokens that several SAEs share."""
-        self.sq_error += vectors.sq_error(x_hat_bd)
+    def add(self, vectors: Vectors, x_hat_bd: Tensor) -> Tensor:
+        """As :meth:`update_reconstruction`, of tokens that several SAEs share. Returns the squared
+        error of each token, float64 [batch]."""
+        total, by_token = vectors.sq_error(x_hat_bd)
+        self.sq_error += total
         self.sq_norm += vectors.sq_norm
         self.total += vectors.total
         self.n_tokens += vectors.n_tokens
+        return by_token
 
     def update_codes(self, fired_s: Tensor, l1: Tensor | float) -> None:
         """Add codes that were counted elsewhere, of tokens given to :meth:`update_reconstruction`.

@@ -14,6 +14,7 @@ from saev.limits import (
     INDEX_BYTES_PER_TOKEN,
     ITEM_TOKENS,
     N_RESUME_POINTS,
+    SPREAD_EXAMPLES,
     VAL_FRACTION,
 )
 from saev.shards.protocol import Layout, in_validation
@@ -326,6 +327,22 @@ class Estimate:
         )
         return sum(formats.safetensors(tensors) for tensors in files)
 
+    def tables_bytes(self, i: int) -> int:
+        """Most bytes of the tables: all latents that are active on an image differ. Those of
+        classes, which are not known, are left out."""
+        sae, d_sae, n_images = self.inputs.saes[i], self.widths[i], self.meta.n_examples
+        active = self._tokens(sae.train_data.tokens) * self.l0(sae)
+        n_entries = d_sae * min(self.inputs.inference.n_top + SPREAD_EXAMPLES, n_images)
+        firing = min(n_entries * self._tokens(sae.train_data.tokens), n_images * active)
+        return (
+            n_images * min(d_sae, active) * formats.PAIR_BYTES
+            + d_sae * formats.LATENT_BYTES
+            + n_entries * formats.EXAMPLE_BYTES
+            + firing * formats.PATCH_BYTES
+            + n_images * formats.IMAGE_BYTES
+            + formats.FOOTER_BYTES
+        )
+
     def passes(self) -> list[list[int]]:
         """SAEs that are measured together, by their numbers."""
         saes = self.inputs.saes
@@ -364,6 +381,11 @@ class Estimate:
                 max(map(self.statistics_bytes, range(n))), "bytes", "at most",
                 f"latents × ({self.inputs.inference.n_top} images × their firing patches × 8 "
                 "bytes + 52), of one SAE",
+            ),
+            Row(
+                "tables_bytes", "tables", max(map(self.tables_bytes, range(n))), "bytes", "at most",
+                f"images × active latents × {formats.PAIR_BYTES} bytes, if none is active on two "
+                "patches; latents and examples; of one SAE",
             ),
             Row(
                 "inference_scratch_bytes", "on storage while it runs", 2 * codes, "bytes", "about",
@@ -405,6 +427,7 @@ class Estimate:
         results = sum(
             self.checkpoint_bytes(i)
             + self.statistics_bytes(i)
+            + self.tables_bytes(i)
             + (self.codes_bytes(sae) if keeps else 0)
             for i, sae in enumerate(saes)
         )

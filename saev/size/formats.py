@@ -151,6 +151,21 @@ def top_examples(d_sae: int, n_entries: int, n_tokens: int) -> Tensors:
     }
 
 
+# Tables of an inference folder, compressed. Most bytes of each:
+PAIR_BYTES = 14
+"""A latent and an image, in both orders."""
+LATENT_BYTES = 2048
+"""A row of latents.parquet, and those of classes.parquet that are a latent's best."""
+EXAMPLE_BYTES = 24
+"""A row of examples.parquet, without patches."""
+PATCH_BYTES = 5
+"""A patch of it."""
+IMAGE_BYTES = 96
+"""A row of images.parquet."""
+FOOTER_BYTES = 32_768
+"""Footers and lists of all tables."""
+
+
 def token_acts(n_tokens: int, nnz: int) -> dict[str, int]:
     """Members of token_acts.npz."""
     index = 4 if nnz < 1 << 31 else 8

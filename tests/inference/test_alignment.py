@@ -115,7 +115,8 @@ def test_best_latents_do_not_depend_on_the_memory_bound(tmp_path, max_entries, n
     y = rng.integers(-1, 4, 200).astype(np.int16)  # -1: class tokens take no part
     f[:, 5] += (y == 2) * np.float32(1.25)
     codes = store(str(tmp_path), f, y, 37)
-    rows = concepts.align(codes, (f != 0).sum(0), max_entries)
+    side = np.zeros(len(f), np.int8)
+    rows = concepts.align(codes, (f != 0).sum(0), side, 0, max_entries).classes
 
     kept, labels = f[y >= 0], y[y >= 0]
     assert [row.label for row in rows] == [0, 1, 2, 3]

@@ -28,6 +28,8 @@ class World:
     """Of LAYER, as recorded, float32 [n_examples, 1 + content_tokens, d_model]."""
     labels: np.ndarray | None
     """uint8 [n_examples, content_tokens]."""
+    classes: np.ndarray
+    """Class of each image, int64 [n_examples]; without classes all 0."""
 
     @property
     def sae(self) -> SparseAutoencoder:
@@ -49,6 +51,8 @@ def make_world(
     n_labels: int = 4,
     seed: int = 0,
     dtype: str = "float32",
+    n_classes: int = 0,
+    train: dict | None = None,
 ) -> World:
     """Activations around a mean, shifted by their label, so that some latents find some classes."""
     rng = np.random.default_rng(seed)
@@ -58,6 +62,9 @@ def make_world(
     shape = (len(LAYERS), n_examples, tokens, d_model)
     acts = rng.standard_normal(shape).astype(np.float32) + 1
     acts[:, :, 1:] += shift[labels]
+    classes = np.arange(n_examples) * 7 % max(n_classes, 1)
+    if n_classes:
+        acts += shift[classes % n_labels][:, None]
     stored = torch.from_numpy(acts).to(getattr(torch, dtype))
 
     metadata = Metadata(
@@ -72,18 +79,22 @@ def make_world(
         first, last = metadata.shard_range(shard)
         with ShardWriter(storage.join(url, shard_name(shard)), metadata, last - first) as writer:
             writer.write(stored[:, first:last].contiguous())
-        rows = [ExampleRow(i, f"{i}.png", "", 0, 8, 8) for i in range(first, last)]
+        rows = [
+            ExampleRow(i, f"{i}.png", f"c{c}" if n_classes else "", c, 8, 8)
+            for i, c in enumerate(classes.tolist())
+        ][first:last]
         part_labels = labels[first:last] if labelled else None
         write_part(url, shard, Part(writer.written, rows, [], part_labels))
     publish(url, metadata, metadata.n_shards)
-    run = make_run(root, url, d_model=d_model, d_sae=d_sae, top_k=top_k, seed=seed)
+    run = make_run(root, url, d_model=d_model, d_sae=d_sae, top_k=top_k, seed=seed, train=train)
     recorded = stored[LAYERS.index(LAYER)].float().numpy()
-    return World(url, run, recorded, labels if labelled else None)
+    return World(url, run, recorded, labels if labelled else None, classes)
 
 
 def make_run(
-    root: Path | str, shards: str, *, d_model: int, d_sae: int, top_k: int, seed: int = 0
-) -> str:
+    root: Path | str, shards: str, *, d_model: int, d_sae: int, top_k: int, seed: int = 0,
+    train: dict | None = None,
+) -> str:  # fmt: skip
     """A run folder as training leaves it; latents 0 and 1 never fire."""
     cfg = SaeConfig(d_model=d_model, d_sae=d_sae, activation=TopK(top_k=top_k))
     generator = torch.Generator().manual_seed(seed)
@@ -95,8 +106,8 @@ def make_run(
     sae.b_dec.copy_(torch.randn(d_model, generator=generator))
     run = storage.join(str(root), "runs", "r0")
     sae.save(storage.join(run, "checkpoint"))
-    train = {"shards": shards, "layer": LAYER}
-    config = TrainConfig.from_dict({"train_data": train, "sae": cfg.to_dict()})
+    data = {"shards": shards, "layer": LAYER, **(train or {})}
+    config = TrainConfig.from_dict({"train_data": data, "sae": cfg.to_dict()})
     storage.write_json(storage.join(run, "config.json"), config.to_dict())
     return run
 

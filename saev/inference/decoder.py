@@ -1,0 +1,75 @@
+"""What the decoder alone says of latents: norms, neighbours, and a map of directions."""
+
+import typing as tp
+
+import numpy as np
+import torch
+
+from saev.nn.sae import SparseAutoencoder
+
+N_NEIGHBOURS = 10
+_CHUNK = 512
+
+
+class Directions(tp.NamedTuple):
+    """Of every latent."""
+
+    norms: np.ndarray
+    """Length of each decoder row, float32 [d_sae]."""
+    neighbours: np.ndarray
+    """The latents whose decoder rows have the highest cosine with each one's, best first, int32
+    [d_sae, n]."""
+    cosines: np.ndarray
+    """These cosines, float32 [d_sae, n]."""
+    layout: np.ndarray
+    """Place on a map, float32 [d_sae, 2]."""
+
+
+@torch.no_grad()
+def directions(sae: SparseAutoencoder) -> Directions:
+    """Compute all of it, on the CPU, whatever the SAE's device.
+
+    The map has the first two principal components of the normalised decoder rows. Principal
+    components are exact and quick for any width, need no seed, and are the same on every machine
+    but for rounding; a neighbour embedding such as UMAP is not.
+    """
+    rows = sae.W_dec.detach().float().cpu()
+    norms = rows.norm(dim=1)
+    unit = rows / norms.clamp_min(1e-30)[:, None]
+    k = min(N_NEIGHBOURS, len(rows) - 1)
+    neighbours, cosines = [], []
+    for start in range(0, len(rows), _CHUNK):
+        similar = unit[start : start + _CHUNK] @ unit.T
+        own = torch.arange(len(similar))
+        similar[own, own + start] = -2.0
+        best, which = _largest(similar, k)
+        neighbours.append(which)
+        cosines.append(best.clamp(-1.0, 1.0))
+    return Directions(
+        norms.numpy(),
+        torch.cat(neighbours).int().numpy(),
+        torch.cat(cosines).numpy(),
+        _principal(unit.double().numpy()),
+    )
+
+
+def _largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest of each row, from the largest down, equal ones by index."""
+    values, index = similar.topk(k, dim=1)
+    by_index = index.sort(dim=1)
+    values = values.gather(1, by_index.indices)
+    order = values.sort(dim=1, descending=True, stable=True)
+    return order.values, by_index.values.gather(1, order.indices)
+
+
+def _principal(unit: np.ndarray) -> np.ndarray:
+    """First two principal components of rows, float32 [n, 2]. Signs are such that the entry of each
+    axis with the largest magnitude is positive."""
+    centred = unit - unit.mean(axis=0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    found = np.zeros((len(unit), 2), dtype=np.float32)
+    for column in range(min(2, unit.shape[1])):
+        axis = axes[:, -1 - column]
+        axis = axis * np.sign(axis[np.abs(axis).argmax()])
+        found[:, column] = centred @ axis
+    return found

@@ -1,0 +1,87 @@
+"""One vector for each image: what `monosemanticity` compares images by.
+
+It is the recorded class token of the last recorded layer, or, where no class token was recorded,
+the mean of its content tokens. At most MAX_IMAGES images have one, at even steps.
+"""
+
+import concurrent.futures
+import math
+import typing as tp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saev.config.loaders import DataConfig
+from saev.inference.codes import TokenRows
+from saev.inference.source import TokenSource
+from saev.shards import Shards
+
+MAX_IMAGES = 1 << 16
+_STEP_IMAGES = 16
+_READERS = 16
+
+
+def sample(examples: np.ndarray) -> np.ndarray:
+    """Of which of the selected examples embeddings are made, int64, ascending."""
+    return examples[:: max(1, math.ceil(len(examples) / MAX_IMAGES))]
+
+
+def config(shards: Shards) -> DataConfig:
+    """The tokens that embeddings are made of."""
+    tokens: tp.Literal["special", "content"] = "special" if shards.metadata.cls_token else "content"
+    return DataConfig(shards=shards.url, layer=shards.layers[-1], tokens=tokens)
+
+
+class Embedder:
+    """Embeddings of some examples.
+
+    Args:
+        shards: the folder.
+        data: the tokens that are read anyway.
+        examples: whose embeddings are wanted, int64, ascending.
+    """
+
+    def __init__(self, shards: Shards, data: DataConfig, examples: np.ndarray):
+        self.examples = examples
+        self._shards = shards
+        wanted = config(shards)
+        self.is_read_anyway = (
+            data.layer == wanted.layer and data.tokens == wanted.tokens and not data.ignore_labels
+        )
+        """Whether :meth:`add` is to be given the tokens that are read anyway."""
+        self._shape = (len(examples), shards.d_model)
+        self._found: list[np.ndarray] = []
+
+    def add(self, x: Tensor, tokens: TokenRows) -> None:
+        """Take the next tokens, of whole examples."""
+        is_first = np.diff(tokens.example_idx, prepend=-1) != 0
+        starts, examples = np.flatnonzero(is_first), tokens.example_idx[is_first]
+        wanted = np.isin(examples, self.examples)
+        if not wanted.any():
+            return
+        lengths = np.diff(starts, append=len(tokens.example_idx))
+        for start, length in zip(starts[wanted], lengths[wanted], strict=True):
+            vectors = x[start : start + length].cpu().numpy()
+            self._found.append(vectors.mean(axis=0, dtype=np.float64).astype(np.float32))
+
+    def read(self, source: TokenSource) -> None:
+        """Read the tokens, which nobody else reads."""
+        if not self._shards.metadata.cls_token:
+            for _, chunk in source.chunks(self.examples, [_STEP_IMAGES]):
+                self.add(*chunk)
+            return
+        # One vector of each example. A loader would read the content tokens, too.
+        with concurrent.futures.ThreadPoolExecutor(_READERS, "saev-embeddings") as pool:
+            self._found += pool.map(self._class_token, self.examples.tolist())
+
+    def _class_token(self, example: int) -> np.ndarray:
+        shards = self._shards
+        shard, position = shards.locate(example)
+        vector = torch.empty(shards.d_model, dtype=shards.dtype)
+        shards.read_vector(shard, shards.layers[-1], position, 0, vector)
+        return vector.float().numpy()
+
+    def result(self) -> np.ndarray:
+        """float32 [n, d_model], in the order of the examples."""
+        return np.stack(self._found) if self._found else np.zeros(self._shape, dtype=np.float32)

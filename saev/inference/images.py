@@ -1,0 +1,55 @@
+"""Latents and whole images: for each image on which a latent fires, its largest and mean value.
+
+They are ten times fewer than the values of tokens, and statistics about classes, and all that looks
+at images, are made of them.
+"""
+
+import typing as tp
+
+import numpy as np
+
+from saev.inference.codes import Columns, TokenRows
+
+
+class ImageActs(tp.NamedTuple):
+    """Pairs of a latent and an image on which it fires, by latent, then by image."""
+
+    columns: Columns
+    """Largest values over the image's tokens, float32; rows are images."""
+    means: np.ndarray
+    """Mean over all selected tokens of the image, zeros included, float32 [n]."""
+    example_idx: np.ndarray
+    """The image that each row is, int64 [n_images], ascending."""
+    n_tokens: np.ndarray
+    """Selected tokens of each image, int64 [n_images]."""
+    starts: np.ndarray
+    """Where each pair's tokens begin among the entries of the codes, int64 [n]."""
+    lengths: np.ndarray
+    """Tokens of each pair on which the latent fires, int64 [n]."""
+
+    @classmethod
+    def of(cls, codes: Columns, tokens: TokenRows) -> "ImageActs":
+        """Gather the codes of whole examples."""
+        is_first = np.diff(tokens.example_idx, prepend=-1) != 0
+        row_of_token = np.cumsum(is_first) - 1
+        example_idx = tokens.example_idx[is_first]
+        n_tokens = np.bincount(row_of_token, minlength=len(example_idx))
+        rows = row_of_token[codes.rows]
+        latents = codes.latents
+        is_new = np.ones(len(rows), dtype=bool)
+        is_new[1:] = (rows[1:] != rows[:-1]) | (latents[1:] != latents[:-1])
+        starts = np.flatnonzero(is_new)
+        if not len(starts):
+            peaks, sums = codes.values, np.zeros(0)
+        else:
+            peaks = np.maximum.reduceat(codes.values, starts)
+            sums = np.add.reduceat(codes.values.astype(np.float64), starts)
+        counts = np.bincount(latents[starts], minlength=len(codes.indptr) - 1)
+        columns = Columns(
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            rows[starts].astype(np.int32),
+            peaks,
+        )
+        means = (sums / n_tokens[columns.rows]).astype(np.float32)
+        lengths = np.diff(starts, append=len(rows))
+        return cls(columns, means, example_idx, n_tokens, starts, lengths)

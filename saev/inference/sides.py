@@ -1,0 +1,55 @@
+"""Which examples an SAE was trained on, and which were held out."""
+
+import typing as tp
+
+import numpy as np
+
+from saev import storage
+from saev.config.loaders import DataConfig
+from saev.config.train import TrainConfig
+from saev.shards import Shards
+from saev.shards.protocol import in_validation
+
+UNKNOWN, TRAINING, HELD_OUT = 0, 1, 2
+NAMES = ("unknown", "training", "held-out")
+"""In tables."""
+
+
+def of_examples(
+    shards: Shards, examples: np.ndarray, trained: TrainConfig | None, trained_hash: str | None
+) -> np.ndarray:
+    """The side of each example.
+
+    Sides are known for the shards folder that a run was trained on, and for the folder that the run
+    named for its evaluation.
+
+    Args:
+        shards: the folder.
+        examples: of the folder, int64 [n].
+        trained: how the SAE was trained; None if that is not known.
+        trained_hash: of the shards that it was trained on.
+
+    Returns:
+        UNKNOWN, TRAINING or HELD_OUT, int8 [n].
+    """
+    sides = np.full(len(examples), UNKNOWN, dtype=np.int8)
+    if trained is None:
+        return sides
+    data = trained.train_data
+    if trained_hash == shards.metadata.hash or _is_at(data.shards, shards):
+        sides[:] = HELD_OUT
+        sides[_selected(examples, data)] = TRAINING
+    elif _is_at(trained.val_data.shards, shards):
+        sides[_selected(examples, trained.val_loader())] = HELD_OUT
+    return sides
+
+
+def _is_at(url: str, shards: Shards) -> bool:
+    return bool(url) and storage.normalize(url) == shards.url
+
+
+def _selected(examples: np.ndarray, data: DataConfig) -> tp.Any:
+    if data.split == "all":
+        return np.ones(len(examples), dtype=bool)
+    in_val = in_validation(examples, data.val_fraction)
+    return in_val if data.split == "val" else ~in_val

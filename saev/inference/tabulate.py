@@ -1,0 +1,462 @@
+"""Write the tables of an inference folder, from what its parts left; `tables.json` last.
+
+Latents are visited in blocks that hold a bounded number of entries, as in concept alignment: the
+values of whole images are by latent in each piece, so that all blocks together read them once.
+"""
+
+import typing as tp
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saev import parquet, storage
+from saev.inference import decoder, sides, sums
+from saev.inference.codes import Piece, StoredCodes
+from saev.inference.embeddings import sample
+from saev.inference.job import Pass
+from saev.inference.monosemanticity import Embedded
+from saev.inference.part import PartStats
+from saev.inference.scores import ALL, SIDES, Classes, Scores, measure
+from saev.inference.topk import Entries
+from saev.parquet import schema
+from saev.parquet.writer import TableWriter
+
+MAX_ENTRIES = 1 << 21
+"""Entries held at a time."""
+MAX_CELLS = 1 << 22
+"""Most pairs of latents and classes that are scored at a time."""
+
+
+class ImageLabels(tp.NamedTuple):
+    """The rows of examples.parquet that belong to the selected images, and their classes."""
+
+    indices: np.ndarray
+    """Number in the dataset, int64 [n_examples]."""
+    paths: pa.Array
+    """Files or keys."""
+    labels: pa.Array
+    """Names of the examples' classes."""
+    class_of: np.ndarray
+    """Number of the class of each example in `classes`, int64 [n_examples]; -1 if it has none."""
+    targets: np.ndarray
+    """The classes' numbers in the dataset, int64 [classes]."""
+    names: list[str | None]
+    """The classes' names."""
+
+    @classmethod
+    def read(cls, job: Pass) -> "ImageLabels":
+        """Of a shards folder. There are no classes if all images have the same one."""
+        table = job.shards.examples()
+        n = job.shards.n_examples
+        none = np.full(n, -1, dtype=np.int64)
+        index = table["index"].to_numpy()
+        if "label" not in table.column_names:
+            nothing = pa.nulls(n, pa.string())
+            return cls(index, nothing, nothing, none, np.empty(0, np.int64), [])
+        path, label = table["url"].combine_chunks(), table["label"].combine_chunks()
+        has_label = pc.not_equal(label, "").to_numpy(zero_copy_only=False)
+        target = table["target"].to_numpy()
+        targets, first = np.unique(target[has_label], return_index=True)
+        if len(targets) < 2:
+            return cls(index, path, label, none, np.empty(0, np.int64), [])
+        class_of = np.where(has_label, np.searchsorted(targets, target), -1)
+        names = label.take(pa.array(np.flatnonzero(has_label)[first])).to_pylist()
+        return cls(index, path, label, class_of, targets, names)
+
+
+class _Block(tp.NamedTuple):
+    """Values of some latents on images, by latent, then by image."""
+
+    start: int
+    stop: int
+    latents: np.ndarray
+    """From 0, int64 [nnz]."""
+    examples: np.ndarray
+    """int64 [nnz]."""
+    values: np.ndarray
+    """Largest, float32 [nnz]."""
+    means: np.ndarray
+    """float32 [nnz]."""
+
+
+def write(
+    job: Pass, stats: PartStats, acts: StoredCodes, labels: ImageLabels, masks: Scores | None
+) -> dict[str, storage.Listed]:
+    """Write all tables.
+
+    Args:
+        job: what was done.
+        stats: of all parts.
+        acts: values of whole images.
+        labels: of the images.
+        masks: what the labels of patches say.
+
+    Returns:
+        Sizes and checksums of the files.
+    """
+    return _Tabulation(job, stats, acts, labels, masks).write()
+
+
+class _Tabulation:
+    def __init__(
+        self, job: Pass, stats: PartStats, acts: StoredCodes, labels: ImageLabels,
+        masks: Scores | None,
+    ):  # fmt: skip
+        self._job, self._stats, self._acts, self._labels = job, stats, acts, labels
+        self._d_sae, self._masks = job.sae.d_sae, masks
+        n = job.shards.n_examples
+        self._side = job.sides(np.arange(n))
+        self._ranked = _Ranked(stats, self._d_sae)
+        peak = max(float(stats.sums.peaks().max(initial=0.0)), self._ranked.largest)
+        self._value = schema.value_type(peak)
+        self._floor = np.float32(job.cfg.image_floor) * stats.sums.peaks()
+        selected = stats.images.example_idx
+        class_of = np.full(n, -1, dtype=np.int64)
+        class_of[selected] = labels.class_of[selected]
+        self._class_of = class_of
+        classes = Classes.of("image", labels.targets, labels.names, class_of, self._side)
+        self._classes = Scores(classes, 0, self._d_sae)
+        held_out = self._side == sides.HELD_OUT
+        self._embedded = {ALL: Embedded(sample(selected), stats.embeddings, n)}
+        if held_out.any():
+            self._embedded[sides.HELD_OUT] = self._embedded[ALL].only(held_out)
+        self._columns: dict[str, list[np.ndarray]] = {}
+        self._tables: dict[str, parquet.TableEntry] = {}
+        self._listed: dict[str, storage.Listed] = {}
+
+    def write(self) -> dict[str, storage.Listed]:
+        by_latent = schema.image_acts(self._value, "latent")
+        with self._open(schema.IMAGE_ACTS_BY_LATENT, by_latent) as writer:
+            for block in self._blocks():
+                self._describe(block)
+                self._write_acts(writer, block)
+            self._close(schema.IMAGE_ACTS_BY_LATENT, writer)
+        by_image = schema.image_acts(self._value, "example")
+        with self._open(schema.IMAGE_ACTS_BY_IMAGE, by_image) as writer:
+            for piece in self._acts:
+                writer.write(self._by_image(piece))
+            self._close(schema.IMAGE_ACTS_BY_IMAGE, writer)
+        self._whole(
+            schema.EXAMPLES,
+            schema.examples(self._value),
+            self._ranked.rows(self._side, self._value),
+        )
+        self._whole(schema.IMAGES, schema.images(), self._images())
+        self._whole(schema.CLASSES, schema.classes(), self._class_rows())
+        self._whole(schema.LATENTS, schema.latents(), self._latents())
+        index = parquet.Index(self._tables, self._facts())
+        data = storage.canonical_json(index.to_dict()).encode()
+        storage.write_bytes(self._job.place(parquet.TABLES), data)
+        return {**self._listed, parquet.TABLES: storage.Listed.of(data)}
+
+    # --- Files -----------------------------------------------------------------------------
+
+    def _open(self, name: str, columns: pa.Schema) -> TableWriter:
+        return TableWriter(self._job.url, name, columns, columns.names[0])
+
+    def _close(self, name: str, writer: TableWriter) -> None:
+        self._tables[name] = writer.close()
+        self._listed |= writer.listed
+
+    def _whole(self, name: str, columns: pa.Schema, rows: tp.Mapping[str, tp.Any]) -> None:
+        with self._open(name, columns) as writer:
+            if rows:
+                writer.write(rows)
+            self._close(name, writer)
+
+    # --- Values of images ------------------------------------------------------------------
+
+    def _blocks(self) -> Iterator[_Block]:
+        n_classes = max(1, len(self._labels.targets))
+        counts = self._stats.sums.image_counts
+        for start, stop in _ranges(counts, MAX_ENTRIES, max(1, MAX_CELLS // n_classes)):
+            yield _read(self._acts, start, stop)
+
+    def _describe(self, block: _Block) -> None:
+        n = block.stop - block.start
+        label, side = self._class_of[block.examples], self._side[block.examples]
+        if self._classes.classes.sides:
+            found = measure(block.latents, block.values, label, side, n, self._classes.classes)
+            self._classes.add(block.start, found)
+        self._ranked.add(block)
+        for one, ending in ((ALL, ""), (sides.HELD_OUT, SIDES[sides.HELD_OUT])):
+            mine = np.ones(len(side), dtype=bool) if one == ALL else side == one
+            self._keep(f"class_entropy{ending}", self._entropy(block, mine))
+            if one in self._embedded:
+                found_here = self._embedded[one].monosemanticity(
+                    block.latents[mine], block.examples[mine], block.values[mine], n
+                )
+            else:
+                found_here = np.full(n, np.nan)
+            self._keep(f"monosemanticity{ending}", found_here)
+        dropped = block.values < self._floor[block.start + block.latents]
+        self._keep("n_image_acts_dropped", np.bincount(block.latents[dropped], minlength=n))
+
+    def _keep(self, name: str, values: np.ndarray) -> None:
+        self._columns.setdefault(name, []).append(values)
+
+    def _entropy(self, block: _Block, mine: np.ndarray) -> np.ndarray:
+        """Entropy of the classes, weighted by value, in nats; NaN without labels or values."""
+        n, n_classes = block.stop - block.start, len(self._labels.targets)
+        label = self._class_of[block.examples]
+        mine = mine & (label >= 0) & (block.values > 0)
+        cell = block.latents[mine] * n_classes + label[mine]
+        weights = block.values[mine].astype(np.float64)
+        mass = np.bincount(cell, weights=weights, minlength=n * n_classes).reshape(n, n_classes)
+        total = mass.sum(axis=1)
+        p = mass / np.where(total > 0, total, np.nan)[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(p > 0, -p * np.log(p), 0.0)
+        return np.where(total > 0, terms.sum(axis=1), np.nan)
+
+    def _write_acts(self, writer: TableWriter, block: _Block) -> None:
+        keep = block.values >= self._floor[block.start + block.latents]
+        writer.write(
+            {
+                "latent": (block.start + block.latents[keep]).astype(np.int32),
+                "example": block.examples[keep].astype(np.int32),
+                "max": self._stored(block.values[keep]),
+                "mean": self._stored(block.means[keep]),
+            }
+        )
+
+    def _by_image(self, piece: Piece) -> dict[str, np.ndarray]:
+        columns, means = piece.columns(), piece.array("means")
+        latents = columns.latents
+        keep = columns.values >= self._floor[latents]
+        order = np.flatnonzero(keep)
+        order = order[np.argsort(columns.rows[order], kind="stable")]
+        return {
+            "example": piece.array("example_idx")[columns.rows[order]].astype(np.int32),
+            "latent": latents[order].astype(np.int32),
+            "max": self._stored(columns.values[order]),
+            "mean": self._stored(means[order]),
+        }
+
+    def _stored(self, values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float16) if self._value == pa.float16() else values
+
+    # --- Tables ----------------------------------------------------------------------------
+
+    def _images(self) -> dict[str, tp.Any]:
+        rows, labels = self._stats.images, self._labels
+        at = rows.example_idx
+        metrics = self._stats.metrics
+        n = metrics.n_tokens
+        spread = float(metrics.sq_norm) - float(metrics.total.square().sum()) / n
+        mse = rows.sq_error / rows.n_tokens
+        return {
+            "example": at,
+            "index": labels.indices[at],
+            "path": labels.paths.take(pa.array(at)),
+            "label": pc.if_else(
+                pa.array(self._class_of[at] >= 0), labels.labels.take(pa.array(at)), None
+            ),
+            "class_idx": _nullable(self._class_of[at]),
+            "side": _side_names(self._side[at]),
+            "n_tokens": rows.n_tokens,
+            "l0": (rows.n_active / rows.n_tokens).astype(np.float32),
+            "mse": mse.astype(np.float32),
+            "normalized_mse": _floats(mse / (spread / n) if spread > 0 else mse * np.nan),
+        }
+
+    def _class_rows(self) -> dict[str, tp.Any]:
+        found = [scores.rows() for scores in self._all_scores()]
+        found = [rows for rows in found if rows]
+        if not found:
+            return {}
+        joined: dict[str, tp.Any] = {}
+        for field in schema.classes():
+            parts = [rows[field.name] for rows in found]
+            joined[field.name] = (
+                [text for part in parts for text in part]
+                if pa.types.is_string(field.type)
+                else _floats(np.concatenate(parts))
+                if pa.types.is_floating(field.type)
+                else np.concatenate(parts)
+            )
+        return joined
+
+    def _all_scores(self) -> list[Scores]:
+        return [self._classes, *([self._masks] if self._masks else [])]
+
+    def _latents(self) -> dict[str, tp.Any]:
+        found = decoder.directions(self._job.sae)
+        columns: dict[str, tp.Any] = {
+            "latent": np.arange(self._d_sae),
+            "name": pa.nulls(self._d_sae, pa.string()),
+            "stability": pa.nulls(self._d_sae, pa.float32()),
+            "decoder_norm": found.norms,
+            "neighbours": list(found.neighbours),
+            "neighbour_cosines": list(found.cosines),
+            "x": found.layout[:, 0],
+            "y": found.layout[:, 1],
+            **_sums(self._stats.sums, ""),
+            **_sums(self._stats.held_out, "_held_out"),
+            **{k: np.concatenate(v) for k, v in self._columns.items()},
+        }
+        for name in self._columns:
+            if name != "n_image_acts_dropped":
+                columns[name] = _floats(columns[name])
+        for kind, scores in (("class", self._classes), ("mask", self._masks)):
+            columns |= _best(f"best_{kind}", scores, self._d_sae)
+        return columns
+
+    def _facts(self) -> dict[str, tp.Any]:
+        """What `tables.json` says beside the list."""
+        numbers = ("n_tokens", "n_images")
+        return {
+            "d_sae": self._d_sae,
+            "content_tokens": self._job.shards.content_tokens,
+            "all": {name: getattr(self._stats.sums, name) for name in numbers},
+            "held_out": {name: getattr(self._stats.held_out, name) for name in numbers},
+            "quantiles": list(sums.QUANTILES),
+            "histogram": {
+                "bins_per_octave": sums.BINS_PER_OCTAVE,
+                "low_exponent": sums.LOW_EXPONENT,
+                "n_bins": sums.N_BINS,
+            },
+            "image_floor": self._job.cfg.image_floor,
+            "n_image_acts": int(self._stats.sums.image_counts.sum()),
+            "n_embeddings": self._embedded[ALL].n_images,
+            "n_image_classes": len(self._labels.targets),
+        }
+
+
+class _Ranked:
+    """The examples of each latent, and where each stands among all images on which it fires."""
+
+    def __init__(self, stats: PartStats, d_sae: int):
+        top, spread = stats.top.result(), stats.spread.result()
+        spread = spread.take(np.lexsort((spread.example_idx, -spread.value, spread.latent)))
+        every = Entries(*(np.concatenate(pair) for pair in zip(top, spread, strict=True)))
+        is_spread = np.repeat([0, 1], [len(top.latent), len(spread.latent)])
+        order = np.lexsort((is_spread, every.latent))
+        self._entries, self._is_spread = every.take(order), is_spread[order]
+        self._ptr = np.searchsorted(self._entries.latent, np.arange(d_sae + 1))
+        self._quantile = np.full(len(order), np.nan, dtype=np.float32)
+
+    @property
+    def largest(self) -> float:
+        """Magnitude of the largest value of a patch."""
+        return float(np.abs(self._entries.token_value).max(initial=0.0))
+
+    def add(self, block: _Block) -> None:
+        """Take all values of some latents."""
+        counts = np.bincount(block.latents, minlength=block.stop - block.start)
+        ordered = block.values[np.lexsort((block.values, block.latents))]
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        for latent in range(block.start, block.stop):
+            mine = slice(self._ptr[latent], self._ptr[latent + 1])
+            local = latent - block.start
+            values = ordered[bounds[local] : bounds[local + 1]]
+            if len(values):
+                below = np.searchsorted(values, self._entries.value[mine], side="right")
+                self._quantile[mine] = below / len(values)
+
+    def rows(self, side: np.ndarray, value: pa.DataType) -> dict[str, tp.Any]:
+        """Columns of `examples.parquet`, with values of patches of such a type."""
+        found = self._entries
+        group = found.latent * 2 + self._is_spread
+        rank = np.arange(len(group)) - np.searchsorted(group, group)
+        ptr = np.concatenate([[0], np.cumsum(found.length)]).astype(np.int32)
+        values = pa.array(found.token_value.astype(value.to_pandas_dtype()))
+        return {
+            "latent": found.latent,
+            "kind": pa.array(["top", "spread"]).take(pa.array(self._is_spread)),
+            "rank": rank,
+            "example": found.example_idx,
+            "side": _side_names(side[found.example_idx]),
+            "value": found.value,
+            "quantile": self._quantile,
+            "patches": pa.ListArray.from_arrays(ptr, pa.array(found.token_idx)),
+            "patch_values": pa.ListArray.from_arrays(ptr, values),
+        }
+
+
+def _ranges(counts: np.ndarray, most: int, most_latents: int) -> Iterator[tuple[int, int]]:
+    """Ranges of latents with at most so many entries; a longer latent is alone."""
+    start, held = 0, 0
+    for latent, count in enumerate(counts.tolist()):
+        if latent > start and (held + count > most or latent - start >= most_latents):
+            yield start, latent
+            start, held = latent, 0
+        held += count
+    if start < len(counts):
+        yield start, len(counts)
+
+
+def _read(acts: StoredCodes, start: int, stop: int) -> _Block:
+    def read(piece: Piece) -> tuple[np.ndarray, ...]:
+        columns = piece.columns(start, stop)
+        bounds = piece.array("indptr", start, stop + 1)[[0, -1]].tolist()
+        examples = piece.array("example_idx")[columns.rows]
+        return columns.latents, examples, columns.values, piece.array("means", *bounds)
+
+    kinds = (np.int64, np.int64, np.float32, np.float32)
+    empty = tuple(np.empty(0, dtype=kind) for kind in kinds)
+    fields = [np.concatenate(field) for field in zip(empty, *acts.map(read), strict=True)]
+    order = np.argsort(fields[0], kind="stable")  # pieces come in the order of images
+    return _Block(start, stop, *(field[order] for field in fields))
+
+
+def _sums(found: sums.LatentSums, ending: str) -> dict[str, tp.Any]:
+    """Columns of `latents.parquet` of one side; empty if the side has no tokens."""
+    names = ("n_tokens", "frequency", "n_images", "image_share", "mean", "max", "quantiles",
+             "histogram_first", "histogram")  # fmt: skip
+    if not found.n_tokens:
+        return {name + ending: [None] * len(found.counts) for name in names}
+    fires = found.counts > 0
+    first, last = _bounds(found.histogram)
+    values = (
+        found.counts,
+        found.counts / found.n_tokens,
+        found.image_counts,
+        found.image_counts / found.n_images,
+        _floats(np.where(fires, found.means(), np.nan)),
+        _floats(np.where(fires, found.peaks(), np.nan)),
+        [row if ok else None for row, ok in zip(found.quantiles(), fires, strict=True)],
+        pa.array(first, mask=~fires),
+        [
+            row[a:b] if ok else None
+            for row, a, b, ok in zip(found.histogram, first, last, fires, strict=True)
+        ],
+    )
+    return {name + ending: column for name, column in zip(names, values, strict=True)}
+
+
+def _bounds(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First bin that is not empty, and the one after the last."""
+    filled = histogram > 0
+    return filled.argmax(axis=1), histogram.shape[1] - filled[:, ::-1].argmax(axis=1)
+
+
+def _best(prefix: str, scores: Scores | None, d_sae: int) -> dict[str, tp.Any]:
+    if scores is None:
+        names = ("", "_name", "_support", *(f"_ap{ending}" for ending in SIDES.values()))
+        return {prefix + name: [None] * d_sae for name in names}
+    best = scores.best
+    chosen = best["class"]
+    names_of = scores.names(chosen)
+    return {
+        prefix: _nullable(chosen),
+        f"{prefix}_name": names_of,
+        f"{prefix}_support": pa.array(best["support"], mask=chosen < 0),
+        **{f"{prefix}_ap{ending}": _floats(best[f"ap{ending}"]) for ending in SIDES.values()},
+    }
+
+
+def _side_names(side: np.ndarray) -> pa.Array:
+    return pa.array(sides.NAMES).take(pa.array(side))
+
+
+def _nullable(numbers: np.ndarray) -> pa.Array:
+    """Where a number is negative, null."""
+    return pa.array(numbers, mask=numbers < 0)
+
+
+def _floats(values: np.ndarray) -> pa.Array:
+    """float32, null where a value is not defined."""
+    return pa.array(values.astype(np.float32), mask=np.isnan(values))

@@ -1,0 +1,161 @@
+"""Reading tables: whole, or the rows of one key with two small reads."""
+
+import functools
+import io
+import typing as tp
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saev import storage
+from saev.errors import ConfigError, CorruptDataError
+from saev.parquet.index import TABLES, FileEntry, Index, Span, TableEntry
+
+
+class Tables:
+    """The tables of a folder. Everything is read when it is asked for, and compared with its
+    checksum.
+
+    Args:
+        url: the folder.
+        index: what `tables.json` says.
+        remedy: a sentence for errors about damage.
+    """
+
+    def __init__(self, url: str, index: Index, remedy: str = ""):
+        self.url = url
+        self.index = index
+        self._remedy = remedy
+        self._metadata = functools.lru_cache(maxsize=64)(self._read_metadata)
+
+    @classmethod
+    def open(cls, url: str, data: bytes, remedy: str = "") -> "Tables":
+        """From the bytes of `tables.json`.
+
+        Raises:
+            CorruptDataError: they are no list of tables.
+        """
+        place = storage.join(url, TABLES)
+        raw = storage.parse_json(data, place)
+        if not isinstance(raw, dict):
+            raise CorruptDataError(f"{place} holds no list of tables. {remedy}")
+        return cls(url, Index.from_dict(raw, place, remedy), remedy)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tables that are there."""
+        return sorted(self.index.tables)
+
+    def table(self, name: str) -> TableEntry:
+        """What the list says about a table.
+
+        Raises:
+            ConfigError: there is no such table.
+        """
+        if name not in self.index.tables:
+            raise ConfigError(f"{self.url} has no table {name!r}; it has {', '.join(self.names)}.")
+        return self.index.tables[name]
+
+    def read(self, name: str, columns: tp.Sequence[str] | None = None) -> pa.Table:
+        """A whole table, or some of its columns.
+
+        Raises:
+            ConfigError: there is no such table.
+            CorruptDataError: it is damaged.
+        """
+        parts = [
+            self._group(file, number, columns)
+            for file in self.table(name).files
+            for number in range(len(file.groups))
+        ]
+        return pa.concat_tables(parts) if parts else self._empty(name, columns)
+
+    def rows(self, name: str, key: int, columns: tp.Sequence[str] | None = None) -> pa.Table:
+        """The rows of one key, for example one latent. Reads the footer of a file once, and the row
+        groups that hold the key.
+
+        Raises:
+            ConfigError: there is no such table.
+            CorruptDataError: it is damaged.
+        """
+        table = self.table(name)
+        wanted = columns if columns is None or table.key in columns else [*columns, table.key]
+        parts = [self._group(*place, wanted) for place in table.holding(key)]
+        if not parts:
+            return self._empty(name, columns)
+        found = pa.concat_tables(parts)
+        mine = found.filter(pc.equal(found[table.key], key))
+        return mine if columns is None else mine.select(list(columns))
+
+    def _empty(self, name: str, columns: tp.Sequence[str] | None) -> pa.Table:
+        schema = self._metadata(self.table(name).files[0]).schema.to_arrow_schema()
+        found = schema.empty_table()
+        return found if columns is None else found.select(list(columns))
+
+    def _group(self, file: FileEntry, number: int, columns: tp.Sequence[str] | None) -> pa.Table:
+        group, place = file.groups[number], storage.join(self.url, file.name)
+        data = self._read(file, group.span)
+        with storage.parsed(place, "a Parquet file", remedy=self._remedy):
+            source = pa.PythonFile(_Part(data, group.start, file.n_bytes), mode="r")
+            opened = pq.ParquetFile(source, metadata=self._metadata(file), pre_buffer=False)
+            return opened.read_row_group(
+                number, columns=None if columns is None else list(columns), use_threads=False
+            )
+
+    def _read_metadata(self, file: FileEntry) -> pq.FileMetaData:
+        footer = self._read(file, file.footer)
+        place = storage.join(self.url, file.name)
+        with storage.parsed(place, "a Parquet file", remedy=self._remedy):
+            return pq.read_metadata(pa.BufferReader(footer))
+
+    def _read(self, file: FileEntry, span: Span) -> bytes:
+        """Some bytes of a file, compared with their checksum."""
+        place = storage.join(self.url, storage.check_name(file.name, self.url))
+
+        def wrong(data: memoryview) -> CorruptDataError | None:
+            if storage.crc32c(data) == span.crc:
+                return None
+            return CorruptDataError(
+                f"{place} is damaged: bytes {span.start} to {span.start + span.n_bytes} have "
+                f"checksum {storage.format_checksum(storage.crc32c(data))}, expected "
+                f"{storage.format_checksum(span.crc)}. {self._remedy}"
+            )
+
+        with storage.RangeReader(place, size=file.n_bytes) as reader:
+            buffer = bytearray(span.n_bytes)
+
+            def read(fresh: bool) -> memoryview:
+                (reader.reread if fresh else reader.readinto)(span.start, buffer)
+                return memoryview(buffer)
+
+            return bytes(storage.confirmed(place, read, wrong))
+
+
+class _Part(io.RawIOBase):
+    """A file of which only some bytes are there."""
+
+    def __init__(self, data: bytes, start: int, size: int):
+        self._data, self._start, self._size, self._at = data, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, n: int | None = -1) -> bytes:
+        first = self._at - self._start
+        last = len(self._data) if n is None or n < 0 else first + n
+        if first < 0 or last > len(self._data):
+            raise ValueError(f"bytes {self._at} to {self._start + last} are not in the row group")
+        self._at = self._start + last
+        return self._data[first:last]
