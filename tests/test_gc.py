@@ -70,7 +70,7 @@ def root(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "root"))
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def anywhere(request: pytest.FixtureRequest, root: Path) -> str:
     """A copy of it on each kind of storage."""
     if request.param == "local":

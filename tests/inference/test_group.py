@@ -209,6 +209,7 @@ def test_parts_of_one_sae_and_of_the_group_fit_together(place, tmp_path, read_by
     assert place.found(tmp_path) == place.alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 8, 40, 90])
 def test_killed_and_run_again(place, tmp_path, at) -> None:
     n_threads = torch.get_num_threads()

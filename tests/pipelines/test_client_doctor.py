@@ -117,6 +117,7 @@ def test_the_pod_is_like_a_step_and_is_deleted(
     assert "pipeline/runid" not in pod["metadata"]["labels"]  # so no run's logs show it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["empty", "missing"])
 def test_what_the_pod_prints_is_understood(
     client: Client,

@@ -81,6 +81,7 @@ def test_the_probe_has_the_pods_of_the_product(home: Path) -> None:
         assert ours.get(key) == theirs.get(key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "word", "starts"),
     [
@@ -99,6 +100,7 @@ def test_the_probe_meets_its_fault_once(
     assert (tmp_path / "out").exists() == (word is None)
 
 
+@pytest.mark.slow
 def test_the_probe_uses_memory_until_it_is_ended(tmp_path: Path) -> None:
     """The supervisor is told of a limit of 300 MB, and really looks at what the child has."""
     supervised = probe(tmp_path, "memory")
@@ -118,6 +120,7 @@ def test_the_probe_uses_memory_until_it_is_ended(tmp_path: Path) -> None:
     assert supervised.n_runs == 2
 
 
+@pytest.mark.slow
 def test_the_probe_writes_where_it_is_when_it_is_asked_to_end(tmp_path: Path) -> None:
     supervisor = subprocess.Popen(
         [sys.executable, "-m", MODULE, "--", *command(tmp_path, "wait")], stdout=subprocess.PIPE
@@ -139,6 +142,7 @@ def command(tmp_path: Path, fault: str) -> list[str]:
     return [sys.executable, "-c", inside.code("probe"), *words]
 
 
+@pytest.mark.slow
 def test_the_storages_program(tmp_path: Path) -> None:
     def run(*words: str) -> tp.Any:
         done = subprocess.run(
@@ -254,6 +258,7 @@ def test_it_says_which_cluster_it_is(cluster: Cluster, kube: KubeServer) -> None
         assert fact in text
 
 
+@pytest.mark.slow
 def test_without_a_cluster_nothing_is_run(home: Path) -> None:
     done = subprocess.run([sys.executable, SUITE], capture_output=True, text=True, cwd=home)
     assert done.returncode == 2

@@ -416,6 +416,7 @@ def test_equal_options_give_equal_versions() -> None:
     assert compile_pipeline("saev", other).digest != first.digest
 
 
+@pytest.mark.slow
 def test_every_process_compiles_the_same() -> None:
     """Python hashes texts anew in every process, and kfp prints a dict in that order."""
     script = (

@@ -151,6 +151,7 @@ def test_its_results_are_those_of_saev_run(
     assert contents(root) == expected
 
 
+@pytest.mark.slow
 def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) -> None:
     dataset, root = str(tmp_path / "images"), str(tmp_path / "out")
     write_images(dataset)

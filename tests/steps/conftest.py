@@ -10,7 +10,7 @@ from saev import storage
 from .places import Place
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """Empty, on either kind of storage."""
     if request.param == "s3":
