@@ -81,6 +81,8 @@ class Report:
     def __init__(self, command: str, json_path: str = ""):
         self.command = command
         self.rows: list[Row] = []
+        self.left_out: list[tuple[str, str]] = []
+        """What was not measured, and why."""
         self._json = json_path
 
     def add(
@@ -110,14 +112,23 @@ class Report:
         pairs = [v / of for v, of in zip(values, limit, strict=True)]
         self.add(what, pairs, "×", at_least=at_least)
 
+    def leave_out(self, what: str, why: str) -> None:
+        """Add a row about what was not measured."""
+        self.left_out.append((what, why))
+        print(f"{what}: {why}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Print the table and write the JSON."""
-        print(f"`{self.command}`\n\n{table(self.rows)}\n")
+        missing = "".join(
+            f"\n| {what} | not measured: {why} | | | |" for what, why in self.left_out
+        )
+        print(f"`{self.command}`\n\n{table(self.rows)}{missing}\n")
         if self._json:
             record = {
                 "command": self.command,
                 "machine": machine(),
                 "rows": [{**row._asdict(), "median": row.median} for row in self.rows],
+                "left_out": [{"what": what, "why": why} for what, why in self.left_out],
             }
             Path(self._json).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 

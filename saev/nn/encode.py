@@ -139,8 +139,9 @@ def batch_top_k_codes(
         n_batch: tokens of the batch over all ranks; by default the tokens of x.
         ranks: the ranks that hold the other tokens.
     """
-    n_g, d_sae, _ = weights.W_enc.shape
-    n_tokens = x.shape[0]
+    if x.is_cuda and ranks.alone:
+        return batch_top_k_without_waiting(weights, x, top_k, chunk, bf16)
+    n_tokens, d_sae = x.shape[0], weights.W_enc.shape[1]
     wanted = [k * (n_batch or n_tokens) for k in top_k]
     bounds = threshold * _BOUND
     found = _above(weights, x, bounds, chunk, bf16)
@@ -152,16 +153,53 @@ def batch_top_k_codes(
 
     found = [_largest_entries(v, i, n) for (v, i), n in zip(found, wanted, strict=True)]
     found, smallest = _of_all_ranks(found, wanted, ranks)
+    return _joined(found, n_tokens, d_sae), torch.stack(smallest)
+
+
+def _joined(found: list[tuple[Tensor, Tensor]], n_tokens: int, d_sae: int) -> Codes:
+    """Codes of all members from each one's values, and their indices token·d_sae + latent
+    (ascending)."""
+    n_g, device = len(found), found[0][0].device
     values, latents, ptrs = [], [], []
     n_before = 0
-    edges = torch.arange(n_tokens + 1, device=x.device) * d_sae
+    edges = torch.arange(n_tokens + 1, device=device) * d_sae
     for g, (value, index) in enumerate(found):
         values.append(value)
         latents.append((index.remainder(d_sae) + g * d_sae).to(torch.int32))
         ptr = torch.searchsorted(index, edges, out_int32=True) + n_before
         ptrs.append(ptr if g == n_g - 1 else ptr[:-1])
         n_before += index.shape[0]
-    return Codes(torch.cat(values), torch.cat(latents), torch.cat(ptrs)), torch.stack(smallest)
+    return Codes(torch.cat(values), torch.cat(latents), torch.cat(ptrs))
+
+
+def batch_top_k_without_waiting(
+    weights: Weights, x: Float[Tensor, "b d"], top_k: tp.Sequence[int], chunk: int, bf16: bool
+) -> tuple[Codes, Float[Tensor, " g"]]:
+    """BatchTopK codes whose number does not depend on the values: k·B of each member, some of
+    which may be 0.
+
+    The device need not say how many values are large, so the host does not wait for it.
+    """
+    n_tokens, d_sae = x.shape[0], weights.W_enc.shape[1]
+    found, smallest = [], []
+    for g, k in enumerate(top_k):
+        n = min(k, d_sae) * n_tokens
+        value = x.new_empty(0)
+        index = torch.empty(0, dtype=torch.int64, device=x.device)
+        for start in range(0, n_tokens, chunk):
+            flat = pre_activations(weights.member(g), x[start : start + chunk], bf16).flatten()
+            top = flat.topk(min(n, flat.shape[0]), sorted=False)
+            value = torch.cat([value, top.values.to(x.dtype)])
+            index = torch.cat([index, top.indices + start * d_sae])
+            if value.shape[0] > n:
+                best = value.topk(n, sorted=False)
+                value, index = best.values, index[best.indices]
+        ascending = index.sort()
+        found.append((value[ascending.indices].relu(), ascending.values))
+        positive = torch.where(value > 0, value, torch.inf)
+        least = positive.amin() if n else positive.new_full((), torch.inf)
+        smallest.append(torch.where(least == torch.inf, torch.nan, least))
+    return _joined(found, n_tokens, d_sae), torch.stack(smallest)
 
 
 def _above(

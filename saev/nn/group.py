@@ -12,6 +12,7 @@ from saev.config.sae import Activation, BatchTopK, Objective, TopK
 from saev.device import upload
 from saev.nn import encode
 from saev.nn.kernels import sparse
+from saev.nn.kernels.dense import product
 from saev.nn.kernels.errors import nested_errors, squared_error, squared_norm, total
 from saev.nn.latents import Latents, SparseLatents, dense_latents
 from saev.nn.objectives import Prefixes, default_k_aux, reconstruction_loss
@@ -236,6 +237,7 @@ def _aux_k(
             objective.k_aux or default_k_aux(x.shape[1]),
             variance * objective.aux_coeff,
             group.chunk,
+            group.bf16,
         )
     return aux
 
@@ -294,6 +296,7 @@ def aux_k(
     k_aux: int,
     coeff: Tensor,
     chunk: int,
+    bf16: bool = False,
 ) -> Tensor:
     """Add the gradient of one member's AuxK term (see :mod:`saev.nn.objectives`); returns the term.
 
@@ -308,6 +311,7 @@ def aux_k(
         k_aux: dead latents used per token.
         coeff: α·v.
         chunk: rows per chunk.
+        bf16: multiply in bfloat16.
     """
     rows = [t[0].index_select(0, candidates).requires_grad_() for t in weights[:3]]
     w_enc, b_enc, w_dec = rows
@@ -318,13 +322,14 @@ def aux_k(
     error = torch.zeros((), dtype=x.dtype, device=x.device)
     for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):
         with torch.enable_grad():
-            z = F.linear(x_c, w_enc, b_enc)
+            # In float32, these products are the largest part of a step with many dead latents.
+            z = product(x_c, w_enc.T, bf16) + b_enc if bf16 else F.linear(x_c, w_enc, b_enc)
             kept = is_dead
             if candidates.shape[0] > k_aux:
                 top = z.detach().masked_fill(~is_dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
                 kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top.indices, True)
                 kept &= is_dead
-            left_over = squared_error(torch.where(kept, z, 0.0) @ w_dec - e_c)
+            left_over = squared_error(product(torch.where(kept, z, 0.0), w_dec, bf16) - e_c)
             loss = factor * left_over
         loss.backward()
         error += left_over.detach()

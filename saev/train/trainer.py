@@ -423,7 +423,8 @@ class Trainer:
         """Calibrate and measure; every rank does some of the SAEs, each on all tokens."""
         rank, size = self._ranks.rank, self._ranks.size
         configs = [m.config for m in self.members[rank::size]]
-        mine = evaluate.evaluate(saes[rank::size], configs, self.device, progress)
+        with _fast_matmul(self.device):
+            mine = evaluate.evaluate(saes[rank::size], configs, self.device, progress)
         of_rank = self._ranks.collect(mine)
         measured = [of_rank[i % size][i // size] for i in range(len(saes))]
         for i, (sae, found) in enumerate(zip(saes, measured, strict=True)):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from saev.config import JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
-from saev.nn import SaeBank, bank, group
+from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
+from saev.nn import SaeBank, bank, encode, group
 
 D_MODEL, D_SAE, TOKENS = 8, 24, 32
 
@@ -26,12 +26,19 @@ def steps(bank_, n, start=0):
         yield bank_.step(torch.randn(TOKENS, D_MODEL, generator=torch.Generator().manual_seed(i)))
 
 
-@pytest.mark.parametrize("activation", [TopK(top_k=3), Relu(), JumpRelu()], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "activation", [TopK(top_k=3), BatchTopK(top_k=3), Relu(), JumpRelu()], ids=lambda a: a.kind
+)
 @pytest.mark.parametrize("objective", [Vanilla(), Matryoshka(n_prefixes=3)], ids=lambda o: o.kind)
 def test_gradients_need_no_value_from_the_device(activation, objective, monkeypatch) -> None:
     made = make_bank(activation, objective, dead_after=1)
     list(steps(made, 2))
     given = {}
+
+    def as_on_a_gpu(weights, x, top_k, threshold, *args):
+        return encode.batch_top_k_without_waiting(weights, x, top_k, *args[:2])
+
+    monkeypatch.setattr(encode, "batch_top_k_codes", as_on_a_gpu)
 
     def keep(group_, x, dead, variance):
         given.update(group=group_, x=x, dead=dead, variance=variance)
