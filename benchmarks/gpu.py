@@ -20,8 +20,9 @@ d_model 1024, d_sae 16384, TopK 32, batches of 16384, random activations. Sectio
   SAE and several; and `saev shards` with ViT-L/14 beside its bare forward pass.
 
 Sections run in a process of their own. One that fails, hangs or breaks the GPU's context is a line
-of the table, and a new process does the rest. Rates of steps are SAE-tokens/s. With --small, Triton's
-kernels run in its interpreter, a thousand times slower.
+of the table, and a new process does the rest. With --small, Triton's kernels run in its
+interpreter, a thousand times slower: the trial takes minutes with them, and one without
+(--no-kernels).
 """
 
 import argparse
@@ -98,6 +99,9 @@ class Bench:
         for kernels in self.kernels:
             try:
                 bank = make(kernels)
+                if not self.args.small:
+                    bank.step(x)
+                    synchronize()
             except Exception as err:
                 self.report.leave_out(f"{what}, {kernels}", first_line(err))
                 continue
@@ -316,7 +320,7 @@ def profile(bench: Bench) -> None:
     on_gpu = bench.device.type == "cuda"
     n_steps = 3 if on_gpu else 1
     for kind in ("TopK", "Matryoshka"):
-        for kernels in bench.kernels:
+        for kernels in bench.kernels if on_gpu else bench.kernels[:1]:
             activation, objective = kinds(bench.args)[kind]
             bank = bench.bank(activation, objective, bench.args.n, kernels)
             bank.step(bench.x)
@@ -415,7 +419,7 @@ def measuring(bench: Bench) -> None:
     args = argparse.Namespace(**vars(bench.args))
     args.labels, args.batch_size = 0, min(8192, args.batch)
     n_tokens = 4_000 if args.small else 400_000
-    place = os.path.join(bench.root, "measuring")
+    place = str(Path(bench.root) / "measuring")
     shards_url = write(place, inference.folder(n_tokens, args))
     runs = [inference.write_sae(place, shards_url, args, seed) for seed in range(args.n)]
     ways = {
@@ -449,7 +453,7 @@ def extraction(bench: Bench) -> None:
     args.repeats = min(2, args.repeats)
     if args.small:
         args.ckpt, args.n, args.batch_size = "vit_tiny_patch16_224", 4, 4
-    module.recording(bench.report, args, os.path.join(bench.root, "extraction"))
+    module.recording(bench.report, args, str(Path(bench.root) / "extraction"))
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
@@ -487,65 +491,84 @@ def child(args: argparse.Namespace) -> None:
         for name in args.only:
             say({"begin": name})
             report = Report("")
-            broken = False
             try:
                 bench = bench or Bench(args, report, args.root)
                 bench.report = report
                 SECTIONS[name](bench)
             except Exception as err:
                 traceback.print_exc()
+                say({"why": first_line(err)})
                 report.leave_out(name, first_line(err))
             try:
                 gc.collect()
                 synchronize()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-            except RuntimeError:
-                broken = True  # nothing works in this process any more
+            except RuntimeError as err:
+                # Nothing works in this process any more.
+                say({"why": first_line(err)})
+                os._exit(1)
             say({"end": name, "rows": [row._asdict() for row in report.rows],
                  "left_out": report.left_out})  # fmt: skip
-            if broken:
-                os._exit(1)
 
 
 def run_sections(args: argparse.Namespace, report: Report, root: str) -> None:
-    """Sections in processes, a new one after each that breaks."""
+    """Sections in processes, a new one after each that breaks. What is left then runs without
+    Triton's kernels, from the section that broke."""
+    kernels: list[str] = []
     left = list(args.only or SECTIONS)
     until = time.monotonic() + 60 * args.minutes
+    patience = 10 * SECTION_SECONDS if args.small else SECTION_SECONDS  # the interpreter is slow
     lines = Path(root) / "rows.jsonl"
     while left:
         lines.write_text("")
         command = [sys.executable, __file__, *sys.argv[1:], "--root", root, "--child", str(lines)]
-        process = subprocess.Popen([*command, "--only", *left])
-        why = _follow(process, lines, until, report, left)
+        process = subprocess.Popen([*command, *kernels, "--only", *left])
+        why = _follow(process, lines, until, patience, report, left)
         if not left:
             break
         if time.monotonic() > until:
             for name in left:
                 report.leave_out(name, f"no time was left of {args.minutes:g} minutes")
             break
-        report.leave_out(left.pop(0), why)
+        if args.no_kernels or kernels:
+            report.leave_out(left.pop(0), why)
+        else:
+            report.leave_out(f"{left[0]} and what follows, with Triton's kernels", why)
+            kernels = ["--no-kernels"]
 
 
 def _follow(
-    process: subprocess.Popen[bytes], lines: Path, until: float, report: Report, left: list[str]
+    process: subprocess.Popen[bytes],
+    lines: Path,
+    until: float,
+    patience: float,
+    report: Report,
+    left: list[str],
 ) -> str:
-    """Take over rows until a process ends. Removes what is done from ``left``; returns why it ended."""
+    """Take over rows until a process ends. What is done is removed from ``left``.
+
+    Returns:
+        Why the process ended.
+    """
     n_read, began, why = 0, time.monotonic(), ""
     while True:
         ended = process.poll() is not None
-        for line in lines.read_text().splitlines()[n_read:]:
+        text = lines.read_text()
+        for line in text[: text.rfind("\n") + 1].splitlines()[n_read:]:  # whole lines
             n_read += 1
             began = time.monotonic()
             record = json.loads(line)
+            why = record.get("why", why)
             if "end" in record:
+                why = ""
                 left.remove(record["end"])
                 report.rows += [Row(**row) for row in record["rows"]]
                 report.left_out += [tuple(pair) for pair in record["left_out"]]
         if ended:
             return why or f"its process ended with status {process.returncode}"
-        if time.monotonic() > min(until, began + SECTION_SECONDS):
-            why = f"it took more than {SECTION_SECONDS} seconds"
+        if time.monotonic() > min(until, began + patience):
+            why = f"it took more than {patience:g} seconds"
             process.kill()
             process.wait()
         time.sleep(0.2)
@@ -574,7 +597,7 @@ def main() -> None:
         made.error("torch sees no CUDA GPU here. Use --device cpu --small for a trial.")
     if args.small:
         args.d_model, args.d_sae, args.batch, args.mb, args.n, args.top_k = 16, 32, 8, 0.2, 2, 4
-        args.repeats, args.threads = 1, 2
+        args.repeats, args.threads, args.minutes = 1, 2, 60.0
     if args.child:
         child(args)
         return

@@ -15,7 +15,7 @@ FLAGS = {
     "many": ["--root={}"],
     "extraction": ["--root={}"],
     "planning": ["--root={}"],
-    "gpu": ["--root={}", "--device=cpu"],
+    "gpu": ["--root={}", "--device=cpu", "--no-kernels"],  # tests/nn/test_triton.py runs those
     "sparsity": ["--root={}", "--device=cpu"],
 }
 

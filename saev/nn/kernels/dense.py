@@ -69,25 +69,32 @@ class Activated(tp.NamedTuple):
     """Σ f of each latent."""
 
 
+def _where_active_(grad: Tensor, f: Tensor) -> Tensor:
+    """grad·[f > 0], in place and in one pass."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, f, 0, grad_input=grad)
+
+
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: tp.Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        active = z > 0
-        f, l0 = z * active, active.to(z.dtype).sum(0)
-        ctx.save_for_backward(active)
+        # In place, because new memory of this size costs half as much as the product before it.
+        ctx.mark_dirty(z)
+        f = z.clamp_(min=0)
+        l0 = f.sign().sum(0)
+        ctx.save_for_backward(f)
         ctx.mark_non_differentiable(l0)
         return f, l0, f.sum(0)
 
     @staticmethod
     def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> Tensor:
-        (active,) = ctx.saved_tensors
-        # In place, because new memory of this size costs half as much as the product before it.
-        # This is safe: decode_blocks computed grad_f for this function only.
-        return grad_f.add_(grad_l1).mul_(active)
+        (f,) = ctx.saved_tensors
+        # In place, which is safe: decode_blocks computed grad_f for this function only.
+        return _where_active_(grad_f.add_(grad_l1), f)
 
 
 def relu(z: Float[Tensor, "c s"]) -> Activated:
-    """f = max(0, z). f and l1 are differentiable in z; f may be decoded once, by decode_blocks."""
+    """f = max(0, z), in place. f and l1 are differentiable in z; f may be decoded once, by
+    decode_blocks."""
     return Activated(*_Relu.apply(z))
 
 
@@ -98,28 +105,29 @@ class _JumpRelu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # A copy, because the rounding of MKL's exp depends on the alignment in memory.
         theta = log_theta.clone().exp()
-        active = z > theta
-        f = z * active
-        ctx.save_for_backward(z, theta, active)
+        near = rectangle(z, theta, width)
+        ctx.mark_dirty(z)
+        f = z.masked_fill_(z <= theta, 0)  # NaN stays
+        ctx.save_for_backward(f, theta, near)
         ctx.width = width
         l1 = f.sum(0)
         ctx.mark_non_differentiable(l1)
-        return f, active.to(z.dtype).sum(0), l1
+        return f, f.sign().sum(0), l1
 
     @staticmethod
     def backward(
         ctx: tp.Any, grad_f: Tensor, grad_l0: Tensor, _: Tensor
     ) -> tuple[Tensor, Tensor, None]:
-        z, theta, active = ctx.saved_tensors
-        near = rectangle(z, theta, ctx.width).to(z.dtype)
+        f, theta, near = ctx.saved_tensors
+        n_near = near.sum(0, dtype=f.dtype)
         # ∂/∂ln θ = θ·∂/∂θ, and this θ cancels with that in ε = width·θ.
-        grad = theta * (grad_f * near).sum(0) + grad_l0 * near.sum(0)
-        return grad_f.mul_(active), grad / -ctx.width, None  # in place, as above
+        grad = theta * torch.where(near, grad_f, 0).sum(0) + grad_l0 * n_near
+        return _where_active_(grad_f, f), grad / -ctx.width, None
 
 
 def jump_relu(z: Float[Tensor, "c s"], log_theta: Float[Tensor, " s"], width: float) -> Activated:
-    """f = z·[z > θ]. f and l0 are differentiable in z and ln θ, by the pseudo-derivatives of
-    :mod:`saev.nn.activations`; f may be decoded once, by decode_blocks.
+    """f = z·[z > θ], in place. f and l0 are differentiable in z and ln θ, by the
+    pseudo-derivatives of :mod:`saev.nn.activations`; f may be decoded once, by decode_blocks.
 
     Args:
         z: pre-activations.
