@@ -17,11 +17,14 @@ SOURCE = Path(__file__).parents[1] / "saev" / "notebooks"
 FRONT_END = Path(marimo.__file__).parent / "_static"
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/@marimo-team/frontend@[^/]+/dist")
 BAR = """\
-<p style="margin: 0; padding: .6rem 1rem; background: #eef2f6; color: #1f2937; \
-font: 14px/1.4 system-ui, sans-serif">A picture of the notebook <b>{name}</b> after it ran. What \
-you change here computes nothing: <code>saev notebook {name}</code> writes it for you to use. \
-<a style="color: #1d4ed8" href="../guide.html#compare-and-choose-the-notebook">To the guide</a></p>
+<p style="position: fixed; bottom: 0; left: 0; z-index: 1000; margin: 0; padding: .6rem 1rem; \
+background: #1f2937; color: #fff; font: 14px/1.4 system-ui, sans-serif">This is {name} after it \
+ran. What you change here computes nothing: <code>saev notebook {name}</code> writes it for you \
+to use. <a style="color: #93c5fd" \
+href="../guide.html#compare-and-choose-the-notebook">To the guide</a></p>
 """
+HIDE_CODE = ("metrics",)
+"""Notebooks that are tools; the others are read for their code."""
 
 
 def export(site: Path) -> None:
@@ -42,7 +45,8 @@ def export(site: Path) -> None:
 def _exported(name: str, root: str, folder: str) -> str:
     """The page of a notebook that ran in a folder."""
     shutil.copy(SOURCE / f"{name}.py", folder)
-    command = [sys.executable, "-m", "marimo", "export", "html", f"{name}.py", "--", "--root", root]
+    command = [sys.executable, "-m", "marimo", "export", "html", f"{name}.py"]
+    command += ["--no-include-code"] * (name in HIDE_CODE) + ["--", "--root", root]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The notebook {name} cannot be exported:\n{done.stderr[-2000:]}")

@@ -18,6 +18,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 import small_root
+import test_site
 import torch
 from PIL import Image
 from visuals import chromium
@@ -32,8 +33,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_root.make(tmp_path_factory.mktemp("a root"), (4, 8), not_measured=(16,))
 
 
+CHARTS = """(() => {
+  const all = [];
+  const walk = node => { for (const e of node.querySelectorAll('*')) {
+    if (e.tagName == 'CANVAS') all.push(e.getBoundingClientRect());
+    if (e.shadowRoot) walk(e.shadowRoot);
+  } };
+  walk(document);
+  return all;
+})()"""
+"""JavaScript for the places of all charts."""
+
+
 def notebook(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, NOTEBOOKS / f"{name}.py")
+    return load(NOTEBOOKS / f"{name}.py")
+
+
+def load(path: Path) -> ModuleType:
+    """A file as a module, whatever its folder."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -124,21 +142,19 @@ def test_a_rectangle_drawn_with_the_mouse(root: Path, capsys: pytest.CaptureFixt
         page.open(app, width=1200, height=3000)
         page.wait("document.body.innerText.includes('This draws them')", timeout=120)
         page.wait("document.querySelectorAll('h3').length == 2")
+        page.wait(f"{CHARTS}.length == 6", timeout=60)
         # The chart is between the two headings; its axes take less than a tenth of each side.
-        left, top, right, bottom = page.js(
-            """(() => {
-              const [above, below] = [...document.querySelectorAll('h3')]
-                .map(e => e.getBoundingClientRect().y);
-              const all = [];
-              const walk = node => { for (const e of node.querySelectorAll('*')) {
-                if (e.tagName == 'CANVAS') all.push(e.getBoundingClientRect());
-                if (e.shadowRoot) walk(e.shadowRoot);
-              } };
-              walk(document);
-              const box = all.find(b => b.y > above && b.y < below);
-              return [box.left, box.top, box.right, box.bottom];
-            })()"""
-        )
+        where = f"""(() => {{
+          const [above, below] = [...document.querySelectorAll('h3')]
+            .map(e => e.getBoundingClientRect().y);
+          const box = {CHARTS}.find(b => b.y > above && b.y < below);
+          return [box.left, box.top, box.right, box.bottom];
+        }})()"""
+        before = None
+        while (now := page.js(where)) != before:  # charts above it may still grow
+            before = now
+            time.sleep(0.5)
+        left, top, right, bottom = now
         width, height = right - left, bottom - top
         start = left + 0.3 * width, top + 0.15 * height
         end = left + 0.75 * width, top + 0.85 * height
@@ -182,6 +198,35 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     torch.testing.assert_close(recorded[0], torch.cat([stream[0, :1], stream[0, 3:]]))
     record = json.loads((Path(found["page"]).parent / "visuals.json").read_text())
     assert set(found["best_of"].values()) <= set(record["latents"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
+def test_the_pages_of_the_site_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer pictures than a person would take."""
+    site = load(NOTEBOOKS.parents[1] / "docs" / "notebooks.py")
+    smaller = tmp_path / "notebooks"
+    smaller.mkdir()
+    for path in NOTEBOOKS.glob("*.py"):
+        code = path.read_text().replace("n_images = 900", "n_images = 90")
+        (smaller / path.name).write_text(code.replace("n_epochs = 18", "n_epochs = 1"))
+    assert "n_images = 90\n" in (smaller / "own_model.py").read_text()
+    monkeypatch.setattr(site, "SOURCE", smaller)
+    site.export(tmp_path / "site")
+    with test_site.served(tmp_path / "site") as url, chromium.browser() as page:
+        # Three SAEs: three charts of them, two of latents.
+        page.open(f"{url}/notebooks/metrics.html", height=6000)
+        page.wait(f"{CHARTS}.length >= 5", timeout=60)
+        page.wait("document.querySelector('h1')?.innerText == '3 SAEs of own-model'")
+        page.open(f"{url}/notebooks/own_model.html", height=9000)
+        page.wait(
+            "document.querySelectorAll('img[src^=\"data:image/png\"]').length == 2", timeout=60
+        )
+        page.wait("document.body.innerText.includes('register_family')")
+        outside = [u for u in page.requested() if not u.startswith((url, "data:", "about:"))]
+        assert outside == []
 
 
 # --- `saev notebook` -----------------------------------------------------------------------------
