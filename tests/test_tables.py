@@ -113,4 +113,4 @@ def test_a_command_is_its_config(keys: dict) -> None:
     cfg = VisualsConfig(run="a run", shards="s3://bucket/shards/0", **keys)
     program, *argv = shlex.split(saev.visuals.command(cfg))
     assert program == "saev"
-    assert cli.parse(argv) == cfg
+    assert cli.parse(argv).configs() == [cfg]
