@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-client test test-slow test-all docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
-.PHONY: conformance doctor submit schedule schedules unschedule list status watch logs cancel compile
+.PHONY: conformance doctor submit schedule schedules unschedule list status show watch logs cancel compile
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -167,6 +167,9 @@ list: setup-client ## List the newest runs
 
 status: setup-client ## Show a run's steps: [RUN=…], the newest by default
 	$(PIPELINES) status $${RUN:+"$$RUN"} $(MORE)
+
+show: setup-client ## Show pages from storage in the browser: [RUN=run, or URL], all of SAEV_ROOT by default
+	$(PIPELINES) show $${RUN:+"$$RUN"} $(MORE)
 
 watch: setup-client ## Show a run's steps until it is over: [RUN=…]
 	$(PIPELINES) watch $${RUN:+"$$RUN"} $(MORE)

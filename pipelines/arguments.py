@@ -187,6 +187,22 @@ class Logs(Config):
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
+class Show(Config):
+    """Show the page of a run, or of everything, in the browser. Ctrl-C ends it.
+
+    The page is read from storage with this machine's credentials (AWS_…), and served on localhost.
+    """
+
+    run: tyro.conf.Positional[Text] = ""
+    """URL of a page or of its folder (a root, a run of saev, a report); or a pipeline run, whose
+    root is shown; by default SAEV_ROOT."""
+    port: int = pydantic.Field(default=0, ge=0, le=65535)
+    """Port on 127.0.0.1; 0 takes one that is free."""
+    browser: bool = True
+    """Open the browser. Without it (--no-browser), the address is printed only."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
 class Cancel(Config):
     """Stop a run. Its finished work is kept, and a new run continues from there."""
 
@@ -248,6 +264,7 @@ COMMANDS: dict[str, type[Config]] = {
     "unschedule": Unschedule,
     "list": List,
     "status": Status,
+    "show": Show,
     "watch": Watch,
     "logs": Logs,
     "cancel": Cancel,

@@ -91,6 +91,8 @@ def _run(command: Config) -> int:
         return _submit(command)
     if isinstance(command, a.Schedule):
         return _schedule(command)
+    if isinstance(command, a.Show):
+        return _show(command)
     if isinstance(command, a.Doctor):
         from pipelines import doctor
 
@@ -114,6 +116,16 @@ def _compile(command: a.Compile) -> int:
     except OSError as err:
         raise ConfigError(f"Cannot write {command.out}: {err.strerror}.") from err
     print(command.out)  # noqa: T201 - the result
+    return 0
+
+
+def _show(command: a.Show) -> int:
+    from pipelines import show
+    from saev import opened
+    from saev.config.pages import OpenConfig
+
+    place = show.place(command.run, _settings(command))
+    opened.run(OpenConfig(url=place, port=command.port, browser=command.browser))
     return 0
 
 
@@ -253,9 +265,10 @@ def _say(text: str) -> None:
 def _log() -> None:
     """Show our messages without a prefix, and only errors of libraries."""
     logging.basicConfig(level="ERROR", format="%(message)s")
-    logger = logging.getLogger("pipelines")
-    logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(secrets.RedactingFilter())
-    logger.handlers, logger.propagate = [handler], False
+    for name in ("pipelines", "saev.opened"):
+        logger = logging.getLogger(name)
+        logger.setLevel(os.environ.get("SAEV_LOG_LEVEL", "INFO").upper())
+        logger.handlers, logger.propagate = [handler], False
     logging.getLogger("urllib3").setLevel("CRITICAL")

@@ -13,7 +13,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import chain, cores, driver, interrupts, secrets, shorthand, storage, torchrun
+from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
 from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
 from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig
@@ -159,7 +159,7 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
     if isinstance(cfg, ReportConfig):
         from saev.visuals import overview
 
-        return lambda: _page(overview.write(storage.normalize(cfg.root)), cfg)
+        return lambda: _page(overview.report(cfg.root), cfg)
     if isinstance(cfg, NotebookConfig):
         from saev import notebook
 

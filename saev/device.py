@@ -27,6 +27,12 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16 matrices."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def upload(values: tp.Any, like: Tensor) -> Tensor:
     """Numbers (or a tensor on the CPU) as a tensor with the dtype and device of another tensor.
 

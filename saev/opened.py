@@ -65,7 +65,10 @@ def find(url: str) -> Place:
         ConfigError: there is no page.
     """
     url = storage.normalize(url).rstrip("/")
-    page = url if storage.name(url) == INDEX else _page_of(url)
+    is_page = storage.name(url) == INDEX
+    if not is_page and storage.exists(url) and not storage.is_dir(url):
+        raise ConfigError(f"{url} is a file. Expected a page ({INDEX}), or the folder of one.")
+    page = url if is_page else _page_of(url)
     if not page or not storage.exists(page):
         raise ConfigError(
             f"There is no page {page or storage.join(url, INDEX)}. Give the URL that "

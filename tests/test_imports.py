@@ -113,6 +113,7 @@ def test_the_cluster_side_knows_little_of_saev(folder: str) -> None:
                     "errors",
                     "interrupts",
                     "launch",
+                    "opened",
                     "secrets",
                     "storage",
                 ),

@@ -14,6 +14,7 @@ import pytest
 
 from saev import opened, storage
 from saev.errors import ConfigError
+from saev.visuals import overview
 
 REPORT = "runs/0123/inference/4567/report"
 
@@ -90,6 +91,21 @@ def test_a_report_that_is_below_no_root_is_served_alone(tmp_path: Path) -> None:
 def test_where_there_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"There is no page .*index.html\. Give the URL"):
         opened.find(str(tmp_path / "runs"))
+
+
+def test_a_file_is_no_page(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"notes.txt is a file. Expected a page \(index.html\)"):
+        opened.find(str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_that_is_no_root_gets_no_page(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="has neither a folder runs nor a folder shards"):
+            overview.report(str(folder))
+        assert not (folder / "index.html").exists()
+    (tmp_path / "runs").mkdir()
+    assert overview.report(str(tmp_path)) == str(tmp_path / "index.html")
 
 
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from saev import run, storage
@@ -203,6 +204,10 @@ def test_a_folder_of_pictures_is_enough(
     assert (config.n_train, config.sae.d_sae) == (4_000, 128)
     assert "DINOv2 ViT-S/14 (Apache License 2.0), from the model hub" in caplog.text
     assert "Recording 3 images: 12 patches, layer 5, 0.0 MB." in caplog.text
+    cpu = Path("/proc/cpuinfo")
+    flags = set(cpu.read_text().split()) if cpu.exists() else set()
+    has_bfloat16 = bool(flags & {"avx512_bf16", "amx_bf16"}) and not torch.cuda.is_available()
+    assert ("--amp (amp = true under [shards]" in caplog.text) == has_bfloat16
     assert "Training 1 SAE on 4,000 tokens: 500 epochs of 8." in caplog.text
     # 100 tokens for each latent: 12,800 tokens are 3,200 images.
     assert "8 tokens are few for 128 latents" in caplog.text

@@ -11,7 +11,7 @@ from saev.config.base import Config
 class OpenConfig(Config):
     """Show a page of saev in the browser, also one on object storage. Ctrl-C ends it."""
 
-    url: tyro.conf.Positional[str]
+    url: tyro.conf.Positional[str] = "./saev-out"
     """URL of a page (index.html), or of its folder: a root, a run, results, or a report."""
     port: int = pydantic.Field(default=0, ge=0, le=65535)
     """Port on 127.0.0.1; 0 takes one that is free."""

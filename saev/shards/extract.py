@@ -19,7 +19,7 @@ import torch
 
 from saev import driver, known, storage, vit
 from saev.config import ShardsConfig
-from saev.device import choose_device
+from saev.device import choose_device, computes_in_bfloat16
 from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.images import Decoded, ImageDataset, Unreadable, iter_examples, open_dataset
 from saev.once import say_once
@@ -228,10 +228,16 @@ class Recording(Job):
         n_vectors = n * meta.tokens_per_example * len(meta.layers)
         n_bytes = n_vectors * meta.d_model * TORCH_DTYPES[meta.dtype].itemsize
         layers = ", ".join(map(str, meta.layers))
-        return [
+        lines = [
             f"Recording {n:,} images: {n * meta.content_tokens_per_example:,} patches, "
             f"layer{'s' * (len(meta.layers) > 1)} {layers}, {n_bytes / 1e6:,.1f} MB."
         ]
+        if self.device.type == "cpu" and not meta.amp and computes_in_bfloat16():
+            lines.append(
+                "This CPU computes in bfloat16 itself: --amp (amp = true under [shards] of a "
+                "config) records faster, rounds more, and makes shards of their own."
+            )
+        return lines
 
     def begin(self, todo: Sequence[Item] = ()) -> None:
         """Write the metadata, which fails at once if the folder is not writable."""

@@ -11,7 +11,7 @@ import typing as tp
 
 from saev import names, storage
 from saev.config import TrainConfig
-from saev.errors import CorruptDataError, IncompleteError
+from saev.errors import ConfigError, CorruptDataError, IncompleteError
 from saev.inference import files
 from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
@@ -93,6 +93,21 @@ def write(root: str, sections: tp.Sequence[Section] | None = None) -> str:
     url = storage.join(root, INDEX)
     storage.write_text(url, render(collect(root) if sections is None else sections, base=root))
     return url
+
+
+def report(root: str) -> str:
+    """:func:`write` for a folder that a user names.
+
+    Raises:
+        ConfigError: the folder is no root.
+    """
+    root = storage.normalize(root)
+    if not any(storage.is_dir(storage.join(root, name)) for name in ("runs", "shards")):
+        raise ConfigError(
+            f"--root {root} has neither a folder runs nor a folder shards. Expected the folder "
+            "that `saev run --root` filled, or the one that holds --runs-root and --shards-root."
+        )
+    return write(root)
 
 
 def root_of(run: str) -> str:

@@ -39,6 +39,7 @@ PLACES = [
     ("schedule", "MARKER", "--marker"),
     ("unschedule", "NAME", "unschedule"),
     ("status", "RUN", "status"),
+    ("show", "RUN", "show"),
     ("logs", "STEP", "--step"),
     ("cancel", "RUN", "cancel"),
     ("doctor", "DATASET", "--dataset"),

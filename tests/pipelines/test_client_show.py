@@ -1,0 +1,75 @@
+"""`make show`: pages of a run from its storage."""
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from client import Client
+from kfp_server import KfpServer
+
+from saev import storage
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(*argv: str) -> tuple[str, str, int]:
+    """The page that `show` serves, its messages, and its status after Ctrl-C."""
+    command = [sys.executable, "-m", "pipelines", "show", "--no-browser", *argv]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        address = process.stdout.readline().strip()
+        if not address:
+            return "", process.communicate()[1], process.wait()
+        page = urllib.request.urlopen(address, timeout=60).read().decode()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        return page, err, process.returncode
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def root(home: Path) -> Path:
+    """A root with a page."""
+    folder = home / "root"
+    folder.mkdir()
+    (folder / "index.html").write_text("<p>all of it</p>")
+    return folder
+
+
+def test_the_root_of_a_run_on_object_storage(client: Client, kfp: KfpServer, s3: str) -> None:
+    storage.write_text(f"{s3}/root/index.html", "<p>from S3</p>")
+    client.ok("submit", "--no-check", "--root", f"{s3}/root", "--dataset", f"{s3}/pets",
+              "--name", "pets")  # fmt: skip
+    page, err, status = shown("pets")
+    assert page == "<p>from S3</p>", err
+    assert f"Serving {s3}/root. Ctrl-C ends it." in err
+    assert status == 0
+
+
+def test_a_url_and_the_root_of_the_settings(
+    root: Path, kfp: KfpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert shown(f"{root}/index.html")[0] == "<p>all of it</p>"
+    monkeypatch.setenv("SAEV_ROOT", str(root))
+    assert shown()[0] == "<p>all of it</p>"
+
+
+def test_what_cannot_be_shown(
+    client: Client, kfp: KfpServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.fails("show", "nope").startswith("There is no run 'nope'")
+    assert client.fails("show", str(home)).startswith(f"There is no page {home}/index.html")
+    monkeypatch.setenv("SAEV_STORAGE", "pvc")
+    monkeypatch.setenv("SAEV_ROOT", "/data/saev")
+    assert client.fails("show").startswith("/data/saev is on the pods' volume")
+    monkeypatch.delenv("SAEV_ROOT")
+    assert "Set SAEV_ROOT (root in cluster.toml)" in client.fails("show")
