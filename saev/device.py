@@ -29,7 +29,8 @@ def choose_device(device: str) -> torch.device:
 
 def computes_in_bfloat16() -> bool:
     """Whether this machine's CPU has instructions for products of bfloat16 matrices."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it
+    # Older versions of torch lack the function.
+    capabilities: dict[str, tp.Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
