@@ -46,12 +46,12 @@ def root(home: Path) -> Path:
 
 
 def test_the_root_of_a_run_on_object_storage(client: Client, kfp: KfpServer, s3: str) -> None:
-    storage.write_text(f"{s3}/root/index.html", "<p>from S3</p>")
-    client.ok("submit", "--no-check", "--root", f"{s3}/root", "--dataset", f"{s3}/pets",
+    storage.write_text(f"{s3}/all/index.html", "<p>from S3</p>")
+    client.ok("submit", "--no-check", "--root", f"{s3}/all", "--dataset", f"{s3}/pets",
               "--name", "pets")  # fmt: skip
     page, err, status = shown("pets")
     assert page == "<p>from S3</p>", err
-    assert f"Serving {s3}/root. Ctrl-C ends it." in err
+    assert f"Serving {s3}/all. Ctrl-C ends it." in err
     assert status == 0
 
 
