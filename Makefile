@@ -49,10 +49,10 @@ setup-client: $(CLIENT)/.installed
 
 override PYTEST := PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/e2e
 
-test: setup ## Set up, then run the tests that take seconds
+test: setup ## Set up, then run the fast tests
 	$(PYTEST) -m "not slow"
 
-test-slow: setup ## Run the tests that `make test` leaves out: kills, several ranks, builds, slow stores
+test-slow: setup ## Run the tests that `make test` leaves out: kills, several ranks, whole pipelines, builds
 	$(PYTEST) -m slow
 
 test-all: setup ## Run the tests of `make test` and `make test-slow`

@@ -151,6 +151,9 @@ for act in (TopK(top_k=6), BatchTopK(top_k=6), Relu(), JumpRelu()):
         for tensor in [*bank.state_dict().values(), *(t for m in metrics for t in m)]:
             digest.update(tensor.numpy().tobytes())
         print(act.kind, optim, digest.hexdigest())
+# torch splits a sum from 32,768 numbers on.
+bank = SaeBank([SaeConfig(d_sae=16, activation=TopK(top_k=2))], [Vanilla()], [1e-3], [0], 8)
+print(*(t.tolist() for t in bank.step(torch.randn(40_000, 8))))
 """
 
 
