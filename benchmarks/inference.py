@@ -11,6 +11,7 @@ Random activations and weights; the page cache is warm. Measured in turn:
 - the stage from configs to published results, for one SAE and for eight in one pass: everything
   saved (statistics, codes, distributions, top examples), and statistics only (--no-save).
 
+It also counts the bytes of activations that a pass with all SAEs reads, as a multiple of the layer.
 SAE-tokens/s are tokens/s times the number of SAEs. CPU seconds count all threads; on a machine that
 others use, too, their shares say more than those of rates.
 
@@ -163,6 +164,26 @@ def memory(report: Report, runs: tp.Sequence[str], root: str, args: argparse.Nam
     report.add("memory of one more SAE", [more], "MB")
 
 
+def reads(shards_url: str, runs: tp.Sequence[str], args: argparse.Namespace) -> float:
+    """Bytes of activations that one pass reads, as a multiple of the layer."""
+    n_bytes = 0
+    readinto = storage.RangeReader.readinto
+
+    def counted(self: storage.RangeReader, offset: int, buffer: memoryview) -> None:
+        nonlocal n_bytes
+        if storage.name(self.url).startswith("acts"):
+            n_bytes += memoryview(buffer).nbytes
+        readinto(self, offset, buffer)
+
+    storage.RangeReader.readinto = counted  # type: ignore[method-assign]
+    try:
+        stage(shards_url, runs, args, save=False)()
+    finally:
+        storage.RangeReader.readinto = readinto  # type: ignore[method-assign]
+    with Shards.open(shards_url) as shards:
+        return n_bytes / sum(layout.n_examples * layout.row_bytes for layout in shards.layouts)
+
+
 _SHAPE = ("d_model", "d_sae", "top_k", "batch_size", "device")
 
 
@@ -215,6 +236,9 @@ def rates(
     found = alternate(ways, args.repeats)
     for name in ways:
         report.add(name, found[name], "SAE-tokens/s")
+    n = reads(shards_url, runs, args)
+    at_most = None if args.small else 1.05  # of little data, the sample of latents is a large part
+    report.add(f"{several}: bytes read ÷ bytes of the layer", [n], "×", at_most=at_most)
     _, limit, *stages = ways
     selecting = ways[limit]
     for name in stages:

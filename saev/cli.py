@@ -174,7 +174,12 @@ def _one_stage(job: Job, cfg: tp.Any, progress: Progress) -> Made:
     from saev import after
 
     started, part = time.monotonic(), getattr(cfg, "part", "")
-    urls = driver.run_job(job, part, progress).urls
+    try:
+        urls = driver.run_job(job, part, progress).urls
+    except SaevError:
+        if job.failure() is not None and not part:  # some SAEs failed, and the others are done
+            after.of(cfg, ()).update_page()
+        raise
     if part or progress.quiet:
         return Made(urls)
     outcome = after.of(cfg, urls)

@@ -47,6 +47,15 @@ _MAX_CODES_BYTES = 256 << 20
 _SMALLEST_SHARE = 0.005  # classes that cover less of a picture are left out of its legend
 
 
+class Firing(tp.NamedTuple):
+    """What is shown of a latent that fires."""
+
+    top: TopExamples
+    """Its best images."""
+    values: Histogram | None
+    """Its values."""
+
+
 class _Drawn(tp.NamedTuple):
     """A latent that is drawn and up to date."""
 
@@ -163,43 +172,41 @@ class Pictures:
 
     # --- Work ------------------------------------------------------------------------------
 
-    def top(self, latents: tp.Sequence[int]) -> dict[int, TopExamples]:
-        """The images that each latent is shown with; without those that never fire."""
-        results = Results.open(self.results.url)  # its arrays are large, and needed only here
-        found = {}
-        for latent in latents:
-            if self.results.frequency[latent] > 0:
-                found[latent] = results.top(latent)
-        return found
-
-    def prepare(self) -> None:
-        """Open now what threads that draw latents would otherwise open once each."""
+    def prepare(self, latents: tp.Sequence[int]) -> dict[int, Firing]:
+        """Read what pages show of latents, before threads draw them. Those that never fire are left
+        out."""
         storage.check_writable(self.out)
-        _ = (self._all_values, self._pictures_key)
+        _ = self._pictures_key
+        firing = [latent for latent in latents if self.results.frequency[latent] > 0]
+        if not firing:
+            return {}
+        results = Results.open(self.results.url)  # its arrays are large, and needed only here
+        tops = {latent: results.top(latent) for latent in firing}
+        values = _all_values(results, firing)
+        return {n: Firing(top, _histogram(values.get(n), top)) for n, top in tops.items()}
 
-    def views(self, top: tp.Iterable[TopExamples]) -> Views:
+    def views(self, latents: tp.Iterable[Firing]) -> Views:
         """What gives the images of latents, each of which is going to be asked for."""
-        examples = (int(e) for one in top for e in one.example_idx[: self.cfg.n_top])
+        examples = (int(e) for one in latents for e in one.top.example_idx[: self.cfg.n_top])
         return self._images.views(self.shards, self.cfg, examples)
 
-    def draw(self, latent: int, top: TopExamples | None, views: Views) -> None:
+    def draw(self, latent: int, firing: Firing | None, views: Views) -> None:
         """Write a latent's pictures, and its record last.
 
         Args:
             latent: its number.
-            top: its images, from :meth:`top`; None if it never fires.
+            firing: what is shown of it, from :meth:`prepare`; None if it never fires.
             views: gives these images.
         """
         frequency = float(self.results.frequency[latent])
         max_value = float(self.results.max_values[latent])
         examples: list[ExamplePictures] = []
         listed: dict[str, storage.Listed] = {}
-        values = None
-        if top is not None:
+        if firing is not None:
+            top = firing.top
             for rank in range(min(self.cfg.n_top, len(top.example_idx))):
                 shown = views.get(int(top.example_idx[rank]))
                 examples.append(self._draw_example(latent, rank, top, max_value, shown, listed))
-            values = self._values(latent, top)
         mean = float(self.results.mean_values[latent])
         record = LatentRecord(
             key=self._pictures_key,
@@ -207,7 +214,7 @@ class Pictures:
             frequency=frequency,
             mean_value=mean if frequency > 0 and np.isfinite(mean) else None,
             max_value=max_value if frequency > 0 else 0.0,
-            values=values,
+            values=firing.values if firing else None,
             examples=tuple(examples),
         )
         place = self._record_url(latent)
@@ -303,36 +310,6 @@ class Pictures:
             for label in order
             if shares[label] >= _SMALLEST_SHARE
         )
-
-    def _values(self, latent: int, top: TopExamples) -> Histogram | None:
-        known = self._all_values.get(latent)
-        if known is not None:
-            values, source = known, "all tokens"
-        else:
-            values = top.token_acts[top.token_acts != 0]
-            source = f"tokens of its top {len(top.token_acts)} images"
-        if not len(values):
-            return None
-        low, high = min(0.0, float(values.min())), float(values.max())
-        if not low < high:
-            return None
-        counts, _ = np.histogram(values, bins=VALUE_BINS, range=(low, high))
-        return Histogram(low=low, high=high, counts=tuple(int(c) for c in counts), source=source)
-
-    @functools.cached_property
-    def _all_values(self) -> dict[int, np.ndarray]:
-        """All values of the chosen latents, as far as inference kept them in a size to load."""
-        latents = np.array(self.choice.latents, dtype=np.int64)
-        if 0 < self.results.codes_bytes <= _MAX_CODES_BYTES:
-            columns = self.results.codes()[:, latents].tocsc()
-        else:
-            kept = self.results.distributions()
-            is_chosen = np.isin(kept.latents, latents)
-            latents, columns = kept.latents[is_chosen], kept.values.tocsc()[:, is_chosen]
-        return {
-            int(latent): columns.data[columns.indptr[i] : columns.indptr[i + 1]]
-            for i, latent in enumerate(latents)
-        }
 
     # --- Finish ----------------------------------------------------------------------------
 
@@ -444,3 +421,39 @@ def _without_place(data: tp.Any) -> tp.Any:
 
 def _hash(obj: tp.Any) -> str:
     return storage.content_hash(obj, 16)
+
+
+def _all_values(results: Results, latents: tp.Sequence[int]) -> dict[int, np.ndarray]:
+    """All values of latents, as far as inference kept them in a size to load."""
+    chosen = np.array(latents, dtype=np.int64)
+    if 0 < results.codes_bytes <= _MAX_CODES_BYTES:
+        columns = results.codes()[:, chosen].tocsc()
+    else:
+        kept = results.distributions()
+        is_chosen = np.isin(kept.latents, chosen)
+        chosen, columns = kept.latents[is_chosen], kept.values.tocsc()[:, is_chosen]
+    return {
+        int(latent): columns.data[columns.indptr[i] : columns.indptr[i + 1]]
+        for i, latent in enumerate(chosen)
+    }
+
+
+def _histogram(known: np.ndarray | None, top: TopExamples) -> Histogram | None:
+    """Of the values of a latent.
+
+    Args:
+        known: all of them; None if only those of its best images are known.
+        top: its best images.
+    """
+    if known is not None:
+        values, source = known, "all tokens"
+    else:
+        values = top.token_acts[top.token_acts != 0]
+        source = f"tokens of its top {len(top.token_acts)} images"
+    if not len(values):
+        return None
+    low, high = min(0.0, float(values.min())), float(values.max())
+    if not low < high:
+        return None
+    counts, _ = np.histogram(values, bins=VALUE_BINS, range=(low, high))
+    return Histogram(low=low, high=high, counts=tuple(int(c) for c in counts), source=source)

@@ -13,10 +13,9 @@ from saev import cores, driver, storage
 from saev.config.visuals import VisualsCommand, VisualsConfig
 from saev.errors import IncompleteError, SaevError
 from saev.failures import Failures
-from saev.inference.results import TopExamples
 from saev.progress import Progress
 from saev.stage import Context, Item, Job, Result
-from saev.visuals.pictures import Pictures
+from saev.visuals.pictures import Firing, Pictures
 from saev.visuals.views import Images, Views
 
 
@@ -124,7 +123,7 @@ class Drawing(Job):
         self._asked = [self._cfgs.index(one) for one in cfgs]
         self._images = Images()
         self._failures = Failures(range(len(self._cfgs)), "SAEs", failed)
-        self._top: dict[tuple[int, int], TopExamples] = {}
+        self._firing: dict[tuple[int, int], Firing] = {}
         self._views: dict[int, Views] = {}
 
     @functools.cached_property
@@ -225,13 +224,12 @@ class Drawing(Job):
             latents = [item.spec["latent"] for item in todo if _place(item)[0] == number]
             if not latents:
                 continue
-            top = {}
+            firing: dict[int, Firing] = {}
             with self._failures.of(number):
-                one.prepare()
-                top = one.top(latents)
-                self._top |= {(number, latent): found for latent, found in top.items()}
-                self._views[number] = one.views(top.values())
-            if top:
+                firing = one.prepare(latents)
+                self._firing |= {(number, latent): found for latent, found in firing.items()}
+                self._views[number] = one.views(firing.values())
+            if firing:
                 _ = one.source  # an error of it is one of all SAEs
 
     def work(self, item: Item, context: Context) -> None:
@@ -239,8 +237,8 @@ class Drawing(Job):
         if number in self._failures:
             return
         with self._alone(number, item, context.progress):
-            top = self._top.get((number, latent))
-            self._opened[number].draw(latent, top, self._views[number])
+            firing = self._firing.get((number, latent))
+            self._opened[number].draw(latent, firing, self._views[number])
 
     @contextlib.contextmanager
     def _alone(self, number: int, item: Item, progress: Progress) -> Iterator[None]:
@@ -259,7 +257,7 @@ class Drawing(Job):
                     one.publish(progress)
 
     def close(self) -> None:
-        self._top.clear()
+        self._firing.clear()
         self._views.clear()
         self._images.close()
 

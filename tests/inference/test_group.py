@@ -32,6 +32,7 @@ from saev.inference.stage import Measuring
 from saev.nn import SparseAutoencoder
 from saev.shards import Shards
 from saev.stage import Part
+from saev.visuals import overview
 
 SAES = {
     "top-k": (48, TopK(top_k=3), "vanilla"),
@@ -317,6 +318,21 @@ def test_saes_fail_alone(place, tmp_path, read_bytes) -> None:
             shutil.copytree(place.root / "runs" / name, run)
     inference.run_all(cfgs[:-1])
     assert place.found(tmp_path) == place.alone
+
+
+def test_the_page_shows_those_that_have_not_failed(place, tmp_path, capsys) -> None:
+    place.fresh(tmp_path)
+    (tmp_path / "shards").symlink_to(place.root / "shards")
+    (tmp_path / "runs" / "wide" / "checkpoint" / "sae.safetensors").unlink()
+    words = ["--run", *(str(tmp_path / "runs" / name) for name in ("wide", "relu", "top-k"))]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inference", *words, "--n-dists", "0", "--device", "cpu"])
+    assert ended.value.code == 1
+    assert "saev: error: " in capsys.readouterr().err
+    (section,) = overview.collect(str(tmp_path))
+    measured = {storage.name(row.run) for row in section.rows if row.metrics}
+    assert measured == {"relu", "top-k"}
+    assert "of all images" in (tmp_path / "index.html").read_text()
 
 
 def test_parts_of_saes_that_fail_alone(place, tmp_path) -> None:
