@@ -39,7 +39,8 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure SAEs (inference), show their features (visuals). \
-`run` does all four, `open` shows a page in the browser, `report` writes the page of a root, \
+`run` does all four, `open` shows a page in the browser, `report` writes the page of a root, or \
+one file with all latents of SAEs, \
 `notebook` a notebook. \
 `size` estimates a job beforehand, `gc` cleans up. Every location is a path or a URL (s3://…). \
 The URL of the result is the only output on standard output."""
@@ -97,10 +98,14 @@ def _parse(argv: tp.Sequence[str]) -> tp.Any:
         COMMANDS,
         prog="saev",
         description=DESCRIPTION,
-        args=_joined(argv) if argv[:1] in (["inference"], ["visuals"]) else argv,
+        args=_joined(argv) if argv[:1] in _MANY_RUNS else argv,
         # Flags of a stage may also follow `data:…`, because users append flags there.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
+
+
+_MANY_RUNS = (["inference"], ["visuals"], ["report"])
+"""Commands with a flag --run for several runs."""
 
 
 def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
@@ -156,6 +161,10 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
         from saev import opened
 
         return lambda: _no_urls(opened.run, cfg)
+    if isinstance(cfg, ReportConfig) and cfg.run:
+        from saev.explorer import page
+
+        return lambda: Made([page.write(cfg, progress)])
     if isinstance(cfg, ReportConfig):
         from saev.visuals import overview
 

@@ -5,7 +5,8 @@ import typing as tp
 import pydantic
 import tyro
 
-from saev.config.base import Config
+from saev.config.base import Config, refuse
+from saev.config.images import ImageData
 
 
 class OpenConfig(Config):
@@ -20,10 +21,34 @@ class OpenConfig(Config):
 
 
 class ReportConfig(Config):
-    """Write the page that lists all SAEs of a root, measured or not."""
+    """Write the page that lists all SAEs of a root, measured or not; or, with --run and --out, one
+    HTML file to look at all latents of SAEs, which needs no other file and no server."""
 
     root: str = "./saev-out"
     """URL of the folder that holds runs and shards; the page is root/index.html."""
+    run: tuple[str, ...] = ()
+    """URLs of run folders that were measured: write the file of all their latents instead."""
+    out: str = ""
+    """With --run: URL of the HTML file."""
+    shards: str = ""
+    """With --run: URL of the shards folder that inference ran on; by default that of training."""
+    max_mb: float = pydantic.Field(default=15.0, gt=0.0, allow_inf_nan=False)
+    """With --run: most megabytes that the file may have. As many pictures are taken as fit."""
+    allow_other_model: bool = False
+    """With --run: show SAEs even if the activations are of another model, preprocessing or image
+    size than those that they were trained on. The file then says so."""
+    data: ImageData | None = None
+    """With --run: the images, if they have moved since they were recorded or the shards do not say
+    where they are (protocol 2.1); by default the dataset that the shards name."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_complete(self) -> tp.Self:
+        if self.run and not self.out:
+            refuse("--run writes one HTML file: say where with --out FILE")
+        for flag in ("out", "shards", "data"):
+            if getattr(self, flag) and not self.run:
+                refuse(f"--{flag} is of the file of all latents: say of which SAE with --run URL")
+        return self
 
 
 class NotebookConfig(Config):

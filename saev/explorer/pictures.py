@@ -1,0 +1,166 @@
+"""Which images fit into the file, in which size."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import io
+import typing as tp
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from saev import cores
+from saev.explorer.data import Example, Measured
+from saev.progress import Progress
+from saev.visuals import render
+from saev.visuals.source import Source
+
+SIZES = (256, 192, 144, 112)
+"""Longer side of images of latents' pages in pixels. The largest is taken with which the images of
+all latents fit; with the smallest, those of as many latents as fit."""
+THUMB = 48
+"""Longer side of the image of a latent that has only one."""
+THUMB_SHARE = 0.6
+"""Most of the room for pictures that is kept for one small image of each latent, while there are
+further images only of some."""
+_EXAMPLE_BYTES = 20
+"""Of one image of one latent, without its patches."""
+_PATCH_BYTES = 4
+_SAMPLE = 12
+_STEP = 64
+"""Latents that are taken together."""
+
+
+def encoded(n_bytes: float) -> float:
+    """Length of bytes as base64."""
+    return n_bytes * 4 / 3
+
+
+@dataclasses.dataclass
+class Album:
+    """The pictures of one SAE's latents."""
+
+    images: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    """WebP files by image, in the order of the file."""
+    examples: dict[int, list[Example]] = dataclasses.field(default_factory=dict)
+    """Images of each latent that has several in the file."""
+    thumbs: dict[int, int] = dataclasses.field(default_factory=dict)
+    """The strongest image of each latent that has a picture."""
+
+
+class _Picker:
+    """Fills an album until the room is used up."""
+
+    def __init__(self, measured: Measured, source: Source, progress: Progress):
+        self.album = Album()
+        self.used = 0.0
+        self._measured, self._source, self._progress = measured, source, progress
+        self._sizes: dict[int, int] = {}
+
+    def encode(self, images: Sequence[int], size: int) -> dict[int, bytes]:
+        """WebP files of images, made in threads."""
+        with concurrent.futures.ThreadPoolExecutor(cores.available(), "saev-pictures") as pool:
+            made = pool.map(lambda image: self._one(image, size), images)
+            return dict(zip(images, made, strict=True))
+
+    def _one(self, image: int, size: int) -> bytes:
+        buffer = io.BytesIO()
+        picture = render.picture(self._source.view(image).image, size)
+        picture.save(buffer, format="WEBP", quality=80 if size > THUMB else 70, method=4)
+        return buffer.getvalue()
+
+    def bytes_each(self, images: Sequence[int], size: int) -> float:
+        """Mean size of a file of some images, by a sample."""
+        places = np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).round().astype(int)
+        sample = self.encode([images[i] for i in places], size)
+        return float(np.mean([encoded(len(data)) for data in sample.values()]))
+
+    def text_bytes(self, image: int) -> int:
+        """Of an image's name in the file."""
+        return len(self._measured.files[image].encode()) + 16
+
+    def take(
+        self, wanted: tp.Mapping[int, Sequence[Example]], size: int, room: float, *, whole: bool
+    ) -> None:
+        """Take the images of latents in order, until one does not fit.
+
+        Args:
+            wanted: images of each latent.
+            size: longer side in pixels.
+            room: most bytes in all.
+            whole: take the latents' examples too, not only the first image.
+        """
+        latents = list(wanted)
+        with self._progress.task("reading images", total=len(latents), unit="latent") as task:
+            for start in range(0, len(latents), _STEP):
+                some = latents[start : start + _STEP]
+                new = {e.example: None for latent in some for e in wanted[latent]}
+                made = self.encode([i for i in new if i not in self.album.images], size)
+                for latent in some:
+                    if not self._take_one(latent, wanted[latent], made, room, whole=whole):
+                        return
+                    task.advance(1)
+
+    def _take_one(
+        self, latent: int, examples: Sequence[Example], made: dict[int, bytes], room: float, *,
+        whole: bool,
+    ) -> bool:  # fmt: skip
+        have = self.album.images
+        new = [i for i in dict.fromkeys(e.example for e in examples) if i not in have]
+        cost = sum(encoded(len(made[i])) + self.text_bytes(i) for i in new)
+        if whole:
+            cost += sum(map(example_bytes, examples))
+        if self.used + cost > room:
+            return False
+        self.used += cost
+        have.update({i: made[i] for i in new})
+        self.album.thumbs[latent] = examples[0].example
+        if whole:
+            self.album.examples[latent] = list(examples)
+        return True
+
+
+def example_bytes(example: Example) -> float:
+    """Of an image of a latent, its file aside."""
+    return encoded(_EXAMPLE_BYTES + _PATCH_BYTES * len(example.patches))
+
+
+def collect(measured: Measured, source: Source, room: float, progress: Progress) -> Album:
+    """Choose pictures: first those of the latents that come first in `measured.order`.
+
+    Args:
+        measured: the SAE.
+        source: its images.
+        room: most bytes that they may take in the file.
+        progress: where to tell how far it is.
+
+    Raises:
+        ImageError: an image cannot be decoded or is not the recorded one.
+        StorageError: one is gone.
+    """
+    picker = _Picker(measured, source, progress)
+    firsts = {int(i): measured.top(i)[:1] for i in measured.order.tolist() if measured.top(i)}
+    if not firsts:
+        return picker.album
+    wanted = {i: [*measured.top(i), *measured.bands(i)] for i in firsts}
+    uses = collections.Counter(e.example for examples in wanted.values() for e in examples)
+    images = list(uses)
+    fixed = float(sum(map(picker.text_bytes, images)))
+    fixed += sum(example_bytes(e) for examples in wanted.values() for e in examples)
+    for size in SIZES:
+        if fixed + len(images) * picker.bytes_each(images, size) <= 0.95 * room:
+            picker.take(wanted, size, room, whole=True)
+            return picker.album
+    small = list(dict.fromkeys(examples[0].example for examples in firsts.values()))
+    kept = len(small) * picker.bytes_each(small, THUMB) + sum(map(picker.text_bytes, small))
+    picker.take(wanted, SIZES[-1], room - min(kept, THUMB_SHARE * room), whole=True)
+    rest = {i: examples for i, examples in firsts.items() if i not in picker.album.thumbs}
+    picker.take(rest, THUMB, room, whole=False)
+    return picker.album
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
