@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from forker import Ended, Forker
+from visuals import chromium
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FLAGS = {
@@ -15,6 +16,7 @@ FLAGS = {
     "many": ["--root={}"],
     "extraction": ["--root={}"],
     "planning": ["--root={}"],
+    "explorer": [],
     "gpu": ["--root={}", "--device=cpu", "--no-kernels"],  # tests/nn/test_triton.py runs those
     "sparsity": ["--root={}", "--device=cpu"],
 }
@@ -34,6 +36,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_trial_gives_every_row(forker: Forker, name, tmp_path) -> None:
+    if name == "explorer" and chromium.BINARY is None:
+        pytest.skip(chromium.MISSING)
     found = tmp_path / f"{name}.json"
     flags = [flag.format(tmp_path) for flag in FLAGS[name]]
     ran = run(forker, BENCHMARKS / f"{name}.py", "--small", "--repeats=1", "--json", found, *flags)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "images/Dockerfile").read_text()
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("saev/*/__init__.py"))
 FIRST = {
-    "demo": "demo.photos", "inference": "inference.stage", "launch": "launch.runs",
+    "demo": "demo.photos", "explorer": "explorer.page", "inference": "inference.stage",
+    "launch": "launch.runs",
     "steps": "steps.run", "visuals": "visuals.choose",
 }  # fmt: skip
 """A module of those packages that import nothing by themselves."""

@@ -1,0 +1,290 @@
+"""The file in a real browser: its numbers, filters, keys, pictures, and a frame without rights."""
+
+import base64
+import html
+import io
+import itertools
+import json
+import typing as tp
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from visuals import chromium
+from visuals.chain import DEAD, Chain
+
+from saev.inference.results import Results
+from saev.shards import Shards
+from saev.visuals.source import Source
+
+pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
+
+ROWS = "[...document.querySelectorAll('.rows .row')]"
+LISTED = f"{ROWS}.map(r => +r.dataset.latent)"
+OPEN = "(document.querySelector('main.one')?.dataset.latent ?? null)"
+MARKS = "document.querySelector('.pictures canvas').dataset.marks"
+DRAWN = "[...document.querySelectorAll('canvas[data-drawn]')]"
+
+
+@pytest.fixture(scope="module")
+def results(chain: Chain) -> Results:
+    return Results.open(chain.inference)
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[chromium.Page]:
+    with chromium.browser() as page:
+        yield page
+
+
+@pytest.fixture
+def page(tab: chromium.Page, file: Path) -> Iterator[chromium.Page]:
+    tab.events.clear()
+    tab.open(file.as_uri())
+    tab.wait(f"{ROWS}.length > 0")
+    yield tab
+    assert tab.problems() == []
+    assert {url.partition("#")[0] for url in tab.requested()} <= {file.as_uri(), "about:blank"}
+
+
+def type_into(page: tp.Any, selector: str, text: str, kind: str = "input") -> None:
+    page.js(
+        f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+        f"e.value = {json.dumps(text)}; e.dispatchEvent(new Event('{kind}', {{bubbles: true}}));"
+        "})()"
+    )
+
+
+def says(text: str, value: float) -> bool:
+    """Whether a text is a number, rounded to its last digit."""
+    digits = text.replace(",", "").rstrip("%").lower()
+    mantissa, _, power = digits.partition("e")
+    unit = 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
+    return abs(float(digits) - value) <= 0.5001 * unit
+
+
+def all_rows(page: chromium.Page) -> list[list[str]]:
+    """Number of the latent and texts of the columns, of all rows in turn."""
+    found: dict[int, list[str]] = {}
+    n = page.js("+document.querySelector('.list').getAttribute('aria-rowcount') - 1")
+    while len(found) < n:
+        for latent, *texts in page.js(
+            f"{ROWS}.map(r => [r.dataset.latent, ...[...r.querySelectorAll('.n')]"
+            ".map(c => c.textContent)])"
+        ):
+            found[int(latent)] = texts
+        page.js("scrollBy(0, 400)")
+        page.js("new Promise(requestAnimationFrame)")
+    return [[str(latent), *texts] for latent, texts in found.items()]
+
+
+def test_numbers_are_those_of_inference(page: chromium.Page, results: Results) -> None:
+    rows = all_rows(page)
+    assert len(rows) == results.d_sae
+    for text, frequency, mean, highest, images, _ in rows:
+        latent = int(text)
+        assert says(frequency, 100 * results.frequency[latent])
+        if not results.counts[latent]:
+            assert (mean, highest, images) == ("–", "–", "–")
+            continue
+        assert says(mean, results.mean_values[latent])
+        assert says(highest, results.max_values[latent])
+        assert int(images) >= len(results.top(latent).value)
+
+
+def test_sort_and_filter_by_columns(page: chromium.Page, results: Results) -> None:
+    type_into(page, ".sort select", "-frequency", "change")
+    page.wait(f"{LISTED}[0] === {int(results.frequency.argmax())}")
+    page.js("document.querySelector('.filters').open = true")
+    low = float(np.median(results.frequency[results.frequency > 0])) * 1.001
+    type_into(page, '[aria-label="Frequency from"]', str(low), "change")
+    n = int((results.frequency >= low).sum())
+    page.wait(f"document.getElementById('count').textContent === '{n} of 24 latents'")
+    assert "frequency=" in page.js("location.hash"), "the address keeps the filter"
+    page.js("window.before = true; location.reload()")
+    page.wait("window.before === undefined && document.getElementById('count') !== null")
+    assert page.js("document.getElementById('count').textContent") == f"{n} of 24 latents"
+    page.click("#reset")
+    page.wait("document.getElementById('count').textContent === '24 latents'")
+
+
+def test_search_finds_classes_files_and_numbers(page: chromium.Page, results: Results) -> None:
+    def found(text: str) -> int:
+        type_into(page, "#search", text)
+        page.js("new Promise(requestAnimationFrame)")
+        return int(page.js("document.getElementById('count').textContent.split(' ')[0]"))
+
+    assert found("no such thing") == 0
+    assert found("PLAÍN") == found("plain") > 0
+    assert found("pla") > 0, "the beginning of a word is enough"
+    by_file = {
+        latent for latent in range(results.d_sae) if 3 in results.top(latent).example_idx[:8]
+    }
+    assert found('"a&b 3.png"') >= len(by_file) > 0
+    assert found(str(DEAD)) == 1
+    assert page.js(LISTED) == [DEAD]
+
+
+def test_brush_filters_by_both_axes(page: chromium.Page, results: Results) -> None:
+    box = page.js(
+        "(() => { const r = document.querySelector('.plot canvas').getBoundingClientRect();"
+        "return [r.x, r.y, r.width, r.height]; })()"
+    )
+    places = [(box[0] + box[2] / 2, box[1] + 1), (box[0] + box[2] + 50, box[1] + box[3])]
+    button = {"button": "left", "buttons": 1}
+    for kind, (x, y) in zip(("mousePressed", "mouseMoved"), places, strict=True):
+        page.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=1, **button)
+    page.send(
+        "Input.dispatchMouseEvent", type="mouseReleased", x=places[1][0], y=places[1][1],
+        button="left", clickCount=1,
+    )  # fmt: skip
+    page.wait("document.getElementById('count').textContent.includes(' of ')")
+    low = float(page.js("location.hash").partition("frequency=")[2].partition("..")[0])
+    expected = {int(i) for i in np.flatnonzero(results.frequency >= low)}
+    assert 0 < len(expected) < int((results.counts > 0).sum())
+    assert set(page.js(LISTED)) == expected
+
+
+def test_keys_open_leaf_through_and_go_back(page: chromium.Page) -> None:
+    order = page.js(LISTED)[:3]
+    page.js(f"{ROWS}[0].querySelector('a').focus()")
+    page.key("ArrowDown")
+    page.wait("document.activeElement.textContent === " + json.dumps(str(order[1])))
+    page.js("document.activeElement.click()")
+    page.wait(f"{OPEN} === '{order[1]}'")
+    page.wait("document.activeElement.tagName === 'H2'")
+    page.key("ArrowRight")
+    page.wait(f"{OPEN} === '{order[2]}'")
+    page.key("ArrowLeft")
+    page.key("ArrowLeft")
+    page.wait(f"{OPEN} === '{order[0]}'")
+    page.js("history.back()")
+    page.wait(f"{OPEN} === null")
+    page.js("history.forward()")
+    page.wait(f"{OPEN} !== null")
+    page.key("Escape")
+    page.wait(f"{OPEN} === null")
+    page.key("/")
+    assert page.js("document.activeElement.id") == "search"
+
+
+def pixels(page: chromium.Page) -> np.ndarray:
+    """The first picture of a latent's page, [height, width, 3]."""
+    data = page.js("document.querySelector('.pictures canvas').toDataURL()").partition(",")[2]
+    image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return np.array(image, dtype=float)
+
+
+def of_patches(picture: np.ndarray) -> np.ndarray:
+    """Mean lightness of the middle of each of 4 × 4 patches, [16]."""
+    edges = np.linspace(0, len(picture), 5).astype(int)
+    pad = (edges[1] - edges[0]) // 4
+    spans = [slice(a + pad, b - pad) for a, b in itertools.pairwise(edges)]
+    return np.array([picture[rows, columns].mean() for rows in spans for columns in spans])
+
+
+def test_pictures_and_marks(
+    page: chromium.Page, results: Results, chain: Chain, file: Path
+) -> None:
+    latent = 1
+    top = results.top(latent)
+    fires = top.token_acts[0] > 0
+    assert 0 < fires.sum() < 16, "some patches fire, some do not"
+    page.open(f"{file.as_uri()}#/0/latent/{latent}")
+    page.wait(f"{DRAWN}.length > 4")
+    marked = of_patches(pixels(page))
+    page.key("h")
+    page.wait(f"{MARKS} === 'off'")
+    plain = pixels(page)
+    crop = Source(Shards.open(chain.shards)).view(int(top.example_idx[0])).image
+    assert of_patches(plain) == pytest.approx(of_patches(np.array(crop, dtype=float)), abs=12)
+    dimmed = marked < 0.6 * of_patches(plain)
+    assert dimmed.tolist() == (~fires).tolist()
+    page.key("h")
+    # Only the strongest patch is left if the threshold is at the maximum.
+    page.wait(f"{MARKS} === '0'")
+    type_into(page, "#threshold", "100")
+    page.wait(f"{MARKS} === '1'")
+    dimmed = of_patches(pixels(page)) < 0.6 * of_patches(plain)
+    assert np.flatnonzero(~dimmed).tolist() == [int(top.token_acts[0].argmax())]
+    values = page.js("[...document.querySelectorAll('.range .value')].map(v => v.textContent)")
+    assert all(says(*pair) for pair in zip(values, top.value[:8], strict=False))
+    assert len(values) >= min(8, len(top.value))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1400, True), (390, False)])
+def test_nothing_overflows(page: chromium.Page, file: Path, width: int, dark: bool) -> None:
+    for address in ("", "#/0/latent/1"):
+        page.open(file.as_uri() + address, width=width, height=800, dark=dark)
+        page.wait(f"{DRAWN}.length > 0")
+        assert page.js("document.documentElement.scrollWidth <= innerWidth"), address
+    background = page.js("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(20, 23, 27)" if dark else "rgb(251, 251, 250)")
+
+
+def test_in_a_frame_without_rights(tab: chromium.Page, file: Path, tmp_path: Path) -> None:
+    """As Kubeflow's UI shows a page."""
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        '<iframe sandbox="allow-scripts" width="900" height="600" '
+        f'srcdoc="{html.escape(file.read_text())}"></iframe>'
+    )
+    tab.events.clear()
+    tab.send("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
+    tab.open(outer.as_uri())
+    frame = Frame(tab)
+    frame.wait(f"{ROWS}.length > 0 && {DRAWN}.length > 0")
+    assert frame.js("self.origin") == "null"
+    first, second = frame.js(LISTED)[:2]
+    frame.js(f"{ROWS}[0].querySelector('a').click()")
+    frame.wait(f"{OPEN} === '{first}'")
+    frame.js("document.getElementById('next').click()")
+    frame.wait(f"{OPEN} === '{second}'")
+    frame.js("document.querySelector('.copy button').click()")
+    frame.wait("document.querySelector('.copy textarea') !== null")
+    frame.wait(
+        "(() => { const t = document.querySelector('.copy textarea');"
+        f"return t.value.slice(t.selectionStart, t.selectionEnd).endsWith('.top({second})'); }})()"
+    )
+    frame.js("document.getElementById('back').click()")
+    frame.wait(f"{OPEN} === null")
+    type_into(frame, "#search", "plain")
+    frame.wait("document.getElementById('count').textContent.includes(' of ')")
+    assert tab.js("location.href") == outer.as_uri()
+    problems = [p for p in tab.problems() if "clipboard" not in p.lower()]
+    assert problems == []
+    assert set(tab.requested()) <= {outer.as_uri(), "about:blank", "about:srcdoc"}
+
+
+class Frame:
+    """The frame in a page. It has a process of its own, so the browser takes it for a page."""
+
+    def __init__(self, tab: chromium.Page):
+        self._tab = tab
+        tab.js("1")
+        sessions = [
+            event["params"]["sessionId"]
+            for event in tab.events
+            if event.get("method") == "Target.attachedToTarget"
+            and event["params"]["targetInfo"]["type"] == "iframe"
+        ]
+        self._session = sessions[-1]
+        for domain in ("Runtime", "Network", "Log"):
+            self._send(f"{domain}.enable")
+
+    def _send(self, method: str, **params: tp.Any) -> tp.Any:
+        outer, self._tab._session = self._tab._session, self._session
+        try:
+            return self._tab.send(method, **params)
+        finally:
+            self._tab._session = outer
+
+    def js(self, expression: str) -> tp.Any:
+        answer = self._send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        chromium.Page.wait(tp.cast(chromium.Page, self), condition)
