@@ -8,6 +8,7 @@ OUT/benchmarks.md. A script that fails is reported at the end. Nothing else shou
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ SCRIPTS = {
     "many": "Many SAEs, measured and shown",
     "extraction": "Recording activations",
     "planning": "Planning and opening",
+    "explorer": "The explorer's file",
     "gpu": "On a GPU",
     "sparsity": "L0 on images not trained on",
 }
@@ -34,8 +36,9 @@ SCRIPTS = {
 
 def available() -> list[str]:
     """Scripts that can run here."""
-    on_gpus = ("gpu", "sparsity")
-    return [name for name in SCRIPTS if name not in on_gpus or torch.cuda.is_available()]
+    needs = {"gpu": torch.cuda.is_available(), "sparsity": torch.cuda.is_available(),
+             "explorer": shutil.which("chromium") is not None}  # fmt: skip
+    return [name for name in SCRIPTS if needs.get(name, True)]
 
 
 def run(name: str, out: Path, small: bool) -> bool:

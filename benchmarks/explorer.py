@@ -1,0 +1,170 @@
+"""The explorer's file with very many latents, in Chromium: first rows, scrolling, search, opening.
+
+    python benchmarks/explorer.py            # 16,384 latents, 15 MB; a minute
+    python benchmarks/explorer.py --small    # a trial
+
+Numbers and pictures are made: nothing is measured but the page. The time to the first rows is from
+the start of navigation, from a file in the page cache, to the frame after all rows in the window
+have their pictures. The scroll goes through the whole list in steps of two windows a frame.
+"""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from harness import Report, invocation, parser
+from PIL import Image
+
+from saev.explorer import page, pictures
+from saev.explorer.data import BINS, N_CLASSES, N_NEIGHBOURS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from visuals import chromium
+
+GRID, N_EXAMPLES, N_WORDS = 16, 8, 1000
+
+
+def picture(rng: np.random.Generator, size: int) -> bytes:
+    """About as large as that of a photograph."""
+    low = rng.integers(0, 256, (size // 6, size // 6, 3), dtype=np.uint8)
+    image = Image.fromarray(low).resize((size, size), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=70)
+    data = buffer.getvalue()
+    return data + bytes(-len(data) % 3)
+
+
+def part(n: int, max_bytes: float) -> page.Part:
+    """An SAE with ``n`` latents: an image of each, and eight of as many as there is room for."""
+    rng = np.random.default_rng(0)
+    some = {size: [picture(rng, size) for _ in range(64)] for size in (48, 112)}
+    each = {size: np.mean([pictures.encoded(len(p)) for p in some[size]]) for size in some}
+    per_latent = each[112] * 2 + N_EXAMPLES * pictures.encoded(20 + 20 * 4)
+    n_detailed = int(min(n, max(0, (max_bytes - n * (170 + each[48])) / per_latent)))
+    images = [some[112][i % 64] for i in range(2 * n_detailed)]
+    images += [some[48][i % 64] for i in range(n - n_detailed)]
+    thumb = np.concatenate([np.arange(n_detailed) * 2, 2 * n_detailed + np.arange(n - n_detailed)])
+    n_shown = n_detailed * N_EXAMPLES
+    patches = np.sort(rng.integers(0, GRID**2, (n_shown, 20)), axis=1)
+    count = np.ceil(10 ** rng.uniform(1, 7, n))
+    mean = 10 ** rng.normal(0, 0.4, n)
+    kinds: dict[str, tuple[object, str]] = {
+        "count": (count, "f8"), "mean": (mean, "f4"), "max": (mean * 4, "f4"),
+        "order": (rng.permutation(n), "u4"), "usual": (rng.integers(0, N_WORDS, n), "i2"),
+        "purity": (rng.random(n), "f4"), "bins": (rng.integers(0, 256, (n, BINS)), "u1"),
+        "images": (np.ceil(count / 9), "u4"),
+        "shareClass": (rng.integers(0, N_WORDS, (n, N_CLASSES)), "i4"),
+        "shareImages": (rng.integers(1, 1000, (n, N_CLASSES)), "u4"),
+        "near": (rng.integers(0, n, (n, N_NEIGHBOURS)), "u4"),
+        "cosine": (rng.integers(0, 32767, (n, N_NEIGHBOURS)), "i2"),
+        "thumb": (thumb, "i4"), "pictureBytes": ([len(p) for p in images], "u4"),
+        "examples": (np.where(np.arange(n) < n_detailed, N_EXAMPLES, 0), "u1"),
+        "image": (rng.integers(0, max(1, len(images)), n_shown), "u4"),
+        "range": (np.zeros(n_shown), "u1"), "value": (rng.random(n_shown), "f4"),
+        "patches": (np.full(n_shown, 20), "u4"), "patch": (patches, "u2"),
+        "level": (rng.integers(1, 256, (n_shown, 20)), "u1"),
+    }  # fmt: skip
+    blocks = {name: page.Block.of(*block) for name, block in kinds.items()}
+    blocks["pictures"] = page.Block("", b"".join(images))
+    words = [f"class {i} of {'æéîøü'[i % 5]}ther things" for i in range(N_WORDS)]
+    facts = {
+        "title": f"{n:,} generated latents", "subtitle": "made for a benchmark", "metrics": [],
+        "warnings": [], "activations": "", "results": "", "nLatents": n, "nTokens": 10**8,
+        "grid": [GRID, GRID], "hasCodes": True, "classes": words, "imagesByClass": [1000] * N_WORDS,
+        "found": [[i, [[int(i), 0.9, 0.1]]] for i in range(min(n, N_WORDS))], "concepts": [],
+        "files": [f"folder_{i % 997}/n{i:08d}.JPEG" for i in range(len(images))],
+        "labels": (np.arange(len(images)) % N_WORDS).tolist(), "aspect": 1, "nPictured": n,
+        "nDetailed": n_detailed, "nFiring": n,
+    }  # fmt: skip
+    return page.Part(facts, blocks)
+
+
+_SCROLL = """
+new Promise(done => {
+  const times = []; let most = 0, last = performance.now();
+  const step = now => {
+    times.push(now - last); last = now;
+    most = Math.max(most, document.querySelectorAll('.rows .row').length);
+    const before = scrollY;
+    scrollBy(0, 2 * innerHeight);
+    if (scrollY === before) return done([times.sort((a, b) => a - b), most]);
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+})"""
+_PAINTED = """
+(() => {
+  const rows = [...document.querySelectorAll('.rows .row')];
+  const seen = rows.filter(r => r.getBoundingClientRect().top < innerHeight);
+  return seen.length >= 5 && seen.every(r => r.querySelector('canvas[data-drawn]'));
+})()"""
+_FIRST = f"""
+new Promise(done => {{
+  const look = () => ({_PAINTED}) ? requestAnimationFrame(() => done(performance.now()))
+    : setTimeout(look, 5);
+  look();
+}})"""
+
+
+def timed(action: str, condition: str) -> str:
+    """JavaScript that gives the milliseconds from an action to the frame after a condition."""
+    return (
+        "new Promise(done => { const start = performance.now();"
+        f"{action}; const look = () => ({condition}) ? requestAnimationFrame(() => "
+        "done(performance.now() - start)) : setTimeout(look, 1); look(); })"
+    )
+
+
+def typed(text: str) -> str:
+    """JavaScript that types into the search."""
+    return (
+        f"(() => {{ const e = document.getElementById('search'); e.value = '{text}';"
+        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    made = parser(__doc__, repeats=3)
+    args = made.parse_args()
+    n, megabytes = (1024, 3.0) if args.small else (16_384, 15.0)
+    report = Report(invocation(), args.json)
+    with tempfile.TemporaryDirectory() as folder, chromium.browser() as tab:
+        file = Path(folder) / "explorer.html"
+        file.write_text(page._frame([part(n, megabytes * 1e6)]))
+        rows: dict[str, list[float]] = {}
+        for _ in range(args.repeats):
+            tab.open(file.as_uri(), height=900)
+            rows.setdefault("first", []).append(tab.js(_FIRST))
+            times, most = tab.js(_SCROLL)
+            rows.setdefault("p95", []).append(times[int(0.95 * len(times))])
+            rows.setdefault("rows", []).append(most)
+            tab.js("scrollTo(0, 0)")
+            count = "document.getElementById('count').textContent"
+            first = tab.js(timed(typed("n0000012"), f"{count}.includes(' of ')"))
+            rows.setdefault("index", []).append(first)
+            then = tab.js(timed(typed("aether 17"), f"{count}.startsWith('0 of')"))
+            rows.setdefault("search", []).append(then)
+            tab.js(typed(""))
+            opened = "document.querySelectorAll('.near canvas[data-drawn]').length === 6"
+            rows.setdefault("latent", []).append(
+                tab.js(timed("location.hash = '#/0/latent/7'", opened))
+            )
+        assert tab.problems() == []
+        size = file.stat().st_size / 1e6
+    name = f"{n:,} latents, {size:.1f} MB"
+    report.add(f"first rows with pictures, {name}", rows["first"], "ms", at_most=1500)
+    report.add(
+        "frames of a scroll through all rows, 95th percentile", rows["p95"], "ms", at_most=33
+    )
+    report.add("most rows in the document", rows["rows"], "", at_most=200)
+    report.add("first search, with its index", rows["index"], "ms")
+    report.add("later search", rows["search"], "ms", at_most=100)
+    report.add("page of a latent with its pictures", rows["latent"], "ms", at_most=200)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
