@@ -96,7 +96,7 @@ demo: setup ## Set up, then images → picture book on real photographs and DINO
 bench: setup ## Measure speeds beside the machine's limits: [BENCH="loader training"] [SMALL=1]
 	@set -f; $(BIN)/python benchmarks $$BENCH --out bench-out $${SMALL:+--small}
 
-docs: setup ## Build the documentation's site into site/, with the notebooks (two minutes)
+docs: setup ## Build the documentation's site into site/, with the notebooks after they ran
 	SAEV_DOCS_NOTEBOOKS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "Look at it: $(BIN)/python -m http.server -d site"
 

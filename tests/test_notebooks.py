@@ -102,11 +102,18 @@ def test_what_is_in_the_rectangle(root: Path) -> None:
     assert list(found["brush"].value.latent) == list(latents[inside].latent)
 
 
-@pytest.mark.parametrize("url", ["", "file://"])
-def test_a_root_without_saes_is_one_sentence(tmp_path: Path, url: str) -> None:
-    outputs, found = notebook("metrics").app.run(defs={"root": f"{url}{tmp_path}"})
+def test_a_root_without_saes_is_one_sentence(tmp_path: Path) -> None:
+    outputs, found = notebook("metrics").app.run(defs={"root": str(tmp_path)})
     assert "saes" not in found
     assert "There is no complete SAE" in str([getattr(o, "text", o) for o in outputs])
+
+
+def test_a_damaged_run_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "0").mkdir(parents=True)
+    (tmp_path / "runs" / "0" / "run.json").write_text("{")
+    outputs, found = notebook("metrics").app.run(defs={"root": str(tmp_path)})
+    assert "saes" not in found
+    assert "runs/0/run.json" in str([getattr(o, "text", o) for o in outputs])
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def _(mo):
 
 @app.cell
 def _(mo):
-    again = mo.ui.button(label="Read again", tooltip="after more training or inference")
+    again = mo.ui.run_button(label="Read again", tooltip="after more training or inference")
     return (again,)
 
 
@@ -159,7 +159,9 @@ def _(alt, mo, saes, side):
     if saes.dense_share.notna().any():
         _dense = "Dense: fire over 10 times as often as the mean, all images"
         _shares.append(share("dense_share", _dense, limit("dense_share")))
-    mo.vstack([mo.md("## Dead and dense latents"), mo.hstack(_shares, justify="start", gap=2)])
+    mo.vstack(
+        [mo.md("## Dead and dense latents"), mo.hstack(_shares, justify="start", gap=2, wrap=True)]
+    )
     return
 
 
