@@ -7,12 +7,15 @@ A step of N SAEs on a batch of B tokens makes N·B SAE-tokens. Batches are in me
 benchmarks/loader.py. Measured in turn, on random activations:
 
 - banks of 1 and 8 SAEs: TopK with and without a Matryoshka objective, BatchTopK, ReLU;
+- one ReLU and one JumpReLU SAE beside the five products that dense latents take, in CPU seconds of
+  all threads;
 - bounds: the encoder's product alone, the selection of the k largest alone, and both;
 - baseline: the same loss by autograd, dense matrices and torch.optim.Adam, one SAE after another;
 - one wide encoder product for 8 SAEs against 8 narrow ones (why a bank on the CPU has narrow ones).
 """
 
 import argparse
+import time
 import typing as tp
 from collections.abc import Callable
 
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from harness import Report, alternate, invocation, parser, per_second
 
-from saev.config import BatchTopK, Matryoshka, Relu, SaeConfig, TopK, Vanilla
+from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
 from saev.config.sae import Activation, Objective
 from saev.nn import SaeBank, activations
 from saev.nn.encode import largest
@@ -118,8 +121,43 @@ def main() -> None:
         report.share(
             f"{name}: N = {MANY} ÷ N = 1, per SAE", found[str(MANY)], found["1"], at_least=0.95
         )
+    dense_steps(report, args, x)
     sparse_decode(report, x, z, w_dec, args.repeats)
     report.close()
+
+
+def dense_steps(report: Report, args: argparse.Namespace, x: torch.Tensor) -> None:
+    """Rows of steps with dense latents beside their five products."""
+    banks = {
+        "ReLU": make_bank(1, Relu(), Vanilla(), args),
+        "JumpReLU": make_bank(1, JumpRelu(), Vanilla(), args),
+    }
+    w_enc, w_dec = (banks["ReLU"].params[name][0] for name in ("W_enc", "W_dec"))
+    grad = torch.randn_like(x)
+    sums = [torch.zeros_like(w_enc) for _ in range(2)]
+    rows = max(1, (32 << 20) // (4 * args.d_sae))
+
+    def products() -> None:
+        for x_c, grad_c in zip(x.split(rows), grad.split(rows), strict=True):
+            f = x_c @ w_enc.T
+            _ = f @ w_dec
+            grad_f = grad_c @ w_dec.T
+            sums[0] += f.T @ grad_c
+            sums[1] += grad_f.T @ x_c
+
+    def cpu_rate(run: Callable[[], object]) -> Callable[[], float]:
+        def timed() -> float:
+            start = time.process_time()
+            run()
+            return len(x) / (time.process_time() - start)
+
+        return timed
+
+    runs = {name: cpu_rate(lambda bank=bank: bank.step(x)) for name, bank in banks.items()}
+    found = alternate({"products": cpu_rate(products), **runs}, args.repeats)
+    for name in banks:
+        ratios = [of / one for of, one in zip(found["products"], found[name], strict=True)]
+        report.add(f"{name}, N = 1 ÷ its five products, CPU seconds", ratios, "×", at_most=1.3)
 
 
 def sparse_decode(

@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saev.nn.activations import rectangle
-
 
 def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
     """a·b, in bfloat16 if ``bf16``. Differentiable."""
@@ -105,23 +103,25 @@ class _JumpRelu(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # A copy, because the rounding of MKL's exp depends on the alignment in memory.
         theta = log_theta.clone().exp()
-        near = rectangle(z, theta, width)
+        # Numbers 0 and 1 instead of truth values, which would have to be converted for each sum.
+        near = (z - theta).abs_().lt_(theta * (width / 2))  # activations.rectangle
+        active = torch.gt(z, theta, out=torch.empty_like(z))
         ctx.mark_dirty(z)
-        f = z.masked_fill_(z <= theta, 0)  # NaN stays
+        f = z.mul_(active)
         ctx.save_for_backward(f, theta, near)
         ctx.width = width
         l1 = f.sum(0)
         ctx.mark_non_differentiable(l1)
-        return f, f.sign().sum(0), l1
+        return f, active.sum(0), l1
 
     @staticmethod
     def backward(
         ctx: tp.Any, grad_f: Tensor, grad_l0: Tensor, _: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         f, theta, near = ctx.saved_tensors
-        n_near = near.sum(0, dtype=f.dtype)
+        n_near = near.sum(0)
         # ∂/∂ln θ = θ·∂/∂θ, and this θ cancels with that in ε = width·θ.
-        grad = theta * torch.where(near, grad_f, 0).sum(0) + grad_l0 * n_near
+        grad = theta * near.mul_(grad_f).sum(0) + grad_l0 * n_near
         return _where_active_(grad_f, f), grad / -ctx.width, None
 
 

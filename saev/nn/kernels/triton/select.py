@@ -139,7 +139,7 @@ def _select(
         _top_k[(n_members * n_tokens,)](
             z, top_k, values, latents, n_tokens, n_latents, z.stride(0), z.stride(1),
             K=k, LOW=_LOW_BITS[z.dtype], SAME=same, RECTIFY=rectify, BLOCK=block,
-            TILE=min(block, warps * 64), num_warps=warps,
+            TILE=min(block, warps * 32), num_warps=warps,
         )  # fmt: skip
     return values, latents
 
