@@ -12,7 +12,9 @@ from saev.config.many import ManySaes
 class _Measuring(Config):
     """Settings of the measurement of an SAE."""
 
-    added: tp.ClassVar = frozenset({"allow_other_model", "centre", "image_floor", "scale", "top_k"})
+    added: tp.ClassVar = frozenset(
+        {"allow_other_model", "centre", "image_floor", "npz", "scale", "top_k"}
+    )
 
     data: DataConfig = DataConfig()
     """The activations; by default those that the run was trained on."""
@@ -23,7 +25,11 @@ class _Measuring(Config):
     n_top: int = pydantic.Field(default=16, ge=1)
     """Examples kept per latent."""
     save: bool = True
-    """Write token_acts.npz, the sparse codes of all tokens (--no-save leaves it out)."""
+    """Write the sparse codes of all tokens: the tables token_acts, and token_acts.npz (--no-save
+    leaves them out)."""
+    npz: bool = True
+    """Beside the tables token_acts, write token_acts.npz, which SciPy opens (--no-npz leaves it
+    out)."""
     image_floor: float = pydantic.Field(default=0.05, ge=0.0, lt=1.0)
     """Leave out of the tables image_acts the images on which a latent's largest value is below this
     share of its largest value of all. What is left out is counted, and no statistic lacks it."""

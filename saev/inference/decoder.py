@@ -42,7 +42,7 @@ def directions(sae: SparseAutoencoder) -> Directions:
         similar = unit[start : start + _CHUNK] @ unit.T
         own = torch.arange(len(similar))
         similar[own, own + start] = -2.0
-        best, which = _largest(similar, k)
+        best, which = largest(similar, k)
         neighbours.append(which)
         cosines.append(best.clamp(-1.0, 1.0))
     return Directions(
@@ -53,7 +53,7 @@ def directions(sae: SparseAutoencoder) -> Directions:
     )
 
 
-def _largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` largest of each row, from the largest down, equal ones by index."""
     values, index = similar.topk(k, dim=1)
     by_index = index.sort(dim=1)

@@ -423,7 +423,7 @@ def _inputs(
         "data": {k: v for k, v in data.identity().items() if k != "shards"},
         **{k: getattr(cfg, k) for k in ("n_dists", "n_top", "save", "concepts", "batch_size")},
         # Keys that came later do not change the names of results while they have their defaults.
-        **{k: v for k, v in cfg.identity().items() if k in ("image_floor",)},
+        **{k: v for k, v in cfg.identity().items() if k in ("image_floor", "npz")},
         # Version 0.1.0 measured on activations of another model without a warning. Its results must
         # not pass for ones that name the difference.
         **({"other_model": True} if is_other else {}),

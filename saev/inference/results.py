@@ -279,6 +279,22 @@ class Results:
         """The latents that fire on one image: its rows of `image_acts_by_image.parquet`."""
         return self.tables.rows("image_acts_by_image", example)
 
+    def latent_tokens(self, latent: int) -> "pa.Table":
+        """One latent's values on all tokens: its rows of `token_acts_by_latent.parquet`.
+
+        Raises:
+            ConfigError: there is no such latent, or codes were not saved (--no-save).
+        """
+        return self.tables.rows("token_acts_by_latent", self._check_latent(latent))
+
+    def image_tokens(self, example: int) -> "pa.Table":
+        """The codes of one image's tokens: its rows of `token_acts_by_image.parquet`.
+
+        Raises:
+            ConfigError: codes were not saved (--no-save).
+        """
+        return self.tables.rows("token_acts_by_image", example)
+
     def class_latents(self, name: str) -> "pa.Table":
         """The latents that find a class of images or of patches, best first: its rows of
         `classes.parquet`.
@@ -358,11 +374,18 @@ class Results:
         config = self._recorded("config", {})
         return self._has(files.TOKEN_ACTS, isinstance(config, dict) and config.get("save", False))
 
+    @property
+    def _without_codes(self) -> str:
+        """The flag that left out token_acts.npz."""
+        config = self._recorded("config", {})
+        has_tables = isinstance(config, dict) and config.get("save") and not config.get("npz", True)
+        return "--no-npz" if has_tables else "--no-save"
+
     def _need_codes(self) -> None:
         if not self._has_codes():
             raise StorageError(
                 f"{storage.join(self.url, files.TOKEN_ACTS)} does not exist: inference ran with "
-                "--no-save. Run it again without that flag."
+                f"{self._without_codes}. Run it again without that flag."
             )
 
     @functools.cached_property

@@ -4,6 +4,7 @@ Latents are visited in blocks that hold a bounded number of entries, as in conce
 values of whole images are by latent in each piece, so that all blocks together read them once.
 """
 
+import functools
 import typing as tp
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 
 from saev import parquet, storage
 from saev.inference import decoder, sides, sums
+from saev.inference.coactivation import Coactivation
 from saev.inference.codes import Piece, StoredCodes
 from saev.inference.embeddings import sample
 from saev.inference.job import Pass
@@ -82,7 +84,12 @@ class _Block(tp.NamedTuple):
 
 
 def write(
-    job: Pass, stats: PartStats, acts: StoredCodes, labels: ImageLabels, masks: Scores | None
+    job: Pass,
+    stats: PartStats,
+    acts: StoredCodes,
+    labels: ImageLabels,
+    masks: Scores | None,
+    codes: StoredCodes,
 ) -> dict[str, storage.Listed]:
     """Write all tables.
 
@@ -92,20 +99,21 @@ def write(
         acts: values of whole images.
         labels: of the images.
         masks: what the labels of patches say.
+        codes: of all tokens; may have no files.
 
     Returns:
         Sizes and checksums of the files.
     """
-    return _Tabulation(job, stats, acts, labels, masks).write()
+    return _Tabulation(job, stats, acts, labels, masks, codes).write()
 
 
 class _Tabulation:
     def __init__(
         self, job: Pass, stats: PartStats, acts: StoredCodes, labels: ImageLabels,
-        masks: Scores | None,
+        masks: Scores | None, codes: StoredCodes,
     ):  # fmt: skip
         self._job, self._stats, self._acts, self._labels = job, stats, acts, labels
-        self._d_sae, self._masks = job.sae.d_sae, masks
+        self._d_sae, self._masks, self._codes = job.sae.d_sae, masks, codes
         n = job.shards.n_examples
         self._side = job.sides(np.arange(n))
         self._ranked = _Ranked(stats, self._d_sae)
@@ -123,6 +131,7 @@ class _Tabulation:
         if held_out.any():
             self._embedded[sides.HELD_OUT] = self._embedded[ALL].only(held_out)
         self._columns: dict[str, list[np.ndarray]] = {}
+        self._n_coactive = 0
         self._tables: dict[str, parquet.TableEntry] = {}
         self._listed: dict[str, storage.Listed] = {}
 
@@ -138,6 +147,8 @@ class _Tabulation:
             for piece in self._acts:
                 writer.write(self._by_image(piece))
             self._close(schema.IMAGE_ACTS_BY_IMAGE, writer)
+        if self._job.cfg.save:
+            self._write_tokens()
         self._whole(
             schema.EXAMPLES,
             schema.examples(self._value),
@@ -238,6 +249,54 @@ class _Tabulation:
     def _stored(self, values: np.ndarray) -> np.ndarray:
         return values.astype(np.float16) if self._value == pa.float16() else values
 
+    # --- Values of tokens ------------------------------------------------------------------
+
+    def _write_tokens(self) -> None:
+        columns = schema.token_acts(self._value, "latent")
+        with self._open(schema.TOKEN_ACTS_BY_LATENT, columns) as writer:
+            for start, stop in _ranges(self._stats.sums.counts, MAX_ENTRIES, self._d_sae):
+                parts = self._codes.map(functools.partial(_tokens, start=start, stop=stop))
+                if stop == start + 1:  # maybe too long for memory; pieces are in order already
+                    for part in parts:
+                        writer.write(self._token_rows(start, part))
+                else:
+                    fields = [np.concatenate(field) for field in zip(*parts, strict=True)]
+                    order = np.argsort(fields[0], kind="stable")
+                    writer.write(self._token_rows(start, tuple(f[order] for f in fields)))
+            self._close(schema.TOKEN_ACTS_BY_LATENT, writer)
+        columns = schema.token_acts(self._value, "example")
+        with self._open(schema.TOKEN_ACTS_BY_IMAGE, columns) as writer:
+            for piece in self._codes:
+                row_nnz, latents, values = piece.columns().to_rows(piece.info.n_rows)
+                row = np.repeat(np.arange(len(row_nnz)), row_nnz)
+                example, patch = piece.array("example_idx")[row], piece.array("token_idx")[row]
+                writer.write(self._token_rows(0, (latents, example, patch, values)))
+            self._close(schema.TOKEN_ACTS_BY_IMAGE, writer)
+
+    def _token_rows(self, start: int, fields: tp.Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        latents, example, patch, values = fields
+        return {
+            "latent": (start + latents).astype(np.int32),
+            "example": example.astype(np.int32),
+            "patch": patch,
+            "value": self._stored(values),
+        }
+
+    def _coactive(self) -> dict[str, tp.Any]:
+        """Columns of `latents.parquet`; null if codes were not kept."""
+        if not self._codes.infos:
+            nothing = [None] * self._d_sae
+            return {"coactive": nothing, "coactive_cosines": nothing}
+        rows = self._stats.images
+        found = Coactivation(rows.example_idx, rows.n_tokens, self._d_sae)
+        for piece in self._codes:
+            example_idx = piece.array("example_idx")
+            if found.wants(example_idx):
+                row_nnz, latents, _ = piece.columns().to_rows(piece.info.n_rows)
+                found.add(example_idx, row_nnz, latents)
+        others, cosines, self._n_coactive = found.result()
+        return {"coactive": others, "coactive_cosines": cosines}
+
     # --- Tables ----------------------------------------------------------------------------
 
     def _images(self) -> dict[str, tp.Any]:
@@ -293,6 +352,7 @@ class _Tabulation:
             "neighbour_cosines": list(found.cosines),
             "x": found.layout[:, 0],
             "y": found.layout[:, 1],
+            **self._coactive(),
             **_sums(self._stats.sums, ""),
             **_sums(self._stats.held_out, "_held_out"),
             **{k: np.concatenate(v) for k, v in self._columns.items()},
@@ -321,6 +381,7 @@ class _Tabulation:
             "image_floor": self._job.cfg.image_floor,
             "n_image_acts": int(self._stats.sums.image_counts.sum()),
             "n_embeddings": self._embedded[ALL].n_images,
+            "n_coactivation_tokens": self._n_coactive,
             "n_image_classes": len(self._labels.targets),
         }
 
@@ -400,6 +461,16 @@ def _read(acts: StoredCodes, start: int, stop: int) -> _Block:
     fields = [np.concatenate(field) for field in zip(empty, *acts.map(read), strict=True)]
     order = np.argsort(fields[0], kind="stable")  # pieces come in the order of images
     return _Block(start, stop, *(field[order] for field in fields))
+
+
+def _tokens(piece: Piece, start: int, stop: int) -> tuple[np.ndarray, ...]:
+    """Latent (from 0), example, patch and value of the entries of some latents."""
+    columns = piece.columns(start, stop)
+    if not len(columns.rows):
+        nothing = columns.rows
+        return columns.latents, nothing, nothing, columns.values
+    example, patch = piece.array("example_idx"), piece.array("token_idx")
+    return columns.latents, example[columns.rows], patch[columns.rows], columns.values
 
 
 def _sums(found: sums.LatentSums, ending: str) -> dict[str, tp.Any]:

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 LATENTS, EXAMPLES, IMAGES, CLASSES = "latents", "examples", "images", "classes"
 IMAGE_ACTS_BY_LATENT, IMAGE_ACTS_BY_IMAGE = "image_acts_by_latent", "image_acts_by_image"
+TOKEN_ACTS_BY_LATENT, TOKEN_ACTS_BY_IMAGE = "token_acts_by_latent", "token_acts_by_image"
 
 _I32, _I64, _F32, _F64, _TEXT = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()
 _HELD = "_held_out"
@@ -61,6 +62,8 @@ def latents() -> pa.Schema:
         ("decoder_norm", _F32),
         ("neighbours", pa.list_(_I32)),
         ("neighbour_cosines", pa.list_(_F32)),
+        ("coactive", pa.list_(_I32)),
+        ("coactive_cosines", pa.list_(_F32)),
         ("x", _F32),
         ("y", _F32),
         ("n_image_acts_dropped", _I64),
@@ -117,3 +120,10 @@ def image_acts(value: pa.DataType, key: tp.Literal["latent", "example"]) -> pa.S
     """Largest and mean values of latents on images."""
     other = "example" if key == "latent" else "latent"
     return _schema((key, _I32), (other, _I32), ("max", value), ("mean", value))
+
+
+def token_acts(value: pa.DataType, key: tp.Literal["latent", "example"]) -> pa.Schema:
+    """Values of latents on tokens."""
+    if key == "latent":
+        return _schema(("latent", _I32), ("example", _I32), ("patch", _I32), ("value", value))
+    return _schema(("example", _I32), ("patch", _I32), ("latent", _I32), ("value", value))

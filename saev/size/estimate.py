@@ -331,8 +331,9 @@ class Estimate:
         """Most bytes of the tables: all latents that are active on an image differ. Those of
         classes, which are not known, are left out."""
         sae, d_sae, n_images = self.inputs.saes[i], self.widths[i], self.meta.n_examples
+        cfg = self.inputs.inference
         active = self._tokens(sae.train_data.tokens) * self.l0(sae)
-        n_entries = d_sae * min(self.inputs.inference.n_top + SPREAD_EXAMPLES, n_images)
+        n_entries = d_sae * min(cfg.n_top + SPREAD_EXAMPLES, n_images)
         firing = min(n_entries * self._tokens(sae.train_data.tokens), n_images * active)
         return (
             n_images * min(d_sae, active) * formats.PAIR_BYTES
@@ -340,6 +341,7 @@ class Estimate:
             + n_entries * formats.EXAMPLE_BYTES
             + firing * formats.PATCH_BYTES
             + n_images * formats.IMAGE_BYTES
+            + (self.n_tokens(sae) * self.l0(sae) * formats.CODE_BYTES if cfg.save else 0)
             + formats.FOOTER_BYTES
         )
 
@@ -373,8 +375,9 @@ class Estimate:
         passes = self.passes()
         return [
             Row(
-                "codes_bytes", "sparse codes of an SAE", codes, "bytes", sure,
-                f"tokens × ({l0} active latents × 8 bytes + 16); --no-save leaves them out",
+                "codes_bytes", "sparse codes of an SAE", codes if self.inputs.inference.npz else 0,
+                "bytes", sure,
+                f"tokens × ({l0} active latents × 8 bytes + 16); --no-npz leaves them out",
             ),
             Row(
                 "statistics_bytes", "statistics and top examples",
@@ -423,7 +426,7 @@ class Estimate:
     def altogether(self) -> list[Row]:
         """Rows about all stages together."""
         saes = self.inputs.saes
-        keeps = self.inputs.inference.save
+        keeps = self.inputs.inference.save and self.inputs.inference.npz
         results = sum(
             self.checkpoint_bytes(i)
             + self.statistics_bytes(i)

@@ -154,6 +154,8 @@ def top_examples(d_sae: int, n_entries: int, n_tokens: int) -> Tensors:
 # Tables of an inference folder, compressed. Most bytes of each:
 PAIR_BYTES = 14
 """A latent and an image, in both orders."""
+CODE_BYTES = 7
+"""A code, in both orders."""
 LATENT_BYTES = 2048
 """A row of latents.parquet, and those of classes.parquet that are a latent's best."""
 EXAMPLE_BYTES = 24

@@ -279,6 +279,65 @@ def test_image_acts_in_both_orders(results, latents) -> None:
     np.testing.assert_array_equal(one["example"], np.flatnonzero(keep[:, 5]))
 
 
+# --- Tokens --------------------------------------------------------------------------------
+
+
+def test_token_acts_in_both_orders(results) -> None:
+    f = dense(results)
+    by_latent = results.tables.read("token_acts_by_latent").to_pandas()
+    by_image = results.tables.read("token_acts_by_image").to_pandas()
+    latent, example, patch = np.nonzero(f.transpose(2, 0, 1))
+    np.testing.assert_array_equal(by_latent["latent"], latent)
+    np.testing.assert_array_equal(by_latent["example"], example)
+    np.testing.assert_array_equal(by_latent["patch"], patch)
+    values = f[example, patch, latent].astype(np.float16)
+    np.testing.assert_array_equal(by_latent["value"], values)
+    want = by_latent.sort_values(["example", "patch", "latent"], ignore_index=True)
+    pd.testing.assert_frame_equal(by_image, want[by_image.columns])
+    assert len(results.latent_tokens(5)) == (f[:, :, 5] != 0).sum()
+    assert len(results.image_tokens(7)) == (f[7] != 0).sum()
+
+
+def test_a_latent_that_is_alone_is_written_by_piece(world, results, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(part_module, "_PIECE_ENTRIES", 200)
+    monkeypatch.setattr(tabulate, "MAX_ENTRIES", 1)
+    cfg = InferenceConfig(run=world.run, n_dists=0, n_top=4, image_floor=FLOOR, out=str(tmp_path))
+    alone = Results.open(inference.run(cfg))
+    for name in alone.tables.names:
+        assert alone.tables.read(name).equals(results.tables.read(name)), name
+
+
+def test_without_npz(world, results, tmp_path) -> None:
+    cfg = InferenceConfig(run=world.run, n_dists=0, n_top=4, out=str(tmp_path), npz=False)
+    found = Results.open(inference.run(cfg))
+    assert not (tmp_path / "token_acts.npz").exists()
+    assert len(found.latent_tokens(5)) == len(results.latent_tokens(5))
+    with pytest.raises(StorageError, match=r"--no-npz\. Run it again without that flag"):
+        found.codes()
+
+
+def test_coactive_latents(results, latents) -> None:
+    fires = (dense(results).reshape(-1, D_SAE) != 0).astype(float)
+    counts = np.maximum(fires.sum(axis=0), 1)
+    cosines = fires.T @ fires / np.sqrt(np.outer(counts, counts))
+    np.fill_diagonal(cosines, 0)
+    assert results.tables.index.facts["n_coactivation_tokens"] == len(fires)
+    for latent in range(D_SAE):
+        found = latents["coactive_cosines"][latent]
+        want = np.sort(cosines[latent])[::-1][:10]
+        np.testing.assert_allclose(found, want[want > 0], rtol=1e-6)
+        np.testing.assert_allclose(cosines[latent, latents["coactive"][latent]], found, rtol=1e-6)
+
+
+def test_coactivation_is_of_whole_images_at_even_steps(monkeypatch) -> None:
+    from saev.inference import coactivation
+
+    monkeypatch.setattr(coactivation, "MAX_TOKENS", 10)
+    found = coactivation.Coactivation(np.arange(100, 112), np.full(12, 3), 2)  # 36 tokens
+    for example in range(100, 112):
+        assert found.wants(np.array([example])) == (example in (100, 104, 108))
+
+
 # --- Monosemanticity and decoder -----------------------------------------------------------
 
 

@@ -1,0 +1,75 @@
+"""Which latents fire on the same tokens.
+
+The measure is the cosine of two latents' firing patterns, n_ab / √(n_a · n_b), with n_ab the tokens
+on which both fire. It is counted on whole images at even steps, of at most MAX_TOKENS tokens.
+"""
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from saev.inference.decoder import N_NEIGHBOURS, largest
+
+MAX_TOKENS = 1 << 17
+"""Tokens of the sample. The time grows with it, and with the square of L0."""
+_BLOCK_NUMBERS = 1 << 22
+
+
+class Coactivation:
+    """Gathers the codes of the sample.
+
+    Args:
+        example_idx: the selected examples, int64, ascending.
+        n_tokens: selected tokens of each.
+        n_latents: of the SAE.
+    """
+
+    def __init__(self, example_idx: np.ndarray, n_tokens: np.ndarray, n_latents: int):
+        total = int(n_tokens.sum())
+        step = max(1, -(-total // MAX_TOKENS))
+        chosen = slice(None, None, step)
+        fits = np.cumsum(n_tokens[chosen]) <= MAX_TOKENS
+        fits[:1] = True
+        self._wanted = example_idx[chosen][fits]
+        self._n_latents = n_latents
+        self._parts = [scipy.sparse.csr_array((0, n_latents), dtype=np.float32)]
+
+    def wants(self, example_idx: np.ndarray) -> bool:
+        """Whether any of these examples is in the sample."""
+        return bool(np.isin(example_idx, self._wanted).any())
+
+    def add(self, example_idx: np.ndarray, row_nnz: np.ndarray, latents: np.ndarray) -> None:
+        """Take the next tokens.
+
+        Args:
+            example_idx: example of each token, int64 [n].
+            row_nnz: active latents of each token, int64 [n].
+            latents: which ones, token after token, [nnz].
+        """
+        ptr = np.concatenate([[0], np.cumsum(row_nnz)])
+        ones = np.ones(len(latents), dtype=np.float32)
+        every = scipy.sparse.csr_array((ones, latents, ptr), shape=(len(row_nnz), self._n_latents))
+        self._parts.append(every[np.flatnonzero(np.isin(example_idx, self._wanted))])
+
+    def result(self) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        """For each latent those that fire with it, the highest cosine first, and these cosines; and
+        the tokens of the sample."""
+        fires = scipy.sparse.vstack(self._parts, format="csr")
+        counts = np.asarray(fires.sum(axis=0), dtype=np.float64)
+        scale = 1 / np.sqrt(np.maximum(counts, 1))
+        by_latent = fires.T.tocsr()
+        k = min(N_NEIGHBOURS, self._n_latents - 1)
+        others: list[np.ndarray] = []
+        cosines: list[np.ndarray] = []
+        step = max(1, _BLOCK_NUMBERS // self._n_latents)
+        for start in range(0, self._n_latents, step):
+            block = (by_latent[start : start + step] @ fires).toarray().astype(np.float64)
+            own = np.arange(len(block))
+            block[own, start + own] = 0
+            block *= scale[start : start + step, None] * scale
+            best, which = largest(torch.from_numpy(block.astype(np.float32)), k)
+            for values, latents in zip(best.numpy(), which.numpy(), strict=True):
+                n = int((values > 0).sum())
+                others.append(latents[:n].astype(np.int32))
+                cosines.append(values[:n])
+        return others, cosines, fires.shape[0]
