@@ -133,7 +133,7 @@ def test_measuring(job: Path) -> None:
         assert small <= found["statistics_bytes"] + 64  # digits in a header
         assert size_of(folder, "token_acts.npz") <= found["codes_bytes"]
         tables = size_of(folder, "*.parquet", "tables.json")
-        assert 0.1 * found["tables_bytes"] < tables <= found["tables_bytes"]
+        assert 0.1 * found["tables_bytes"] < tables < 2 * found["tables_bytes"]
     assert max(size_of(f, "token_acts.npz") for f in folders) > 0.5 * found["codes_bytes"]
     kept = sum(size_of(f, "token_acts.npz", "*.safetensors", "*.parquet") for f in folders)
     kept += found["checkpoints_bytes"]

@@ -328,15 +328,14 @@ class Estimate:
         return sum(formats.safetensors(tensors) for tensors in files)
 
     def tables_bytes(self, i: int) -> int:
-        """Most bytes of the tables: all latents that are active on an image differ. Those of
-        classes, which are not known, are left out."""
+        """About the bytes of the tables. Those of classes, which are not known, are left out."""
         sae, d_sae, n_images = self.inputs.saes[i], self.widths[i], self.meta.n_examples
         cfg = self.inputs.inference
         active = self._tokens(sae.train_data.tokens) * self.l0(sae)
         n_entries = d_sae * min(cfg.n_top + SPREAD_EXAMPLES, n_images)
         firing = min(n_entries * self._tokens(sae.train_data.tokens), n_images * active)
         return (
-            n_images * min(d_sae, active) * formats.PAIR_BYTES
+            n_images * min(d_sae, active // formats.PATCHES_OF_LATENT) * formats.PAIR_BYTES
             + d_sae * formats.LATENT_BYTES
             + n_entries * formats.EXAMPLE_BYTES
             + firing * formats.PATCH_BYTES
@@ -386,9 +385,10 @@ class Estimate:
                 "bytes + 52), of one SAE",
             ),
             Row(
-                "tables_bytes", "tables", max(map(self.tables_bytes, range(n))), "bytes", "at most",
-                f"images × active latents × {formats.PAIR_BYTES} bytes, if none is active on two "
-                "patches; latents and examples; of one SAE",
+                "tables_bytes", "tables", max(map(self.tables_bytes, range(n))), "bytes", "about",
+                f"tokens × {l0} active latents × {formats.CODE_BYTES} bytes; images × latents × "
+                f"{formats.PAIR_BYTES} bytes, if each is active on "
+                f"{formats.PATCHES_OF_LATENT} patches of an image; of one SAE",
             ),
             Row(
                 "inference_scratch_bytes", "on storage while it runs", 2 * codes, "bytes", "about",

@@ -152,7 +152,9 @@ def top_examples(d_sae: int, n_entries: int, n_tokens: int) -> Tensors:
 
 
 # Tables of an inference folder, compressed. Most bytes of each:
-PAIR_BYTES = 14
+PATCHES_OF_LATENT = 4
+"""Patches of an image on which a latent is active that is active at all; a guess."""
+PAIR_BYTES = 7
 """A latent and an image, in both orders."""
 CODE_BYTES = 7
 """A code, in both orders."""
