@@ -11,9 +11,10 @@ from inference.world import make_world
 
 from saev import inference
 from saev.config import InferenceConfig
-from saev.inference import codes, concepts, tabulate, topk
+from saev.inference import coactivation, codes, concepts, tabulate, topk
 from saev.inference import job as job_module
 from saev.inference import part as part_module
+from saev.parquet import writer
 from saev.storage import checksums
 
 
@@ -54,6 +55,8 @@ def lower_bounds() -> None:
     align = concepts.align
     concepts.align = lambda *args: align(*args, 3_000)
     tabulate.MAX_ENTRIES = 3_000
+    coactivation.MAX_TOKENS = 4_000
+    writer.GROUP_ROWS = writer.SPLIT_ROWS = 2_000
 
 
 if __name__ == "__main__":

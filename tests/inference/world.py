@@ -28,7 +28,7 @@ class World:
     """Of LAYER, as recorded, float32 [n_examples, 1 + content_tokens, d_model]."""
     labels: np.ndarray | None
     """uint8 [n_examples, content_tokens]."""
-    classes: np.ndarray
+    classes: np.ndarray | None = None
     """Class of each image, int64 [n_examples]; without classes all 0."""
 
     @property
