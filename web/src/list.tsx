@@ -7,6 +7,8 @@ import { toHash, type Column, type View } from "./route";
 import { columns, NAMES } from "./toolbar";
 
 const OVERSCAN = 6;
+/** Pictures come this many milliseconds after a scroll that leaves no row in the window. */
+const SETTLED = 80;
 const THUMBS = 4;
 
 interface Props {
@@ -29,7 +31,10 @@ export function List({ run, shown, view, filter, open }: Props) {
   const body = useRef<HTMLDivElement>(null);
   const [range, setRange] = useState<[number, number]>([0, 20]);
   const [focused, setFocused] = useState<number | null>(null);
+  const [isFast, setFast] = useState(false);
   const height = useRef(64);
+  const first_row = useRef(0);
+  const timer = useRef(0);
 
   const look = () => {
     const element = body.current;
@@ -39,6 +44,12 @@ export function List({ run, shown, view, filter, open }: Props) {
     const n = Math.ceil(innerHeight / height.current);
     const first = Math.max(0, Math.floor(above) - OVERSCAN);
     const last = Math.min(shown.length, Math.ceil(above) + n + OVERSCAN);
+    if (Math.abs(first - first_row.current) >= n) {
+      setFast(true);
+      clearTimeout(timer.current);
+      timer.current = setTimeout(() => setFast(false), SETTLED);
+    }
+    first_row.current = first;
     setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(first, last)]));
   };
   useLayoutEffect(look, [shown]);
@@ -76,7 +87,7 @@ export function List({ run, shown, view, filter, open }: Props) {
   const rows = [];
   for (let place = range[0]; place < Math.min(range[1], shown.length); place++)
     rows.push(
-      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={shownColumns} href={toHash({ ...view, latent: shown[place] })} open={open} onFocus={setFocused} />,
+      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={shownColumns} bare={isFast} href={toHash({ ...view, latent: shown[place] })} open={open} onFocus={setFocused} />,
     );
   const sorts = (name: string) =>
     view.sort === name ? "ascending" : view.sort === `-${name}` ? "descending" : undefined;
@@ -107,12 +118,14 @@ interface RowProps {
   latent: number;
   place: number;
   columns: Column[];
+  /** Without pictures. */
+  bare: boolean;
   href: string;
   open: (latent: number) => void;
   onFocus: (place: number) => void;
 }
 
-function Row({ run, latent, place, columns, href, open, onFocus }: RowProps) {
+function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProps) {
   const examples = useMemo(() => run.examples(latent).filter((e) => e.range === 0).slice(0, THUMBS), [run, latent]);
   const name = run.className(run.usual[latent]);
   const thumb = run.thumb[latent];
@@ -131,10 +144,10 @@ function Row({ run, latent, place, columns, href, open, onFocus }: RowProps) {
       }}
     >
       <div role="cell" class="thumbs">
-        {examples.map((e, i) => (
+        {!bare && examples.map((e, i) => (
           <Picture key={i} run={run} image={e.image} example={e} alt={`${run.label(e.image) || run.facts.files[e.image]}, marked where latent ${latent} fires`} />
         ))}
-        {examples.length === 0 && thumb >= 0 && (
+        {!bare && examples.length === 0 && thumb >= 0 && (
           <Picture run={run} image={thumb} alt={run.label(thumb) || run.facts.files[thumb]} />
         )}
       </div>

@@ -100,9 +100,13 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
       context.globalAlpha = wanted ? (n > 4000 ? 0.5 : 0.7) : 0.6;
       for (let i = 0; i < n; i++) {
         if (run.count[i] === 0 || run.mean[i] <= 0 || isShown[i] !== wanted) continue;
-        context.beginPath();
-        context.arc(axes.x.place(run.frequency[i]), axes.y.place(run.mean[i]), radius, 0, 7);
-        context.fill();
+        const [x, y] = [axes.x.place(run.frequency[i]), axes.y.place(run.mean[i])];
+        if (n > 4000) context.fillRect(x - radius, y - radius, 2 * radius, 2 * radius); // much faster
+        else {
+          context.beginPath();
+          context.arc(x, y, radius, 0, 7);
+          context.fill();
+        }
       }
     }
     context.globalAlpha = 1;
