@@ -1,12 +1,13 @@
 """Memory does not grow with the dataset."""
 
 import json
+import os
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
-from forker import Forker
 from inference.world import make_world
 
 from saev import inference
@@ -19,9 +20,12 @@ from saev.storage import checksums
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow(forker: Forker, tmp_path) -> None:
-    # In a process of its own: other tests grow tables of the interpreter, which then double here.
-    found = json.loads(forker.output(Path(__file__).read_text(), tmp_path))
+def test_memory_does_not_grow(tmp_path) -> None:
+    # In a fresh process: other tests grow tables of the interpreter, which then double here.
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, str(tmp_path)]
+    ran = subprocess.run(command, env=env, capture_output=True, check=True)
+    found = json.loads(ran.stdout)
     (small, small_size), (large, large_size) = found
     grown = large_size - small_size
     assert grown > 1_250_000
