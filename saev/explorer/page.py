@@ -20,6 +20,7 @@ from saev.errors import ConfigError
 from saev.explorer import pictures
 from saev.explorer.data import NONE, Measured
 from saev.explorer.pictures import Album
+from saev.images.decode import decode_image
 from saev.inference import provenance
 from saev.progress import Progress
 from saev.secrets import redact
@@ -201,7 +202,11 @@ def _with_pictures(part: Part, measured: Measured, album: Album) -> Part:
         ),
         "level": Block.of(np.concatenate([np.zeros(0), *levels]), "u1"),
     }
-    sizes = pictures.size_of(next(iter(album.images.values()))) if album.images else (1, 1)
+    sizes = (
+        decode_image(next(iter(album.images.values())), "a picture").size
+        if album.images
+        else (1, 1)
+    )
     facts = {
         "files": [redact(measured.files[i]) for i in album.images],
         "labels": [class_of.get(measured.image_label(i), NONE) for i in album.images],

@@ -8,7 +8,6 @@ import typing as tp
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from saev import cores
 from saev.explorer.data import Example, Measured
@@ -158,9 +157,3 @@ def collect(measured: Measured, source: Source, room: float, progress: Progress)
     rest = {i: examples for i, examples in firsts.items() if i not in picker.album.thumbs}
     picker.take(rest, THUMB, room, whole=False)
     return picker.album
-
-
-def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
