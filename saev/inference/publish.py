@@ -12,6 +12,7 @@ from saev.errors import CorruptDataError, IncompleteError
 from saev.inference import concepts, files, npz, part, tabulate
 from saev.inference.codes import CodesInfo, StoredCodes
 from saev.inference.job import Pass
+from saev.inference.labels import ImageLabels
 from saev.inference.part import PartRecord, PartStats
 from saev.inference.scores import Scores
 from saev.inference.topk import Entries
@@ -60,7 +61,7 @@ def publish(
     codes = StoredCodes(place, _infos(records, "codes"))
     if codes.infos:
         codes.verify()
-    labels, masks = tabulate.ImageLabels.read(job), None
+    labels, masks = ImageLabels.read(job), None
     if job.has_concepts:
         classes, masks = _concepts(job, codes, stats, first=len(labels.targets))
         if classes:

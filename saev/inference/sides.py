@@ -3,6 +3,7 @@
 import typing as tp
 
 import numpy as np
+import pyarrow as pa
 
 from saev import storage
 from saev.config.loaders import DataConfig
@@ -42,6 +43,11 @@ def of_examples(
     elif _is_at(trained.val_data.shards, shards):
         sides[_selected(examples, trained.val_loader())] = HELD_OUT
     return sides
+
+
+def names(side: np.ndarray) -> pa.Array:
+    """The names of sides, for a column of a table."""
+    return pa.array(NAMES).take(pa.array(side))
 
 
 def _is_at(url: str, shards: Shards) -> bool:

@@ -1,8 +1,4 @@
-"""Write the tables of an inference folder, from what its parts left; `tables.json` last.
-
-Latents are visited in blocks that hold a bounded number of entries, as in concept alignment: the
-values of whole images are by latent in each piece, so that all blocks together read them once.
-"""
+"""Write the tables of an inference folder, from what its parts left; `tables.json` last."""
 
 import functools
 import typing as tp
@@ -13,15 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev import parquet, storage
-from saev.inference import decoder, sides, sums
+from saev.inference import blocks, decoder, sides, sums
+from saev.inference.blocks import Block
 from saev.inference.coactivation import Coactivation
 from saev.inference.codes import Piece, StoredCodes
 from saev.inference.embeddings import sample
 from saev.inference.job import Pass
+from saev.inference.labels import ImageLabels
 from saev.inference.monosemanticity import Embedded
 from saev.inference.part import PartStats
+from saev.inference.ranked import Ranked
 from saev.inference.scores import ALL, SIDES, Classes, Scores, measure
-from saev.inference.topk import Entries
 from saev.parquet import schema
 from saev.parquet.writer import TableWriter
 
@@ -29,58 +27,6 @@ MAX_ENTRIES = 1 << 21
 """Entries held at a time."""
 MAX_CELLS = 1 << 22
 """Most pairs of latents and classes that are scored at a time."""
-
-
-class ImageLabels(tp.NamedTuple):
-    """The rows of examples.parquet that belong to the selected images, and their classes."""
-
-    indices: np.ndarray
-    """Number in the dataset, int64 [n_examples]."""
-    paths: pa.Array
-    """Files or keys."""
-    labels: pa.Array
-    """Names of the examples' classes."""
-    class_of: np.ndarray
-    """Number of the class of each example in `classes`, int64 [n_examples]; -1 if it has none."""
-    targets: np.ndarray
-    """The classes' numbers in the dataset, int64 [classes]."""
-    names: list[str | None]
-    """The classes' names."""
-
-    @classmethod
-    def read(cls, job: Pass) -> "ImageLabels":
-        """Of a shards folder. There are no classes if all images have the same one."""
-        table = job.shards.examples()
-        n = job.shards.n_examples
-        none = np.full(n, -1, dtype=np.int64)
-        index = table["index"].to_numpy()
-        if "label" not in table.column_names:
-            nothing = pa.nulls(n, pa.string())
-            return cls(index, nothing, nothing, none, np.empty(0, np.int64), [])
-        path, label = table["url"].combine_chunks(), table["label"].combine_chunks()
-        has_label = pc.not_equal(label, "").to_numpy(zero_copy_only=False)
-        target = table["target"].to_numpy()
-        targets, first = np.unique(target[has_label], return_index=True)
-        if len(targets) < 2:
-            return cls(index, path, label, none, np.empty(0, np.int64), [])
-        class_of = np.where(has_label, np.searchsorted(targets, target), -1)
-        names = label.take(pa.array(np.flatnonzero(has_label)[first])).to_pylist()
-        return cls(index, path, label, class_of, targets, names)
-
-
-class _Block(tp.NamedTuple):
-    """Values of some latents on images, by latent, then by image."""
-
-    start: int
-    stop: int
-    latents: np.ndarray
-    """From 0, int64 [nnz]."""
-    examples: np.ndarray
-    """int64 [nnz]."""
-    values: np.ndarray
-    """Largest, float32 [nnz]."""
-    means: np.ndarray
-    """float32 [nnz]."""
 
 
 def write(
@@ -116,7 +62,7 @@ class _Tabulation:
         self._d_sae, self._masks, self._codes = job.sae.d_sae, masks, codes
         n = job.shards.n_examples
         self._side = job.sides(np.arange(n))
-        self._ranked = _Ranked(stats, self._d_sae)
+        self._ranked = Ranked(stats, self._d_sae)
         peak = max(float(stats.sums.peaks().max(initial=0.0)), self._ranked.largest)
         self._value = schema.value_type(peak)
         self._floor = np.float32(job.cfg.image_floor) * stats.sums.peaks()
@@ -179,13 +125,13 @@ class _Tabulation:
 
     # --- Values of images ------------------------------------------------------------------
 
-    def _blocks(self) -> Iterator[_Block]:
+    def _blocks(self) -> Iterator[Block]:
         n_classes = max(1, len(self._labels.targets))
         counts = self._stats.sums.image_counts
-        for start, stop in _ranges(counts, MAX_ENTRIES, max(1, MAX_CELLS // n_classes)):
-            yield _read(self._acts, start, stop)
+        for start, stop in blocks.ranges(counts, MAX_ENTRIES, max(1, MAX_CELLS // n_classes)):
+            yield blocks.read_images(self._acts, start, stop)
 
-    def _describe(self, block: _Block) -> None:
+    def _describe(self, block: Block) -> None:
         n = block.stop - block.start
         label, side = self._class_of[block.examples], self._side[block.examples]
         if self._classes.classes.sides:
@@ -208,7 +154,7 @@ class _Tabulation:
     def _keep(self, name: str, values: np.ndarray) -> None:
         self._columns.setdefault(name, []).append(values)
 
-    def _entropy(self, block: _Block, mine: np.ndarray) -> np.ndarray:
+    def _entropy(self, block: Block, mine: np.ndarray) -> np.ndarray:
         """Entropy of the classes, weighted by value, in nats; NaN without labels or values."""
         n, n_classes = block.stop - block.start, len(self._labels.targets)
         label = self._class_of[block.examples]
@@ -222,7 +168,7 @@ class _Tabulation:
             terms = np.where(p > 0, -p * np.log(p), 0.0)
         return np.where(total > 0, terms.sum(axis=1), np.nan)
 
-    def _write_acts(self, writer: TableWriter, block: _Block) -> None:
+    def _write_acts(self, writer: TableWriter, block: Block) -> None:
         keep = block.values >= self._floor[block.start + block.latents]
         writer.write(
             {
@@ -254,8 +200,10 @@ class _Tabulation:
     def _write_tokens(self) -> None:
         columns = schema.token_acts(self._value, "latent")
         with self._open(schema.TOKEN_ACTS_BY_LATENT, columns) as writer:
-            for start, stop in _ranges(self._stats.sums.counts, MAX_ENTRIES, self._d_sae):
-                parts = self._codes.map(functools.partial(_tokens, start=start, stop=stop))
+            for start, stop in blocks.ranges(self._stats.sums.counts, MAX_ENTRIES, self._d_sae):
+                parts = self._codes.map(
+                    functools.partial(blocks.read_tokens, start=start, stop=stop)
+                )
                 if stop == start + 1:  # maybe too long for memory; pieces are in order already
                     for part in parts:
                         writer.write(self._token_rows(start, part))
@@ -314,7 +262,7 @@ class _Tabulation:
                 pa.array(self._class_of[at] >= 0), labels.labels.take(pa.array(at)), None
             ),
             "class_idx": _nullable(self._class_of[at]),
-            "side": _side_names(self._side[at]),
+            "side": sides.names(self._side[at]),
             "n_tokens": rows.n_tokens,
             "l0": (rows.n_active / rows.n_tokens).astype(np.float32),
             "mse": mse.astype(np.float32),
@@ -386,93 +334,6 @@ class _Tabulation:
         }
 
 
-class _Ranked:
-    """The examples of each latent, and where each stands among all images on which it fires."""
-
-    def __init__(self, stats: PartStats, d_sae: int):
-        top, spread = stats.top.result(), stats.spread.result()
-        spread = spread.take(np.lexsort((spread.example_idx, -spread.value, spread.latent)))
-        every = Entries(*(np.concatenate(pair) for pair in zip(top, spread, strict=True)))
-        is_spread = np.repeat([0, 1], [len(top.latent), len(spread.latent)])
-        order = np.lexsort((is_spread, every.latent))
-        self._entries, self._is_spread = every.take(order), is_spread[order]
-        self._ptr = np.searchsorted(self._entries.latent, np.arange(d_sae + 1))
-        self._quantile = np.full(len(order), np.nan, dtype=np.float32)
-
-    @property
-    def largest(self) -> float:
-        """Magnitude of the largest value of a patch."""
-        return float(np.abs(self._entries.token_value).max(initial=0.0))
-
-    def add(self, block: _Block) -> None:
-        """Take all values of some latents."""
-        counts = np.bincount(block.latents, minlength=block.stop - block.start)
-        ordered = block.values[np.lexsort((block.values, block.latents))]
-        bounds = np.concatenate([[0], np.cumsum(counts)])
-        for latent in range(block.start, block.stop):
-            mine = slice(self._ptr[latent], self._ptr[latent + 1])
-            local = latent - block.start
-            values = ordered[bounds[local] : bounds[local + 1]]
-            if len(values):
-                below = np.searchsorted(values, self._entries.value[mine], side="right")
-                self._quantile[mine] = below / len(values)
-
-    def rows(self, side: np.ndarray, value: pa.DataType) -> dict[str, tp.Any]:
-        """Columns of `examples.parquet`, with values of patches of such a type."""
-        found = self._entries
-        group = found.latent * 2 + self._is_spread
-        rank = np.arange(len(group)) - np.searchsorted(group, group)
-        ptr = np.concatenate([[0], np.cumsum(found.length)]).astype(np.int32)
-        values = pa.array(found.token_value.astype(value.to_pandas_dtype()))
-        return {
-            "latent": found.latent,
-            "kind": pa.array(["top", "spread"]).take(pa.array(self._is_spread)),
-            "rank": rank,
-            "example": found.example_idx,
-            "side": _side_names(side[found.example_idx]),
-            "value": found.value,
-            "quantile": self._quantile,
-            "patches": pa.ListArray.from_arrays(ptr, pa.array(found.token_idx)),
-            "patch_values": pa.ListArray.from_arrays(ptr, values),
-        }
-
-
-def _ranges(counts: np.ndarray, most: int, most_latents: int) -> Iterator[tuple[int, int]]:
-    """Ranges of latents with at most so many entries; a longer latent is alone."""
-    start, held = 0, 0
-    for latent, count in enumerate(counts.tolist()):
-        if latent > start and (held + count > most or latent - start >= most_latents):
-            yield start, latent
-            start, held = latent, 0
-        held += count
-    if start < len(counts):
-        yield start, len(counts)
-
-
-def _read(acts: StoredCodes, start: int, stop: int) -> _Block:
-    def read(piece: Piece) -> tuple[np.ndarray, ...]:
-        columns = piece.columns(start, stop)
-        bounds = piece.array("indptr", start, stop + 1)[[0, -1]].tolist()
-        examples = piece.array("example_idx")[columns.rows]
-        return columns.latents, examples, columns.values, piece.array("means", *bounds)
-
-    kinds = (np.int64, np.int64, np.float32, np.float32)
-    empty = tuple(np.empty(0, dtype=kind) for kind in kinds)
-    fields = [np.concatenate(field) for field in zip(empty, *acts.map(read), strict=True)]
-    order = np.argsort(fields[0], kind="stable")  # pieces come in the order of images
-    return _Block(start, stop, *(field[order] for field in fields))
-
-
-def _tokens(piece: Piece, start: int, stop: int) -> tuple[np.ndarray, ...]:
-    """Latent (from 0), example, patch and value of the entries of some latents."""
-    columns = piece.columns(start, stop)
-    if not len(columns.rows):
-        nothing = columns.rows
-        return columns.latents, nothing, nothing, columns.values
-    example, patch = piece.array("example_idx"), piece.array("token_idx")
-    return columns.latents, example[columns.rows], patch[columns.rows], columns.values
-
-
 def _sums(found: sums.LatentSums, ending: str) -> dict[str, tp.Any]:
     """Columns of `latents.parquet` of one side; empty if the side has no tokens."""
     names = ("n_tokens", "frequency", "n_images", "image_share", "mean", "max", "quantiles",
@@ -517,10 +378,6 @@ def _best(prefix: str, scores: Scores | None, d_sae: int) -> dict[str, tp.Any]:
         f"{prefix}_support": pa.array(best["support"], mask=chosen < 0),
         **{f"{prefix}_ap{ending}": _floats(best[f"ap{ending}"]) for ending in SIDES.values()},
     }
-
-
-def _side_names(side: np.ndarray) -> pa.Array:
-    return pa.array(sides.NAMES).take(pa.array(side))
 
 
 def _nullable(numbers: np.ndarray) -> pa.Array:
