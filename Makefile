@@ -47,7 +47,8 @@ setup-client: $(CLIENT)/.installed
 	.venv-client/bin/uv pip sync --quiet --python .venv-client/bin/python --require-hashes requirements/client.lock requirements/uv.lock
 	@touch $@
 
-override PYTEST := PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/e2e
+# Three processes on two cores, because many tests wait for a server or another process.
+override PYTEST := PYTEST_ADDOPTS="$$PYTEST_ADDOPTS $$PYTEST_ARGS" $(BIN)/python -m pytest -n 3 --dist worksteal --ignore tests/e2e
 
 test: setup ## Set up, then run the fast tests
 	$(PYTEST) -m "not slow"

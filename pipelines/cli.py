@@ -30,7 +30,8 @@ _ERR = Console(stderr=True, markup=False)
 
 
 def main(argv: collections.abc.Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Entry point. Exits with 1 for an error, 2 for a wrong command line, 130 for Ctrl-C, and 143
+    for SIGTERM."""
     try:
         argv = spread(sys.argv[1:] if argv is None else argv)
         secrets.refuse_in(argv)
@@ -45,6 +46,9 @@ def main(argv: collections.abc.Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write(f"{called.NAME}: interrupted.\n")
         status = 130
+    except interrupts.Terminated:
+        sys.stderr.write(f"{called.NAME}: terminated.\n")
+        status = 143
     sys.exit(status)
 
 

@@ -245,6 +245,8 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
         _fail(str(err), 1)
     except KeyboardInterrupt:
         _fail("Interrupted. The same command continues from here.", 130)
+    except interrupts.Terminated:
+        _fail("Terminated. The same command continues from here.", 143)
     except BrokenPipeError:
         _fail("The reader of standard output has closed it.", interrupts.BROKEN_PIPE)
     except ModuleNotFoundError as err:

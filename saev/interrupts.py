@@ -48,8 +48,12 @@ def _handle(signum: signal.Signals, handler: tp.Callable[[int, tp.Any], tp.Any])
         signal.signal(signum, handler)
 
 
+class Terminated(SystemExit):
+    """SIGTERM, after :func:`unwind`. Its code is the exit status."""
+
+
 def _exit(signum: int, frame: object) -> tp.NoReturn:
-    raise SystemExit(128 + signum)
+    raise Terminated(128 + signum)
 
 
 @contextlib.contextmanager

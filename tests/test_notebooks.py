@@ -73,6 +73,7 @@ def drawn(command: str, capsys: pytest.CaptureFixture) -> list[int]:
     return json.loads((page.parent / "visuals.json").read_text())["latents"]
 
 
+@pytest.mark.slow
 def test_what_is_between_the_thresholds(root: Path, capsys: pytest.CaptureFixture) -> None:
     _, found = notebook("metrics").app.run(defs={"root": str(root)})
     assert len(found["saes"]) == 3

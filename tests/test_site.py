@@ -81,6 +81,7 @@ def served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_last_lines_say_what_was_skipped_and_how_to_have_it() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "function"]
     done = subprocess.run(

@@ -31,6 +31,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_results_are_those_of_the_references() -> None:
     if release("triton") < (3, 8) and release("numpy") >= (2, 4):
