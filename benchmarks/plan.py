@@ -37,7 +37,7 @@ class Watched(logging.Handler):
     """What is said about the main task of a job.
 
     Args:
-        name: of the task.
+        name: first word of the task's name.
     """
 
     def __init__(self, name: str):
@@ -51,7 +51,7 @@ class Watched(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take the plan."""
-        said = re.match(rf"{self.name_of_task}: {SPAN} at ", record.getMessage())
+        said = re.match(rf"{self.name_of_task}\b.*: {SPAN} at ", record.getMessage())
         if said and self.plan is None:
             self.plan = seconds(said) + time.monotonic() - self.began
 
@@ -77,7 +77,7 @@ def watching(name: str) -> Iterator[Watched]:
 
     def seen(task: Task, n: int, **options: tp.Any) -> None:
         advance(task, n, **options)
-        if task._is_main and task._name == name:
+        if task._is_main and task._name.split()[0] == name:
             watched.see(task)
 
     Task.advance = seen  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def row(watched: Watched, load: float) -> str:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=320, help="crops of photographs")
+    parser.add_argument("--images", type=int, default=1200, help="crops of photographs")
     parser.add_argument("--tokens", type=int, default=250_000, help="tokens to train on")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root, Progress(quiet=True) as shown:
