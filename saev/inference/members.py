@@ -4,7 +4,6 @@
 compressed, lies inside the file, and has exactly as many bytes as its own header says.
 """
 
-import io
 import struct
 import typing as tp
 import zipfile
@@ -40,7 +39,8 @@ class Members:
         self.url = reader.url
         with self._parsed():
             # The cast is safe: io.RawIOBase has all methods that ZipFile calls.
-            self._zip = zipfile.ZipFile(tp.cast(tp.BinaryIO, _File(reader)))
+            file = storage.RangeFile(reader.size, reader.read)
+            self._zip = zipfile.ZipFile(tp.cast(tp.BinaryIO, file))
 
     def array(self, name: str, kinds: tp.Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
         """One array.
@@ -106,33 +106,3 @@ class Members:
                 f"{self.url} is damaged: {info.filename} has CRC {crc:08x}, expected "
                 f"{info.CRC:08x}. {self._remedy}"
             )
-
-
-class _File(io.RawIOBase):
-    """A reader as a file object for zipfile. It never returns bytes from behind the file's end."""
-
-    def __init__(self, reader: Reader):
-        self._reader, self._at = reader, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._reader.size}[whence]
-        if base + offset < 0:
-            raise ValueError("a place before the file")
-        self._at = base + offset
-        return self._at
-
-    def read(self, n: int | None = -1) -> bytes:
-        left = max(0, self._reader.size - self._at)
-        n = left if n is None or n < 0 else min(n, left)
-        data = self._reader.read(self._at, n)
-        self._at += n
-        return data

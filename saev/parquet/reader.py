@@ -1,7 +1,6 @@
 """Reading tables: whole, or the rows of one key with two small reads."""
 
 import functools
-import io
 import typing as tp
 
 import pyarrow as pa
@@ -96,8 +95,15 @@ class Tables:
     def _group(self, file: FileEntry, number: int, columns: tp.Sequence[str] | None) -> pa.Table:
         group, place = file.groups[number], storage.join(self.url, file.name)
         data = self._read(file, group.span)
+
+        def read(start: int, n: int) -> bytes:
+            first = start - group.start
+            if first < 0 or first + n > len(data):
+                raise ValueError(f"bytes {start} to {start + n} are not in the row group")
+            return data[first : first + n]
+
         with storage.parsed(place, "a Parquet file", remedy=self._remedy):
-            source = pa.PythonFile(_Part(data, group.start, file.n_bytes), mode="r")
+            source = pa.PythonFile(storage.RangeFile(file.n_bytes, read), mode="r")
             opened = pq.ParquetFile(source, metadata=self._metadata(file), pre_buffer=False)
             return opened.read_row_group(
                 number, columns=None if columns is None else list(columns), use_threads=False
@@ -130,32 +136,3 @@ class Tables:
                 return memoryview(buffer)
 
             return bytes(storage.confirmed(place, read, wrong))
-
-
-class _Part(io.RawIOBase):
-    """A file of which only some bytes are there."""
-
-    def __init__(self, data: bytes, start: int, size: int):
-        self._data, self._start, self._size, self._at = data, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def read(self, n: int | None = -1) -> bytes:
-        first = self._at - self._start
-        last = len(self._data) if n is None or n < 0 else first + n
-        if first < 0 or last > len(self._data):
-            raise ValueError(f"bytes {self._at} to {self._start + last} are not in the row group")
-        self._at = self._start + last
-        return self._data[first:last]

@@ -48,7 +48,7 @@ from saev.storage.manifest import (
     seal,
 )
 from saev.storage.parsing import fits, npy_header, parse_json, parse_tensors, parse_toml, parsed
-from saev.storage.ranges import RangeReader
+from saev.storage.ranges import RangeFile, RangeReader
 from saev.storage.reading import open_read, read_bytes, read_json, read_parsed, read_text
 from saev.storage.stored import check_closed, inside, is_below, is_file_name, recorded_folder
 from saev.storage.urls import TMP_PREFIX, is_url, join, local_path, name, normalize, parent
@@ -74,6 +74,7 @@ __all__ = [
     "NodeCache",
     "Object",
     "PositionalWriter",
+    "RangeFile",
     "RangeReader",
     "StorageError",
     "canonical_json",

@@ -1,8 +1,10 @@
 """Reading ranges of one object from many threads."""
 
 import contextlib
+import io
 import os
 import typing as tp
+from collections.abc import Callable
 
 from saev.errors import CorruptDataError
 from saev.storage import s3
@@ -109,3 +111,38 @@ def _open(url: str, size: int | None, etag: str) -> FsspecObject:
     if bucket is not None:
         return s3.S3Object(url, fs, key, size, etag, bucket)
     return FsspecObject(url, fs, key, size, etag)
+
+
+class RangeFile(io.RawIOBase):
+    """Ranges of an object as a file, for libraries that read files.
+
+    Args:
+        size: of the object in bytes.
+        read: returns n bytes from an offset. It is never asked for bytes behind the end.
+    """
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]):
+        self._size, self._read, self._at = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError("a place before the file")
+        self._at = base + offset
+        return self._at
+
+    def read(self, n: int | None = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        n = left if n is None or n < 0 else min(n, left)
+        data = self._read(self._at, n)
+        self._at += n
+        return data
