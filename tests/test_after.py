@@ -4,27 +4,14 @@ import json
 import re
 import shlex
 import shutil
-import signal
 from pathlib import Path
 
+import pasted
 import pytest
 
-from saev import after, cli, storage
+from saev import after, storage
 from saev.config import LoaderConfig, SaeConfig, TrainConfig
 from saev.visuals import overview
-
-
-def saev(line: str, capsys: pytest.CaptureFixture) -> tuple[str, str]:
-    """Run a pasted line; returns standard output and standard error."""
-    program, *argv = shlex.split(line)
-    assert program == "saev"
-    capsys.readouterr()
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        cli.main(argv)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return capsys.readouterr()
 
 
 def next_of(err: str) -> str:
@@ -46,13 +33,13 @@ def test_each_stage_says_its_figures_and_the_next_command(
          "test_vit/random", "--image-size", "32", "--layers", "-2", "-1", "data:fake-img",
          "--data.n-examples", "24"]
     )  # fmt: skip
-    shards, err = saev(first, capsys)
+    shards, err = pasted.run(first, capsys)
     # 24 images of 2 x 2 patches; the network is 64 wide and has 6 blocks.
     assert "Recorded 24 images: 96 patches of 64 numbers, layers 4, 5, " in err
 
     line = next_of(err)
     assert shlex.split(line)[:4] == ["saev", "train", "--shards", shards.strip()]
-    runs, err = saev(f"{line} --n-train 600 --sae.d-sae 64", capsys)
+    runs, err = pasted.run(f"{line} --n-train 600 --sae.d-sae 64", capsys)
     (run,) = runs.split("\n")[:-1]
     assert Path(run).parent == root / "runs"
     record = run_json(run)
@@ -64,11 +51,11 @@ def test_each_stage_says_its_figures_and_the_next_command(
     assert re.search(row, err), err
     assert TrainConfig.of_run(run).train_data.layer == 5
 
-    measured, err = saev(next_of(err), capsys)
+    measured, err = pasted.run(next_of(err), capsys)
     metrics = json.loads((Path(measured.strip()) / "metrics.json").read_text())
     assert f"dead {metrics['n_dead']} of 64" in err
 
-    page, err = saev(next_of(err), capsys)
+    page, err = pasted.run(next_of(err), capsys)
     assert next_of(err) == shlex.join(["saev", "open", page.strip()])
 
 
@@ -77,7 +64,7 @@ def test_what_was_done_before_says_the_same(tmp_path: Path, capsys: pytest.Captu
         f"saev shards --shards-root {tmp_path}/shards --family timm --ckpt test_vit/random "
         "--image-size 32 --layers -1 data:fake-img --data.n-examples 3"
     )
-    first, again = (saev(line, capsys)[1].splitlines()[-2:] for _ in range(2))
+    first, again = (pasted.run(line, capsys)[1].splitlines()[-2:] for _ in range(2))
     assert [re.sub(r"\(\d+ s\)", "", text) for text in first] == [
         re.sub(r"\(\d+ s\)", "", text) for text in again
     ]
@@ -85,11 +72,11 @@ def test_what_was_done_before_says_the_same(tmp_path: Path, capsys: pytest.Captu
 
 def test_nothing_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Two images are too few for that, so there are figures of the last batch alone."""
-    shards, _ = saev(
+    shards, _ = pasted.run(
         f"saev shards --shards-root {tmp_path}/shards --family timm --ckpt test_vit/random "
         "--image-size 32 --layers -1 data:fake-img --data.n-examples 2", capsys,
     )  # fmt: skip
-    run, err = saev(
+    run, err = pasted.run(
         f"saev train --shards {shards.strip()} --runs-root {tmp_path}/runs --n-train 100 "
         "--sae.d-sae 32", capsys,
     )  # fmt: skip
@@ -128,20 +115,20 @@ def test_the_page_of_a_root_grows_with_each_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "root"
-    _, err = saev(
+    _, err = pasted.run(
         f"saev shards --shards-root {root}/shards --family timm --ckpt test_vit/random "
         "--image-size 32 --layers -1 data:fake-img --data.n-examples 20", capsys,
     )  # fmt: skip
     page = root / "index.html"
     assert not page.exists()
-    run, err = saev(f"{next_of(err)} --n-train 100 --sae.d-sae 32 --tag first", capsys)
+    run, err = pasted.run(f"{next_of(err)} --n-train 100 --sae.d-sae 32 --tag first", capsys)
     held_out = run_json(run.strip())["metrics"]
     html = page.read_text()
     for text in ("topk32-s32", "not measured yet", f"{held_out['normalized_mse']:.4f}", "first"):
         assert text in html
-    _, err = saev(next_of(err), capsys)
+    _, err = pasted.run(next_of(err), capsys)
     assert "not drawn yet" in page.read_text()
-    report, err = saev(next_of(err), capsys)
+    report, err = pasted.run(next_of(err), capsys)
     link = Path(report.strip()).relative_to(root)
     assert f'href="{link}"' in page.read_text()
     (back,) = re.findall(r'href="([^"]*)">‹ all SAEs', Path(report.strip()).read_text())
@@ -149,7 +136,7 @@ def test_the_page_of_a_root_grows_with_each_stage(
     # The same as the command that writes it.
     before = page.read_bytes()
     page.unlink()
-    written, _ = saev(f"saev report --root {root}", capsys)
+    written, _ = pasted.run(f"saev report --root {root}", capsys)
     assert (written.strip(), page.read_bytes()) == (str(page), before)
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
+import pasted
 import pytest
 import small_root
 import test_site
@@ -61,15 +61,7 @@ def load(path: Path) -> ModuleType:
 
 def drawn(command: str, capsys: pytest.CaptureFixture) -> list[int]:
     """Run a pasted command; returns the latents in the report that it makes."""
-    program, *argv = shlex.split(command)
-    assert program == "saev"
-    capsys.readouterr()
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        cli.main(argv)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    page = Path(capsys.readouterr().out.strip())
+    page = Path(pasted.run(command, capsys)[0].strip())
     return json.loads((page.parent / "visuals.json").read_text())["latents"]
 
 
