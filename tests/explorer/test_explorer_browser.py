@@ -103,8 +103,8 @@ def test_sort_and_filter_by_columns(page: chromium.Page, results: Results) -> No
     n = int((results.frequency >= low).sum())
     page.wait(f"document.getElementById('count').textContent === '{n} of 24 latents'")
     assert "frequency=" in page.js("location.hash"), "the address keeps the filter"
-    page.js("window.before = true; location.reload()")
-    page.wait("window.before === undefined && document.getElementById('count') !== null")
+    page.reload()
+    page.wait("document.getElementById('count') !== null")
     assert page.js("document.getElementById('count').textContent") == f"{n} of 24 latents"
     page.click("#reset")
     page.wait("document.getElementById('count').textContent === '24 latents'")

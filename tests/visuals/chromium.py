@@ -76,6 +76,13 @@ class Page:
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
+    def reload(self) -> None:
+        """Load the page again. Returns when it is loaded."""
+        seen = len(self.events)
+        self.send("Page.reload")
+        while all(event.get("method") != "Page.loadEventFired" for event in self.events[seen:]):
+            self.events.append(self._next())
+
     def js(self, expression: str) -> Any:
         """The value of an expression; a promise is awaited."""
         answer = self.send(
@@ -97,7 +104,11 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def click(self, selector: str) -> None:
-        """Click the middle of an element with the mouse, scrolled into view first."""
+        """Click the middle of an element with the mouse, scrolled into view first.
+
+        Chromium ignores the mouse until a page that was loaded has been painted.
+        """
+        self.wait("performance.getEntriesByType('paint').length > 0")
         x, y = self.js(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
