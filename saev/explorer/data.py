@@ -12,6 +12,7 @@ import numpy as np
 
 from saev import storage
 from saev.errors import SaevError
+from saev.inference import decoder
 from saev.inference.results import Results
 from saev.nn.io.load import load_sae
 from saev.shards import Shards
@@ -33,8 +34,6 @@ TOP, MIDDLE, LOW = 0, 1, 2
 _MAX_CODES_BYTES = 512 << 20
 _MAX_LABEL_BYTES = 256 << 20
 _MAX_HITS = 1 << 26
-_ROWS = 1024
-"""Decoder rows that are compared with all at a time."""
 
 
 class Example(tp.NamedTuple):
@@ -222,26 +221,13 @@ class Measured:
 
     @functools.cached_property
     def neighbours(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The latents with the most similar decoder rows, int64 [d_sae, n], and their cosines,
+        """The latents with the most similar decoder rows, int32 [d_sae, n], and their cosines,
         float32 [d_sae, n]; None if the SAE is gone."""
         try:
-            rows = load_sae(self._run).W_dec.detach().float().numpy()
+            return decoder.neighbours(load_sae(self._run), N_NEIGHBOURS)
         except SaevError as err:
             logger.warning("The page has no neighbours of latents: %s", err)
             return None
-        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        k = min(N_NEIGHBOURS, len(unit) - 1)
-        which, cosines = np.empty((len(unit), k), np.int64), np.empty((len(unit), k), np.float32)
-        for start in range(0, len(unit), _ROWS):
-            similar = unit[start : start + _ROWS] @ unit.T
-            own = np.arange(len(similar))
-            similar[own, start + own] = -np.inf
-            some = np.argpartition(-similar, k - 1, axis=1)[:, :k] if k else own[:, None][:, :0]
-            values = np.take_along_axis(similar, some, axis=1)
-            by_value = np.lexsort((some, -values), axis=1)
-            which[start : start + _ROWS] = np.take_along_axis(some, by_value, axis=1)
-            cosines[start : start + _ROWS] = np.take_along_axis(values, by_value, axis=1)
-        return which, cosines
 
     # --- Images of one latent ------------------------------------------------------------------
 

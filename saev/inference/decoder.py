@@ -33,24 +33,48 @@ def directions(sae: SparseAutoencoder) -> Directions:
     components are exact and quick for any width, need no seed, and are the same on every machine
     but for rounding; a neighbour embedding such as UMAP is not.
     """
+    norms, unit = _normalised(sae)
+    which, cosines = _nearest(unit, N_NEIGHBOURS)
+    return Directions(
+        norms.numpy(),
+        which,
+        cosines,
+        _principal(unit.double().numpy()),
+    )
+
+
+@torch.no_grad()
+def neighbours(sae: SparseAutoencoder, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The latents whose decoder rows have the highest cosine with each one's, best first.
+
+    Args:
+        sae: any SAE.
+        n: number of neighbours; fewer if the SAE has fewer other latents.
+
+    Returns:
+        The latents, int32 [d_sae, n], and the cosines, float32 [d_sae, n].
+    """
+    return _nearest(_normalised(sae)[1], n)
+
+
+def _normalised(sae: SparseAutoencoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """The length of each decoder row, and the rows at length 1, float32 on the CPU."""
     rows = sae.W_dec.detach().float().cpu()
     norms = rows.norm(dim=1)
-    unit = rows / norms.clamp_min(1e-30)[:, None]
-    k = min(N_NEIGHBOURS, len(rows) - 1)
-    neighbours, cosines = [], []
-    for start in range(0, len(rows), _CHUNK):
+    return norms, rows / norms.clamp_min(1e-30)[:, None]
+
+
+def _nearest(unit: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
+    k = min(n, len(unit) - 1)
+    found, cosines = [], []
+    for start in range(0, len(unit), _CHUNK):
         similar = unit[start : start + _CHUNK] @ unit.T
         own = torch.arange(len(similar))
         similar[own, own + start] = -2.0
         best, which = largest(similar, k)
-        neighbours.append(which)
+        found.append(which)
         cosines.append(best.clamp(-1.0, 1.0))
-    return Directions(
-        norms.numpy(),
-        torch.cat(neighbours).int().numpy(),
-        torch.cat(cosines).numpy(),
-        _principal(unit.double().numpy()),
-    )
+    return torch.cat(found).int().numpy(), torch.cat(cosines).numpy()
 
 
 def largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
