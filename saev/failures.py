@@ -1,4 +1,4 @@
-"""Results that one job makes together, and of which each fails alone."""
+"""Errors of single results, where one job makes several results."""
 
 import contextlib
 import logging
@@ -14,14 +14,14 @@ _T = tp.TypeVar("_T")
 
 
 class Failures(tp.Generic[_T]):
-    """Errors of some of the results of a job, which makes all others nevertheless.
+    """Errors of some of the results of a job. The job goes on with the other results.
 
-    An error that concerns the only result, or the last one that is left, is raised at once.
+    If no result is left, the error is raised at once.
 
     Args:
         results: all results.
         what: what they are, in the plural.
-        before: errors of further results, which could not even be named.
+        before: errors of further results, for which not even a name could be found.
     """
 
     def __init__(self, results: Sequence[_T], what: str, before: Sequence[SaevError] = ()):
@@ -48,9 +48,9 @@ class Failures(tp.Generic[_T]):
         """Note an error of the block instead of raising it.
 
         Args:
-            result: the result that the block is about. The block has no other effect than on it.
-            safe_point: raises if the work has to stop as a whole.
-            but: errors that are raised.
+            result: the result that the block works on. The block must not affect other results.
+            safe_point: called before an error is noted; it raises if the whole job has to stop.
+            but: kinds of errors that are raised instead.
         """
         try:
             yield
@@ -72,10 +72,10 @@ class Failures(tp.Generic[_T]):
         self._note(err)
 
     def error(self) -> SaevError | None:
-        """What the job has to raise when it has done the rest; None if nothing has failed.
+        """The error to raise when the other results are done; None if nothing has failed.
 
-        Several errors are one that says all of them. The same may succeed later if it is so of one
-        of them.
+        Several errors become one, whose text has all of theirs. It is a passing error (one that may
+        not come again) if one of them is.
         """
         errors = [*self._before, *self._found.values()]
         texts = list(dict.fromkeys(map(str, errors)))
