@@ -58,6 +58,8 @@ def explain(err: BaseException, url: str, doing: str) -> StorageError:
     attempts = getattr(err, "saev_attempts", "")
     error = StorageError(f"Cannot {doing} {url}: {_reason(err, url, doing)}{attempts}")
     error.passing = is_passing(err)
+    if attempts:
+        error.saev_attempts = attempts  # type: ignore[attr-defined]
     return error
 
 
@@ -259,17 +261,28 @@ def is_passing(err: BaseException) -> bool:
 
 
 def retry(call: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: repeat a call while its errors are passing, for up to SAEV_PATIENCE_S seconds."""
+    """Decorator: repeat a call while its errors are passing.
+
+    The retries end SAEV_PATIENCE_S seconds after the start of the fault (:class:`Patience`). If
+    a request inside the call was retried for so long, the call is not repeated as well.
+    """
 
     @functools.wraps(call)
     def retried(*args: P.args, **kwargs: P.kwargs) -> T:
-        start, patience = time.monotonic(), waiting.patience_s()
-        with waiting.patience(patience):
+        start, patience = time.monotonic(), waiting.Patience(waiting.patience_s())
+
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            patience.failed(start)
+            return time.monotonic() + state.upcoming_sleep >= patience.end(start)
+
+        with waiting.limited(patience):
             retrying = tenacity.Retrying(
-                retry=tenacity.retry_if_exception(is_passing),
+                retry=tenacity.retry_if_exception(
+                    lambda err: is_passing(err) and not hasattr(err, "saev_attempts")
+                ),
                 wait=tenacity.wait_exponential_jitter(initial=0.1, max=10),
-                stop=tenacity.stop_before_delay(patience),
-                before_sleep=functools.partial(_warn, end=start + patience),
+                stop=is_over,
+                before_sleep=lambda state: _warn(state, patience.end(start)),
                 reraise=True,
             )
             try:

@@ -11,12 +11,13 @@ import base64
 import contextlib
 import hashlib
 import io
+import time
 import typing as tp
 
 from saev.errors import StorageError
 from saev.storage.checksums import crc32c
 from saev.storage.faults import answer_of, is_passing, retry
-from saev.storage.waiting import patience
+from saev.storage.waiting import Patience, limited
 
 PART_BYTES = 32 << 20
 _PARTS_OF_A_SIZE = 1000
@@ -92,7 +93,8 @@ class Upload(io.RawIOBase):
         self._buffer = bytearray()
         self.close()
         if self._upload_id:
-            with contextlib.suppress(Exception), patience(_ABORT_S):
+            limit = Patience(_ABORT_S, since=time.monotonic())
+            with contextlib.suppress(Exception), limited(limit):
                 self._fs.call_s3("abort_multipart_upload", **self._place, UploadId=self._upload_id)
 
     def _part_bytes(self) -> int:

@@ -31,8 +31,10 @@ operation: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar(
     "operation", default=("", "")
 )
 """URL and verb of the current operation, for warnings."""
-_end: contextvars.ContextVar[float] = contextvars.ContextVar("end", default=math.inf)
-"""When the retries of the current operation end (time.monotonic)."""
+_patience: contextvars.ContextVar["Patience | None"] = contextvars.ContextVar(
+    "patience", default=None
+)
+"""The time limit of the current operation's retries."""
 
 
 def patience_s() -> float:
@@ -43,19 +45,46 @@ def patience_s() -> float:
         return PATIENCE_S
 
 
+class Patience:
+    """The time limit of one operation's retries: some seconds from the start of the first fault.
+
+    The time in which an operation worked does not count, so that an upload which breaks after ten
+    minutes is retried. The start of a fault is not known exactly: it is the start of the operation,
+    but at most :data:`SILENT_S` before the first failure.
+
+    Args:
+        seconds: the limit.
+        since: start of the fault (time.monotonic), if it is known before the first failure.
+    """
+
+    def __init__(self, seconds: float, since: float | None = None):
+        self._seconds = seconds
+        self._since = since
+
+    def failed(self, start: float) -> None:
+        """Record that the operation, which started at ``start``, has failed."""
+        if self._since is None:
+            self._since = max(start, time.monotonic() - SILENT_S)
+
+    def end(self, since: float) -> float:
+        """When the retries end. Before the first failure, a fault counts from ``since``."""
+        return self._seconds + (since if self._since is None else self._since)
+
+
 @contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Limit the operation in the block, with all its retries, to some seconds."""
-    before = _end.set(time.monotonic() + seconds)
+def limited(patience: Patience) -> Iterator[None]:
+    """Limit the operation in the block, with all its retries."""
+    before = _patience.set(patience)
     try:
         yield
     finally:
-        _end.reset(before)
+        _patience.reset(before)
 
 
 def limit_s(usual: float) -> float:
     """Seconds of silence allowed for a request that starts now. The retries' end shortens them."""
-    left = _end.get() - time.monotonic()
+    patience, now = _patience.get(), time.monotonic()
+    left = patience.end(now) - now if patience else math.inf
     return usual if left <= 0 else min(usual, max(left, _LEAST_S))
 
 
@@ -73,7 +102,7 @@ class Wait:
     def __init__(self, endpoint: str):
         self.endpoint = endpoint
         self.url, self.doing = operation.get()
-        self.end = _end.get()
+        self._patience = _patience.get()
         self.since = time.monotonic()
 
     def moved(self) -> None:
@@ -83,6 +112,11 @@ class Wait:
     def pause(self) -> None:
         """Record that this process does not wait for the store, until :meth:`moved`."""
         self.since = math.inf
+
+    @property
+    def end(self) -> float:
+        """When the retries of the operation end, if the request stays silent."""
+        return self._patience.end(self.since) if self._patience else math.inf
 
 
 @contextlib.contextmanager

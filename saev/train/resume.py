@@ -53,23 +53,26 @@ def folder(runs_root: str, group: str) -> str:
 def patiently(read: Callable[[], _T], url: str, patience: Patience | None = None) -> _T:
     """Call ``read`` until it succeeds, and return its result. Retries while the storage fails.
 
+    The time before the first failure does not count: a large resume point may take long to read.
+
     Args:
         read: reads something.
         url: what it is, for the log.
-        patience: how long; by default PATIENCE.
+        patience: how long after the first failure; by default PATIENCE.
 
     Raises:
         CorruptDataError: as soon as ``read`` raises it, because retries do not repair damage.
         StorageError: what ``read`` raised last.
     """
     total_s, pause_s = patience or PATIENCE
-    start = monotonic()
+    start: float | None = None
     while True:
         try:
             return read()
         except CorruptDataError:
             raise
         except StorageError as err:
+            start = monotonic() if start is None else start
             left = total_s - (monotonic() - start)
             if left <= 0:
                 raise StorageError(
