@@ -31,12 +31,17 @@ def block(language: str, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the wheel installs, unpacked."""
+    """What the wheel installs, unpacked. It is built in a clone, as `pip install .` does."""
     folder = tmp_path_factory.mktemp("wheel")
     source, site = folder / "source", folder / "site"
-    shutil.copytree(ROOT / "saev", source / "saev", ignore=shutil.ignore_patterns("__pycache__"))
+    left_out = shutil.ignore_patterns("__pycache__", "_version.py", "*.egg-info", "build")
+    for name in ("saev", "saevit-client", "pipelines", "components"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for words in ("init --quiet", "add --all", "commit --quiet --message all"):
+        subprocess.run([*git, *words.split()], check=True)
     argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*argv, "--wheel-dir", str(folder), str(source)], check=True)
     (built,) = folder.glob("saevit-*.whl")
@@ -106,6 +111,13 @@ def run_until_open(code: str, environment: dict[str, str]) -> Iterator[str]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_the_wheel_has_this_package_only(wheel: Path) -> None:
+    """setuptools asks git for the files; the links of saevit-client broke the build in a clone."""
+    names = {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"saev", "sitecustomize.py"}
+    assert (wheel / "saev/configs/first-look.toml").exists()
 
 
 def test_the_job_block(environment: dict[str, str]) -> None:

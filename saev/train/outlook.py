@@ -42,5 +42,6 @@ def _warn_of_width(d_sae: int, n_tokens: int, per_image: int) -> None:
             logger,
             f"{n_tokens:,} tokens are few for {d_sae:,} latents: many of them will never fire, and "
             f"the others know these images only. {-(-wanted // per_image):,} images or more "
-            "make a dictionary of this size; --d-sae makes a smaller one.",
+            "make a dictionary of this size; --d-sae (d_sae under [train.sae] of a config) makes a "
+            "smaller one.",
         )
