@@ -23,8 +23,8 @@ TOP = {
 """Pages of the top folder → their names in the site."""
 PACKAGES = (
     "saev", "saev.nn", "saev.loaders", "saev.shards", "saev.train", "saev.inference",
-    "saev.inference.results", "saev.visuals", "saev.tables", "saev.vit", "saev.images",
-    "saev.config", "saev.errors",
+    "saev.inference.results", "saev.inference.image", "saev.visuals", "saev.tables", "saev.vit",
+    "saev.images", "saev.config", "saev.errors",
 )  # fmt: skip
 """What people import. Each gets a page with its public names."""
 NOTEBOOKS = ("metrics", "own_model")

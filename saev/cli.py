@@ -16,6 +16,7 @@ import tyro
 from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
 from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
+from saev.config.look import LookConfig
 from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "gc": GcConfig,
     "open": OpenConfig,
     "report": ReportConfig,
+    "look": LookConfig,
     "notebook": NotebookConfig,
 }
 
@@ -41,7 +43,7 @@ Four stages, each of which continues where it stopped and skips what is done: re
 (shards), train SAEs on them (train), measure SAEs (inference), show their features (visuals). \
 `run` does all four, `open` shows a page in the browser, `report` writes the page of a root, or \
 one file with all latents of SAEs, \
-`notebook` a notebook. \
+`look` prints the latents of images of your own, `notebook` writes a notebook. \
 `size` estimates a job beforehand, `gc` cleans up. Every location is a path or a URL (s3://…). \
 The URL of the result is the only output on standard output."""
 
@@ -157,6 +159,10 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
         from saev import gc
 
         return lambda: _no_urls(gc.clean_up, cfg)
+    if isinstance(cfg, LookConfig):
+        from saev import look
+
+        return lambda: _no_urls(look.show, cfg)
     if isinstance(cfg, OpenConfig):
         from saev import opened
 

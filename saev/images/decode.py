@@ -40,6 +40,7 @@ _UPRIGHT = {
     6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90,
 }  # fmt: skip
 _PNG = b"\x89PNG\r\n\x1a\n"
+_IMAGE_REMEDY = "Repair or remove the file, or leave such files out with --skip-unreadable."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Limits:
     """Most pixels of an image."""
     heic: bool = False
     """Whether HEIC files are decoded."""
+    flag: str = "--data.max-pixels"
+    """The flag that allows more pixels, for messages; "" if users cannot change the limit."""
 
     def __post_init__(self) -> None:
         """Adapt PIL's settings, which are those of the whole process.
@@ -84,7 +87,9 @@ class Upright(tp.NamedTuple):
     """EXIF orientation of the file; 1 if it has none."""
 
 
-def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, name: str, limits: Limits | None = None, remedy: str = _IMAGE_REMEDY
+) -> Image.Image:
     """Decode an image as it is displayed.
 
     The EXIF orientation is applied, transparent pixels are blended with white, and 16-bit grey
@@ -94,6 +99,7 @@ def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.
         data: the whole file.
         name: name of the file in errors.
         limits: limits on the file.
+        remedy: a sentence for errors.
 
     Returns:
         PIL image of mode RGB.
@@ -101,12 +107,30 @@ def decode_image(data: bytes, name: str, limits: Limits | None = None) -> Image.
     Raises:
         ImageError: it is empty, damaged, too large or not an image.
     """
-    return decode_upright(data, name, limits).image
+    return decode_upright(data, name, limits, remedy).image
 
 
-def decode_upright(data: bytes, name: str, limits: Limits | None = None) -> Upright:
+def upright_rgb(
+    image: Image.Image, name: str, limits: Limits, remedy: str = _IMAGE_REMEDY
+) -> Image.Image:
+    """An image that is open already, as :func:`decode_image` gives it. It is not changed.
+
+    Raises:
+        ImageError: it is damaged or too large.
+    """
+    with explained(name, remedy):
+        _check_pixels(image, limits)
+        image.load()
+        image = _to_rgb(turned(image.copy(), _orientation(image)))
+        image.info = {}
+        return image
+
+
+def decode_upright(
+    data: bytes, name: str, limits: Limits | None = None, remedy: str = _IMAGE_REMEDY
+) -> Upright:
     """As :func:`decode_image`, together with the EXIF orientation of the file."""
-    with explained(name, _IMAGE_REMEDY):
+    with explained(name, remedy):
         image, orientation = open_upright(data, limits or Limits())
         image = _to_rgb(image)
         image.info = {}  # EXIF, palette and profile no longer describe these pixels
@@ -134,9 +158,6 @@ def n_pixels_of(data: bytes, limits: Limits) -> int:
     except Exception:  # decoding the image raises a clear error
         return 0
     return image.width * image.height
-
-
-_IMAGE_REMEDY = "Repair or remove the file, or leave such files out with --skip-unreadable."
 
 
 @contextlib.contextmanager
@@ -171,18 +192,23 @@ def open_upright(data: bytes, limits: Limits) -> Upright:
 
 def _open(data: bytes, limits: Limits) -> Upright:
     image: Image.Image = Image.open(io.BytesIO(data), formats=_formats(limits.heic))
-    n_pixels = image.width * image.height
-    if n_pixels > limits.max_pixels:
-        raise ImageError(
-            f"it has {image.width} x {image.height} pixels, at most {limits.max_pixels} are "
-            f"decoded; --data.max-pixels {n_pixels} lets it through"
-        )
+    _check_pixels(image, limits)
     budget.admit(image.width, image.height)
     before = _orientation_before(image)
     image.load()
     after = _orientation(image)  # 1 for TIFF and HEIC, which PIL has turned
     orientation = after if after in _UPRIGHT else before if before in _UPRIGHT else 1
     return Upright(turned(image, after), orientation)
+
+
+def _check_pixels(image: Image.Image, limits: Limits) -> None:
+    n_pixels = image.width * image.height
+    if n_pixels > limits.max_pixels:
+        more = f"; {limits.flag} {n_pixels} lets it through" if limits.flag else ""
+        raise ImageError(
+            f"it has {image.width} x {image.height} pixels, at most {limits.max_pixels} are "
+            f"decoded{more}"
+        )
 
 
 def _without_texts(data: bytes) -> bytes | None:
