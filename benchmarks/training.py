@@ -169,13 +169,22 @@ def sparse_decode(
     top = f.topk(32, dim=1)
     latents, order = top.indices.sort(dim=1)
     ptr = torch.arange(n + 1, dtype=torch.int32, device=x.device) * 32
-    values = top.values.gather(1, order).flatten().requires_grad_()
-    codes = sparse.Codes(values, latents.flatten().to(torch.int32), ptr)
-    f, w, grad = f.requires_grad_(), w_dec.clone().requires_grad_(), torch.randn_like(x)
+    codes = sparse.Codes(
+        top.values.gather(1, order).flatten(), latents.flatten().to(torch.int32), ptr
+    )
+    f, w, bias = f.requires_grad_(), w_dec.clone().requires_grad_(), torch.zeros_like(x[:1])
+    lengths, weights = torch.full((1, 1), len(w)), torch.ones(1, 1)
+
+    def sparsely() -> None:
+        out = sparse.decode(codes, w_dec, bias, x, lengths, weights, residual=False)
+        grouped = sparse.group_by_latent(codes.latents, len(w_dec))
+        grad = torch.zeros_like(w_dec)
+        sparse.add_bags(grad, out.grads[:, 0], grouped, out.source, codes.values)
+
     found = alternate(
         {
-            "sparse": per_second(lambda: sparse.decode(codes, w).backward(grad), n),
-            "dense": per_second(lambda: (f @ w).backward(grad), n),
+            "sparse": per_second(sparsely, n),
+            "dense": per_second(lambda: (f @ w - x).square().sum().backward(), n),
         },
         repeats,
     )

@@ -2,21 +2,22 @@
 
 import functools
 import typing as tp
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saev.config.sae import Activation, BatchTopK, Objective, TopK
+from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
 from saev.device import upload
-from saev.nn import encode
-from saev.nn.kernels import sparse
-from saev.nn.kernels.dense import product
-from saev.nn.kernels.errors import nested_errors, squared_error, squared_norm, total
-from saev.nn.latents import Latents, SparseLatents, dense_latents
+from saev.nn import encode, sparse_step
+from saev.nn.aux_k import aux_k
+from saev.nn.kernels import dense
+from saev.nn.kernels.errors import nested_errors, squared_norm, total
+from saev.nn.kernels.sparse import Codes
 from saev.nn.objectives import Prefixes, default_k_aux, reconstruction_loss
 from saev.nn.ranks import Ranks
+from saev.nn.sparse_step import Measured
 from saev.nn.weights import Weights
 
 
@@ -103,10 +104,17 @@ def group_gradients(
     """
     codes = _codes(group, x)
     reviving = _reviving(group, dead)
-    if group.triton and codes is not None:
-        measured, residuals = _by_kernels(group, x, codes, bool(reviving))
-    else:
-        measured, residuals = _by_autograd(group, x, codes, bool(reviving))
+    chunks = (
+        _dense_chunks(group, x)
+        if codes is None
+        else _sparse_chunks(group, x, codes, bool(reviving))
+    )
+    measured, residuals = [], []
+    for sums, residual in chunks:
+        measured.append(sums)
+        if reviving:
+            assert residual is not None
+            residuals.append(residual)
     error, n_active, value = (
         functools.reduce(torch.add, sums) for sums in zip(*measured, strict=True)
     )
@@ -120,94 +128,60 @@ def group_gradients(
     )
 
 
-Measured = list[tuple[Tensor, Tensor, Tensor]]
-"""Of each chunk of rows: Σ ‖x - x̂_j‖², and per latent the tokens on which it is active, and Σ f."""
+def _dense_chunks(group: Group, x: Tensor) -> Iterator[tuple[Measured, Tensor]]:
+    """Forward, loss and backward of one ReLU or JumpReLU member, by autograd.
 
-
-def _by_autograd(
-    group: Group, x: Tensor, codes: sparse.Codes | None, residual: bool
-) -> tuple[Measured, list[Tensor]]:
-    """Forward, loss and backward, chunk by chunk. Returns residuals if they are wanted."""
+    Gives the sums and the residual of each chunk of rows.
+    """
     weights = group.weights.leaves(group.grads)
-    measured: Measured = []
-    residuals: list[Tensor] = []
-    parts: list[sparse.Part] = []
-    grads_of_values: list[Tensor] = []
-    for start in range(0, max(1, x.shape[0]), group.chunk):
-        x_c = x[start : start + group.chunk]
+    for x_c in x.split(group.chunk):
         with torch.enable_grad():
-            if codes is None:
-                f: Latents = dense_latents(weights, x_c, group.activations[0], group.bf16)
-            else:
-                parts.append(_part(group, x_c, codes, start))
-                f = _leaf(parts[-1])
-            blocks = f.decode(weights.W_dec, group.prefixes)
-            errors, residual_c = nested_errors(
+            act, penalty = _activated(group, weights, x_c)
+            blocks = dense.decode_blocks(
+                act.f, weights.W_dec[0], group.prefixes.cuts[0], group.bf16
+            )
+            errors, residual = nested_errors(
                 blocks, weights.b_dec, x_c, group.prefixes.lengths.shape[1]
             )
             loss = reconstruction_loss(errors, group.prefixes, group.n_tokens, x.shape[1])
-            if f.penalty is not None:
-                loss = loss + f.penalty.sum() * (group.coeffs[0] / group.n_tokens)
+            loss = loss + penalty.sum() * (group.coeffs[0] / group.n_tokens)
         loss.backward()
-        measured.append((errors.detach(), *f.per_latent(group.weights.b_enc)))
-        if isinstance(f, SparseLatents):
-            assert f.codes.values.grad is not None
-            grads_of_values.append(f.codes.values.grad)
-        if residual:
-            residuals.append(residual_c)
-    if parts:
-        _encoder_backward(weights, parts, torch.cat(grads_of_values))
-    return measured, residuals
+        yield Measured(errors.detach(), act.l0.detach()[None], act.l1.detach()[None]), residual
 
 
-def _by_kernels(
-    group: Group, x: Tensor, codes: sparse.Codes, residual: bool
-) -> tuple[Measured, list[Tensor]]:
-    """The same for sparse codes, by Triton's kernels."""
-    from saev.nn import fused
+def _activated(group: Group, weights: Weights, x_c: Tensor) -> tuple[dense.Activated, Tensor]:
+    """f = activation(x·W_enc + b_enc), and the penalty of each latent without its coefficient: L0
+    of JumpReLU, L1 of ReLU."""
+    z = dense.product(x_c, weights.W_enc[0].T, group.bf16).add_(weights.b_enc[0])
+    activation = group.activations[0]
+    if isinstance(activation, JumpRelu):
+        assert weights.log_threshold is not None
+        act = dense.jump_relu(z, weights.log_threshold[0], activation.kernel_width)
+        return act, act.l0
+    act = dense.relu(z)
+    return act, act.l1
 
-    measured: Measured = []
-    residuals: list[Tensor] = []
-    for start in range(0, max(1, x.shape[0]), group.chunk):
-        x_c = x[start : start + group.chunk]
-        sums, residual_c = fused.chunk_gradients(
+
+def _sparse_chunks(
+    group: Group, x: Tensor, codes: Codes, residual: bool
+) -> Iterator[tuple[Measured, Tensor | None]]:
+    """The same for members with sparse codes. The residual is given if it is wanted."""
+    start = 0
+    for x_c in x.split(group.chunk):
+        # A group of more than one member has one chunk only.
+        own = codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
+        start += x_c.shape[0]
+        yield sparse_step.chunk_gradients(
             group.weights,
             group.grads,
             group.prefixes,
             x_c,
-            _codes_of(group, x_c, codes, start),
+            own,
             1 / (group.n_tokens * x.shape[1]),
-            group.bf16,
-            residual,
+            residual=residual,
+            triton=group.triton,
+            bf16=group.bf16,
         )
-        measured.append(sums)
-        if residual_c is not None:
-            residuals.append(residual_c)
-    return measured, residuals
-
-
-def _codes_of(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.Codes:
-    """The codes of a chunk of rows. A group of more than one member has one chunk only."""
-    return codes.rows(start, start + x_c.shape[0]) if len(group) == 1 else codes
-
-
-def _part(group: Group, x_c: Tensor, codes: sparse.Codes, start: int) -> sparse.Part:
-    rows = _codes_of(group, x_c, codes, start)
-    return sparse.Part.of(x_c, rows, group.weights.b_enc.numel())
-
-
-def _leaf(part: sparse.Part) -> SparseLatents:
-    """Codes as a leaf of autograd. The encoder's backward pass runs later, for all chunks at once,
-    and starts from the gradient of this leaf."""
-    values = part.codes.values.detach().requires_grad_()
-    return SparseLatents(part.codes._replace(values=values), part.grouped, part.x.shape[0])
-
-
-def _encoder_backward(weights: Weights, parts: list[sparse.Part], grad_values: Tensor) -> None:
-    with torch.enable_grad():
-        w_enc, b_enc = weights.W_enc.flatten(0, 1), weights.b_enc.flatten()
-        values = sparse.encode(w_enc, b_enc, parts)
-    values.backward(grad_values)
 
 
 def _aux_k(
@@ -242,7 +216,7 @@ def _aux_k(
     return aux
 
 
-def _codes(group: Group, x: Tensor) -> sparse.Codes | None:
+def _codes(group: Group, x: Tensor) -> Codes | None:
     """Sparse codes of the batch, or None for activations that are computed densely."""
     match group.activations[0]:
         case TopK():
@@ -283,57 +257,3 @@ def _reviving(group: Group, dead: DeadLatents | None) -> list[int]:
         return []
     some = zip(dead.candidates, group.objectives, strict=True)
     return [g for g, (index, o) in enumerate(some) if len(index) and o.aux_coeff > 0]
-
-
-def aux_k(
-    weights: Weights,
-    grads: Weights,
-    x: Float[Tensor, "b d"],
-    residual: Float[Tensor, "b d"],
-    energy: Tensor,
-    candidates: Int[Tensor, " c"],
-    dead: Bool[Tensor, " s"],
-    k_aux: int,
-    coeff: Tensor,
-    chunk: int,
-    bf16: bool = False,
-) -> Tensor:
-    """Add the gradient of one member's AuxK term (see :mod:`saev.nn.objectives`); returns the term.
-
-    Args:
-        weights: of the member (a group of one).
-        grads: gradients, to which those of the term are added.
-        x: the batch (with several ranks, the rows of this rank).
-        residual: e = x - x̂ of these rows, a constant.
-        energy: Σ ‖e‖² over the batch of all ranks.
-        candidates: indices of latents that include all dead ones; at least one.
-        dead: mask of the dead latents.
-        k_aux: dead latents used per token.
-        coeff: α·v.
-        chunk: rows per chunk.
-        bf16: multiply in bfloat16.
-    """
-    rows = [t[0].index_select(0, candidates).requires_grad_() for t in weights[:3]]
-    w_enc, b_enc, w_dec = rows
-    is_dead = dead.index_select(0, candidates)
-    share = (is_dead.sum().to(coeff.dtype) / k_aux).clamp(max=1.0)
-    # Without a residual there is nothing to learn, and the division would give NaN.
-    factor = torch.where(energy == 0, 0.0, coeff * share / energy)
-    error = torch.zeros((), dtype=x.dtype, device=x.device)
-    for x_c, e_c in zip(x.split(chunk), residual.split(chunk), strict=True):
-        with torch.enable_grad():
-            # In float32, these products are the largest part of a step with many dead latents.
-            z = product(x_c, w_enc.T, bf16) + b_enc if bf16 else F.linear(x_c, w_enc, b_enc)
-            kept = is_dead
-            if candidates.shape[0] > k_aux:
-                top = z.detach().masked_fill(~is_dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
-                kept = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top.indices, True)
-                kept &= is_dead
-            left_over = squared_error(product(torch.where(kept, z, 0.0), w_dec, bf16) - e_c)
-            loss = factor * left_over
-        loss.backward()
-        error += left_over.detach()
-    for grad, row in zip((grads.W_enc, grads.b_enc, grads.W_dec), rows, strict=True):
-        if row.grad is not None:  # a rank may have no rows
-            grad[0].index_add_(0, candidates, row.grad)
-    return factor * error

@@ -89,36 +89,30 @@ def random_codes(n_rows, d_sae, generator):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 1000))
-def test_sparse_decode_and_its_gradients_equal_dense_ones(n_rows, d_sae, seed):
+def test_sparse_sums_and_their_gradients_equal_dense_ones(n_rows, d_sae, seed):
+    """The loss ‖f·W - x‖², with rows that have no latents."""
     generator = torch.Generator().manual_seed(seed)
     dense, codes = random_codes(n_rows, d_sae, generator)
-    w = torch.randn(d_sae, 5, dtype=torch.float64, generator=generator)
-    grad = torch.randn(n_rows, 5, dtype=torch.float64, generator=generator)
-
+    w, x = (torch.randn(n, 5, dtype=torch.float64, generator=generator) for n in (d_sae, n_rows))
     w_dense, f_dense = w.clone().requires_grad_(), dense.clone().requires_grad_()
-    (f_dense @ w_dense).backward(grad)
-    w_sparse, values = w.clone().requires_grad_(), codes.values.clone().requires_grad_()
-    out = sparse.decode(codes._replace(values=values), w_sparse)
-    out.backward(grad)
-    torch.testing.assert_close(out.detach(), dense @ w)
-    torch.testing.assert_close(w_sparse.grad, w_dense.grad)
-    torch.testing.assert_close(values.grad, f_dense.grad[dense != 0])
-
-
-def test_sparse_decode_passes_gradcheck():
-    _, codes = random_codes(6, 8, torch.Generator().manual_seed(0))
-    w = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    values = codes.values.clone().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda v, w: sparse.decode(codes._replace(values=v), w), (values, w)
-    )
+    (f_dense @ w_dense - x).square().sum().backward()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    out = sparse.decode(codes, w, 0 * x[:1], x, one.long() * d_sae, one, residual=False)
+    torch.testing.assert_close(out.errors[:, 0], (dense @ w - x).square().sum(1))
+    torch.testing.assert_close(out.grad_values, f_dense.grad[dense != 0])
+    grad = torch.zeros_like(w)
+    grouped = sparse.group_by_latent(codes.latents, d_sae)
+    sparse.add_bags(grad, out.grads[:, 0], grouped, out.source, codes.values)
+    torch.testing.assert_close(grad, w_dense.grad)
 
 
 def test_rows_of_codes_are_those_rows():
     dense, codes = random_codes(9, 12, torch.Generator().manual_seed(1))
     w = torch.eye(12, dtype=torch.float64)
     for start, stop in [(0, 9), (0, 4), (3, 7), (4, 5), (8, 9)]:
-        assert torch.equal(sparse.decode(codes.rows(start, stop), w), dense[start:stop])
+        own = codes.rows(start, stop)
+        found = sparse.sum_bags(w, own.latents, own.values, own.row_ptr)
+        assert torch.equal(found, dense[start:stop])
 
 
 # --- Objectives ------------------------------------------------------------------------------

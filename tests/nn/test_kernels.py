@@ -107,53 +107,60 @@ def test_jump_relu_and_its_l0() -> None:
     same(kernel, plain, [z, log_theta], 2)
 
 
+LENGTHS = {1: [[12], [12]], 3: [[2, 7, 12], [5, 12, 12]]}
+
+
 @pytest.mark.parametrize("n_members", [1, 2])
-@pytest.mark.parametrize("cut", [1, 3, 7])
-def test_sparse_encoder(cut: int, n_members: int) -> None:
-    """Of the selected latents, of which some are off; in parts of some rows each."""
-    d_sae, k, x = 12, 3, rows(7, D, seed=4)
+@pytest.mark.parametrize("n_prefixes", [1, 3])
+def test_sparse_step(n_prefixes: int, n_members: int) -> None:
+    """Decoder, errors, and the gradients of all weights, against autograd with dense latents."""
+    n, d_sae, k = 7, 12, 3
+    x, b_dec = rows(n, D, seed=4), rows(n_members, D, seed=3)
+    lengths = torch.tensor(LENGTHS[n_prefixes][:n_members])
+    weights = rows(n_members, n_prefixes, seed=5).square()
+    params = [rows(n_members, d_sae, D), rows(n_members, d_sae, seed=1), rows(n_members, d_sae, D)]
+    w_enc, b_enc, w_dec, b_dec = (t.clone().requires_grad_() for t in (*params, b_dec))
 
-    def plain(w, b):
-        z = torch.einsum("cd,gsd->gcs", x, w.view(n_members, d_sae, D)) + b.view(-1, 1, d_sae)
-        latents = z.detach().topk(k, dim=-1).indices.sort(-1).values
-        values = torch.relu(z.gather(-1, latents) - 1.0)
-        return values, latents
+    z = (
+        torch.einsum("cd,gsd->gcs", x, w_enc) + b_enc[:, None] - 1.0
+    )  # so that some of the k are off
+    latents = z.detach().topk(k, dim=-1).indices.sort(-1).values
+    f = torch.zeros_like(z).scatter(-1, latents, z.gather(-1, latents).relu())
+    errors = torch.stack(
+        [(f * (torch.arange(d_sae) < ends[:, None, None])) @ w_dec + b_dec[:, None] - x
+         for ends in lengths.T], dim=2,
+    )  # fmt: skip
+    squares = errors.square().sum(-1)
+    (squares * weights[:, None]).sum().backward()
 
-    w, b = rows(n_members * d_sae, D), rows(n_members * d_sae, seed=1)
-    found, want = ([t.clone().requires_grad_() for t in (w, b)] for _ in range(2))
-    # A bias that is 1 lower switches some of the selected off.
-    values, latents = plain(want[0], want[1])
+    values = f.detach().gather(-1, latents)
     assert (values == 0).any()
     offset = torch.arange(n_members)[:, None, None] * d_sae
-    ends = [*range(0, 7, cut), 7] if n_members == 1 else [0, 7]
-    parts, order = [], []
-    for start, stop in itertools.pairwise(ends):
-        held, chosen = values[:, start:stop].detach(), (latents + offset)[:, start:stop]
-        ptr = torch.arange(n_members * (stop - start) + 1, dtype=torch.int32) * k
-        codes = sparse.Codes(held.flatten(), chosen.flatten().to(torch.int32), ptr)
-        parts.append(sparse.Part.of(x[start:stop], codes, n_members * d_sae))
-        order.append(values[:, start:stop].flatten())
-    out, expected = sparse.encode(*found, parts), torch.cat(order)
-    torch.testing.assert_close(out.detach(), expected.detach())
-    for side in (out, expected):
-        (side * rows(*side.shape, seed=9)).sum().backward()
-    for a, c in zip(found, want, strict=True):
-        torch.testing.assert_close(a.grad, c.grad)
+    ptr = torch.arange(n_members * n + 1, dtype=torch.int32) * k
+    codes = sparse.Codes(values.flatten(), (latents + offset).flatten().to(torch.int32), ptr)
+    with torch.no_grad():
+        table = w_dec.flatten(0, 1)
+        found = sparse.decode(codes, table, b_dec, x, lengths, weights, residual=True)
+    torch.testing.assert_close(found.errors, squares.detach().flatten(0, 1))
+    torch.testing.assert_close(found.residual, -errors[:, :, -1].detach().flatten(0, 1))
+    of_first = found.grads[:, 0].view(n_members, n, D)
+    torch.testing.assert_close(of_first.sum(1), b_dec.grad)
+    grouped = sparse.group_by_latent(codes.latents, n_members * d_sae)
+    grads = [torch.ones_like(table), torch.ones_like(table)]
+    used = sparse.add_bags(grads[0], found.grads.flatten(0, 1), grouped, found.source, codes.values)
+    encoded = sparse.add_bags(grads[1], x, grouped, found.source, found.grad_values, n_prefixes)
+    for grad, leaf in zip(grads, (w_dec, w_enc), strict=True):
+        torch.testing.assert_close(grad - 1, leaf.grad.flatten(0, 1))
+    torch.testing.assert_close(encoded.weights, b_enc.grad.flatten())
+    torch.testing.assert_close(used.weights, f.detach().sum(1).flatten())
+    torch.testing.assert_close(used.n_positive, (f > 0).double().sum(1).flatten())
 
 
 @pytest.mark.parametrize("ends", [[0, 4, 9], [0, 0, 2, 9, 9]])
-def test_sparse_decoder_of_other_sums(ends: list[int]) -> None:
-    """Bags that are no rows, as blocks of latents are; the gradients of values and decoder."""
+def test_sums_of_bags(ends: list[int]) -> None:
     latents = torch.tensor([0, 3, 5, 1, 4, 2, 3, 4, 5], dtype=torch.int32)
-    ptr = torch.tensor(ends, dtype=torch.int32)
-
-    def kernel(values, w):
-        grouped = sparse.group_by_latent(latents, len(w))
-        codes = sparse.Codes(values, latents, torch.tensor([0, 9], dtype=torch.int32))
-        return (sparse.decode(codes, w, ptr, grouped),)
-
-    def plain(values, w):
-        products = values[:, None] * w[latents.long()]
-        return (torch.stack([products[a:b].sum(0) for a, b in itertools.pairwise(ends)]),)
-
-    same(kernel, plain, [rows(9), rows(6, D)], 1)
+    values, table = rows(9), rows(6, D)
+    want = [(values[a:b, None] * table[latents[a:b].long()]).sum(0) for a, b in
+            itertools.pairwise(ends)]  # fmt: skip
+    found = sparse.sum_bags(table, latents, values, torch.tensor(ends, dtype=torch.int32))
+    torch.testing.assert_close(found, torch.stack(want))

@@ -111,7 +111,7 @@ def launch_all() -> None:
     )
     table, x = torch.empty(64, d_model, dtype=torch.bfloat16), torch.empty(n, d_model)
     lengths = torch.full((1, 10), 64)
-    decode.decode(codes, table, x[:1], x, lengths, torch.ones(1, 10), torch.bfloat16, residual=True)
+    decode.decode(codes, table, x[:1], x, lengths, torch.ones(1, 10), residual=True)
     wide = torch.empty(64, d_model)
     bags.add_bags(wide, table, group_by_latent(codes.latents, 64), codes.latents, codes.values)
     rows = wide[None]

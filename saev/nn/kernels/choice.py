@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saev.errors import ConfigError
+from saev.nn.kernels import sparse
 from saev.nn.kernels.sparse import Codes, group_by_latent
 from saev.nn.ranks import ALONE, Ranks
 from saev.once import say_once
@@ -138,11 +139,10 @@ def _decoder_agrees(case: _Case) -> bool:
     ends = torch.arange(1, n_p + 1, device=case.device) * case.n_latents // n_p
     lengths = ends.repeat(_MEMBERS, 1)
     weights = torch.full_like(lengths, 1 / n_p, dtype=torch.float32)
-    inputs = (codes, table, b_dec, x, lengths, weights, case.dtype)
-    found = decode.decode(*inputs, residual=True)
-    want = decode.decode_reference(*inputs, residual=True)
+    found = decode.decode(codes, table, b_dec, x, lengths, weights, residual=True)
+    want = sparse.decode(codes, table.float(), b_dec, x, lengths, weights, residual=True)
     entries = want.source.long()
-    grads = [out.grads.flatten(0, 1)[entries] for out in (found, want)]
+    grads = [out.grads.flatten(0, 1)[entries].float() for out in (found, want)]
     tolerance = 0.02 if case.shape.bf16 else 1e-3
     assert found.residual is not None
     assert want.residual is not None
@@ -168,9 +168,9 @@ def _bags_agree(case: _Case) -> bool:
     source = torch.arange(len(often), dtype=torch.int32, device=case.device)
     rows = case.normal(_TOKENS, case.shape.d_model).to(case.dtype)
     sides = []
-    for add in (bags.add_bags, bags.add_bags_reference):
+    for add, table in ((bags.add_bags, rows), (sparse.add_bags, rows.float())):
         out = torch.ones(n_bags, case.shape.d_model, device=case.device)
-        sides.append((out, *add(out, rows, grouped, source, codes.values, case.shape.top_k)))
+        sides.append((out, *add(out, table, grouped, source, codes.values, case.shape.top_k)))
     return _same(sides[0], sides[1], 1e-3)
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saev.nn.kernels.errors import where_positive_
+
 
 def product(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
     """a·b, in bfloat16 if ``bf16``. Differentiable."""
@@ -67,11 +69,6 @@ class Activated(tp.NamedTuple):
     """Σ f of each latent."""
 
 
-def _where_active_(grad: Tensor, f: Tensor) -> Tensor:
-    """grad·[f > 0], in place and in one pass."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, f, 0, grad_input=grad)
-
-
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: tp.Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +84,7 @@ class _Relu(torch.autograd.Function):
     def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> Tensor:
         (f,) = ctx.saved_tensors
         # In place, which is safe: decode_blocks computed grad_f for this function only.
-        return _where_active_(grad_f.add_(grad_l1), f)
+        return where_positive_(grad_f.add_(grad_l1), f)
 
 
 def relu(z: Float[Tensor, "c s"]) -> Activated:
@@ -122,7 +119,7 @@ class _JumpRelu(torch.autograd.Function):
         n_near = near.sum(0)
         # ∂/∂ln θ = θ·∂/∂θ, and this θ cancels with that in ε = width·θ.
         grad = theta * near.mul_(grad_f).sum(0) + grad_l0 * n_near
-        return _where_active_(grad_f, f), grad / -ctx.width, None
+        return where_positive_(grad_f, f), grad / -ctx.width, None
 
 
 def jump_relu(z: Float[Tensor, "c s"], log_theta: Float[Tensor, " s"], width: float) -> Activated:

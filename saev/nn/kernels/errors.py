@@ -1,4 +1,4 @@
-"""Squared errors, and sums whose bits do not depend on the number of threads."""
+"""Squared errors and their gradients, and sums whose bits do not depend on the threads."""
 
 import typing as tp
 
@@ -21,6 +21,11 @@ def total(values: Tensor) -> Tensor:
 def squared_norm(rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
     """‖row‖² without a temporary of the size of the rows. Not differentiable."""
     return torch.linalg.vector_norm(rows, dim=-1).square()
+
+
+def where_positive_(grad: Tensor, values: Tensor) -> Tensor:
+    """grad·[values > 0], in place and in one pass."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, values, 0, grad_input=grad)
 
 
 class NestedErrors(tp.NamedTuple):
@@ -54,8 +59,26 @@ def nested_errors(
     return NestedErrors(errors, residual)
 
 
+def nested_errors_(
+    blocks: Float[Tensor, "g c p d"], b_dec: Float[Tensor, "g d"], x: Float[Tensor, "c d"]
+) -> Float[Tensor, "g c p"]:
+    """‖e_j‖² of each row. The blocks become e_j = x̂_j - x. See :func:`nested_errors`."""
+    blocks[:, :, 0] += b_dec[:, None]
+    blocks[:, :, 0] -= x
+    for j in range(1, blocks.shape[2]):
+        blocks[:, :, j] += blocks[:, :, j - 1]
+    return squared_norm(blocks)
+
+
+def nested_gradients_(blocks: Float[Tensor, "g c p d"], factors: Float[Tensor, "g p"]) -> None:
+    """e_j becomes Σ_{i≥j} factor_i·e_i."""
+    blocks *= factors[:, None, :, None]
+    for j in range(blocks.shape[2] - 2, -1, -1):
+        blocks[:, :, j] += blocks[:, :, j + 1]
+
+
 class _NestedErrors(torch.autograd.Function):
-    """Works in place on ``blocks``, which is the largest tensor of a sparse step."""
+    """Works in place on ``blocks``, which is a large tensor."""
 
     @staticmethod
     def forward(
@@ -65,11 +88,7 @@ class _NestedErrors(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else torch allocates zeros of the size of the blocks
         ctx.shape = (b_dec.shape[0], x.shape[0], n_blocks, x.shape[1])
         blocks = memory.view(ctx.shape)
-        blocks[:, :, 0] += b_dec[:, None]
-        blocks[:, :, 0] -= x
-        for j in range(1, blocks.shape[2]):
-            blocks[:, :, j] += blocks[:, :, j - 1]
-        errors = total(squared_norm(blocks).transpose(1, 2))
+        errors = total(nested_errors_(blocks, b_dec, x).transpose(1, 2))
         residual = -blocks[:, :, -1]
         ctx.mark_non_differentiable(residual)
         ctx.save_for_backward(memory)
@@ -81,9 +100,7 @@ class _NestedErrors(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None]:
         memory = ctx.saved_tensors[0].detach()
         blocks = memory.view(ctx.shape)
-        blocks *= (2 * grad)[:, None, :, None]
-        for j in range(blocks.shape[2] - 2, -1, -1):
-            blocks[:, :, j] += blocks[:, :, j + 1]
+        nested_gradients_(blocks, 2 * grad)
         return memory, blocks[:, :, 0].sum(1), None, None
 
 

@@ -7,6 +7,8 @@ of the decoder a bag is a latent and the table is the gradient of the reconstruc
 
 One thread sums a bag in the order of its entries, so on CPU the bits do not depend on the number of
 threads. It is 7 times faster than a dense product for 32 of 1536 latents (benchmarks/training.py).
+
+:func:`decode` and :func:`add_bags` are also in :mod:`saev.nn.kernels.triton`, for GPUs.
 """
 
 import typing as tp
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from saev.nn.kernels.errors import nested_errors_, nested_gradients_, where_positive_
 
 
 class Codes(tp.NamedTuple):
@@ -49,6 +53,8 @@ class ByLatent(tp.NamedTuple):
 
     order: Int[Tensor, " nnz"]
     """Numbers of the entries, sorted by latent."""
+    latents: Int[Tensor, " nnz"]
+    """Their latents, ascending."""
     ptr: Int[Tensor, " d_sae_plus_1"]
     """int32. The entries of latent s are order[ptr[s] : ptr[s+1]]."""
 
@@ -57,7 +63,7 @@ def group_by_latent(latents: Int[Tensor, " nnz"], n_latents: int) -> ByLatent:
     """Group entries by latent. The entries of a latent stay in the order of rows."""
     ordered, order = torch.sort(latents, stable=True)
     edges = torch.arange(n_latents + 1, device=latents.device, dtype=latents.dtype)
-    return ByLatent(order, torch.searchsorted(ordered, edges, out_int32=True))
+    return ByLatent(order, ordered, torch.searchsorted(ordered, edges, out_int32=True))
 
 
 def bag_of_entry(ptr: Int[Tensor, " bags_plus_1"], n_entries: int) -> Int[Tensor, " nnz"]:
@@ -72,140 +78,137 @@ def sum_bags(
     weights: Float[Tensor, " nnz"],
     ptr: Int[Tensor, " bags_plus_1"],
 ) -> Float[Tensor, "bags d"]:
-    """Σ weights·table[entries] of each bag. Not differentiable; see :func:`sum_bags_vjp`."""
+    """Σ weights·table[entries] of each bag. Not differentiable."""
     with torch.no_grad():
         return F.embedding_bag(
             entries, table, ptr, mode="sum", per_sample_weights=weights, include_last_offset=True
         )
 
 
-def sum_bags_vjp(
-    table: Float[Tensor, "rows d"],
-    entries: Int[Tensor, " nnz"],
-    weights: Float[Tensor, " nnz"],
-    ptr: Int[Tensor, " bags_plus_1"],
-) -> tuple[Tensor, tp.Callable[[Tensor], Tensor]]:
-    """:func:`sum_bags`, and a function from the gradient of the result to that of the weights.
+class Decoded(tp.NamedTuple):
+    """What a chunk of tokens gives. The gradients are those of Σ_j w_j·‖e_j‖² over the rows."""
 
-    The gradient of a weight is the dot product of the entry's table row and the bag's gradient.
-    """
-    with torch.enable_grad():
-        leaf = weights.detach().requires_grad_()
-        out = F.embedding_bag(
-            entries,
-            table.detach(),
-            ptr,
-            mode="sum",
-            per_sample_weights=leaf,
-            include_last_offset=True,
-        )
-
-    def pull_back(grad: Tensor) -> Tensor:
-        if not leaf.numel():
-            return torch.zeros_like(leaf)
-        return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
-
-    return out.detach(), pull_back
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: tp.Any,
-        values: Tensor,
-        table: Tensor,
-        latents: Tensor,
-        ptr: Tensor,
-        grouped: ByLatent | None,
-    ) -> Tensor:
-        out, ctx.pull_back = sum_bags_vjp(table, latents, values, ptr)
-        ctx.save_for_backward(values, latents, ptr)
-        ctx.grouped, ctx.n_latents = grouped, table.shape[0]
-        return out
-
-    @staticmethod
-    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        values, latents, ptr = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_table = None
-        if ctx.needs_input_grad[1]:
-            grouped = ctx.grouped or group_by_latent(latents, ctx.n_latents)
-            bags = bag_of_entry(ptr, latents.shape[0])[grouped.order]
-            grad_table = sum_bags(grad, bags, values[grouped.order], grouped.ptr)
-        return ctx.pull_back(grad), grad_table, None, None, None
+    errors: Float[Tensor, "rows p"]
+    """‖e_j‖² of each row (member, token)."""
+    residual: Float[Tensor, "rows d"] | None
+    """x - x̂ of all latents; None if it is not wanted."""
+    grads: Float[Tensor, "rows p d"]
+    """Gradients of each block of latents. Only those that an entry's ``source`` names, and those of
+    the first block, have a value."""
+    source: Int[Tensor, " nnz"]
+    """Which gradient belongs to each entry: row·P + block, int32."""
+    grad_values: Float[Tensor, " nnz"]
+    """Gradients of the codes; 0 where the value is 0."""
 
 
 def decode(
     codes: Codes,
-    w_dec: Float[Tensor, "d_sae d_model"],
-    ptr: Int[Tensor, " bags_plus_1"] | None = None,
-    grouped: ByLatent | None = None,
-) -> Float[Tensor, "bags d_model"]:
-    """f·W_dec for sparse f. Differentiable in the values and in W_dec, with sparse gradients.
+    table: Float[Tensor, "g*s d"],
+    b_dec: Float[Tensor, "g d"],
+    x: Float[Tensor, "c d"],
+    lengths: Int[Tensor, "g p"],
+    weights: Float[Tensor, "g p"],
+    *,
+    residual: bool,
+) -> Decoded:
+    """Reconstruct a chunk of tokens for g members: x̂_j = b_dec + the rows of the latents below p_j,
+    and e_j = x̂_j - x.
 
     Args:
-        codes: f.
-        w_dec: decoder.
-        ptr: int32; the entries ptr[i] : ptr[i+1] are one bag. By default a bag is a row.
-        grouped: the entries grouped by latent, if already computed.
+        codes: of g·c rows, ordered by member; table rows are member·s + latent, ascending in a row.
+        table: decoders.
+        b_dec: their biases.
+        x: the target, the same for all members. A rank's share may have no rows.
+        lengths: p_j of each member; the last is s.
+        weights: w_j of each member.
+        residual: whether the residual is wanted.
     """
-    ends = codes.row_ptr if ptr is None else ptr
-    return tp.cast(Tensor, _Decode.apply(codes.values, w_dec, codes.latents, ends, grouped))
+    n_members, n_p = lengths.shape
+    ptr = _block_ptr(codes, lengths, x.shape[0], table.shape[0] // n_members)
+    source = bag_of_entry(ptr, codes.latents.shape[0])
+    rows = sum_bags(table, codes.latents, codes.values, ptr)
+    blocks = rows.view(n_members, x.shape[0], n_p, x.shape[1])
+    errors = nested_errors_(blocks, b_dec, x)
+    rest = -blocks[:, :, -1].flatten(0, 1) if residual else None
+    nested_gradients_(blocks, 2 * weights)
+    grad_values = _dot_rows(rows, table, codes.latents, ptr, source)
+    return Decoded(
+        errors=errors.flatten(0, 1),
+        residual=rest,
+        grads=blocks.flatten(0, 1),
+        source=source,
+        grad_values=where_positive_(grad_values, codes.values),
+    )
 
 
-class Part(tp.NamedTuple):
-    """A chunk of tokens with the codes of all members."""
-
-    x: Float[Tensor, "c d"]
-    """The input, which is the same for all members."""
-    codes: Codes
-    """Codes of g·c rows, ordered by member."""
-    grouped: ByLatent
-    """The entries, grouped by latent."""
-    rows: Int[Tensor, " nnz"]
-    """Row of x of each entry (int32), in the order of ``grouped``."""
-
-    @classmethod
-    def of(cls, x: Float[Tensor, "c d"], codes: Codes, n_latents: int) -> "Part":
-        """Group the entries of some rows by latent."""
-        grouped = group_by_latent(codes.latents, n_latents)
-        rows = bag_of_entry(codes.row_ptr, codes.latents.shape[0])[grouped.order]
-        one = codes.n_rows == x.shape[0]  # one member
-        return cls(x, codes, grouped, rows if one else rows.remainder(x.shape[0]))
-
-
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: tp.Any, w_enc: Tensor, b_enc: Tensor, parts: tp.Sequence[Part]) -> Tensor:
-        ctx.parts, ctx.shape = parts, w_enc.shape
-        return torch.cat([part.codes.values for part in parts])
-
-    @staticmethod
-    def backward(ctx: tp.Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_b = grad.new_zeros(ctx.shape[0])
-        grad_w: Tensor | None = None
-        lengths = [len(part.codes.values) for part in ctx.parts]
-        for part, g in zip(ctx.parts, grad.split(lengths), strict=True):
-            codes, grouped = part.codes, part.grouped
-            grad_z = g * (codes.values > 0)
-            own = sum_bags(part.x, part.rows, grad_z[grouped.order], grouped.ptr)
-            grad_w = own if grad_w is None else grad_w.add_(own)
-            grad_b.index_add_(0, codes.latents, grad_z)
-        assert grad_w is not None
-        return grad_w, grad_b, None
-
-
-def encode(
-    w_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], parts: tp.Sequence[Part]
+def _dot_rows(
+    grads: Float[Tensor, "bags d"],
+    table: Float[Tensor, "rows d"],
+    entries: Int[Tensor, " nnz"],
+    ptr: Int[Tensor, " bags_plus_1"],
+    bags: Int[Tensor, " nnz"],
 ) -> Float[Tensor, " nnz"]:
-    """The values of the codes: max(0, x·W_enc + b_enc) of the selected latents.
+    """Dot product of each entry's table row and its bag's gradient, as autograd computes it for the
+    weights of :func:`sum_bags`."""
+    if not entries.shape[0]:
+        return grads.new_zeros(0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grads, table, entries, ptr, bags, 0
+    )
 
-    The values are not computed again, but taken from the parts. This function makes them
-    differentiable in W_enc and b_enc, with sparse gradients. The selection of latents is constant.
+
+def _block_ptr(
+    codes: Codes, lengths: Int[Tensor, "g p"], n_tokens: int, n_latents: int
+) -> Int[Tensor, " bags_plus_1"]:
+    """First entry of each block of latents of each row, ordered by (member, row, block)."""
+    n_g, n_p = lengths.shape
+    if n_p == 1:
+        return codes.row_ptr
+    device = codes.latents.device
+    row = bag_of_entry(codes.row_ptr, codes.latents.shape[0])
+    # Entries are in ascending order of this key, because table rows begin at member·n_latents.
+    key = row.to(torch.int64) * (n_g * n_latents) + codes.latents
+    first = torch.arange(n_g * n_tokens, device=device) * (n_g * n_latents)
+    member = torch.arange(n_g, device=device).repeat_interleave(n_tokens) * n_latents
+    bounds = (first + member)[:, None] + lengths.repeat_interleave(n_tokens, dim=0)
+    starts = torch.searchsorted(key, bounds[:, :-1].contiguous(), out_int32=True)
+    starts = torch.cat([codes.row_ptr[:-1, None], starts], dim=1)
+    return torch.cat([starts.flatten(), codes.row_ptr[-1:]])
+
+
+class Sums(tp.NamedTuple):
+    """Of the weights of each bag."""
+
+    weights: Float[Tensor, " bags"]
+    """Σ of the weights."""
+    n_positive: Float[Tensor, " bags"]
+    """Number of weights above 0."""
+
+
+def add_bags(
+    out: Float[Tensor, "bags d"],
+    table: Float[Tensor, "rows d"],
+    grouped: ByLatent,
+    source: Int[Tensor, " nnz"],
+    weights: Float[Tensor, " nnz"],
+    per_row: int | None = None,
+) -> Sums:
+    """Add Σ weight·row of each bag's entries to ``out``.
 
     Args:
-        w_enc: encoder, transposed.
-        b_enc: its bias.
-        parts: all rows.
+        out: of the dtype of the table.
+        table: rows.
+        grouped: the entries of each bag.
+        source: int32; the table's row of an entry, or a number from which it is computed.
+        weights: of the entries.
+        per_row: if given, the table's row of an entry is source // per_row % rows.
     """
-    return tp.cast(Tensor, _Encode.apply(w_enc, b_enc, parts))
+    weight, row = weights[grouped.order], source[grouped.order]
+    if per_row is not None:
+        row = (row if per_row == 1 else row.div(per_row, rounding_mode="floor")) % len(table)
+    out += sum_bags(table, row, weight, grouped.ptr)
+    zero = weight.new_zeros(len(out))
+    return Sums(
+        zero.index_add(0, grouped.latents, weight),
+        zero.index_add(0, grouped.latents, weight.sign().clamp_(min=0)),
+    )

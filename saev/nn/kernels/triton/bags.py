@@ -5,29 +5,18 @@ that is active on every second token would keep one program busy long after all 
 So a bag is cut into pieces of fixed length, and the sums of the pieces are added in their order.
 """
 
-import typing as tp
-
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saev.nn.kernels.sparse import ByLatent
+from saev.nn.kernels.sparse import ByLatent, Sums
 from saev.nn.kernels.triton.decode import n_warps
 
 PIECE = 256
 """Entries of a piece."""
 _ENTRIES = 8
-
-
-class Sums(tp.NamedTuple):
-    """Of the weights of each bag."""
-
-    weights: Float[Tensor, " bags"]
-    """Σ of the weights."""
-    n_positive: Float[Tensor, " bags"]
-    """Number of weights above 0."""
 
 
 @triton.jit
@@ -113,17 +102,11 @@ def add_bags(
     grouped: ByLatent,
     source: Int[Tensor, " nnz"],
     weights: Float[Tensor, " nnz"],
-    per_row: int = 1,
+    per_row: int | None = None,
 ) -> Sums:
-    """Add Σ weight·row of each bag's entries to ``out``.
+    """:func:`saev.nn.kernels.sparse.add_bags` of a table in any float dtype, with sums in float32.
 
-    Args:
-        out: float32.
-        table: in any float dtype.
-        grouped: the entries of each bag.
-        source: int32; the table's row of an entry is source // per_row % rows.
-        weights: of the entries. An entry of weight 0 is left out, even if its row is not finite.
-        per_row: see ``source``.
+    An entry of weight 0 is left out, even if its row is not finite.
     """
     n_bags, n_columns = out.shape
     lengths = grouped.ptr.diff()
@@ -139,29 +122,9 @@ def add_bags(
     piece_sums = torch.empty(n_slots, 2, dtype=torch.float32, device=out.device)
     sums = Sums(*torch.empty(2, n_bags, dtype=torch.float32, device=out.device))
     block = triton.next_power_of_2(n_columns)
-    common = (n_columns, per_row, table.shape[0])
+    common = (n_columns, per_row or 1, table.shape[0])
     shape = {"PIECE": PIECE, "ENTRIES": _ENTRIES, "BLOCK": block, "num_warps": n_warps(block)}
     inputs = (table, grouped.order, source, weights, grouped.ptr, slots)
     _pieces[(n_slots,)](*inputs, bag, pieces, piece_sums, n_bags, *common, **shape)
     _bags[(n_bags,)](*inputs, pieces, piece_sums, out, *sums, *common, **shape)
     return sums
-
-
-def add_bags_reference(
-    out: Float[Tensor, "bags d"],
-    table: Float[Tensor, "rows d"],
-    grouped: ByLatent,
-    source: Int[Tensor, " nnz"],
-    weights: Float[Tensor, " nnz"],
-    per_row: int = 1,
-) -> Sums:
-    """:func:`add_bags`, entry by entry."""
-    lengths = grouped.ptr.diff()
-    bag = torch.arange(len(out), device=out.device).repeat_interleave(
-        lengths, output_size=len(weights)
-    )
-    weight = weights[grouped.order].float()
-    rows = table.float()[source.long()[grouped.order] // per_row % len(table)]
-    out.index_add_(0, bag, weight[:, None] * rows)
-    zero = torch.zeros(len(out), device=out.device)
-    return Sums(zero.index_add(0, bag, weight), zero.index_add(0, bag, (weight > 0).to(zero.dtype)))

@@ -6,31 +6,13 @@ reconstructions from the j-th on has the gradient Σ_{i≥j} 2·w_i·e_i. A prog
 of a token to get e_P, and back to get the other e_j again, so that no other error is kept.
 """
 
-import typing as tp
-
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saev.nn.kernels.sparse import Codes, bag_of_entry
-
-
-class Decoded(tp.NamedTuple):
-    """What a chunk of tokens gives. The gradients are those of Σ_j w_j·‖e_j‖² over the rows."""
-
-    errors: Float[Tensor, "rows p"]
-    """‖e_j‖² of each row (member, token)."""
-    residual: Float[Tensor, "rows d"] | None
-    """x - x̂ of all latents; None if it is not wanted."""
-    grads: Float[Tensor, "rows p d"]
-    """Gradients of each block of latents. Only those that an entry's ``source`` names, and those of
-    the first block, have a value."""
-    source: Int[Tensor, " nnz"]
-    """Which gradient belongs to each entry: row·P + block, int32."""
-    grad_values: Float[Tensor, " nnz"]
-    """Gradients of the codes; 0 where the value is 0."""
+from saev.nn.kernels.sparse import Codes, Decoded
 
 
 @triton.jit
@@ -105,21 +87,12 @@ def decode(
     x: Float[Tensor, "c d"],
     lengths: Int[Tensor, "g p"],
     weights: Float[Tensor, "g p"],
-    grad_dtype: torch.dtype,
     *,
     residual: bool,
 ) -> Decoded:
-    """Reconstruct a chunk of tokens for g members.
+    """:func:`saev.nn.kernels.sparse.decode`, with sums in float32.
 
-    Args:
-        codes: of g·c rows, ordered by member; table rows are member·s + latent, ascending in a row.
-        table: decoders, in any float dtype.
-        b_dec: their biases.
-        x: the target, the same for all members.
-        lengths: p_j of each member; the last is s.
-        weights: w_j of each member.
-        grad_dtype: of the gradients of the blocks.
-        residual: whether the residual is wanted.
+    The decoders may be in any float dtype. The gradients of the blocks have the same.
     """
     n_members, n_p = lengths.shape
     n_tokens, d_model = x.shape
@@ -131,7 +104,7 @@ def decode(
     out = Decoded(
         errors=empty(n_rows, n_p),
         residual=empty(n_rows, d_model) if residual else None,
-        grads=empty(n_rows, n_p, d_model, dtype=grad_dtype),
+        grads=empty(n_rows, n_p, d_model, dtype=table.dtype),
         source=torch.empty_like(codes.latents),
         grad_values=empty(codes.values.shape[0]),
     )
@@ -150,39 +123,3 @@ def decode(
 def n_warps(block: int) -> int:
     """Warps of a program that adds rows of this length: 8 columns per thread."""
     return min(16, max(1, block // 256))
-
-
-def decode_reference(
-    codes: Codes,
-    table: Float[Tensor, "g*s d"],
-    b_dec: Float[Tensor, "g d"],
-    x: Float[Tensor, "c d"],
-    lengths: Int[Tensor, "g p"],
-    weights: Float[Tensor, "g p"],
-    grad_dtype: torch.dtype,
-    *,
-    residual: bool,
-) -> Decoded:
-    """:func:`decode` with all reconstructions in memory."""
-    n_members, n_p = lengths.shape
-    n_tokens, d_model = x.shape
-    values, latents = codes.values.float(), codes.latents.long()
-    row = bag_of_entry(codes.row_ptr, len(values)).long()
-    member, wide = row // n_tokens, table.float()
-    own = latents - member * (table.shape[0] // n_members)
-    block = (own[:, None] >= lengths[member]).sum(1)
-    source = row * n_p + block
-    parts = wide.new_zeros(n_members * n_tokens * n_p, d_model)
-    parts.index_add_(0, source, values[:, None] * wide[latents])
-    x_hats = parts.view(n_members, n_tokens, n_p, d_model).cumsum(2) + b_dec[:, None, None]
-    errors = x_hats - x[None, :, None]
-    grads = 2 * weights[:, None, :, None] * errors
-    grads = grads.flip(2).cumsum(2).flip(2).flatten(0, 1)
-    grad_values = (grads.flatten(0, 1)[source] * wide[latents]).sum(1)
-    return Decoded(
-        errors=errors.square().sum(-1).flatten(0, 1),
-        residual=-errors[:, :, -1].flatten(0, 1) if residual else None,
-        grads=grads.to(grad_dtype),
-        source=source.to(torch.int32),
-        grad_values=torch.where(values == 0, 0, grad_values),
-    )

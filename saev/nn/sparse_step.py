@@ -1,19 +1,17 @@
-"""Forward, losses and backward of TopK and BatchTopK members by the kernels for GPUs.
+"""Forward, losses and backward of TopK and BatchTopK members, without autograd.
 
-It is what :mod:`saev.nn.group` does by autograd, with four passes over the active rows of the
-decoder and of the batch. Import it on a machine that has Triton only.
+There are four passes over the active rows: two in the decoder, for its errors and for the
+gradients of the codes, and one each for the gradients of decoder and encoder. They are written in
+torch and in Triton.
 """
 
 import typing as tp
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saev.nn.kernels import sparse
 from saev.nn.kernels.errors import total
-from saev.nn.kernels.sparse import Codes, group_by_latent
-from saev.nn.kernels.triton.bags import add_bags
-from saev.nn.kernels.triton.decode import decode
 from saev.nn.objectives import Prefixes
 from saev.nn.weights import Weights
 
@@ -34,10 +32,12 @@ def chunk_gradients(
     grads: Weights,
     prefixes: Prefixes,
     x: Float[Tensor, "c d"],
-    codes: Codes,
+    codes: sparse.Codes,
     scale: float,
-    bf16: bool,
+    *,
     residual: bool,
+    triton: bool,
+    bf16: bool,
 ) -> tuple[Measured, Tensor | None]:
     """Add the gradients of scale·Σ_j weight_j·‖x - x̂_j‖² to ``grads``.
 
@@ -48,32 +48,42 @@ def chunk_gradients(
         x: some rows of the batch.
         codes: of these rows, ordered by member.
         scale: of the loss.
-        bf16: read decoders, batch and gradients of reconstructions in bfloat16; sums are float32.
         residual: whether the residual is wanted.
+        triton: use Triton's kernels.
+        bf16: with these, read decoders, batch and gradients of reconstructions in bfloat16; sums
+            are float32.
 
     Returns:
         Sums, and the residual [g, c, d].
     """
     n_members, d_sae, d_model = weights.W_dec.shape
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    table, inputs = weights.W_dec.flatten(0, 1), x
+    decode, add_bags = sparse.decode, sparse.add_bags
+    if triton:
+        from saev.nn.kernels.triton import bags
+        from saev.nn.kernels.triton.decode import decode
+
+        add_bags = bags.add_bags
+        if bf16:
+            table, inputs = table.bfloat16(), x.bfloat16()
     out = decode(
         codes,
-        weights.W_dec.flatten(0, 1).to(dtype),
+        table,
         weights.b_dec,
         x,
         prefixes.lengths,
         prefixes.weights * scale,
-        dtype,
         residual=residual,
     )
-    grouped = group_by_latent(codes.latents, n_members * d_sae)
-    rows = out.grads.flatten(0, 1)
-    used = add_bags(grads.W_dec.flatten(0, 1), rows, grouped, out.source, codes.values)
+    grouped = sparse.group_by_latent(codes.latents, n_members * d_sae)
+    used = add_bags(
+        grads.W_dec.flatten(0, 1), out.grads.flatten(0, 1), grouped, out.source, codes.values
+    )
     per_token = out.grads[:, 0].view(n_members, x.shape[0], d_model)
-    grads.b_dec.add_(per_token.sum(1, dtype=torch.float32))
+    grads.b_dec.add_(per_token.sum(1, dtype=grads.b_dec.dtype))
     encoded = add_bags(
         grads.W_enc.flatten(0, 1),
-        x.to(dtype),
+        inputs,
         grouped,
         out.source,
         out.grad_values,
