@@ -71,8 +71,9 @@ def test_any_range_is_what_it_is(tmp_path_factory, a: int, b: int) -> None:
         place.write_bytes(DATA)
     with storage.CheckedReader(str(place), storage.Listed.of(DATA)) as reader:
         assert reader.read(min(a, b), abs(a - b)) == DATA[min(a, b) : max(a, b)]
-        with pytest.raises(CorruptDataError, match="were asked for"):
-            reader.read(len(DATA), 1 << 60)
+        for outside in ((len(DATA), 1 << 60), (-1, 1)):
+            with pytest.raises(CorruptDataError, match="were asked for"):
+                reader.read(*outside)
 
 
 def test_a_flipped_bit_is_found_where_it_is_read(folder: storage.Folder) -> None:
@@ -106,6 +107,27 @@ def test_a_flipped_bit_of_the_list_is_found(folder: storage.Folder) -> None:
         assert (found.record, found.files) == (RECORD, folder.files)
         n_right += 1
     assert n_right < len(data)
+
+
+@pytest.mark.parametrize("data", [DATA + b"x", DATA[:-1], b""], ids=["longer", "shorter", "empty"])
+def test_an_object_of_another_size_is_refused(folder: storage.Folder, data: bytes) -> None:
+    """Also if the range that is read is as it was."""
+    Path(folder.url, "large.bin").write_bytes(data)
+    for read in (folder.read_bytes, folder.reader):
+        with pytest.raises(CorruptDataError, match=rf"has {len(data)} bytes, expected {len(DATA)}"):
+            read("large.bin")
+
+
+def test_every_digit_of_a_checksum_counts(tmp_path: Path) -> None:
+    place, right = str(tmp_path / "x"), f"crc32c:{crc32c.crc32c(DATA):08x}"
+    storage.write_bytes(place, DATA)
+    storage.verify(place, right)
+    assert storage.read_verified(place, right) == DATA
+    for i in range(len("crc32c:"), len(right)):
+        wrong = f"{right[:i]}{'0' if right[i] != '0' else '1'}{right[i + 1 :]}"
+        for check in (storage.verify, storage.read_verified):
+            with pytest.raises(CorruptDataError, match=f"{right}, expected {wrong}"):
+                check(place, wrong)
 
 
 def test_what_is_listed_and_missing_is_an_error(folder: storage.Folder) -> None:
@@ -230,8 +252,7 @@ def test_what_botocore_finds_wrong_is_read_again(
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_supported")
     s3fs.S3FileSystem.clear_instance_cache()
     flips(proxy, 1)
-    # The first attempt also starts the client, which takes seconds on a busy machine. An attempt
-    # that fails after the end of the patience is not repeated.
+    # The first attempt also starts the client, which takes seconds on a busy machine. They count.
     monkeypatch.setenv("SAEV_PATIENCE_S", "60")
     assert remote.read_bytes("large.bin") == DATA
     monkeypatch.setenv("SAEV_PATIENCE_S", "4")

@@ -23,8 +23,8 @@ OBJECTIVES = [
     Vanilla(sparsity_coeff=0.07, k_aux=K_AUX),
     Matryoshka(sparsity_coeff=0.03, n_prefixes=5, k_aux=K_AUX, aux_coeff=0.5),
     Vanilla(sparsity_coeff=0.0, aux_coeff=0.0),
-    Matryoshka(sparsity_coeff=0.02, n_prefixes=3, pareto_alpha=1.5),
     Matryoshka(n_prefixes=1),
+    Matryoshka(sparsity_coeff=0.02, n_prefixes=3, pareto_alpha=1.5),
 ]
 AIMING = {1: {"target_l0": 3.0}, 2: {"target_l0": 9.0}, 4: {"target_l0": 5.0}}
 """What changes where there is a penalty: these members find its coefficient themselves."""
