@@ -17,7 +17,7 @@ from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
 from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
 from saev.config.look import LookConfig
-from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig
+from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig, ServeConfig
 from saev.config.run import RunConfig
 from saev.config.size import SizeConfig
 from saev.config.steps import STEPS
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tp.Callable[..., tp.Any]] = {
     "size": SizeConfig,
     "gc": GcConfig,
     "open": OpenConfig,
+    "serve": ServeConfig,
     "report": ReportConfig,
     "look": LookConfig,
     "notebook": NotebookConfig,
@@ -41,8 +42,8 @@ Sparse autoencoders for vision transformers.
 
 Four stages, each of which continues where it stopped and skips what is done: record activations \
 (shards), train SAEs on them (train), measure SAEs (inference), show their features (visuals). \
-`run` does all four, `open` shows a page in the browser, `report` writes the page of a root, or \
-one file with all latents of SAEs, \
+`run` does all four, `serve` shows the SAEs of a root in the browser, `open` one of them, \
+`report` writes the page of a root, or one file with all latents of SAEs, \
 `look` prints the latents of images of your own, `notebook` writes a notebook. \
 `size` estimates a job beforehand, `gc` cleans up. Every location is a path or a URL (s3://…). \
 The URL of the result is the only output on standard output."""
@@ -126,7 +127,7 @@ def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
     return [*others, flag, *values] if values else list(argv)
 
 
-_WITHOUT_BARS = (GcConfig, OpenConfig)
+_WITHOUT_BARS = (GcConfig, OpenConfig, ServeConfig)
 """Commands that ask a question or wait for the user, and so show no progress."""
 _HELP = "--help"
 
@@ -164,9 +165,13 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
 
         return lambda: _no_urls(look.show, cfg)
     if isinstance(cfg, OpenConfig):
-        from saev import opened
+        from saev.serve import command
 
-        return lambda: _no_urls(opened.run, cfg)
+        return lambda: _no_urls(command.open_one, cfg)
+    if isinstance(cfg, ServeConfig):
+        from saev.serve import command
+
+        return lambda: _no_urls(command.run, cfg)
     if isinstance(cfg, ReportConfig) and cfg.run:
         from saev.explorer import page
 

@@ -1,4 +1,8 @@
-"""`saev open`: serves the pages below a root on 127.0.0.1, from wherever they are stored."""
+"""Serves the pages below a root on 127.0.0.1, from wherever they are stored.
+
+`saev open` does so for results without tables, which the live explorer (:mod:`saev.serve`) cannot
+show, and `saevit-client show`, which has no packages for more.
+"""
 
 import functools
 import http
@@ -11,7 +15,7 @@ import webbrowser
 
 from saev import storage
 from saev.config.pages import OpenConfig
-from saev.errors import ConfigError, SaevError, StorageError
+from saev.errors import ConfigError, SaevError
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +23,7 @@ INDEX = "index.html"
 _HOST = "127.0.0.1"
 _TYPES = {".html": "text/html; charset=utf-8", ".webp": "image/webp", ".json": "application/json"}
 """The kinds of files that pages use. Other files of the root are not served."""
-_POLICY = (
+POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
@@ -33,6 +37,15 @@ class Place(tp.NamedTuple):
     """URL of the folder below which files are served."""
     path: str
     """Of the page, relative to that folder."""
+
+
+class Part(tp.NamedTuple):
+    """A file of a page."""
+
+    data: bytes
+    """Its bytes."""
+    kind: str
+    """Its media type."""
 
 
 def run(cfg: OpenConfig) -> None:
@@ -98,6 +111,23 @@ def _root_of(folder: str) -> str:
     return above if is_below else folder
 
 
+def part(base: str, path: str) -> Part | None:
+    """A file of a page; None if there is none, or if files of its kind are not served.
+
+    Args:
+        base: URL of the folder below which files are served.
+        path: of the file, from a request.
+    """
+    kind = _TYPES.get(path[path.rfind(".") :])
+    if kind is None:
+        return None
+    try:
+        return Part(storage.read_bytes(storage.inside(base, *path.split("/"))), kind)
+    except SaevError as err:
+        logger.debug("%s: %s", path, err)
+        return None
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Serves the files below a folder."""
 
@@ -118,24 +148,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if host not in (_HOST, "localhost"):  # another site, whose name resolves to this address
             return self.send_error(http.HTTPStatus.FORBIDDEN)
         path = urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/") or INDEX
-        kind = _TYPES.get(path[path.rfind(".") :])
-        try:
-            if kind is None:
-                raise StorageError("no part of a page")
-            data = storage.read_bytes(storage.inside(self._base, *path.split("/")))
-        except SaevError as err:
-            logger.debug("%s: %s", path, err)
+        found = part(self._base, path)
+        if found is None:
             return self.send_error(http.HTTPStatus.NOT_FOUND)
         self.send_response(http.HTTPStatus.OK)
         headers = {
-            "Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-cache",
-            "Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff",
+            "Content-Type": found.kind, "Content-Length": str(len(found.data)),
+            "Cache-Control": "no-cache",
+            "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
         }  # fmt: skip
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(found.data)
         return None
 
     def log_message(self, form: str, *args: tp.Any) -> None:

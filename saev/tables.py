@@ -34,7 +34,7 @@ _SAES = pa.schema(
 )  # fmt: skip
 
 
-def saes(root: str) -> pa.Table:
+def saes(root: str, runs: tp.Sequence[str] | None = None) -> pa.Table:
     """All complete SAEs of a root, as its page shows them: one row per SAE and shards folder.
 
     The columns ``nmse``, ``l0`` and ``n_dead`` are the headline (docs/metrics.md); ``side`` says
@@ -46,12 +46,14 @@ def saes(root: str) -> pa.Table:
 
     Args:
         root: URL of the folder that holds `runs` and `shards`.
+        runs: URLs of run folders, to look at these only.
 
     Raises:
         CorruptDataError: a run or its results are damaged.
     """
     root = storage.normalize(root)
-    rows = [_sae(root, section, row) for section in overview.collect(root) for row in section.rows]
+    sections = overview.collect(root, runs)
+    rows = [_sae(root, section, row) for section in sections for row in section.rows]
     return pa.Table.from_pylist(rows, schema=_SAES)
 
 

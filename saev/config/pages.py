@@ -1,5 +1,6 @@
-"""The configs of `saev open`, `saev report` and `saev notebook`."""
+"""The configs of `saev open`, `saev serve`, `saev report` and `saev notebook`."""
 
+import re
 import typing as tp
 
 import pydantic
@@ -7,6 +8,9 @@ import tyro
 
 from saev.config.base import Config, refuse
 from saev.config.images import ImageData
+
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[?[0-9a-fA-F:]+\]?")
 
 
 class OpenConfig(Config):
@@ -18,6 +22,40 @@ class OpenConfig(Config):
     """Port on 127.0.0.1; 0 takes one that is free."""
     browser: bool = True
     """Open the browser. Without it (--no-browser), the address is printed only."""
+
+
+class ServeConfig(Config):
+    """Look at the SAEs of a root in the browser: all latents, images and classes, live. Ctrl-C
+    ends it."""
+
+    root: str = "./saev-out"
+    """URL of the folder that holds runs and shards, or of one run."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Every other one than 127.0.0.1 needs the token that is printed, unless
+    --behind-proxy is given."""
+    port: int = pydantic.Field(default=0, ge=0, le=65535)
+    """Port; 0 takes one that is free."""
+    prefix: str = ""
+    """Path below which a proxy shows the explorer, such as /explorer."""
+    behind_proxy: tuple[str, ...] = ()
+    """Names under which a proxy shows the explorer, such as explorer.example.org. The proxy says
+    who may look, so no token is needed; requests for other names are refused."""
+    browser: bool = True
+    """Open the browser. Without it (--no-browser), the address is printed only."""
+    notes: str = ""
+    """URL of a JSON file for notes on latents, which all who look share. Without it, each browser
+    keeps its own."""
+    memory_mb: float = pydantic.Field(default=1024.0, ge=512.0, allow_inf_nan=False)
+    """Most megabytes of memory that the server takes, models for own images aside."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_sound(self) -> tp.Self:
+        if not _PREFIX.fullmatch(self.prefix):
+            refuse(f"--prefix {self.prefix} is no path such as /explorer")
+        for name in self.behind_proxy:
+            if not _HOST.fullmatch(name):
+                refuse(f"--behind-proxy {name} is no name of a host, such as explorer.example.org")
+        return self
 
 
 class ReportConfig(Config):

@@ -64,7 +64,7 @@ class Tables:
             CorruptDataError: it is damaged.
         """
         parts = [
-            self._group(file, number, columns)
+            self.group(file, number, columns)
             for file in self.table(name).files
             for number in range(len(file.groups))
         ]
@@ -80,19 +80,33 @@ class Tables:
         """
         table = self.table(name)
         wanted = columns if columns is None or table.key in columns else [*columns, table.key]
-        parts = [self._group(*place, wanted) for place in table.holding(key)]
+        parts = [self.group(*place, wanted) for place in table.holding(key)]
         if not parts:
             return self._empty(name, columns)
         found = pa.concat_tables(parts)
         mine = found.filter(pc.equal(found[table.key], key))
         return mine if columns is None else mine.select(list(columns))
 
+    def schema(self, name: str) -> pa.Schema:
+        """Columns of a table.
+
+        Raises:
+            ConfigError: there is no such table.
+        """
+        return self._metadata(self.table(name).files[0]).schema.to_arrow_schema()
+
     def _empty(self, name: str, columns: tp.Sequence[str] | None) -> pa.Table:
-        schema = self._metadata(self.table(name).files[0]).schema.to_arrow_schema()
-        found = schema.empty_table()
+        found = self.schema(name).empty_table()
         return found if columns is None else found.select(list(columns))
 
-    def _group(self, file: FileEntry, number: int, columns: tp.Sequence[str] | None) -> pa.Table:
+    def group(
+        self, file: FileEntry, number: int, columns: tp.Sequence[str] | None = None
+    ) -> pa.Table:
+        """One row group of a table, or some of its columns.
+
+        Raises:
+            CorruptDataError: it is damaged.
+        """
         group, place = file.groups[number], storage.join(self.url, file.name)
         data = self._read(file, group.span)
 

@@ -1,0 +1,260 @@
+"""The tables of one SAE, read by row groups that are kept while there is room."""
+
+import dataclasses
+import functools
+import math
+import typing as tp
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from saev import storage
+from saev.inference.results import Results
+from saev.parquet import TABLES, FileEntry
+from saev.secrets import redact
+from saev.serve.cache import ByteCache
+from saev.serve.catalogue import Entry
+from saev.serve.problems import Problem
+from saev.shards.protocol import METADATA, Metadata
+
+NONE = -1
+_MAX_EXAMPLE = 1 << 48
+_BYTES_PER_LISTED = 12
+"""Memory of the list of row groups, per byte of its JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What is known of images without their latents, by row of `images.parquet`."""
+
+    example: np.ndarray
+    """Rows of the shards' examples.parquet, ascending, int64 [n]."""
+    folder: str
+    """Folder that all files are below, with a slash at its end; "" if there is none."""
+    path: pa.ChunkedArray
+    """File below that folder, or key."""
+    label: pa.ChunkedArray
+    """Class, as a dictionary."""
+    class_idx: np.ndarray
+    """int32 [n], NONE without classes."""
+    side: pa.ChunkedArray
+    """held-out, training or unknown, as a dictionary."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        arrays = (self.example, self.path, self.label, self.class_idx, self.side)
+        return sum(int(array.nbytes) for array in arrays)
+
+    def row(self, example: int) -> int:
+        """Where an image is; NONE if it was not measured."""
+        if not 0 <= example < _MAX_EXAMPLE:
+            return NONE
+        at = int(np.searchsorted(self.example, example))
+        return at if at < len(self.example) and self.example[at] == example else NONE
+
+    def of(self, example: int) -> dict[str, tp.Any]:
+        """An image's names as JSON."""
+        row = self.row(example)
+        if row == NONE:
+            return {"example": example, "path": None, "label": None, "class": None, "side": None}
+        class_idx = int(self.class_idx[row])
+        return {
+            "example": example,
+            "path": redact(self.path[row].as_py() or ""),
+            "label": self.label[row].as_py(),
+            "class": None if class_idx == NONE else class_idx,
+            "side": self.side[row].as_py(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Which images the tables show of each latent: pairs of a latent and an image."""
+
+    latent: np.ndarray
+    """int32 [n], ascending."""
+    example: np.ndarray
+    """int64 [n]."""
+    top: np.ndarray
+    """The strongest image of each latent, int64 [d_sae], NONE if it never fires."""
+    n_top: np.ndarray
+    """How many images are named as its strongest, int32 [d_sae]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(int(getattr(self, field.name).nbytes) for field in dataclasses.fields(self))
+
+
+class Measured:
+    """One SAE with the tables that inference wrote of it.
+
+    Args:
+        entry: from the catalogue.
+        cache: where row groups are kept.
+
+    Raises:
+        Problem: it was not measured, or by a version that wrote no tables.
+    """
+
+    def __init__(self, entry: Entry, cache: ByteCache):
+        if not entry.results:
+            raise Problem(
+                409, f"{entry.figures['name']} was not measured.",
+                f"Run `saev inference --run {entry.figures['run']}`.",
+            )  # fmt: skip
+        self.entry, self._cache = entry, cache
+        self.results = Results.open(entry.results)
+        self.tables = self.results.tables
+        listed = self.results.folder.listed(TABLES)
+        self.nbytes = _BYTES_PER_LISTED * (listed.n_bytes if listed else 1 << 20)
+        """Memory that it takes, without what the cache keeps."""
+
+    @property
+    def key(self) -> str:
+        """In addresses."""
+        return self.entry.key
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.results.d_sae
+
+    @property
+    def facts(self) -> dict[str, tp.Any]:
+        """What `tables.json` says of all tables."""
+        return self.tables.index.facts
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether values of single patches were saved of all images."""
+        return "token_acts_by_image" in self.tables.index.tables
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's content tokens."""
+        url = self.entry.figures["shards"]
+        if storage.exists(storage.join(url, METADATA)):
+            rows, columns = Metadata.read(url).grid_shape
+            return rows, columns
+        n = self.results.content_tokens
+        side = math.isqrt(n)
+        return (side, side) if side * side == n else (1, n)
+
+    @functools.cached_property
+    def version(self) -> str:
+        """Changes if the tables do. For ETags."""
+        listed = self.results.folder.listed(TABLES)
+        return listed.checksum.rpartition(":")[2] if listed else self.key
+
+    def check_latent(self, latent: int) -> int:
+        """The latent.
+
+        Raises:
+            Problem: there is none.
+        """
+        if 0 <= latent < self.d_sae:
+            return latent
+        raise Problem(
+            404, f"There is no latent {latent}: the SAE has {self.d_sae}.",
+            f"Take a number from 0 to {self.d_sae - 1}.",
+        )  # fmt: skip
+
+    # --- Rows ----------------------------------------------------------------------------------
+
+    def group(self, file: FileEntry, number: int) -> pa.Table:
+        """One row group."""
+        key = (self.key, file.name, number)
+        return self._cache.get(key, lambda: self.tables.group(file, number))
+
+    def rows(self, name: str, key: int) -> pa.Table:
+        """The rows of one key of a table."""
+        table = self.tables.table(name)
+        found = [self._of_key(self.group(*place), table.key, key) for place in table.holding(key)]
+        return pa.concat_tables(found) if found else self.tables.rows(name, key)
+
+    @staticmethod
+    def _of_key(group: pa.Table, column: str, key: int) -> pa.Table:
+        keys = group[column].to_numpy()
+        first, last = np.searchsorted(keys, [key, key + 1])
+        return group.slice(int(first), int(last - first))
+
+    def groups(self, name: str, columns: tp.Sequence[str]) -> tp.Iterator[pa.Table]:
+        """All row groups of a table, some columns of each. They are not kept."""
+        for file in self.tables.table(name).files:
+            for number in range(len(file.groups)):
+                yield self.tables.group(file, number, columns)
+
+    # --- What is made of whole tables, in a moment or in seconds -------------------------------
+
+    def names(self) -> Names:
+        """Names of all images."""
+        return self._cache.get((self.key, "names"), self._names)
+
+    def _names(self) -> Names:
+        columns = ["example", "path", "label", "class_idx", "side"]
+        table = self.tables.read("images", columns)
+        folder = _common_folder(table["path"])
+        return Names(
+            table["example"].to_numpy(),
+            folder,
+            pc.utf8_slice_codeunits(table["path"], len(folder)) if folder else table["path"],
+            pc.dictionary_encode(table["label"]),
+            pc.fill_null(table["class_idx"], NONE).to_numpy(),
+            pc.dictionary_encode(table["side"]),
+        )
+
+    def shown(self) -> Shown:
+        """The images of all latents in `examples.parquet`."""
+        return self._cache.get((self.key, "shown"), self._shown)
+
+    def _shown(self) -> Shown:
+        latents, examples = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        top = np.full(self.d_sae, NONE, np.int64)
+        n_top = np.zeros(self.d_sae, np.int32)
+        for group in self.groups("examples", ["latent", "kind", "rank", "example"]):
+            latent, example = group["latent"].to_numpy(), group["example"].to_numpy()
+            is_top = pc.equal(group["kind"], "top").to_numpy()
+            first = is_top & (group["rank"].to_numpy() == 0)
+            top[latent[first]] = example[first]
+            n_top += np.bincount(latent[is_top], minlength=self.d_sae).astype(np.int32)
+            latents.append(latent)
+            examples.append(example)
+        return Shown(np.concatenate(latents), np.concatenate(examples), top, n_top)
+
+    def pairs(self) -> pa.Table:
+        """`classes.parquet`, by latent: the classes that a latent finds, best first."""
+        return self._cache.get((self.key, "pairs"), self._pairs)
+
+    def _pairs(self) -> pa.Table:
+        table = self.tables.read("classes").drop_columns(["name", "kind", "value"])
+        keys = [("latent", "ascending"), ("ap", "descending"), ("class_idx", "ascending")]
+        return table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
+
+    def class_list(self) -> list[dict[str, tp.Any]]:
+        """All classes of images and of masks, by number."""
+        return self._cache.get((self.key, "class list"), self._class_list)
+
+    def _class_list(self) -> list[dict[str, tp.Any]]:
+        classes: dict[int, dict[str, tp.Any]] = {}
+        columns = ["class_idx", "kind", "value", "name", "support", "latent", "ap"]
+        for row in self.tables.read("classes", columns).to_pylist():
+            one = {
+                "class": row["class_idx"], "kind": row["kind"], "value": row["value"],
+                "name": row["name"], "support": row["support"], "best": row["latent"],
+                "ap": row["ap"],
+            }  # fmt: skip
+            classes.setdefault(row["class_idx"], one)  # the rows begin with the best
+        return [classes[number] for number in sorted(classes)]
+
+
+def _common_folder(paths: pa.ChunkedArray) -> str:
+    """The folder that all files are below: that of the first and the last one, sorted."""
+    ends = pc.min_max(paths)
+    first, last = ends["min"].as_py(), ends["max"].as_py()
+    if first is None:
+        return ""
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind("/", 0, n) + 1]
