@@ -9,6 +9,7 @@ have their pictures. The scroll goes through the whole list in steps of two wind
 """
 
 import io
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,13 +18,13 @@ import numpy as np
 from harness import Report, invocation, parser
 from PIL import Image
 
-from saev.explorer import page, pictures
-from saev.explorer.data import BINS, N_CLASSES, N_NEIGHBOURS
+from saev.explorer import columns, page, pictures
+from saev.explorer.data import N_CLASSES, N_NEIGHBOURS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from visuals import chromium
 
-GRID, N_EXAMPLES, N_WORDS = 16, 8, 1000
+GRID, N_EXAMPLES, N_WORDS, BINS = 16, 8, 1000, 24
 
 
 def picture(rng: np.random.Generator, size: int) -> bytes:
@@ -42,7 +43,7 @@ def part(n: int, max_bytes: float) -> page.Part:
     some = {size: [picture(rng, size) for _ in range(64)] for size in (48, 112)}
     each = {size: np.mean([pictures.encoded(len(p)) for p in some[size]]) for size in some}
     per_latent = each[112] * 2 + N_EXAMPLES * pictures.encoded(20 + 20 * 4)
-    n_detailed = int(min(n, max(0, (max_bytes - n * (170 + each[48])) / per_latent)))
+    n_detailed = int(min(n, max(0, (max_bytes - n * (300 + each[48])) / per_latent)))
     images = [some[112][i % 64] for i in range(2 * n_detailed)]
     images += [some[48][i % 64] for i in range(n - n_detailed)]
     thumb = np.concatenate([np.arange(n_detailed) * 2, 2 * n_detailed + np.arange(n - n_detailed)])
@@ -50,33 +51,57 @@ def part(n: int, max_bytes: float) -> page.Part:
     patches = np.sort(rng.integers(0, GRID**2, (n_shown, 20)), axis=1)
     count = np.ceil(10 ** rng.uniform(1, 7, n))
     mean = 10 ** rng.normal(0, 0.4, n)
-    kinds: dict[str, tuple[object, str]] = {
-        "count": (count, "f8"), "mean": (mean, "f4"), "max": (mean * 4, "f4"),
-        "order": (rng.permutation(n), "u4"), "usual": (rng.integers(0, N_WORDS, n), "i2"),
-        "purity": (rng.random(n), "f4"), "bins": (rng.integers(0, 256, (n, BINS)), "u1"),
-        "images": (np.ceil(count / 9), "u4"),
-        "shareClass": (rng.integers(0, N_WORDS, (n, N_CLASSES)), "i4"),
-        "shareImages": (rng.integers(1, 1000, (n, N_CLASSES)), "u4"),
-        "near": (rng.integers(0, n, (n, N_NEIGHBOURS)), "u4"),
-        "cosine": (rng.integers(0, 32767, (n, N_NEIGHBOURS)), "i2"),
-        "thumb": (thumb, "i4"), "pictureBytes": ([len(p) for p in images], "u4"),
-        "examples": (np.where(np.arange(n) < n_detailed, N_EXAMPLES, 0), "u1"),
-        "image": (rng.integers(0, max(1, len(images)), n_shown), "u4"),
-        "range": (np.zeros(n_shown), "u1"), "value": (rng.random(n_shown), "f4"),
-        "patches": (np.full(n_shown, 20), "u4"), "patch": (patches, "u2"),
-        "level": (rng.integers(1, 256, (n_shown, 20)), "u1"),
+    scaled = page.Block.scaled
+    blocks = {
+        name: page.Block.of(values, kind)
+        for name, (values, kind) in {
+            "order": (rng.permutation(n), "u2"), "tokens": (count, "f8"),
+            "class": (rng.integers(0, N_WORDS, n), "i2"), "mask": (np.full(n, -1), "i2"),
+            "binFirst": (np.full(n, 60), "u1"), "binCount": (np.full(n, BINS), "u1"),
+            "bins": (rng.integers(0, 256, (n, BINS)), "u1"),
+            "findings": (np.full(n, N_CLASSES), "u1"),
+            "findingClass": (rng.integers(0, N_WORDS, n * N_CLASSES), "i2"),
+            "findingInside": (rng.random(n * N_CLASSES), "f4"),
+            "findingOutside": (rng.random(n * N_CLASSES), "f4"),
+            "neighbour": (rng.integers(0, n, (n, N_NEIGHBOURS)), "u2"),
+            "coactive": (rng.integers(0, n, (n, N_NEIGHBOURS)), "u2"),
+            "thumb": (thumb, "i4"), "pictureBytes": ([len(p) for p in images], "u4"),
+            "row": (np.arange(len(images)), "u4"),
+            "examples": (np.where(np.arange(n) < n_detailed, N_EXAMPLES, 0), "u1"),
+            "image": (rng.integers(0, max(1, len(images)), n_shown), "u4"),
+            "kind": (np.zeros(n_shown), "u1"), "value": (rng.random(n_shown), "f4"),
+            "side": (np.zeros(n_shown), "u1"), "patches": (np.full(n_shown, 20), "u4"),
+            "patch": (patches, "u2"), "level": (rng.integers(1, 256, (n_shown, 20)), "u1"),
+        }.items()
     }  # fmt: skip
-    blocks = {name: page.Block.of(*block) for name, block in kinds.items()}
+    blocks |= {name: scaled(rng.random(n)) for name in ("x", "y")}
+    blocks |= {
+        f"{k}Cosine": scaled(rng.random(n * N_NEIGHBOURS)) for k in ("neighbour", "coactive")
+    }
+    blocks |= {name: scaled(rng.random(n * N_CLASSES)) for name in ("findingAp", "findingApAll")}
+    blocks |= {"quantile": scaled(rng.random(n_shown))}
+    shown = []
+    for column in columns.COLUMNS:
+        if column.key in ("mask_ap", "stability"):
+            continue
+        values = {"frequency": count / count.max(), "mean": mean, "max": mean * 4}
+        facts_of = {"key": column.key, "name": column.name, "hint": column.hint,
+                    "unit": column.unit, "log": column.is_log}  # fmt: skip
+        for key in (column.key, f"{column.key}_all")[: 1 + column.has_sides]:
+            found = values.get(column.key, rng.random(n))
+            blocks[key] = page._figure(column, found)
+            facts_of |= {"all": key} if key != column.key else {}
+        shown.append(facts_of)
     blocks["pictures"] = page.Block("", b"".join(images))
     words = [f"class {i} of {'æéîøü'[i % 5]}ther things" for i in range(N_WORDS)]
     facts = {
         "title": f"{n:,} generated latents", "subtitle": "made for a benchmark", "metrics": [],
         "warnings": [], "activations": "", "results": "", "nLatents": n, "nTokens": 10**8,
-        "grid": [GRID, GRID], "hasCodes": True, "classes": words, "imagesByClass": [1000] * N_WORDS,
-        "found": [[i, [[int(i), 0.9, 0.1]]] for i in range(min(n, N_WORDS))], "concepts": [],
+        "nImages": 10**6, "grid": [GRID, GRID], "columns": shown, "side": "held-out images",
+        "classes": [{"name": word, "kind": "image", "support": 1000} for word in words],
         "files": [f"folder_{i % 997}/n{i:08d}.JPEG" for i in range(len(images))],
-        "labels": (np.arange(len(images)) % N_WORDS).tolist(), "aspect": 1, "nPictured": n,
-        "nDetailed": n_detailed, "nFiring": n,
+        "labelNames": words, "labels": (np.arange(len(images)) % N_WORDS).tolist(), "aspect": 1,
+        "nPictured": n, "nDetailed": n_detailed, "nFiring": n,
     }  # fmt: skip
     return page.Part(facts, blocks)
 
@@ -145,10 +170,11 @@ def main() -> None:
             count = "document.getElementById('count').textContent"
             first = tab.js(timed(typed("n0000012"), f"{count}.includes(' of ')"))
             rows.setdefault("index", []).append(first)
-            then = tab.js(timed(typed("aether 17"), f"{count}.startsWith('0 of')"))
+            before = tab.js(count)
+            then = tab.js(timed(typed("aether 17"), f"{count} !== {json.dumps(before)}"))
             rows.setdefault("search", []).append(then)
             tab.js(typed(""))
-            opened = "document.querySelectorAll('.near canvas[data-drawn]').length === 6"
+            opened = "document.querySelectorAll('.near canvas[data-drawn]').length === 12"
             rows.setdefault("latent", []).append(
                 tab.js(timed("location.hash = '#/0/latent/7'", opened))
             )

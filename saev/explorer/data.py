@@ -1,109 +1,105 @@
-"""What the explorer shows of the latents of an SAE, from the results of `saev inference`.
+"""What the explorer shows of the latents of an SAE, from the tables of `saev inference`.
 
 Everything that the explorer knows of results goes through this module.
 """
 
-import dataclasses
 import functools
-import logging
 import typing as tp
 
 import numpy as np
+import pyarrow as pa
 
 from saev import storage
-from saev.errors import SaevError
-from saev.inference import decoder
+from saev.explorer import columns
+from saev.explorer.columns import HELD_OUT, Column
 from saev.inference.results import Results
-from saev.nn.io.load import load_sae
+from saev.inference.sums import BINS_PER_OCTAVE
 from saev.shards import Shards
 
-logger = logging.getLogger(__name__)
-
-BINS = 24
-"""Bins of the histogram of a latent's values, from 0 to its maximum."""
+BINS = 4
+"""Bins of a histogram per octave."""
+_MERGED = BINS_PER_OCTAVE // BINS
 N_CLASSES = 5
-"""Classes that are named per latent."""
-N_NEIGHBOURS = 6
+"""Classes per latent, and latents per class, that the page has."""
 N_FOUND = 8
-"""Latents that are named per class."""
+N_NEIGHBOURS = 6
 NONE = -1
-N_TOP, N_BAND = 8, 4
-"""Images of a latent from the top, and from the middle and the low range of its values each."""
-TOP, MIDDLE, LOW = 0, 1, 2
-
-_MAX_CODES_BYTES = 512 << 20
-_MAX_LABEL_BYTES = 256 << 20
-_MAX_HITS = 1 << 26
+N_TOP, N_SPREAD = 8, 8
+"""Images of a latent: the strongest, and others from the middle and the low range of its values."""
+TOP, SPREAD = 0, 1
+Kind = tp.Literal["neighbour", "coactive"]
+SIDES = ("unknown", "training", "held-out")
 
 
 class Example(tp.NamedTuple):
     """An image on which a latent fires."""
 
     kind: int
-    """TOP, MIDDLE or LOW: the range of the latent's values that it is from."""
+    """TOP or SPREAD."""
     example: int
     """Row of `Shards.examples()`."""
     value: float
     """Largest value over the image's tokens."""
+    quantile: float
+    """Share of the images on which the latent fires whose value is at most this one."""
+    side: int
+    """Number in SIDES."""
     patches: np.ndarray
     """Content tokens on which the latent fires, int64 [n]."""
     values: np.ndarray
     """Values on them, float32 [n]."""
 
 
-class Shares(tp.NamedTuple):
-    """On how many images of each class a latent fires: the classes with the highest shares."""
+class ClassFacts(tp.NamedTuple):
+    """A class on which some latent fires."""
 
-    classes: np.ndarray
-    """int64 [d_sae, N_CLASSES], NONE where there are fewer."""
-    n_images: np.ndarray
-    """Images of the class on which the latent fires, int64 [d_sae, N_CLASSES]."""
-
-
-class Finding(tp.NamedTuple):
-    """A latent that finds a class."""
-
-    latent: int
-    inside: float
-    """Share of the class's images on which it fires."""
-    outside: float
-    """Share of all other images on which it fires."""
+    name: str
+    kind: str
+    """image or mask."""
+    support: int
+    """Images, or labelled tokens, of the class."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Codes:
-    """All values by latent, then by image."""
+class Findings(tp.NamedTuple):
+    """Pairs of a latent and a class, by latent, in each from the highest AP down. Figures are of
+    held-out images where there are some, and NaN where they are not defined."""
 
-    starts: np.ndarray
-    """First group of each latent, int64 [d_sae + 1]. A group is a latent on one image."""
-    example: np.ndarray
-    """Image of each group."""
-    peak: np.ndarray
-    """Largest value of each group."""
-    entries: np.ndarray
-    """First entry of each group, and the number of entries."""
-    token: np.ndarray
-    """Content token of each entry, -1 for the class token."""
-    values: np.ndarray
-    """Value of each entry."""
+    latent: np.ndarray
+    number: np.ndarray
+    """Of the class, in :attr:`Measured.classes`."""
+    ap: np.ndarray
+    ap_all: np.ndarray
+    """AP of all images."""
+    inside: np.ndarray
+    """Share of the images (tokens) of the class, and of all others, on which the latent fires."""
+    outside: np.ndarray
+
+
+class Histograms(tp.NamedTuple):
+    """Tokens by value, without empty bins at both ends. There are BINS in an octave, as in
+    docs/formats.md with half as many."""
+
+    first: np.ndarray
+    """First bin of each latent, int64 [d_sae]."""
+    counts: list[np.ndarray]
+    """int64 [bins] each; empty for a latent that never fires."""
 
 
 class Measured:
-    """The latents of one SAE on one shards folder. Everything is computed when it is asked for.
+    """The latents of one SAE on one shards folder. Everything is read when it is asked for.
 
     Args:
         results: what inference measured.
         shards: what it was measured on.
-        run: URL of the SAE.
         names: names of the values of masks.
+
+    Raises:
+        StorageError: an earlier version of saev wrote the results, without tables.
     """
 
-    def __init__(self, results: Results, shards: Shards, run: str, names: tp.Mapping[int, str]):
-        self.results, self.shards, self._run, self._names = results, shards, run, names
-        table = shards.examples()
-        self.files = [storage.name(url) for url in table["url"].to_pylist()]
-        """File name of each image."""
-        self._labels: list[str] = table["label"].to_pylist()
+    def __init__(self, results: Results, shards: Shards, names: tp.Mapping[int, str]):
+        self.results, self.shards, self._names = results, shards, names
+        self._facts = results.tables.index.facts
 
     @property
     def d_sae(self) -> int:
@@ -111,9 +107,13 @@ class Measured:
         return self.results.d_sae
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens that were measured."""
-        return int(self.results.metrics["n_tokens"])
+    def has_held_out(self) -> bool:
+        """Whether there are images that are known to be held out."""
+        return bool(self._facts["held_out"]["n_images"])
+
+    def n_measured(self, what: tp.Literal["n_tokens", "n_images"]) -> int:
+        """Tokens or images that were measured, of both sides."""
+        return int(self._facts["all"][what])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -124,233 +124,212 @@ class Measured:
     # --- Numbers of all latents ----------------------------------------------------------------
 
     @functools.cached_property
+    def table(self) -> pa.Table:
+        """`latents.parquet`."""
+        return self.results.latents()
+
+    def column(self, column: Column, *, held_out: bool) -> np.ndarray:
+        """A figure of all latents, NaN where it is not defined, float64 [d_sae]."""
+        if column.source == "purity":
+            return self.purity
+        return columns.read(self.table, column, self._facts["quantiles"], held_out=held_out)
+
+    @functools.cached_property
+    def n_tokens(self) -> np.ndarray:
+        """Tokens on which each latent fires, int64 [d_sae]."""
+        return self._floats("n_tokens").astype(np.int64)
+
+    @functools.cached_property
+    def peak(self) -> np.ndarray:
+        """Largest value of each latent, 0 if it never fires, float64 [d_sae]."""
+        return np.nan_to_num(self._floats("max"))
+
+    @functools.cached_property
     def order(self) -> np.ndarray:
         """All latents, strong and rare ones first, int64 [d_sae].
 
         By mean value × log(1 / frequency); behind these come latents that fire on fewer images than
         are shown, and then those that never fire.
         """
-        frequency, mean = self.results.frequency, self.results.mean_values
-        n_images = np.array([len(examples) for examples in self._tops])
-        with np.errstate(divide="ignore"):
-            score = np.where(frequency > 0, mean * -np.log(np.maximum(frequency, 1e-300)), -np.inf)
+        frequency, mean = self._floats("frequency"), np.nan_to_num(self._floats("mean"))
+        n_images = self._floats("n_images")
+        score = mean * -np.log(np.maximum(frequency, 1e-300))
         is_few = n_images < min(N_TOP, int(n_images.max(initial=0)))
         return np.lexsort((-score, is_few, frequency == 0))
 
     @property
-    def n_images(self) -> np.ndarray | None:
-        """Images on which each latent fires, int64 [d_sae]; None without codes."""
-        return None if self._codes is None else np.diff(self._codes.starts)
+    def layout(self) -> np.ndarray:
+        """Place of each latent on the map of decoder directions, float64 [d_sae, 2]."""
+        return np.stack([self._floats("x"), self._floats("y")], axis=1)
+
+    def nearest(self, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+        """The latents with the most similar decoder rows, or that fire on the same tokens, best
+        first: int64 [d_sae, n], NONE where there are fewer, and cosines, float64 [d_sae, n]."""
+        which = "neighbours" if kind == "neighbour" else kind
+        found = columns.lists(self.table[which], NONE)[:, :N_NEIGHBOURS]
+        return found.astype(np.int64), columns.lists(self.table[f"{kind}_cosines"])[
+            :, :N_NEIGHBOURS
+        ]
 
     @functools.cached_property
-    def histogram(self) -> np.ndarray:
-        """Values of each latent in bins from 0 to its maximum, int64 [d_sae, BINS]: of all tokens,
-        or of its strongest images if there are no codes."""
-        counts = np.zeros((self.d_sae, BINS), dtype=np.int64)
-        for latent in np.flatnonzero(self.results.counts > 0):
-            values, high = self._values(int(latent)), float(self.results.max_values[latent])
-            if high > 0:
-                bins = np.clip((values * (BINS / high)).astype(np.int64), 0, BINS - 1)
-                counts[latent] = np.bincount(bins, minlength=BINS)
-        return counts
-
-    @functools.cached_property
-    def classes(self) -> list[str]:
-        """Names of the classes of images and of patches, sorted."""
-        names = {label for label in self._labels if label}
-        if self._patch_labels is not None:
-            names |= {self._patch_class(int(label)) for label in np.unique(self._patch_labels)}
-        return sorted(names - {""})
-
-    @functools.cached_property
-    def usual(self) -> tuple[np.ndarray, np.ndarray]:
-        """The most common class of each latent's strongest images: its number in :attr:`classes`,
-        int64 [d_sae] (NONE: there is none), and its share of these images, float64 [d_sae]."""
-        number = {name: i for i, name in enumerate(self.classes)}
-        which, share = np.full(self.d_sae, NONE), np.zeros(self.d_sae)
-        for latent in np.flatnonzero(self.results.counts > 0):
-            found = [self.label(e) for e in self.top(int(latent))]
-            names = sorted(name for name in found if name)
-            if names:
-                best = max(dict.fromkeys(names), key=names.count)
-                which[latent], share[latent] = number[best], names.count(best) / len(found)
-        return which, share
-
-    @functools.cached_property
-    def images_by_class(self) -> np.ndarray:
-        """Measured images of each class, int64 [classes]; zeros for classes of patches alone."""
-        return np.bincount(
-            self._class_of_image[self._is_measured], minlength=len(self.classes) + 1
-        )[: len(self.classes)]
-
-    @functools.cached_property
-    def shares(self) -> Shares | None:
-        """Classes of the images on which latents fire; None without codes or classes of images."""
-        hits = self._hits
-        if hits is None:
-            return None
-        k = min(N_CLASSES, hits.shape[1])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = np.where(hits > 0, hits / self.images_by_class, -1.0)
-        best = np.lexsort((-hits, -rate), axis=1)[:, :k]
-        n = np.take_along_axis(hits, best, axis=1)
-        return Shares(np.where(n > 0, best, NONE), n)
-
-    @functools.cached_property
-    def found(self) -> dict[int, list[Finding]]:
-        """The latents that find each class of images best: by the difference of the shares of
-        images inside and outside of the class on which they fire. By number of the class."""
-        hits, totals = self._hits, self.images_by_class
-        found: dict[int, list[Finding]] = {}
-        if hits is None:
-            return found
-        fires, n = hits.sum(axis=1), int(totals.sum())
-        for one in np.flatnonzero((totals > 0) & (totals < n)).tolist():
-            inside = hits[:, one] / totals[one]
-            outside = (fires - hits[:, one]) / (n - totals[one])
-            best = np.argsort(outside - inside, kind="stable")[:N_FOUND].tolist()
-            found[one] = [
-                Finding(i, float(inside[i]), float(outside[i])) for i in best if hits[i, one]
-            ]
-        return found
+    def histograms(self) -> Histograms:
+        """Tokens of all images by value."""
+        first = np.nan_to_num(self._floats("histogram_first")).astype(np.int64)
+        counts = []
+        for start, row in zip(first.tolist(), self.table["histogram"].to_pylist(), strict=True):
+            before = start % _MERGED
+            padded = np.zeros(-(-(before + len(row or ())) // _MERGED) * _MERGED, dtype=np.int64)
+            padded[before : before + len(row or ())] = row or ()
+            counts.append(padded.reshape(-1, _MERGED).sum(axis=1))
+        return Histograms(first // _MERGED, counts)
 
     @property
-    def concepts(self) -> list[tuple[str, dict[str, tp.Any]]]:
-        """The best latent of each class of patches: name and figures (see docs/metrics.md)."""
-        return [(self._patch_class(row["label"]), row) for row in self.results.concepts]
+    def names(self) -> list[str]:
+        """Names of latents, "" where there is none."""
+        return [name or "" for name in self.table["name"].to_pylist()]
+
+    # --- Classes -------------------------------------------------------------------------------
 
     @functools.cached_property
-    def neighbours(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The latents with the most similar decoder rows, int32 [d_sae, n], and their cosines,
-        float32 [d_sae, n]; None if the SAE is gone."""
-        try:
-            return decoder.neighbours(load_sae(self._run), N_NEIGHBOURS)
-        except SaevError as err:
-            logger.warning("The page has no neighbours of latents: %s", err)
-            return None
+    def classes(self) -> list[ClassFacts]:
+        """Of images, then of patches, by their number in the table."""
+        return [facts for _, facts in sorted(self._known.items())]
 
-    # --- Images of one latent ------------------------------------------------------------------
+    def best(self, kind: tp.Literal["class", "mask"]) -> np.ndarray:
+        """The best class of each latent: its number in :attr:`classes`, NONE if there is none,
+        int64 [d_sae]."""
+        found = self._floats(f"best_{kind}")
+        return self._numbers(np.where(np.isnan(found), NONE, found).astype(np.int64))
 
-    def top(self, latent: int) -> list[Example]:
-        """The images on which a latent is strongest, best first."""
-        return self._tops[latent]
+    @functools.cached_property
+    def findings(self) -> Findings:
+        """The best N_CLASSES classes of each latent, and the best N_FOUND latents of each class."""
+        table, ending = self._classes, HELD_OUT if self.has_held_out else ""
+        latent, idx = (table[name].to_numpy() for name in ("latent", "class_idx"))
+        score = np.nan_to_num(columns.floats(table["ap"]), nan=-1.0)
+        keep = _ranks(latent, -score) < N_CLASSES
+        keep |= _ranks(idx, -score) < N_FOUND
+        order = np.lexsort((-score, latent))
+        order = order[keep[order]]
+        figures = [
+            columns.floats(table[name])[order]
+            for name in (f"ap{ending}", "ap", f"rate_inside{ending}", f"rate_outside{ending}")
+        ]
+        return Findings(latent[order], self._numbers(idx[order]), *figures)
 
-    def bands(self, latent: int) -> list[Example]:
-        """Further images from the middle and the low third of a latent's values, highest first;
-        none without codes."""
-        codes, high = self._codes, float(self.results.max_values[latent])
-        if codes is None or high <= 0:
-            return []
-        groups = np.arange(*codes.starts[latent : latent + 2])
-        shown = [e.example for e in self.top(latent)]
-        groups = groups[~np.isin(codes.example[groups], shown)]
-        groups = groups[np.argsort(-codes.peak[groups], kind="stable")]
-        share = codes.peak[groups] / high
-        examples = []
-        for kind, mine in ((MIDDLE, (share > 1 / 3) & (share <= 2 / 3)), (LOW, share <= 1 / 3)):
-            band = groups[mine]
-            places = np.linspace(0, len(band) - 1, min(N_BAND, len(band))).round().astype(int)
-            examples += [self._example(kind, int(group)) for group in band[places]]
-        return examples
+    # --- Images --------------------------------------------------------------------------------
 
-    def label(self, example: Example) -> str:
-        """Class of what a latent fires on: the class of the strongest patch where classes of
-        patches have names, else that of the image; "" if there is none."""
-        labels = self._patch_labels
-        whole = self._labels[example.example]
-        if labels is None or not len(example.patches):
-            return whole
-        value = int(labels[example.example, example.patches[int(example.values.argmax())]])
-        return self._names.get(value, whole or self._patch_class(value))
+    def file(self, example: int) -> str:
+        """File name of an image."""
+        return storage.name(self._images[example][0])
 
-    def image_label(self, example: int) -> str:
+    def label(self, example: int) -> str:
         """Class of an image, "" if it has none."""
-        return self._labels[example]
+        return self._images[example][1]
+
+    def examples(self, latent: int) -> list[Example]:
+        """The N_TOP images on which a latent is strongest, best first, then up to N_SPREAD others
+        that are spread over its values, from the highest down."""
+        first, last = np.searchsorted(self._examples["latent"], (latent, latent + 1))
+        mine = np.arange(first, last)
+        is_top = self._examples["kind"][mine] == TOP
+        top = mine[is_top][:N_TOP]
+        seen = set(self._examples["example"][top].tolist())
+        rest = [i for i in mine[~is_top].tolist() if self._examples["example"][i] not in seen]
+        if len(rest) > N_SPREAD:
+            places = np.linspace(0, len(rest) - 1, N_SPREAD).round().astype(int)
+            rest = [rest[i] for i in places]
+        return [self._example(TOP, i) for i in top] + [self._example(SPREAD, i) for i in rest]
+
+    @functools.cached_property
+    def purity(self) -> np.ndarray:
+        """Share of the most common class among each latent's N_TOP strongest images, float64
+        [d_sae]; NaN if they have no classes."""
+        found = np.full(self.d_sae, np.nan)
+        top = self._examples["kind"] == TOP
+        for latent in np.unique(self._examples["latent"][top]).tolist():
+            labels = [self.label(e.example) for e in self.examples(latent) if e.kind == TOP]
+            known = [label for label in labels if label]
+            if known:
+                found[latent] = max(map(known.count, known)) / len(labels)
+        return found
 
     # --- Details -------------------------------------------------------------------------------
 
-    def _patch_class(self, label: int) -> str:
-        return self._names.get(label, f"class {label}")
+    def _floats(self, name: str) -> np.ndarray:
+        return columns.floats(self.table[name])
 
     @functools.cached_property
-    def _tops(self) -> list[list[Example]]:
-        return [self._top(latent) for latent in range(self.d_sae)]
-
-    def _top(self, latent: int) -> list[Example]:
-        found = self.results.top(latent)
-        examples = []
-        for example, value, acts in zip(*(part[:N_TOP] for part in found), strict=True):
-            patches = np.flatnonzero(acts)
-            examples.append(Example(TOP, int(example), float(value), patches, acts[patches]))
-        return examples
+    def _classes(self) -> pa.Table:
+        return self.results.classes()
 
     @functools.cached_property
-    def _patch_labels(self) -> np.ndarray | None:
-        n_bytes = self.shards.n_examples * self.shards.content_tokens
-        if not self.shards.has_labels or n_bytes > _MAX_LABEL_BYTES:
-            return None
-        return self.shards.labels()
+    def _known(self) -> dict[int, ClassFacts]:
+        """By number in the table."""
+        names = ["class_idx", "kind", "value", "name", "support"]
+        rows = self._classes.select(names).group_by(names).aggregate([])
+        return {
+            idx: ClassFacts(self._class_name(kind, value, name), kind, support)
+            for idx, kind, value, name, support in zip(
+                *(rows[column].to_pylist() for column in names), strict=True
+            )
+        }
+
+    def _class_name(self, kind: str, value: int, name: str | None) -> str:
+        if kind == "mask":
+            return self._names.get(value, f"class {value}")
+        return name or f"class {value}"
+
+    def _numbers(self, idx: np.ndarray) -> np.ndarray:
+        """Numbers in :attr:`classes` of numbers in the table."""
+        known = np.array(sorted(self._known), dtype=np.int64)
+        if not len(known):
+            return np.full(len(idx), NONE)
+        place = np.searchsorted(known, idx).clip(0, len(known) - 1)
+        return np.where(known[place] == idx, place, NONE)
 
     @functools.cached_property
-    def _class_of_image(self) -> np.ndarray:
-        """Number of each image's class; one behind the last where it has none."""
-        number = {name: i for i, name in enumerate(self.classes)}
-        return np.array([number.get(label, len(number)) for label in self._labels], dtype=np.int64)
+    def _images(self) -> dict[int, tuple[str, str]]:
+        table = self.results.images(["example", "path", "label"])
+        example, path, label = (table[name].to_pylist() for name in table.column_names)
+        return {e: (p, one or "") for e, p, one in zip(example, path, label, strict=True)}
 
     @functools.cached_property
-    def _is_measured(self) -> np.ndarray:
-        """Which images inference read, bool [n_examples]; all of them if there are no codes."""
-        mask = np.ones(len(self._labels), dtype=bool)
-        if self._codes is not None:
-            mask[:] = False
-            mask[np.unique(self.results.code_tokens()[0])] = True
-        return mask
+    def _examples(self) -> dict[str, np.ndarray]:
+        """Columns of `examples.parquet`; lists as their values and where each one begins."""
+        table = self.results.tables.read("examples").combine_chunks()
+        found = {
+            name: table[name].to_numpy() for name in ("latent", "example", "value", "quantile")
+        }
+        found["kind"] = np.where(table["kind"].to_numpy() == "top", TOP, SPREAD)
+        number = {name: i for i, name in enumerate(SIDES)}
+        found["side"] = np.array([number[name] for name in table["side"].to_pylist()], np.int64)
+        order = np.lexsort((table["rank"].to_numpy(), found["kind"], found["latent"]))
+        found["row"] = order  # of the lists, which stay as they are
+        for name in ("latent", "example", "value", "quantile", "kind", "side"):
+            found[name] = found[name][order]
+        for name in ("patches", "patch_values"):
+            array = table[name].combine_chunks()
+            found[name] = array.values.to_numpy(zero_copy_only=False)
+            found["starts"] = array.offsets.to_numpy()
+        return found
 
-    @functools.cached_property
-    def _hits(self) -> np.ndarray | None:
-        """Images of each class on which each latent fires, int64 [d_sae, classes]."""
-        codes, n = self._codes, len(self.classes) + 1
-        if codes is None or not any(self._labels) or self.d_sae * n > _MAX_HITS:
-            return None
-        latent = np.repeat(np.arange(self.d_sae), np.diff(codes.starts))
-        pairs = latent * n + self._class_of_image[codes.example]
-        hits = np.bincount(pairs, minlength=self.d_sae * n).reshape(self.d_sae, n)
-        return hits[:, :-1]
-
-    def _values(self, latent: int) -> np.ndarray:
-        codes = self._codes
-        if codes is None:
-            found = [example.values for example in self.top(latent)]
-            return np.concatenate(found) if found else np.zeros(0, np.float32)
-        first, last = codes.entries[codes.starts[latent : latent + 2]]
-        return codes.values[first:last]
-
-    def _example(self, kind: int, group: int) -> Example:
-        codes = tp.cast(_Codes, self._codes)
-        entries = slice(*codes.entries[group : group + 2])
-        tokens, values = codes.token[entries], codes.values[entries]
-        is_content = tokens >= 0
+    def _example(self, kind: int, at: int) -> Example:
+        found = self._examples
+        row = int(found["row"][at])
+        span = slice(*found["starts"][row : row + 2])
+        patches, values = found["patches"][span], found["patch_values"][span]
+        is_content = patches >= 0  # -1 is the class token, which has no place in the image
         return Example(
-            kind, int(codes.example[group]), float(codes.peak[group]),
-            tokens[is_content].astype(np.int64), values[is_content],
+            kind, int(found["example"][at]), float(found["value"][at]),
+            float(found["quantile"][at]), int(found["side"][at]),
+            patches[is_content].astype(np.int64), values[is_content].astype(np.float32),
         )  # fmt: skip
 
-    @functools.cached_property
-    def _codes(self) -> _Codes | None:
-        """The saved codes; None if there are none, or too many to hold them."""
-        if not 0 < self.results.codes_bytes <= _MAX_CODES_BYTES:
-            return None
-        by_latent = self.results.codes().tocsc()
-        example_idx, token_idx = self.results.code_tokens()
-        by_latent.sort_indices()
-        example = example_idx[by_latent.indices]
-        latent = np.repeat(np.arange(self.d_sae), np.diff(by_latent.indptr))
-        is_new = np.ones(len(example), dtype=bool)
-        is_new[1:] = (example[1:] != example[:-1]) | (latent[1:] != latent[:-1])
-        first = np.flatnonzero(is_new)
-        peaks = np.maximum.reduceat(by_latent.data, first) if len(first) else by_latent.data
-        counts = np.bincount(latent[first], minlength=self.d_sae)
-        return _Codes(
-            np.concatenate([[0], np.cumsum(counts)]), example[first], peaks,
-            np.append(first, len(example)), token_idx[by_latent.indices], by_latent.data,
-        )  # fmt: skip
+
+def _ranks(group: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Place of each entry in its group, from the lowest score up."""
+    order = np.lexsort((score, group))
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+    return ranks

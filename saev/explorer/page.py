@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import gzip
 import hashlib
 import html
 import importlib.resources
@@ -17,19 +18,24 @@ from saev import storage
 from saev.config import VisualsConfig
 from saev.config.pages import ReportConfig
 from saev.errors import ConfigError
-from saev.explorer import pictures
-from saev.explorer.data import NONE, Measured
+from saev.explorer import columns
+from saev.explorer import pictures as album
+from saev.explorer.data import NONE, Kind, Measured
 from saev.explorer.pictures import Album
 from saev.images.decode import decode_image
 from saev.inference import provenance
+from saev.inference.results import Results
 from saev.progress import Progress
 from saev.secrets import redact
+from saev.shards import Shards
 from saev.visuals import heading
 from saev.visuals.pictures import Pictures
 from saev.visuals.views import Images
 
 logger = logging.getLogger(__name__)
 
+_U2, _U4 = 1 << 16, 1 << 32
+_LARGEST, _NAN = (1 << 15) - 1, -(1 << 15)
 _REMEDY = "Say which activations with --shards URL."
 
 
@@ -39,12 +45,23 @@ class Block(tp.NamedTuple):
     kind: str
     """dtype of numpy, or "" for pictures."""
     data: bytes
+    """As they are in the file: numbers are compressed, pictures are already."""
+    scale: float = 1.0
+    """What integers are multiplied by. The lowest one stands for NaN then."""
 
     @classmethod
-    def of(cls, values: tp.Any, kind: str) -> tp.Self:
+    def of(cls, values: tp.Any, kind: str, scale: float = 1.0) -> tp.Self:
         """An array, flat and little-endian."""
         array = np.ascontiguousarray(values, dtype=np.dtype(kind).newbyteorder("<"))
-        return cls(kind, array.tobytes())
+        return cls(kind, gzip.compress(array.tobytes(), 6, mtime=0), scale)
+
+    @classmethod
+    def scaled(cls, values: np.ndarray) -> tp.Self:
+        """Floats as int16, for figures of which two or three digits are shown."""
+        largest = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+        scale = largest / _LARGEST
+        found = np.where(np.isnan(values), _NAN, np.round(values / scale))
+        return cls.of(found, "i2", scale)
 
     @property
     def text(self) -> str:
@@ -63,7 +80,24 @@ class Part(tp.NamedTuple):
     def n_bytes(self) -> int:
         """What it takes in the file."""
         text = len(_json(self.facts).encode())
-        return text + sum(math.ceil(pictures.encoded(len(b.data))) for b in self.blocks.values())
+        return text + sum(math.ceil(album.encoded(len(b.data))) for b in self.blocks.values())
+
+
+class Sae(tp.NamedTuple):
+    """One SAE that the file shows."""
+
+    run: str
+    """URL of its run folder."""
+    results: Results
+    """What inference measured."""
+    shards: Shards
+    """What it was measured on."""
+    pictures: album.Images
+    """Gives the images."""
+    class_names: tp.Mapping[int, str]
+    """Names of the values of masks."""
+    other_model: tp.Sequence[str] = ()
+    """In what the activations differ from those of training."""
 
 
 def write(cfg: ReportConfig, progress: Progress | None = None) -> str:
@@ -79,36 +113,61 @@ def write(cfg: ReportConfig, progress: Progress | None = None) -> str:
         StorageError: something is missing, or the file cannot be written.
     """
     progress = progress or Progress(quiet=True)
-    room = (cfg.max_mb * 1e6 - len(_frame([]).encode())) / len(cfg.run)
     images = Images()
     try:
-        parts = [_part(cfg, storage.normalize(run), images, room, progress) for run in cfg.run]
+        saes = [_open(cfg, storage.normalize(run), images) for run in cfg.run]
+        text = render(saes, cfg.max_mb, progress)
     finally:
         images.close()
-    text = _frame(parts)
-    if len(text) > cfg.max_mb * 1e6:
-        raise ConfigError(
-            f"The numbers of all latents alone take {len(text) / 1e6:.1f} MB, and --max-mb is "
-            f"{cfg.max_mb:g}. Raise it, or give fewer runs."
-        )
     url = storage.normalize(cfg.out)
     progress.publish_point()
     storage.write_text(url, text)
     return url
 
 
-def _part(cfg: ReportConfig, run: str, images: Images, room: float, progress: Progress) -> Part:
+def render(saes: Sequence[Sae], max_mb: float, progress: Progress | None = None) -> str:
+    """The text of the file. As many pictures are in it as fit.
+
+    Args:
+        saes: what it shows; they share the room.
+        max_mb: most megabytes.
+        progress: where to tell how far it is.
+
+    Raises:
+        ConfigError: the numbers alone are larger.
+        StorageError: results have no tables, or an image is gone.
+    """
+    progress = progress or Progress(quiet=True)
+    room = (max_mb * 1e6 - len(_frame([]).encode())) / len(saes)
+    parts = [_part(sae, room, progress) for sae in saes]
+    text = _frame(parts)
+    if len(text.encode()) > max_mb * 1e6:
+        raise ConfigError(
+            f"The numbers of all latents alone take {len(text) / 1e6:.1f} MB, and --max-mb is "
+            f"{max_mb:g}. Raise it, or give fewer runs."
+        )
+    return text
+
+
+def _open(cfg: ReportConfig, run: str, images: Images) -> Sae:
     of_run = VisualsConfig(
         run=run, shards=cfg.shards or _shards_of(run), data=cfg.data,
         allow_other_model=cfg.allow_other_model,
     )  # fmt: skip
     opened = Pictures(of_run, images)
     source = opened.source
-    measured = Measured(opened.results, opened.shards, run, source.class_names)
+    return Sae(
+        run, opened.results, opened.shards, album.Originals(source), source.class_names,
+        opened.other_model,
+    )  # fmt: skip
+
+
+def _part(sae: Sae, room: float, progress: Progress) -> Part:
+    measured = Measured(sae.results, sae.shards, sae.class_names)
     with progress.doing("reading results"):
-        part = Part(_facts(measured, opened, run), _numbers(measured))
-    album = pictures.collect(measured, source, room - part.n_bytes, progress)
-    return _with_pictures(part, measured, album)
+        part = numbers(sae, measured)
+    taken = album.collect(measured, sae.pictures, room - part.n_bytes, progress)
+    return with_pictures(part, measured, taken)
 
 
 def _shards_of(run: str) -> str:
@@ -120,100 +179,139 @@ def _shards_of(run: str) -> str:
     return storage.recorded_folder(trained.train_data.shards, place, _REMEDY)
 
 
-def _facts(measured: Measured, opened: Pictures, run: str) -> dict[str, tp.Any]:
-    """All but the numbers of latents, and the pictures."""
-    title, subtitle, metrics = heading.of(run, opened.results, opened.shards, opened.activations)
-    return {
+def numbers(sae: Sae, measured: Measured) -> Part:
+    """All but the pictures, and what depends on them."""
+    shown, blocks = _columns(measured)
+    metrics = sae.results.metrics
+    activations = sae.shards.metadata.source(metrics.get("layer"), metrics.get("tokens"))
+    title, subtitle, figures = heading.of(sae.run, sae.results, sae.shards, activations)
+    facts = {
         "title": redact(title),
         "subtitle": redact(subtitle),
-        "metrics": [dataclasses.astuple(metric) for metric in metrics],
-        "warnings": [redact(text) for text in opened.other_model],
-        "activations": redact(opened.activations.described),
-        "results": redact(opened.results.url),
+        "metrics": [dataclasses.astuple(metric) for metric in figures],
+        "warnings": [redact(text) for text in sae.other_model],
+        "activations": redact(activations.described),
+        "results": redact(sae.results.url),
         "nLatents": measured.d_sae,
-        "nTokens": measured.n_tokens,
+        "nTokens": measured.n_measured("n_tokens"),
+        "nImages": measured.n_measured("n_images"),
+        "nFiring": int((measured.n_tokens > 0).sum()),
         "grid": list(measured.grid),
-        "hasCodes": measured.n_images is not None,
-        "classes": [redact(name) for name in measured.classes],
-        "imagesByClass": measured.images_by_class.tolist(),
-        "found": [[one, [list(f) for f in rows]] for one, rows in measured.found.items()],
-        "concepts": [
-            [redact(name), row["n_tokens"], row["latent"], row["average_precision"],
-             row["purity_at_16"]]
-            for name, row in measured.concepts
-        ],
-    }  # fmt: skip
-
-
-def _numbers(measured: Measured) -> dict[str, Block]:
-    """One number, or a few, of each latent."""
-    results = measured.results
-    usual, purity = measured.usual
-    bins = measured.histogram
-    heights = np.sqrt(bins / np.maximum(bins.max(axis=1, keepdims=True), 1)) * 255
-    blocks = {
-        "count": Block.of(results.counts, "f8"),
-        "mean": Block.of(np.where(results.counts > 0, results.mean_values, 0), "f4"),
-        "max": Block.of(results.max_values, "f4"),
-        "order": Block.of(measured.order, "u4"),
-        "usual": Block.of(usual, "i2" if len(measured.classes) < 1 << 15 else "i4"),
-        "purity": Block.of(purity, "f4"),
-        "bins": Block.of(np.ceil(heights), "u1"),
+        "columns": shown,
+        "classes": [one._replace(name=redact(one.name))._asdict() for one in measured.classes],
+        "side": "held-out images" if measured.has_held_out else "all images",
     }
-    if measured.n_images is not None:
-        blocks["images"] = Block.of(measured.n_images, "u4")
-    if measured.shares is not None:
-        blocks["shareClass"] = Block.of(measured.shares.classes, "i4")
-        blocks["shareImages"] = Block.of(measured.shares.n_images, "u4")
-    if measured.neighbours is not None:
-        which, cosines = measured.neighbours
-        blocks["near"] = Block.of(which, "u4")
-        blocks["cosine"] = Block.of(np.round(cosines * 32767), "i2")
+    if any(measured.names):
+        facts["names"] = [redact(name) for name in measured.names]
+    return Part(facts, blocks | _lists(measured))
+
+
+def _columns(measured: Measured) -> tuple[list[dict[str, tp.Any]], dict[str, Block]]:
+    """The figures that lists show: what they are, and their numbers."""
+    shown, blocks = [], {}
+    for column in columns.COLUMNS:
+        held_out = column.has_sides and measured.has_held_out
+        values = measured.column(column, held_out=held_out)
+        if np.isnan(values).all():
+            continue
+        facts: dict[str, tp.Any] = {
+            "key": column.key, "name": column.name, "hint": column.hint, "unit": column.unit,
+            "log": column.is_log,
+        }  # fmt: skip
+        blocks[column.key] = _figure(column, values)
+        if held_out:
+            facts["all"] = f"{column.key}_all"
+            blocks[facts["all"]] = _figure(column, measured.column(column, held_out=False))
+        shown.append(facts)
+    return shown, blocks
+
+
+def _figure(column: columns.Column, values: np.ndarray) -> Block:
+    return Block.scaled(values) if column.unit == "ratio" else Block.of(values, "f4")
+
+
+def _lists(measured: Measured) -> dict[str, Block]:
+    """What of latents no list shows."""
+    n_classes, number = len(measured.classes), "u2" if measured.d_sae < _U2 else "u4"
+    of_class = "i2" if n_classes < 1 << 15 else "i4"
+    histograms, findings = measured.histograms, measured.findings
+    per_latent = np.bincount(findings.latent, minlength=measured.d_sae)
+    blocks = {
+        "order": Block.of(measured.order, number),
+        "tokens": Block.of(measured.n_tokens, "f8"),
+        "class": Block.of(measured.best("class"), of_class),
+        "mask": Block.of(measured.best("mask"), of_class),
+        "x": Block.scaled(measured.layout[:, 0]),
+        "y": Block.scaled(measured.layout[:, 1]),
+        "binFirst": Block.of(histograms.first, "u1"),
+        "binCount": Block.of([len(row) for row in histograms.counts], "u1"),
+        "bins": Block.of(_joined(map(_heights, histograms.counts)), "u1"),
+        "findings": Block.of(per_latent, "u1" if per_latent.max(initial=0) < 256 else "u2"),
+        "findingClass": Block.of(findings.number, of_class),
+        "findingAp": Block.scaled(findings.ap),
+        "findingApAll": Block.scaled(findings.ap_all),
+        "findingInside": Block.of(findings.inside, "f4"),
+        "findingOutside": Block.of(findings.outside, "f4"),
+    }
+    for kind in tp.get_args(Kind):
+        which, cosines = measured.nearest(kind)
+        if which.size:
+            none = _U2 - 1 if number == "u2" else _U4 - 1
+            blocks[kind] = Block.of(np.where(which < 0, none, which), number)
+            blocks[f"{kind}Cosine"] = Block.scaled(cosines)
     return blocks
 
 
-def _with_pictures(part: Part, measured: Measured, album: Album) -> Part:
+def _heights(counts: np.ndarray) -> np.ndarray:
+    """Square roots of counts, the largest of which is 255."""
+    return np.ceil(np.sqrt(counts / max(1, counts.max(initial=0))) * 255)
+
+
+def _joined(parts: tp.Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def with_pictures(part: Part, measured: Measured, taken: Album) -> Part:
     """Add pictures, and what images each latent has."""
-    number = {image: i for i, image in enumerate(album.images)}
-    class_of = {name: i for i, name in enumerate(measured.classes)}
+    number = {image: i for i, image in enumerate(taken.images)}
     thumb = np.full(measured.d_sae, NONE)
-    for latent, image in album.thumbs.items():
+    for latent, image in taken.thumbs.items():
         thumb[latent] = number[image]
-    padded = [data + bytes(-len(data) % 3) for data in album.images.values()]
-    latents = sorted(album.examples)
-    examples = [(latent, e) for latent in latents for e in album.examples[latent]]
+    padded = [data + bytes(-len(data) % 3) for data in taken.images.values()]
+    latents = sorted(taken.examples)
+    examples = [(latent, e) for latent in latents for e in taken.examples[latent]]
     n_of = np.zeros(measured.d_sae, dtype=np.int64)
-    n_of[latents] = [len(album.examples[latent]) for latent in latents]
-    high = measured.results.max_values
-    levels = [np.clip(np.ceil(e.values / high[i] * 255), 1, 255) for i, e in examples]
-    is_small = measured.shards.content_tokens <= 1 << 16
+    n_of[latents] = [len(taken.examples[latent]) for latent in latents]
+    levels = [np.clip(np.ceil(e.values / measured.peak[i] * 255), 1, 255) for i, e in examples]
+    is_small = measured.shards.content_tokens <= _U2
+    labels = list(dict.fromkeys(measured.label(i) for i in taken.images))
     blocks = {
         "thumb": Block.of(thumb, "i4"),
-        "pictureBytes": Block.of([len(data) for data in album.images.values()], "u4"),
+        "pictureBytes": Block.of([len(data) for data in taken.images.values()], "u4"),
         "pictures": Block("", b"".join(padded)),
+        "row": Block.of(list(taken.images), "u4"),
         "examples": Block.of(n_of, "u1"),
         "image": Block.of([number[e.example] for _, e in examples], "u4"),
-        "range": Block.of([e.kind for _, e in examples], "u1"),
+        "kind": Block.of([e.kind for _, e in examples], "u1"),
         "value": Block.of([e.value for _, e in examples], "f4"),
+        "quantile": Block.scaled(np.array([e.quantile for _, e in examples])),
+        "side": Block.of([e.side for _, e in examples], "u1"),
         "patches": Block.of([len(e.patches) for _, e in examples], "u4"),
-        "patch": Block.of(
-            np.concatenate([np.zeros(0), *(e.patches for _, e in examples)]),
-            "u2" if is_small else "u4",
-        ),
-        "level": Block.of(np.concatenate([np.zeros(0), *levels]), "u1"),
+        "patch": Block.of(_joined(e.patches for _, e in examples), "u2" if is_small else "u4"),
+        "level": Block.of(_joined(levels), "u1"),
     }
     sizes = (
-        decode_image(next(iter(album.images.values())), "a picture").size
-        if album.images
+        decode_image(next(iter(taken.images.values())), "a picture").size
+        if taken.images
         else (1, 1)
     )
     facts = {
-        "files": [redact(measured.files[i]) for i in album.images],
-        "labels": [class_of.get(measured.image_label(i), NONE) for i in album.images],
+        "files": [redact(measured.file(i)) for i in taken.images],
+        "labelNames": [redact(label) for label in labels],
+        "labels": [labels.index(measured.label(i)) for i in taken.images],
         "aspect": sizes[0] / sizes[1],
-        "nPictured": len(album.thumbs),
-        "nDetailed": len(album.examples),
-        "nFiring": int((measured.results.counts > 0).sum()),
+        "nPictured": len(taken.thumbs),
+        "nDetailed": len(taken.examples),
     }
     return Part(part.facts | facts, part.blocks | blocks)
 
@@ -228,7 +326,9 @@ def _frame(parts: Sequence[Part]) -> str:
     """The text of the file."""
     script, style = (_static(f"explorer.{kind}") for kind in ("js", "css"))
     titles = " · ".join(part.facts["title"] for part in parts) or "saev"
-    kinds = [{name: block.kind for name, block in part.blocks.items()} for part in parts]
+    kinds = [
+        {name: [block.kind, block.scale] for name, block in part.blocks.items()} for part in parts
+    ]
     runs = [{**part.facts, "kinds": kind} for part, kind in zip(parts, kinds, strict=True)]
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "

@@ -36,6 +36,32 @@ def encoded(n_bytes: float) -> float:
     return n_bytes * 4 / 3
 
 
+class Images(tp.Protocol):
+    """Where images come from. Threads may share it."""
+
+    def webp(self, example: int, size: int) -> bytes:
+        """A WebP file of an image, its longer side at most ``size`` pixels."""
+
+
+class Originals:
+    """The original images, as the model saw them."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def webp(self, example: int, size: int) -> bytes:
+        """A WebP file of an image.
+
+        Raises:
+            ImageError: it cannot be decoded or is not the recorded one.
+            StorageError: it is gone.
+        """
+        buffer = io.BytesIO()
+        picture = render.picture(self._source.view(example).image, size)
+        picture.save(buffer, format="WEBP", quality=80 if size > THUMB else 70, method=4)
+        return buffer.getvalue()
+
+
 @dataclasses.dataclass
 class Album:
     """The pictures of one SAE's latents."""
@@ -51,23 +77,16 @@ class Album:
 class _Picker:
     """Fills an album until the room is used up."""
 
-    def __init__(self, measured: Measured, source: Source, progress: Progress):
+    def __init__(self, measured: Measured, source: Images, progress: Progress):
         self.album = Album()
         self.used = 0.0
         self._measured, self._source, self._progress = measured, source, progress
-        self._sizes: dict[int, int] = {}
 
     def encode(self, images: Sequence[int], size: int) -> dict[int, bytes]:
         """WebP files of images, made in threads."""
         with concurrent.futures.ThreadPoolExecutor(cores.available(), "saev-pictures") as pool:
-            made = pool.map(lambda image: self._one(image, size), images)
+            made = pool.map(lambda image: self._source.webp(image, size), images)
             return dict(zip(images, made, strict=True))
-
-    def _one(self, image: int, size: int) -> bytes:
-        buffer = io.BytesIO()
-        picture = render.picture(self._source.view(image).image, size)
-        picture.save(buffer, format="WEBP", quality=80 if size > THUMB else 70, method=4)
-        return buffer.getvalue()
 
     def bytes_each(self, images: Sequence[int], size: int) -> float:
         """Mean size of a file of some images, by a sample."""
@@ -77,7 +96,7 @@ class _Picker:
 
     def text_bytes(self, image: int) -> int:
         """Of an image's name in the file."""
-        return len(self._measured.files[image].encode()) + 16
+        return len(self._measured.file(image).encode()) + 16
 
     def take(
         self, wanted: tp.Mapping[int, Sequence[Example]], size: int, room: float, *, whole: bool
@@ -125,12 +144,12 @@ def example_bytes(example: Example) -> float:
     return encoded(_EXAMPLE_BYTES + _PATCH_BYTES * len(example.patches))
 
 
-def collect(measured: Measured, source: Source, room: float, progress: Progress) -> Album:
+def collect(measured: Measured, source: Images, room: float, progress: Progress) -> Album:
     """Choose pictures: first those of the latents that come first in `measured.order`.
 
     Args:
         measured: the SAE.
-        source: its images.
+        source: gives its images.
         room: most bytes that they may take in the file.
         progress: where to tell how far it is.
 
@@ -139,10 +158,10 @@ def collect(measured: Measured, source: Source, room: float, progress: Progress)
         StorageError: one is gone.
     """
     picker = _Picker(measured, source, progress)
-    firsts = {int(i): measured.top(i)[:1] for i in measured.order.tolist() if measured.top(i)}
-    if not firsts:
+    found = {i: measured.examples(i) for i in measured.order.tolist()}
+    wanted = {i: examples for i, examples in found.items() if examples}
+    if not wanted:
         return picker.album
-    wanted = {i: [*measured.top(i), *measured.bands(i)] for i in firsts}
     uses = collections.Counter(e.example for examples in wanted.values() for e in examples)
     images = list(uses)
     fixed = float(sum(map(picker.text_bytes, images)))
@@ -151,9 +170,9 @@ def collect(measured: Measured, source: Source, room: float, progress: Progress)
         if fixed + len(images) * picker.bytes_each(images, size) <= 0.95 * room:
             picker.take(wanted, size, room, whole=True)
             return picker.album
-    small = list(dict.fromkeys(examples[0].example for examples in firsts.values()))
+    small = list(dict.fromkeys(examples[0].example for examples in wanted.values()))
     kept = len(small) * picker.bytes_each(small, THUMB) + sum(map(picker.text_bytes, small))
     picker.take(wanted, SIZES[-1], room - min(kept, THUMB_SHARE * room), whole=True)
-    rest = {i: examples for i, examples in firsts.items() if i not in picker.album.thumbs}
+    rest = {i: examples[:1] for i, examples in wanted.items() if i not in picker.album.thumbs}
     picker.take(rest, THUMB, room, whole=False)
     return picker.album

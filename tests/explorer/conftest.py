@@ -10,7 +10,8 @@ from saev import cli
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return make_chain(tmp_path_factory.mktemp("explorer"))
+    """Images of both sides, and more than a latent's page shows of the strongest ones."""
+    return make_chain(tmp_path_factory.mktemp("explorer"), n=30, val_fraction=0.3)
 
 
 @pytest.fixture(scope="session")

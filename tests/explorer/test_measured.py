@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import safetensors.numpy
+import sklearn.metrics
 from visuals.chain import D_SAE, DEAD, Chain
 
-from saev import inference
-from saev.config import DataConfig, InferenceConfig
-from saev.explorer import data
-from saev.explorer.data import LOW, MIDDLE, Measured
+from saev.explorer import columns, data
+from saev.explorer.data import SIDES, SPREAD, TOP, Measured
 from saev.inference.results import Results
 from saev.shards import Shards
 from saev.visuals.source import Source
@@ -19,8 +17,7 @@ N_PATCHES = 16
 @pytest.fixture(scope="module")
 def measured(chain: Chain) -> Measured:
     shards = Shards.open(chain.shards)
-    names = Source(shards).class_names
-    return Measured(Results.open(chain.inference), shards, chain.run, names)
+    return Measured(Results.open(chain.inference), shards, Source(shards).class_names)
 
 
 @pytest.fixture(scope="module")
@@ -28,129 +25,158 @@ def dense(measured: Measured) -> np.ndarray:
     """Value of each latent on each patch of each image, [images, patches, d_sae]."""
     codes = measured.results.codes().toarray()
     example, token = measured.results.code_tokens()
-    values = np.zeros((len(measured.files), N_PATCHES, D_SAE))
+    values = np.zeros((measured.shards.n_examples, N_PATCHES, D_SAE))
     values[example, token] = codes
     return values
 
 
-def test_images_and_classes(measured: Measured, dense: np.ndarray) -> None:
-    fires = (dense != 0).any(axis=1)
-    assert measured.n_images is not None
-    assert measured.n_images.tolist() == fires.sum(axis=0).tolist()
-    labels = np.array(measured.shards.examples()["label"].to_pylist())
-    assert measured.shares is not None
-    for latent in range(D_SAE):
-        rates = {name: fires[labels == name, latent].mean() for name in set(labels.tolist())}
-        shown = {
-            measured.classes[one]: n / (labels == measured.classes[one]).sum()
-            for one, n in zip(
-                measured.shares.classes[latent], measured.shares.n_images[latent], strict=True
-            )
-            if one >= 0
-        }
-        assert shown == pytest.approx({k: v for k, v in rates.items() if v > 0})
-        assert list(shown.values()) == sorted(shown.values(), reverse=True)
+@pytest.fixture(scope="module")
+def labels(measured: Measured) -> np.ndarray:
+    return np.array(measured.shards.examples()["label"].to_pylist())
 
 
-def test_latents_that_find_a_class(measured: Measured, dense: np.ndarray) -> None:
-    fires = (dense != 0).any(axis=1)
-    labels = np.array(measured.shards.examples()["label"].to_pylist())
-    assert {measured.classes[one] for one in measured.found} == set(labels.tolist())
-    for one, found in measured.found.items():
-        is_class = labels == measured.classes[one]
-        inside, outside = fires[is_class].mean(axis=0), fires[~is_class].mean(axis=0)
-        for latent, of_class, of_others in found:
-            assert (of_class, of_others) == pytest.approx((inside[latent], outside[latent]))
-        gains = [inside[f.latent] - outside[f.latent] for f in found]
-        assert gains[0] == pytest.approx((inside - outside).max())
-        assert gains == sorted(gains, reverse=True)
+@pytest.fixture(scope="module")
+def held_out(measured: Measured) -> np.ndarray:
+    side = measured.results.images()["side"].to_numpy()
+    mask = side == "held-out"
+    assert 0 < mask.sum() < len(mask)
+    return mask
 
 
-def test_histogram(measured: Measured, dense: np.ndarray) -> None:
-    for latent in range(D_SAE):
-        values = dense[..., latent][dense[..., latent] != 0]
-        if len(values):
-            edges = np.linspace(0, values.max(), data.BINS + 1)
-            counts = np.histogram(values.clip(0), edges)[0]
-            # A value on an edge may be on either side, because edges are rounded.
-            assert np.abs(np.cumsum(counts - measured.histogram[latent])).max() <= 1
-        assert measured.histogram[latent].sum() == len(values)
+def column(measured: Measured, key: str, *, held_out: bool) -> np.ndarray:
+    (found,) = (c for c in columns.COLUMNS if c.key == key)
+    return measured.column(found, held_out=held_out)
 
 
-def test_images_of_the_middle_and_the_low_range(measured: Measured, dense: np.ndarray) -> None:
-    peaks = dense.max(axis=1)
-    shown = 0
-    for latent in range(D_SAE):
-        top = {example.example for example in measured.top(latent)}
-        high = peaks[:, latent].max()
-        for example in measured.bands(latent):
-            shown += 1
-            assert example.example not in top
-            acts = dense[example.example, :, latent]
-            assert example.value == pytest.approx(acts.max())
-            assert example.patches.tolist() == np.flatnonzero(acts).tolist()
-            assert example.values.tolist() == acts[acts != 0].tolist()
-            share = example.value / high
-            assert share <= 1 / 3 if example.kind == LOW else 1 / 3 < share <= 2 / 3
-            assert example.kind in (MIDDLE, LOW)
-    assert (shown > 0) == (len(measured.files) > data.N_TOP)
+def test_columns_of_both_sides(measured: Measured, dense: np.ndarray, held_out: np.ndarray) -> None:
+    for mine, is_held_out in ((np.full(len(dense), True), False), (held_out, True)):
+        values = dense[mine].reshape(-1, D_SAE)
+        fires = values != 0
+        with np.errstate(invalid="ignore"):
+            expected = {
+                "frequency": fires.mean(axis=0),
+                "images": (dense[mine] != 0).any(axis=1).mean(axis=0),
+                "mean": values.sum(axis=0) / fires.sum(axis=0),
+                "max": np.where(fires.any(axis=0), values.max(axis=0), np.nan),
+            }
+        for key, right in expected.items():
+            found = column(measured, key, held_out=is_held_out)
+            np.testing.assert_allclose(found, right, rtol=1e-5, err_msg=key)
+        median = column(measured, "median", held_out=is_held_out)
+        for latent in np.flatnonzero(fires.any(axis=0)):
+            right = np.median(values[fires[:, latent], latent])
+            lowest = np.sort(values[fires[:, latent], latent])
+            gap = lowest[len(lowest) // 2] - lowest[(len(lowest) - 1) // 2]
+            assert abs(median[latent] - right) <= right / 8 + gap
+    assert np.isnan(column(measured, "mean", held_out=False)[DEAD])
 
 
-def test_bands_of_more_images_than_are_at_the_top(
-    measured: Measured, dense: np.ndarray, monkeypatch: pytest.MonkeyPatch
+def test_best_class_is_judged_by_held_out_images(
+    measured: Measured, dense: np.ndarray, labels: np.ndarray, held_out: np.ndarray
 ) -> None:
-    monkeypatch.setattr(data, "N_TOP", 1)
-    few = Measured(measured.results, measured.shards, "", {})
-    test_images_of_the_middle_and_the_low_range(few, dense)
+    peaks = dense.max(axis=1)
+    best = measured.best("class")
+    found = column(measured, "class_ap", held_out=True)
+    assert best[DEAD] == data.NONE
+    for latent in np.flatnonzero(best >= 0):
+        is_class = labels == measured.classes[best[latent]].name
+        others = [
+            sklearn.metrics.average_precision_score(mine[~held_out], peaks[~held_out, latent])
+            for mine in (labels == name for name in set(labels.tolist()))
+        ]
+        chosen = sklearn.metrics.average_precision_score(
+            is_class[~held_out], peaks[~held_out, latent]
+        )
+        assert chosen == pytest.approx(max(others), abs=1e-6), "chosen on the training side"
+        judged = sklearn.metrics.average_precision_score(
+            is_class[held_out], peaks[held_out, latent]
+        )
+        assert found[latent] == pytest.approx(judged, abs=1e-6)
 
 
-def test_neighbours(measured: Measured, chain: Chain) -> None:
-    weights = safetensors.numpy.load_file(f"{chain.run}/checkpoint/sae.safetensors")["W_dec"]
-    unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
-    similar = unit @ unit.T
-    np.fill_diagonal(similar, -2)
-    assert measured.neighbours is not None
-    which, cosines = measured.neighbours
+def test_findings(
+    measured: Measured, dense: np.ndarray, labels: np.ndarray, held_out: np.ndarray
+) -> None:
+    fires = (dense != 0).any(axis=1)
+    found = measured.findings
+    assert (np.diff(found.latent) >= 0).all()
+    kinds = np.array([one.kind for one in measured.classes])
+    assert {"image", "mask"} == set(kinds.tolist())
+    for i in np.flatnonzero(kinds[found.number] == "image"):
+        one, latent = measured.classes[found.number[i]], found.latent[i]
+        is_class = labels == one.name
+        assert one.support == is_class.sum()
+        assert found.inside[i] == pytest.approx(fires[is_class & held_out, latent].mean())
+        assert found.outside[i] == pytest.approx(fires[~is_class & held_out, latent].mean())
+    best = measured.best("class")
+    for latent in np.flatnonzero(best >= 0):
+        assert best[latent] in found.number[found.latent == latent]
+
+
+def test_names_of_classes_of_patches(measured: Measured) -> None:
+    names = {one.name for one in measured.classes if one.kind == "mask"}
+    assert names <= set(Source(measured.shards).class_names.values()) | {"class 3"}
+    assert "noise" in names
+
+
+def test_histograms(measured: Measured, dense: np.ndarray) -> None:
+    octaves = np.arange(-12, 20)
+    starts = np.concatenate([2.0**o * (1 + np.arange(data.BINS) / data.BINS) for o in octaves])
+    found = measured.histograms
     for latent in range(D_SAE):
-        best = np.sort(similar[latent])[::-1][: data.N_NEIGHBOURS]
-        assert cosines[latent] == pytest.approx(best, abs=1e-6)
-        assert similar[latent][which[latent]] == pytest.approx(best, abs=1e-6)
+        values = dense[..., latent][dense[..., latent] != 0].astype(np.float32)
+        counts = found.counts[latent]
+        assert counts.sum() == len(values)
+        if len(values):
+            right = np.bincount(np.searchsorted(starts, values, side="right") - 1)
+            assert counts.tolist() == right[found.first[latent] :].tolist()
 
 
-def test_order_and_usual_class(measured: Measured) -> None:
+def test_examples(measured: Measured, dense: np.ndarray, held_out: np.ndarray) -> None:
+    peaks = dense.max(axis=1)
+    spread = 0
+    for latent in range(D_SAE):
+        fires = np.flatnonzero((dense[..., latent] != 0).any(axis=1))
+        examples = measured.examples(latent)
+        top = [e for e in examples if e.kind == TOP]
+        assert [e.value for e in top] == pytest.approx(
+            np.sort(peaks[fires, latent])[::-1][: data.N_TOP], rel=1e-5
+        )
+        assert len({e.example for e in examples}) == len(examples) <= len(fires)
+        rest = [e for e in examples if e.kind == SPREAD]
+        assert [e.value for e in rest] == sorted((e.value for e in rest), reverse=True)
+        spread += len(rest)
+        for e in examples:
+            acts = dense[e.example, :, latent]
+            assert e.value == pytest.approx(acts.max(), rel=1e-5)
+            assert e.patches.tolist() == np.flatnonzero(acts).tolist()
+            assert e.values == pytest.approx(acts[acts != 0], rel=1e-3)  # stored as float16
+            assert SIDES[e.side] == ("held-out" if held_out[e.example] else "training")
+            below = (peaks[fires, latent] <= acts.max() * (1 + 1e-6)).mean()
+            assert e.quantile == pytest.approx(below, abs=1e-6)
+    assert spread > D_SAE
+
+
+def test_order_and_purity(measured: Measured, labels: np.ndarray) -> None:
     assert sorted(measured.order.tolist()) == list(range(D_SAE))
-    dead = np.flatnonzero(measured.results.counts == 0)
+    dead = np.flatnonzero(measured.n_tokens == 0)
     assert DEAD in dead
     assert set(measured.order[-len(dead) :].tolist()) == set(dead.tolist())
-    which, share = measured.usual
-    assert (which[DEAD], share[DEAD]) == (data.NONE, 0)
-    labels = measured.shards.labels()
-    assert labels is not None
-    names = Source(measured.shards).class_names
-    for latent in np.flatnonzero(measured.results.counts > 0).tolist():
-        top = measured.results.top(latent)
-        strongest = [
-            labels[example, acts.argmax()]
-            for example, acts in zip(top.example_idx, top.token_acts, strict=True)
-        ][: data.N_TOP]
-        found = [names.get(int(label), "") for label in strongest]
-        name = measured.classes[which[latent]]
-        if all(found):
-            assert share[latent] == pytest.approx(found.count(name) / len(found))
-            assert found.count(name) == max(map(found.count, found))
+    for latent in range(D_SAE):
+        top = [labels[e.example] for e in measured.examples(latent) if e.kind == TOP]
+        if top:
+            right = max(map(top.count, top)) / len(top)
+            assert measured.purity[latent] == pytest.approx(right)
+        else:
+            assert np.isnan(measured.purity[latent])
 
 
-def test_without_codes(chain: Chain, tmp_path: object) -> None:
-    url = inference.run(
-        InferenceConfig(
-            run=chain.run, data=DataConfig(shards=chain.shards), save=False, out=f"{tmp_path}/out",
-            device="cpu",
-        )
-    )  # fmt: skip
-    measured = Measured(Results.open(url), Shards.open(chain.shards), chain.run, {})
-    assert measured.n_images is None
-    assert measured.shares is None
-    assert measured.found == {}
-    assert measured.bands(1) == []
-    top = measured.results.top(1)
-    assert measured.histogram[1].sum() == np.count_nonzero(top.token_acts[: data.N_TOP])
+def test_neighbours_are_those_of_the_table(measured: Measured) -> None:
+    table = measured.table.to_pydict()
+    for kind, name in (("neighbour", "neighbours"), ("coactive", "coactive")):
+        which, cosines = measured.nearest(kind)
+        for latent in range(D_SAE):
+            n = min(data.N_NEIGHBOURS, len(table[name][latent]))
+            assert which[latent][:n].tolist() == table[name][latent][:n]
+            assert cosines[latent][:n] == pytest.approx(table[f"{kind}_cosines"][latent][:n])
+            assert (which[latent][n:] == data.NONE).all()

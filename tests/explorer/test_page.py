@@ -39,7 +39,7 @@ def test_only_its_own_script_may_run(file: Path) -> None:
 def test_hostile_names_stay_text(file: Path) -> None:
     text = file.read_text()
     assert HOSTILE_LABEL not in text
-    classes = facts_of(text)[0]["classes"]
+    classes = [one["name"] for one in facts_of(text)[0]["classes"]]
     assert HOSTILE_LABEL in classes
     assert HOSTILE_CLASS in classes
 

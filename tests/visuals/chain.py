@@ -99,7 +99,7 @@ def write_photos(root: str, n: int = 8) -> None:
     storage.write_text(f"{root}/classes.csv", f'label,name\n0,noise\n1,"{quoted}"\n2,ramp\n')
 
 
-def make_run(run: str, shards: str, d_model: int, seed: int = 0) -> None:
+def make_run(run: str, shards: str, d_model: int, seed: int = 0, val_fraction: float = 0.0) -> None:
     """A run folder as training leaves it; DEAD never fires, 1 and 2 do on many patches."""
     cfg = SaeConfig(d_model=d_model, d_sae=D_SAE, activation=TopK(top_k=4))
     generator = torch.Generator().manual_seed(seed)
@@ -110,13 +110,16 @@ def make_run(run: str, shards: str, d_model: int, seed: int = 0) -> None:
     sae.b_enc[DEAD] = -1e6
     sae.b_enc[1:3] = 0.4
     sae.save(storage.join(run, "checkpoint"))
-    train = TrainConfig.from_dict({"train_data": {"shards": shards}, "sae": cfg.to_dict()})
+    data = {"shards": shards, "split": "train" if val_fraction else "all"}
+    train = TrainConfig.from_dict(
+        {"train_data": {**data, "val_fraction": val_fraction}, "sae": cfg.to_dict()}
+    )
     storage.write_json(storage.join(run, "config.json"), train.to_dict())
 
 
-def make_chain(root: Path) -> Chain:
+def make_chain(root: Path, n: int = 8, val_fraction: float = 0.0) -> Chain:
     photos = str(root / "photos")
-    write_photos(photos)
+    write_photos(photos, n)
     shards = extract.run(
         ShardsConfig(
             shards_root=str(root / "shards"), family="visuals-test", ckpt="tiny", layers=(1,),
@@ -125,7 +128,7 @@ def make_chain(root: Path) -> Chain:
         )
     )  # fmt: skip
     run = str(root / "runs" / "r0")
-    make_run(run, shards, d_model=D_MODEL)
+    make_run(run, shards, d_model=D_MODEL, val_fraction=val_fraction)
     measured = inference.run(
         InferenceConfig(run=run, data=DataConfig(shards=shards), n_dists=2, device="cpu")
     )

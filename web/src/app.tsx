@@ -1,70 +1,121 @@
+import { Component, type ComponentChildren } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
-import { Classes } from "./classes";
-import type { Run } from "./data";
-import { listed, Search } from "./filter";
+import { follow, toHash, type Address, type Router } from "./address";
+import { listed, readFilter } from "./filter";
 import { count, percent, whole } from "./format";
-import { Latent } from "./latent";
-import { List } from "./list";
-import { LatentMap } from "./map";
-import { START, toHash, type Router, type View } from "./route";
-import { Toolbar } from "./toolbar";
+import { usePromise } from "./hooks";
+import { PAGES, type PageProps } from "./pages";
+import type { Run, Source, Summary } from "./source";
 
-export function App({ runs, router }: { runs: Run[]; router: Router }) {
-  const [view, setView] = useState<View>(router.view);
-  const scrolled = useRef(0);
-  const run = runs[Math.min(view.run, runs.length - 1)];
-  const search = useMemo(() => new Search(run), [run]);
-  const shown = useMemo(
-    () => listed(run, search, view),
-    [run, view.query, view.sort, view.ranges, view.classNumber],
+interface Props {
+  source: Source;
+  router: Router;
+}
+
+export function App({ source, router }: Props) {
+  const [address, setAddress] = useState<Address>(router.address);
+  useEffect(() => router.listen(setAddress), [router]);
+  return (
+    <Guard at={toHash(address)}>
+      <Chosen source={source} router={router} address={address} />
+    </Guard>
   );
-  const latent = view.latent !== null && view.latent < run.facts.nLatents ? view.latent : null;
+}
 
-  useEffect(() => router.listen(setView), [router]);
-  useLayoutEffect(() => {
-    if (latent === null) scrollTo(0, scrolled.current);
-    else scrollTo(0, 0);
-  }, [latent]);
+/** Shows an error in words, where the page would be, until another address is opened. */
+class Guard extends Component<{ at: string; children: ComponentChildren }, { error: unknown }> {
+  override state = { error: null as unknown };
+  override componentDidCatch(error: unknown) {
+    this.setState({ error });
+  }
+  override componentDidUpdate(before: { at: string }) {
+    if (this.state.error && before.at !== this.props.at) this.setState({ error: null });
+  }
+  override render() {
+    const { error } = this.state;
+    if (!error) return this.props.children;
+    return (
+      <main class="one">
+        <p class="warning" role="alert">{error instanceof Error ? error.message : String(error)}</p>
+      </main>
+    );
+  }
+}
+
+function Chosen({ source, router, address }: Props & { address: Address }) {
+  const runs = usePromise(() => source.runs(), [source]);
+  const id = address.run ?? runs?.[0]?.id ?? null;
+  const run = usePromise(() => (id === null ? null : source.open(id)), [id]);
+  if (!runs || !run || run.id !== id) return <p class="loading">Reading the latents …</p>;
+  return <OfRun key={id} source={source} runs={runs} run={run} router={router} address={address} />;
+}
+
+/** What the text search finds, and so which latents are listed. */
+function useShown(run: Run, words: Address["words"]) {
+  const filter = useMemo(() => readFilter(words), [JSON.stringify(words)]);
+  const query = filter.query.trim();
+  const found = usePromise(() => (query ? run.search(query) : null), [run, query]);
+  const shown = useMemo(
+    () => listed(run, filter, query ? found : null),
+    [run, filter.sort, filter.class, JSON.stringify(filter.ranges), query !== "", found],
+  );
+  return { filter, shown };
+}
+
+interface OfRunProps extends Props {
+  runs: Summary[];
+  run: Run;
+  address: Address;
+}
+
+function OfRun({ source, runs, run, router, address }: OfRunProps) {
+  const { filter, shown } = useShown(run, address.words);
+  const scrolled = useRef(0);
+  const page = PAGES.find((one) => one.path === address.page) ?? PAGES[0];
+  const isList = page === PAGES[0];
+
+  useLayoutEffect(() => scrollTo(0, isList ? scrolled.current : 0), [page, address.item]);
   useEffect(() => {
     const remember = () => {
-      if (router.view.latent === null) scrolled.current = scrollY;
+      if (router.address.page === "") scrolled.current = scrollY;
     };
     addEventListener("scroll", remember, { passive: true });
     return () => removeEventListener("scroll", remember);
   }, [router]);
 
-  const filter = (change: Partial<View>) => {
+  const to = (latent: number): Partial<Address> => ({ run: run.id, page: "latent", item: String(latent) });
+  const open = (latent: number) => router.go(to(latent));
+  const close = () => router.go({ page: "", item: "" });
+  const narrow = (words: Address["words"]) => {
     scrolled.current = Math.min(scrollY, scrolled.current);
-    router.go({ ...change, latent: null }, true);
+    const isSame = router.address.page === "";
+    router.go({ run: run.id, page: "", item: "", words: { ...router.address.words, ...words } }, isSame);
   };
-  const open = (one: number) => router.go({ latent: one });
   // What is looked at now: a second key may come before the first one is drawn.
-  const current = () => router.view.latent;
+  const current = () => (router.address.page === "latent" ? Number(router.address.item) : null);
   const step = (by: number) => {
     const one = current();
     if (one === null || !shown.length) return;
     const at = shown.indexOf(one);
-    const next = at < 0 ? 0 : (at + by + shown.length) % shown.length;
-    router.go({ latent: shown[next] }, true);
+    router.go(to(shown[at < 0 ? 0 : (at + by + shown.length) % shown.length]), true);
   };
-  const close = () => router.go({ latent: null });
+  const random = () => open(shown[Math.floor(Math.random() * shown.length)]);
 
   useLayoutEffect(() => {
     const onKey = (event: KeyboardEvent) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const target = event.target as HTMLElement;
-      const types = target.matches("input:not([type=range]), select, textarea");
-      if (types) {
+      if (target.matches("input:not([type=range], [type=checkbox]), select, textarea")) {
         if (event.key === "Escape") target.blur();
         return;
       }
-      const on_slider = target.matches("input[type=range]");
+      const onSlider = target.matches("input[type=range]");
       const action =
         event.key === "/" ? () => document.getElementById("search")?.focus()
-        : event.key === "r" && shown.length ? () => open(shown[Math.floor(Math.random() * shown.length)])
-        : current() === null || on_slider ? null
-        : event.key === "ArrowLeft" ? () => step(-1)
-        : event.key === "ArrowRight" ? () => step(1)
+        : event.key === "r" && shown.length ? random
+        : isList || onSlider ? null
+        : event.key === "ArrowLeft" && current() !== null ? () => step(-1)
+        : event.key === "ArrowRight" && current() !== null ? () => step(1)
         : event.key === "Escape" ? close
         : null;
       if (!action) return;
@@ -75,33 +126,14 @@ export function App({ runs, router }: { runs: Run[]; router: Router }) {
     return () => removeEventListener("keydown", onKey);
   });
 
+  const props: PageProps = {
+    source, run, address, router, filter, shown, narrow, open, step,
+    href: (latent) => toHash({ ...address, ...to(latent) }),
+  };
   return (
     <>
-      <Header run={run} runs={runs} choose={(one) => router.go({ ...START, run: one })} small={latent !== null} />
-      {latent === null ? (
-        <main>
-          <div class="beside">
-            <LatentMap run={run} shown={shown} ranges={view.ranges} filter={filter} open={open} />
-            <Classes run={run} view={view} filter={filter} href={(one) => toHash({ ...view, latent: one })} open={open} />
-          </div>
-          <section class="all" aria-label="Latents">
-            <Toolbar run={run} view={view} n={shown.length} filter={filter} random={() => open(shown[Math.floor(Math.random() * shown.length)])} />
-            <List run={run} shown={shown} view={view} filter={filter} open={open} />
-          </section>
-        </main>
-      ) : (
-        <Latent
-          key={`${run.number}/${latent}`}
-          run={run}
-          latent={latent}
-          place={[shown.indexOf(latent) + 1, shown.length]}
-          step={step}
-          close={close}
-          open={open}
-          filter={filter}
-          href={(one) => toHash({ ...view, latent: one })}
-        />
-      )}
+      <Header runs={runs} small={!isList} {...props} />
+      <page.View key={`${page.path}/${address.item}`} {...props} />
       <footer>
         <p>{run.facts.activations}</p>
         <p>
@@ -114,15 +146,9 @@ export function App({ runs, router }: { runs: Run[]; router: Router }) {
   );
 }
 
-interface HeaderProps {
-  run: Run;
-  runs: Run[];
-  choose: (run: number) => void;
-  small: boolean;
-}
-
-function Header({ run, runs, choose, small }: HeaderProps) {
+function Header({ source, run, runs, router, address, small }: PageProps & { runs: Summary[]; small: boolean }) {
   const { facts } = run;
+  const pages = PAGES.filter((one) => one.name && (one.can?.(source, run) ?? true));
   return (
     <header class={small ? "top small" : "top"}>
       <div class="titles">
@@ -131,14 +157,24 @@ function Header({ run, runs, choose, small }: HeaderProps) {
         {runs.length > 1 && (
           <label class="runs">
             SAE{" "}
-            <select value={run.number} onChange={(e) => choose(Number(e.currentTarget.value))}>
-              {runs.map((one) => (
-                <option value={one.number}>{one.facts.title}</option>
-              ))}
+            <select value={run.id} onChange={(e) => router.go({ run: e.currentTarget.value, page: "", item: "", words: {} })}>
+              {runs.filter((one) => one.isMeasured).map((one) => <option value={one.id}>{one.title}</option>)}
             </select>
           </label>
         )}
       </div>
+      {pages.length > 1 && (
+        <nav class="pages" aria-label="Pages">
+          {pages.map(({ path, name }) => {
+            const to = { ...address, run: run.id, page: path, item: "" };
+            return (
+              <a href={toHash(to)} aria-current={address.page === path ? "page" : undefined} onClick={(event) => follow(event, () => router.go(to))}>
+                {name}
+              </a>
+            );
+          })}
+        </nav>
+      )}
       {!small && (
         <dl class="metrics">
           {facts.metrics.map(([label, text, hint]) => (
@@ -166,9 +202,8 @@ function words(run: Run): string {
     facts.nDetailed < facts.nPictured
       ? ` Of ${whole(facts.nDetailed)}, the strong and rare ones, there are several with marked patches; of the others there is one.`
       : "";
-  const codes = facts.hasCodes
-    ? ""
-    : ` There are no sparse codes in these results, or too many to read for a page: numbers of images and images from the middle and the low range are left out, and histograms are of the strongest images.`;
-  const share = facts.nFiring ? Array.from(run.frequency).reduce((a, b) => a + b, 0) / facts.nLatents : 0;
-  return `${pictured}${silent}.${few}${codes} On average, a latent fires on ${percent(share)} of ${count(facts.nTokens, "token")}.`;
+  const frequency = Array.from(run.values("frequency")).filter((value) => value > 0);
+  const share = frequency.length ? frequency.reduce((a, b) => a + b, 0) / facts.nLatents : 0;
+  const rest = facts.columns.some(({ all }) => all) ? " The small figures below them are of all images." : "";
+  return `${pictured}${silent}.${few} On average, a latent fires on ${percent(share)} of ${count(facts.nTokens, "token")}. Figures of latents are of ${facts.side}.${rest}`;
 }

@@ -1,103 +1,76 @@
-import type { Run } from "./data";
-import { number, percent, whole } from "./format";
-import type { View } from "./route";
+import { follow } from "./address";
+import { noFilter } from "./filter";
+import { figure, number, percent, whole } from "./format";
+import { usePromise } from "./hooks";
+import type { PageProps } from "./pages";
+import type { Finding } from "./source";
 
 /** On a narrow screen, the list comes first: the map and the classes are opened by a click. */
 export const WIDE = matchMedia("(min-width: 861px)").matches;
+const N_FOUND = 4;
 
-interface Props {
-  run: Run;
-  view: View;
-  filter: (change: Partial<View>) => void;
-  href: (latent: number) => string;
-  open: (latent: number) => void;
-}
+const KINDS = [
+  { kind: "image", name: "Classes of images", things: "Images" },
+  { kind: "mask", name: "Classes of patches", things: "Patches" },
+] as const;
 
 /** The classes of images and of patches, with the latents that find them. */
-export function Classes({ run, view, filter, href, open }: Props) {
-  const { facts } = run;
-  const found = new Map(facts.found);
-  const withImages = facts.classes.map((_, i) => i).filter((i) => facts.imagesByClass[i] > 0);
-  if (!withImages.length && !facts.concepts.length) return null;
-  const link = (latent: number, hint: string) => (
-    <a href={href(latent)} title={hint} onClick={(event) => follow(event, () => open(latent))}>
-      {latent}
-    </a>
-  );
+export function Classes({ run, filter, narrow, href, open }: PageProps) {
+  const { classes, side } = run.facts;
+  const findings = usePromise(() => run.findings(), [run]) ?? [];
+  const found = new Map<number, Finding[]>();
+  for (const one of findings) {
+    if (!found.has(one.class)) found.set(one.class, []);
+    const mine = found.get(one.class)!;
+    if (mine.length < N_FOUND && one.apAll > 0) mine.push(one);
+  }
+  const shown = KINDS.filter(({ kind }) => classes.some((one) => one.kind === kind));
+  if (!shown.length) return null;
   return (
     <section class="card classes" aria-label="Classes">
-      {withImages.length > 0 && (
-        <details open={WIDE}>
+      {shown.map(({ kind, name, things }, place) => (
+        <details key={kind} open={WIDE && place === 0}>
           <summary>
-            <h2>Classes of images</h2>
+            <h2>{name}</h2>
           </summary>
-          <div class="scroll">
+          <div class="scroll" tabIndex={0} role="region" aria-label={name}>
             <table>
               <thead>
                 <tr>
                   <th scope="col">Class</th>
-                  <th scope="col" class="n">Images</th>
+                  <th scope="col" class="n">{things}</th>
+                  <th scope="col" class="n" title={`Average precision of the first latent, of ${side}`}>AP</th>
                   <th scope="col">Latents that find it</th>
                 </tr>
               </thead>
               <tbody>
-                {withImages.map((i) => (
-                  <tr>
+                {classes.map((one, i) => one.kind === kind && (
+                  <tr key={i}>
                     <th scope="row">
-                      <button type="button" aria-pressed={view.classNumber === i} onClick={() => filter({ classNumber: view.classNumber === i ? null : i })}>
-                        {facts.classes[i]}
+                      <button type="button" aria-pressed={filter.class === i} onClick={() => narrow({ ...noFilter(filter), class: filter.class === i ? "" : String(i) })}>
+                        {one.name}
                       </button>
                     </th>
-                    <td class="n">{whole(facts.imagesByClass[i])}</td>
+                    <td class="n">{whole(one.support)}</td>
+                    <td class="n">{figure(found.get(i)?.[0]?.ap ?? NaN, "ratio")}</td>
                     <td class="links">
-                      {(found.get(i) ?? []).slice(0, 4).map(([latent, inside, outside]) =>
-                        link(latent, `Fires on ${percent(inside)} of the images of this class, and on ${percent(outside)} of all others`),
-                      )}
+                      {(found.get(i) ?? []).map((f) => (
+                        <a key={f.latent} href={href(f.latent)} title={said(f)} onClick={(event) => follow(event, () => open(f.latent))}>
+                          {f.latent}
+                        </a>
+                      ))}
                     </td>
                   </tr>
                 ))}
               </tbody>
             </table>
           </div>
-          <p class="hint">A class lists the latents whose strongest images are mostly of it. Latents find a class if they fire on its images and on few others.</p>
         </details>
-      )}
-      {facts.concepts.length > 0 && (
-        <details>
-          <summary>
-            <h2>Classes of patches</h2>
-          </summary>
-          <div class="scroll">
-            <table>
-              <thead>
-                <tr>
-                  <th scope="col">Class</th>
-                  <th scope="col" class="n">Patches</th>
-                  <th scope="col" class="n">Best latent</th>
-                  <th scope="col" class="n" title="Average precision of the latent's values as a ranking of all labelled patches">AP</th>
-                </tr>
-              </thead>
-              <tbody>
-                {facts.concepts.map(([name, n, latent, ap]) => (
-                  <tr>
-                    <th scope="row">{name}</th>
-                    <td class="n">{whole(n)}</td>
-                    <td class="n links">{link(latent, `Open latent ${latent}`)}</td>
-                    <td class="n">{number(ap)}</td>
-                  </tr>
-                ))}
-              </tbody>
-            </table>
-          </div>
-        </details>
-      )}
+      ))}
+      <p class="hint">A class lists the latents of which it is the best class. The latents that find it are those with the highest average precision.</p>
     </section>
   );
 }
 
-/** Follow a link inside the page. In a srcdoc iframe the browser would leave the page for it. */
-export function follow(event: MouseEvent, go: () => void): void {
-  if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-  event.preventDefault();
-  go();
-}
+const said = ({ ap, inside, outside }: Finding) =>
+  `AP ${number(Number.isNaN(ap) ? 0 : ap)}. Fires on ${percent(inside || 0)} of the class and on ${percent(outside || 0)} of all others`;

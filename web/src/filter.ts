@@ -1,72 +1,70 @@
-// Which latents are listed, in which order.
-import MiniSearch from "minisearch";
-import type { Run } from "./data";
-import { COLUMNS, type Column, type View } from "./route";
+// Which latents are listed, in which order. The words of the address say it.
+import type { Address } from "./address";
+import type { Run } from "./source";
 
-export function values(run: Run, column: Column): ArrayLike<number> | null {
-  return column === "images" ? run.images : run[column];
+export type Range = [low: number, high: number];
+
+export interface Filter {
+  query: string;
+  /** A column, or "rank" (strong and rare first) or "latent"; with "-" in front from high to low. */
+  sort: string;
+  ranges: Record<string, Range>;
+  /** Number of the class that latents find best. */
+  class: number | null;
 }
 
-const plain = (word: string) => word.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
-
-/** Finds latents by names of classes and files. The index is made when it is first needed. */
-export class Search {
-  private index: MiniSearch | null = null;
-  private readonly latents = new Map<string, number[]>();
-
-  constructor(private readonly run: Run) {}
-
-  find(query: string): Set<number> {
-    const words = query.trim().replace(/^#/, "");
-    const found = new Set<number>();
-    if (/^\d+$/.test(words)) {
-      for (let i = 0; i < this.run.facts.nLatents; i++) if (String(i).startsWith(words)) found.add(i);
-      if (found.size) return found;
-    }
-    this.index ??= this.build();
-    for (const { id } of this.index.search(words, { prefix: true, combineWith: "AND" }))
-      for (const latent of this.latents.get(id) ?? []) found.add(latent);
-    return found;
-  }
-
-  private build(): MiniSearch {
-    const { facts } = this.run;
-    const index = new MiniSearch({ fields: ["text"], processTerm: plain });
-    const add = (id: string, text: string) => {
-      this.latents.set(id, []);
-      index.add({ id, text });
-    };
-    facts.classes.forEach((name, i) => add(`c${i}`, name));
-    facts.files.forEach((name, i) => add(`i${i}`, `${name} ${this.run.label(i)}`));
-    for (let i = 0; i < facts.nLatents; i++)
-      if (this.run.usual[i] >= 0) this.latents.get(`c${this.run.usual[i]}`)!.push(i);
-    for (const [latent, image] of this.run.pairs()) this.latents.get(`i${image}`)!.push(latent);
-    return index;
-  }
+/** Four digits, rounded outwards, so that what lies on the edge stays inside. */
+function short(value: number, up: boolean): string {
+  if (!Number.isFinite(value) || value === 0) return value === 0 ? "0" : "";
+  const unit = 10 ** (Math.floor(Math.log10(Math.abs(value))) - 3);
+  return String(Number(((up ? Math.ceil(value / unit) : Math.floor(value / unit)) * unit).toPrecision(4)));
 }
 
-/** The latents that a view lists, in order. */
-export function listed(run: Run, search: Search, view: View): Uint32Array {
-  const found = view.query.trim() ? search.find(view.query) : null;
-  const ranges = COLUMNS.flatMap((column) => {
-    const range = view.ranges[column];
-    const column_values = values(run, column);
-    return range && column_values ? [[column_values, ...range] as const] : [];
-  });
-  const shown: number[] = [];
-  for (let i = 0; i < run.facts.nLatents; i++) {
-    if (found && !found.has(i)) continue;
-    if (view.classNumber !== null && run.usual[i] !== view.classNumber) continue;
-    if (ranges.every(([column, low, high]) => column[i] >= low && column[i] <= high)) shown.push(i);
+export function readFilter(words: Address["words"]): Filter {
+  const ranges: Filter["ranges"] = {};
+  for (const [key, text] of Object.entries(words)) {
+    const found = text.split("..");
+    if (key === "q" || found.length !== 2) continue;
+    const low = found[0] === "" ? -Infinity : Number(found[0]);
+    const high = found[1] === "" ? Infinity : Number(found[1]);
+    if (!Number.isNaN(low) && !Number.isNaN(high)) ranges[key] = [low, high];
   }
-  const down = view.sort.startsWith("-");
-  const name = view.sort.replace(/^-/, "");
-  const key =
-    name === "latent" ? null
-    : (COLUMNS as readonly string[]).includes(name) ? (values(run, name as Column) ?? run.rank)
-    : run.rank;
-  const sign = down ? -1 : 1;
-  if (key) shown.sort((a, b) => sign * (key[a] - key[b]) || a - b);
-  else if (down) shown.reverse();
-  return Uint32Array.from(shown);
+  const one = words.class ?? "";
+  return { query: words.q ?? "", sort: words.sort || "rank", ranges, class: /^\d+$/.test(one) ? Number(one) : null };
+}
+
+/** Words of a range; null takes it away. */
+export const rangeWords = (range: Range | null): string =>
+  range === null || (range[0] === -Infinity && range[1] === Infinity)
+    ? ""
+    : `${short(range[0], false)}..${short(range[1], true)}`;
+
+/** Words that take the whole filter back. */
+export function noFilter(filter: Filter): Record<string, string> {
+  return { q: "", class: "", ...Object.fromEntries(Object.keys(filter.ranges).map((key) => [key, ""])) };
+}
+
+export const isFiltered = ({ query, ranges, class: one }: Filter): boolean =>
+  query.trim() !== "" || one !== null || Object.keys(ranges).length > 0;
+
+/** The latents that a filter leaves, in order.
+ *
+ * @param found what the text search found; null without one. */
+export function listed(run: Run, filter: Filter, found: Set<number> | null): Uint32Array {
+  const columns = Object.entries(filter.ranges).filter(([key]) => run.has(key));
+  const ranges = columns.map(([key, range]) => [run.values(key), ...range] as const);
+  const one = filter.class;
+  const [bestClass, bestMask] = [run.values("class"), run.values("mask")];
+  const kept = (i: number) =>
+    (!found || found.has(i)) &&
+    (one === null || bestClass[i] === one || bestMask[i] === one) &&
+    ranges.every(([column, low, high]) => column[i] >= low && column[i] <= high);
+  const shown = Uint32Array.from(run.order).filter(kept);
+  const name = filter.sort.replace(/^-/, "");
+  const sign = filter.sort.startsWith("-") ? -1 : 1;
+  if (name === "latent") return shown.sort((a, b) => sign * (a - b));
+  if (!run.facts.columns.some(({ key }) => key === name)) return shown;
+  // Latents without a value come last, whatever the direction.
+  const key = Float64Array.from(run.values(name), (v) => (Number.isNaN(v) ? Infinity : sign * v));
+  return shown.sort((a, b) => (key[a] === key[b] ? a - b : key[a] - key[b]));
 }

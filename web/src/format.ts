@@ -1,4 +1,5 @@
 // Numbers as a person writes them, as in the picture book.
+import type { Unit } from "./source";
 
 export function number(value: number): string {
   if (value === 0) return "0";
@@ -13,3 +14,11 @@ export function number(value: number): string {
 export const percent = (share: number) => `${number(100 * share)}%`;
 export const whole = (value: number) => value.toLocaleString("en");
 export const count = (n: number, one: string, many = `${one}s`) => `${whole(n)} ${n === 1 ? one : many}`;
+
+/** A figure of a column; a dash where it is not defined. */
+export function figure(value: number, unit: Unit): string {
+  if (Number.isNaN(value)) return "–";
+  if (unit === "share") return percent(value);
+  if (unit === "count") return whole(value);
+  return unit === "ratio" ? value.toFixed(Math.abs(value) < 0.1 ? 3 : 2) : number(value);
+}

@@ -1,64 +1,57 @@
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
-import type { Run } from "./data";
-import { values } from "./filter";
-import { number, percent, whole } from "./format";
+import { figure } from "./format";
+import { usePromise } from "./hooks";
+import type { PageProps } from "./pages";
 import { Picture } from "./picture";
-import { toHash, type Column, type View } from "./route";
-import { columns, NAMES } from "./toolbar";
+import type { Column, Run } from "./source";
+import { shownColumns } from "./toolbar";
 
 const OVERSCAN = 6;
 /** Pictures come this many milliseconds after a scroll that leaves no row in the window. */
 const SETTLED = 80;
 const THUMBS = 4;
-
-interface Props {
-  run: Run;
-  shown: Uint32Array;
-  view: View;
-  filter: (change: Partial<View>) => void;
-  open: (latent: number) => void;
-}
-
-function text(run: Run, column: Column, latent: number): string {
-  const value = values(run, column)![latent];
-  if (run.count[latent] === 0 && column !== "frequency") return "–";
-  if (column === "purity") return run.usual[latent] < 0 ? "–" : `${Math.round(100 * value)}%`;
-  return column === "frequency" ? percent(value) : column === "images" ? whole(value) : number(value);
-}
+/** Widths in pixels: of a column, and of all before the columns on a wide and on a narrow list. */
+const [COLUMN, WIDE, NARROW] = [86, 350, 190];
 
 /** Only rows near the window are in the document. */
-export function List({ run, shown, view, filter, open }: Props) {
+export function List({ run, shown, filter, address, narrow, open, href }: PageProps) {
   const body = useRef<HTMLDivElement>(null);
   const [range, setRange] = useState<[number, number]>([0, 20]);
   const [focused, setFocused] = useState<number | null>(null);
   const [isFast, setFast] = useState(false);
+  const [width, setWidth] = useState(900);
   const height = useRef(64);
-  const first_row = useRef(0);
+  const firstRow = useRef(0);
   const timer = useRef(0);
 
   const look = () => {
     const element = body.current;
     if (!element) return;
-    height.current = parseFloat(getComputedStyle(element).getPropertyValue("--row")) || 64;
     const above = -element.getBoundingClientRect().top / height.current;
     const n = Math.ceil(innerHeight / height.current);
     const first = Math.max(0, Math.floor(above) - OVERSCAN);
     const last = Math.min(shown.length, Math.ceil(above) + n + OVERSCAN);
-    if (Math.abs(first - first_row.current) >= n) {
+    if (Math.abs(first - firstRow.current) >= n) {
       setFast(true);
       clearTimeout(timer.current);
       timer.current = setTimeout(() => setFast(false), SETTLED);
     }
-    first_row.current = first;
+    firstRow.current = first;
     setRange((old) => (old[0] === first && old[1] === last ? old : [first, Math.max(first, last)]));
   };
-  useLayoutEffect(look, [shown]);
+  const measure = () => {
+    if (!body.current) return;
+    height.current = parseFloat(getComputedStyle(body.current).getPropertyValue("--row")) || 64;
+    setWidth(body.current.clientWidth);
+    look();
+  };
+  useLayoutEffect(measure, [shown]);
   useEffect(() => {
     addEventListener("scroll", look, { passive: true });
-    addEventListener("resize", look);
+    addEventListener("resize", measure);
     return () => {
       removeEventListener("scroll", look);
-      removeEventListener("resize", look);
+      removeEventListener("resize", measure);
     };
   });
   useLayoutEffect(() => {
@@ -83,27 +76,31 @@ export function List({ run, shown, view, filter, open }: Props) {
     look();
   };
 
-  const shownColumns = useMemo(() => columns(run), [run]);
+  const room = Math.floor((width - (width > 620 ? WIDE : NARROW)) / COLUMN);
+  const { cols, sort: sorted } = address.words;
+  const columns = useMemo(() => shownColumns(run, address.words, room), [run, cols, sorted, room]);
   const rows = [];
   for (let place = range[0]; place < Math.min(range[1], shown.length); place++)
     rows.push(
-      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={shownColumns} bare={isFast} href={toHash({ ...view, latent: shown[place] })} open={open} onFocus={setFocused} />,
+      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={columns} bare={isFast} href={href(shown[place])} open={open} onFocus={setFocused} />,
     );
   const sorts = (name: string) =>
-    view.sort === name ? "ascending" : view.sort === `-${name}` ? "descending" : undefined;
-  const sort = (name: string) => filter({ sort: view.sort === `-${name}` ? name : `-${name}` });
+    filter.sort === name ? "ascending" : filter.sort === `-${name}` ? "descending" : undefined;
+  const sort = (name: string) => narrow({ sort: filter.sort === `-${name}` ? name : `-${name}` });
   return (
-    <div role="table" aria-label="Latents" aria-rowcount={shown.length + 1} class={`list n${shownColumns.length}`} onKeyDown={onKey}>
-      <div role="row" aria-rowindex={1} class="row heads">
-        <div role="columnheader">Strongest images</div>
-        <div role="columnheader" aria-sort={sorts("latent")}>
-          <button type="button" onClick={() => filter({ sort: view.sort === "latent" ? "-latent" : "latent" })}>Latent</button>
-        </div>
-        {shownColumns.map((c) => (
-          <div role="columnheader" class="n" aria-sort={sorts(c)} title={NAMES[c][1]}>
-            <button type="button" onClick={() => sort(c)}>{NAMES[c][0]}</button>
+    <div role="table" aria-label="Latents" aria-rowcount={shown.length + 1} class="list" style={{ "--columns": columns.length }} onKeyDown={onKey}>
+      <div role="rowgroup">
+        <div role="row" aria-rowindex={1} class="row heads">
+          <div role="columnheader">Strongest images</div>
+          <div role="columnheader" aria-sort={sorts("latent")}>
+            <button type="button" onClick={() => narrow({ sort: filter.sort === "latent" ? "-latent" : "latent" })}>Latent</button>
           </div>
-        ))}
+          {columns.map(({ key, name, hint }) => (
+            <div key={key} role="columnheader" class="n" aria-sort={sorts(key)} title={hint}>
+              <button type="button" onClick={() => sort(key)}>{name}</button>
+            </div>
+          ))}
+        </div>
       </div>
       <div role="rowgroup" ref={body} class="rows" style={{ height: `calc(var(--row) * ${shown.length})` }}>
         {rows}
@@ -126,9 +123,7 @@ interface RowProps {
 }
 
 function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProps) {
-  const examples = useMemo(() => run.examples(latent).filter((e) => e.range === 0).slice(0, THUMBS), [run, latent]);
-  const name = run.className(run.usual[latent]);
-  const thumb = run.thumb[latent];
+  const high = (run.has("max_all") ? run.values("max_all") : run.values("max"))[latent];
   return (
     <div
       role="row"
@@ -143,21 +138,29 @@ function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProp
         open(latent);
       }}
     >
-      <div role="cell" class="thumbs">
-        {!bare && examples.map((e, i) => (
-          <Picture key={i} run={run} image={e.image} example={e} alt={`${run.label(e.image) || run.facts.files[e.image]}, marked where latent ${latent} fires`} />
-        ))}
-        {!bare && examples.length === 0 && thumb >= 0 && (
-          <Picture run={run} image={thumb} alt={run.label(thumb) || run.facts.files[thumb]} />
-        )}
-      </div>
+      <div role="cell" class="thumbs">{!bare && <Thumbs run={run} latent={latent} high={high} />}</div>
       <div role="cell" class="name">
         <a href={href} onFocus={() => onFocus(place)}>{latent}</a>
-        <span>{run.count[latent] === 0 ? "never fires" : name}</span>
+        <span>{run.values("tokens")[latent] === 0 ? "never fires" : run.nameOf(latent)}</span>
       </div>
-      {columns.map((c) => (
-        <div role="cell" class={`n ${c}`}>{text(run, c, latent)}</div>
+      {columns.map(({ key, name, unit, all }) => (
+        <div key={key} role="cell" class="n" data-column={key} data-name={name}>
+          {figure(run.values(key)[latent], unit)}
+          {all && <small>{figure(run.values(all)[latent], unit)}</small>}
+        </div>
       ))}
     </div>
+  );
+}
+
+function Thumbs({ run, latent, high }: { run: Run; latent: number; high: number }) {
+  const examples = usePromise(() => run.examples(latent, THUMBS), [run, latent]) ?? [];
+  return (
+    <>
+      {examples.filter(({ kind }) => kind === "top").map((e) => (
+        <Picture key={e.example} run={run} image={e.example} marks={e.patches && e} high={high}
+          alt={`${e.label || e.file}${e.patches ? `, marked where latent ${latent} fires` : ""}`} />
+      ))}
+    </>
   );
 }

@@ -1,9 +1,8 @@
 import { render } from "preact";
+import { Router } from "./address";
 import { App } from "./app";
-import { readRuns } from "./data";
-import { Router } from "./route";
+import { FileSource } from "./file";
 
 const root = document.getElementById("app")!;
-const runs = readRuns();
 root.textContent = "";
-render(<App runs={runs} router={new Router()} />, root);
+render(<App source={new FileSource()} router={new Router()} />, root);

@@ -1,21 +1,15 @@
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import type { Run } from "./data";
-import { number, percent, whole } from "./format";
 import { WIDE } from "./classes";
+import { rangeWords, type Range } from "./filter";
+import { number, percent, whole } from "./format";
+import { usePromise } from "./hooks";
+import type { PageProps } from "./pages";
 import { Picture } from "./picture";
-import type { Range, View } from "./route";
+import type { Run } from "./source";
 
 const [LEFT, RIGHT, TOP, BOTTOM] = [46, 12, 10, 36];
 const NEAR = 10;
 const MOVED = 5;
-
-interface Props {
-  run: Run;
-  shown: Uint32Array;
-  ranges: View["ranges"];
-  filter: (change: Partial<View>) => void;
-  open: (latent: number) => void;
-}
 
 type Box = [x0: number, y0: number, x1: number, y1: number];
 
@@ -48,7 +42,10 @@ class Axis {
 }
 
 /** All latents that fire: frequency from left to right, mean value upwards. */
-export function LatentMap({ run, shown, ranges, filter, open }: Props) {
+export function LatentMap({ run, shown, filter, narrow, open }: PageProps) {
+  const { ranges } = filter;
+  const [frequency, mean] = [run.values("frequency"), run.values("mean")];
+  const isOn = (latent: number) => frequency[latent] > 0 && mean[latent] > 0;
   const canvas = useRef<HTMLCanvasElement>(null);
   const [size, setSize] = useState<[number, number]>([0, 0]);
   const [, setScheme] = useState(0);
@@ -58,8 +55,8 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
   const [width, height] = size;
   const axes = useMemo(
     () => ({
-      x: new Axis(run.frequency, LEFT, width - RIGHT),
-      y: new Axis(run.mean, height - BOTTOM, TOP),
+      x: new Axis(frequency, LEFT, width - RIGHT),
+      y: new Axis(mean, height - BOTTOM, TOP),
     }),
     [run, width, height],
   );
@@ -99,8 +96,8 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
       context.fillStyle = of(wanted ? "--accent" : "--faint");
       context.globalAlpha = wanted ? (n > 4000 ? 0.5 : 0.7) : 0.6;
       for (let i = 0; i < n; i++) {
-        if (run.count[i] === 0 || run.mean[i] <= 0 || isShown[i] !== wanted) continue;
-        const [x, y] = [axes.x.place(run.frequency[i]), axes.y.place(run.mean[i])];
+        if (!isOn(i) || isShown[i] !== wanted) continue;
+        const [x, y] = [axes.x.place(frequency[i]), axes.y.place(mean[i])];
         if (n > 4000) context.fillRect(x - radius, y - radius, 2 * radius, 2 * radius); // much faster
         else {
           context.beginPath();
@@ -123,7 +120,7 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
       context.strokeStyle = of("--ink");
       context.lineWidth = 2;
       context.beginPath();
-      context.arc(axes.x.place(run.frequency[near]), axes.y.place(run.mean[near]), radius + 3, 0, 7);
+      context.arc(axes.x.place(frequency[near]), axes.y.place(mean[near]), radius + 3, 0, 7);
       context.stroke();
     }
   });
@@ -135,8 +132,8 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
   const nearest = ([px, py]: [number, number]): number | null => {
     let [best, found]: [number, number | null] = [NEAR ** 2, null];
     for (let i = 0; i < run.facts.nLatents; i++) {
-      if (run.count[i] === 0 || run.mean[i] <= 0) continue;
-      const far = (axes.x.place(run.frequency[i]) - px) ** 2 + (axes.y.place(run.mean[i]) - py) ** 2;
+      if (!isOn(i)) continue;
+      const far = (axes.x.place(frequency[i]) - px) ** 2 + (axes.y.place(mean[i]) - py) ** 2;
       if (far < best) [best, found] = [far, i];
     }
     return found;
@@ -165,16 +162,14 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
     const place = at(event);
     if (hasMoved(place)) {
       const [x0, y0, x1, y1] = boxTo(place);
-      const [frequency, mean]: Range[] = [
-        [axes.x.value(x0), axes.x.value(x1)],
-        [axes.y.value(y1), axes.y.value(y0)],
-      ];
-      filter({ ranges: { ...ranges, frequency, mean } });
+      narrow({
+        frequency: rangeWords([axes.x.value(x0), axes.x.value(x1)]),
+        mean: rangeWords([axes.y.value(y1), axes.y.value(y0)]),
+      });
     } else {
       const one = nearest(place);
-      const { frequency: _, mean: __, ...rest } = ranges;
       if (one !== null) open(one);
-      else if (ranges.frequency || ranges.mean) filter({ ranges: rest });
+      else if (ranges.frequency || ranges.mean) narrow({ frequency: "", mean: "" });
     }
     start.current = null;
     setDrag(null);
@@ -200,7 +195,7 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
           onPointerCancel={cancel}
           onPointerLeave={() => setNear(null)}
         />
-        {near !== null && <Hint run={run} latent={near} x={axes.x.place(run.frequency[near])} y={axes.y.place(run.mean[near])} width={width} />}
+        {near !== null && <Hint run={run} latent={near} x={axes.x.place(frequency[near])} y={axes.y.place(mean[near])} width={width} />}
       </div>
       <p class="hint">Drag to filter, click a point to open it. Latents that never fire are not on the map.</p>
     </details>
@@ -208,21 +203,21 @@ export function LatentMap({ run, shown, ranges, filter, open }: Props) {
 }
 
 function Hint({ run, latent, x, y, width }: { run: Run; latent: number; x: number; y: number; width: number }) {
-  const image = run.thumb[latent];
+  const first = usePromise(() => run.examples(latent, 1), [run, latent])?.[0];
   const left = x > width / 2;
   return (
     <div class="tip" style={{ top: `${y + 10}px`, ...(left ? { right: `${width - x + 10}px` } : { left: `${x + 10}px` }) }}>
-      {image >= 0 && <Picture run={run} image={image} alt="" />}
+      {first && <Picture run={run} image={first.example} alt="" />}
       <span>
-        <b>{latent}</b> {run.className(run.usual[latent])}
+        <b>{latent}</b> {run.nameOf(latent)}
         <br />
-        {percent(run.frequency[latent])} · mean {number(run.mean[latent])}
+        {percent(run.values("frequency")[latent])} · mean {number(run.values("mean")[latent])}
       </span>
     </div>
   );
 }
 
-function boxOf(axes: { x: Axis; y: Axis }, ranges: View["ranges"], width: number, height: number): Box | null {
+function boxOf(axes: { x: Axis; y: Axis }, ranges: Record<string, Range>, width: number, height: number): Box | null {
   if (!ranges.frequency && !ranges.mean) return null;
   const clip = (value: number, low: number, high: number) => Math.min(high, Math.max(low, value));
   const [f0, f1] = ranges.frequency ?? [0, Infinity];

@@ -1,5 +1,5 @@
 // Pictures are decoded when they are seen, a few at a time. What is no longer seen is not decoded.
-import type { Example, Run } from "./data";
+import type { Example, Run } from "./source";
 
 const MAX_BYTES = 96e6;
 const AT_A_TIME = 4;
@@ -18,7 +18,7 @@ let busy = 0;
 
 /** Call `take` with a picture, now or later. Returns what takes the wish back. */
 export function want(run: Run, image: number, take: (bitmap: ImageBitmap) => void): () => void {
-  const key = `${run.number}/${image}`;
+  const key = `${run.id}/${image}`;
   const known = decoded.get(key);
   if (known) {
     decoded.delete(key); // to the end: the last one used is the last to go
@@ -43,7 +43,9 @@ async function work(): Promise<void> {
   wishes.delete(wish.key);
   busy++;
   try {
-    const bitmap = await createImageBitmap(new Blob([wish.run.picture(wish.image)], { type: "image/webp" }));
+    const found = await wish.run.picture(wish.image);
+    if (!found) return;
+    const bitmap = await createImageBitmap(found);
     keep(wish.key, bitmap);
     for (const take of [...wish.takers]) take(bitmap);
   } finally {
@@ -77,28 +79,28 @@ export function colour(share: number, opacity = 1): string {
   return `rgb(${mixed.join(" ")} / ${opacity})`;
 }
 
-/** Draw a picture, and mark the patches whose value is at least `threshold` of the maximum. */
+/** Draw a picture, and mark the patches whose value is at least `threshold`; `high` has the last
+ *  colour. */
 export function draw(
-  canvas: HTMLCanvasElement, bitmap: ImageBitmap, grid: [number, number], example: Example | null,
-  threshold: number,
+  canvas: HTMLCanvasElement, bitmap: CanvasImageSource, grid: [number, number], example: Example | null,
+  high: number, threshold: number,
 ): void {
   const [width, height] = [canvas.width, canvas.height];
   const context = canvas.getContext("2d")!;
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
-  if (!example) return;
+  if (!example?.patches) return;
+  const { patches, values } = example;
   const [rows, columns] = grid;
   const levels = new Float32Array(rows * columns);
   let some = false;
-  example.patches.forEach((patch: number, i: number) => {
-    const level = example.levels[i] / 255;
-    if (level >= threshold) (levels[patch] = level), (some = true);
-  });
+  for (let i = 0; i < patches.length; i++)
+    if (values[i] >= threshold * (1 - 1e-6)) (levels[patches[i]] = values[i] / high), (some = true);
   const x = (column: number) => Math.round((column * width) / columns);
   const y = (row: number) => Math.round((row * height) / rows);
   const fires = (row: number, column: number) =>
     row >= 0 && column >= 0 && row < rows && column < columns && levels[row * columns + column] > 0;
-  if (!some && example.patches.length === 0) return;
+  if (!some && patches.length === 0) return;
   // Colours under a tint are greyed, so that they do not mix with it.
   context.globalCompositeOperation = "saturation";
   context.fillStyle = "rgb(128 128 128 / 0.6)";

@@ -38,13 +38,12 @@ export interface Facts {
   metrics: [label: string, text: string, hint: string][];
   /** How the activations differ from those of training. */
   warnings: string[];
-  /** What is missing, in sentences. */
-  notes: string[];
   activations: string;
   /** URL of the results, for Python. */
   results: string;
   nLatents: number;
   nTokens: number;
+  nImages: number;
   /** Latents that fire. */
   nFiring: number;
   /** Latents that have a picture, and that have several. */

@@ -1,31 +1,58 @@
-import type { Run } from "./data";
-import { values } from "./filter";
+import { useEffect, useRef } from "preact/hooks";
+import { isFiltered, noFilter, rangeWords, type Range } from "./filter";
 import { count, whole } from "./format";
-import { COLUMNS, type Column, type View } from "./route";
+import type { PageProps } from "./pages";
+import type { Column, Run } from "./source";
 
-export const NAMES: Record<Column, [name: string, hint: string]> = {
-  frequency: ["Frequency", "Share of tokens on which the latent fires"],
-  mean: ["Mean", "Mean value on the tokens on which it fires"],
-  max: ["Max", "Largest value"],
-  images: ["Images", "Images on which it fires"],
-  purity: ["Purity", "Share of the most common class among its strongest images"],
-};
+/** What lists show first, where there is room for some columns only. */
+const FIRST = ["frequency", "images", "mean", "class_ap", "mask_ap", "mono", "purity"];
 
-export function columns(run: Run): Column[] {
-  return COLUMNS.filter((c) => values(run, c) !== null && (c !== "purity" || run.facts.classes.length > 0));
+/** The columns of a list: those that the address names, or else as many as there is room for. */
+export function shownColumns(run: Run, words: Record<string, string>, room: number): Column[] {
+  const all = run.facts.columns;
+  const named = words.cols?.split(",") ?? [];
+  const sorted = words.sort?.replace(/^-/, "");
+  const chosen = all.filter(({ key }) => named.includes(key));
+  if (chosen.length) return chosen.slice(0, Math.max(1, room));
+  const first = [...FIRST.filter((key) => run.has(key)), ...all.map(({ key }) => key)];
+  const wanted = [...new Set([...(sorted && run.has(sorted) && sorted !== "latent" ? [sorted] : []), ...first])].slice(0, Math.max(1, room));
+  return all.filter(({ key }) => wanted.includes(key));
 }
 
-interface Props {
-  run: Run;
-  view: View;
-  n: number;
-  filter: (change: Partial<View>) => void;
-  random: () => void;
+/** Closes an open menu at a click outside of it and at Esc. */
+function Menu({ name, children }: { name: string; children: preact.ComponentChildren }) {
+  const box = useRef<HTMLDetailsElement>(null);
+  useEffect(() => {
+    const close = (event: Event) => {
+      if (!box.current?.open) return;
+      const isEscape = event instanceof KeyboardEvent && event.key === "Escape";
+      if (!isEscape && (event.type === "keydown" || box.current.contains(event.target as Node))) return;
+      box.current.open = false;
+      if (isEscape) (box.current.firstElementChild as HTMLElement).focus();
+    };
+    for (const kind of ["pointerdown", "keydown"]) addEventListener(kind, close);
+    return () => {
+      for (const kind of ["pointerdown", "keydown"]) removeEventListener(kind, close);
+    };
+  }, []);
+  return (
+    <details class="menu" ref={box} data-menu={name}>
+      <summary>{name}</summary>
+      <div class="panel">{children}</div>
+    </details>
+  );
 }
 
-export function Toolbar({ run, view, n, filter, random }: Props) {
+export function Toolbar({ run, router, address, filter, shown, narrow, open }: PageProps) {
+  const { columns } = run.facts;
   const all = run.facts.nLatents;
-  const isFiltered = view.query !== "" || view.classNumber !== null || Object.keys(view.ranges).length > 0;
+  const n = shown.length;
+  const sort = address.words.sort || "rank";
+  const named = address.words.cols?.split(",") ?? [];
+  const toggle = (key: string, on: boolean) => {
+    const keys = columns.map((one) => one.key).filter((one) => (one === key ? on : named.includes(one)));
+    router.say({ cols: keys.join(",") });
+  };
   return (
     <div class="bar">
       <input
@@ -33,44 +60,47 @@ export function Toolbar({ run, view, n, filter, random }: Props) {
         type="search"
         placeholder="Class, file name or number"
         aria-label="Search latents by class, file name or number"
-        value={view.query}
-        onInput={(e) => filter({ query: e.currentTarget.value })}
+        value={filter.query}
+        onInput={(e) => narrow({ q: e.currentTarget.value })}
       />
       <label class="sort">
         Sort{" "}
-        <select value={view.sort} onChange={(e) => filter({ sort: e.currentTarget.value })}>
+        <select value={sort} onChange={(e) => narrow({ sort: e.currentTarget.value })}>
           <option value="rank">strong and rare</option>
           <option value="latent">number</option>
-          {columns(run).map((c) => (
+          {columns.map(({ key, name }) => (
             <>
-              <option value={`-${c}`}>{NAMES[c][0].toLowerCase()}, high first</option>
-              <option value={c}>{NAMES[c][0].toLowerCase()}, low first</option>
+              <option value={`-${key}`}>{name}, high first</option>
+              <option value={key}>{name}, low first</option>
             </>
           ))}
-          {view.sort === "-latent" && <option value="-latent">number, high first</option>}
+          {sort === "-latent" && <option value="-latent">number, high first</option>}
         </select>
       </label>
-      <button type="button" onClick={random} disabled={!n}>
+      <button type="button" onClick={() => open(shown[Math.floor(Math.random() * n)])} disabled={!n}>
         Random
       </button>
-      <details class="filters">
-        <summary>Filter</summary>
-        <div class="panel">
-          {columns(run).map((c) => (
-            <Ranges column={c} view={view} filter={filter} />
-          ))}
-        </div>
-      </details>
+      <Menu name="Filter">
+        {columns.map((one) => <Ranges key={one.key} column={one} range={filter.ranges[one.key]} narrow={narrow} />)}
+      </Menu>
+      <Menu name="Columns">
+        {columns.map(({ key, name, hint }) => (
+          <label class="choice" title={hint}>
+            <input type="checkbox" checked={named.includes(key)} onChange={(e) => toggle(key, e.currentTarget.checked)} /> {name}
+          </label>
+        ))}
+        <p class="hint">None chosen: as many as fit.</p>
+      </Menu>
       <output aria-live="polite" id="count">
         {n === all ? count(all, "latent") : `${whole(n)} of ${count(all, "latent")}`}
       </output>
-      {view.classNumber !== null && (
-        <button type="button" class="chip" onClick={() => filter({ classNumber: null })} aria-label={`Show all classes, not ${run.className(view.classNumber)} only`}>
-          {run.className(view.classNumber)} ×
+      {filter.class !== null && run.facts.classes[filter.class] && (
+        <button type="button" class="chip" onClick={() => narrow({ class: "" })} aria-label={`Show all classes, not ${run.facts.classes[filter.class].name} only`}>
+          {run.facts.classes[filter.class].name} ×
         </button>
       )}
-      {isFiltered && (
-        <button type="button" id="reset" onClick={() => filter({ query: "", ranges: {}, classNumber: null })}>
+      {isFiltered(filter) && (
+        <button type="button" id="reset" onClick={() => narrow(noFilter(filter))}>
           Show all
         </button>
       )}
@@ -78,15 +108,19 @@ export function Toolbar({ run, view, n, filter, random }: Props) {
   );
 }
 
-function Ranges({ column, view, filter }: { column: Column; view: View; filter: Props["filter"] }) {
-  const [low, high] = view.ranges[column] ?? [-Infinity, Infinity];
-  const [name, hint] = NAMES[column];
+interface RangesProps {
+  column: Column;
+  range: Range | undefined;
+  narrow: PageProps["narrow"];
+}
+
+function Ranges({ column, range, narrow }: RangesProps) {
+  const [low, high] = range ?? [-Infinity, Infinity];
+  const { key, name, hint } = column;
   const set = (side: 0 | 1, text: string) => {
-    const range: [number, number] = [low, high];
-    range[side] = text === "" || Number.isNaN(Number(text)) ? (side ? Infinity : -Infinity) : Number(text);
-    const ranges = { ...view.ranges, [column]: range };
-    if (range[0] === -Infinity && range[1] === Infinity) delete ranges[column];
-    filter({ ranges });
+    const found: Range = [low, high];
+    found[side] = text === "" || Number.isNaN(Number(text)) ? (side ? Infinity : -Infinity) : Number(text);
+    narrow({ [key]: rangeWords(found) });
   };
   const shown = (value: number) => (Number.isFinite(value) ? String(Number(value.toPrecision(4))) : "");
   return (
