@@ -1,6 +1,7 @@
 """Progress and remaining time, as text for the log of a pod."""
 
 import contextlib
+import os
 import sys
 import time
 import typing as tp
@@ -102,11 +103,16 @@ class Slot:
         return slot
 
 
-def bars_of_libraries() -> Iterator[str]:
-    """Progress of tqdm's bars, such as those of downloads from a model hub.
+def silence_bars_of_libraries() -> None:
+    """Keep tqdm from drawing bars of its own between ours: each of their updates would be a line.
 
-    tqdm draws bars on a terminal only. In the log of a pod, they become lines of text.
+    tqdm reads the variable when it is imported.
     """
+    os.environ.setdefault("TQDM_DELAY", "1000000000")  # seconds until the first drawing
+
+
+def bars_of_libraries() -> Iterator[str]:
+    """Progress of tqdm's bars, such as those of downloads from a model hub, as lines of text."""
     tqdm = sys.modules.get("tqdm.std")
     for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
         with contextlib.suppress(Exception):  # the bar may be closed by another thread

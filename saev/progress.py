@@ -142,6 +142,16 @@ def _short(rate: float) -> str:
     return f"{rate / 1e3:.1f}k" if rate >= 1e4 else f"{rate:.1f}"
 
 
+class _Bars(rich.progress.Progress):
+    """Bars of our own, and below them a line for each bar of a library."""
+
+    def get_renderables(self) -> tp.Iterable[rich.console.RenderableType]:
+        """What is drawn."""
+        yield from super().get_renderables()
+        for line in eta.bars_of_libraries():
+            yield rich.text.Text(line, no_wrap=True, overflow="ellipsis")
+
+
 class Progress:
     """Shows bars on stderr, or logs a line every half minute if stderr is no terminal.
 
@@ -180,7 +190,8 @@ class Progress:
         """Set to end the thread that logs."""
         self._bars: rich.progress.Progress | None = None
         if not quiet and console.is_terminal:
-            self._bars = rich.progress.Progress(
+            eta.silence_bars_of_libraries()
+            self._bars = _Bars(
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(bar_width=10),  # all has room in 80 columns
                 rich.progress.TaskProgressColumn(),

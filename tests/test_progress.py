@@ -1,7 +1,12 @@
 """What the log of a pod says of progress, by a clock that the tests turn."""
 
 import logging
+import os
+import pty
 import re
+import subprocess
+import sys
+import termios
 import threading
 from pathlib import Path
 
@@ -150,6 +155,30 @@ def test_downloads_of_other_libraries_are_told(shown: Progress) -> None:
             r"load the model: 0 s so far: model.safetensors: 25%, 20/80 MB, about \d+ s left", said
         )
     assert shown.line().startswith("at work for")
+
+
+def test_a_terminal_has_one_line_for_each_of_them() -> None:
+    """tqdm would print a line for each update, because rich has the last lines of the screen."""
+    code = """
+import time
+from saev.progress import Progress
+
+with Progress() as shown, shown.doing("load the model"):
+    from tqdm.auto import tqdm
+    with tqdm(desc="model.safetensors", total=80_000_000, unit="B", unit_scale=True) as bar:
+        for _ in range(4):
+            bar.update(10_000_000)
+            time.sleep(0.15)  # tqdm draws at most ten times a second
+"""
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 80))
+    subprocess.run([sys.executable, "-c", code], stderr=stderr, check=True, timeout=200)
+    os.close(stderr)
+    said = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert re.search(r"model.safetensors: \d+%, \d0/80 MB", said)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said)  # without colours
+    assert "%|" not in plain, "tqdm has drawn its bar, too"
 
 
 def test_lines_come_while_nothing_advances(monkeypatch: pytest.MonkeyPatch) -> None:
