@@ -13,7 +13,7 @@ os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
 
 import tyro
 
-from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun
+from saev import chain, cores, driver, interrupts, secrets, shorthand, torchrun, usage
 from saev.config.base import Config, FlagError, of_flags
 from saev.config.gc import GcConfig
 from saev.config.look import LookConfig
@@ -87,9 +87,9 @@ def _about_flags(err: FlagError, argv: tp.Sequence[str]) -> str:
 
 
 def _parse(argv: tp.Sequence[str]) -> tp.Any:
-    if shorthand.wants_help(argv):
-        shorthand.show_help(argv[0])
-    argv = [_HELP if word == shorthand.LONG_HELP else word for word in shorthand.expand(argv)]
+    if usage.wants(argv):
+        usage.show(argv, COMMANDS, DESCRIPTION)
+    argv = [usage.SHORT if word == usage.ALL else word for word in shorthand.expand(argv)]
     if argv[:1] == ["step"]:
         return tyro.extras.subcommand_cli_from_dict(
             dict(STEPS),
@@ -129,7 +129,6 @@ def _joined(argv: tp.Sequence[str], flag: str = "--run") -> list[str]:
 
 _WITHOUT_BARS = (GcConfig, OpenConfig, ServeConfig)
 """Commands that ask a question or wait for the user, and so show no progress."""
-_HELP = "--help"
 
 
 class Made(tp.NamedTuple):
@@ -244,7 +243,7 @@ def main(argv: tp.Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     with interrupts.readers_may_leave():
         secrets.refuse_in(argv)
-        cfg = parse(argv or [_HELP])
+        cfg = parse(argv or [usage.SHORT])
         argv = shorthand.expand(argv)
     cores.limit_threads()
     try:

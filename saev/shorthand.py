@@ -1,4 +1,4 @@
-"""Short flags, and the short help of `saev COMMAND --help` with the most common flags.
+"""Short flags, and what `saev COMMAND --help` shows of each command (saev/usage.py).
 
     saev train --shards URL --top-k 16 --objective matryoshka
 
@@ -9,11 +9,7 @@ stands for
 Long names keep working, and `--help-all` explains all flags under them.
 """
 
-import re
 import typing as tp
-
-import pydantic
-import tyro
 
 from saev.config import (
     InferenceCommand,
@@ -24,14 +20,16 @@ from saev.config import (
     VisualsConfig,
 )
 from saev.config.base import Config
+from saev.config.gc import GcConfig
 from saev.config.images import ImgFolder
 from saev.config.loaders import DataConfig, LoaderConfig
+from saev.config.look import LookConfig
 from saev.config.many import ManySaes
 from saev.config.named import FIRST_LOOK
+from saev.config.pages import NotebookConfig, OpenConfig, ReportConfig, ServeConfig
 from saev.config.run import RunConfig
 from saev.config.sae import SaeConfig, TopK, Vanilla
-
-LONG_HELP = "--help-all"
+from saev.config.size import SizeConfig
 
 
 class Flag(tp.NamedTuple):
@@ -45,6 +43,8 @@ class Flag(tp.NamedTuple):
     """The config with its description, or the description itself."""
     default: str = ""
     """Text for the default value; by default that of the config."""
+    word: str = ""
+    """What stands for the value; such an argument has no name if both names are the same."""
 
 
 class Command(tp.NamedTuple):
@@ -52,7 +52,10 @@ class Command(tp.NamedTuple):
 
     config: type[Config]
     examples: tuple[str, ...]
-    groups: dict[str, tuple[Flag, ...]]
+    groups: dict[str, tuple[Flag, ...]] = {}  # noqa: RUF012 - nothing changes it
+    """The most common flags; if there are none, the short help shows all flags."""
+    words: str = ""
+    """What comes before the flags."""
 
 
 IMAGES = Flag("images", "data:img-folder --data.root", ImgFolder, "required")
@@ -173,11 +176,90 @@ COMMANDS: dict[str, Command] = {
         ),
         {
             "common": (
+                Flag("pictures", "pictures", RunConfig, "the file's [data]", "FOLDER"),
                 Flag("config", "config", RunConfig, FIRST_LOOK),
-                IMAGES._replace(default="[data] of the file; or data:…, see --help-all"),
                 Flag("root", "root", RunConfig),
+                Flag(
+                    "images",
+                    "data:img-folder --data.root",
+                    "Instead of FOLDER: also a glob pattern of folders or images (quote it).",
+                    "FOLDER",
+                ),
             ),
         },
+        "[FOLDER]",
+    ),
+    "look": Command(
+        LookConfig,
+        ("saev look cat.jpg --run out/runs/ID", "saev look a.jpg b.jpg --run out/runs/ID"),
+        {
+            "common": (
+                Flag("images", "images", LookConfig, "required", "IMAGE"),
+                Flag("run", "run", LookConfig, "required"),
+                Flag("shards", "shards", LookConfig, "those of training"),
+                Flag("n", "n", LookConfig),
+                Flag("device", "device", LookConfig),
+            ),
+        },
+        "IMAGE…",
+    ),
+    "open": Command(OpenConfig, ("saev open", "saev open s3://bucket/saev"), words="[URL]"),
+    "serve": Command(ServeConfig, ("saev serve", "saev serve --root s3://bucket/saev --port 8080")),
+    "report": Command(
+        ReportConfig,
+        (
+            "saev report --root saev-out",
+            "saev report --run out/runs/ID --out explorer.html",
+            "saev report --run out/runs/ID out/runs/ID --out explorer.html --max-mb 5",
+        ),
+        {
+            "page": (Flag("root", "root", ReportConfig),),
+            "file": (
+                Flag("run", "run", ReportConfig, "none"),
+                Flag("out", "out", ReportConfig, "required with --run"),
+                Flag("shards", "shards", ReportConfig, "those of training"),
+                Flag("max-mb", "max-mb", ReportConfig),
+            ),
+        },
+    ),
+    "notebook": Command(
+        NotebookConfig, ("saev notebook start", "saev notebook metrics --out notebooks")
+    ),
+    "size": Command(
+        SizeConfig,
+        (
+            "saev size --config dinov2-small --n-images 100_000",
+            "saev size --model clip-vitb16 --n-images 1_281_167 --layers 6",
+        ),
+        {
+            "job": (
+                Flag("config", "config", SizeConfig, "none"),
+                Flag("n-images", "n-images", SizeConfig, "those of the config"),
+                Flag("model", "model", SizeConfig, "none"),
+                Flag("image-size", "image-size", SizeConfig, "the model's"),
+                Flag("layers", "layers", SizeConfig, "the config's"),
+                Flag("dtype", "dtype", SizeConfig, "the config's"),
+            ),
+            "training": (
+                Flag("n-train", "n-train", SizeConfig, "the config's"),
+                Flag("n-saes", "n-saes", SizeConfig),
+                Flag("d-sae", "d-sae", SizeConfig, "the config's"),
+                Flag("top-k", "top-k", SizeConfig, "the config's"),
+            ),
+            "speed": (
+                Flag("images-per-second", "images-per-second", SizeConfig, "none"),
+                Flag("tokens-per-second", "tokens-per-second", SizeConfig, "none"),
+                Flag("gb-per-second", "gb-per-second", SizeConfig, "none"),
+            ),
+        },
+    ),
+    "gc": Command(
+        GcConfig,
+        (
+            "saev gc --root out",
+            "saev gc --root out --tag old --delete",
+            "saev gc --root s3://bucket/saev --older-than 30d --incomplete",
+        ),
     ),
 }
 
@@ -205,62 +287,3 @@ def expand(argv: tp.Sequence[str]) -> list[str]:
             rest.append(f"--{flag.removeprefix('--')}{equals}{value}")
     chosen.sort(reverse=True)  # sae.activation: before objective:, as tyro wants them
     return [argv[0], *chosen, *rest]
-
-
-def wants_help(argv: tp.Sequence[str]) -> bool:
-    """Whether a command line asks for the help of a command that has a short help."""
-    return bool(argv) and argv[0] in COMMANDS and ("--help" in argv[1:] or "-h" in argv[1:])
-
-
-def show_help(name: str) -> tp.NoReturn:
-    """Print a command's short help and exit with status 0."""
-    command = COMMANDS[name]
-    fields: dict[str, tp.Any] = {}
-    for title, flags in command.groups.items():
-        shown: dict[str, tp.Any] = {_key(flag.short): _field(flag) for flag in flags}
-        group: tp.Any = pydantic.create_model(title, **shown)
-        fields[_key(title)] = (tyro.conf.OmitArgPrefixes[group], group.model_construct())  # type: ignore[misc]
-    examples = "\n".join(f"  {line}" for line in command.examples)
-    summary = " ".join((command.config.__doc__ or "").split("\n\n")[0].split())
-    tyro.cli(
-        pydantic.create_model(name, **fields),
-        prog=f"saev {name}",
-        description=f"{summary}\n\n{examples}\n\n{LONG_HELP} explains all flags.",
-        args=["--help"],
-    )
-    raise AssertionError("tyro exits when it has printed the help")
-
-
-def _key(name: str) -> str:
-    return re.sub(r"\W", "_", name).lower()
-
-
-def _field(flag: Flag) -> tuple[tp.Any, tp.Any]:
-    """Type and default of a flag, for tyro."""
-    kind: tp.Any = str
-    if isinstance(flag.of, str):
-        text, default = flag.of, ""
-    else:
-        found = flag.of.model_fields[_key(flag.long.rpartition(".")[2].split()[-1])]
-        kind, text = found.annotation, _first_sentence(found.description or "")
-        default = "" if found.is_required() else found.get_default(call_default_factory=True)
-    if flag.default:
-        is_whole = flag.default.startswith(("required", "or "))
-        hint = f"({flag.default})" if is_whole else f"(default: {flag.default})"
-        numbers = (name for t, name in _NUMBERS.items() if t in tp.get_args(kind))
-        metavar = next(numbers, None)  # without "{None}|"
-        kind = tp.Annotated[kind, tyro.conf.arg(help_behavior_hint=hint, metavar=metavar)]
-    return (kind, pydantic.Field(default=default, description=text))
-
-
-_NUMBERS = {int: "INT", float: "FLOAT"}
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of a description. --help-all prints the others."""
-    parts = re.split(r"(?<=[.;])\s", text)
-    for n in range(1, len(parts) + 1):
-        sentence = " ".join(parts[:n])
-        if sentence.count("(") == sentence.count(")"):
-            return sentence.rstrip(".;") + "."
-    return text

@@ -27,7 +27,8 @@ LEVELS = {
     "parquet": 3,
     "driver": 4, "shards.extract": 5, "train": 5, "inference": 5, "visuals": 5,
     "chain": 6, "explorer": 6, "after": 7, "look": 7, "notebook": 7, "opened": 7, "shorthand": 7,
-    "size": 7, "steps": 7, "tables": 7, "gc": 8, "run": 8, "serve": 8, "cli": 9, "demo": 10,
+    "size": 7, "steps": 7, "tables": 7, "gc": 8, "run": 8, "serve": 8, "usage": 8,
+    "cli": 9, "demo": 10,
     "entry": 10, "notebooks": 10,
     "__main__": 11,
 }  # fmt: skip

@@ -71,10 +71,31 @@ def test_the_short_help_fits_a_screen(
     out, err = capsys.readouterr()
     assert ended.value.code == 0
     assert err == ""
-    assert len(out.splitlines()) <= 60
+    usage, empty, example, *rest = out.splitlines()
+    assert len(rest) <= 57
+    assert max(map(len, rest)) <= 80
+    assert (usage.split()[:3], empty) == (["usage:", "saev", command], "")
+    assert example.strip() == shorthand.COMMANDS[command].examples[0]
     for flags in shorthand.COMMANDS[command].groups.values():
         for flag in flags:
-            assert re.search(rf"--{flag.short}\b", out), flag.short
+            name = flag.word if flag.short == flag.long and flag.word else f"--{flag.short}"
+            assert re.search(rf"{name}\b", out), flag.short
+
+
+def test_the_help_of_saev_fits_a_screen(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for argv in (["--help"], ["-h"], ["--help-all"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.parse(argv)
+        lines = capsys.readouterr().out.splitlines()
+        assert ended.value.code == 0
+        assert len(lines) <= 50
+        assert max(map(len, lines)) <= 80
+        assert lines[2].strip() == "saev run ~/pictures"
+        listed = {line.strip("│ ").split(" ")[0] for line in lines}
+        assert set(cli.COMMANDS) <= listed
 
 
 @pytest.mark.parametrize("command", shorthand.COMMANDS)
