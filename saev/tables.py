@@ -12,6 +12,8 @@ import pyarrow as pa
 from saev import storage
 from saev.config import TrainConfig
 from saev.config.train import RUN, open_run
+from saev.errors import CorruptDataError
+from saev.inference import files
 from saev.inference.results import Results
 from saev.visuals import overview
 from saev.visuals.rows import Figures, Row
@@ -103,7 +105,8 @@ def latents(inference: str) -> pa.Table:
 
     The columns are ``latent`` (its number), ``frequency`` (share of tokens on which it fires),
     ``count`` (tokens on which it fires), ``mean_value`` (over these tokens; 0 if there are none)
-    and ``max_value``.
+    and ``max_value``. Behind them stand the other columns of latents.parquet (docs/formats.md), if
+    the results have tables.
 
     Args:
         inference: URL of the results, RUN/inference/HASH.
@@ -114,15 +117,22 @@ def latents(inference: str) -> pa.Table:
         CorruptDataError: they are damaged.
     """
     results = Results.open(inference)
-    return pa.table(
-        {
-            "latent": pa.array(range(results.d_sae), pa.int64()),
-            "frequency": results.frequency,
-            "count": results.counts,
-            "mean_value": results.mean_values,
-            "max_value": results.max_values,
-        }
-    )
+    number = pa.array(range(results.d_sae), pa.int64())
+    columns: dict[str, tp.Any] = {
+        "latent": number,
+        "frequency": results.frequency,
+        "count": results.counts,
+        "mean_value": results.mean_values,
+        "max_value": results.max_values,
+    }
+    if results.has_tables:
+        more = results.latents()
+        if more["latent"].cast(pa.int64()).combine_chunks() != number:
+            raise CorruptDataError(
+                f"{results.url}: latents.parquet has not one row for each latent. {files.REMEDY}"
+            )
+        columns |= {key: more[key] for key in more.column_names if key not in columns}
+    return pa.table(columns)
 
 
 def curves(run: str) -> pa.Table:

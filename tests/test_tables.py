@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import small_root
 
@@ -14,6 +15,9 @@ import saev
 from saev import cli, inference, tables
 from saev.config import ImgFolder, VisualsConfig
 from saev.errors import CorruptDataError, IncompleteError, StorageError
+
+FIRST = ["latent", "frequency", "count", "mean_value", "max_value"]
+FIRST_DTYPES = ["int64", "float64", "int64", "float64", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,33 @@ def test_latents_are_counted_in_the_codes(root: Path) -> None:
     sums = np.asarray(codes.sum(0)).ravel()
     np.testing.assert_allclose(found.mean_value * found["count"], sums, rtol=1e-5)
     np.testing.assert_array_equal(found.max_value, codes.max(axis=0).toarray().ravel())
+    assert [str(kind) for kind in found.dtypes[:5]] == FIRST_DTYPES
     with pytest.raises(IncompleteError, match="saev inference"):
         tables.latents(str(path.parents[2]))
     with pytest.raises(StorageError, match="does not exist"):
         tables.latents(str(path.parent / "elsewhere"))
+
+
+def test_latents_have_the_columns_of_their_table(root: Path) -> None:
+    ((path, _),) = stored(root, "*/inference/*/metrics.json")
+    found = tables.latents(str(path.parent))
+    table = pq.read_table(path.with_name("latents.parquet"))
+    assert found.column_names[:5] == FIRST
+    assert found.column_names[5:] == [n for n in table.column_names if n not in FIRST]
+    for name in {*table.column_names} - {"latent"}:
+        assert found[name].equals(table[name]), name
+
+
+def test_latents_of_an_earlier_version_have_the_first_columns() -> None:
+    old = Path(__file__).parent / "upgrade" / "root" / "saev"
+    results = stored(old, "*/inference/*/metrics.json")
+    assert results
+    for path, metrics in results:
+        found = tables.latents(str(path.parent)).to_pandas()
+        assert list(found.columns) == FIRST
+        assert [str(kind) for kind in found.dtypes] == FIRST_DTYPES
+        assert found.latent.tolist() == list(range(metrics["d_sae"]))
+        assert found["count"].sum() > 0
 
 
 def test_curves_are_the_logged_rows(root: Path) -> None:

@@ -167,6 +167,13 @@ class Results:
 
     # --- Tables ----------------------------------------------------------------------------
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether there are tables; an earlier version of saev wrote none."""
+        from saev.parquet import TABLES  # needs pyarrow
+
+        return self.folder.has(TABLES)
+
     @functools.cached_property
     def tables(self) -> "Tables":
         """The Parquet tables; docs/formats.md describes their columns.
@@ -176,7 +183,7 @@ class Results:
         """
         from saev.parquet import TABLES, Tables  # need pyarrow
 
-        if not self.folder.has(TABLES):
+        if not self.has_tables:
             raise StorageError(
                 f"{self.url} has no tables, because an earlier version of saev wrote it. To have "
                 "them, delete this folder and run the same `saev inference` command again."

@@ -223,7 +223,8 @@ def _(mo, root, saes):
 @app.cell
 def _(chosen, mo, saes, tables):
     sae = saes.loc[chosen.value]
-    every_latent = tables.latents(sae.inference).to_pandas()
+    _columns = ["latent", "frequency", "count", "mean_value", "max_value"]
+    every_latent = tables.latents(sae.inference).select(_columns).to_pandas()
     latents = every_latent[(every_latent.frequency > 0) & (every_latent.mean_value > 0)]
     mo.stop(latents.empty, mo.callout(mo.md("All latents of this SAE are dead."), kind="warn"))
     return every_latent, latents, sae
