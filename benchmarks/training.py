@@ -135,7 +135,8 @@ def dense_steps(report: Report, args: argparse.Namespace, x: torch.Tensor) -> No
     w_enc, w_dec = (banks["ReLU"].params[name][0] for name in ("W_enc", "W_dec"))
     grad = torch.randn_like(x)
     sums = [torch.zeros_like(w_enc) for _ in range(2)]
-    rows = max(1, (32 << 20) // (4 * args.d_sae))
+    most = max(1, (32 << 20) // (4 * args.d_sae))
+    rows = -(-len(x) // -(-len(x) // most))  # chunks as in a step
 
     def products() -> None:
         for x_c, grad_c in zip(x.split(rows), grad.split(rows), strict=True):

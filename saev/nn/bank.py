@@ -362,7 +362,9 @@ class SaeBank:
         if n_members > 1:
             return max(1, n_rows)
         budget = GPU_CHUNK_BYTES if self.device.type == "cuda" else _CPU_CHUNK
-        return max(_MIN_ROWS, min(n_rows, budget // self._row_bytes(n_p)))
+        most = max(_MIN_ROWS, budget // self._row_bytes(n_p))
+        n_chunks = max(1, -(-n_rows // most))
+        return max(1, -(-n_rows // n_chunks))  # all of about one length
 
     def _remove_parallel(self) -> dict[str, Tensor]:
         """Remove the part of decoder gradients that is parallel to the rows. Normalising the rows

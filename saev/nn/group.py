@@ -152,13 +152,13 @@ def _dense_chunks(group: Group, x: Tensor) -> Iterator[tuple[Measured, Tensor]]:
 def _activated(group: Group, weights: Weights, x_c: Tensor) -> tuple[dense.Activated, Tensor]:
     """f = activation(x·W_enc + b_enc), and the penalty of each latent without its coefficient: L0
     of JumpReLU, L1 of ReLU."""
-    z = dense.product(x_c, weights.W_enc[0].T, group.bf16).add_(weights.b_enc[0])
+    z, bias = dense.product(x_c, weights.W_enc[0].T, group.bf16), weights.b_enc[0]
     activation = group.activations[0]
     if isinstance(activation, JumpRelu):
         assert weights.log_threshold is not None
-        act = dense.jump_relu(z, weights.log_threshold[0], activation.kernel_width)
+        act = dense.jump_relu(z, bias, weights.log_threshold[0], activation.kernel_width)
         return act, act.l0
-    act = dense.relu(z)
+    act = dense.relu(z, bias)
     return act, act.l1
 
 

@@ -72,39 +72,46 @@ def decoded(act: dense.Activated, w: torch.Tensor) -> torch.Tensor:
     return dense.decode_blocks(act.f, w, [len(w)], False)
 
 
+@pytest.fixture(params=[1, 1 << 20], ids=["tiles of 8 rows", "one tile"])
+def tiles(request, monkeypatch) -> None:
+    monkeypatch.setattr(dense, "_TILE_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("tiles")
 def test_relu_and_its_l1() -> None:
     w = rows(12, D, seed=2)
 
-    def kernel(z):
-        act = dense.relu(z.clone())
-        torch.testing.assert_close(act.l0, (z > 0).double().sum(0))
+    def kernel(z, bias):
+        act = dense.relu(z.clone(), bias)
+        torch.testing.assert_close(act.l0, (z + bias > 0).double().sum(0))
         return decoded(act, w), act.l1
 
-    def plain(z):
-        f = activations.relu(z)
+    def plain(z, bias):
+        f = activations.relu(z + bias)
         return f @ w, f.sum(0)
 
-    same(kernel, plain, [rows(40, 12)], 2)
+    same(kernel, plain, [rows(40, 12), rows(12, seed=1)], 2)
 
 
+@pytest.mark.usefixtures("tiles")
 def test_jump_relu_and_its_l0() -> None:
     """The plain functions have the pseudo-derivatives by θ; autograd makes them those by ln θ."""
     w, width = rows(12, D, seed=2), 0.8
 
-    def kernel(z, log_theta):
-        act = dense.jump_relu(z.clone(), log_theta, width)
-        torch.testing.assert_close(act.l1, (z * (z > log_theta.exp())).sum(0))
+    def kernel(z, bias, log_theta):
+        act = dense.jump_relu(z.clone(), bias, log_theta, width)
+        torch.testing.assert_close(act.l1, ((z + bias) * (z + bias > log_theta.exp())).sum(0))
         return decoded(act, w), act.l0
 
-    def plain(z, log_theta):
-        theta = log_theta.exp()
+    def plain(z, bias, log_theta):
+        z, theta = z + bias, log_theta.exp()
         f = activations.jump_relu(z, theta, width)
         return f @ w, activations.step(z, theta, width).sum(0)
 
-    z, log_theta = rows(40, 12), 0.3 * rows(12, seed=1) - 1
-    near = activations.rectangle(z, log_theta.exp(), width)
+    z, bias, log_theta = rows(40, 12), rows(12, seed=3), 0.3 * rows(12, seed=1) - 1
+    near = activations.rectangle(z + bias, log_theta.exp(), width)
     assert 0 < near.sum() < z.numel()
-    same(kernel, plain, [z, log_theta], 2)
+    same(kernel, plain, [z, bias, log_theta], 2)
 
 
 LENGTHS = {1: [[12], [12]], 3: [[2, 7, 12], [5, 12, 12]]}

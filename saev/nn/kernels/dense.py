@@ -2,6 +2,7 @@
 
 import itertools
 import typing as tp
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -69,66 +70,102 @@ class Activated(tp.NamedTuple):
     """Σ f of each latent."""
 
 
+_TILE_BYTES = 256 << 10
+"""Size of a tile of a matrix that several operations pass over, on a CPU. Some tiles fit into its
+cache, while every pass over all rows of a chunk reads and writes memory."""
+_TILE_ROWS = 8
+"""Fewest rows of a tile."""
+
+
+def _tiles(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tiles of some matrices of one shape; the whole matrices on a GPU."""
+    first = matrices[0]
+    row_bytes = first.shape[1] * first.element_size()
+    n_rows = first.shape[0] if first.is_cuda else _TILE_BYTES // row_bytes
+    return zip(*(m.split(max(_TILE_ROWS, n_rows)) for m in matrices), strict=True)
+
+
 class _Relu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: tp.Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: tp.Any, z: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # In place, because new memory of this size costs half as much as the product before it.
         ctx.mark_dirty(z)
-        f = z.clamp_(min=0)
-        l0 = f.sign().sum(0)
-        ctx.save_for_backward(f)
+        l0, l1 = (torch.zeros_like(bias) for _ in range(2))
+        for (f,) in _tiles(z):
+            f.add_(bias).clamp_(min=0)
+            l0 += f.sign().sum(0)
+            l1 += f.sum(0)
+        ctx.save_for_backward(z)
         ctx.mark_non_differentiable(l0)
-        return f, l0, f.sum(0)
+        return z, l0, l1
 
     @staticmethod
-    def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> Tensor:
-        (f,) = ctx.saved_tensors
+    def backward(ctx: tp.Any, grad_f: Tensor, _: Tensor, grad_l1: Tensor) -> tuple[Tensor, Tensor]:
+        grad_bias = torch.zeros_like(grad_l1)
         # In place, which is safe: decode_blocks computed grad_f for this function only.
-        return where_positive_(grad_f.add_(grad_l1), f)
+        for grad, f in _tiles(grad_f, ctx.saved_tensors[0]):
+            grad_bias += where_positive_(grad.add_(grad_l1), f).sum(0)
+        return grad_f, grad_bias
 
 
-def relu(z: Float[Tensor, "c s"]) -> Activated:
-    """f = max(0, z), in place. f and l1 are differentiable in z; f may be decoded once, by
-    decode_blocks."""
-    return Activated(*_Relu.apply(z))
+def relu(z: Float[Tensor, "c s"], bias: Float[Tensor, " s"]) -> Activated:
+    """f = max(0, z + bias), in place of z. f and l1 are differentiable in z and the bias; f may be
+    decoded once, by decode_blocks."""
+    return Activated(*_Relu.apply(z, bias))
 
 
 class _JumpRelu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: tp.Any, z: Tensor, log_theta: Tensor, width: float
+        ctx: tp.Any, z: Tensor, bias: Tensor, log_theta: Tensor, width: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.mark_dirty(z)
         # A copy, because the rounding of MKL's exp depends on the alignment in memory.
         theta = log_theta.clone().exp()
+        half = theta * (width / 2)
+        l0, l1, n_near = (torch.zeros_like(theta) for _ in range(3))
         # Numbers 0 and 1 instead of truth values, which would have to be converted for each sum.
-        near = (z - theta).abs_().lt_(theta * (width / 2))  # activations.rectangle
-        active = torch.gt(z, theta, out=torch.empty_like(z))
-        ctx.mark_dirty(z)
-        f = z.mul_(active)
-        ctx.save_for_backward(f, theta, near)
+        near = torch.empty_like(z)
+        for f, near_t in _tiles(z, near):
+            f += bias
+            torch.sub(f, theta, out=near_t).abs_().lt_(half)  # activations.rectangle
+            active = torch.gt(f, theta, out=torch.empty_like(f))
+            f *= active
+            for sums, values in ((l0, active), (l1, f), (n_near, near_t)):
+                sums += values.sum(0)
+        ctx.save_for_backward(z, theta, near, n_near)
         ctx.width = width
-        l1 = f.sum(0)
         ctx.mark_non_differentiable(l1)
-        return f, active.sum(0), l1
+        return z, l0, l1
 
     @staticmethod
     def backward(
         ctx: tp.Any, grad_f: Tensor, grad_l0: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor, None]:
-        f, theta, near = ctx.saved_tensors
-        n_near = near.sum(0)
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        all_f, theta, all_near, n_near = ctx.saved_tensors
+        grad_bias, of_near = (torch.zeros_like(theta) for _ in range(2))
+        for grad, f, near in _tiles(grad_f, all_f, all_near):
+            of_near += near.mul_(grad).sum(0)
+            grad_bias += where_positive_(grad, f).sum(0)
         # ∂/∂ln θ = θ·∂/∂θ, and this θ cancels with that in ε = width·θ.
-        grad = theta * near.mul_(grad_f).sum(0) + grad_l0 * n_near
-        return where_positive_(grad_f, f), grad / -ctx.width, None
+        grad_theta = theta * of_near + grad_l0 * n_near
+        return grad_f, grad_bias, grad_theta / -ctx.width, None
 
 
-def jump_relu(z: Float[Tensor, "c s"], log_theta: Float[Tensor, " s"], width: float) -> Activated:
-    """f = z·[z > θ], in place. f and l0 are differentiable in z and ln θ, by the
-    pseudo-derivatives of :mod:`saev.nn.activations`; f may be decoded once, by decode_blocks.
+def jump_relu(
+    z: Float[Tensor, "c s"],
+    bias: Float[Tensor, " s"],
+    log_theta: Float[Tensor, " s"],
+    width: float,
+) -> Activated:
+    """f = z'·[z' > θ] with z' = z + bias, in place of z. f and l0 are differentiable in z, the bias
+    and ln θ, by the pseudo-derivatives of :mod:`saev.nn.activations`; f may be decoded once, by
+    decode_blocks.
 
     Args:
-        z: pre-activations.
+        z: pre-activations without their bias.
+        bias: of the encoder.
         log_theta: ln θ.
         width: ε/θ of the kernel.
     """
-    return Activated(*_JumpRelu.apply(z, log_theta, width))
+    return Activated(*_JumpRelu.apply(z, bias, log_theta, width))
