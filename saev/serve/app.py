@@ -14,9 +14,19 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from saev import opened, storage, tables
+from saev import opened, storage
 from saev.errors import SaevError
-from saev.serve import access, columns, comparing, images, latents, pictures, problems
+from saev.serve import (
+    access,
+    columns,
+    comparing,
+    curves,
+    facts,
+    images,
+    latents,
+    pictures,
+    problems,
+)
 from saev.serve import notes as notes_
 from saev.serve.explorer import Explorer
 from saev.serve.measured import Measured
@@ -103,9 +113,13 @@ def routes(explorer: Explorer) -> list[Route]:
         Route("/static/{name}", _static),
         Route("/pages/{path:path}", functools.partial(_page, explorer)),
         Route("/api/root", functools.partial(_root, explorer)),
+        Route("/api/curves", functools.partial(_all_curves, explorer)),
         Route("/api/notes", functools.partial(_notes, explorer), methods=["GET", "PUT"]),
         Route(run, functools.partial(_run, explorer)),
         Route(f"{run}/columns", functools.partial(_columns, explorer)),
+        Route(f"{run}/figures", functools.partial(_figures, explorer)),
+        Route(f"{run}/examples", of_run(
+            lambda m, r: latents.examples(m, _numbers(r, "latents"), _query(r, "n", 4)))),
         Route(f"{run}/curves", functools.partial(_curves, explorer)),
         Route(f"{run}/latents/{{latent}}", of_run(
             lambda m, r: latents.one(m, _path(r, "latent")))),
@@ -179,41 +193,38 @@ async def _run(explorer: Explorer, request: Request) -> Response:
     key = request.path_params["key"]
     measured = await explorer.measured(key)
 
-    def facts() -> dict[str, tp.Any]:
-        return latents.plain({
-            **measured.entry.to_dict(),
-            "n_latents": measured.d_sae,
-            "grid": list(measured.grid),
-            "metrics": {k: v for k, v in measured.results.metrics.items() if _is_figure(v)},
-            "warnings": measured.results.other_model,
-            "columns": columns.names(measured),
-            "has_codes": measured.has_codes,
-            "facts": measured.facts,
-        })  # fmt: skip
-
-    answer = _json(await explorer.pool.read(facts))
+    answer = _json(await explorer.pool.once((key, "facts"), lambda: facts.facts(measured)))
     explorer.soon(key)
     return answer
-
-
-def _is_figure(value: tp.Any) -> bool:
-    return value is None or isinstance(value, int | float | str)
 
 
 async def _columns(explorer: Explorer, request: Request) -> Response:
     measured = await explorer.measured(request.path_params["key"])
     wanted = [name for name in request.query_params.get("names", "").split(",") if name]
-    data = await _cached(explorer, request, measured, lambda: columns.packed(measured, wanted))
+    data = await _cached(explorer, request, measured, lambda: columns.of_table(measured, wanted))
     return _tagged(request, data, "application/octet-stream", _tag(measured), "private, no-cache")
 
 
+async def _figures(explorer: Explorer, request: Request) -> Response:
+    measured = await explorer.with_names(request.path_params["key"])
+    found = await explorer.pool.once((measured.key, "figures"), lambda: columns.figures(measured))
+    kind = "application/octet-stream"
+    return _tagged(request, found.data, kind, _tag(measured), "private, no-cache")
+
+
 async def _curves(explorer: Explorer, request: Request) -> Response:
+    """All rows of the curves of one training."""
     entry = await explorer.pool.read(lambda: explorer.catalogue.find(request.path_params["key"]))
+    return _json(await explorer.pool.read(lambda: curves.whole(entry.figures["run"])))
 
-    def curves() -> dict[str, tp.Any]:
-        return latents.plain(tables.curves(entry.figures["run"]).to_pydict())
 
-    return _json(await explorer.pool.read(curves))
+async def _all_curves(explorer: Explorer, request: Request) -> Response:
+    """The main curves of all trainings, in few points each."""
+
+    def found() -> dict[str, tp.Any]:
+        return curves.of_all(explorer.catalogue.entries(), explorer.cache)
+
+    return _json(await explorer.pool.once("curves", found))
 
 
 def _of_run(

@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 from saev.serve.measured import Measured
 from saev.serve.problems import Problem
 
+MAX_LATENTS = 200
+"""Most latents in one answer."""
 MAX_ROWS = 500
 """Most images in one answer."""
 ORDERS = ("max", "mean", "example")
@@ -66,6 +68,33 @@ def classes(measured: Measured, latent: int) -> list[dict[str, tp.Any]]:
         rows.append({"class": row.pop("class_idx"), "name": named["name"], "kind": named["kind"],
                      "value": named["value"], **row})  # fmt: skip
     return rows
+
+
+def examples(
+    measured: Measured, latents: tp.Sequence[int], most: int
+) -> dict[str, list[dict[str, tp.Any]]]:
+    """The first images of some latents, by number, for lists.
+
+    Args:
+        measured: the SAE.
+        latents: numbers, at most MAX_LATENTS.
+        most: images of each.
+
+    Raises:
+        Problem: there is no such latent, or there are too many.
+    """
+    if len(latents) > MAX_LATENTS:
+        raise Problem(400, f"{len(latents)} latents at once.", f"Ask for {MAX_LATENTS} at most.")
+    for latent in latents:
+        measured.check_latent(latent)
+    names = measured.names()
+    return plain({
+        str(latent): [
+            {**row, **names.of(row["example"])}
+            for row in measured.rows("examples", latent).slice(0, most).to_pylist()
+        ]
+        for latent in latents
+    })  # fmt: skip
 
 
 def images(
@@ -134,7 +163,7 @@ def of_class(measured: Measured, class_idx: int) -> dict[str, tp.Any]:
             404, f"There is no class {class_idx}, or no latent fires on it.",
             "Take a number of api/runs/RUN/classes.",
         )  # fmt: skip
-    row = found.slice(0, 1).to_pylist()[0]
+    row = next(one for one in measured.class_list() if one["class"] == class_idx)
     rows = found.drop_columns(["class_idx", "kind", "value", "name"]).to_pylist()
     named = {"class": class_idx, **{key: row[key] for key in ("kind", "value", "name")}}
     return plain({"run": measured.key, **named, "latents": rows})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import typing as tp
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev import storage
+from saev.errors import SaevError
 from saev.inference.results import Results
 from saev.parquet import TABLES, FileEntry
 from saev.secrets import redact
@@ -18,7 +20,18 @@ from saev.serve.catalogue import Entry
 from saev.serve.problems import Problem
 from saev.shards.protocol import METADATA, Metadata
 
+logger = logging.getLogger(__name__)
+
+T = tp.TypeVar("T")
+
 NONE = -1
+N_BEST = 8
+"""Latents that are named of each class."""
+_CLASS = ("class_idx", "kind", "value", "name", "support")
+_FINDING = ("latent", "ap", "ap_held_out", "rate_inside", "rate_inside_held_out", "rate_outside",
+            "rate_outside_held_out")  # fmt: skip
+N_TOP = 8
+"""Images of which purity is told."""
 _MAX_EXAMPLE = 1 << 48
 _BYTES_PER_LISTED = 12
 """Memory of the list of row groups, per byte of its JSON."""
@@ -79,8 +92,8 @@ class Shown:
     """int64 [n]."""
     top: np.ndarray
     """The strongest image of each latent, int64 [d_sae], NONE if it never fires."""
-    n_top: np.ndarray
-    """How many images are named as its strongest, int32 [d_sae]."""
+    is_strong: np.ndarray
+    """Whether the image is one of the latent's N_TOP strongest ones, bool [n]."""
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +177,10 @@ class Measured:
 
     # --- Rows ----------------------------------------------------------------------------------
 
+    def cached(self, what: str, make: tp.Callable[[], T]) -> T:
+        """Something of this SAE that is kept while there is room."""
+        return self._cache.get((self.key, what), make)
+
     def group(self, file: FileEntry, number: int) -> pa.Table:
         """One row group."""
         key = (self.key, file.name, number)
@@ -191,7 +208,7 @@ class Measured:
 
     def names(self) -> Names:
         """Names of all images."""
-        return self._cache.get((self.key, "names"), self._names)
+        return self.cached("names", self._names)
 
     def _names(self) -> Names:
         columns = ["example", "path", "label", "class_idx", "side"]
@@ -208,25 +225,27 @@ class Measured:
 
     def shown(self) -> Shown:
         """The images of all latents in `examples.parquet`."""
-        return self._cache.get((self.key, "shown"), self._shown)
+        return self.cached("shown", self._shown)
 
     def _shown(self) -> Shown:
         latents, examples = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        strong = [np.zeros(0, bool)]
         top = np.full(self.d_sae, NONE, np.int64)
-        n_top = np.zeros(self.d_sae, np.int32)
         for group in self.groups("examples", ["latent", "kind", "rank", "example"]):
             latent, example = group["latent"].to_numpy(), group["example"].to_numpy()
             is_top = pc.equal(group["kind"], "top").to_numpy()
-            first = is_top & (group["rank"].to_numpy() == 0)
+            rank = group["rank"].to_numpy()
+            first = is_top & (rank == 0)
             top[latent[first]] = example[first]
-            n_top += np.bincount(latent[is_top], minlength=self.d_sae).astype(np.int32)
             latents.append(latent)
             examples.append(example)
-        return Shown(np.concatenate(latents), np.concatenate(examples), top, n_top)
+            strong.append(is_top & (rank < N_TOP))
+        is_strong = np.concatenate(strong)
+        return Shown(np.concatenate(latents), np.concatenate(examples), top, is_strong)
 
     def pairs(self) -> pa.Table:
         """`classes.parquet`, by latent: the classes that a latent finds, best first."""
-        return self._cache.get((self.key, "pairs"), self._pairs)
+        return self.cached("pairs", self._pairs)
 
     def _pairs(self) -> pa.Table:
         table = self.tables.read("classes").drop_columns(["name", "kind", "value"])
@@ -235,19 +254,34 @@ class Measured:
 
     def class_list(self) -> list[dict[str, tp.Any]]:
         """All classes of images and of masks, by number."""
-        return self._cache.get((self.key, "class list"), self._class_list)
+        return self.cached("class list", self._class_list)
 
     def _class_list(self) -> list[dict[str, tp.Any]]:
         classes: dict[int, dict[str, tp.Any]] = {}
-        columns = ["class_idx", "kind", "value", "name", "support", "latent", "ap"]
-        for row in self.tables.read("classes", columns).to_pylist():
-            one = {
-                "class": row["class_idx"], "kind": row["kind"], "value": row["value"],
-                "name": row["name"], "support": row["support"], "best": row["latent"],
-                "ap": row["ap"],
-            }  # fmt: skip
-            classes.setdefault(row["class_idx"], one)  # the rows begin with the best
-        return [classes[number] for number in sorted(classes)]
+        for row in self.tables.read("classes", [*_CLASS, *_FINDING]).to_pylist():
+            one = {"class": row["class_idx"], **{key: row[key] for key in _CLASS[1:]}, "best": []}
+            best = classes.setdefault(row["class_idx"], one)["best"]
+            if len(best) < N_BEST:  # the rows begin with the best
+                best.append({key: row[key] for key in _FINDING})
+        found = [classes[number] for number in sorted(classes)]
+        if any(one["name"] is None for one in found):
+            of_values = _mask_names(self.entry.figures["shards"])
+            for one in found:
+                named = of_values.get(one["value"]) if one["kind"] == "mask" else None
+                one["name"] = redact(one["name"] or named or f"class {one['value']}")
+        return found
+
+
+def _mask_names(shards: str) -> tp.Mapping[int, str]:
+    """Names of the values of masks, as the dataset has them; empty if it is gone."""
+    from saev.shards import Shards  # this and the next need torch
+    from saev.visuals import source
+
+    try:
+        return source.read_class_names(source.recorded_data(Shards.open(shards)))
+    except SaevError as err:
+        logger.warning("Classes of patches have no names: %s", err)
+        return {}
 
 
 def _common_folder(paths: pa.ChunkedArray) -> str:

@@ -145,7 +145,10 @@ class Searcher:
         return plain({
             "query": query[:MAX_QUERY],
             "latents": latents.tolist(),
-            "classes": [listed[i] for i in classes[:MAX_FOUND].tolist()],
+            "classes": [
+                {key: listed[i][key] for key in ("class", "kind", "name", "support")}
+                for i in classes[:MAX_FOUND].tolist()
+            ],
             "images": [
                 self.names.of(int(self.names.example[row])) for row in rows[:MAX_FOUND].tolist()
             ],
@@ -172,6 +175,7 @@ def prepare(measured: Measured, cache: ByteCache) -> Searcher:
 def _searcher(measured: Measured, cache: ByteCache) -> Searcher:
     names, shown = measured.names(), measured.shown()
     texts = measured.tables.read("latents", ["name", "best_class_name", "best_mask_name"])
+    classes = measured.class_list()
     rows = np.searchsorted(names.example, shown.example).astype(np.int32)
     return Searcher(
         measured,
@@ -180,16 +184,10 @@ def _searcher(measured: Measured, cache: ByteCache) -> Searcher:
             ("files", _digest(names)), lambda: WordIndex.of(_joined(names.path, names.label))
         ),
         WordIndex.of(_joined(*texts.columns)),
-        WordIndex.of(
-            pa.chunked_array([[_said(one) for one in measured.class_list()]], pa.string())
-        ),
+        WordIndex.of(pa.chunked_array([[one["name"] for one in classes]], pa.string())),
         shown.latent,
         rows,
     )
-
-
-def _said(one: tp.Mapping[str, tp.Any]) -> str:
-    return one["name"] or f"class {one['value']}"
 
 
 def _joined(*columns: pa.ChunkedArray) -> pa.ChunkedArray:

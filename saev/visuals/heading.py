@@ -9,9 +9,11 @@ from saev.config.source import ActivationSource
 from saev.errors import SaevError
 from saev.inference.results import Results
 from saev.secrets import redact
-from saev.shards import Shards
 from saev.visuals import page
 from saev.visuals.rows import ALL, SIDES, TRAINING, Row, last_logged
+
+if tp.TYPE_CHECKING:
+    from saev.shards import Shards  # needs torch, which `saev serve` does without
 
 
 class Heading(tp.NamedTuple):
@@ -22,7 +24,7 @@ class Heading(tp.NamedTuple):
     metrics: list[page.Metric]
 
 
-def of(run: str, results: Results, shards: Shards, activations: ActivationSource) -> Heading:
+def of(run: str, results: Results, shards: "Shards", activations: ActivationSource) -> Heading:
     """The heading of the report of an SAE on a shards folder.
 
     Args:

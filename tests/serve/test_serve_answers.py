@@ -6,10 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from visuals.chain import HOSTILE_CLASS
 
+from saev import storage
+from saev.explorer import data
+from saev.explorer.columns import COLUMNS
 from saev.inference.results import Results
-from saev.serve import columns
 from saev.serve.measured import Measured
+from saev.shards import Shards
 
 from .conftest import Client
 
@@ -59,13 +63,65 @@ def test_columns_are_those_of_the_results(client: Client, of_run: str, results: 
     np.testing.assert_allclose(found["mean"][fires], results.mean_values[fires], rtol=1e-6)
     assert np.array_equal(found["max"][fires], results.max_values[fires])
     assert np.isnan(found["mean"][~fires]).all()
+    assert found["best_class_name"] == results.latents()["best_class_name"].to_pylist()
+    some = unpack(client.ask(f"{of_run}/columns?names=max,name")[2])
+    assert list(some) == ["max", "name"]
+
+
+def test_figures_are_those_of_the_file_of_all_latents(
+    client: Client, of_run: str, results: Results, root: str
+) -> None:
+    """The two ways to make them share nothing but the list of what they are."""
+    shards = Shards.open(next(entry.url for entry in storage.list_dir(f"{root}/shards")))
+    other = data.Measured(results, shards, {0: "noise", 1: "x", 2: "ramp"})
+    facts = client.get(of_run)
+    found = unpack(client.ask(f"{of_run}/figures")[2])
+    shown = [one for one in COLUMNS if one.key in found]
+    assert [one["key"] for one in facts["figures"]] == [one.key for one in shown]
+    assert len(shown) >= 10
+    for one in shown:
+        has_sides = one.has_sides and other.has_held_out
+        expected = other.column(one, held_out=has_sides)
+        np.testing.assert_allclose(found[one.key], expected, rtol=1e-6, err_msg=one.key)
+        if has_sides:
+            expected = other.column(one, held_out=False)
+            np.testing.assert_allclose(found[f"{one.key}_all"], expected, rtol=1e-6)
+    assert found["order"].tolist() == other.order.tolist()
+    assert np.array_equal(found["tokens"], other.n_tokens)
     strongest = [results.top(i).example_idx[:1].tolist() for i in range(results.d_sae)]
     assert found["top_example"].tolist() == [one[0] if one else -1 for one in strongest]
-    assert found["best_class_name"] == results.latents()["best_class_name"].to_pylist()
-    assert sorted(found["order"]) == list(range(results.d_sae))
-    assert not fires[found["order"]][np.count_nonzero(fires) :].any()
-    some = unpack(client.ask(f"{of_run}/columns?names=max,order")[2])
-    assert list(some) == ["max", "order"]
+    numbers = {one["class"]: i for i, one in enumerate(facts["classes"])}
+    for key in ("class", "mask"):
+        assert [numbers.get(i, -1) for i in found[key].tolist()] == other.best(key).tolist()
+    assert [(c["name"], c["kind"], c["support"]) for c in facts["classes"]][:2] == [
+        tuple(one) for one in other.classes
+    ][:2]
+
+
+def test_classes_of_masks_have_their_names(client: Client, of_run: str) -> None:
+    """classes.csv beside the images says them."""
+    classes = client.get(f"{of_run}/classes")["classes"]
+    names = {one["value"]: one["name"] for one in classes if one["kind"] == "mask"}
+    assert names == {0: "noise", 1: HOSTILE_CLASS, 2: "ramp", 3: "class 3"}
+
+
+def test_the_best_latents_of_a_class_are_named(
+    client: Client, of_run: str, results: Results
+) -> None:
+    table = results.classes().to_pylist()
+    for one in client.get(f"{of_run}/classes")["classes"]:
+        mine = [row["latent"] for row in table if row["class_idx"] == one["class"]]
+        assert [row["latent"] for row in one["best"]] == mine[:8]
+
+
+def test_first_images_of_many_latents_come_at_once(client: Client, of_run: str) -> None:
+    found = client.get(f"{of_run}/examples?latents=3,7,8&n=2")
+    assert list(found) == ["3", "7", "8"]
+    for latent, rows in found.items():
+        whole = client.get(f"{of_run}/latents/{latent}")["examples"]
+        assert [(r["example"], r["patch_values"]) for r in rows] == [
+            (r["example"], r["patch_values"]) for r in whole[:2]
+        ]
 
 
 def test_a_latent_is_that_of_the_results(client: Client, of_run: str, results: Results) -> None:
@@ -200,13 +256,3 @@ def test_pictures_are_kept_by_the_browser(client: Client, of_run: str) -> None:
     assert "max-age" in headers["Cache-Control"]
     again = client.ask(f"{of_run}/pictures/3/48", If_None_Match=headers["ETag"])
     assert (again[0], again[2]) == (304, b"")
-
-
-def test_an_order_is_by_mean_and_rareness(measured: Measured) -> None:
-    table = measured.tables.read("latents", ["frequency", "mean", "n_images"]).to_pylist()
-    order = columns.order(measured).tolist()
-    most = min(columns.N_TOP, max(row["n_images"] for row in table))
-    enough = [i for i in order if table[i]["n_images"] >= most]
-    assert order[: len(enough)] == enough
-    scores = [table[i]["mean"] * -np.log(table[i]["frequency"]) for i in enough]
-    assert scores == sorted(scores, reverse=True)

@@ -2,7 +2,9 @@ import { render } from "preact";
 import { Router } from "./address";
 import { App } from "./app";
 import { FileSource } from "./file";
+import { LiveSource } from "./live";
 
 const root = document.getElementById("app")!;
 root.textContent = "";
-render(<App source={new FileSource()} router={new Router()} />, root);
+const source = FileSource.isHere() ? new FileSource() : new LiveSource();
+render(<App source={source} router={new Router()} />, root);

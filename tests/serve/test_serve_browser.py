@@ -1,0 +1,93 @@
+"""The live explorer in a browser: it shows the numbers of the results, and asks nobody else."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from visuals import chromium
+from visuals.chromium import Page
+
+from saev.inference.results import Results
+from saev.serve.measured import Measured
+
+from .conftest import Client
+
+pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with chromium.browser() as tab:
+        yield tab
+
+
+@pytest.fixture
+def tab(browser: Page, client: Client, measured: Measured) -> Iterator[Page]:
+    """The list of an SAE's latents, with pictures. Nothing may go wrong in the test."""
+    browser.events.clear()
+    browser.open(f"http://127.0.0.1:{client.port}/#/{measured.key}")
+    browser.wait("document.querySelectorAll('.rows canvas[data-drawn]').length > 3")
+    yield browser
+    assert browser.problems() == []
+    own = f"http://127.0.0.1:{client.port}/"
+    assert all(url.startswith((own, "data:", "blob:", "about:")) for url in browser.requested())
+
+
+def text(tab: Page, selector: str) -> str:
+    found: str = tab.js(f"document.querySelector({selector!r}).innerText")
+    return found
+
+
+def test_the_numbers_are_those_of_the_results(tab: Page, measured: Measured) -> None:
+    results = Results.open(measured.results.url)
+    latent = int(tab.js("document.querySelector('.rows .row').dataset.latent"))
+    shown = tab.js(
+        "Object.fromEntries([...document.querySelector('.rows .row').querySelectorAll("
+        "'[data-column]')].map(e => [e.dataset.column, e.innerText.split('\\n')]))"
+    )
+    table = results.latents(["frequency", "frequency_held_out"]).to_pylist()[latent]
+    numbers = [float(one.strip("%")) / 100 for one in shown["frequency"]]
+    assert numbers == pytest.approx([table["frequency_held_out"], table["frequency"]], rel=0.01)
+
+
+def test_from_the_list_to_a_latent_and_back(tab: Page, client: Client, measured: Measured) -> None:
+    latent = int(tab.js("document.querySelector('.rows .row').dataset.latent"))
+    tab.click(".rows .row .name a")
+    tab.wait(f"location.hash.endsWith('/latent/{latent}')")
+    tab.wait("document.querySelectorAll('main canvas[data-drawn]').length >= 4")
+    assert f"Latent {latent}" in text(tab, "main")
+    found = client.get(f"/api/runs/{measured.key}/latents/{latent}")
+    drawn = tab.js("[...document.querySelectorAll('main canvas[data-drawn]')]"
+                   ".map(e => Number(e.dataset.drawn))")  # fmt: skip
+    top = [one["example"] for one in found["examples"] if one["kind"] == "top"]
+    assert top[0] in drawn
+    tab.js("history.back()")
+    tab.wait("document.querySelectorAll('.rows .row').length > 3")
+    assert "/latent/" not in tab.js("location.hash")
+
+
+def test_an_address_opens_what_it_names(tab: Page, client: Client, measured: Measured) -> None:
+    latent = int(np.argmax(measured.results.counts))
+    tab.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/latent/{latent}")
+    tab.wait(f"document.querySelector('main')?.innerText.includes('Latent {latent}')")
+    tab.wait("document.querySelectorAll('main canvas[data-drawn]').length >= 4")
+
+
+def test_the_search_finds_what_the_server_finds(
+    tab: Page, client: Client, measured: Measured
+) -> None:
+    expected = client.get(f"/api/runs/{measured.key}/search?q=pl%C3%A1in")["latents"]
+    assert 0 < len(expected) < measured.d_sae
+    tab.js(
+        "(() => { const e = document.getElementById('search'); e.value = 'pláin';"
+        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+    )
+    tab.wait(f"document.getElementById('count').textContent.startsWith('{len(expected)} of')")
+    rows = "[...document.querySelectorAll('.rows .row')].map(e => Number(e.dataset.latent))"
+    assert set(tab.js(rows)) <= set(expected)
+
+
+def test_an_sae_that_is_not_there_is_told(browser: Page, client: Client) -> None:
+    browser.open(f"http://127.0.0.1:{client.port}/#/nothing")
+    browser.wait("document.querySelector('[role=alert]') !== null")
+    assert "There is no SAE 'nothing' here." in text(browser, "[role=alert]")

@@ -1,0 +1,334 @@
+// The source that is a server, `saev serve`. docs/explorer.md lists its addresses.
+import type { ClassFacts, Column, Detail, Example, Facts, Finding, Numbers, Run, Source, Summary } from "./source";
+
+interface Sae {
+  key: string;
+  name: string;
+  measured: boolean;
+  shards: string;
+  config: Record<string, unknown>;
+  [figure: string]: unknown;
+}
+
+interface RootAnswer {
+  saes: Sae[];
+  problems: string[];
+}
+
+interface RunAnswer {
+  title: string;
+  subtitle: string;
+  headline: [label: string, text: string, hint: string][];
+  warnings: string[];
+  activations: string;
+  inference: string;
+  n_latents: number;
+  n_tokens: number;
+  n_images: number;
+  grid: [number, number];
+  figures: Column[];
+  classes: (ClassFacts & { class: number })[];
+  side: string;
+  has_held_out: boolean;
+  has_codes: boolean;
+}
+
+interface ExampleAnswer {
+  kind: "top" | "spread";
+  example: number;
+  side: Example["side"];
+  value: number;
+  quantile: number | null;
+  patches: number[];
+  patch_values: number[];
+  path: string | null;
+  label: string | null;
+}
+
+interface ScoreAnswer {
+  ap: number | null;
+  ap_held_out: number | null;
+  rate_inside: number | null;
+  rate_inside_held_out: number | null;
+  rate_outside: number | null;
+  rate_outside_held_out: number | null;
+}
+
+interface LatentAnswer {
+  figures: {
+    histogram_first: number | null;
+    histogram: number[] | null;
+    quantiles: number[] | null;
+    neighbours: number[] | null;
+    neighbour_cosines: number[] | null;
+    coactive: number[] | null;
+    coactive_cosines: number[] | null;
+  };
+  quantile_shares: number[] | null;
+  examples: ExampleAnswer[];
+  classes: (ScoreAnswer & { class: number })[];
+}
+
+interface ClassesAnswer {
+  classes: { class: number; best: (ScoreAnswer & { latent: number })[] }[];
+}
+
+type Curves = Record<string, [steps: number[], values: number[]]>;
+
+const ARRAYS = { f4: Float32Array, f8: Float64Array, i4: Int32Array };
+const [BINS_PER_OCTAVE, LOW_EXPONENT] = [8, -12];
+/** Pixels of the longer side of pictures. */
+const SIZE = 224;
+/** Latents whose first images are asked for at once. */
+const AT_ONCE = 100;
+
+/** An answer, or an error in the server's words. Addresses are relative to the page: a proxy may
+ *  show it below any path. */
+async function ask(path: string): Promise<Response> {
+  let answer: Response;
+  try {
+    answer = await fetch(`api/${path}`, { credentials: "same-origin" });
+  } catch {
+    throw new Error("The server does not answer. Is `saev serve` still running?");
+  }
+  if (answer.ok) return answer;
+  let said = `The server answered with status ${answer.status}.`;
+  try {
+    const { detail, remedy } = (await answer.json()) as { detail: string; remedy: string };
+    said = `${detail} ${remedy}`;
+  } catch {
+    // Something between the page and the server has answered.
+  }
+  throw new Error(said);
+}
+
+const json = async <T>(path: string): Promise<T> => (await (await ask(path)).json()) as T;
+const orNaN = (value: number | null) => value ?? NaN;
+
+/** Columns as saev/serve/columns.py packs them. */
+function unpacked(buffer: ArrayBuffer): { values: Map<string, Numbers>; texts: Map<string, string[]> } {
+  const length = new DataView(buffer).getUint32(0, true);
+  const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length))) as {
+    columns: { name: string; dtype: keyof typeof ARRAYS; start: number; length: number; dictionary?: string[] }[];
+  };
+  const values = new Map<string, Numbers>();
+  const texts = new Map<string, string[]>();
+  for (const { name, dtype, start, length: n, dictionary } of head.columns) {
+    const array = new ARRAYS[dtype](buffer, 4 + length + start, n);
+    if (dictionary) texts.set(name, Array.from(array, (place) => dictionary[place] ?? ""));
+    else values.set(name, array);
+  }
+  return { values, texts };
+}
+
+/** Questions about single latents, put together to one. */
+class Together<T> {
+  private waiting = new Map<number, ((answer: Promise<T>) => void)[]>();
+
+  constructor(private readonly askAll: (latents: number[]) => Promise<Record<string, T>>) {}
+
+  ask(latent: number): Promise<T> {
+    return new Promise((take) => {
+      if (!this.waiting.size) setTimeout(() => this.send(), 0);
+      const takers = this.waiting.get(latent);
+      if (takers) takers.push(take);
+      else this.waiting.set(latent, [take]);
+    });
+  }
+
+  private send(): void {
+    const all = [...this.waiting];
+    this.waiting = new Map();
+    for (let i = 0; i < all.length; i += AT_ONCE) {
+      const some = all.slice(i, i + AT_ONCE);
+      const answers = this.askAll(some.map(([latent]) => latent));
+      for (const [latent, takers] of some)
+        for (const take of takers) take(answers.then((found) => found[latent]));
+    }
+  }
+}
+
+class LiveRun implements Run {
+  readonly facts: Facts;
+  readonly order: Numbers;
+  private readonly place = new Map<number, number>();
+  private readonly values_: Map<string, Numbers>;
+  private readonly texts: Map<string, string[]>;
+  private readonly first = new Map<number, Together<ExampleAnswer[]>>();
+
+  constructor(readonly id: string, private readonly said: RunAnswer, figures: ArrayBuffer) {
+    const { values, texts } = unpacked(figures);
+    [this.values_, this.texts] = [values, texts];
+    said.classes.forEach((one, i) => this.place.set(one.class, i));
+    for (const key of ["class", "mask"])
+      values.set(key, Int32Array.from(values.get(key)!, (one) => this.place.get(one) ?? -1));
+    this.order = values.get("order")!;
+    let nFiring = 0;
+    for (const tokens of values.get("tokens")!) nFiring += Number(tokens > 0);
+    this.facts = {
+      title: said.title,
+      subtitle: said.subtitle,
+      metrics: said.headline,
+      warnings: said.warnings,
+      activations: said.activations,
+      results: said.inference,
+      nLatents: said.n_latents,
+      nTokens: said.n_tokens,
+      nImages: said.n_images,
+      nFiring,
+      nPictured: nFiring,
+      nDetailed: nFiring,
+      grid: said.grid,
+      aspect: said.grid[1] / said.grid[0],
+      columns: said.figures,
+      classes: said.classes.map(({ name, kind, support }) => ({ name, kind, support })),
+      side: said.side,
+    };
+  }
+
+  has(key: string): boolean {
+    return this.values_.has(key);
+  }
+
+  values(key: string): Numbers {
+    return this.values_.get(key)!;
+  }
+
+  nameOf(latent: number): string {
+    const best = [this.values("class")[latent], this.values("mask")[latent]].find((one) => one >= 0);
+    return this.texts.get("name")?.[latent] || (best === undefined ? "" : this.facts.classes[best].name);
+  }
+
+  private get path(): string {
+    return `runs/${encodeURIComponent(this.id)}`;
+  }
+
+  async examples(latent: number, most: number): Promise<Example[]> {
+    let together = this.first.get(most);
+    if (!together) {
+      together = new Together((latents) => json(`${this.path}/examples?latents=${latents.join(",")}&n=${most}`));
+      this.first.set(most, together);
+    }
+    return (await together.ask(latent)).map(example);
+  }
+
+  async latent(latent: number): Promise<Detail> {
+    const { figures, quantile_shares, examples, classes } = await json<LatentAnswer>(`${this.path}/latents/${latent}`);
+    return {
+      examples: examples.map(example),
+      histogram: histogram(figures.histogram_first, figures.histogram),
+      quantiles: (figures.quantiles ?? []).map((value, i) => [quantile_shares?.[i] ?? NaN, value]),
+      classes: classes.map((one) => this.finding(latent, one.class, one)),
+      neighbours: near(figures.neighbours, figures.neighbour_cosines),
+      coactive: near(figures.coactive, figures.coactive_cosines),
+      matches: [],
+    };
+  }
+
+  private finding(latent: number, one: number, score: ScoreAnswer): Finding {
+    const heldOut = this.said.has_held_out;
+    return {
+      latent,
+      class: this.place.get(one) ?? -1,
+      inside: orNaN(heldOut ? score.rate_inside_held_out : score.rate_inside),
+      outside: orNaN(heldOut ? score.rate_outside_held_out : score.rate_outside),
+      ap: orNaN(heldOut ? score.ap_held_out : score.ap),
+      apAll: orNaN(score.ap),
+    };
+  }
+
+  async picture(one: number): Promise<Blob | null> {
+    try {
+      return await (await ask(`${this.path}/pictures/${one}/${SIZE}`)).blob();
+    } catch {
+      return null;
+    }
+  }
+
+  async findings(): Promise<Finding[]> {
+    const { classes } = await json<ClassesAnswer>(`${this.path}/classes`);
+    return classes.flatMap((one) => one.best.map((score) => this.finding(score.latent, one.class, score)));
+  }
+
+  async search(query: string): Promise<Set<number>> {
+    const { latents } = await json<{ latents: number[] }>(`${this.path}/search?q=${encodeURIComponent(query)}`);
+    return new Set(latents);
+  }
+}
+
+const example = (one: ExampleAnswer): Example => {
+  // -1 is the class token, which has no place in the image.
+  const inside = one.patches.flatMap((patch, i) => (patch < 0 ? [] : [i]));
+  return {
+    example: one.example,
+    file: (one.path ?? "").split("/").at(-1)!,
+    label: one.label ?? "",
+    kind: one.kind,
+    value: one.value,
+    quantile: orNaN(one.quantile),
+    side: one.side,
+    patches: inside.map((i) => one.patches[i]),
+    values: inside.map((i) => one.patch_values[i]),
+  };
+};
+
+function histogram(first: number | null, counts: number[] | null): Detail["histogram"] {
+  if (first === null || !counts?.length) return null;
+  const edge = (bin: number) =>
+    2 ** (Math.floor(bin / BINS_PER_OCTAVE) + LOW_EXPONENT) * (1 + (bin % BINS_PER_OCTAVE) / BINS_PER_OCTAVE);
+  return { edges: Array.from({ length: counts.length + 1 }, (_, i) => edge(first + i)), counts };
+}
+
+const near = (latents: number[] | null, cosines: number[] | null) =>
+  (latents ?? []).map((latent, i) => ({ latent, cosine: cosines?.[i] ?? NaN }));
+
+/** Entries of a config as text, by dotted keys. */
+function flat(config: Record<string, unknown>, before = ""): Record<string, string> {
+  const found: Record<string, string> = {};
+  for (const [key, value] of Object.entries(config))
+    if (value !== null && typeof value === "object" && !Array.isArray(value))
+      Object.assign(found, flat(value as Record<string, unknown>, `${before}${key}.`));
+    else found[`${before}${key}`] = Array.isArray(value) ? value.join(", ") : String(value ?? "");
+  return found;
+}
+
+function summary(sae: Sae, curves: Curves): Summary {
+  const figures: Record<string, number> = {};
+  for (const [key, value] of Object.entries(sae))
+    if (typeof value === "number") figures[key.replace(/nmse$/, "normalized_mse")] = value;
+  return {
+    id: sae.key,
+    title: sae.name,
+    dataset: sae.shards.split("/").at(-1) ?? "",
+    figures,
+    config: flat(sae.config),
+    curves,
+    isMeasured: sae.measured,
+  };
+}
+
+export class LiveSource implements Source {
+  readonly kind = "server";
+  private readonly opened = new Map<string, Promise<Run>>();
+
+  async runs(): Promise<Summary[]> {
+    const [root, curves] = await Promise.all([json<RootAnswer>("root"), json<Record<string, Curves>>("curves")]);
+    return root.saes.map((sae) => summary(sae, curves[sae.key] ?? {}));
+  }
+
+  open(id: string): Promise<Run> {
+    let found = this.opened.get(id);
+    if (!found) {
+      found = this.read(id);
+      this.opened.set(id, found);
+      found.catch(() => this.opened.delete(id)); // the next one tries again
+    }
+    return found;
+  }
+
+  private async read(id: string): Promise<Run> {
+    const path = `runs/${encodeURIComponent(id)}`;
+    const [said, figures] = await Promise.all([json<RunAnswer>(path), ask(`${path}/figures`)]);
+    return new LiveRun(id, said, await figures.arrayBuffer());
+  }
+}
