@@ -1,4 +1,4 @@
-"""Errors of single results, where one job makes several results."""
+"""Errors of single results of a job that makes several results."""
 
 import contextlib
 import logging
@@ -14,14 +14,14 @@ _T = tp.TypeVar("_T")
 
 
 class Failures(tp.Generic[_T]):
-    """Errors of some of the results of a job. The job goes on with the other results.
+    """Collects the errors of single results of a job, which goes on with the other results.
 
-    If no result is left, the error is raised at once.
+    When all results have failed, the error is raised at once.
 
     Args:
         results: all results.
-        what: what they are, in the plural.
-        before: errors of further results, for which not even a name could be found.
+        what: what the results are, in the plural, for messages.
+        before: errors of further results that have no name yet.
     """
 
     def __init__(self, results: Sequence[_T], what: str, before: Sequence[SaevError] = ()):
@@ -35,7 +35,7 @@ class Failures(tp.Generic[_T]):
         return result in self._found
 
     def left(self, results: Sequence[_T]) -> list[_T]:
-        """Those that have not failed."""
+        """The results that have not failed."""
         return [one for one in results if one not in self._found]
 
     @contextlib.contextmanager
@@ -45,12 +45,12 @@ class Failures(tp.Generic[_T]):
         safe_point: Callable[[], object] = lambda: None,
         but: type[SaevError] | tuple[()] = (),
     ) -> Iterator[None]:
-        """Note an error of the block instead of raising it.
+        """Collect an error of the block instead of raising it.
 
         Args:
             result: the result that the block works on. The block must not affect other results.
-            safe_point: called before an error is noted; it raises if the whole job has to stop.
-            but: kinds of errors that are raised instead.
+            safe_point: called before an error is collected. It raises if the whole job has to stop.
+            but: kinds of errors that are raised.
         """
         try:
             yield
@@ -61,7 +61,7 @@ class Failures(tp.Generic[_T]):
             self.add(result, err)
 
     def add(self, result: _T, err: SaevError) -> None:
-        """Note an error, which is raised if no result is left.
+        """Collect an error. If all results have failed now, it is raised.
 
         Raises:
             SaevError: see :meth:`error`.
@@ -74,8 +74,8 @@ class Failures(tp.Generic[_T]):
     def error(self) -> SaevError | None:
         """The error to raise when the other results are done; None if nothing has failed.
 
-        Several errors become one, whose text has all of theirs. It is a passing error (one that may
-        not come again) if one of them is.
+        Several errors become one error with all of their texts. It is passing (a retry may succeed)
+        if one of them is.
         """
         errors = [*self._before, *self._found.values()]
         texts = list(dict.fromkeys(map(str, errors)))

@@ -1,4 +1,4 @@
-"""How things are put into groups. It must not import torch, because `saev size` uses it."""
+"""Putting things into groups. This module must not import torch, because `saev size` uses it."""
 
 import typing as tp
 from collections.abc import Callable, Iterable
@@ -8,14 +8,14 @@ from saev import limits
 _SUMS_BYTES = 2 * (64 + 8 * limits.HISTOGRAM_BINS)
 """Bytes of a latent's counts, sums, largest value and histogram, of all and of held-out images."""
 _EXAMPLE_BYTES = 28
-"""Bytes of one of a latent's examples, without the values of its tokens, which take 8 each."""
+"""Bytes of one example of a latent, without the values of its tokens, which take 8 bytes each."""
 
 _T = tp.TypeVar("_T")
 _Key = tp.TypeVar("_Key")
 
 
 def group_by(members: Iterable[_T], key: Callable[[_T], _Key]) -> dict[_Key, list[_T]]:
-    """Members with equal keys together, in their order."""
+    """The members by key, in their order."""
     found: dict[_Key, list[_T]] = {}
     for one in members:
         found.setdefault(key(one), []).append(one)
@@ -23,10 +23,10 @@ def group_by(members: Iterable[_T], key: Callable[[_T], _Key]) -> dict[_Key, lis
 
 
 def measuring_bytes(d_model: int, d_sae: int, tokens: int, n_top: int) -> int:
-    """Most memory that an SAE takes while it is measured, alone or with others.
+    """Most bytes of memory that an SAE takes while it is measured.
 
-    These are its weights, a latent's sums, its examples if it fires on all of their tokens, and
-    two pieces of codes.
+    These are its weights, and for each latent its sums and its examples (if it fires on all of
+    their tokens), and two pieces of codes.
 
     Args:
         d_model: width of the activations.
@@ -42,14 +42,14 @@ def measuring_bytes(d_model: int, d_sae: int, tokens: int, n_top: int) -> int:
 def measured_together(
     saes: Iterable[_T], tokens: Callable[[_T], tp.Hashable], n_bytes: Callable[[_T], int]
 ) -> list[list[_T]]:
-    """SAEs in groups, each of which reads its tokens once.
+    """Put SAEs into groups. The SAEs of a group read their tokens once, together.
 
     Args:
         saes: the SAEs.
         tokens: returns what identifies the tokens that an SAE reads.
         n_bytes: returns the memory that an SAE takes, see :func:`measuring_bytes`. The SAEs of a
-            group have room in GROUP_BYTES. It is not called for an SAE that no other one shares its
-            tokens with.
+            group take GROUP_BYTES at most. It is not called for an SAE that shares its tokens with
+            no other SAE.
     """
     groups: list[list[_T]] = []
     for members in group_by(saes, tokens).values():

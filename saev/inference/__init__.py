@@ -1,7 +1,7 @@
-"""The inference stage: run SAEs over all activations, in one pass whose memory does not grow.
+"""The inference stage: runs SAEs over all activations, in one pass with bounded memory.
 
-:func:`run` measures one SAE, :func:`run_all` several with one read; `saev.inference.results`
-reads what they wrote, and imports no torch.
+:func:`run` measures one SAE. :func:`run_all` measures several SAEs and reads the activations once.
+`saev.inference.results` reads what they wrote, without torch.
 """
 
 import typing as tp

@@ -1,7 +1,8 @@
-"""One vector for each image: what `monosemanticity` compares images by.
+"""Embeddings of images, by which `monosemanticity` compares them.
 
-It is the recorded class token of the last recorded layer, or, where no class token was recorded,
-the mean of its content tokens. At most MAX_IMAGES images have one, at even steps.
+An image's embedding is its class token of the last recorded layer. If no class token was recorded,
+it is the mean of the image's content tokens of that layer. At most MAX_IMAGES images have one, at
+even steps.
 """
 
 import concurrent.futures
@@ -23,23 +24,23 @@ _READERS = 16
 
 
 def sample(examples: np.ndarray) -> np.ndarray:
-    """Of which of the selected examples embeddings are made, int64, ascending."""
+    """The examples that get an embedding, of those that are selected, int64, ascending."""
     return examples[:: max(1, math.ceil(len(examples) / MAX_IMAGES))]
 
 
 def config(shards: Shards) -> DataConfig:
-    """The tokens that embeddings are made of."""
+    """The tokens from which embeddings are computed."""
     tokens: tp.Literal["special", "content"] = "special" if shards.metadata.cls_token else "content"
     return DataConfig(shards=shards.url, layer=shards.layers[-1], tokens=tokens)
 
 
 class Embedder:
-    """Embeddings of some examples.
+    """Collects the embeddings of some examples.
 
     Args:
         shards: the folder.
-        data: the tokens that are read anyway.
-        examples: whose embeddings are wanted, int64, ascending.
+        data: the tokens that are read for the SAE.
+        examples: those that get an embedding, int64, ascending.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, examples: np.ndarray):
@@ -49,7 +50,8 @@ class Embedder:
         self.is_read_anyway = (
             data.layer == wanted.layer and data.tokens == wanted.tokens and not data.ignore_labels
         )
-        """Whether :meth:`add` is to be given the tokens that are read anyway."""
+        """Whether the tokens that are read for the SAE are those of embeddings: then :meth:`add`
+        takes them, and :meth:`read` is not needed."""
         self._shape = (len(examples), shards.d_model)
         self._found: list[np.ndarray] = []
 
@@ -66,12 +68,12 @@ class Embedder:
             self._found.append(vectors.mean(axis=0, dtype=np.float64).astype(np.float32))
 
     def read(self, source: TokenSource) -> None:
-        """Read the tokens, which nobody else reads."""
+        """Read the tokens of the embeddings, if they are not read for the SAE."""
         if not self._shards.metadata.cls_token:
             for _, chunk in source.chunks(self.examples, [_STEP_IMAGES]):
                 self.add(*chunk)
             return
-        # One vector of each example. A loader would read the content tokens, too.
+        # These are single vectors. A loader would read the content tokens, too.
         with concurrent.futures.ThreadPoolExecutor(_READERS, "saev-embeddings") as pool:
             self._found += pool.map(self._class_token, self.examples.tolist())
 

@@ -10,9 +10,9 @@ DISTRIBUTIONS = "distributions.npz"
 TOKEN_ACTS = "token_acts.npz"
 CONCEPTS = "concepts.json"
 PARTS = "parts"
-"""Folder of what work items leave for `finish`; gone once the result is published."""
+"""Folder of intermediate files: work items write them, `finish` merges and deletes them."""
 
 REMEDY = (
     "Restore it from a copy, or delete the folder and run the same `saev inference` command again."
 )
-"""What to do about damage."""
+"""The remedy in errors about damaged files."""

@@ -1,4 +1,4 @@
-"""Classes of images, as a shards folder names them."""
+"""The classes of images that a shards folder records."""
 
 import typing as tp
 
@@ -10,7 +10,7 @@ from saev.inference.job import Pass
 
 
 class ImageLabels(tp.NamedTuple):
-    """The rows of examples.parquet that belong to the selected images, and their classes."""
+    """Files and classes of all examples of a shards folder."""
 
     indices: np.ndarray
     """Number in the dataset, int64 [n_examples]."""
@@ -19,7 +19,7 @@ class ImageLabels(tp.NamedTuple):
     labels: pa.Array
     """Names of the examples' classes."""
     class_of: np.ndarray
-    """Number of the class of each example in `classes`, int64 [n_examples]; -1 if it has none."""
+    """Class of each example, as an index of `targets`, int64 [n_examples]; -1 if it has none."""
     targets: np.ndarray
     """The classes' numbers in the dataset, int64 [classes]."""
     names: list[str | None]
@@ -27,7 +27,7 @@ class ImageLabels(tp.NamedTuple):
 
     @classmethod
     def read(cls, job: Pass) -> "ImageLabels":
-        """Of a shards folder. There are no classes if all images have the same one."""
+        """Read them. If all images have the same class, there are no classes."""
         table = job.shards.examples()
         n = job.shards.n_examples
         none = np.full(n, -1, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Reading the arrays of an `.npz` in ranges, after a comparison of its headers with the file.
+"""Reads the arrays of an `.npz` file by ranges, and compares its headers with the file.
 
-`numpy.load` believes the headers of a zip file. Here a member counts as an array only if it is not
-compressed, lies inside the file, and has exactly as many bytes as its own header says.
+`numpy.load` trusts the headers of a zip file. Here, an array must be uncompressed, lie inside the
+file, and have exactly the size that its own header says.
 """
 
 import struct
@@ -28,7 +28,7 @@ class Members:
 
     Args:
         reader: of the file.
-        remedy: what to do about damage.
+        remedy: a sentence for errors about damage.
 
     Raises:
         CorruptDataError: the file is no zip file.
@@ -48,7 +48,7 @@ class Members:
         Args:
             name: of the array.
             kinds: dtypes that it may have.
-            shape: that it must have; -1 is any length.
+            shape: that it must have; -1 stands for any length.
 
         Raises:
             CorruptDataError: the array is missing or damaged, or has another dtype or shape.
@@ -83,11 +83,11 @@ class Members:
         return int(start)
 
     def _header(self, start: int, n_bytes: int) -> tuple[np.dtype, tuple[int, ...], int]:
-        """dtype and shape of an array, and how many bytes come before its values."""
+        """dtype and shape of an array, and the number of bytes before its values."""
         head = self._reader.read(start, min(n_bytes, _MAX_HEADER))
         found = storage.npy_header(head, n_bytes)
         if found.is_fortran and len(found.shape) > 1:
-            raise ValueError(f"an array of {list(found.shape)} has its first axis last")
+            raise ValueError(f"an array of {list(found.shape)} is in Fortran order")
         return found.dtype, found.shape, found.n_bytes
 
     def _fill(self, start: int, values: np.ndarray) -> None:
@@ -96,7 +96,7 @@ class Members:
             self._reader.readinto(start + at, view[at : at + _STEP])
 
     def _check(self, info: zipfile.ZipInfo, start: int, first: int, values: np.ndarray) -> None:
-        """Compare with the zip's own checksum, unless the reader compares with a list of files."""
+        """Compare with the zip's checksum, unless the reader compares with the list of files."""
         if isinstance(self._reader, storage.CheckedReader):
             return
         crc = zlib.crc32(self._reader.read(start, first))

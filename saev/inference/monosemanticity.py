@@ -1,18 +1,19 @@
-"""How alike the images are on which a latent fires (Pach et al. 2025, arXiv 2504.02821).
+"""Monosemanticity: the similarity of the images on which a latent fires.
 
-With ã the latent's values on N images, scaled to 0 … 1, and ê the images' embeddings of length 1:
+The definition is that of Pach et al. 2025 (arXiv 2504.02821). With ã the latent's values on N
+images, scaled to 0 … 1, and ê the images' embeddings of length 1:
 
     Σ_{i<j} ã_i ã_j ⟨ê_i, ê_j⟩ / Σ_{i<j} ã_i ã_j
         = (‖Σ ã_i ê_i‖² − Σ ã_i²) / ((Σ ã_i)² − Σ ã_i²)
 
-Scaling is linear, so the sums of a·ê, ê, a and a² over the images are all that is needed.
+The scaling of ã is linear, so the sums of a·ê, ê, a and a² over the images are sufficient.
 """
 
 import numpy as np
 import scipy.sparse
 
 _CHUNK_NUMBERS = 1 << 21
-"""Float64 numbers that are made of embeddings at a time."""
+"""Numbers of embeddings that are converted to float64 at a time."""
 
 
 class Embedded:
@@ -37,26 +38,26 @@ class Embedded:
         self._row[example_idx] = np.arange(len(example_idx))
 
     def only(self, is_wanted: np.ndarray) -> "Embedded":
-        """Of some of the examples; ``is_wanted`` is bool [n_examples]."""
+        """The images among some examples; ``is_wanted`` is bool [n_examples]."""
         example_idx = np.flatnonzero((self._row >= 0) & is_wanted)
         return Embedded(example_idx, self._unit[self._row[example_idx]], len(self._row))
 
     @property
     def n_images(self) -> int:
-        """How many."""
+        """Number of images that have an embedding."""
         return len(self._unit)
 
     def monosemanticity(
         self, latents: np.ndarray, example_idx: np.ndarray, values: np.ndarray, n_latents: int
     ) -> np.ndarray:
-        """Of some latents.
+        """The monosemanticity of some latents.
 
         Args:
             latents: of each entry, int64 [nnz], ascending, 0 to n_latents - 1.
             example_idx: image of each entry, int64 [nnz], ascending within a latent.
             values: largest value of the latent on the image, float32 [nnz]; on all other images
                 it is 0.
-            n_latents: how many.
+            n_latents: number of latents.
 
         Returns:
             float64 [n_latents]; NaN for a latent that has the same value on all images but one.
@@ -84,7 +85,7 @@ class Embedded:
         total = (sum_1 - n * low) / span
         pairs = total * total - squares
         above = (vectors * vectors).sum(axis=1) - squares
-        # One image alone makes no pair; the difference is then rounding.
+        # A single image makes no pair. Then the difference is a rounding error.
         enough = pairs > 1e-9 * total * total
         return np.divide(above, pairs, out=np.full(n_latents, np.nan), where=enough)
 

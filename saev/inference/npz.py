@@ -1,9 +1,9 @@
-"""Sparse matrices as `.npz`, written member by member so that they never stand in memory.
+"""Writes sparse matrices as `.npz` files, without holding a whole matrix in memory.
 
-An `.npz` is a ZIP file of `.npy` arrays; `scipy.sparse.load_npz` wants `data`, `indices`, `indptr`,
-`format` and `shape` and ignores further arrays. Members are stored, not deflated (float bits hardly
-compress), with fixed time stamps, through a stream that cannot seek: equal codes give equal bytes
-on every kind of storage, in every year.
+An `.npz` is a ZIP file of `.npy` arrays. `scipy.sparse.load_npz` reads the arrays `data`,
+`indices`, `indptr`, `format` and `shape`, and ignores others. The arrays are not compressed,
+because compression hardly makes floats smaller. Time stamps are constant and the stream cannot
+seek, so that equal codes give equal bytes at any time and on any storage.
 """
 
 import io
@@ -17,12 +17,12 @@ import numpy as np
 from saev import storage
 from saev.inference.codes import StoredCodes
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that ZIP can say
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that ZIP can store
 _UNIX = 3
 
 
 class _Stream(io.RawIOBase):
-    """Only `write`, `flush` and `tell`, so that zipfile does not go back to mend its headers."""
+    """Has `write`, `flush` and `tell` only, so that zipfile does not go back to change headers."""
 
     def __init__(self, handle: tp.BinaryIO):
         self._handle = handle
@@ -55,7 +55,7 @@ class NpzWriter:
     """
 
     def __init__(self, handle: tp.BinaryIO):
-        # RawIOBase has all that ZipFile calls.
+        # The cast is safe: io.RawIOBase has all methods that ZipFile calls.
         self._zip = zipfile.ZipFile(tp.cast(tp.BinaryIO, _Stream(handle)), "w", zipfile.ZIP_STORED)
 
     def write(self, name: str, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
@@ -103,12 +103,12 @@ class NpzWriter:
     ) -> None:
         """Write the ZIP directory, unless there was an error."""
         if error is not None:
-            self._zip.fp = None  # else ZipFile writes when it is garbage-collected
+            self._zip.fp = None  # otherwise ZipFile writes when it is garbage-collected
         self._zip.close()
 
 
 def index_dtype(nnz: int) -> np.dtype:
-    """dtype of `indptr`: int32 while it can count the entries, as scipy chooses."""
+    """dtype of `indptr`: int32 if it can count the entries, else int64. SciPy chooses the same."""
     return np.dtype("<i4" if nnz <= np.iinfo(np.int32).max else "<i8")
 
 
@@ -117,11 +117,11 @@ def write_codes(
 ) -> storage.Listed:
     """Publish stored codes as a CSR matrix [tokens, latents].
 
-    Beside scipy's arrays it holds `example_idx` int64 [tokens] and `token_idx` int32 [tokens], the
-    token that each row is.
+    Beside SciPy's arrays, the file holds `example_idx` int64 [tokens] and `token_idx` int32
+    [tokens], which say of which token each row is.
 
     Args:
-        url: where to.
+        url: of the file.
         codes: the pieces, in dataset order.
         extra: further small arrays.
 
@@ -145,7 +145,7 @@ def write_codes(
 
 
 def _with_first(dtype: str, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """An empty chunk that says the dtype, then the chunks: there may be none."""
+    """The chunks behind an empty one, which gives the dtype if there are no chunks."""
     yield np.empty(0, dtype=dtype)
     yield from chunks
 

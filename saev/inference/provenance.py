@@ -1,4 +1,4 @@
-"""What activations an SAE was trained on, as far as its folder says. Torch-free."""
+"""Finds out which activations an SAE was trained on. Needs no torch."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ CHECKPOINT = ("checkpoint", "config.json")
 
 
 def read_run(run: str) -> TrainConfig | None:
-    """How the SAE was trained; None if ``run`` is not a run folder."""
+    """The config of a run's training; None if ``run`` is not a run folder."""
     config = storage.join(run, "config.json") if not run.startswith("hf-hub:") else ""
     is_run = config and storage.is_dir(storage.join(run, "checkpoint")) and storage.exists(config)
     return TrainConfig.of_run(run) if is_run else None
@@ -26,14 +26,17 @@ def read_run(run: str) -> TrainConfig | None:
 def trained_on(
     run: str, metadata: tp.Mapping[str, tp.Any] | None = None
 ) -> ActivationSource | None:
-    """The source that a run or a checkpoint records; None if nothing is known, as of imported SAEs.
+    """The source of the activations, as a run or a checkpoint records it.
 
-    A run of version 0.1.0 recorded less: what is missing is taken from the shards folder that it
-    names, if that is still there.
+    Runs of version 0.1.0 recorded less. Missing values are taken from the shards folder that the
+    run names, if it still exists.
 
     Args:
         run: URL of a run folder, or another name of the SAE for messages.
-        metadata: of the checkpoint; by default the metadata of the run's checkpoint are read.
+        metadata: of the checkpoint; by default, those of the run's checkpoint are read.
+
+    Returns:
+        The source; None if nothing is known, as for imported SAEs.
     """
     trained = read_run(run)
     if metadata is None:
@@ -42,11 +45,11 @@ def trained_on(
     if trained is None and found.family is None:
         say_once(
             logger,
-            f"{run} does not say which activations it was trained on: whether it fits the model, "
-            "layer and preprocessing of these is not checked.",
+            f"{run} does not say which activations it was trained on. So it is not checked whether "
+            "it fits the model, layer and preprocessing of these activations.",
         )
         return None
-    if "image_spec" in metadata or trained is None:  # all is there, or no run has more
+    if "image_spec" in metadata or trained is None:  # nothing is missing, or there is no run
         return found
     data = trained.train_data
     layer = data.layer if isinstance(data.layer, int) else None
@@ -56,7 +59,7 @@ def trained_on(
     say_once(
         logger,
         f"{run} was trained by version 0.1.0 of saev, which did not record the weights and the "
-        f"preprocessing of the model: what is missing is {how}.",
+        f"preprocessing of the model. They are {how}.",
     )
     return found.filled(earlier) if earlier else found
 
@@ -69,7 +72,7 @@ def _read_metadata(run: str) -> dict[str, tp.Any]:
 
 
 def _shards_of(run: str, url: str, found: ActivationSource) -> ActivationSource | None:
-    """The source of the run's own shards, if they are there and still the same."""
+    """The source of the shards that the run was trained on; None if they are gone or others."""
     with contextlib.suppress(SaevError):
         place = storage.recorded_folder(url, storage.join(run, "config.json"), "")
         earlier = Metadata.read(place).source()

@@ -1,4 +1,4 @@
-"""Merge the parts and write the results, metrics.json last."""
+"""Merges the parts and writes the results, metrics.json last."""
 
 import logging
 import typing as tp
@@ -20,7 +20,7 @@ from saev.inference.topk import Entries
 logger = logging.getLogger(__name__)
 
 LOG_FLOOR = 1e-10
-"""`sparsity` is log10(frequency + this), as in SAELens."""
+"""As in SAELens, `sparsity` is log10(frequency + LOG_FLOOR)."""
 
 
 def publish(
@@ -31,10 +31,10 @@ def publish(
     """Verify all parts, merge them in shard order, and write everything.
 
     Args:
-        job: what was done.
-        ready: called before the first object is written and before the last one. What it raises
-            ends the work.
-        seen: told of each shard whose statistics are merged.
+        job: the SAE and its parts.
+        ready: called before the first object is written and before the last one. An exception of
+            it ends the work.
+        seen: called with 1 after the statistics of each shard are merged.
 
     Raises:
         IncompleteError: a shard is not done.
@@ -80,7 +80,7 @@ def publish(
 
 
 def remove_parts(job: Pass) -> None:
-    """Remove what only an unfinished run needs."""
+    """Delete the parts, which only an unfinished measurement needs."""
     place = storage.join(job.url, files.PARTS)
     if storage.exists(place):
         storage.clean_up(place, recursive=True)
@@ -114,7 +114,7 @@ def _infos(
 
 
 def _listed_config(job: Pass) -> storage.Listed:
-    """The entry for config.json, which was written before everything else, in the list of files."""
+    """The entry of config.json in the list of files. It was written before all other objects."""
     job.recorded()  # raises if it is damaged
     return storage.Listed.of(storage.read_bytes(job.place(files.CONFIG)))
 

@@ -1,4 +1,4 @@
-"""Which examples an SAE was trained on, and which were held out."""
+"""The side of an example: whether the SAE was trained on it, or it was held out."""
 
 import typing as tp
 
@@ -13,7 +13,7 @@ from saev.shards.protocol import in_validation
 
 UNKNOWN, TRAINING, HELD_OUT = 0, 1, 2
 NAMES = ("unknown", "training", "held-out")
-"""In tables."""
+"""How tables name the sides."""
 
 
 def of_examples(
@@ -27,8 +27,8 @@ def of_examples(
     Args:
         shards: the folder.
         examples: of the folder, int64 [n].
-        trained: how the SAE was trained; None if that is not known.
-        trained_hash: of the shards that it was trained on.
+        trained: the config of the SAE's training; None if it is not known.
+        trained_hash: hash of the shards that it was trained on.
 
     Returns:
         UNKNOWN, TRAINING or HELD_OUT, int8 [n].

@@ -1,8 +1,8 @@
-"""The tokens of one shard in dataset order, a few whole examples at a time.
+"""Reads the tokens of one shard in dataset order, a few whole examples at a time.
 
-Whole examples, because a latent's score of an example is over all of its tokens; never across
-shards, because a shard is the unit whose sums are added up, so that no way of cutting the work
-changes a bit of the result.
+Examples are not cut, because a latent's value on an image needs all of its tokens. Chunks do not
+cross shards: sums are kept for each shard and then added up in shard order, so that results have
+the same bits however the work was divided.
 """
 
 import typing as tp
@@ -37,7 +37,7 @@ class TokenSource:
     Args:
         shards: the folder.
         data: which tokens; exactly one layer.
-        labels: whether to give their labels.
+        labels: whether the tokens' labels are read, too.
     """
 
     def __init__(self, shards: Shards, data: DataConfig, *, labels: bool):
@@ -69,23 +69,23 @@ class TokenSource:
     def chunks(
         self, examples: np.ndarray, sizes: Sequence[int], device: str | torch.device = "cpu"
     ) -> Iterator[tuple[int, Chunk]]:
-        """Tokens of some examples, read once and cut in several ways.
+        """Tokens of some examples, read once, in chunks of several sizes.
 
         Args:
             examples: selected ones, int64, ascending.
-            sizes: numbers of examples. For each of them, the examples are cut into chunks of so
-                many, of which only the last may be smaller.
-            device: of the activations.
+            sizes: sizes of chunks, in examples. For each size, the chunks hold all of the
+                examples; the last chunk may be smaller.
+            device: where the activations are put.
 
         Yields:
-            The size that a chunk is of, and the chunk. Chunks of one size come in order.
+            A chunk, and the size that it belongs to. Chunks of one size come in order.
 
         Raises:
             CorruptDataError: a shard is damaged.
         """
         selection = self._selection.only(examples)
         cuts = {size: _Cuts(selection, size) for size in dict.fromkeys(sizes)}
-        # No chunk is larger than a batch, so that it lies in at most two of them.
+        # A batch is at least as large as each chunk, so a chunk lies in at most two batches.
         batch_size = max((rows for cut in cuts.values() for rows in cut.rows), default=0)
         if not batch_size:
             return
@@ -125,7 +125,7 @@ class TokenSource:
 
 
 class _Cuts:
-    """Examples in chunks of one size, and the rows of the next chunk.
+    """Cuts examples into chunks of one size, and knows the rows of the next chunk.
 
     Args:
         selection: the examples.
@@ -140,8 +140,8 @@ class _Cuts:
         """Tokens of each chunk."""
 
     def span(self, n_rows: int) -> tuple[int, int] | None:
-        """The next chunk's first row and last row + 1; None if it is not within the first
-        ``n_rows``, or if there is none."""
+        """The next chunk's first row and last row + 1; None if it ends behind the first ``n_rows``
+        rows, or if there is no further chunk."""
         if self._next == len(self.rows) or self._ends[self._next + 1] > n_rows:
             return None
         first, last = self._ends[self._next : self._next + 2]

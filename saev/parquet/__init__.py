@@ -1,8 +1,9 @@
-"""Parquet tables that are read by range, and the list of them.
+"""Parquet tables whose rows of one key are found with two small reads.
 
-A folder of tables has Parquet files and `tables.json`, which says for each row group which keys it
-holds and where its bytes are. So one key of a table of any size is one list, which is kept, and two
-small reads. Any Parquet reader opens the files, too. docs/formats.md describes them.
+A folder of tables has Parquet files and `tables.json`. This list says which keys each row group
+holds and where its bytes are. It is read once. Then the rows of one key need two reads, in a table
+of any size: the file's footer and the row group. Other Parquet readers open the files, too.
+docs/formats.md describes the tables.
 """
 
 from saev.parquet import schema

@@ -17,9 +17,9 @@ class Span(tp.NamedTuple):
     start: int
     """First byte."""
     n_bytes: int
-    """How many."""
+    """Number of bytes."""
     crc: int
-    """CRC-32C of them."""
+    """CRC-32C of these bytes."""
 
 
 class Group(tp.NamedTuple):
@@ -30,7 +30,7 @@ class Group(tp.NamedTuple):
     last: int
     """Highest key in it."""
     n_rows: int
-    """Rows."""
+    """Number of rows."""
     start: int
     """First byte of its pages."""
     n_bytes: int
@@ -40,7 +40,7 @@ class Group(tp.NamedTuple):
 
     @property
     def span(self) -> Span:
-        """Its bytes."""
+        """The bytes of its pages."""
         return Span(self.start, self.n_bytes, self.crc)
 
 
@@ -50,11 +50,11 @@ class FileEntry(tp.NamedTuple):
     name: str
     """Object name."""
     n_bytes: int
-    """Size."""
+    """Size of the file."""
     footer: Span
     """From the end of the last page to the end of the file."""
     groups: tuple[Group, ...]
-    """In file order, which is that of the keys."""
+    """In the order of the file, which is the order of the keys."""
 
 
 class TableEntry(tp.NamedTuple):
@@ -84,9 +84,9 @@ class Index(tp.NamedTuple):
     """Content of `tables.json`."""
 
     tables: dict[str, TableEntry]
-    """By name."""
+    """The tables by name."""
     facts: dict[str, tp.Any]
-    """What holds for the tables as a whole, for example the edges of histograms."""
+    """Facts about all tables, for example the bins of histograms."""
 
     def to_dict(self) -> dict[str, tp.Any]:
         """As plain JSON."""

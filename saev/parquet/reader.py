@@ -1,4 +1,4 @@
-"""Reading tables: whole, or the rows of one key with two small reads."""
+"""Reads tables: whole ones, or the rows of one key with two small reads."""
 
 import functools
 import typing as tp
@@ -13,12 +13,11 @@ from saev.parquet.index import TABLES, FileEntry, Index, Span, TableEntry
 
 
 class Tables:
-    """The tables of a folder. Everything is read when it is asked for, and compared with its
-    checksum.
+    """The tables of a folder. They are read when they are asked for, and compared with checksums.
 
     Args:
         url: the folder.
-        index: what `tables.json` says.
+        index: contents of `tables.json`.
         remedy: a sentence for errors about damage.
     """
 
@@ -30,7 +29,7 @@ class Tables:
 
     @classmethod
     def open(cls, url: str, data: bytes, remedy: str = "") -> "Tables":
-        """From the bytes of `tables.json`.
+        """The tables that the bytes of a `tables.json` list.
 
         Raises:
             CorruptDataError: they are no list of tables.
@@ -43,11 +42,11 @@ class Tables:
 
     @property
     def names(self) -> list[str]:
-        """Of the tables that are there."""
+        """Names of the tables, sorted."""
         return sorted(self.index.tables)
 
     def table(self, name: str) -> TableEntry:
-        """What the list says about a table.
+        """The entry of a table in the list.
 
         Raises:
             ConfigError: there is no such table.
@@ -71,8 +70,9 @@ class Tables:
         return pa.concat_tables(parts) if parts else self._empty(name, columns)
 
     def rows(self, name: str, key: int, columns: tp.Sequence[str] | None = None) -> pa.Table:
-        """The rows of one key, for example one latent. Reads the footer of a file once, and the row
-        groups that hold the key.
+        """The rows of one key, for example of one latent.
+
+        The footer of a file is read once, then only the row groups that may hold the key.
 
         Raises:
             ConfigError: there is no such table.
@@ -130,7 +130,7 @@ class Tables:
             return pq.read_metadata(pa.BufferReader(footer))
 
     def _read(self, file: FileEntry, span: Span) -> bytes:
-        """Some bytes of a file, compared with their checksum."""
+        """Read some bytes of a file and compare them with their checksum."""
         place = storage.join(self.url, storage.check_name(file.name, self.url))
 
         def wrong(data: memoryview) -> CorruptDataError | None:

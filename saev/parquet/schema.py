@@ -1,4 +1,4 @@
-"""Columns of the tables of an inference folder. docs/formats.md gives the unit of each."""
+"""The columns of the tables of an inference folder. docs/formats.md explains each with its unit."""
 
 import typing as tp
 
@@ -15,12 +15,12 @@ MAX_FLOAT16 = 65504.0
 
 
 def value_type(max_value: float) -> pa.DataType:
-    """How values of latents are stored: float16, or float32 if they do not fit."""
+    """The type of stored values of latents: float16, or float32 if the largest does not fit."""
     return pa.float16() if max_value <= MAX_FLOAT16 else _F32
 
 
 def _schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
-    """The first column is the key."""
+    """A schema whose first column is the key, which is never null."""
     return pa.schema([pa.field(name, kind, nullable=i > 0) for i, (name, kind) in
                       enumerate(columns)])  # fmt: skip
 

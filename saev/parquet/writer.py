@@ -1,4 +1,4 @@
-"""Writing a table in row groups that hold whole keys."""
+"""Writes tables in row groups that hold all rows of a key."""
 
 import io
 import typing as tp
@@ -12,26 +12,26 @@ from saev import storage
 from saev.parquet.index import FileEntry, Group, Span, TableEntry
 
 GROUP_ROWS = 1 << 16
-"""A row group is closed behind the first key at which it has so many rows. Elements of lists count
-as rows."""
+"""A row group ends with the first key at which it has this number of rows or more. Elements of
+lists count as rows."""
 SPLIT_ROWS = 1 << 20
-"""A key with more rows is cut into row groups of so many."""
+"""A key with more rows is cut into row groups of this size."""
 MAX_GROUPS = 128
-"""Row groups of a file."""
+"""Most row groups of a file."""
 MAX_BYTES = 120 << 20
-"""A file with so many bytes gets no further row group. The largest ones have some MB, so that no
-file has more than 128 MiB."""
+"""A file of this size gets no further row group. A row group has a few MB at most, so a file stays
+below 128 MiB."""
 
 
 class TableWriter:
-    """Writes rows that come sorted by a key into one or several files.
+    """Writes rows that are sorted by a key, into one or several files.
 
-    Where row groups and files end depends on the rows, not on how they are cut into calls.
+    The ends of row groups and files depend on the rows, not on how they are divided among calls.
 
     Args:
         folder: URL.
         name: of the table; its files are `NAME.parquet`, `NAME-001.parquet`, ….
-        schema: columns, none of them nested deeper than a list.
+        schema: columns. Lists may not hold lists.
         key: column of integers by which the rows are sorted.
     """
 
@@ -45,7 +45,7 @@ class TableWriter:
         """Size and checksums of each file that is complete."""
 
     def write(self, rows: tp.Mapping[str, tp.Any] | pa.Table) -> None:
-        """Append rows: columns by name, of which each is an array or a list of values."""
+        """Append rows: a table, or columns by name, each an array or a list of values."""
         table = self._table(rows)
         if not len(table):
             return
@@ -55,7 +55,7 @@ class TableWriter:
             self._flush(last=False)
 
     def close(self) -> TableEntry:
-        """Write what is left. A table without rows has one file without row groups."""
+        """Write the remaining rows. A table without rows is one file without row groups."""
         self._flush(last=True)
         if self._open is None and not self._files:
             self._open = self._start()
@@ -89,7 +89,7 @@ class TableWriter:
         weights = _weights(table)
         total = np.concatenate([[0], np.cumsum(weights)])
         starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
-        # The last key may go on in the next call.
+        # The next call may have more rows of the last key.
         ends = np.r_[starts[1:], len(keys)] if last else starts[1:]
         done = 0
         for start, end in zip(starts, ends, strict=False):
@@ -133,7 +133,7 @@ class TableWriter:
 
 
 def _weights(table: pa.Table) -> np.ndarray:
-    """Rows of the longest column that each row has, int64 [n]: the elements of its lists."""
+    """The weight of each row, int64 [n]: the number of elements of its longest list, at least 1."""
     weights = np.ones(len(table), dtype=np.int64)
     for column in table.columns:
         if pa.types.is_list(column.type):
@@ -178,14 +178,14 @@ class _File:
         return FileEntry(self._name, listed.n_bytes, footer, tuple(self.groups)), listed
 
     def abort(self, error: BaseException) -> None:
-        """Publish nothing."""
+        """Close without publishing anything."""
         self._sink.drop()
         self._writer.close()
         self._context.__exit__(type(error), error, error.__traceback__)
 
 
 class _Sink(io.RawIOBase):
-    """Takes the bytes of pyarrow, and cuts them into spans."""
+    """Takes the bytes that pyarrow writes, and divides them into spans with checksums."""
 
     def __init__(self, handle: tp.BinaryIO):
         self._handle = handle
@@ -206,7 +206,7 @@ class _Sink(io.RawIOBase):
         return view.nbytes
 
     def drop(self) -> None:
-        """Ignore what comes from now on."""
+        """Ignore all further bytes."""
         self._dropped = True
 
     def cut(self) -> Span:
@@ -217,7 +217,7 @@ class _Sink(io.RawIOBase):
 
 
 def _options(schema: pa.Schema, key: str) -> dict[str, tp.Any]:
-    """How columns are stored: integers as packed differences, everything else plain."""
+    """Options of pyarrow. Integers are stored as packed differences, all other values plain."""
     encodings = {}
     for field in schema:
         is_list = pa.types.is_list(field.type)
