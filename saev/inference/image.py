@@ -7,7 +7,6 @@ a recording computes several images at a time.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import threading
@@ -22,15 +21,15 @@ from torch import Tensor
 
 from saev import storage, vit
 from saev.config.base import Tokens
-from saev.config.source import ActivationSource, check, compare
+from saev.config.source import ActivationSource, compare
 from saev.device import choose_device
 from saev.errors import ConfigError, ImageError, ModelError
 from saev.images.decode import Limits, decode_image, upright_rgb
-from saev.inference import provenance
+from saev.inference.described import Describe
+from saev.inference.results import Results
 from saev.nn.codes import encode
 from saev.nn.io.load import HUB_PREFIX, load_sae
 from saev.nn.sae import SparseAutoencoder
-from saev.shards.protocol import Metadata
 from saev.vit.recorded import load_recorded
 
 ImageLike = str | os.PathLike | bytes | Image.Image
@@ -113,6 +112,25 @@ class ImageCodes:
         return Peaks(found[order].astype(np.int32), largest[order], means[order], counts[order])
 
 
+class _Model:
+    """The model of some readers, which is loaded when the first of them needs it."""
+
+    def __init__(self, source: ActivationSource, record: str, ckpt: str, device: torch.device):
+        self.source, self._record, self._ckpt, self.device = source, record, ckpt, device
+        self._lock = threading.Lock()
+        self._loaded: vit.VisionModel | None = None
+
+    def load(self, tell: Callable[[str], None]) -> vit.VisionModel:
+        """The model."""
+        with self._lock:
+            if self._loaded is None:
+                tell(f"load the model {self.source.model}")
+                self._loaded = load_recorded(
+                    self.source, self._record, ckpt=self._ckpt, device=self.device
+                )
+            return self._loaded
+
+
 class _Member(tp.NamedTuple):
     """An SAE, and the activations that it encodes."""
 
@@ -129,14 +147,12 @@ class ImageReader:
     def __init__(
         self,
         members: Sequence[_Member],
-        ckpt: str,
-        device: torch.device,
+        model: _Model,
         limits: Limits,
         tell: Callable[[str], None],
     ):
-        self._members, self._ckpt, self._device = tuple(members), ckpt, device
+        self._members, self._shared = tuple(members), model
         self._limits, self._tell = limits, tell
-        self._lock = threading.Lock()
 
     @classmethod
     def open(
@@ -144,11 +160,13 @@ class ImageReader:
         run: str | Sequence[str],
         *,
         shards: str = "",
+        results: Results | None = None,
         ckpt: str = "",
         layer: int | None = None,
         tokens: Tokens | None = None,
         device: str = "cpu",
         allow_other_model: bool = False,
+        like: "ImageReader | None" = None,
         limits: Limits | None = None,
         tell: Callable[[str], None] = lambda text: None,
         **options: tp.Any,
@@ -160,11 +178,14 @@ class ImageReader:
                 model; they share its forward pass.
             shards: URL of the shards folder whose recording is repeated. By default that of
                 training, as the run describes it; the folder is then not needed.
+            results: what `saev inference` measured of the SAE: repeat this, whatever the SAE was
+                trained on.
             ckpt: where the model's weights are now, if they have moved (``vits14@URL``).
             layer: block number, if neither run nor shards decide it.
             tokens: by default those of training.
             device: cpu, cuda, cuda:N, or auto.
             allow_other_model: only warn if `shards` are of another model than the SAE's.
+            like: another reader, whose model is used if it is the same one.
             limits: on image files. By default those of datasets; HEIC is read if pillow-heif is
                 installed.
             tell: called with a few words whenever something begins that takes time.
@@ -178,19 +199,14 @@ class ImageReader:
         if not runs:
             raise ConfigError("No SAE: name at least one run.")
         where = choose_device(device)
-        metadata = Metadata.read(storage.normalize(shards)) if shards else None
+        describe = Describe(shards, results, layer, tokens, allow=allow_other_model)
         members = []
         for url in dict.fromkeys(
             one if one.startswith(HUB_PREFIX) else storage.normalize(one) for one in runs
         ):
             tell(f"load the SAE {storage.name(url)}")
             sae = load_sae(url, where, **options)
-            trained = provenance.trained_on(url, sae.metadata)
-            source, record = _source(
-                url, trained, metadata, storage.normalize(shards) if shards else "",
-                layer, tokens, allow=allow_other_model,
-            )  # fmt: skip
-            members.append(_Member(url, sae, source, record))
+            members.append(_Member(url, sae, *describe(url, sae)))
         first = members[0]
         for other in members[1:]:
             if differences := compare(first.source, other.source).refused:
@@ -200,12 +216,20 @@ class ImageReader:
                 )
         if limits is None:
             limits = Limits(heic=importlib.util.find_spec("pillow_heif") is not None, flag="")
-        return cls(members, ckpt, where, limits, tell)
+        model = _Model(first.source, first.record, ckpt, where)
+        if like is not None and like.has_model_of(first.source, where):
+            model = like._shared
+        return cls(members, model, limits, tell)
 
     @property
     def runs(self) -> tuple[str, ...]:
         """URLs of the SAEs."""
         return tuple(member.run for member in self._members)
+
+    def has_model_of(self, source: ActivationSource, device: torch.device) -> bool:
+        """Whether its model is the one that recorded other activations."""
+        mine = self._shared
+        return mine.device == device and not compare(mine.source, source).refused
 
     def load(self) -> None:
         """Load the model and compare it with what was recorded. Does nothing the second time.
@@ -214,14 +238,11 @@ class ImageReader:
             ConfigError: stored files name a place of the weights that only the user may name.
             ModelError: the weights are missing or are others, or the SAE does not fit.
         """
-        with self._lock:
-            _ = self._model
+        _ = self._model
 
-    @functools.cached_property
+    @property
     def _model(self) -> vit.VisionModel:
-        first = self._members[0]
-        self._tell(f"load the model {first.source.model}")
-        model = load_recorded(first.source, first.record, ckpt=self._ckpt, device=self._device)
+        model = self._shared.load(self._tell)
         for one in self._members:
             if one.sae.d_model != model.d_model:
                 raise ModelError(
@@ -229,7 +250,6 @@ class ImageReader:
                     f"{model.name} has width {model.d_model}. Name the shards of its model with "
                     "--shards URL."
                 )
-            vit.resolve_layers([tp.cast(int, one.source.layer)], model.n_layers)
         return model
 
     def read(self, image: ImageLike, name: str = "") -> ImageCodes:
@@ -257,17 +277,17 @@ class ImageReader:
         """
         name = name or _name(image)
         picture = self._decode(image, name)
-        self.load()
-        spec = self._model.spec
+        model = self._model
+        spec = model.spec
         try:
             crop = spec.crop(picture)
             pixels = spec.apply(picture)
         except ImageError as err:
             raise ImageError(f"Cannot use {name}: {err}") from err
         self._tell("run the model")
-        acts = self._activations(pixels)
+        acts = self._activations(model, pixels)
         return tuple(
-            self._encode(member, acts[_pass(member)], name, crop, picture.size)
+            _encode(model, member, acts[_pass(member)], name, crop, picture.size)
             for member in self._members
         )
 
@@ -286,7 +306,7 @@ class ImageReader:
             )
         return storage.read_bytes(url)
 
-    def _activations(self, pixels: Tensor) -> dict["_Pass", Tensor]:
+    def _activations(self, model: vit.VisionModel, pixels: Tensor) -> dict["_Pass", Tensor]:
         """float32 [tokens, d_model] of each layer and precision; the class token comes first."""
         wanted = sorted({_pass(member) for member in self._members})
         found: dict[_Pass, Tensor] = {}
@@ -295,46 +315,12 @@ class ImageReader:
             layers = sorted({one.layer for one in mine})
             with (
                 torch.inference_mode(),
-                torch.autocast(self._device.type, torch.bfloat16, enabled=amp),
+                torch.autocast(model.device.type, torch.bfloat16, enabled=amp),
             ):
-                stream = self._model.record(pixels[None], layers)
+                stream = model.record(pixels[None], layers)
             for one in mine:
                 found[one] = stream[layers.index(one.layer), 0].to(_DTYPES[one.dtype]).float()
         return found
-
-    def _encode(
-        self, member: _Member, acts: Tensor, name: str, crop: Image.Image, size: tuple[int, int]
-    ) -> ImageCodes:
-        n_special = len(acts) - self._model.content_tokens_per_example
-        first = 0 if member.source.tokens in ("all", "special") else n_special
-        last = n_special if member.source.tokens == "special" else len(acts)
-        x = acts[first:last]
-        if not len(x):
-            raise ConfigError(
-                f"The SAE at {member.run} is of special tokens, and {self._model.name} has no "
-                "class token. Choose others with tokens=…."
-            )
-        if not bool(x.isfinite().all()):
-            raise ModelError(
-                f"{self._model.name} gives NaN or infinity for {name} in {member.source.dtype}. "
-                "Nothing can be computed from that."
-            )
-        with torch.inference_mode():
-            codes = encode(member.sae, x)
-        rows = np.repeat(np.arange(first, last, dtype=np.int32), codes.row_nnz.cpu().numpy())
-        return ImageCodes(
-            run=member.run,
-            name=name,
-            d_sae=member.sae.d_sae,
-            latents=codes.latents.cpu().numpy(),
-            patches=rows - np.int32(n_special),
-            values=codes.values.float().cpu().numpy(),
-            n_tokens=len(x),
-            shape=self._model.grid,
-            crop=crop,
-            size=size,
-            source=member.source,
-        )
 
 
 class _Pass(tp.NamedTuple):
@@ -350,42 +336,44 @@ def _pass(member: _Member) -> _Pass:
     return _Pass(tp.cast(int, source.layer), source.dtype or "float32", bool(source.amp))
 
 
-def _source(
-    run: str,
-    trained: ActivationSource | None,
-    metadata: Metadata | None,
-    shards: str,
-    layer: int | None,
-    tokens: Tokens | None,
-    *,
-    allow: bool,
-) -> tuple[ActivationSource, str]:
-    """The activations that an SAE encodes, and the URL of the record that describes them."""
-    chosen_layer = layer if layer is not None else trained.layer if trained else None
-    chosen_tokens = tokens or (trained.tokens if trained else None) or "content"
-    if metadata is None:
-        if trained is None or trained.family is None:
-            raise ConfigError(
-                f"{run} does not say which activations it was trained on. Name a shards folder of "
-                "its model with --shards URL."
-            )
-        found, record = trained, run
-    else:
-        if chosen_layer is None and len(metadata.layers) == 1:
-            chosen_layer = metadata.layers[0]
-        if chosen_layer is not None and chosen_layer not in metadata.layers:
-            raise ConfigError(
-                f"{run} reads layer {chosen_layer}, {shards} has the layers "
-                f"{', '.join(map(str, metadata.layers))}. Name other shards, or a layer."
-            )
-        found, record = metadata.source(), shards
-        if trained is not None:
-            used = found.model_copy(update={"layer": chosen_layer, "tokens": chosen_tokens})
-            check(trained, used, sae=f"The SAE at {run}", shards=shards, allow=allow)
-    if chosen_layer is None:
-        raise ConfigError(f"{run} does not say which layer it reads. Name it with --layer N.")
-    chosen = {"layer": chosen_layer, "tokens": chosen_tokens}
-    return found.model_copy(update=chosen), record
+def _encode(
+    model: vit.VisionModel,
+    member: _Member,
+    acts: Tensor,
+    name: str,
+    crop: Image.Image,
+    size: tuple[int, int],
+) -> ImageCodes:
+    n_special = len(acts) - model.content_tokens_per_example
+    first = 0 if member.source.tokens in ("all", "special") else n_special
+    last = n_special if member.source.tokens == "special" else len(acts)
+    x = acts[first:last]
+    if not len(x):
+        raise ConfigError(
+            f"The SAE at {member.run} is of special tokens, and {model.name} has no "
+            "class token. Choose others with tokens=…."
+        )
+    if not bool(x.isfinite().all()):
+        raise ModelError(
+            f"{model.name} gives NaN or infinity for {name} in {member.source.dtype}. "
+            "Nothing can be computed from that."
+        )
+    with torch.inference_mode():
+        codes = encode(member.sae, x)
+    rows = np.repeat(np.arange(first, last, dtype=np.int32), codes.row_nnz.cpu().numpy())
+    return ImageCodes(
+        run=member.run,
+        name=name,
+        d_sae=member.sae.d_sae,
+        latents=codes.latents.cpu().numpy(),
+        patches=rows - np.int32(n_special),
+        values=codes.values.float().cpu().numpy(),
+        n_tokens=len(x),
+        shape=model.grid,
+        crop=crop,
+        size=size,
+        source=member.source,
+    )
 
 
 def _name(image: ImageLike) -> str:

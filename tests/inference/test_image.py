@@ -142,6 +142,32 @@ def test_maps_and_peaks(recorded: Recorded) -> None:
         codes.map(48)
 
 
+def test_another_reader_shares_its_model(recorded: Recorded, tmp_path: Path) -> None:
+    told: list[str] = []
+    first = ImageReader.open(recorded.run)
+    first.load()
+    other = make_run(str(tmp_path / "r0"), recorded.shards, 0)
+    second = ImageReader.open(other, like=first, tell=told.append)
+    assert second.read(noise(80, 80)).run == other
+    assert told == ["load the SAE r0", "run the model"]
+    shards = record(tmp_path, recorded.photos, ckpt="3")
+    third = ImageReader.open(make_run(str(tmp_path / "r1"), shards, 1), like=first)
+    assert third.read(noise(80, 80)).source.ckpt == "3"
+
+
+def test_results_say_what_is_repeated(recorded: Recorded, tmp_path: Path) -> None:
+    """Of a layer and tokens that the SAE was not trained on, as it was measured."""
+    run = make_run(str(tmp_path / "run"), recorded.shards, 1)
+    data = DataConfig(shards=recorded.shards.url, layer=0, tokens="all")
+    url = inference.run(InferenceConfig(run=run, data=data, device="cpu"))
+    results = Results.open(url)
+    codes = ImageReader.open(run, results=results).read(f"{recorded.photos}/grey.png")
+    assert (codes.source.layer, codes.source.tokens) == (0, "all")
+    table = results.image_tokens(0)
+    assert codes.latents.tolist() == table["latent"].to_pylist()
+    assert codes.patches.tolist() == table["patch"].to_pylist()
+
+
 def test_neither_shards_nor_images_are_needed(recorded: Recorded, tmp_path: Path) -> None:
     shards = record(tmp_path, recorded.photos, ckpt="5")
     run = make_run(str(tmp_path / "run"), shards, 1)
