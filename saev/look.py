@@ -1,6 +1,5 @@
 """The command `saev look`: which latents fire on images, and which of them the images share."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -15,8 +14,7 @@ from saev import storage
 from saev.config.look import LookConfig
 from saev.console import for_tables
 from saev.errors import SaevError
-from saev.images.decode import Limits
-from saev.inference.image import ImageCodes, ImageReader
+from saev.inference.image import ImageCodes, ImageReader, own_limits
 from saev.inference.results import Results
 from saev.secrets import redact
 
@@ -55,11 +53,10 @@ def show(cfg: LookConfig) -> None:
         ModelError: the model's weights are missing or are others.
         ConfigError, StorageError, CheckpointError: the SAE or its model are not known.
     """
-    heic = importlib.util.find_spec("pillow_heif") is not None
     reader = ImageReader.open(
         cfg.run, shards=cfg.shards, ckpt=cfg.ckpt, layer=cfg.layer, device=cfg.device,
         allow_other_model=cfg.allow_other_model, tell=_say,
-        limits=Limits(cfg.max_pixels, heic, flag="--max-pixels"),
+        limits=own_limits(cfg.max_pixels, "--max-pixels"),
     )  # fmt: skip
     codes = [reader.read(image) for image in cfg.images]
     known = find_known(codes[0])

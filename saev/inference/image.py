@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saev import storage, vit
 from saev.config.base import Tokens
+from saev.config.images import MAX_PIXELS
 from saev.config.source import ActivationSource, compare
 from saev.device import choose_device
 from saev.errors import ConfigError, ImageError, ModelError
@@ -36,7 +37,18 @@ ImageLike = str | os.PathLike | bytes | Image.Image
 """A URL or path, the bytes of a file, or an open image."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_REMEDY = "Take another file, or save it again as JPEG or PNG."
+REMEDY = "Take another file, or save it again as JPEG or PNG."
+"""For errors about files that are no usable images."""
+
+
+def own_limits(max_pixels: int = MAX_PIXELS, flag: str = "") -> Limits:
+    """Limits on images that are no dataset's. HEIC is read if pillow-heif is installed.
+
+    Args:
+        max_pixels: most pixels.
+        flag: the flag that allows more, for messages.
+    """
+    return Limits(max_pixels, heic=importlib.util.find_spec("pillow_heif") is not None, flag=flag)
 
 
 class Peaks(tp.NamedTuple):
@@ -119,6 +131,11 @@ class _Model:
         self.source, self._record, self._ckpt, self.device = source, record, ckpt, device
         self._lock = threading.Lock()
         self._loaded: vit.VisionModel | None = None
+
+    def is_same(self, other: "_Model") -> bool:
+        """Whether another one is of the same model on the same device."""
+        same_place = (self._ckpt, self.device) == (other._ckpt, other.device)
+        return same_place and not compare(self.source, other.source).refused
 
     def load(self, tell: Callable[[str], None]) -> vit.VisionModel:
         """The model."""
@@ -214,22 +231,19 @@ class ImageReader:
                     f"{first.run} and {other.run} are SAEs of different models, which cannot share "
                     f"a forward pass: {'; '.join(differences)}. Open them one by one."
                 )
-        if limits is None:
-            limits = Limits(heic=importlib.util.find_spec("pillow_heif") is not None, flag="")
         model = _Model(first.source, first.record, ckpt, where)
-        if like is not None and like.has_model_of(first.source, where):
+        if like is not None and model.is_same(like._shared):
             model = like._shared
-        return cls(members, model, limits, tell)
+        return cls(members, model, limits or own_limits(), tell)
 
     @property
     def runs(self) -> tuple[str, ...]:
         """URLs of the SAEs."""
         return tuple(member.run for member in self._members)
 
-    def has_model_of(self, source: ActivationSource, device: torch.device) -> bool:
-        """Whether its model is the one that recorded other activations."""
-        mine = self._shared
-        return mine.device == device and not compare(mine.source, source).refused
+    def shares_model(self, other: "ImageReader") -> bool:
+        """Whether another reader has the same model in memory."""
+        return self._shared is other._shared
 
     def load(self) -> None:
         """Load the model and compare it with what was recorded. Does nothing the second time.
@@ -293,16 +307,16 @@ class ImageReader:
 
     def _decode(self, image: ImageLike, name: str) -> Image.Image:
         if isinstance(image, Image.Image):
-            return upright_rgb(image, name, self._limits, _REMEDY)
+            return upright_rgb(image, name, self._limits, REMEDY)
         data = image if isinstance(image, bytes) else self._fetch(image)
-        return decode_image(data, name, self._limits, _REMEDY)
+        return decode_image(data, name, self._limits, REMEDY)
 
     def _fetch(self, url: str | os.PathLike) -> bytes:
         n_bytes = storage.size(url)
         if n_bytes > self._limits.max_bytes:
             raise ImageError(
                 f"Cannot decode {url}: it has {n_bytes} bytes, at most {self._limits.max_bytes} "
-                f"are read. {_REMEDY}"
+                f"are read. {REMEDY}"
             )
         return storage.read_bytes(url)
 
