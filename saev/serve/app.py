@@ -24,6 +24,7 @@ from saev.serve import (
     facts,
     images,
     latents,
+    own,
     pictures,
     problems,
 )
@@ -138,6 +139,9 @@ def routes(explorer: Explorer) -> list[Route]:
         Route(f"{run}/images/{{example}}/tokens", of_run(
             lambda m, r: images.tokens(m, _path(r, "example"), _numbers(r, "latents")))),
         Route(f"{run}/pictures/{{example}}/{{size}}", functools.partial(_picture, explorer)),
+        Route(f"{run}/nearest", of_run(
+            lambda m, r: own.nearest(m, _numbers(r, "latents"), _query(r, "n", 24)))),
+        *own.routes(explorer, run),
         Route(f"{run}/search", functools.partial(_search, explorer)),
         Route(f"{run}/compare", functools.partial(_compare, explorer)),
     ]  # fmt: skip

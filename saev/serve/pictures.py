@@ -36,6 +36,25 @@ class Originals:
         Raises:
             Problem: the original images cannot be opened, or not this one.
         """
+        source = self._source(measured)
+        try:
+            return source.view(example).image
+        except SaevError as err:
+            raise _no_picture(err) from err
+
+    def whole(self, measured: Measured, example: int) -> Image.Image:
+        """An image as it is in the dataset.
+
+        Raises:
+            Problem: the original images cannot be opened, or not this one.
+        """
+        source = self._source(measured)
+        try:
+            return source.original(example)
+        except SaevError as err:
+            raise _no_picture(err) from err
+
+    def _source(self, measured: Measured) -> "Source":
         url = measured.entry.figures["shards"]
         with self._lock:
             if url not in self._opened:
@@ -43,10 +62,7 @@ class Originals:
             source = self._opened[url]
         if isinstance(source, SaevError):
             raise _no_picture(source)
-        try:
-            return source.view(example).image
-        except SaevError as err:
-            raise _no_picture(err) from err
+        return source
 
 
 def _open(shards: str) -> "Source | SaevError":

@@ -115,6 +115,21 @@ class Source:
             del image, mask  # before others get their room
         return View(index, storage.name(info.url), info.label, crop, pixels, labels)
 
+    def original(self, example: int) -> Image.Image:
+        """The whole image of an example, upright, mode RGB.
+
+        Raises:
+            ImageError: it cannot be decoded, or is another one than the recorded one.
+            StorageError: it is gone.
+        """
+        index = self._table["index"][example].as_py()
+        with _remedied(), self._pixels.example(self._cost):
+            image = self._dataset.load(index)
+            if "height" in self._table.column_names:
+                sides = (self._table[name][example].as_py() for name in ("height", "width"))
+                same_images.check_pixels(image, *sides, self._dataset.example(index).url)
+            return image
+
     def _token_labels(self, example: int) -> np.ndarray | None:
         labels = self._shards.example_labels(example)
         return None if labels is None else labels.reshape(self._shards.metadata.grid_shape)

@@ -1,4 +1,4 @@
-"""Images that are sent to the server: encoded as ImageReader does, refused clearly, never stored."""
+"""Images that are sent to the server are encoded as ImageReader does it, or refused in a sentence."""
 
 import base64
 import io
@@ -21,7 +21,8 @@ from saev.serve.measured import Measured
 
 from .conftest import Client, serving
 
-JPEG = encoded(noise(320, 240))
+# Smooth, so that WebP loses little.
+JPEG = encoded(noise(320, 240).resize((8, 6)).resize((320, 240), Image.Resampling.BICUBIC))
 
 
 def lines(data: bytes) -> list[dict[str, Any]]:
@@ -113,23 +114,23 @@ def test_what_is_no_image_is_a_problem(
 def test_a_missing_model_is_a_problem_in_the_last_line(
     root: str, measured: Measured, tmp_path: Path
 ) -> None:
-    """The weights are gone, so the model is not there; the rest of the explorer is."""
-    copy = tmp_path / "root"
-    for name in ("runs", "shards"):
-        for entry in storage.walk(storage.join(root, name)):
-            data = storage.read_bytes(storage.join(root, name, entry.key))
-            storage.write_bytes(str(copy / name / entry.key), data)
-    run = str(copy / "runs" / storage.name(measured.entry.figures["run"]))
-    explorer = Explorer(Catalogue.of(str(copy)), memory_mb=1024)
-    lost = own.Readers(ckpt="nobody@/nowhere/weights.safetensors")
-    there = Measured(
-        next(e for e in Catalogue.of(str(copy)).entries() if e.figures["run"] == run and e.results),
-        explorer.cache,
-    )
-    told: list[str] = []
-    with pytest.raises(Exception, match=r"needs its model|not the one"):
-        lost.read(there, noise(80, 80), "x", told.append)
-    assert told == ["load the SAE", "load the model"]
+    """The model is of a family that is not installed here; the rest of the explorer is there."""
+    copy = str(tmp_path / "root")
+    for entry in storage.walk(root):
+        data = storage.read_bytes(storage.join(root, entry.key))
+        storage.write_bytes(storage.join(copy, entry.key), data)
+    place = measured.results.url.replace(root, copy) + "/metrics.json"
+    record = storage.read_sealed(place, remedy="").record
+    record["source"]["family"] = "nobody"
+    storage.write_json(place, storage.seal(record))
+    explorer = Explorer(Catalogue.of(copy), memory_mb=1024)
+    with serving(app.make(explorer, access.Rules.of("127.0.0.1", (), ""))) as other:
+        status, _, body = other.ask(f"/api/runs/{measured.key}/own", "POST", JPEG)
+        assert status == 200
+        problem = lines(body)[-1]["problem"]
+        assert "needs its model" in problem["detail"]
+        assert "Unknown model family 'nobody'" in problem["detail"]
+        assert other.get(f"/api/runs/{measured.key}")["n_latents"] == measured.d_sae
 
 
 def test_nearest_images_have_the_chosen_latents(
