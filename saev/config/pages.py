@@ -45,6 +45,9 @@ class ServeConfig(Config):
     notes: str = ""
     """URL of a JSON file for notes on latents, which all who look share. Without it, each browser
     keeps its own."""
+    ckpt: str = ""
+    """Where the weights of the model are now, if they have moved, such as vits14@URL. Images of
+    your own need them."""
     memory_mb: float = pydantic.Field(default=1024.0, ge=512.0, allow_inf_nan=False)
     """Most megabytes of memory that the server takes, models for own images aside."""
 

@@ -41,7 +41,8 @@ def run(cfg: ServeConfig, start: str = "") -> None:
         logger.warning(
             "%s has no complete SAE yet. They appear when `saev train` has written them.", cfg.root
         )
-    explorer = Explorer(catalogue, cfg.memory_mb, notes.check(cfg.notes) if cfg.notes else None)
+    kept = notes.check(cfg.notes) if cfg.notes else None
+    explorer = Explorer(catalogue, cfg.memory_mb, kept, cfg.ckpt)
     prefix = cfg.prefix.rstrip("/")
     rules = access.Rules.of(cfg.host, cfg.behind_proxy, prefix, os.environ.get(TOKEN, ""))
     with _listening(cfg.host, cfg.port) as listener:

@@ -23,10 +23,17 @@ class Explorer:
         catalogue: the SAEs.
         memory_mb: most megabytes that the process may take.
         notes: where notes are; None leaves them to the browsers.
+        ckpt: where the weights of the model are now, if they have moved.
     """
 
-    def __init__(self, catalogue: Catalogue, memory_mb: float, notes: Notes | None = None):
-        self.catalogue, self.notes = catalogue, notes
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        memory_mb: float,
+        notes: Notes | None = None,
+        ckpt: str = "",
+    ):
+        self.catalogue, self.notes, self.ckpt = catalogue, notes, ckpt
         self.cache = ByteCache(int(_KEPT_SHARE * (memory_mb - _OWN_MB) * 1e6))
         self.originals = pictures.Originals()
         self.pool = Pool()

@@ -108,7 +108,7 @@ def _shards(measured: Measured) -> str:
 
 def routes(explorer: Explorer, run: str) -> list[Route]:
     """Addresses below that of an SAE."""
-    readers = Readers()
+    readers = Readers(explorer.ckpt)
     return [
         Route(f"{run}/own", functools.partial(_own, explorer, readers), methods=["POST"]),
         Route(f"{run}/images/{{example}}/encoded", functools.partial(_encoded, explorer, readers)),

@@ -98,9 +98,11 @@ def serving(application: Any) -> Iterator[Client]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield Client(listener.getsockname()[1])
-        server.should_exit = True
-        thread.join()
+        try:
+            yield Client(listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="session")

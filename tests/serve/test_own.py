@@ -1,4 +1,4 @@
-"""Images that are sent to the server are encoded as ImageReader does it, or refused in a sentence."""
+"""Images that are sent to the server: encoded as ImageReader does it, or refused in a sentence."""
 
 import base64
 import io
@@ -120,9 +120,9 @@ def test_a_missing_model_is_a_problem_in_the_last_line(
         data = storage.read_bytes(storage.join(root, entry.key))
         storage.write_bytes(storage.join(copy, entry.key), data)
     place = measured.results.url.replace(root, copy) + "/metrics.json"
-    record = storage.read_sealed(place, remedy="").record
-    record["source"]["family"] = "nobody"
-    storage.write_json(place, storage.seal(record))
+    sealed = storage.read_sealed(place, remedy="")
+    source = {**sealed.record["source"], "family": "nobody"}
+    storage.write_json(place, storage.seal({**sealed.record, "source": source}, sealed.files))
     explorer = Explorer(Catalogue.of(copy), memory_mb=1024)
     with serving(app.make(explorer, access.Rules.of("127.0.0.1", (), ""))) as other:
         status, _, body = other.ask(f"/api/runs/{measured.key}/own", "POST", JPEG)
