@@ -168,7 +168,7 @@ async def _in_lines(
         return Response(_line({"image": await task}), media_type=MEDIA_TYPE)
 
     async def lines() -> AsyncIterator[bytes]:
-        text = first
+        text: str | None = first
         while text is not None:
             yield _line({"doing": text})
             text = await told.get()
@@ -182,7 +182,7 @@ def _problem(request: Request, error: BaseException) -> dict[str, tp.Any]:
     if isinstance(error, SaevError):
         answer = problems.of_error(request, error)
     else:
-        answer = problems.of_bug(tp.cast(Exception, error))
+        answer = problems.of_bug(request, tp.cast(Exception, error))
     return {"problem": json.loads(bytes(answer.body))}
 
 

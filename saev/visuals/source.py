@@ -126,8 +126,8 @@ class Source:
         with _remedied(), self._pixels.example(self._cost):
             image = self._dataset.load(index)
             if "height" in self._table.column_names:
-                sides = (self._table[name][example].as_py() for name in ("height", "width"))
-                same_images.check_pixels(image, *sides, self._dataset.example(index).url)
+                height, width = (self._table[k][example].as_py() for k in ("height", "width"))
+                same_images.check_pixels(image, height, width, self._dataset.example(index).url)
             return image
 
     def _token_labels(self, example: int) -> np.ndarray | None:
