@@ -26,6 +26,7 @@ from saev.inference import files
 from saev.inference.results import Results
 from saev.nn.io.load import HUB_PREFIX
 from saev.shards import Shards
+from saev.shards.protocol import SKIPPED
 from saev.visuals import overview
 from saev.visuals.pasted import command
 from saev.visuals.records import DONE
@@ -120,10 +121,14 @@ class _Recorded(Outcome):
         megabytes = sum(info.n_bytes or 0 for info in shards.infos) / 1e6
         n_tokens = shards.n_examples * meta.content_tokens_per_example
         layers = ", ".join(map(str, meta.layers))
-        return [
+        lines = [
             f"Recorded {shards.n_examples:,} images: {n_tokens:,} patches of {meta.d_model} "
             f"numbers, layer{'s' * (len(meta.layers) > 1)} {layers}, {megabytes:,.1f} MB"
         ]
+        if left_out := meta.n_examples - shards.n_examples:
+            place = storage.join(self.urls[0], SKIPPED)
+            lines.append(f"Left out {left_out:,} that cannot be decoded: {place}")
+        return lines
 
     def go_on(self) -> str:
         layers = self._shards.metadata.layers

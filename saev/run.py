@@ -34,7 +34,8 @@ def run(cfg: RunConfig, progress: Progress | None = None) -> str:
     stages, progress = resolve(cfg), progress or Progress(quiet=True)
     is_first_look = cfg.config == named_config(FIRST_LOOK)
     if is_first_look:
-        logger.info("Config %s: %s, from the model hub.", FIRST_LOOK, _MODEL)
+        model = f"model {cfg.ckpt}" if cfg.ckpt else f"{_MODEL}, from the model hub"
+        logger.info("Config %s: %s.", FIRST_LOOK, model)
     found: dict[str, str] = {}
     runs: tuple[str, ...] = ()
     for stage in chain.OF_ALL:
@@ -76,7 +77,14 @@ def resolve(cfg: RunConfig) -> Stages:
                 f"The images are named twice: {cfg.pictures}, and with data:{data.kind}. Keep one."
             )
         data = recognised(cfg.pictures)
-    return resolve_stages(RunFile.read(cfg.config), cfg.root, data, source)
+    file = RunFile.read(cfg.config)
+    file = file.model_copy(update={"shards": {**file.shards, **cfg.over_shards}})
+    if data is None and file.data is None:
+        raise ConfigError(
+            "No images: name a folder of pictures (`saev run FOLDER`), or a config file with a "
+            "table [data] (--config FILE)."
+        )
+    return resolve_stages(file, cfg.root, data, source)
 
 
 def recognised(url: str) -> ImageData:

@@ -179,6 +179,9 @@ COMMANDS: dict[str, Command] = {
                 Flag("pictures", "pictures", RunConfig, "the file's [data]", "FOLDER"),
                 Flag("config", "config", RunConfig, FIRST_LOOK),
                 Flag("root", "root", RunConfig),
+                Flag("ckpt", "ckpt", RunConfig, "the config's"),
+                Flag("skip-unreadable", "skip-unreadable", RunConfig),
+                Flag("amp", "amp", RunConfig),
                 Flag(
                     "images",
                     "data:img-folder --data.root",

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pasted
 import pytest
+from PIL import Image
 
 from saev import after, storage
-from saev.config import LoaderConfig, SaeConfig, TrainConfig
+from saev.config import ImgFolder, LoaderConfig, SaeConfig, ShardsConfig, TrainConfig
+from saev.shards import extract
 from saev.visuals import overview
 
 
@@ -148,3 +150,19 @@ def test_another_programs_page_stays(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     assert overview.update(str(run)) == ""
     assert (tmp_path / "index.html").read_text() == "<title>My site</title>"
+
+
+def test_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "pictures" / "2.png").write_bytes(b"no picture")
+    cfg = ShardsConfig(
+        shards_root=str(tmp_path), family="timm", ckpt="test_vit/random", image_size=32,
+        layers=(-1,), skip_unreadable=True, data=ImgFolder(root=str(tmp_path / "pictures")),
+    )  # fmt: skip
+    url = extract.run(cfg)
+    recorded, left_out = after.of(cfg, [url]).lines()
+    assert recorded.startswith("Recorded 2 images: 8 patches")
+    assert left_out == f"Left out 1 that cannot be decoded: {url}/skipped.json"
+    assert (Path(url) / "skipped.json").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from saev import run, storage
+from saev import cli, run, storage
 from saev.config import FakeImgSeg, ImgSegFolder, LoaderConfig, TrainConfig
 from saev.config.named import named_config
 from saev.config.run import RunConfig, RunFile
@@ -250,3 +250,23 @@ def test_images_are_named_once(config: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="named twice"):
         run.resolve(cfg)
+
+
+def test_flags_replace_keys_of_the_file(config: Path, tmp_path: Path) -> None:
+    file = config.read_text().replace("[train]", "batch_size = 7\n[train]", 1)
+    config.write_text(file)
+    plain = run.resolve(RunConfig(config=str(config))).shards
+    assert (plain.ckpt, plain.skip_unreadable) == ("test_vit/random", False)
+    shards = run.resolve(RunConfig(config=str(config), ckpt="x@y", amp=True)).shards
+    assert (shards.ckpt, shards.amp, shards.batch_size) == ("x@y", True, 7)
+    assert run.resolve(RunConfig(config=str(config), skip_unreadable=True)).shards.skip_unreadable
+    # A damaged picture does not stop a first look.
+    assert run.resolve(RunConfig(pictures=str(tmp_path))).shards.skip_unreadable
+
+
+def test_no_images_is_said_in_words_of_the_command(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+    assert capsys.readouterr().err.startswith(
+        "saev: error: No images: name a folder of pictures (`saev run FOLDER`)"
+    )

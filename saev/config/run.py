@@ -23,8 +23,21 @@ class RunConfig(Config):
     flags of those commands. first-look is one SAE of DINOv2 ViT-S/14, in minutes."""
     root: str = "./saev-out"
     """URL of the folder for everything: root/shards, root/runs and root/index.html."""
+    ckpt: str = ""
+    """Checkpoint of the model, in place of the file's (see `saev shards`): NAME@FILE takes the
+    weights from a file, where there is no model hub."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be decoded, as first-look does by itself."""
+    amp: bool = False
+    """Record in bfloat16 autocast: faster on many GPUs and CPUs, and more rounded."""
     data: ImageData | None = None
     """The images; by default the [data] table of the file."""
+
+    @property
+    def over_shards(self) -> dict[str, tp.Any]:
+        """Keys of [shards] that replace those of the file."""
+        given = {"ckpt": self.ckpt, "skip_unreadable": self.skip_unreadable, "amp": self.amp}
+        return {key: value for key, value in given.items() if value}
 
 
 class RunFile(Config):

@@ -288,9 +288,9 @@ def hub_error(name: str, err: Exception, away: Exception | None) -> ModelError:
     arch = "ARCH" if name.startswith(_HUB) else name
     error = ModelError(
         f"Cannot get the weights of {name} from the model hub ({type(err).__name__}: "
-        f"{reason[:200]}). Without internet access name a weights file, {arch}@URL "
-        f"(safetensors or a torch state dict on a volume or object storage), or set HF_HOME to a "
-        "folder that holds the hub's cache."
+        f"{reason[:200]}). Without internet access name a weights file, "
+        f"--ckpt {arch}@FILE (a path or URL of safetensors or a torch state dict, fetched "
+        "elsewhere), or set HF_HOME to a folder that holds the hub's cache."
     )
     error.passing = away is not None
     return error
