@@ -31,25 +31,22 @@ class ImageActs(tp.NamedTuple):
     def of(cls, codes: Columns, tokens: TokenRows) -> "ImageActs":
         """Gather the codes of whole examples."""
         is_first = np.diff(tokens.example_idx, prepend=-1) != 0
-        row_of_token = np.cumsum(is_first) - 1
+        row_of_token = np.cumsum(is_first, dtype=np.int32) - np.int32(1)
         example_idx = tokens.example_idx[is_first]
         n_tokens = np.bincount(row_of_token, minlength=len(example_idx))
         rows = row_of_token[codes.rows]
-        latents = codes.latents
         is_new = np.ones(len(rows), dtype=bool)
-        is_new[1:] = (rows[1:] != rows[:-1]) | (latents[1:] != latents[:-1])
+        np.not_equal(rows[1:], rows[:-1], out=is_new[1:])
+        is_new[codes.indptr[:-1][np.diff(codes.indptr) > 0]] = True  # each latent's first
         starts = np.flatnonzero(is_new)
         if not len(starts):
             peaks, sums = codes.values, np.zeros(0)
         else:
             peaks = np.maximum.reduceat(codes.values, starts)
             sums = np.add.reduceat(codes.values.astype(np.float64), starts)
-        counts = np.bincount(latents[starts], minlength=len(codes.indptr) - 1)
-        columns = Columns(
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            rows[starts].astype(np.int32),
-            peaks,
-        )
+        # Each latent that fires at all begins a pair.
+        indptr = np.searchsorted(starts, codes.indptr).astype(np.int64, copy=False)
+        columns = Columns(indptr, rows[starts], peaks)
         means = (sums / n_tokens[columns.rows]).astype(np.float32)
         lengths = np.diff(starts, append=len(rows))
         return cls(columns, means, example_idx, n_tokens, starts, lengths)

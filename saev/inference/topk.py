@@ -65,25 +65,49 @@ def ragged_index(starts: np.ndarray, lengths: np.ndarray, index: np.ndarray) -> 
 
 
 Priority = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Of pairs, from their latents, examples and scores: float64 [n]. Those above 0 may be kept."""
+"""Of pairs, from their latents, examples and scores: uint32 [n]. Those above 0 may be kept."""
 
 
 def by_value(latent: np.ndarray, example_idx: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The strongest first."""
-    return value.astype(np.float64)
+    """The strongest first. Bits of positive float32 numbers are in the order of the numbers."""
+    bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32)
+    return np.where(value > 0, bits, np.uint32(0))
 
 
 def by_chance(latent: np.ndarray, example_idx: np.ndarray, value: np.ndarray) -> np.ndarray:
     """A fixed order that has nothing to do with values, so that the first k examples are a random
     sample of those on which a latent is positive. The mixing function is that of SplitMix64 (public
-    domain)."""
-    x = (latent.astype(np.uint64) << np.uint64(40)) ^ example_idx.astype(np.uint64)
+    domain), of which the upper half is used."""
+    x = latent.astype(np.uint64)
+    x <<= np.uint64(40)
+    x ^= example_idx.astype(np.uint64)
     x += np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x >> np.uint64(shift)
+        x *= np.uint64(factor)
     x ^= x >> np.uint64(31)
-    chance = ((x >> np.uint64(11)).astype(np.float64) + 1) / 2.0**53
-    return np.where(value > 0, chance, 0.0)
+    x >>= np.uint64(32)
+    chance = np.maximum(x.astype(np.uint32), np.uint32(1))
+    return np.where(value > 0, chance, np.uint32(0))
+
+
+def _keys(latent: np.ndarray, priority: np.ndarray) -> np.ndarray:
+    """Numbers in the order of latents, and within each from the highest priority down, uint64."""
+    keys = latent.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= ~priority
+    return keys
+
+
+def _kth(keys: np.ndarray, latent: np.ndarray, n_latents: int, k: int) -> np.ndarray:
+    """The k-th of each latent's keys, or the last one if it has fewer, uint64 [n_latents]; 0 for a
+    latent without keys."""
+    counts = np.bincount(latent, minlength=n_latents)
+    ends = np.cumsum(counts)
+    found = np.zeros(n_latents, dtype=np.uint64)
+    at = np.minimum(ends - counts + k, ends)[counts > 0] - 1
+    found[counts > 0] = np.sort(keys)[at]
+    return found
 
 
 class TopExamples:
@@ -102,7 +126,7 @@ class TopExamples:
         self._n_pending = 0
         # What a priority must exceed: the k-th best so far. Zero also keeps out examples on which a
         # latent is never positive.
-        self._bar = np.zeros(n_latents)
+        self._bar = np.zeros(n_latents, dtype=np.uint32)
 
     def add(self, columns: Columns, tokens: TokenRows, images: ImageActs | None = None) -> None:
         """Offer the tokens of some whole examples, later ones than all that were added before.
@@ -119,7 +143,9 @@ class TopExamples:
         examples = images.example_idx[images.columns.rows]
         starts, lengths = images.starts, images.lengths
         # An equal score of a later example loses, so `>` drops nothing that would be kept.
-        index = np.flatnonzero(self._priority(latents, examples, scores) > self._bar[latents])
+        priority = self._priority(latents, examples, scores)
+        index = np.flatnonzero(priority > self._bar[latents])
+        index = index[self._among_best(latents[index], priority[index])]
         entries = ragged_index(starts, lengths, index)
         self._push(
             Entries(
@@ -141,6 +167,14 @@ class TopExamples:
         self._compact()
         return self._kept
 
+    def _among_best(self, latent: np.ndarray, priority: np.ndarray) -> np.ndarray:
+        """Which pairs are among the k best of each latent; equal ones all are. Raises the bar."""
+        keys = _keys(latent, priority)
+        kth = _kth(keys, latent, self._n_latents, self._k)
+        full = np.bincount(latent, minlength=self._n_latents) >= self._k
+        self._bar[full] = ~(kth[full].astype(np.uint32))
+        return np.flatnonzero(keys <= kth[latent])
+
     def _push(self, entries: Entries) -> None:
         self._pending.append(entries)
         self._n_pending += len(entries.token_idx) + len(entries.latent)
@@ -152,11 +186,10 @@ class TopExamples:
             return
         every = Entries(*(np.concatenate(f) for f in zip(self._kept, *self._pending, strict=True)))
         priority = self._priority(every.latent, every.example_idx, every.value)
-        order = np.lexsort((every.example_idx, -priority, every.latent))
+        few = self._among_best(every.latent, priority)
+        order = few[np.lexsort((every.example_idx[few], ~priority[few], every.latent[few]))]
         latent = every.latent[order]
         first = np.searchsorted(latent, np.arange(self._n_latents))
         rank = np.arange(len(latent)) - first[latent]
         self._kept = every.take(order[rank < self._k])
         self._pending, self._n_pending = [], 0
-        last = order[rank == self._k - 1]
-        self._bar[every.latent[last]] = priority[last]
