@@ -14,8 +14,6 @@ import numpy as np
 N_CLASSES = 256
 """Labels are uint8."""
 
-_VALUE_BITS = 32
-
 
 class Carry(tp.NamedTuple):
     """What was already counted of columns that come in several bands of falling values."""
@@ -62,28 +60,23 @@ def precision_sums(
         float64 [n_latents, classes].
     """
     n_latents, n_classes = carry.by_class.shape
-    label_bits = max(1, (n_classes - 1).bit_length())
-    value_key = descending_key(values).astype(np.uint64)
-    latent_key = latents.astype(np.uint64)
-    by_value = np.sort((latent_key << np.uint64(_VALUE_BITS)) | value_key)
-    class_key = (latent_key << np.uint64(label_bits)) | labels.astype(np.uint64)
-    by_class = np.sort((class_key << np.uint64(_VALUE_BITS)) | value_key)
+    value_order = np.argsort(_joined(latents, descending_key(values)))
+    latents, labels = latents[value_order], labels[value_order]
+    n_by_latent = np.bincount(latents, minlength=n_latents)
+    starts = np.cumsum(n_by_latent) - n_by_latent
+    # Tokens of the latent at or above each value: the same for equal ones.
+    n = _run_ends(latents, values[value_order]) - starts[latents]
 
-    group = (by_class >> np.uint64(_VALUE_BITS)).astype(np.int64)  # latent and class
-    latent = group >> label_bits
-    group = latent * n_classes + (group & ((1 << label_bits) - 1))
+    group = latents * n_classes + labels
     counts = np.bincount(group, minlength=n_latents * n_classes)
-    group_starts = np.cumsum(counts) - counts
-    t = _run_ends(by_class) - group_starts[group]
+    # By class, and within each by value still.
+    joined = np.sort(_joined(group, np.arange(len(group), dtype=np.uint32)))
+    order = (joined & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    group, n = group[order], n[order]
+    starts = np.cumsum(counts) - counts
+    t = _run_ends(group, n) - starts[group]
 
-    n_by_latent = counts.reshape(n_latents, n_classes).sum(axis=1)
-    latent_starts = np.cumsum(n_by_latent) - n_by_latent
-    query = (latent.astype(np.uint64) << np.uint64(_VALUE_BITS)) | (
-        by_class & np.uint64(0xFFFFFFFF)
-    )
-    n = np.searchsorted(by_value, query, side="right") - latent_starts[latent]
-
-    precision = (t + carry.by_class.reshape(-1)[group]) / (n + carry.n[latent])
+    precision = (t + carry.by_class.reshape(-1)[group]) / (n + carry.n[latents[order]])
     sums = np.bincount(group, weights=precision, minlength=n_latents * n_classes)
     sums = sums.astype(np.float64, copy=False)  # numpy gives integers where there are no entries
     carry.n[:] += n_by_latent
@@ -91,10 +84,26 @@ def precision_sums(
     return sums.reshape(n_latents, n_classes)
 
 
-def _run_ends(ordered: np.ndarray) -> np.ndarray:
-    """For each element of a sorted array, the position behind the last one equal to it."""
-    is_last = np.ones(len(ordered), dtype=bool)
-    is_last[:-1] = ordered[1:] != ordered[:-1]
+def _joined(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Numbers in the order of the first of each pair, then of the second, uint64 [n].
+
+    Args:
+        high: below 2³².
+        low: uint32.
+    """
+    joined = high.astype(np.uint64)
+    joined <<= np.uint64(32)
+    joined |= low
+    return joined
+
+
+def _run_ends(*fields: np.ndarray) -> np.ndarray:
+    """For each element of arrays where equal ones are neighbours, the position behind the last one
+    that is equal to it in all of them."""
+    is_last = np.zeros(len(fields[0]), dtype=bool)
+    is_last[-1:] = True
+    for field in fields:
+        is_last[:-1] |= field[1:] != field[:-1]
     ends = np.flatnonzero(is_last) + 1
     return np.repeat(ends, np.diff(ends, prepend=0))
 

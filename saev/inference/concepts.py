@@ -93,7 +93,7 @@ def align(
     for start, stop in _blocks(counts, max_entries):
         is_long = int(counts[start:stop].sum()) > max_entries
         block = (_LongColumn if is_long else _Block)(codes, side, start, stop, max_entries)
-        found = {one: block.measure(one, by_side[one]) for one in classes.sides}
+        found = classes.measured(lambda one, block=block: block.measure(one, by_side[one]))
         if not found:
             break  # no token has a label
         scores.add(start, found)
@@ -213,6 +213,7 @@ class _Block:
         parts = list(_labelled(codes, side, start, stop))
         empty = (np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64), side[:0])
         self._entries = _Entries(*map(np.concatenate, zip(empty, *parts, strict=True)))
+        self._column = -1, self._entries
 
     def measure(self, side: int, n_by_class: np.ndarray) -> Found:
         """Scores of all latents and classes on one side."""
@@ -222,8 +223,10 @@ class _Block:
 
     def column(self, column: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Values and labels of one latent."""
-        mine = self._entries.latents == column
-        yield self._entries.values[mine], self._entries.labels[mine]
+        if self._column[0] != column:  # else it was asked for before
+            mine = self._entries.latents == column
+            self._column = column, _Entries(*(field[mine] for field in self._entries))
+        yield self._column[1].values, self._column[1].labels
 
 
 class _LongColumn:

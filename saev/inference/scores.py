@@ -6,6 +6,7 @@ which the latent fires at all, the best of each class and of each latent are kep
 """
 
 import typing as tp
+from collections.abc import Callable
 
 import numpy as np
 
@@ -49,6 +50,15 @@ class Classes(tp.NamedTuple):
         """Those that have labelled images (patches)."""
         return [one for one in SIDES if self.counts[one].sum()]
 
+    def measured(self, measure: Callable[[int], "Found"]) -> dict[int, "Found"]:
+        """Scores on each side. A side that has all labelled images (patches) has those of all."""
+        found = {ALL: measure(ALL)} if self.counts[ALL].sum() else {}
+        for one in self.sides:
+            if one not in found:
+                is_all = self.counts[one].sum() == self.counts[ALL].sum()
+                found[one] = found[ALL] if is_all else measure(one)
+        return found
+
 
 class Found(tp.NamedTuple):
     """Of some latents on one side."""
@@ -73,14 +83,15 @@ def measure(
         n_latents: how many.
         classes: that there are.
     """
-    found = {}
-    for one in classes.sides:
+
+    def of(one: int) -> Found:
         mine = (label >= 0) & ((side == one) | (one == ALL))
         n_by_class = classes.counts[one]
         ap = average_precision(latents[mine], values[mine], label[mine], n_latents, n_by_class)
         active = count_by_class(latents[mine], label[mine], n_latents, len(n_by_class))
-        found[one] = Found(ap, active)
-    return found
+        return Found(ap, active)
+
+    return classes.measured(of)
 
 
 class Scores:
