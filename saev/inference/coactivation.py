@@ -12,7 +12,8 @@ from saev.inference.decoder import N_NEIGHBOURS, largest
 
 MAX_TOKENS = 1 << 17
 """Tokens of the sample. The time grows with it, and with the square of L0."""
-_BLOCK_NUMBERS = 1 << 22
+_BLOCK_NUMBERS = 1 << 21
+_STEP_TOKENS = 1 << 13
 
 
 class Coactivation:
@@ -47,29 +48,45 @@ class Coactivation:
             latents: which ones, token after token, [nnz].
         """
         ptr = np.concatenate([[0], np.cumsum(row_nnz)])
-        ones = np.ones(len(latents), dtype=np.float32)
-        every = scipy.sparse.csr_array((ones, latents, ptr), shape=(len(row_nnz), self._n_latents))
+        every = scipy.sparse.csr_array(
+            (np.ones(len(latents), dtype=np.int8), latents, ptr),
+            shape=(len(row_nnz), self._n_latents),
+        )
         self._parts.append(every[np.flatnonzero(np.isin(example_idx, self._wanted))])
 
     def result(self) -> tuple[list[np.ndarray], list[np.ndarray], int]:
         """For each latent those that fire with it, the highest cosine first, and these cosines; and
         the tokens of the sample."""
         fires = scipy.sparse.vstack(self._parts, format="csr")
-        counts = np.asarray(fires.sum(axis=0), dtype=np.float64)
-        scale = 1 / np.sqrt(np.maximum(counts, 1))
-        by_latent = fires.T.tocsr()
+        counts = np.bincount(fires.indices, minlength=self._n_latents)
+        scale = (1 / np.sqrt(np.maximum(counts, 1))).astype(np.float32)
+        by_latent = fires.tocsc()
         k = min(N_NEIGHBOURS, self._n_latents - 1)
         others: list[np.ndarray] = []
         cosines: list[np.ndarray] = []
         step = max(1, _BLOCK_NUMBERS // self._n_latents)
         for start in range(0, self._n_latents, step):
-            block = (by_latent[start : start + step] @ fires).toarray().astype(np.float64)
+            stop = min(start + step, self._n_latents)
+            block = np.zeros((stop - start, self._n_latents), dtype=np.float32)
+            for latent in range(start, stop):
+                self._count(fires, by_latent, latent, block[latent - start])
             own = np.arange(len(block))
             block[own, start + own] = 0
-            block *= scale[start : start + step, None] * scale
-            best, which = largest(torch.from_numpy(block.astype(np.float32)), k)
-            for values, latents in zip(best.numpy(), which.numpy(), strict=True):
+            block *= scale
+            block *= scale[start:stop, None]
+            best, which = largest(torch.from_numpy(block), k)
+            for values, latents in zip(best.clamp(max=1).numpy(), which.numpy(), strict=True):
                 n = int((values > 0).sum())
                 others.append(latents[:n].astype(np.int32))
                 cosines.append(values[:n])
         return others, cosines, fires.shape[0]
+
+    def _count(
+        self, fires: scipy.sparse.csr_array, by_latent: scipy.sparse.csc_array, latent: int,
+        out: np.ndarray,
+    ) -> None:  # fmt: skip
+        """On how many tokens a latent and each other one fire."""
+        tokens = by_latent.indices[slice(*by_latent.indptr[latent : latent + 2])]
+        for first in range(0, len(tokens), _STEP_TOKENS):
+            together = fires[tokens[first : first + _STEP_TOKENS]].indices
+            out += np.bincount(together, minlength=self._n_latents)

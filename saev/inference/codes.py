@@ -78,8 +78,15 @@ class Columns(tp.NamedTuple):
 
     def to_rows(self, n_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Entries per row int64 [n_rows], latents int32 [nnz] ascending in a row, values [nnz]."""
+        return self._by_row(n_rows, self.values)
+
+    def row_order(self, n_rows: int) -> np.ndarray:
+        """The entries' positions, by row, then by latent, int32 [nnz]."""
+        return self._by_row(n_rows, np.arange(len(self.rows), dtype=np.int32))[2]
+
+    def _by_row(self, n_rows: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shape = (n_rows, len(self.indptr) - 1)
-        by_row = scipy.sparse.csc_array((self.values, self.rows, self.indptr), shape=shape).tocsr()
+        by_row = scipy.sparse.csc_array((values, self.rows, self.indptr), shape=shape).tocsr()
         return (
             np.diff(by_row.indptr).astype(np.int64, copy=False),
             by_row.indices.astype(np.int32, copy=False),

@@ -3,6 +3,7 @@
 import typing as tp
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from saev.nn.sae import SparseAutoencoder
@@ -90,9 +91,10 @@ def _principal(unit: np.ndarray) -> np.ndarray:
     """First two principal components of rows, float32 [n, 2]. Signs are such that the entry of each
     axis with the largest magnitude is positive."""
     centred = unit - unit.mean(axis=0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
+    n, width = min(2, unit.shape[1]), unit.shape[1]
+    _, axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=[width - n, width - 1])
     found = np.zeros((len(unit), 2), dtype=np.float32)
-    for column in range(min(2, unit.shape[1])):
+    for column in range(n):
         axis = axes[:, -1 - column]
         axis = axis * np.sign(axis[np.abs(axis).argmax()])
         found[:, column] = centred @ axis

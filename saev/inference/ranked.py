@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from saev.inference import sides
+from saev.inference.alignment import descending_key
 from saev.inference.blocks import Block
 from saev.inference.part import PartStats
 from saev.inference.topk import Entries
@@ -32,15 +33,12 @@ class Ranked:
     def add(self, block: Block) -> None:
         """Take all values of some latents."""
         counts = np.bincount(block.latents, minlength=block.stop - block.start)
-        ordered = block.values[np.lexsort((block.values, block.latents))]
-        bounds = np.concatenate([[0], np.cumsum(counts)])
-        for latent in range(block.start, block.stop):
-            mine = slice(self._ptr[latent], self._ptr[latent + 1])
-            local = latent - block.start
-            values = ordered[bounds[local] : bounds[local + 1]]
-            if len(values):
-                below = np.searchsorted(values, self._entries.value[mine], side="right")
-                self._quantile[mine] = below / len(values)
+        starts = np.cumsum(counts) - counts
+        keys = np.sort(_keys(block.latents, block.values))
+        mine = slice(self._ptr[block.start], self._ptr[block.stop])
+        latents = self._entries.latent[mine] - block.start
+        below = np.searchsorted(keys, _keys(latents, self._entries.value[mine]), side="right")
+        self._quantile[mine] = (below - starts[latents]) / counts[latents]
 
     def rows(self, side: np.ndarray, value: pa.DataType) -> dict[str, tp.Any]:
         """Columns of `examples.parquet`, with values of patches of such a type."""
@@ -60,3 +58,11 @@ class Ranked:
             "patches": pa.ListArray.from_arrays(ptr, pa.array(found.token_idx)),
             "patch_values": pa.ListArray.from_arrays(ptr, values),
         }
+
+
+def _keys(latents: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Numbers in the order of latents, and within each of values, uint64 [n]."""
+    keys = latents.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= ~descending_key(values)
+    return keys

@@ -181,10 +181,11 @@ class _Tabulation:
 
     def _by_image(self, piece: Piece) -> dict[str, np.ndarray]:
         columns, means = piece.columns(), piece.array("means")
+        order = columns.row_order(piece.info.n_rows)
         latents = columns.latents
         keep = columns.values >= self._floor[latents]
-        order = np.flatnonzero(keep)
-        order = order[np.argsort(columns.rows[order], kind="stable")]
+        if not keep.all():
+            order = order[keep[order]]
         return {
             "example": piece.array("example_idx")[columns.rows[order]].astype(np.int32),
             "latent": latents[order].astype(np.int32),
