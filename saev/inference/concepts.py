@@ -93,7 +93,7 @@ def align(
     for start, stop in _blocks(counts, max_entries):
         is_long = int(counts[start:stop].sum()) > max_entries
         block = (_LongColumn if is_long else _Block)(codes, side, start, stop, max_entries)
-        found = classes.measured(lambda one, block=block: block.measure(one, by_side[one]))
+        found = classes.measured(block.measure)
         if not found:
             break  # no token has a label
         scores.add(start, found)

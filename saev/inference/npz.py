@@ -10,12 +10,12 @@ import io
 import types
 import typing as tp
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from saev import storage
-from saev.inference.codes import StoredCodes
+from saev.inference.codes import Piece, StoredCodes
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that ZIP can store
 _UNIX = 3
@@ -112,8 +112,15 @@ def index_dtype(nnz: int) -> np.dtype:
     return np.dtype("<i4" if nnz <= np.iinfo(np.int32).max else "<i8")
 
 
+ByRow = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""What `Columns.to_rows` returns."""
+
+
 def write_codes(
-    url: str, codes: StoredCodes, extra: tp.Mapping[str, np.ndarray] | None = None
+    url: str,
+    codes: StoredCodes,
+    extra: tp.Mapping[str, np.ndarray] | None = None,
+    seen: Callable[[Piece, ByRow], None] = lambda piece, rows: None,
 ) -> storage.Listed:
     """Publish stored codes as a CSR matrix [tokens, latents].
 
@@ -124,6 +131,7 @@ def write_codes(
         url: of the file.
         codes: the pieces, in dataset order.
         extra: further small arrays.
+        seen: is given each piece once, with its codes by row.
 
     Returns:
         Size and checksums of the file.
@@ -132,8 +140,8 @@ def write_codes(
     with storage.open_write(url) as handle:
         writer = storage.ChecksumWriter(handle)
         with NpzWriter(tp.cast(tp.BinaryIO, writer)) as npz:
-            npz.write("data", (nnz,), _with_first("<f4", (rows[2] for rows in _by_row(codes))))
-            npz.write("indices", (nnz,), _with_first("<i4", (rows[1] for rows in _by_row(codes))))
+            npz.write("data", (nnz,), _with_first("<f4", (rows[2] for rows in by_row(codes, seen))))
+            npz.write("indices", (nnz,), _with_first("<i4", (rows[1] for rows in by_row(codes))))
             npz.write("indptr", (n_rows + 1,), _indptr(codes, index_dtype(nnz)))
             npz.write("format", (), [np.array("csr").astype("S3")])
             npz.write("shape", (2,), [np.array([n_rows, codes.n_latents], dtype="<i8")])
@@ -150,9 +158,14 @@ def _with_first(dtype: str, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray
     yield from chunks
 
 
-def _by_row(codes: StoredCodes) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def by_row(
+    codes: StoredCodes, seen: Callable[[Piece, ByRow], None] = lambda piece, rows: None
+) -> Iterator[ByRow]:
+    """The codes of each piece by row; before it goes on, ``seen`` is given them, too."""
     for piece in codes:
-        yield piece.columns().to_rows(piece.info.n_rows)
+        rows = piece.columns().to_rows(piece.info.n_rows)
+        seen(piece, rows)
+        yield rows
 
 
 def _indptr(codes: StoredCodes, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -70,8 +70,6 @@ def publish(
     for name, data in objects.items():
         storage.write_bytes(job.place(name), data)
         listed[name] = storage.Listed.of(data)
-    if job.cfg.save and job.cfg.npz:
-        listed[files.TOKEN_ACTS] = npz.write_codes(job.place(files.TOKEN_ACTS), codes)
     acts = StoredCodes(place, _infos(records, "images"))
     acts.verify()
     listed |= tabulate.write(job, stats, acts, labels, masks, codes)

@@ -50,13 +50,13 @@ class Classes(tp.NamedTuple):
         """Those that have labelled images (patches)."""
         return [one for one in SIDES if self.counts[one].sum()]
 
-    def measured(self, measure: Callable[[int], "Found"]) -> dict[int, "Found"]:
-        """Scores on each side. A side that has all labelled images (patches) has those of all."""
-        found = {ALL: measure(ALL)} if self.counts[ALL].sum() else {}
+    def measured(self, measure: Callable[[int, np.ndarray], "Found"]) -> dict[int, "Found"]:
+        """Scores on each side, from the side and its images (patches) of each class. A side that
+        has all of them has the scores of all."""
+        found: dict[int, Found] = {}
         for one in self.sides:
-            if one not in found:
-                is_all = self.counts[one].sum() == self.counts[ALL].sum()
-                found[one] = found[ALL] if is_all else measure(one)
+            is_all = one != ALL and self.counts[one].sum() == self.counts[ALL].sum()
+            found[one] = found[ALL] if is_all else measure(one, self.counts[one])
         return found
 
 
@@ -84,9 +84,8 @@ def measure(
         classes: that there are.
     """
 
-    def of(one: int) -> Found:
+    def of(one: int, n_by_class: np.ndarray) -> Found:
         mine = (label >= 0) & ((side == one) | (one == ALL))
-        n_by_class = classes.counts[one]
         ap = average_precision(latents[mine], values[mine], label[mine], n_latents, n_by_class)
         active = count_by_class(latents[mine], label[mine], n_latents, len(n_by_class))
         return Found(ap, active)

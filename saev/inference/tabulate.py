@@ -2,14 +2,14 @@
 
 import functools
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev import parquet, storage
-from saev.inference import blocks, decoder, sides, sums
+from saev.inference import blocks, decoder, files, npz, sides, sums
 from saev.inference.blocks import Block
 from saev.inference.coactivation import Coactivation
 from saev.inference.codes import Piece, StoredCodes
@@ -77,7 +77,7 @@ class _Tabulation:
         if held_out.any():
             self._embedded[sides.HELD_OUT] = self._embedded[ALL].only(held_out)
         self._columns: dict[str, list[np.ndarray]] = {}
-        self._n_coactive = 0
+        self._coactive: tuple[list[np.ndarray], list[np.ndarray], int] | None = None
         self._tables: dict[str, parquet.TableEntry] = {}
         self._listed: dict[str, storage.Listed] = {}
 
@@ -94,7 +94,9 @@ class _Tabulation:
                 writer.write(self._by_image(piece))
             self._close(schema.IMAGE_ACTS_BY_IMAGE, writer)
         if self._job.cfg.save:
-            self._write_tokens()
+            self._write_tokens_by_latent()
+        if self._codes.infos:
+            self._write_tokens_by_image()
         self._whole(
             schema.EXAMPLES,
             schema.examples(self._value),
@@ -198,7 +200,7 @@ class _Tabulation:
 
     # --- Values of tokens ------------------------------------------------------------------
 
-    def _write_tokens(self) -> None:
+    def _write_tokens_by_latent(self) -> None:
         columns = schema.token_acts(self._value, "latent")
         with self._open(schema.TOKEN_ACTS_BY_LATENT, columns) as writer:
             for start, stop in blocks.ranges(self._stats.sums.counts, MAX_ENTRIES, self._d_sae):
@@ -213,14 +215,44 @@ class _Tabulation:
                     order = np.argsort(fields[0], kind="stable")
                     writer.write(self._token_rows(start, tuple(f[order] for f in fields)))
             self._close(schema.TOKEN_ACTS_BY_LATENT, writer)
-        columns = schema.token_acts(self._value, "example")
-        with self._open(schema.TOKEN_ACTS_BY_IMAGE, columns) as writer:
-            for piece in self._codes:
-                row_nnz, latents, values = piece.columns().to_rows(piece.info.n_rows)
-                row = np.repeat(np.arange(len(row_nnz)), row_nnz)
-                example, patch = piece.array("example_idx")[row], piece.array("token_idx")[row]
-                writer.write(self._token_rows(0, (latents, example, patch, values)))
-            self._close(schema.TOKEN_ACTS_BY_IMAGE, writer)
+
+    def _write_tokens_by_image(self) -> None:
+        """All that needs the codes by token, so that each piece is turned at most twice."""
+        rows = self._stats.images
+        together = Coactivation(rows.example_idx, rows.n_tokens, self._d_sae)
+
+        def count(piece: Piece, rows: npz.ByRow) -> None:
+            example_idx = piece.array("example_idx")
+            if together.wants(example_idx):
+                together.add(example_idx, *rows[:2])
+
+        if self._job.cfg.save:
+            columns = schema.token_acts(self._value, "example")
+            with self._open(schema.TOKEN_ACTS_BY_IMAGE, columns) as writer:
+
+                def write(piece: Piece, rows: npz.ByRow) -> None:
+                    count(piece, rows)
+                    row_nnz, latents, values = rows
+                    example, patch = (
+                        np.repeat(piece.array(name), row_nnz)
+                        for name in ("example_idx", "token_idx")
+                    )
+                    writer.write(self._token_rows(0, (latents, example, patch, values)))
+
+                self._each_by_row(write)
+                self._close(schema.TOKEN_ACTS_BY_IMAGE, writer)
+        else:  # only the labels of patches needed the codes
+            self._each_by_row(count)
+        self._coactive = together.result()
+
+    def _each_by_row(self, seen: Callable[[Piece, npz.ByRow], None]) -> None:
+        """Give codes by row, and write `token_acts.npz` if it is wanted."""
+        if self._job.cfg.save and self._job.cfg.npz:
+            place = self._job.place(files.TOKEN_ACTS)
+            self._listed[files.TOKEN_ACTS] = npz.write_codes(place, self._codes, seen=seen)
+            return
+        for _ in npz.by_row(self._codes, seen):
+            pass
 
     def _token_rows(self, start: int, fields: tp.Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         latents, example, patch, values = fields
@@ -231,20 +263,12 @@ class _Tabulation:
             "value": self._stored(values),
         }
 
-    def _coactive(self) -> dict[str, tp.Any]:
+    def _coactive_columns(self) -> dict[str, tp.Any]:
         """Columns of `latents.parquet`; null if codes were not kept."""
-        if not self._codes.infos:
+        if self._coactive is None:
             nothing = [None] * self._d_sae
             return {"coactive": nothing, "coactive_cosines": nothing}
-        rows = self._stats.images
-        found = Coactivation(rows.example_idx, rows.n_tokens, self._d_sae)
-        for piece in self._codes:
-            example_idx = piece.array("example_idx")
-            if found.wants(example_idx):
-                row_nnz, latents, _ = piece.columns().to_rows(piece.info.n_rows)
-                found.add(example_idx, row_nnz, latents)
-        others, cosines, self._n_coactive = found.result()
-        return {"coactive": others, "coactive_cosines": cosines}
+        return {"coactive": self._coactive[0], "coactive_cosines": self._coactive[1]}
 
     # --- Tables ----------------------------------------------------------------------------
 
@@ -301,7 +325,7 @@ class _Tabulation:
             "neighbour_cosines": list(found.cosines),
             "x": found.layout[:, 0],
             "y": found.layout[:, 1],
-            **self._coactive(),
+            **self._coactive_columns(),
             **_sums(self._stats.sums, ""),
             **_sums(self._stats.held_out, "_held_out"),
             **{k: np.concatenate(v) for k, v in self._columns.items()},
@@ -330,7 +354,7 @@ class _Tabulation:
             "image_floor": self._job.cfg.image_floor,
             "n_image_acts": int(self._stats.sums.image_counts.sum()),
             "n_embeddings": self._embedded[ALL].n_images,
-            "n_coactivation_tokens": self._n_coactive,
+            "n_coactivation_tokens": self._coactive[2] if self._coactive else 0,
             "n_image_classes": len(self._labels.targets),
         }
 
