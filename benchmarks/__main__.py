@@ -28,6 +28,7 @@ SCRIPTS = {
     "extraction": "Recording activations",
     "planning": "Planning and opening",
     "explorer": "The explorer's file",
+    "serve": "The live explorer",
     "gpu": "On a GPU",
     "sparsity": "L0 on images not trained on",
 }

@@ -17,6 +17,7 @@ FLAGS = {
     "extraction": ["--root={}"],
     "planning": ["--root={}"],
     "explorer": [],
+    "serve": ["--root={}"],
     "gpu": ["--root={}", "--device=cpu", "--no-kernels"],  # tests/nn/test_triton.py runs those
     "sparsity": ["--root={}", "--device=cpu"],
 }

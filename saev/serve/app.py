@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.resources
-import json
 import math
 import typing as tp
 
@@ -29,6 +28,7 @@ from saev.serve import (
     problems,
 )
 from saev.serve import notes as notes_
+from saev.serve.encoding import encoded
 from saev.serve.explorer import Explorer
 from saev.serve.measured import Measured
 from saev.serve.problems import Problem
@@ -238,7 +238,7 @@ def _of_run(
 
     async def answer(request: Request) -> Response:
         measured = await explorer.with_names(request.path_params["key"])
-        data = await _cached(explorer, request, measured, lambda: _encoded(make(measured, request)))
+        data = await _cached(explorer, request, measured, lambda: encoded(make(measured, request)))
         return _tagged(request, data, "application/json", _tag(measured), "private, no-cache")
 
     return answer
@@ -283,13 +283,8 @@ async def _notes(explorer: Explorer, request: Request) -> Response:
 # --- Details -------------------------------------------------------------------------------------
 
 
-def _encoded(value: tp.Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode()
-
-
 def _json(value: tp.Any) -> Response:
-    return Response(_encoded(value), media_type="application/json")
+    return Response(encoded(value), media_type="application/json")
 
 
 async def _cached(

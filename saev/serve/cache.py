@@ -23,14 +23,18 @@ class ByteCache:
         self.max_bytes = max_bytes
         self.n_bytes = 0
         """Of what is kept."""
-        self._kept: collections.OrderedDict[tp.Hashable, tuple[tp.Any, int]] = (
-            collections.OrderedDict()
-        )
+        self._usual, self._dear = _Kept(), _Kept()
         self._locks: dict[tp.Hashable, _Lock] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: tp.Hashable, make: tp.Callable[[], T]) -> T:
-        """The value of a key, which ``make`` gives if it is not kept."""
+    def get(self, key: tp.Hashable, make: tp.Callable[[], T], *, dear: bool = False) -> T:
+        """The value of a key, which ``make`` gives if it is not kept.
+
+        Args:
+            key: of the value.
+            make: gives it.
+            dear: it takes seconds to make. It goes only if no others are left to go.
+        """
         found = self.peek(key)
         if found is not None:
             return tp.cast(T, found)
@@ -42,7 +46,7 @@ class ByteCache:
                 found = self.peek(key)
                 if found is None:
                     found = make()
-                    self._keep(key, found)
+                    self._keep(key, found, self._dear if dear else self._usual)
             return tp.cast(T, found)
         finally:
             with self._lock:
@@ -53,20 +57,25 @@ class ByteCache:
     def peek(self, key: tp.Hashable) -> tp.Any | None:
         """The value of a key; None if it is not kept."""
         with self._lock:
-            if key not in self._kept:
-                return None
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
+            for kept in (self._usual, self._dear):
+                if key in kept:
+                    kept.move_to_end(key)
+                    return kept[key][0]
+            return None
 
-    def _keep(self, key: tp.Hashable, value: tp.Any) -> None:
+    def _keep(self, key: tp.Hashable, value: tp.Any, kept: "_Kept") -> None:
         n = size_of(value) + _OVERHEAD
         if n > self.max_bytes:
             return
         with self._lock:
-            self._kept[key] = (value, n)
+            kept[key] = (value, n)
             self.n_bytes += n
             while self.n_bytes > self.max_bytes:
-                self.n_bytes -= self._kept.popitem(last=False)[1][1]
+                self.n_bytes -= (self._usual or self._dear).popitem(last=False)[1][1]
+
+
+class _Kept(collections.OrderedDict[tp.Hashable, tuple[tp.Any, int]]):
+    """Values and their bytes, in the order of their last use."""
 
 
 class _Lock:

@@ -4,7 +4,6 @@ import typing as tp
 
 import numpy as np
 
-from saev.serve.latents import plain
 from saev.serve.measured import Measured, Names
 from saev.serve.problems import Problem
 
@@ -65,7 +64,7 @@ def compare(measured: Measured, first: str, second: str) -> dict[str, tp.Any]:
     best = by_difference[:N_BEST][difference[by_difference[:N_BEST]] > 0]
     worst = by_difference[::-1][:N_BEST]
     worst = worst[difference[worst] < 0]
-    return plain({
+    return {
         "run": measured.key,
         "floor": measured.facts.get("image_floor"),
         "groups": [
@@ -73,7 +72,7 @@ def compare(measured: Measured, first: str, second: str) -> dict[str, tp.Any]:
         ],
         "first": [_row(i, rates) for i in best.tolist()],
         "second": [_row(i, rates) for i in worst.tolist()],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def _row(latent: int, rates: tp.Sequence[np.ndarray]) -> dict[str, tp.Any]:

@@ -10,7 +10,6 @@ from saev import tables
 from saev.errors import SaevError
 from saev.serve.cache import ByteCache
 from saev.serve.catalogue import Entry
-from saev.serve.latents import plain
 
 MAIN = (
     "train/normalized_mse", "train/l0", "train/n_dead", "val/normalized_mse", "val/l0",
@@ -25,7 +24,7 @@ def whole(run: str) -> dict[str, list[tp.Any]]:
     Raises:
         StorageError: there are none.
     """
-    return tp.cast(dict[str, list[tp.Any]], plain(tables.curves(run).to_pydict()))
+    return tp.cast(dict[str, list[tp.Any]], tables.curves(run).to_pydict())
 
 
 def of_all(entries: Iterable[Entry], cache: ByteCache) -> dict[str, tp.Any]:

@@ -8,7 +8,6 @@ from saev.config.source import ActivationSource
 from saev.errors import SaevError
 from saev.secrets import redact
 from saev.serve import columns
-from saev.serve.latents import plain
 from saev.serve.measured import Measured
 from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import heading
@@ -29,7 +28,7 @@ def facts(measured: Measured) -> dict[str, tp.Any]:
     metrics = measured.results.metrics
     classes = measured.class_list()
     held_out = columns.has_held_out(measured)
-    return plain({
+    return {
         **measured.entry.to_dict(),
         **_heading(measured),
         "warnings": [redact(text) for text in measured.results.other_model],
@@ -48,7 +47,7 @@ def facts(measured: Measured) -> dict[str, tp.Any]:
         "has_codes": measured.has_codes,
         "columns": columns.names(measured),
         "facts": measured.facts,
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def _heading(measured: Measured) -> dict[str, tp.Any]:

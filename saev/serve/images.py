@@ -5,9 +5,12 @@ import typing as tp
 import numpy as np
 
 from saev.secrets import redact
-from saev.serve.latents import MAX_ROWS, float_values, plain
+from saev.serve.latents import MAX_ROWS, float_values
 from saev.serve.measured import NONE, Measured
 from saev.serve.problems import Problem
+
+_FIGURES = ("index", "n_tokens", "l0", "mse", "normalized_mse")
+"""Columns of numbers; the others are names, which are kept."""
 
 
 def one(measured: Measured, example: int) -> dict[str, tp.Any]:
@@ -16,7 +19,7 @@ def one(measured: Measured, example: int) -> dict[str, tp.Any]:
     Raises:
         Problem: it was not measured.
     """
-    figures = measured.rows("images", example).to_pylist()
+    figures = measured.rows("images", example, _FIGURES).to_pylist()
     if not figures:
         raise _unknown(measured, example)
     table = measured.rows("image_acts_by_image", example)
@@ -24,10 +27,10 @@ def one(measured: Measured, example: int) -> dict[str, tp.Any]:
     mean = float_values(table["mean"])
     best = np.lexsort((latent, -peak))
     names = measured.names()
-    return plain({
+    return {
         "run": measured.key,
         **figures[0],
-        "path": names.of(example)["path"],
+        **names.of(example),
         "folder": redact(names.folder),
         "grid": list(measured.grid),
         "floor": measured.facts.get("image_floor"),
@@ -37,7 +40,7 @@ def one(measured: Measured, example: int) -> dict[str, tp.Any]:
             "max": peak[best].tolist(),
             "mean": mean[best].tolist(),
         },
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def tokens(measured: Measured, example: int, latents: tp.Sequence[int] = ()) -> dict[str, tp.Any]:
@@ -67,10 +70,10 @@ def tokens(measured: Measured, example: int, latents: tp.Sequence[int] = ()) -> 
     if latents:
         mine = np.isin(columns["latent"], np.asarray(latents))
         columns = {name: column[mine] for name, column in columns.items()}
-    return plain({
+    return {
         "run": measured.key, "example": example, "grid": list(measured.grid),
         **{name: column.tolist() for name, column in columns.items()},
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def some(
@@ -91,10 +94,10 @@ def some(
         else np.flatnonzero(names.class_idx == class_idx)
     )
     shown = rows[max(0, first) : max(0, first) + min(max(0, n), MAX_ROWS)]
-    return plain({
+    return {
         "run": measured.key, "n": len(rows),
         "images": [names.of(int(names.example[row])) for row in shown],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def _unknown(measured: Measured, example: int) -> Problem:

@@ -17,17 +17,6 @@ MAX_ROWS = 500
 ORDERS = ("max", "mean", "example")
 
 
-def plain(value: tp.Any) -> tp.Any:
-    """A value of a table as JSON has it: null for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    return value
-
-
 def one(measured: Measured, latent: int) -> dict[str, tp.Any]:
     """All figures of a latent, its images with the values of their patches, its classes.
 
@@ -47,13 +36,13 @@ def one(measured: Measured, latent: int) -> dict[str, tp.Any]:
     for row in examples:
         del row["latent"]
     facts = measured.facts
-    return plain({
+    return {
         "run": measured.key,
         "figures": figures,
         "quantile_shares": facts.get("quantiles"),
         "examples": examples,
         "classes": classes(measured, latent),
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def classes(measured: Measured, latent: int) -> list[dict[str, tp.Any]]:
@@ -88,13 +77,13 @@ def examples(
     for latent in latents:
         measured.check_latent(latent)
     names = measured.names()
-    return plain({
+    return {
         str(latent): [
             {**row, **names.of(row["example"])}
             for row in measured.rows("examples", latent).slice(0, most).to_pylist()
         ]
         for latent in latents
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def images(
@@ -139,7 +128,7 @@ def images(
     if order != "example":
         chosen = chosen[np.lexsort((example[chosen], -values[order][chosen]))]
     shown = chosen[max(0, first) : max(0, first) + min(max(0, n), MAX_ROWS)]
-    return plain({
+    return {
         "run": measured.key,
         "latent": latent,
         "n": len(chosen),
@@ -148,7 +137,7 @@ def images(
             {**names.of(int(example[i])), **{k: float(v[i]) for k, v in values.items()}}
             for i in shown
         ],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def of_class(measured: Measured, class_idx: int) -> dict[str, tp.Any]:
@@ -166,7 +155,7 @@ def of_class(measured: Measured, class_idx: int) -> dict[str, tp.Any]:
     row = next(one for one in measured.class_list() if one["class"] == class_idx)
     rows = found.drop_columns(["class_idx", "kind", "value", "name"]).to_pylist()
     named = {"class": class_idx, **{key: row[key] for key in ("kind", "value", "name")}}
-    return plain({"run": measured.key, **named, "latents": rows})
+    return {"run": measured.key, **named, "latents": rows}
 
 
 def all_classes(measured: Measured) -> dict[str, tp.Any]:
@@ -178,7 +167,7 @@ def all_classes(measured: Measured) -> dict[str, tp.Any]:
          if row["kind"] == "image" and row["class"] < len(n_images) else None}
         for row in measured.class_list()
     ]  # fmt: skip
-    return plain({"run": measured.key, "classes": rows})
+    return {"run": measured.key, "classes": rows}
 
 
 def float_values(column: pa.ChunkedArray) -> np.ndarray:

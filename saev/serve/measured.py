@@ -178,19 +178,23 @@ class Measured:
     # --- Rows ----------------------------------------------------------------------------------
 
     def cached(self, what: str, make: tp.Callable[[], T]) -> T:
-        """Something of this SAE that is kept while there is room."""
-        return self._cache.get((self.key, what), make)
+        """Something that is made of whole tables of this SAE."""
+        return self._cache.get((self.key, what), make, dear=True)
 
-    def group(self, file: FileEntry, number: int) -> pa.Table:
-        """One row group."""
-        key = (self.key, file.name, number)
-        return self._cache.get(key, lambda: self.tables.group(file, number))
+    def rows(self, name: str, key: int, columns: tp.Sequence[str] | None = None) -> pa.Table:
+        """The rows of one key of a table, or some of its columns.
 
-    def rows(self, name: str, key: int) -> pa.Table:
-        """The rows of one key of a table."""
+        The row groups that hold them are kept while there is room.
+        """
         table = self.tables.table(name)
-        found = [self._of_key(self.group(*place), table.key, key) for place in table.holding(key)]
-        return pa.concat_tables(found) if found else self.tables.rows(name, key)
+        wanted = None if columns is None else [table.key, *columns]
+
+        def group(file: FileEntry, number: int) -> pa.Table:
+            place = (self.key, file.name, number, *(columns or ()))
+            return self._cache.get(place, lambda: self.tables.group(file, number, wanted))
+
+        found = [self._of_key(group(*place), table.key, key) for place in table.holding(key)]
+        return pa.concat_tables(found) if found else self.tables.rows(name, key, wanted)
 
     @staticmethod
     def _of_key(group: pa.Table, column: str, key: int) -> pa.Table:
@@ -258,11 +262,13 @@ class Measured:
 
     def _class_list(self) -> list[dict[str, tp.Any]]:
         classes: dict[int, dict[str, tp.Any]] = {}
-        for row in self.tables.read("classes", [*_CLASS, *_FINDING]).to_pylist():
+        table = self.tables.read("classes", [*_CLASS, *_FINDING])
+        idx = table["class_idx"].to_numpy()  # ascending, and in each the best come first
+        is_best = np.arange(len(idx)) - np.searchsorted(idx, idx) < N_BEST
+        for row in table.filter(pa.array(is_best)).to_pylist():
             one = {"class": row["class_idx"], **{key: row[key] for key in _CLASS[1:]}, "best": []}
             best = classes.setdefault(row["class_idx"], one)["best"]
-            if len(best) < N_BEST:  # the rows begin with the best
-                best.append({key: row[key] for key in _FINDING})
+            best.append({key: row[key] for key in _FINDING})
         found = [classes[number] for number in sorted(classes)]
         if any(one["name"] is None for one in found):
             of_values = _mask_names(self.entry.figures["shards"])

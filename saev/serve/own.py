@@ -24,8 +24,9 @@ from saev import storage
 from saev.errors import SaevError
 from saev.serve import problems
 from saev.serve.access import body_of
+from saev.serve.encoding import plain
 from saev.serve.explorer import Explorer
-from saev.serve.latents import float_values, plain
+from saev.serve.latents import float_values
 from saev.serve.measured import NONE, Measured
 from saev.serve.problems import Problem
 from saev.shards.protocol import METADATA

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev.serve.cache import ByteCache
-from saev.serve.latents import plain
 from saev.serve.measured import Measured, Names
 
 MAX_QUERY = 200
@@ -110,9 +109,9 @@ class Searcher:
     """All that is found in one SAE."""
 
     measured: Measured
-    names: Names
-    files: WordIndex
-    """By row of the names."""
+    cache: ByteCache
+    digest: bytes
+    """Of the names of images: SAEs on the same images share their index."""
     latents: WordIndex
     """By latent: its name, and those of its best classes."""
     classes: WordIndex
@@ -124,9 +123,18 @@ class Searcher:
 
     @property
     def nbytes(self) -> int:
-        """Bytes, without the names and files, which are kept beside it."""
+        """Bytes, without the names of images and their index, which are kept beside it."""
         own = (self.latents.nbytes, self.classes.nbytes)
         return sum(own) + self.shown_latent.nbytes + self.shown_row.nbytes
+
+    def files(self) -> WordIndex:
+        """The index of the names of images, by row of the names."""
+        names = self.measured.names()
+
+        def made() -> WordIndex:
+            return WordIndex.of(_joined(names.path, names.label))
+
+        return self.cache.get(("files", self.digest), made, dear=True)
 
     def find(self, query: str) -> dict[str, tp.Any]:
         """What matches a query, as JSON.
@@ -139,10 +147,11 @@ class Searcher:
         if not words:
             return {"query": query[:MAX_QUERY], "latents": [], "classes": [], "images": [],
                     "n_latents": 0, "n_classes": 0, "n_images": 0}  # fmt: skip
-        rows, classes = self.files.find(words), self.classes.find(words)
+        names = self.measured.names()
+        rows, classes = self.files().find(words), self.classes.find(words)
         latents = self._latents(query, words, rows)
         listed = self.measured.class_list()
-        return plain({
+        return {
             "query": query[:MAX_QUERY],
             "latents": latents.tolist(),
             "classes": [
@@ -150,10 +159,10 @@ class Searcher:
                 for i in classes[:MAX_FOUND].tolist()
             ],
             "images": [
-                self.names.of(int(self.names.example[row])) for row in rows[:MAX_FOUND].tolist()
+                names.of(int(names.example[row])) for row in rows[:MAX_FOUND].tolist()
             ],
             "n_latents": len(latents), "n_classes": len(classes), "n_images": len(rows),
-        })  # fmt: skip
+        }  # fmt: skip
 
     def _latents(self, query: str, words: Sequence[str], rows: np.ndarray) -> np.ndarray:
         number = query.strip().removeprefix("#")
@@ -161,7 +170,7 @@ class Searcher:
             found = [i for i in range(self.measured.d_sae) if str(i).startswith(number)]
             if found:
                 return np.array(found)
-        is_found = np.zeros(len(self.names.example), dtype=bool)
+        is_found = np.zeros(len(self.measured.names().example), dtype=bool)
         is_found[rows] = True
         by_image = self.shown_latent[is_found[self.shown_row]]
         return np.union1d(self.latents.find(words), by_image)
@@ -169,7 +178,9 @@ class Searcher:
 
 def prepare(measured: Measured, cache: ByteCache) -> Searcher:
     """The searcher of an SAE. Takes seconds for a million images, and then is kept."""
-    return cache.get((measured.key, "searcher"), lambda: _searcher(measured, cache))
+    found = measured.cached("searcher", lambda: _searcher(measured, cache))
+    found.files()
+    return found
 
 
 def _searcher(measured: Measured, cache: ByteCache) -> Searcher:
@@ -179,10 +190,8 @@ def _searcher(measured: Measured, cache: ByteCache) -> Searcher:
     rows = np.searchsorted(names.example, shown.example).astype(np.int32)
     return Searcher(
         measured,
-        names,
-        cache.get(
-            ("files", _digest(names)), lambda: WordIndex.of(_joined(names.path, names.label))
-        ),
+        cache,
+        _digest(names),
         WordIndex.of(_joined(*texts.columns)),
         WordIndex.of(pa.chunked_array([[one["name"] for one in classes]], pa.string())),
         shown.latent,
