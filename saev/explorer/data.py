@@ -12,7 +12,9 @@ import pyarrow as pa
 from saev import storage
 from saev.explorer import columns
 from saev.explorer.columns import HELD_OUT, Column
+from saev.inference import shown
 from saev.inference.results import Results
+from saev.inference.shown import N_TOP
 from saev.inference.sums import BINS_PER_OCTAVE
 from saev.shards import Shards
 
@@ -24,8 +26,8 @@ N_CLASSES = 5
 N_FOUND = 8
 N_NEIGHBOURS = 6
 NONE = -1
-N_TOP, N_SPREAD = 8, 8
-"""Images of a latent: the strongest, and others from the middle and the low range of its values."""
+N_SPREAD = 8
+"""Images of a latent beside the strongest ones, from the middle and the low range of its values."""
 TOP, SPREAD = 0, 1
 Kind = tp.Literal["neighbour", "coactive"]
 SIDES = ("unknown", "training", "held-out")
@@ -146,16 +148,9 @@ class Measured:
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """All latents, strong and rare ones first, int64 [d_sae].
-
-        By mean value × log(1 / frequency); behind these come latents that fire on fewer images than
-        are shown, and then those that never fire.
-        """
-        frequency, mean = self._floats("frequency"), np.nan_to_num(self._floats("mean"))
-        n_images = self._floats("n_images")
-        score = mean * -np.log(np.maximum(frequency, 1e-300))
-        is_few = n_images < min(N_TOP, int(n_images.max(initial=0)))
-        return np.lexsort((-score, is_few, frequency == 0))
+        """All latents, strong and rare ones first, int64 [d_sae]."""
+        names = ("frequency", "mean", "n_images")
+        return shown.strong_first(*(self._floats(name) for name in names))
 
     @property
     def layout(self) -> np.ndarray:
@@ -245,14 +240,12 @@ class Measured:
     def purity(self) -> np.ndarray:
         """Share of the most common class among each latent's N_TOP strongest images, float64
         [d_sae]; NaN if they have no classes."""
-        found = np.full(self.d_sae, np.nan)
-        top = self._examples["kind"] == TOP
-        for latent in np.unique(self._examples["latent"][top]).tolist():
-            labels = [self.label(e.example) for e in self.examples(latent) if e.kind == TOP]
-            known = [label for label in labels if label]
-            if known:
-                found[latent] = max(map(known.count, known)) / len(labels)
-        return found
+        found = self._examples
+        top = (found["kind"] == TOP) & (found["rank"] < N_TOP)
+        labels = np.array([self.label(example) for example in found["example"][top].tolist()])
+        _, class_idx = np.unique(labels, return_inverse=True)
+        class_idx = np.where(labels == "", NONE, class_idx)
+        return shown.image_purity(found["latent"][top], class_idx, self.d_sae)
 
     # --- Details -------------------------------------------------------------------------------
 
@@ -304,9 +297,10 @@ class Measured:
         found["kind"] = np.where(table["kind"].to_numpy() == "top", TOP, SPREAD)
         number = {name: i for i, name in enumerate(SIDES)}
         found["side"] = np.array([number[name] for name in table["side"].to_pylist()], np.int64)
-        order = np.lexsort((table["rank"].to_numpy(), found["kind"], found["latent"]))
+        found["rank"] = table["rank"].to_numpy()
+        order = np.lexsort((found["rank"], found["kind"], found["latent"]))
         found["row"] = order  # of the lists, which stay as they are
-        for name in ("latent", "example", "value", "quantile", "kind", "side"):
+        for name in ("latent", "example", "value", "quantile", "kind", "rank", "side"):
             found[name] = found[name][order]
         for name in ("patches", "patch_values"):
             array = table[name].combine_chunks()

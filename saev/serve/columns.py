@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev.explorer import columns as figures_
-from saev.serve.measured import N_TOP, NONE, Measured
+from saev.inference.shown import image_purity, strong_first
+from saev.serve.measured import NONE, Measured
 from saev.serve.problems import Problem
 
 ALIGNMENT = 8
@@ -146,7 +147,7 @@ def _figures(measured: Measured) -> Figures:
             packed.append(Packed(f"{one.key}_all", values(one, False).astype(np.float32)))
         shown.append(facts)
     packed += [
-        Packed("order", order(table)),
+        Packed("order", _order(table)),
         Packed("tokens", figures_.floats(table["n_tokens"])),
         Packed("top_example", measured.shown().top.astype(np.int32)),
         _packed("class", table["best_class"]),
@@ -162,32 +163,18 @@ def has_held_out(measured: Measured) -> bool:
     return bool(measured.facts.get("held_out", {}).get("n_images"))
 
 
-def order(table: pa.Table) -> np.ndarray:
-    """All latents, strong and rare ones first, int32 [d_sae].
-
-    By mean value × log(1 / frequency); behind these come latents that fire on fewer images than
-    are shown, and then those that never fire.
-
-    Args:
-        table: `latents.parquet`.
-    """
-    frequency, mean = figures_.floats(table["frequency"]), figures_.floats(table["mean"])
-    n_images = figures_.floats(table["n_images"])
-    score = np.nan_to_num(mean) * -np.log(np.maximum(frequency, 1e-300))
-    is_few = n_images < min(N_TOP, int(n_images.max(initial=0)))
-    return np.lexsort((-score, is_few, frequency == 0)).astype(np.int32)
+def _order(table: pa.Table) -> np.ndarray:
+    """All latents, strong and rare ones first, int32 [d_sae]; of `latents.parquet`."""
+    names_ = ("frequency", "mean", "n_images")
+    found = strong_first(*(figures_.floats(table[name]) for name in names_))
+    return found.astype(np.int32)
 
 
 def _purity(measured: Measured) -> np.ndarray:
-    """Share of the most common class among each latent's N_TOP strongest images, float64 [d_sae];
-    NaN if they have no classes."""
-    shown, names_ = measured.shown(), measured.names()
-    latent = shown.latent[shown.is_strong]
-    rows = np.searchsorted(names_.example, shown.example[shown.is_strong])
-    label = names_.class_idx[rows] if len(names_.class_idx) else np.full(len(rows), NONE)
-    total = np.bincount(latent, minlength=measured.d_sae)
-    has = label >= 0
-    pairs, n = np.unique(np.stack([latent[has], label[has]]), axis=1, return_counts=True)
-    most = np.zeros(measured.d_sae, np.int64)
-    np.maximum.at(most, pairs[0], n)
-    return np.where(most > 0, most / np.maximum(total, 1), np.nan)
+    """Share of the most common class among each latent's strongest images, float64 [d_sae]; NaN if
+    they have no classes."""
+    pairs, known = measured.shown(), measured.names()
+    latent, example = pairs.latent[pairs.is_strong], pairs.example[pairs.is_strong]
+    rows = np.searchsorted(known.example, example)
+    class_idx = known.class_idx[rows] if len(known.class_idx) else np.full(len(rows), NONE)
+    return image_purity(latent, class_idx, measured.d_sae)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from saev import storage
 from saev.errors import SaevError
 from saev.inference.results import Results
+from saev.inference.shown import N_TOP
 from saev.parquet import TABLES, FileEntry
 from saev.secrets import redact
 from saev.serve.cache import ByteCache
@@ -30,8 +31,6 @@ N_BEST = 8
 _CLASS = ("class_idx", "kind", "value", "name", "support")
 _FINDING = ("latent", "ap", "ap_held_out", "rate_inside", "rate_inside_held_out", "rate_outside",
             "rate_outside_held_out")  # fmt: skip
-N_TOP = 8
-"""Images of which purity is told."""
 _MAX_EXAMPLE = 1 << 48
 _BYTES_PER_LISTED = 12
 """Memory of the list of row groups, per byte of its JSON."""

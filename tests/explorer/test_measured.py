@@ -7,6 +7,7 @@ from visuals.chain import D_SAE, DEAD, Chain
 
 from saev.explorer import columns, data
 from saev.explorer.data import SIDES, SPREAD, TOP, Measured
+from saev.inference import shown
 from saev.inference.results import Results
 from saev.shards import Shards
 from saev.visuals.source import Source
@@ -140,7 +141,7 @@ def test_examples(measured: Measured, dense: np.ndarray, held_out: np.ndarray) -
         examples = measured.examples(latent)
         top = [e for e in examples if e.kind == TOP]
         assert [e.value for e in top] == pytest.approx(
-            np.sort(peaks[fires, latent])[::-1][: data.N_TOP], rel=1e-5
+            np.sort(peaks[fires, latent])[::-1][: shown.N_TOP], rel=1e-5
         )
         assert len({e.example for e in examples}) == len(examples) <= len(fires)
         rest = [e for e in examples if e.kind == SPREAD]
