@@ -28,8 +28,8 @@ from saev.nn.io.load import HUB_PREFIX
 from saev.shards import Shards
 from saev.shards.protocol import SKIPPED
 from saev.visuals import overview
+from saev.visuals.files import DONE
 from saev.visuals.pasted import command
-from saev.visuals.records import DONE
 from saev.visuals.rows import HELD_OUT, NO_NUMBER, SIDES, Figures, Row, last_logged, number
 
 logger = logging.getLogger(__name__)
@@ -316,9 +316,12 @@ class _Drawn(Outcome):
 
     def lines(self) -> list[str]:
         places = [storage.join(storage.parent(url), DONE) for url in self.urls]
-        n = sum(len(storage.read_sealed(place).record["latents"]) for place in places)
+        records = [storage.read_sealed(place).record for place in places]
+        n_pictures, n_latents = (
+            sum(record.get(key, 0) for record in records) for key in ("n_pictures", "n_latents")
+        )
         of = f" of {len(places)} SAEs" if len(places) > 1 else ""
-        return [f"Drew {n:,} latents{of}"]
+        return [f"Drew {n_pictures:,} images for {n_latents:,} latents{of}"]
 
     def go_on(self) -> str:
         """Opens the page, or that of the root if there are several."""

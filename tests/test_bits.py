@@ -21,7 +21,14 @@ def test_every_read_is_right_or_one_sentence(kinds: dict[str, bits.Kind]) -> Non
     assert not failures, "\n".join(failures)
     assert sum(count["refused"] for count in counts.values()) > 80
     names = " ".join(counts)
-    for name in ("acts000000.bin", "labels.bin", "run.json", "metrics.json", "latent.json"):
+    for name in (
+        "acts000000.bin",
+        "labels.bin",
+        "run.json",
+        "metrics.json",
+        "pictures.json",
+        "pictures.parquet",
+    ):
         assert name in names
 
 

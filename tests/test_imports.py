@@ -26,10 +26,9 @@ LEVELS = {
     "names": 3, "stage": 3, "launch": 3, "images": 3, "vit": 3, "shards": 3, "loaders": 3, "nn": 3,
     "parquet": 3,
     "driver": 4, "shards.extract": 5, "train": 5, "inference": 5, "visuals": 5,
-    "chain": 6, "explorer": 6, "after": 7, "look": 7, "notebook": 7, "opened": 7, "shorthand": 7,
-    "size": 7, "steps": 7, "tables": 7, "gc": 8, "run": 8, "serve": 8, "usage": 8,
-    "cli": 9, "demo": 10,
-    "entry": 10, "notebooks": 10,
+    "chain": 6, "explorer": 6, "visuals.stage": 7, "after": 7, "look": 7, "notebook": 7,
+    "opened": 7, "shorthand": 7, "size": 7, "steps": 7, "tables": 7, "gc": 8, "run": 8,
+    "serve": 8, "usage": 8, "cli": 9, "demo": 10, "entry": 10, "notebooks": 10,
     "__main__": 11,
 }  # fmt: skip
 ALLOWED = {
@@ -49,8 +48,11 @@ def room(module: str) -> str | None:
     parts = module.split(".")[1:]
     if not parts:
         return None
-    is_stage = parts[0] == "shards" and parts[1:2] in (["extract"], ["earlier"])
-    return "shards.extract" if is_stage else parts[0]
+    if parts[0] == "shards" and parts[1:2] in (["extract"], ["earlier"]):
+        return "shards.extract"
+    if parts[0] == "visuals" and parts[1:2] in ([], ["report"], ["stage"]):
+        return "visuals.stage"
+    return parts[0]
 
 
 def imports(path: Path) -> set[str]:

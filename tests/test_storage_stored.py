@@ -10,7 +10,6 @@ from saev.errors import ConfigError, CorruptDataError
 from saev.inference.codes import CodesInfo
 from saev.shards import ShardInfo
 from saev.steps.discover import Dataset
-from saev.visuals.records import ExamplePictures
 
 LOCAL, S3 = "/data/shards/0123456789abcdef", "s3://bucket/main/shards/0123456789abcdef"
 
@@ -26,18 +25,11 @@ def test_names_that_lead_out_of_their_folder(name: object, tmp_path: Path) -> No
     assert not storage.is_file_name(name)
     with pytest.raises(CorruptDataError, match="expected the name of a file beside it"):
         storage.inside(str(tmp_path), name)  # type: ignore[arg-type]
-    picture = {
-        "rank": 0, "example": 0, "index": 0, "name": "", "label": "", "value": 1.0, "n_firing": 1,
-        "n_patches": 1, "plain": "00-plain.webp", "highlight": "00-highlight.webp", "height": 1,
-        "width": 1,
-    }  # fmt: skip
-    assert ExamplePictures.model_validate(picture).plain == "00-plain.webp"
     codes = {"name": "0.codes", "n_latents": 1, "n_bytes": 0, "checksum": "", "pieces": []}
     CodesInfo.model_validate(codes)
     shard = pydantic.TypeAdapter(ShardInfo)
     shard.validate_python({"name": "acts000000.bin", "n_examples": 0})
     for validate, raw in (
-        (ExamplePictures.model_validate, {**picture, "highlight": name}),
         (CodesInfo.model_validate, {**codes, "name": name}),
         (shard.validate_python, {"name": name, "n_examples": 0}),
     ):

@@ -10,28 +10,33 @@ from saev.config.many import ManySaes
 
 
 class _Showing(Config):
-    """Settings of the pictures of an SAE."""
+    """Settings of the page of an SAE."""
 
-    added: tp.ClassVar = frozenset({"allow_other_model"})
+    added: tp.ClassVar = frozenset({"allow_other_model", "max_pictures", "max_mb"})
 
     shards: str
     """URL of the shards folder that inference ran on."""
     inference: str = ""
     """URL of the inference folder; by default the one of this run and these shards."""
     out: str = ""
-    """URL of the folder for the pictures; by default INFERENCE/report."""
+    """URL of the folder for the page and its pictures; by default INFERENCE/report."""
     latents: tuple[int, ...] = ()
-    """Latents that are always shown."""
+    """Latents that are marked as chosen on the page. They have pictures in any case."""
     n_latents: int = pydantic.Field(default=20, ge=0)
-    """Further latents, spread over the range of frequencies."""
+    """Further latents to choose, spread over the range of frequencies."""
     n_top: int = pydantic.Field(default=8, ge=1)
-    """Images per latent."""
+    """Strongest images of each latent to store, beside those from the range of its values."""
+    max_pictures: int = pydantic.Field(default=20_000, ge=0)
+    """Images to store at most: first the strongest one of each latent, then the others of strong
+    and rare latents. Those of chosen latents are stored in any case."""
+    max_mb: float = pydantic.Field(default=15.0, gt=0, allow_inf_nan=False)
+    """Size of the page in megabytes at most; as many pictures are in it as fit."""
     log_freq_range: tuple[float, float] = (-6.0, -1.0)
     """Range of log10(frequency) that the further latents are chosen from."""
     log_value_range: tuple[float, float] = (-2.0, 4.0)
     """Range of log10(mean value when active) that the further latents are chosen from."""
     image_size: int = pydantic.Field(default=256, ge=16)
-    """Longer side of the pictures in pixels."""
+    """Longer side of the stored images in pixels."""
     seed: int = 0
     """Seed of the choice of further latents."""
     allow_other_model: bool = False
@@ -43,14 +48,14 @@ class _Showing(Config):
 
 
 class VisualsConfig(_Showing):
-    """Pictures of what latents of one SAE respond to, and a page to leaf through them."""
+    """Pictures of what the latents of one SAE respond to, and a page to explore them."""
 
     run: str
     """URL of the run folder."""
 
 
 class VisualsCommand(_Showing, ManySaes):
-    """Pictures of what latents respond to, and a page for each SAE to leaf through them.
+    """Pictures of what latents respond to, and a page for each SAE to explore them.
 
     An image that several SAEs or latents show is decoded once. The page of each SAE is the same as
     when it is drawn alone.

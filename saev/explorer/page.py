@@ -29,7 +29,7 @@ from saev.progress import Progress
 from saev.secrets import redact
 from saev.shards import Shards
 from saev.visuals import heading
-from saev.visuals.pictures import Pictures
+from saev.visuals.opening import Opened
 from saev.visuals.views import Images
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _open(cfg: ReportConfig, run: str, images: Images) -> Sae:
         run=run, shards=cfg.shards or _shards_of(run), data=cfg.data,
         allow_other_model=cfg.allow_other_model,
     )  # fmt: skip
-    opened = Pictures(of_run, images)
+    opened = Opened(of_run, images)
     source = opened.source
     return Sae(
         run, opened.results, opened.shards, album.Originals(source), source.class_names,

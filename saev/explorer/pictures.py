@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import dataclasses
-import io
 import typing as tp
 from collections.abc import Sequence
 
@@ -11,15 +10,16 @@ import numpy as np
 
 from saev import cores
 from saev.explorer.data import Example, Measured
+from saev.images.decode import decode_image
 from saev.progress import Progress
 from saev.visuals import render
+from saev.visuals.render import THUMB
 from saev.visuals.source import Source
+from saev.visuals.stored import Pictures
 
 SIZES = (256, 192, 144, 112)
 """Longer side of images of latents' pages in pixels. The largest is taken with which the images of
 all latents fit; with the smallest, those of as many latents as fit."""
-THUMB = 48
-"""Longer side of the image of a latent that has only one."""
 THUMB_SHARE = 0.6
 """Most of the room for pictures that is kept for one small image of each latent, while there are
 further images only of some."""
@@ -39,6 +39,9 @@ def encoded(n_bytes: float) -> float:
 class Images(tp.Protocol):
     """Where images come from. Threads may share it."""
 
+    def has(self, example: int) -> bool:
+        """Whether there is a picture of an image."""
+
     def webp(self, example: int, size: int) -> bytes:
         """A WebP file of an image, its longer side at most ``size`` pixels."""
 
@@ -49,6 +52,10 @@ class Originals:
     def __init__(self, source: Source):
         self._source = source
 
+    def has(self, example: int) -> bool:
+        """All of them are there, or it is an error."""
+        return True
+
     def webp(self, example: int, size: int) -> bytes:
         """A WebP file of an image.
 
@@ -56,10 +63,35 @@ class Originals:
             ImageError: it cannot be decoded or is not the recorded one.
             StorageError: it is gone.
         """
-        buffer = io.BytesIO()
-        picture = render.picture(self._source.view(example).image, size)
-        picture.save(buffer, format="WEBP", quality=80 if size > THUMB else 70, method=4)
-        return buffer.getvalue()
+        return render.encode(render.picture(self._source.view(example).image, size))
+
+
+class StoredImages:
+    """The images that a report has stored.
+
+    Args:
+        stored: the images.
+    """
+
+    def __init__(self, stored: Pictures):
+        self._stored = stored
+
+    def has(self, example: int) -> bool:
+        """Whether it is stored."""
+        return example in self._stored
+
+    def webp(self, example: int, size: int) -> bytes:
+        """A WebP file of an image that is stored.
+
+        Raises:
+            CorruptDataError: the report is damaged.
+            StorageError: it cannot be read.
+        """
+        data = self._stored.thumb(example) if size <= THUMB else self._stored.get(example)
+        if data is None:
+            raise ValueError(f"image {example} is not stored")
+        image = decode_image(data, f"image {example} of a report")
+        return data if max(image.size) <= size else render.encode(render.picture(image, size))
 
 
 @dataclasses.dataclass
@@ -158,7 +190,10 @@ def collect(measured: Measured, source: Images, room: float, progress: Progress)
         StorageError: one is gone.
     """
     picker = _Picker(measured, source, progress)
-    found = {i: measured.examples(i) for i in measured.order.tolist()}
+    found = {
+        i: [e for e in measured.examples(i) if source.has(e.example)]
+        for i in measured.order.tolist()
+    }
     wanted = {i: examples for i, examples in found.items() if examples}
     if not wanted:
         return picker.album

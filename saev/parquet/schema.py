@@ -1,4 +1,5 @@
-"""The columns of the tables of an inference folder. docs/formats.md explains each with its unit."""
+"""The columns of the tables of an inference folder and of a report. docs/formats.md explains each
+with its unit."""
 
 import typing as tp
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 LATENTS, EXAMPLES, IMAGES, CLASSES = "latents", "examples", "images", "classes"
 IMAGE_ACTS_BY_LATENT, IMAGE_ACTS_BY_IMAGE = "image_acts_by_latent", "image_acts_by_image"
 TOKEN_ACTS_BY_LATENT, TOKEN_ACTS_BY_IMAGE = "token_acts_by_latent", "token_acts_by_image"
+PICTURES, THUMBS = "pictures", "thumbs"
 
 _I32, _I64, _F32, _F64, _TEXT = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()
 _HELD = "_held_out"
@@ -127,3 +129,16 @@ def token_acts(value: pa.DataType, key: tp.Literal["latent", "example"]) -> pa.S
     if key == "latent":
         return _schema(("latent", _I32), ("example", _I32), ("patch", _I32), ("value", value))
     return _schema(("example", _I32), ("patch", _I32), ("latent", _I32), ("value", value))
+
+
+def pictures() -> pa.Schema:
+    """The images of a report, each of them once."""
+    return _schema(
+        ("number", _I32), ("example", _I64), ("width", _I32), ("height", _I32),
+        ("picture", pa.binary()),
+    )  # fmt: skip
+
+
+def thumbs() -> pa.Schema:
+    """The same images in the size of a list."""
+    return _schema(("number", _I32), ("example", _I64), ("thumb", pa.binary()))

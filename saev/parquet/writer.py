@@ -33,10 +33,14 @@ class TableWriter:
         name: of the table; its files are `NAME.parquet`, `NAME-001.parquet`, ….
         schema: columns. Lists may not hold lists.
         key: column of integers by which the rows are sorted.
+        group_rows: in place of GROUP_ROWS.
     """
 
-    def __init__(self, folder: str, name: str, schema: pa.Schema, key: str):
+    def __init__(
+        self, folder: str, name: str, schema: pa.Schema, key: str, group_rows: int | None = None
+    ):
         self._folder, self._name, self._schema, self._key = folder, name, schema, key
+        self._group_rows = group_rows or GROUP_ROWS
         self._pending: list[pa.Table] = []
         self._weight = 0
         self._files: list[FileEntry] = []
@@ -51,7 +55,7 @@ class TableWriter:
             return
         self._pending.append(table)
         self._weight += int(_weights(table).sum())
-        if self._weight >= 2 * GROUP_ROWS:
+        if self._weight >= 2 * self._group_rows:
             self._flush(last=False)
 
     def close(self) -> TableEntry:
@@ -98,7 +102,7 @@ class TableWriter:
                 for cut in range(start, end, SPLIT_ROWS):
                     self._group(table, int(cut), int(min(cut + SPLIT_ROWS, end)))
                 done = end
-            elif total[end] - total[done] >= GROUP_ROWS:
+            elif total[end] - total[done] >= self._group_rows:
                 self._group(table, done, end)
                 done = end
         if last:

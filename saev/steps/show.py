@@ -29,7 +29,7 @@ _FEW = (
 """The figures in an SAE's line, with their formats."""
 _IN_SIDES = ("normalized_mse", "explained_variance", "l0", "l1", "n_dead")
 """Figures of all images, which are replaced by those of each side (held-out and training)."""
-_PAGE_BYTES = 3_000_000
+_PAGE_BYTES = 5_000_000
 """About the largest page that the UI can show."""
 
 

@@ -1,15 +1,23 @@
-"""Which latents to show."""
+"""Which latents to mark, and which images to store."""
 
 import dataclasses
 import logging
+import typing as tp
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
 
 from saev.config import VisualsConfig
 from saev.errors import ConfigError
+from saev.inference.results import Results
 
 logger = logging.getLogger(__name__)
+
+_FEW = 8
+"""Latents that fire on fewer images come behind others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +105,64 @@ def _spread_draw(
         drawn += [int(i) for i in rng.permutation(layer)][: n - len(drawn)]
         depth += 1
     return tuple(sorted(drawn))
+
+
+def strong_first(
+    frequency: Float[np.ndarray, " d_sae"],
+    mean_values: Float[np.ndarray, " d_sae"],
+    n_images: Float[np.ndarray, " d_sae"],
+) -> Int[np.ndarray, " d_sae"]:
+    """All latents, strong and rare ones first: by mean value × log(1 / frequency).
+
+    Behind these come latents that fire on a few images only, and then those that never fire.
+
+    Args:
+        frequency: share of tokens on which each latent fires.
+        mean_values: mean value of each latent where it fires.
+        n_images: images on which each latent fires.
+    """
+    score = np.nan_to_num(mean_values) * -np.log(np.maximum(frequency, 1e-300))
+    is_few = n_images < min(_FEW, int(n_images.max(initial=0)))
+    return np.lexsort((-score, is_few, frequency == 0))
+
+
+class Images(tp.NamedTuple):
+    """Images to store."""
+
+    examples: tuple[int, ...]
+    """Rows of `Shards.examples()`, in the order in which they are stored."""
+    n_named: int
+    """How many there would be without a limit."""
+
+
+def images(cfg: VisualsConfig, results: Results, chosen: Sequence[int]) -> Images:
+    """The images to store: first the strongest one of each latent, then all others, those of strong
+    and rare latents first; up to a limit, and then those of chosen latents.
+
+    Args:
+        cfg: says how many.
+        results: names images of each latent.
+        chosen: numbers of latents.
+
+    Raises:
+        StorageError: an earlier version of saev wrote the results, without tables.
+    """
+    table = results.tables.read("examples", ["latent", "kind", "rank", "example"])
+    latent, rank, example = (table[name].to_numpy() for name in ("latent", "rank", "example"))
+    is_top = pc.equal(table["kind"], "top").to_numpy()
+    wanted = ~is_top | (rank < cfg.n_top)
+    latents = results.latents(["frequency", "mean", "n_images"])
+    place = np.empty(results.d_sae, dtype=np.int64)
+    place[strong_first(*map(_floats, latents.columns))] = np.arange(results.d_sae)
+    order = np.lexsort((rank, ~is_top, place[latent], ~(is_top & (rank == 0))))
+    order = order[wanted[order]]
+    found, first = np.unique(example[order], return_index=True)
+    found = found[np.argsort(first)]
+    sure = np.unique(example[wanted & np.isin(latent, chosen)])
+    kept = found[: cfg.max_pictures]
+    rest = found[cfg.max_pictures :]
+    return Images((*kept.tolist(), *rest[np.isin(rest, sure)].tolist()), len(found))
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    return np.nan_to_num(column.to_pandas().to_numpy(dtype=np.float64, na_value=np.nan))

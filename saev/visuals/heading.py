@@ -1,5 +1,6 @@
 """What a report is headed by: the SAE, its model, images, tag and date, and its figures."""
 
+import dataclasses
 import datetime
 import math
 import typing as tp
@@ -9,11 +10,47 @@ from saev.config.source import ActivationSource
 from saev.errors import SaevError
 from saev.inference.results import Results
 from saev.secrets import redact
-from saev.visuals import page
 from saev.visuals.rows import ALL, SIDES, TRAINING, Row, last_logged
 
 if tp.TYPE_CHECKING:
     from saev.shards import Shards  # needs torch, which `saev serve` does without
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One number of the page's header."""
+
+    label: str
+    text: str
+    hint: str
+    """What it means, in a sentence."""
+
+
+_FIGURES: tuple[tuple[str, str, str, str], ...] = (
+    ("normalized_mse", "NMSE", "{:.4f}", "Squared error over the variance; 0 is perfect."),
+    ("l0", "L0", "{:.1f}", "Latents that fire per token, on average."),
+    ("n_dead", "Dead", "{:,.0f}", "Latents that never fire."),
+)
+"""Of one side: of held-out images, or of those of training."""
+_METRICS: tuple[tuple[str, str, str, str], ...] = (
+    ("d_sae", "Latents", "{:,.0f}", "Size of the dictionary."),
+    (
+        "dense_share", "Dense (> 10 × mean)", "{:.1%}",
+        "Share of the latents that fire more than ten times as often as the mean of all latents "
+        "(L0 ÷ number of latents), or on more than half of the tokens.",
+    ),
+    ("n_tokens", "Tokens", "{:,.0f}", "Tokens that were measured."),
+)  # fmt: skip
+
+
+def _of_all(raw: tp.Mapping[str, tp.Any]) -> list[Metric]:
+    """The header's numbers, as far as `raw` (an inference's metrics.json) has them."""
+    shown = []
+    for key, label, form, hint in _METRICS:
+        value = raw.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            shown.append(Metric(label, form.format(value), hint))
+    return shown
 
 
 class Heading(tp.NamedTuple):
@@ -21,7 +58,7 @@ class Heading(tp.NamedTuple):
 
     title: str
     subtitle: str
-    metrics: list[page.Metric]
+    metrics: list[Metric]
 
 
 def of(run: str, results: Results, shards: "Shards", activations: ActivationSource) -> Heading:
@@ -68,7 +105,7 @@ def _day(run: str) -> str:
         return ""
 
 
-def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Metric]:
+def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[Metric]:
     """The header's numbers: those of images that training has not seen first."""
     side = ALL if row is None else row.side
     sides = [(SIDES[side], metrics if row is None else row.of_side(side))]
@@ -76,7 +113,7 @@ def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Met
         sides.append((SIDES[TRAINING], row.trained_on))
     shown = []
     for number, ((side, images), figures) in enumerate(sides):
-        for key, label, form, hint in page.FIGURES:
+        for key, label, form, hint in _FIGURES:
             value = figures.get(key)
             if (
                 isinstance(value, int | float)
@@ -86,5 +123,5 @@ def _figures(metrics: tp.Mapping[str, tp.Any], row: Row | None) -> list[page.Met
                 )
             ):
                 hint_of_side = f"{hint.rstrip('.')}, of {images}."
-                shown.append(page.Metric(f"{label}, {side}", form.format(value), hint_of_side))
-    return shown + page.metrics(metrics)
+                shown.append(Metric(f"{label}, {side}", form.format(value), hint_of_side))
+    return shown + _of_all(metrics)

@@ -16,7 +16,7 @@ from saev.inference import files
 from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import pages
-from saev.visuals.records import DONE
+from saev.visuals.files import DONE
 from saev.visuals.rows import ALL, SIDES, Figures, Row
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,10 @@
-"""The visuals stage: pictures of each latent, then a page for each SAE.
+"""The visuals stage: the images that latents of an SAE respond to, then the page of the SAE.
 
-An item is one latent of one SAE. An image that several latents show is decoded once for all of
-them. An SAE whose pictures cannot be drawn fails alone.
+An item is a part of the images of one SAE. An image that several SAEs show is decoded once for all
+of them. An SAE whose pictures cannot be drawn fails alone.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import typing as tp
@@ -15,12 +16,13 @@ from saev.errors import IncompleteError, SaevError
 from saev.failures import Failures
 from saev.progress import Progress
 from saev.stage import Context, Item, Job, Result
-from saev.visuals.pictures import Firing, Pictures
+from saev.visuals.report import Report
+from saev.visuals.stored import Stored
 from saev.visuals.views import Images, Views
 
 
 def plan(cfg: VisualsConfig) -> list[dict[str, tp.Any]]:
-    """The work items, ``{"latent": number}``.
+    """The work items, ``{"part": number}``.
 
     Raises:
         ConfigError: a latent does not exist, or shards and inference do not fit together.
@@ -30,14 +32,14 @@ def plan(cfg: VisualsConfig) -> list[dict[str, tp.Any]]:
 
 
 def work(cfg: VisualsConfig, item: tp.Mapping[str, tp.Any]) -> None:
-    """Draw one latent, unless it is drawn. Opens the images: see :func:`run` for many latents.
+    """Draw one part of the images, unless it is drawn. See :func:`run` for all of them.
 
     Raises:
         ImageError: an original image cannot be decoded or is not the recorded one.
         StorageError: one is gone, or the result cannot be written.
     """
     job = Drawing(cfg)
-    driver.do_items(job, [job.item(int(item["latent"]))])
+    driver.do_items(job, [job.item(int(item["part"]))])
 
 
 def finish(cfg: VisualsConfig) -> str:
@@ -47,7 +49,7 @@ def finish(cfg: VisualsConfig) -> str:
         URL of index.html.
 
     Raises:
-        IncompleteError: a latent was not drawn.
+        IncompleteError: a part of the images was not drawn.
     """
     return driver.finish(Drawing(cfg)).urls[0]
 
@@ -63,12 +65,12 @@ def find(cfg: VisualsConfig) -> str:
     return job.urls[0] if job.published() else ""
 
 
-def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
-    """The HTML text of a finished report with its pictures inside, for where it stands alone.
+def book(cfg: VisualsConfig, max_bytes: int = 5_000_000) -> str:
+    """The HTML text of a finished report in another size.
 
     Args:
         cfg: the config of the report.
-        max_bytes: about the size of all pictures; as many latents are shown as fit.
+        max_bytes: about its size; as many pictures are in it as fit.
 
     Raises:
         IncompleteError: the report is not finished.
@@ -77,7 +79,7 @@ def book(cfg: VisualsConfig, max_bytes: int = 3_000_000) -> str:
 
 
 def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
-    """All of it, in threads.
+    """All of it.
 
     Returns:
         URL of index.html.
@@ -102,7 +104,7 @@ def run_all(cfgs: Sequence[VisualsConfig], progress: Progress | None = None) -> 
 
 
 class Drawing(Job):
-    """The reports of SAEs.
+    """The pages of SAEs.
 
     Args:
         cfg: of one SAE, or of each.
@@ -110,7 +112,7 @@ class Drawing(Job):
     """
 
     name = "visuals"
-    unit = "latent"
+    unit = "img"
 
     def __init__(
         self,
@@ -123,20 +125,19 @@ class Drawing(Job):
         self._asked = [self._cfgs.index(one) for one in cfgs]
         self._images = Images()
         self._failures = Failures(range(len(self._cfgs)), "SAEs", failed)
-        self._firing: dict[tuple[int, int], Firing] = {}
         self._views: dict[int, Views] = {}
 
     @functools.cached_property
-    def _opened(self) -> dict[int, Pictures]:
+    def _opened(self) -> dict[int, Report]:
         """What each config is about, by its number."""
         found = {}
         for number, cfg in enumerate(self._cfgs):
             with self._failures.of(number):
-                found[number] = Pictures(cfg, self._images)
+                found[number] = Report(cfg, self._images)
         return found
 
     @property
-    def _sound(self) -> dict[int, Pictures]:
+    def _sound(self) -> dict[int, Report]:
         """The SAEs that have not failed."""
         opened = self._opened
         return {number: opened[number] for number in self._failures.left([*opened])}
@@ -166,7 +167,7 @@ class Drawing(Job):
         found = self._published()
         return tuple(found[n].index_url for n in self._asked if n in found)
 
-    def _published(self) -> dict[int, Pictures]:
+    def _published(self) -> dict[int, Report]:
         """The SAEs whose reports are complete."""
         found = {}
         for number, one in self._sound.items():
@@ -192,57 +193,60 @@ class Drawing(Job):
 
     # --- Work ------------------------------------------------------------------------------
 
-    @property
-    def threads(self) -> int:
-        return cores.available()
-
     def items(self) -> list[Item]:
-        """One per latent."""
+        """One per part of an SAE's images."""
         found = []
         for number, one in self._sound.items():
             with self._failures.of(number):
-                found += [self.item(latent, number) for latent in one.choice.latents]
+                found += [self.item(part, number) for part in one.parts()]
         return found
 
-    def item(self, latent: int, number: int = 0) -> Item:
-        """A latent of an SAE."""
+    def item(self, part: int, number: int = 0) -> Item:
+        """A part of an SAE's images."""
+        cost = len(self._opened[number].sheet.examples(part))
         if len(self._cfgs) == 1:
-            return Item(f"latent {latent}", 1, {"latent": latent})
-        name = f"latent {latent} of SAE {number + 1}"
-        return Item(name, 1, {"latent": latent, "sae": number})
+            return Item(f"part {part + 1} of the pictures", cost, {"part": part})
+        name = f"part {part + 1} of the pictures of SAE {number + 1}"
+        return Item(name, cost, {"part": part, "sae": number})
 
     def done(self, item: Item) -> bool:
-        number, latent = _place(item)
+        number, part = _place(item)
         if number in self._failures:
             return True
         with self._failures.of(number):
-            return self._opened[number].find_drawn(latent) is not None
+            return self._opened[number].sheet.find(part) is not None
         return True
 
     def begin(self, todo: Sequence[Item]) -> None:
         for number, one in self._sound.items():
-            latents = [item.spec["latent"] for item in todo if _place(item)[0] == number]
-            if not latents:
-                continue
-            firing: dict[int, Firing] = {}
-            with self._failures.of(number):
-                firing = one.prepare(latents)
-                self._firing |= {(number, latent): found for latent, found in firing.items()}
-                self._views[number] = one.views(firing.values())
-            if firing:
-                _ = one.source  # an error of it is one of all SAEs
+            parts = [item.spec["part"] for item in todo if _place(item)[0] == number]
+            if parts:
+                with self._failures.of(number):
+                    self._views[number] = one.views(parts)
+                _ = one.opened.source  # an error of it is one of all SAEs
 
     def work(self, item: Item, context: Context) -> None:
-        number, latent = _place(item)
+        number, part = _place(item)
         if number in self._failures:
             return
         with self._alone(number, item, context.progress):
-            firing = self._firing.get((number, latent))
-            self._opened[number].draw(latent, firing, self._views[number])
+            sheet = self._opened[number].sheet
+            sheet.write(part, self._drawn(self._views[number], sheet.examples(part), context))
+
+    def _drawn(self, views: Views, examples: Sequence[int], context: Context) -> Iterator[Stored]:
+        """The images of a part, in order, made in threads."""
+        pool = concurrent.futures.ThreadPoolExecutor(cores.available(), "saev-pictures")
+        try:
+            for image in pool.map(views.get, examples):
+                context.progress.safe_point()
+                context.bar.advance(1)
+                yield image
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
     def _alone(self, number: int, item: Item, progress: Progress) -> Iterator[None]:
-        """A block about a latent, whose errors end the work for its SAE only."""
+        """A block about a part, whose errors end the work for its SAE only."""
         said = f"{item.name} was drawn by another worker meanwhile"
         with (
             self._failures.of(number, progress.safe_point),
@@ -257,16 +261,15 @@ class Drawing(Job):
                     one.publish(progress)
 
     def close(self) -> None:
-        self._firing.clear()
         self._views.clear()
         self._images.close()
 
 
 def _place(item: Item) -> tuple[int, int]:
-    """The number of the SAE of an item, and its latent."""
-    return int(item.spec.get("sae", 0)), int(item.spec["latent"])
+    """The number of the SAE of an item, and the part."""
+    return int(item.spec.get("sae", 0)), int(item.spec["part"])
 
 
 def _book(cfg: VisualsConfig, max_bytes: int) -> str:
     with contextlib.closing(Images()) as images:
-        return Pictures(cfg, images).book(max_bytes)
+        return Report(cfg, images).book(max_bytes)

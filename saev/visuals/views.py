@@ -1,4 +1,4 @@
-"""Images that several latents show: each is decoded once, and kept while it is needed."""
+"""Images that several SAEs show: each is decoded once, and kept while it is needed."""
 
 import concurrent.futures
 import threading
@@ -6,37 +6,18 @@ import typing as tp
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from PIL import Image
-
 from saev import storage
 from saev.config.images import ImageData
 from saev.config.visuals import VisualsConfig
 from saev.shards import Shards
 from saev.shards.folders import Folders
 from saev.visuals import render
-from saev.visuals.source import Source, View
+from saev.visuals.source import Source
+from saev.visuals.stored import Stored
 
 _KEPT_BYTES = 1 << 29
-"""Most bytes of images that are kept for other latents. An image for which there is no room is
+"""Most bytes of images that are kept for other SAEs. An image for which there is no room is
 decoded again."""
-
-
-class Shown(tp.NamedTuple):
-    """An image as pages show it."""
-
-    view: View
-    """As the model saw it."""
-    plain: Image.Image
-    """In the size of the pictures."""
-    data: bytes
-    """`plain` as a WebP file."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that it takes."""
-        sides = [self.view.image.size, self.plain.size]
-        masks = 0 if self.view.mask is None else self.view.mask.nbytes
-        return sum(3 * width * height for width, height in sides) + masks + len(self.data)
 
 
 class Views:
@@ -46,10 +27,10 @@ class Views:
         load: loads an example.
     """
 
-    def __init__(self, load: Callable[[int], Shown]):
+    def __init__(self, load: Callable[[int], Stored]):
         self._load = load
         self._left: Counter[int] = Counter()
-        self._kept: dict[int, concurrent.futures.Future[Shown]] = {}
+        self._kept: dict[int, concurrent.futures.Future[Stored]] = {}
         self._sizes: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -57,7 +38,7 @@ class Views:
         """Say that each of these is going to be asked for once more."""
         self._left.update(examples)
 
-    def get(self, example: int) -> Shown:
+    def get(self, example: int) -> Stored:
         """An example by its row in the shards.
 
         Raises:
@@ -113,22 +94,18 @@ class Images:
         return self._sources[key]
 
     def views(self, shards: Shards, cfg: VisualsConfig, examples: Iterable[int]) -> Views:
-        """The images of a folder in the size of a config.
+        """The images of a folder in the sizes of a config.
 
         Args:
             shards: the folder.
             cfg: says where its images are, and how large pictures are.
-            examples: those that are going to be shown; several times if several latents show them.
+            examples: those that are going to be stored.
         """
         key = _key(shards, cfg.data, cfg.image_size)
         if key not in self._views:
-
-            def load(example: int) -> Shown:
-                view = self.source(shards, cfg.data).view(example)
-                plain = render.picture(view.image, cfg.image_size)
-                return Shown(view, plain, render.encode(plain))
-
-            self._views[key] = Views(load)
+            self._views[key] = Views(
+                lambda example: _stored(self.source(shards, cfg.data), example, cfg.image_size)
+            )
         self._views[key].expect(examples)
         return self._views[key]
 
@@ -137,6 +114,13 @@ class Images:
         self._folders.close()
         self._sources.clear()
         self._views.clear()
+
+
+def _stored(source: Source, example: int, image_size: int) -> Stored:
+    crop = source.view(example).image
+    picture = render.picture(crop, image_size)
+    thumb = render.encode(render.picture(picture, min(render.THUMB, image_size)))
+    return Stored(picture.width, picture.height, render.encode(picture), thumb)
 
 
 def _key(shards: Shards, data: ImageData | None, *more: tp.Any) -> str:

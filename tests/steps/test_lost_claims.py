@@ -77,7 +77,7 @@ def taken_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
         ("train", "config.json", "runs/*/run.json"),
         ("summarise", "sparsity.safetensors", "runs/*/inference/*/metrics.json"),
         ("summarise", "metrics.json", "runs/*/inference/*/report/index.html"),
-        ("summarise", "latent.json", "runs/*/inference/*/report/index.html"),
+        ("summarise", "pictures.json", "runs/*/inference/*/report/index.html"),
         ("summarise", "index.html", "runs/*/inference/*/report/visuals.json"),
         ("report", "index.html", "datasets/*/processed/*.json"),
         ("plan", "metadata.json", "shards/*/shards.json"),

@@ -2,8 +2,8 @@
 
     python tests/torture/bits.py [--n 5000] [--seed 0] [--only shards checkpoint …]
 
-The folders are made once: shards with labels, a trained run with a resume point, inference and a
-picture book. Of each file, the flips are spread over equal ranges of its bytes. A flip that changes
+The folders are made once: shards with labels, a trained run with a resume point, inference and
+pictures. Of each file, the flips are spread over equal ranges of its bytes. A flip that changes
 no value (white space, say) is read right; any other is refused with one line. A traceback, another
 value, or an error of several lines is a failure, and is shown.
 """
@@ -83,8 +83,8 @@ def make(root: Path) -> dict[str, Kind]:
         "checkpoint": Kind(_files(f"{run}/checkpoint"), lambda: _checkpoint(f"{run}/checkpoint")),
         "resume point": Kind(_files(state), lambda: point.read(str(pointer))._asdict()),
         "inference": Kind(_files(measured), lambda: _inference(measured)),
-        "picture book": Kind(
-            tuple(f for f in report.rglob("*") if f.suffix in (".json", ".webp")),
+        "pictures": Kind(
+            tuple(f for f in report.iterdir() if f.suffix in (".json", ".parquet")),
             lambda: _book(book),
         ),
     }

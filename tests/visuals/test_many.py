@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 from inference.world import contents
-from PIL import Image
 
 from saev import cli, inference, storage, visuals
 from saev.config import DataConfig, InferenceConfig, VisualsCommand, VisualsConfig
 from saev.errors import ConfigError, SaevError
 from saev.images.folders import SegFolder
 from saev.visuals import views
-from saev.visuals.source import View
-from saev.visuals.views import Shown, Views
+from saev.visuals.stored import Stored
+from saev.visuals.views import Views
 from visuals.chain import D_MODEL, DEAD, Chain, make_run
 
 NAMES = ("a", "b", "c")
@@ -43,12 +42,13 @@ def configs(chain: Chain, runs: Path) -> list[VisualsConfig]:
 
 
 def reports(runs: Path) -> dict[str, dict[str, bytes]]:
-    """All that was drawn of each run; only visuals.json names the run's place."""
+    """All that was drawn of each run, without the names of the run's place."""
     found = {}
     for name in NAMES:
         (report,) = (runs / name / "inference").glob("*/report")
         made = contents(str(report))
         done = json.loads(made.pop("visuals.json"))
+        made["index.html"] = made["index.html"].replace(str(runs).encode(), b"RUNS")
         assert done["config"]["run"] == str(runs / name)
         found[name] = made | {"latents": json.dumps(done["latents"]).encode()}
     return found
@@ -111,7 +111,7 @@ def test_no_room_for_images(
 
 def test_saes_fail_alone(chain: Chain, measured: Path, runs: Path, alone: dict) -> None:
     cfgs = configs(chain, runs)
-    (results,) = (runs / "b" / "inference").glob("*/top_examples.safetensors")
+    (results,) = (runs / "b" / "inference").glob("*/examples.parquet")
     results.write_bytes(results.read_bytes()[:-1])
     missing = cfgs[0].model_copy(update={"run": str(runs / "nothing")})
     with pytest.raises(SaevError) as raised:
@@ -136,7 +136,7 @@ def test_the_command_draws_all(chain: Chain, runs: Path, capsys: pytest.CaptureF
     )  # fmt: skip
     said = capsys.readouterr()
     assert [Path(url).parents[3].name for url in said.out.split()] == list(NAMES)
-    assert "Drew 3 latents of 3 SAEs" in said.err
+    assert "images for 72 latents of 3 SAEs" in said.err
 
 
 def test_what_is_for_one_sae_alone(runs: Path) -> None:
@@ -149,21 +149,20 @@ def test_what_is_for_one_sae_alone(runs: Path) -> None:
 # --- Views ---------------------------------------------------------------------------------------
 
 
-def shown(example: int) -> Shown:
-    image = Image.new("RGB", (2, 2))
-    return Shown(View(example, "", "", image, None, None), image, b"")
+def stored(example: int) -> Stored:
+    return Stored(1, 1, bytes([example]), b"")
 
 
 def test_threads_wait_for_one_that_loads() -> None:
     loading, go_on, n = threading.Event(), threading.Event(), []
 
-    def load(example: int) -> Shown:
+    def load(example: int) -> Stored:
         n.append(example)
         loading.set()
         assert go_on.wait(60)
-        return shown(example)
+        return stored(example)
 
-    found: list[Shown] = []
+    found: list[Stored] = []
     images = Views(load)
     images.expect([7, 7, 7])
     threads = [threading.Thread(target=lambda: found.append(images.get(7))) for _ in range(3)]
@@ -179,7 +178,7 @@ def test_threads_wait_for_one_that_loads() -> None:
 
 
 def test_an_error_is_one_of_every_use() -> None:
-    def load(example: int) -> Shown:
+    def load(example: int) -> Stored:
         raise ConfigError(f"{example} is broken")
 
     images = Views(load)

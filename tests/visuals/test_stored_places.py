@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from described import list_files
 
-from saev import storage, visuals
-from saev.errors import ConfigError, CorruptDataError, SaevError
+from saev import storage
+from saev.errors import ConfigError, SaevError
 from saev.shards import Shards
-from saev.visuals.records import folder_name
 from saev.visuals.source import Source
 from visuals.chain import Chain
 
@@ -104,65 +103,7 @@ def test_links_out_of_the_images(chain: Chain, tmp_path: Path) -> None:
     assert named.class_name(2) == "ramp"
 
 
-# --- Reports -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def report(chain: Chain, tmp_path: Path) -> Path:
-    """A finished report of one latent."""
-    visuals.run(chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report")))
-    return tmp_path / "report" / folder_name(1)
-
-
-def edited(folder: Path, **changes: object) -> None:
-    sealed = storage.read_sealed(folder / "latent.json")
-    sealed.record["examples"][0] |= changes
-    storage.write_json(folder / "latent.json", storage.seal(sealed.record, sealed.files))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../../../../../../../../etc/hostname", "/etc/hostname", "latent.json", "http://h/x.webp",
-     "00-plain.svg", "00-plain.webp\n", "../000001/00-plain.webp", "", None],
-)  # fmt: skip
-def test_a_record_names_its_own_pictures_only(
-    chain: Chain, report: Path, tmp_path: Path, name: str | None
-) -> None:
-    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
-    assert "data:image/webp;base64," in visuals.book(cfg)
-    edited(report, plain=name)
-    (tmp_path / "report" / "visuals.json").unlink()  # a page that is there is not written again
-    for call in (visuals.book, visuals.finish):
-        with pytest.raises(CorruptDataError, match=r"latent\.json.*plain.*Delete it and run"):
-            call(cfg)
-
-
-def test_a_picture_is_one(chain: Chain, report: Path, tmp_path: Path) -> None:
-    """Nothing else is put into a page, whatever its name; and no link leads elsewhere."""
-    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
-    picture = report / "00-plain.webp"
-    picture.write_bytes(b"root:x:0:0")
-    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is damaged: it has 10 bytes"):
-        visuals.book(cfg)
-    storage.write_json(  # as version 0.1.0 left it
-        report / "latent.json", storage.read_sealed(report / "latent.json").record
-    )
-    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is not a WebP picture"):
-        visuals.book(cfg)
-    picture.unlink()
-    (tmp_path / "secret.webp").write_bytes((report / "01-plain.webp").read_bytes())
-    picture.symlink_to(tmp_path / "secret.webp")
-    with pytest.raises(CorruptDataError, match=r"00-plain\.webp is a link to .*secret\.webp"):
-        visuals.book(cfg)
-
-
-def test_a_record_of_another_latent(chain: Chain, report: Path, tmp_path: Path) -> None:
-    place = report / "latent.json"
-    changed = {**storage.read_sealed(place).record, "latent": 2}
-    storage.write_json(place, storage.seal(changed))
-    cfg = chain.config(latents=(1,), n_latents=0, out=str(tmp_path / "report"))
-    with pytest.raises(CorruptDataError, match="is of latent 2, expected 1"):
-        visuals.book(cfg)
+# --- Results ---------------------------------------------------------------------------------
 
 
 def test_the_name_of_shards_in_a_result(chain: Chain, tmp_path: Path) -> None:

@@ -1,0 +1,7 @@
+"""Names of the objects in a report's folder."""
+
+INDEX = "index.html"
+DONE = "visuals.json"
+"""Written last; its presence means that the report is complete."""
+EARLIER = "latents"
+"""Folder of the pictures that earlier versions of saev drew."""

@@ -1,0 +1,193 @@
+"""The page of one SAE and its stored images."""
+
+import functools
+import importlib.resources
+import logging
+from collections.abc import Iterator
+
+from saev import storage
+from saev.config import VisualsConfig
+from saev.errors import CorruptDataError, IncompleteError
+from saev.explorer import page
+from saev.explorer.pictures import StoredImages
+from saev.once import say_once
+from saev.parquet import TABLES, Tables, schema
+from saev.progress import Progress
+from saev.visuals import choose
+from saev.visuals.files import DONE, EARLIER, INDEX
+from saev.visuals.opening import Opened
+from saev.visuals.sheet import Sheet
+from saev.visuals.stored import REMEDY, Pictures
+from saev.visuals.views import Images, Views
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Goes up when pages change, so that old ones are written again. Up to version 2 they showed a few
+chosen latents, and there was a folder of pictures for each of them."""
+
+
+class Report:
+    """The page of one SAE and its stored images.
+
+    Args:
+        cfg: the config.
+        images: the images, which other SAEs show, too.
+
+    Raises:
+        ConfigError: shards and inference do not fit together.
+        StorageError: one of them is missing.
+    """
+
+    def __init__(self, cfg: VisualsConfig, images: Images):
+        self.cfg = cfg
+        self._images = images
+        self.opened = Opened(cfg, images)
+        self.out = storage.normalize(cfg.out or storage.join(self.opened.results.url, "report"))
+        self.index_url = storage.join(self.out, INDEX)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of everything that the page depends on."""
+        folder = importlib.resources.files("saev.explorer").joinpath("static")
+        static = {file.name: _hash(file.read_text("utf-8")) for file in folder.iterdir()}
+        cfg = {**self.cfg.identity(), "data": None}  # the pictures' key has what matters of it
+        inference = self.opened.results.folder.checksum
+        return _hash([FORMAT, self._pictures_key, inference, static, cfg])
+
+    @functools.cached_property
+    def _pictures_key(self) -> str:
+        """Hash of everything that an image's pictures depend on."""
+        opened = self.opened
+        return _hash([opened.shards.metadata.hash, self.cfg.image_size, opened.other_data])
+
+    @functools.cached_property
+    def _named(self) -> choose.Images:
+        return choose.images(self.cfg, self.opened.results, self.opened.choice.latents)
+
+    @functools.cached_property
+    def sheet(self) -> Sheet:
+        """The images to store."""
+        return Sheet(self.out, self._named.examples, self.cfg.image_size, self._pictures_key)
+
+    @functools.cached_property
+    def is_earlier(self) -> bool:
+        """Whether an earlier version of saev made both the results and the report. Such results
+        have no tables, from which pages are made now, so the report stays as it is."""
+        if self.opened.results.folder.has(TABLES):
+            return False
+        places = (storage.join(self.out, DONE), self.index_url)
+        if not all(map(storage.exists, places)):
+            return False
+        say_once(
+            logger,
+            f"{self.out} stays as an earlier version of saev drew it, because the results that it "
+            f"shows have no tables. For the page of this version, delete {self.opened.results.url} "
+            "and run the same `saev inference` and `saev visuals` commands again.",
+        )
+        return True
+
+    def published(self) -> bool:
+        """Whether the whole report is there and up to date."""
+        if self.is_earlier:
+            return True
+        try:
+            found = storage.find_sealed(storage.join(self.out, DONE))
+            if found is None or found.record.get("key") != self.key:
+                return False
+            storage.Folder(self.out, DONE, found).read_bytes(INDEX)
+        except CorruptDataError as err:
+            logger.warning("%s The page is written again.", err)
+            return False
+        return True
+
+    # --- Work ------------------------------------------------------------------------------
+
+    def parts(self) -> range:
+        """Numbers of the parts of the images."""
+        return range(0 if self.is_earlier else self.sheet.n_parts)
+
+    def views(self, parts: list[int]) -> Views:
+        """What gives the images of parts, each of which is going to be asked for."""
+        storage.check_writable(self.out)
+        examples = (example for part in parts for example in self.sheet.examples(part))
+        return self._images.views(self.opened.shards, self.cfg, examples)
+
+    # --- Finish ----------------------------------------------------------------------------
+
+    def publish(self, progress: Progress) -> None:
+        """Write the list of images and the page.
+
+        Raises:
+            IncompleteError: a part of the images is missing.
+        """
+        tables, listed = self.sheet.join(self._named.n_named, self._missing)
+        text = self._page(tables, self.cfg.max_mb, progress).encode()
+        before = self._before()
+        progress.publish_point()
+        storage.write_bytes(storage.join(self.out, TABLES), tables)
+        storage.write_bytes(self.index_url, text)
+        listed[INDEX] = storage.Listed.of(text)
+        done = {
+            "key": self.key,
+            "config": self.cfg.to_dict(),
+            "latents": list(self.opened.choice.latents),
+            "n_latents": self.opened.results.d_sae,
+            "n_pictures": len(self._named.examples),
+        }
+        storage.clean_temporary(self.out)
+        progress.publish_point()
+        storage.write_json(storage.join(self.out, DONE), storage.seal(done, listed))
+        for url in self._superfluous(before, listed):
+            storage.clean_up(url, recursive=True)
+
+    def _before(self) -> storage.Sealed | None:
+        """The report that is replaced."""
+        try:
+            return storage.find_sealed(storage.join(self.out, DONE))
+        except CorruptDataError:
+            return None
+
+    def _missing(self, part: int) -> IncompleteError:
+        return IncompleteError(
+            f"{self.out} is incomplete: part {part + 1} of {self.sheet.n_parts} of the pictures "
+            "was not drawn. Run the same command again; what is done is kept."
+        )
+
+    def _superfluous(
+        self, before: storage.Sealed | None, listed: dict[str, storage.Listed]
+    ) -> Iterator[str]:
+        """What the report had before, and has no more."""
+        old = set(before.files or ()) if before else set()
+        if any(name.startswith(f"{EARLIER}/") for name in old):
+            yield storage.join(self.out, EARLIER)
+        for name in sorted(old - listed.keys()):
+            if "/" not in name and name.startswith((schema.PICTURES, schema.THUMBS)):
+                yield storage.join(self.out, name)
+
+    def _page(self, tables: bytes, max_mb: float, progress: Progress | None = None) -> str:
+        opened = self.opened
+        pictures = Pictures(Tables.open(self.out, tables, REMEDY))
+        sae = page.Sae(
+            self.cfg.run, opened.results, opened.shards, StoredImages(pictures),
+            opened.mask_names(), opened.other_model,
+        )  # fmt: skip
+        return page.render([sae], max_mb, progress)
+
+    def book(self, max_bytes: int) -> str:
+        """The page with about so many bytes, for where it stands alone.
+
+        Raises:
+            IncompleteError: the report is not finished.
+        """
+        if self.is_earlier:
+            return storage.read_text(self.index_url)
+        done = storage.find_sealed(storage.join(self.out, DONE))
+        if done is None:
+            raise self._missing(0)
+        tables = storage.Folder(self.out, DONE, done, REMEDY).read_bytes(TABLES)
+        return self._page(tables, max_bytes / 1e6)
+
+
+def _hash(obj: object) -> str:
+    return storage.content_hash(obj, 16)
