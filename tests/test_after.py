@@ -133,7 +133,7 @@ def test_the_page_of_a_root_grows_with_each_stage(
     report, err = pasted.run(next_of(err), capsys)
     link = Path(report.strip()).relative_to(root)
     assert f'href="{link}"' in page.read_text()
-    (back,) = re.findall(r'href="([^"]*)">‹ all SAEs', Path(report.strip()).read_text())
+    (back,) = re.findall(r'"home":"([^"]*)"', Path(report.strip()).read_text())
     assert (Path(report.strip()).parent / back).resolve() == page
     # The same as the command that writes it.
     before = page.read_bytes()

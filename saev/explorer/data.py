@@ -216,7 +216,8 @@ class Measured:
 
     def file(self, example: int) -> str:
         """File name of an image."""
-        return storage.name(self._images[example][0])
+        path = self._images[example][0]
+        return storage.name(path) if path else f"image {example}"
 
     def label(self, example: int) -> str:
         """Class of an image, "" if it has none."""
@@ -282,7 +283,7 @@ class Measured:
         return np.where(known[place] == idx, place, NONE)
 
     @functools.cached_property
-    def _images(self) -> dict[int, tuple[str, str]]:
+    def _images(self) -> dict[int, tuple[str | None, str]]:
         table = self.results.images(["example", "path", "label"])
         example, path, label = (table[name].to_pylist() for name in table.column_names)
         return {e: (p, one or "") for e, p, one in zip(example, path, label, strict=True)}

@@ -98,6 +98,10 @@ class Sae(tp.NamedTuple):
     """Names of the values of masks."""
     other_model: tp.Sequence[str] = ()
     """In what the activations differ from those of training."""
+    chosen: tp.Sequence[int] = ()
+    """Latents that somebody asked for. They are marked, and have pictures first."""
+    home: str = ""
+    """Link to the page of all SAEs, "" if there is none."""
 
 
 def write(cfg: ReportConfig, progress: Progress | None = None) -> str:
@@ -125,13 +129,17 @@ def write(cfg: ReportConfig, progress: Progress | None = None) -> str:
     return url
 
 
-def render(saes: Sequence[Sae], max_mb: float, progress: Progress | None = None) -> str:
+def render(
+    saes: Sequence[Sae], max_mb: float, progress: Progress | None = None, *, strict: bool = True
+) -> str:
     """The text of the file. As many pictures are in it as fit.
 
     Args:
         saes: what it shows; they share the room.
         max_mb: most megabytes.
         progress: where to tell how far it is.
+        strict: whether it is an error if the numbers alone are larger. If not, the file is larger
+            than asked for, without pictures.
 
     Raises:
         ConfigError: the numbers alone are larger.
@@ -141,7 +149,7 @@ def render(saes: Sequence[Sae], max_mb: float, progress: Progress | None = None)
     room = (max_mb * 1e6 - len(_frame([]).encode())) / len(saes)
     parts = [_part(sae, room, progress) for sae in saes]
     text = _frame(parts)
-    if len(text.encode()) > max_mb * 1e6:
+    if strict and len(text.encode()) > max_mb * 1e6:
         raise ConfigError(
             f"The numbers of all latents alone take {len(text) / 1e6:.1f} MB, and --max-mb is "
             f"{max_mb:g}. Raise it, or give fewer runs."
@@ -166,7 +174,7 @@ def _part(sae: Sae, room: float, progress: Progress) -> Part:
     measured = Measured(sae.results, sae.shards, sae.class_names)
     with progress.doing("reading results"):
         part = numbers(sae, measured)
-    taken = album.collect(measured, sae.pictures, room - part.n_bytes, progress)
+    taken = album.collect(measured, sae.pictures, room - part.n_bytes, progress, sae.chosen)
     return with_pictures(part, measured, taken)
 
 
@@ -201,6 +209,11 @@ def numbers(sae: Sae, measured: Measured) -> Part:
         "classes": [one._replace(name=redact(one.name))._asdict() for one in measured.classes],
         "side": "held-out images" if measured.has_held_out else "all images",
     }
+    if sae.home:
+        facts["home"] = sae.home
+    if sae.chosen:
+        is_chosen = np.isin(np.arange(measured.d_sae), sae.chosen)
+        blocks["chosen"] = Block.of(is_chosen, "u1")
     if any(measured.names):
         facts["names"] = [redact(name) for name in measured.names]
     return Part(facts, blocks | _lists(measured))
@@ -346,7 +359,7 @@ def _frame(parts: Sequence[Part]) -> str:
         "</head>",
         '<body><div id="app"><p class="loading">Reading the latents …</p></div>',
         '<noscript><p class="loading">This page needs its script, which is inside of it. Allow '
-        "scripts for this file, or look at the picture book that <code>saev visuals</code> "
+        "scripts for this file, or read its numbers with <code>saev.inference</code> "
         "writes.</p></noscript>",
         f'<script type="application/json" id="runs">{_json(runs)}</script>',
     ]

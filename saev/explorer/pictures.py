@@ -176,14 +176,19 @@ def example_bytes(example: Example) -> float:
     return encoded(_EXAMPLE_BYTES + _PATCH_BYTES * len(example.patches))
 
 
-def collect(measured: Measured, source: Images, room: float, progress: Progress) -> Album:
-    """Choose pictures: first those of the latents that come first in `measured.order`.
+def collect(
+    measured: Measured, source: Images, room: float, progress: Progress,
+    chosen: Sequence[int] = (),
+) -> Album:  # fmt: skip
+    """Choose pictures: first those of chosen latents, then those of the latents that come first in
+    `measured.order`.
 
     Args:
         measured: the SAE.
         source: gives its images.
         room: most bytes that they may take in the file.
         progress: where to tell how far it is.
+        chosen: numbers of latents.
 
     Raises:
         ImageError: an image cannot be decoded or is not the recorded one.
@@ -192,7 +197,7 @@ def collect(measured: Measured, source: Images, room: float, progress: Progress)
     picker = _Picker(measured, source, progress)
     found = {
         i: [e for e in measured.examples(i) if source.has(e.example)]
-        for i in measured.order.tolist()
+        for i in dict.fromkeys([*chosen, *measured.order.tolist()])
     }
     wanted = {i: examples for i, examples in found.items() if examples}
     if not wanted:

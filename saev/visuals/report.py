@@ -1,6 +1,7 @@
 """The page of one SAE and its stored images."""
 
 import functools
+import html
 import importlib.resources
 import logging
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from saev.explorer.pictures import StoredImages
 from saev.once import say_once
 from saev.parquet import TABLES, Tables, schema
 from saev.progress import Progress
-from saev.visuals import choose
+from saev.secrets import redact
+from saev.visuals import choose, overview
 from saev.visuals.files import DONE, EARLIER, INDEX
 from saev.visuals.opening import Opened
 from saev.visuals.sheet import Sheet
@@ -122,7 +124,8 @@ class Report:
             IncompleteError: a part of the images is missing.
         """
         tables, listed = self.sheet.join(self._named.n_named, self._missing)
-        text = self._page(tables, self.cfg.max_mb, progress).encode()
+        sae = self._sae(tables)._replace(home=overview.home_of(self.out))
+        text = page.render([sae], self.cfg.max_mb, progress, strict=False).encode()
         before = self._before()
         progress.publish_point()
         storage.write_bytes(storage.join(self.out, TABLES), tables)
@@ -165,28 +168,41 @@ class Report:
             if "/" not in name and name.startswith((schema.PICTURES, schema.THUMBS)):
                 yield storage.join(self.out, name)
 
-    def _page(self, tables: bytes, max_mb: float, progress: Progress | None = None) -> str:
+    def _sae(self, tables: bytes) -> page.Sae:
         opened = self.opened
         pictures = Pictures(Tables.open(self.out, tables, REMEDY))
-        sae = page.Sae(
+        return page.Sae(
             self.cfg.run, opened.results, opened.shards, StoredImages(pictures),
-            opened.mask_names(), opened.other_model,
+            opened.mask_names(), opened.other_model, opened.choice.latents,
         )  # fmt: skip
-        return page.render([sae], max_mb, progress)
 
     def book(self, max_bytes: int) -> str:
-        """The page with about so many bytes, for where it stands alone.
+        """The page with at most so many bytes, for where it stands alone. It only says where the
+        page is if the numbers of all latents take more, or if an earlier version drew it.
 
         Raises:
             IncompleteError: the report is not finished.
         """
         if self.is_earlier:
-            return storage.read_text(self.index_url)
+            return self._elsewhere("an earlier version of saev drew it")
         done = storage.find_sealed(storage.join(self.out, DONE))
         if done is None:
             raise self._missing(0)
         tables = storage.Folder(self.out, DONE, done, REMEDY).read_bytes(TABLES)
-        return self._page(tables, max_bytes / 1e6)
+        text = page.render([self._sae(tables)], max_bytes / 1e6, strict=False)
+        if len(text.encode()) <= max_bytes:
+            return text
+        return self._elsewhere(
+            f"the numbers of its {self.opened.results.d_sae:,} latents take more than the "
+            f"{max_bytes / 1e6:.1f} MB that there are here"
+        )
+
+    def _elsewhere(self, why: str) -> str:
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>saev</title>'
+            f"<p>The page is not shown here, because {html.escape(why)}. It is at "
+            f"<code>{html.escape(redact(self.index_url))}</code>; <code>saev open</code> shows it."
+        )
 
 
 def _hash(obj: object) -> str:

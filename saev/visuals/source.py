@@ -89,10 +89,6 @@ class Source:
         """The images."""
         return self._dataset
 
-    def class_name(self, label: int) -> str:
-        """Name of a mask's value; its number where the dataset names none."""
-        return self.class_names.get(label, f"class {label}")
-
     def view(self, example: int) -> View:
         """An example by its row in the shards.
 

@@ -1,5 +1,7 @@
 """The stage as a whole, on real activations of a tiny model."""
 
+import base64
+import gzip
 import io
 import json
 import re
@@ -143,12 +145,39 @@ def test_header_has_the_metrics(chain: Chain, text: str) -> None:
     assert found["Tokens"] == "128"
 
 
+def block(text: str, name: str, kind: str) -> np.ndarray:
+    """Numbers of latents in a page."""
+    (found,) = re.findall(rf'<script type="[^"]*" id="b0-{name}">([^<]*)</script>', text)
+    return np.frombuffer(gzip.decompress(base64.b64decode(found)), kind)
+
+
+def test_chosen_latents_are_marked(report: str, text: str) -> None:
+    done = storage.read_json(storage.join(report, "visuals.json"))
+    assert np.flatnonzero(block(text, "chosen", "u1")).tolist() == sorted(done["latents"])
+
+
 def test_a_smaller_page_of_the_same_report(chain: Chain, text: str) -> None:
+    """Chosen latents have pictures before all others."""
     cfg = chain.config(latents=(DEAD, 1))
-    assert visuals.book(cfg, 15_000_000) == text
-    small = visuals.book(cfg, len(text) - 4_000)
-    assert len(small) <= len(text) - 4_000
-    assert facts_of(small)["nDetailed"] < facts_of(text)["nDetailed"]
+    whole = visuals.book(cfg, 15_000_000)
+    assert facts_of(whole) == {k: v for k, v in facts_of(text).items() if k != "home"}
+    small = visuals.book(cfg, len(whole) - 4_000)
+    assert len(small) <= len(whole) - 4_000
+    assert 0 < facts_of(small)["nDetailed"] < facts_of(whole)["nDetailed"]
+    chosen = block(small, "chosen", "u1").astype(bool)
+    n_examples = block(small, "examples", "u1")
+    assert n_examples[1] > 0
+    assert (n_examples[chosen] > 0).sum() >= (n_examples[~chosen] > 0).sum()
+
+
+def test_numbers_that_fit_nowhere(chain: Chain, report: str, tmp_path: Path) -> None:
+    cfg = chain.config(latents=(DEAD, 1))
+    told = visuals.book(cfg, 20_000)
+    assert len(told) < 1000
+    assert "the numbers of its 24 latents take more than the 0.0 MB" in told
+    assert f"{report}/index.html" in told
+    small = cfg.model_copy(update={"max_mb": 0.02, "out": str(tmp_path)})
+    assert facts_of(storage.read_text(visuals.run(small)))["nPictured"] == 0
 
 
 # --- Again, elsewhere, in pieces -------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_links_out_of_the_images(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"photos/classes\.csv is a link to .*only if you name"):
         Source(shards)
     named = Source(shards, chain.config(data={**data, "root": str(photos)}).data)
-    assert named.class_name(2) == "ramp"
+    assert named.class_names[2] == "ramp"
 
 
 # --- Results ---------------------------------------------------------------------------------

@@ -152,6 +152,7 @@ function Header({ source, run, runs, router, address, small }: PageProps & { run
   return (
     <header class={small ? "top small" : "top"}>
       <div class="titles">
+        {facts.home && <a class="home" href={facts.home}>‹ all SAEs</a>}
         <h1>{facts.title}</h1>
         <p>{facts.subtitle}</p>
         {runs.length > 1 && (

@@ -140,7 +140,10 @@ function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProp
     >
       <div role="cell" class="thumbs">{!bare && <Thumbs run={run} latent={latent} high={high} />}</div>
       <div role="cell" class="name">
-        <a href={href} onFocus={() => onFocus(place)}>{latent}</a>
+        <a href={href} onFocus={() => onFocus(place)}>
+          {latent}
+          {run.has("chosen") && run.values("chosen")[latent] > 0 && <abbr title="chosen"> ★</abbr>}
+        </a>
         <span>{run.values("tokens")[latent] === 0 ? "never fires" : run.nameOf(latent)}</span>
       </div>
       {columns.map(({ key, name, unit, all }) => (

@@ -39,6 +39,8 @@ export interface Facts {
   /** How the activations differ from those of training. */
   warnings: string[];
   activations: string;
+  /** Link to the page of all SAEs. */
+  home?: string;
   /** URL of the results, for Python. */
   results: string;
   nLatents: number;
@@ -127,7 +129,8 @@ export interface Run {
   readonly order: Numbers;
   has(key: string): boolean;
   /** A column: one number per latent, NaN where it is not defined. Besides those of `Facts.columns`
-   *  there are `tokens` (on which it fires), `class` and `mask` (its best ones), `x` and `y`. */
+   *  there are `tokens` (on which it fires), `class` and `mask` (its best ones), `x` and `y`, and where
+   *  somebody chose latents, `chosen` (1 or 0). */
   values(key: string): Numbers;
   /** Its name, else the name of the class that it finds, else "". */
   nameOf(latent: number): string;

@@ -48,6 +48,7 @@ export function Toolbar({ run, router, address, filter, shown, narrow, open }: P
   const all = run.facts.nLatents;
   const n = shown.length;
   const sort = address.words.sort || "rank";
+  const isChosen = (filter.ranges.chosen?.[0] ?? 0) > 0;
   const named = address.words.cols?.split(",") ?? [];
   const toggle = (key: string, on: boolean) => {
     const keys = columns.map((one) => one.key).filter((one) => (one === key ? on : named.includes(one)));
@@ -80,6 +81,11 @@ export function Toolbar({ run, router, address, filter, shown, narrow, open }: P
       <button type="button" onClick={() => open(shown[Math.floor(Math.random() * n)])} disabled={!n}>
         Random
       </button>
+      {run.has("chosen") && (
+        <button type="button" id="chosen" aria-pressed={isChosen} title="Latents that were asked for" onClick={() => narrow({ chosen: isChosen ? "" : "1..1" })}>
+          Chosen
+        </button>
+      )}
       <Menu name="Filter">
         {columns.map((one) => <Ranges key={one.key} column={one} range={filter.ranges[one.key]} narrow={narrow} />)}
       </Menu>
