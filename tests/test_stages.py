@@ -18,6 +18,7 @@ from saev.config.run import RunConfig
 from saev.config.stages import Stages
 from saev.errors import ConfigError, IncompleteError
 from saev.stage import Job, Part
+from saev.visuals import sheet
 
 FILE = {
     "data": {"kind": "fake-img-seg", "n_examples": 12, "image_size": 32},
@@ -92,7 +93,9 @@ def comparable(files: dict[str, bytes]) -> dict[str, bytes]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    yield World(tmp_path_factory.mktemp("world"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sheet, "_PART_IMAGES", 5)
+        yield World(tmp_path_factory.mktemp("world"))
     torch.set_num_threads(n_threads)
 
 
