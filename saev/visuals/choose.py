@@ -8,16 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from saev.config import VisualsConfig
 from saev.errors import ConfigError
 from saev.inference.results import Results
+from saev.inference.shown import strong_first
 
 logger = logging.getLogger(__name__)
-
-_FEW = 8
-"""Latents that fire on fewer images come behind others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,25 +103,6 @@ def _spread_draw(
         drawn += [int(i) for i in rng.permutation(layer)][: n - len(drawn)]
         depth += 1
     return tuple(sorted(drawn))
-
-
-def strong_first(
-    frequency: Float[np.ndarray, " d_sae"],
-    mean_values: Float[np.ndarray, " d_sae"],
-    n_images: Float[np.ndarray, " d_sae"],
-) -> Int[np.ndarray, " d_sae"]:
-    """All latents, strong and rare ones first: by mean value × log(1 / frequency).
-
-    Behind these come latents that fire on a few images only, and then those that never fire.
-
-    Args:
-        frequency: share of tokens on which each latent fires.
-        mean_values: mean value of each latent where it fires.
-        n_images: images on which each latent fires.
-    """
-    score = np.nan_to_num(mean_values) * -np.log(np.maximum(frequency, 1e-300))
-    is_few = n_images < min(_FEW, int(n_images.max(initial=0)))
-    return np.lexsort((-score, is_few, frequency == 0))
 
 
 class Images(tp.NamedTuple):
