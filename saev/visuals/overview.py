@@ -204,13 +204,22 @@ def _rows_of(run: str) -> list[tuple[str, Row]]:
     trained = Row.find(run)
     if trained is None:
         return []
-    found = []
+    by_shards: dict[str, list[Results]] = {}
     for entry in storage.list_dir(storage.join(run, "inference"), missing_ok=True):
         if entry.is_dir and storage.exists(storage.join(entry.url, files.METRICS)):
             results = Results.open(entry.url)
-            report = _report_of(storage.join(entry.url, "report"))
-            found.append((str(results.metrics["shards_hash"]), trained.on(results, report)))
+            by_shards.setdefault(str(results.metrics["shards_hash"]), []).append(results)
+    found = [
+        (shards, trained.on(one, _report_of(storage.join(one.url, "report"))))
+        for shards, several in by_shards.items()
+        for one in _newest(several)
+    ]
     return found or [(storage.name(trained.config.train_data.shards), trained)]
+
+
+def _newest(found: list[Results]) -> list[Results]:
+    """Without the results of earlier versions, if this version has measured the SAE again."""
+    return [one for one in found if one.has_tables] or found
 
 
 def _report_of(folder: str) -> str:

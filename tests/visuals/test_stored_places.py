@@ -119,3 +119,23 @@ def test_the_name_of_shards_in_a_result(chain: Chain, tmp_path: Path) -> None:
     place.write_text(json.dumps(storage.seal({**metrics, "shards_hash": "../.."})))
     (section,) = overview.collect(str(root))
     assert section.dataset == ""
+
+
+def test_results_of_an_earlier_version_are_replaced_on_pages(chain: Chain, tmp_path: Path) -> None:
+    """One measures again after an upgrade, and the SAE is not there twice."""
+    from saev.visuals import overview
+
+    root = tmp_path / "root"
+    shutil.copytree(chain.run, root / "runs/r0")
+    storage.write_json(str(root / "runs/r0/run.json"), {})
+    (new,) = (root / "runs/r0/inference").iterdir()
+    old = shutil.copytree(new, new.with_name("0" * 16))
+    metrics = json.loads((old / "metrics.json").read_text())
+    del metrics["files"]["tables.json"], metrics["checksum"]
+    (old / "tables.json").unlink()
+    (old / "metrics.json").write_text(json.dumps(storage.seal(metrics)))
+    (section,) = overview.collect(str(root))
+    assert [Path(row.results) for row in section.rows] == [new]
+    shutil.rmtree(new)
+    (section,) = overview.collect(str(root))
+    assert [Path(row.results) for row in section.rows] == [old]
