@@ -78,7 +78,7 @@ def of_table(measured: Measured, wanted: Sequence[str] = ()) -> bytes:
         raise Problem(
             404, f"There is no column {unknown[0][:60]!r}.", f"There are: {', '.join(known)}."
         )
-    table = measured.tables.read("latents", list(wanted) or known)
+    table = measured.whole("latents", list(wanted) or known)
     return pack(measured.d_sae, (_packed(name, table[name]) for name in table.column_names))
 
 
@@ -125,7 +125,7 @@ def _figures(measured: Measured) -> Figures:
     schema = measured.tables.schema("latents").names
     for one in figures_.COLUMNS:
         wanted |= {one.source, one.source + _HELD_OUT} & set(schema)
-    table = measured.tables.read("latents", sorted(wanted))
+    table = measured.whole("latents", sorted(wanted))
     shown, packed = [], []
 
     def values(one: figures_.Column, held_out: bool) -> np.ndarray:

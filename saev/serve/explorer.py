@@ -10,9 +10,9 @@ from saev.serve.measured import Measured
 from saev.serve.notes import Notes
 from saev.serve.work import Pool
 
-_OWN_MB = 300
+_OWN_MB = 400
 """Memory of the process itself: Python, its packages, and the answers that are being made."""
-_KEPT_SHARE = 0.5
+_KEPT_SHARE = 0.4
 """Of the rest, what is kept. Tables take more while they are read."""
 
 

@@ -1,5 +1,6 @@
 """The tables of one SAE, read by row groups that are kept while there is room."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -32,6 +33,8 @@ _CLASS = ("class_idx", "kind", "value", "name", "support")
 _FINDING = ("latent", "ap", "ap_held_out", "rate_inside", "rate_inside_held_out", "rate_outside",
             "rate_outside_held_out")  # fmt: skip
 _MAX_EXAMPLE = 1 << 48
+_N_READERS = 8
+"""Row groups of a whole table that are read at a time."""
 _BYTES_PER_LISTED = 12
 """Memory of the list of row groups, per byte of its JSON."""
 
@@ -202,10 +205,23 @@ class Measured:
         return group.slice(int(first), int(last - first))
 
     def groups(self, name: str, columns: tp.Sequence[str]) -> tp.Iterator[pa.Table]:
-        """All row groups of a table, some columns of each. They are not kept."""
-        for file in self.tables.table(name).files:
-            for number in range(len(file.groups)):
-                yield self.tables.group(file, number, columns)
+        """All row groups of a table in order, some columns of each. They are not kept."""
+        places = [
+            (file, number)
+            for file in self.tables.table(name).files
+            for number in range(len(file.groups))
+        ]
+
+        def read(place: tuple[FileEntry, int]) -> pa.Table:
+            return self.tables.group(*place, columns=columns)
+
+        with concurrent.futures.ThreadPoolExecutor(_N_READERS) as pool:
+            yield from pool.map(read, places)
+
+    def whole(self, name: str, columns: tp.Sequence[str]) -> pa.Table:
+        """Some columns of a whole table."""
+        found = list(self.groups(name, columns))
+        return pa.concat_tables(found) if found else self.tables.read(name, columns)
 
     # --- What is made of whole tables, in a moment or in seconds -------------------------------
 
@@ -215,7 +231,7 @@ class Measured:
 
     def _names(self) -> Names:
         columns = ["example", "path", "label", "class_idx", "side"]
-        table = self.tables.read("images", columns)
+        table = self.whole("images", columns)
         folder = _common_folder(table["path"])
         return Names(
             table["example"].to_numpy(),
@@ -251,7 +267,9 @@ class Measured:
         return self.cached("pairs", self._pairs)
 
     def _pairs(self) -> pa.Table:
-        table = self.tables.read("classes").drop_columns(["name", "kind", "value"])
+        left_out = ("name", "kind", "value")
+        names = [name for name in self.tables.schema("classes").names if name not in left_out]
+        table = self.whole("classes", names)
         keys = [("latent", "ascending"), ("ap", "descending"), ("class_idx", "ascending")]
         return table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
 
@@ -261,7 +279,7 @@ class Measured:
 
     def _class_list(self) -> list[dict[str, tp.Any]]:
         classes: dict[int, dict[str, tp.Any]] = {}
-        table = self.tables.read("classes", [*_CLASS, *_FINDING])
+        table = self.whole("classes", [*_CLASS, *_FINDING])
         idx = table["class_idx"].to_numpy()  # ascending, and in each the best come first
         is_best = np.arange(len(idx)) - np.searchsorted(idx, idx) < N_BEST
         for row in table.filter(pa.array(is_best)).to_pylist():

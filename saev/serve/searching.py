@@ -56,23 +56,24 @@ class WordIndex:
     @classmethod
     def of(cls, texts: pa.ChunkedArray) -> tp.Self:
         """Index texts; null is a text without words."""
-        chunks, texts_of, done = [], [], 0
+        coded_chunks, texts_of, done = [], [np.zeros(0, np.int32)], 0
         for chunk in texts.chunks:
             spelt = pc.utf8_lower(pc.utf8_normalize(pc.fill_null(chunk, ""), form="NFD"))
             spelt = pc.replace_substring_regex(spelt, pattern=r"\p{M}+", replacement="")
             lists = pc.split_pattern_regex(spelt, pattern=_BETWEEN)
-            chunks.append(pc.list_flatten(lists))
+            coded_chunks.append(pc.dictionary_encode(pc.list_flatten(lists)))
             texts_of.append(pc.list_parent_indices(lists).to_numpy().astype(np.int32) + done)
             done += len(chunk)
-        coded = pc.dictionary_encode(pa.chunked_array(chunks, pa.string()).combine_chunks())
-        del chunks
+        kind = pa.dictionary(pa.int32(), pa.string())
+        coded = pa.chunked_array(coded_chunks, kind).unify_dictionaries().combine_chunks()
+        del coded_chunks
         sorting = pc.array_sort_indices(coded.dictionary)
         rank = np.empty(len(sorting), np.int32)
         rank[sorting.to_numpy()] = np.arange(len(sorting), dtype=np.int32)
         of_entry = rank[coded.indices.to_numpy()] if len(rank) else np.zeros(0, np.int32)
         by_word = np.argsort(of_entry, kind="stable")
         counts = np.bincount(of_entry, minlength=len(rank))
-        all_texts = np.concatenate([np.zeros(0, np.int32), *texts_of])
+        all_texts = np.concatenate(texts_of)
         return cls(
             done,
             coded.dictionary.take(sorting),
@@ -132,7 +133,9 @@ class Searcher:
         names = self.measured.names()
 
         def made() -> WordIndex:
-            return WordIndex.of(_joined(names.path, names.label))
+            index = WordIndex.of(_joined(names.path, names.label))
+            pa.default_memory_pool().release_unused()
+            return index
 
         return self.cache.get(("files", self.digest), made, dear=True)
 
@@ -185,7 +188,7 @@ def prepare(measured: Measured, cache: ByteCache) -> Searcher:
 
 def _searcher(measured: Measured, cache: ByteCache) -> Searcher:
     names, shown = measured.names(), measured.shown()
-    texts = measured.tables.read("latents", ["name", "best_class_name", "best_mask_name"])
+    texts = measured.whole("latents", ["name", "best_class_name", "best_mask_name"])
     classes = measured.class_list()
     rows = np.searchsorted(names.example, shown.example).astype(np.int32)
     return Searcher(
