@@ -138,7 +138,7 @@ def main() -> None:
             (home / "pictures").symlink_to(args.pictures.resolve())
         else:
             photographs(folder)
-        build = [UV, "build", "--wheel", "--quiet", "--no-build-isolation", "--python"]
+        build = [UV, "build", "--quiet", "--no-build-isolation", "--python"]
         subprocess.run([*build, sys.executable, "--out-dir", home, ROOT], check=True)
         (wheel,) = home.glob("*.whl")
         file = weights.write_weights(str(folder / "model.safetensors"))

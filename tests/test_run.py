@@ -65,6 +65,9 @@ def test_images_in_picture_book_out(config: Path, tmp_path: Path) -> None:
     assert len(reports) == 2
     for report in reports:
         assert f'href="{report.relative_to(root)}"' in html
+    assert "timm test_vit/random, activations" in html
+    assert "<figure>" in html
+    assert html.count(">best<") == 1
     before = contents(root)
     assert run.run(cfg) == str(page)
     assert contents(root) == before, "what was done was done again"
@@ -197,7 +200,10 @@ def test_a_folder_of_pictures_is_enough(
     folder = pictures(tmp_path / "pictures", 3)
     cfg = RunConfig(pictures=str(folder), config=str(first_look), root=str(tmp_path / "out"))
     page = run.run(cfg)
-    assert storage.exists(page)
+    html = storage.read_text(page)
+    assert "NMSE: squared error over variance" in html
+    assert "<figure>" not in html, "one SAE has nothing to be compared with"
+    assert ">best<" not in html
     (found,) = (tmp_path / "out" / "runs").iterdir()
     config = TrainConfig.of_run(found)
     # 3 pictures of 2 x 2 patches; the test network is 64 wide.

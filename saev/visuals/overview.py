@@ -37,6 +37,8 @@ class Section:
     dataset: str
     """Where its images are, as recorded; "" if the folder is gone."""
     rows: tuple[Row, ...]
+    model: str = ""
+    """Whose activations these are; "" if the folder is gone."""
 
     @property
     def side(self) -> str:
@@ -162,8 +164,9 @@ def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
     for shards, row in found:
         by_shards.setdefault(shards, []).append(row)
     return [
-        Section(shards, _dataset(root, shards), tuple(_named(by_shards[shards]))).ordered()
+        Section(shards, dataset, tuple(_named(by_shards[shards])), model).ordered()
         for shards in sorted(by_shards)
+        for dataset, model in [_recorded(root, shards)]
     ]
 
 
@@ -232,11 +235,15 @@ def _report_of(folder: str) -> str:
     return "" if done is None else storage.join(folder, INDEX)
 
 
-def _dataset(root: str, shards: str) -> str:
+def _recorded(root: str, shards: str) -> tuple[str, str]:
+    """Where the images of a shards folder are, and the model; "" if the folder is gone."""
     if not storage.is_file_name(shards):  # a result names the folder, so its name is not trusted
-        return ""
+        return "", ""
     url = storage.join(root, "shards", shards)
-    return Metadata.read(url).dataset if storage.exists(storage.join(url, METADATA)) else ""
+    if not storage.exists(storage.join(url, METADATA)):
+        return "", ""
+    metadata = Metadata.read(url)
+    return metadata.dataset, metadata.source().model
 
 
 def render(sections: tp.Sequence[Section], base: str = "") -> str:
