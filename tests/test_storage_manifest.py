@@ -64,6 +64,12 @@ def test_blocks_do_not_depend_on_how_it_was_written(parts: list[bytes], block: i
         assert writer.blocks == (expected if len(whole) > block else "")
 
 
+def test_small_ranges_of_several_blocks(folder: storage.Folder) -> None:
+    with folder.reader("large.bin") as reader:
+        for start in (3 * MB, 0, 2 * MB + 7, 7, 3 * MB + 1):
+            assert reader.read(start, 50) == DATA[start : start + 50]
+
+
 @given(st.integers(0, len(DATA)), st.integers(0, len(DATA)))
 def test_any_range_is_what_it_is(tmp_path_factory, a: int, b: int) -> None:
     place = tmp_path_factory.getbasetemp() / "ranges.bin"

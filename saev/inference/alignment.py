@@ -1,9 +1,9 @@
-"""How well one latent tells one class: the arithmetic, on sparse columns.
+"""How well a single latent finds a class: formulas on sparse columns.
 
-Tokens on which a latent does not fire are one large tie at the value 0; they are counted, never
-listed. All formulas take ties as one threshold, as scikit-learn's `average_precision_score` does:
-AP = Σ_n (R_n − R_{n−1}) P_n over the distinct values from the highest down, P and R being precision
-and recall of the tokens at or above a value.
+A latent has the value 0 on all tokens on which it does not fire. These tokens are counted, not
+listed. Tokens with equal values are one threshold, as in scikit-learn's `average_precision_score`:
+AP = Σ_n (R_n − R_{n−1}) P_n over the distinct values from the highest down, where P and R are
+precision and recall of the tokens at or above a value.
 """
 
 import typing as tp
@@ -16,7 +16,7 @@ N_CLASSES = 256
 
 
 class Carry(tp.NamedTuple):
-    """What was already counted of columns that come in several bands of falling values."""
+    """Counts so far, for columns whose entries come in several bands of falling values."""
 
     n: np.ndarray
     """Tokens with higher values, int64 [latents]."""
@@ -25,13 +25,13 @@ class Carry(tp.NamedTuple):
 
     @classmethod
     def zeros(cls, n_latents: int, n_classes: int = N_CLASSES) -> "Carry":
-        """Nothing yet."""
+        """The counts before the first band."""
         shape = (n_latents, n_classes)
         return cls(np.zeros(n_latents, dtype=np.int64), np.zeros(shape, dtype=np.int64))
 
 
 def descending_key(values: np.ndarray) -> np.ndarray:
-    """Integers in the reverse order of float32 values, uint32 [n]; equal values, equal keys."""
+    """Integers in the reverse order of float32 values, uint32 [n]. Equal values have equal keys."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     ascending = np.where(bits >> 31, ~bits, bits | np.uint32(0x80000000))
     return ~ascending
@@ -44,11 +44,11 @@ _ZERO_KEY = np.uint32(0x7FFFFFFF)
 def precision_sums(
     latents: np.ndarray, values: np.ndarray, labels: np.ndarray, carry: Carry
 ) -> np.ndarray:
-    """Σ over entries of the precision at their value, per latent and class, float64.
+    """Sum, over the entries of each latent and class, of the precision at their values.
 
-    Divided by the number of tokens of a class, it is these entries' share of the AP. Cost does not
-    depend on the number of classes: an entry of class c adds t/n, with n the tokens at or above its
-    value and t those of class c among them.
+    Divided by the number of tokens of the class, it is the part of the AP that these entries make
+    up. An entry of class c adds t/n, where n is the number of tokens at or above its value, and t
+    the number of those that belong to c. So the cost does not depend on the number of classes.
 
     Args:
         latents: column of each entry, int64 [nnz], from 0.
@@ -111,7 +111,7 @@ def _run_ends(*fields: np.ndarray) -> np.ndarray:
 def zero_group(
     carry: Carry, active: np.ndarray, active_by_class: np.ndarray, n_by_class: np.ndarray
 ) -> np.ndarray:
-    """Precision sums of the tokens on which a latent does not fire; they join the carry.
+    """Precision sums of the tokens on which a latent does not fire, which are added to the carry.
 
     Args:
         carry: tokens with positive values; updated.
@@ -166,17 +166,18 @@ def average_precision(
 def purity(values: np.ndarray, is_class: np.ndarray, n_tokens: int, n_class: int, k: int) -> float:
     """Precision of the ``k`` highest-scoring tokens.
 
-    Where the k-th place is tied, its expectation over random orders of the tied tokens.
+    If the token at place k has the same value as the next one, this is the expectation over random
+    orders of the tokens with that value.
 
     Args:
         values: non-zero values, float32 [nnz].
         is_class: whether each of these tokens belongs to the class, bool [nnz].
-        n_tokens: tokens, with the silent ones.
-        n_class: tokens of the class, with the silent ones.
-        k: tokens to look at.
+        n_tokens: all tokens, also those on which the latent does not fire.
+        n_class: all tokens of the class.
+        k: number of tokens.
     """
     k = min(k, n_tokens)
-    # The silent tokens are one more value, 0, with a multiplicity.
+    # All tokens on which the latent does not fire are one more value, 0.
     distinct, inverse = np.unique(np.append(values, np.float32(0)), return_inverse=True)
     n = np.bincount(inverse[:-1], minlength=len(distinct))
     t = np.bincount(inverse[:-1], weights=is_class, minlength=len(distinct))
@@ -194,27 +195,29 @@ def purity(values: np.ndarray, is_class: np.ndarray, n_tokens: int, n_class: int
 
 
 Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""Yields (values, is_class) of a latent's entries; called once per pass."""
+"""Returns an iterator over a latent's entries, as (values, is_class). Called once for each pass."""
 
 _RIDGE = 1e-9
 _MAX_STEPS = 100
 
 
 def probe_r(chunks: Chunks, n_tokens: int, n_class: int) -> float:
-    """Pseudo-R² of a logistic probe on one latent: McFadden's 1 − NLL(σ(w·f + b)) / NLL(prior).
+    """McFadden's pseudo-R² of a logistic probe on one latent: 1 − NLL(σ(w·f + b)) / NLL(prior).
 
-    Newton's method with step halving, from w = 0 and b = the class's log-odds, on the values
-    scaled by their root mean square. A ridge of 1e-9 per token keeps w finite where a latent
-    separates the class perfectly; R is then 1 up to rounding. Between 0 (the latent says nothing)
-    and 1.
+    It is fitted by Newton's method with step halving, from w = 0 and b = the log-odds of the class.
+    Values are divided by their root mean square. A ridge of 1e-9 per token keeps w finite if the
+    latent separates the class perfectly; then the result is 1, apart from rounding.
 
     Args:
         chunks: entries of the latent.
-        n_tokens: tokens, with those on which it does not fire.
-        n_class: tokens of the class, with those on which it does not fire.
+        n_tokens: all tokens, also those on which the latent does not fire.
+        n_class: all tokens of the class.
+
+    Returns:
+        0 (the latent says nothing about the class) to 1.
     """
     if not 0 < n_class < n_tokens:
-        return 0.0  # nothing to tell apart
+        return 0.0  # all tokens are on one side
     n_active = t_active = 0
     square = 0.0
     for values, is_class in chunks():
@@ -239,7 +242,7 @@ def probe_r(chunks: Chunks, n_tokens: int, n_class: int) -> float:
         loss, gradient, hessian = loss / n_tokens + ridge, gradient / n_tokens, hessian / n_tokens
         gradient[0] += _RIDGE * w
         hessian[0, 0] += _RIDGE
-        hessian[1, 1] += 1e-15  # the intercept's curvature vanishes once everything is separated
+        hessian[1, 1] += 1e-15  # it goes to 0 when the probe separates the class perfectly
         return loss, gradient, hessian
 
     prior = n_class / n_tokens
@@ -267,7 +270,8 @@ def probe_r(chunks: Chunks, n_tokens: int, n_class: int) -> float:
 def _points(
     chunks: Chunks, scale: float, silent: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(x, how many tokens, how many of the class) for every entry, and once for all silent ones."""
+    """(x, number of tokens, number of those in the class): a point for each entry, and one for all
+    tokens on which the latent does not fire."""
     for values, is_class in chunks():
         yield values.astype(np.float64) / scale, np.ones(len(values)), is_class.astype(np.float64)
     yield silent

@@ -27,8 +27,17 @@ class Block(tp.NamedTuple):
     """float32 [nnz]."""
 
 
-def ranges(counts: np.ndarray, most: int, most_latents: int) -> Iterator[tuple[int, int]]:
-    """Ranges of latents with at most so many entries; a longer latent is alone."""
+def ranges(
+    counts: np.ndarray, most: int, most_latents: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of latents with a bounded number of entries.
+
+    Args:
+        counts: entries of each latent, int64 [d_sae].
+        most: most entries of a range. A latent with more entries is a range of its own.
+        most_latents: most latents of a range; None for no limit.
+    """
+    most_latents = most_latents or len(counts)
     start, held = 0, 0
     for latent, count in enumerate(counts.tolist()):
         if latent > start and (held + count > most or latent - start >= most_latents):

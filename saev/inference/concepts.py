@@ -1,8 +1,8 @@
-"""Concept alignment: per class, the latent that alone finds the class's tokens best.
+"""Concept alignment: for each class, the single latent that finds the class's tokens best.
 
-Latents are visited in blocks that hold a bounded number of entries; the pieces of stored codes are
-by latent, so all blocks together read them once. A single latent that fires more often than the
-bound is visited in bands of falling values, with the counts of the bands above carried along.
+Latents are read in blocks with a bounded number of entries. Pieces of stored codes are sorted by
+latent, so all blocks together read each piece once. A latent with more entries than the bound is
+read in bands of falling values; the counts of earlier bands are carried along.
 """
 
 import typing as tp
@@ -22,11 +22,12 @@ from saev.inference.alignment import (
     purity,
     zero_group,
 )
+from saev.inference.blocks import ranges
 from saev.inference.codes import Piece, StoredCodes
 from saev.inference.scores import ALL, SIDES, Classes, Found, Scores
 
 MAX_ENTRIES = 1 << 21
-"""Entries held at a time: about 300 MB with what sorting them takes."""
+"""Entries that are held at a time. With what sorting needs, they take about 300 MB."""
 
 PURITY_TOKENS = 16
 COVERAGE_AP = 0.3
@@ -45,7 +46,7 @@ class ClassAlignment(Config):
     latent: int
     """The latent with the highest average precision; of equal ones the first."""
     average_precision: float
-    """Of the latent's values as a ranking of all labelled tokens."""
+    """Average precision of the latent's values, as a ranking of all labelled tokens."""
     purity_at_16: float
     """Share of the class among the 16 tokens with the highest values."""
     probe_r: float
@@ -53,7 +54,7 @@ class ClassAlignment(Config):
 
 
 class Alignment(tp.NamedTuple):
-    """What the labels of patches say."""
+    """What was computed from the labels of patches."""
 
     classes: list[ClassAlignment]
     """One row per class, by label."""
@@ -90,12 +91,12 @@ def align(
     scores = Scores(classes, first, len(counts))
     best_ap = np.full(N_CLASSES, -1.0)
     best: dict[int, ClassAlignment] = {}
-    for start, stop in _blocks(counts, max_entries):
+    for start, stop in ranges(counts, max_entries):
         is_long = int(counts[start:stop].sum()) > max_entries
         block = (_LongColumn if is_long else _Block)(codes, side, start, stop, max_entries)
         found = classes.measured(block.measure)
         if not found:
-            break  # no token has a label
+            break  # because no token has a label
         scores.add(start, found)
         ap = found[ALL].ap
         for label in np.flatnonzero((n_by_class > 0) & (ap.max(axis=0) > best_ap)).tolist():
@@ -106,7 +107,7 @@ def align(
 
 
 def summarize(classes: tp.Sequence[ClassAlignment]) -> dict[str, float | int]:
-    """Means over classes, under the names that metrics.json has."""
+    """Means over the classes, by their keys in metrics.json."""
     ap = np.array([c.average_precision for c in classes])
     return {
         "n_classes": len(classes),
@@ -141,10 +142,10 @@ def _describe(
 def _strongest(
     chunks: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Entries that decide `purity`: the strongest and those tied with the last of them.
+    """The entries on which `purity` depends: the strongest, and all with the value of the last one.
 
-    The rest may be counted as silent without changing it, as long as there are enough that are
-    positive; if not, all entries are kept.
+    If so many entries are positive, all others may count as 0 without changing the purity.
+    Otherwise all entries are kept.
     """
     values, is_class = np.empty(0, dtype=np.float32), np.empty(0, dtype=bool)
     for more_values, more_class in chunks:
@@ -155,18 +156,6 @@ def _strongest(
             if bar > 0:
                 values, is_class = values[values >= bar], is_class[values >= bar]
     return values, is_class
-
-
-def _blocks(counts: np.ndarray, max_entries: int) -> Iterator[tuple[int, int]]:
-    """Ranges of latents with at most so many entries; a longer latent is alone."""
-    start, held = 0, 0
-    for latent, count in enumerate(counts.tolist()):
-        if latent > start and held + count > max_entries:
-            yield start, latent
-            start, held = latent, 0
-        held += count
-    if start < len(counts):
-        yield start, len(counts)
 
 
 class _Entries(tp.NamedTuple):
@@ -182,12 +171,12 @@ class _Entries(tp.NamedTuple):
     """int8 [nnz]."""
 
     def on(self, side: int) -> "_Entries":
-        """Those of one side."""
+        """The entries of one side."""
         return self if side == ALL else _Entries(*(field[self.sides == side] for field in self))
 
 
 def _labelled(codes: StoredCodes, side: np.ndarray, start: int, stop: int) -> Iterator[_Entries]:
-    """Per piece the entries of latents start:stop."""
+    """The entries of latents start:stop, piece by piece."""
 
     def read(piece: Piece) -> _Entries:
         columns = piece.columns(start, stop)
@@ -204,7 +193,7 @@ def _labelled(codes: StoredCodes, side: np.ndarray, start: int, stop: int) -> It
 
 
 class _Block:
-    """Some latents, all of whose entries are in memory."""
+    """Some latents whose entries are all in memory."""
 
     def __init__(
         self, codes: StoredCodes, side: np.ndarray, start: int, stop: int, max_entries: int
@@ -230,7 +219,7 @@ class _Block:
 
 
 class _LongColumn:
-    """One latent that has too many entries to hold: every question is a pass over them."""
+    """One latent with too many entries for the memory. Each computation reads them all again."""
 
     def __init__(
         self, codes: StoredCodes, side: np.ndarray, start: int, stop: int, max_entries: int
@@ -261,7 +250,7 @@ class _LongColumn:
             yield entries.on(side).values, entries.on(side).labels
 
     def _bands(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        for start, stop in _blocks(self._bins[first:last], self._max_entries):
+        for start, stop in ranges(self._bins[first:last], self._max_entries):
             yield first + start, first + stop
 
     def _band(self, first: int, last: int, side: int, carry: Carry) -> np.ndarray:
@@ -276,5 +265,5 @@ class _LongColumn:
 
 
 def _bin(values: np.ndarray) -> np.ndarray:
-    """Bands are cut along these: the leading bits of the descending key, int64 [n]."""
+    """The leading bits of the descending key, at which bands may be cut, int64 [n]."""
     return (descending_key(values) >> np.uint32(32 - _BIN_BITS)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What the decoder alone says of latents: norms, neighbours, and a map of directions."""
+"""Figures of latents that need the decoder only: norms, neighbours and a map of directions."""
 
 import typing as tp
 
@@ -13,10 +13,10 @@ _CHUNK = 512
 
 
 class Directions(tp.NamedTuple):
-    """Of every latent."""
+    """Norm, neighbours and place on the map of every latent."""
 
     norms: np.ndarray
-    """Length of each decoder row, float32 [d_sae]."""
+    """Norm of each decoder row, float32 [d_sae]."""
     neighbours: np.ndarray
     """The latents whose decoder rows have the highest cosine with each one's, best first, int32
     [d_sae, n]."""
@@ -28,11 +28,11 @@ class Directions(tp.NamedTuple):
 
 @torch.no_grad()
 def directions(sae: SparseAutoencoder) -> Directions:
-    """Compute all of it, on the CPU, whatever the SAE's device.
+    """Compute norms, neighbours and map. This runs on the CPU, also for an SAE on a GPU.
 
-    The map has the first two principal components of the normalised decoder rows. Principal
-    components are exact and quick for any width, need no seed, and are the same on every machine
-    but for rounding; a neighbour embedding such as UMAP is not.
+    The map has the first two principal components of the normalised decoder rows. They are exact,
+    quick for any width, and need no seed. All machines give the same ones, apart from rounding. A
+    neighbour embedding such as UMAP has none of these properties.
     """
     norms, unit = _normalised(sae)
     which, cosines = _nearest(unit, N_NEIGHBOURS)
@@ -59,7 +59,7 @@ def neighbours(sae: SparseAutoencoder, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _normalised(sae: SparseAutoencoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The length of each decoder row, and the rows at length 1, float32 on the CPU."""
+    """The norm of each decoder row, and the rows divided by it, float32 on the CPU."""
     rows = sae.W_dec.detach().float().cpu()
     norms = rows.norm(dim=1)
     return norms, rows / norms.clamp_min(1e-30)[:, None]
@@ -79,7 +79,7 @@ def _nearest(unit: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` largest of each row, from the largest down, equal ones by index."""
+    """The ``k`` largest of each row and their indices, descending. Equal ones come by index."""
     values, index = similar.topk(k, dim=1)
     by_index = index.sort(dim=1)
     values = values.gather(1, by_index.indices)
@@ -88,8 +88,10 @@ def largest(similar: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _principal(unit: np.ndarray) -> np.ndarray:
-    """First two principal components of rows, float32 [n, 2]. Signs are such that the entry of each
-    axis with the largest magnitude is positive."""
+    """The first two principal components of the rows, float32 [n, 2].
+
+    An axis has the sign with which its entry of the largest magnitude is positive.
+    """
     centred = unit - unit.mean(axis=0)
     n, width = min(2, unit.shape[1]), unit.shape[1]
     _, axes = scipy.linalg.eigh(centred.T @ centred, subset_by_index=[width - n, width - 1])

@@ -1,7 +1,7 @@
-"""Latents and whole images: for each image on which a latent fires, its largest and mean value.
+"""Values of latents on whole images: the largest and the mean value over an image's tokens.
 
-They are ten times fewer than the values of tokens, and statistics about classes, and all that looks
-at images, are made of them.
+There are about ten times fewer of them than values on tokens. Statistics of classes, and everything
+else about whole images, are computed from them.
 """
 
 import typing as tp
@@ -29,7 +29,7 @@ class ImageActs(tp.NamedTuple):
 
     @classmethod
     def of(cls, codes: Columns, tokens: TokenRows) -> "ImageActs":
-        """Gather the codes of whole examples."""
+        """Compute from the codes of whole examples."""
         is_first = np.diff(tokens.example_idx, prepend=-1) != 0
         row_of_token = np.cumsum(is_first, dtype=np.int32) - np.int32(1)
         example_idx = tokens.example_idx[is_first]
