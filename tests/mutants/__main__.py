@@ -92,6 +92,8 @@ def fails(folder: Path, tests: list[str]) -> bool:
 
         # `make test` alone must find every mutant.
         flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        # pytest's explanation of an assertion that compares megabytes takes minutes.
+        flags += ["--assert=plain"]
         os._exit(pytest.main([*flags, *tests]))
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
