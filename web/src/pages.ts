@@ -2,6 +2,7 @@
 import type { ComponentType } from "preact";
 import type { Address, Router } from "./address";
 import type { Filter } from "./filter";
+import { image } from "./image";
 import { latent } from "./latent";
 import { all } from "./run";
 import type { Run, Source } from "./source";
@@ -33,4 +34,4 @@ export interface Page {
   View: ComponentType<PageProps>;
 }
 
-export const PAGES: Page[] = [all, latent];
+export const PAGES: Page[] = [all, latent, image];
