@@ -118,33 +118,35 @@ function OfServer({ run, address, router, href, open }: PageProps) {
           Drop an image here, paste one, or choose one above. It goes to the server for the time of one answer, and is stored nowhere.
         </p>
       )}
-      <div class="looked">
-        {refs.map((ref, i) => (
-          <figure key={ref}>
-            {seen[i] ? (
-              <Patches run={run} seen={seen[i]} pointed={pointed} chosen={chosen[i]} choose={(patches) => choose(i, patches)} />
-            ) : (
-              <div class="waiting" role={found[i].error ? "alert" : "status"}>
-                {found[i].error ?? `${found[i].doing[0].toUpperCase()}${found[i].doing.slice(1)} …`}
-              </div>
-            )}
-            <figcaption>
-              <b>{seen[i]?.name ?? ref}</b>
-              <button type="button" aria-label={`Take ${seen[i]?.name ?? "the image"} away`} onClick={() => without(i)}>✕</button>
-              <small>{seen[i]?.about ?? ""}</small>
-              {chosen[i].size > 0 && (
-                <small>
-                  {whole(chosen[i].size)} patches chosen. <button type="button" class="plain" onClick={() => choose(i, new Set())}>Take all</button>
-                </small>
+      <div class={refs.length > 2 ? "looking many" : "looking"}>
+        <div class="looked">
+          {refs.map((ref, i) => (
+            <figure key={ref}>
+              {seen[i] ? (
+                <Patches run={run} seen={seen[i]} pointed={pointed} chosen={chosen[i]} choose={(patches) => choose(i, patches)} />
+              ) : (
+                <div class="waiting" role={found[i].error ? "alert" : "status"}>
+                  {found[i].error ?? `${found[i].doing[0].toUpperCase()}${found[i].doing.slice(1)} …`}
+                </div>
               )}
-            </figcaption>
-          </figure>
-        ))}
+              <figcaption>
+                <b>{seen[i]?.name ?? ref}</b>
+                <button type="button" aria-label={`Take ${seen[i]?.name ?? "the image"} away`} onClick={() => without(i)}>✕</button>
+                <small>{seen[i]?.about ?? ""}</small>
+                {chosen[i].size > 0 && (
+                  <small>
+                    {whole(chosen[i].size)} patches chosen. <button type="button" class="plain" onClick={() => choose(i, new Set())}>Take all</button>
+                  </small>
+                )}
+              </figcaption>
+            </figure>
+          ))}
+        </div>
+        {refs.length > 0 && seen.every((one) => one) && (
+          <Latents run={run} seen={seen as Seen[]} chosen={chosen} address={address} router={router} point={point} href={href} open={open}
+            show={(example) => show([...refs, String(example)])} looked={refs} />
+        )}
       </div>
-      {refs.length > 0 && seen.every((one) => one) && (
-        <Latents run={run} seen={seen as Seen[]} chosen={chosen} address={address} router={router} point={point} href={href} open={open}
-          show={(example) => show([...refs, String(example)])} looked={refs} />
-      )}
     </main>
   );
 }
@@ -282,7 +284,8 @@ function Table({ run, rows, seen, picked, pick, point, href, open }: TableProps)
             <tr>
               <th scope="col"><span class="unseen">For the nearest images</span></th>
               <th scope="col">Latent</th>
-              {seen.map(({ name }) => <th key={name} scope="col" class="n" title={name}>{seen.length === 1 ? "Value" : name}</th>)}
+              {seen.map(({ name }, i) => <th key={i} scope="col" class="n" title={name}>{seen.length === 1 ? "Value" : name}</th>)}
+              {seen.length === 1 && <th scope="col" class="n">Patches</th>}
               <th scope="col" class="n" title={`As a share of its largest value on the dataset${seen.length > 1 ? "; the smallest of the images" : ""}`}>Of its largest</th>
               <th scope="col" class="n" title="Share of the dataset's tokens on which it fires">Fires on</th>
             </tr>
@@ -300,9 +303,10 @@ function Table({ run, rows, seen, picked, pick, point, href, open }: TableProps)
                 {on.map((peak, i) => (
                   <td key={i} class="n" data-value={peak?.value}>
                     {peak ? number(peak.value) : "–"}
-                    {peak && <small> {whole(peak.n)} p.</small>}
+                    {peak && seen.length > 1 && <small title={`on ${peak.n} patches`}> ×{whole(peak.n)}</small>}
                   </td>
                 ))}
+                {seen.length === 1 && <td class="n">{whole(on[0]?.n ?? 0)}</td>}
                 <td class="n">{percent(share)}</td>
                 <td class="n">{percent(frequency[latent])}</td>
               </tr>
