@@ -1,7 +1,8 @@
 """Tokens/s and memory of `saev inference`, beside the encoder's product and selection alone.
 
-    python benchmarks/inference.py              # 25 minutes and 8 GB, most of them for 5 M tokens
-    python benchmarks/inference.py --small      # a trial
+    python benchmarks/inference.py                          # four to five minutes
+    python benchmarks/inference.py --most-tokens 5000000    # and three more, with 4 GB on a disk
+    python benchmarks/inference.py --small                  # a trial
 
 Random activations and weights; the page cache is warm. Measured in turn:
 
@@ -15,8 +16,8 @@ It also counts the bytes of activations that a pass with all SAEs reads, as a mu
 SAE-tokens/s are tokens/s times the number of SAEs. CPU seconds count all threads; on a machine that
 others use, too, their shares say more than those of rates.
 
-And in processes of their own: the memory that the stage adds for 50 k and for 5 M tokens, and for
-one SAE and eight.
+And in processes of their own: the most resident memory that the stage adds for 50 k, 500 k and more
+tokens, and for several SAEs. These have activations of width 64, because memory is taken by codes.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from saev.nn import SparseAutoencoder, codes, load_sae
 from saev.shards import Shards
 
 CONTENT_TOKENS = 256
+MEMORY_D_MODEL = 64
+"""Width of the activations where memory is measured."""
 
 
 def folder(n_tokens: float, args: argparse.Namespace) -> Folder:
@@ -140,27 +143,28 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps({"rate": found, "added": held.added()}))
 
 
-def memory(report: Report, runs: tp.Sequence[str], root: str, args: argparse.Namespace) -> None:
+def memory(report: Report, root: str, args: argparse.Namespace) -> None:
     """Rows about memory."""
-    few, many = (2_000, 8_000) if args.small else (50_000, args.most_tokens)
+    shape = argparse.Namespace(**{**vars(args), "d_model": MEMORY_D_MODEL})
+    sizes = (2_000, 8_000) if args.small else (50_000, 500_000, args.most_tokens)
+    sizes = tuple(n for n in sizes if n <= max(sizes[1], args.most_tokens))
+    few, many = sizes[0], max(sizes)
+    several = 2 if args.small else 4
     added = {}
-    for n, n_saes in ((few, 1), (many, 1), (few, len(runs))):
-        place = storage.join(root, f"tokens-{n}")
-        shards_url = write(place, folder(n, args))
-        flags = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in _SHAPE]
-        command = [sys.executable, __file__, *flags, "--child", shards_url, *runs[:n_saes]]
-        ran = subprocess.run(command, check=True, capture_output=True)
-        found = json.loads(ran.stdout)
-        added[n, n_saes] = found["added"]
-        what = f"{n:,} tokens, N = {n_saes}, everything saved"
-        report.add(what, [found["rate"]], "SAE-tokens/s",
-                   at_least=12e3 if n >= 50_000 and not args.small else None)  # fmt: skip
-        report.add(f"{what}: memory added", [found["added"]], "MB")
+    for n, n_saes in [*((n, 1) for n in sorted(set(sizes))), (few, several)]:
+        place = storage.join(root, f"tokens-{n}-{n_saes}")
+        shards_url = write(place, folder(n, shape))
+        runs = [write_sae(place, shards_url, shape, seed) for seed in range(n_saes)]
+        flags = [f"--{k.replace('_', '-')}={getattr(shape, k)}" for k in _SHAPE]
+        command = [sys.executable, __file__, *flags, "--child", shards_url, *runs]
+        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        added[n, n_saes] = json.loads(ran.stdout)["added"]
+        what = f"{n:,} tokens, N = {n_saes}, everything saved: memory added"
+        report.add(what, [added[n, n_saes]], "MB")
         storage.delete(place, recursive=True)
-    # Flat: 100 times the tokens may not cost more than what a few more pieces in flight take.
     growth = added[many, 1] - added[few, 1]
     report.add(f"memory of {many:,} tokens − that of {few:,}", [growth], "MB", at_most=300)
-    more = (added[few, len(runs)] - added[few, 1]) / (len(runs) - 1)
+    more = (added[few, several] - added[few, 1]) / (several - 1)
     report.add("memory of one more SAE", [more], "MB")
 
 
@@ -189,18 +193,19 @@ _SHAPE = ("d_model", "d_sae", "top_k", "batch_size", "device")
 
 def main() -> None:
     """Run and print."""
-    made = parser(tp.cast(str, __doc__), repeats=5)
+    made = parser(tp.cast(str, __doc__), repeats=2)
     made.add_argument("--d-model", type=int, default=384)
     made.add_argument("--d-sae", type=int, default=6144)
     made.add_argument("--top-k", type=int, default=32, help="0: ReLU")
-    made.add_argument("--tokens", type=int, default=200_000)
-    made.add_argument("--most-tokens", type=int, default=5_000_000)
+    made.add_argument("--tokens", type=int, default=100_000)
+    made.add_argument("--most-tokens", type=int, default=500_000)
     made.add_argument("--batch-size", type=int, default=8192)
     made.add_argument("--labels", type=int, default=0, help="classes; 0: none")
     made.add_argument("--device", default="cpu")
     made.add_argument("--root", default="", help="where to write; a temporary folder if not given")
     made.add_argument("--saes", type=int, default=8, help="SAEs in one pass")
     made.add_argument("--no-memory", action="store_true", help="leave out the rows of memory")
+    made.add_argument("--no-rates", action="store_true", help="leave out the rows of time")
     made.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.child:
@@ -212,9 +217,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saev-bench-", dir=args.root or None) as root:
         shards_url = write(root, folder(args.tokens, args))
         runs = [write_sae(root, shards_url, args, seed) for seed in range(args.saes)]
-        rates(report, shards_url, runs, args)
+        if not args.no_rates:
+            rates(report, shards_url, runs, args)
         if not args.no_memory:
-            memory(report, runs, root, args)
+            memory(report, root, args)
     report.close()
 
 
@@ -233,7 +239,10 @@ def rates(
         f"{several}, statistics only": stage(shards_url, runs, args, save=False),
         f"{several}, everything saved": stage(shards_url, runs, args),
     }  # fmt: skip
-    found = alternate(ways, args.repeats)
+    ways["N = 1, everything saved"]()  # imports, and the page cache
+    for way in ways.values():
+        way.cpu.clear()
+    found = alternate(ways, args.repeats, warm_up=False)
     for name in ways:
         report.add(name, found[name], "SAE-tokens/s")
     n = reads(shards_url, runs, args)
@@ -245,7 +254,7 @@ def rates(
         way = ways[name]
         target = 0.8 if "only" in name else 0.65
         report.share(f"{name} ÷ product and selection", found[name], found[limit], at_least=target)
-        shares = [of / cpu for of, cpu in zip(selecting.cpu[1:], way.cpu[1:], strict=True)]
+        shares = [of / cpu for of, cpu in zip(selecting.cpu, way.cpu, strict=True)]
         report.add(f"{name}: the same share of CPU seconds", shares, "×", at_least=target)
 
 

@@ -1,6 +1,6 @@
 """CPU seconds of measuring and showing SAEs one after another, and all of them together.
 
-    python benchmarks/many.py --repeats 3       # five minutes
+    python benchmarks/many.py                   # three to four minutes
     python benchmarks/many.py --small           # a trial
 
 The images are the crops of photographs of `make demo`, the activations those of a ViT-S/14 with
@@ -93,7 +93,7 @@ class Timed:
 
 def main() -> None:
     """Run and print."""
-    made = parser(tp.cast(str, __doc__), repeats=3)
+    made = parser(tp.cast(str, __doc__), repeats=1)
     made.add_argument("--images", type=int, default=600)
     made.add_argument("--d-sae", type=int, default=768)
     made.add_argument("--few", type=int, default=5, help="SAEs one after another")
@@ -126,7 +126,8 @@ def main() -> None:
 
         few, many = f"{args.few} SAEs one after another", f"{args.many} SAEs together"
         ways = {few: Timed(in_turn, runs[: args.few]), many: Timed(together, runs)}
-        found = alternate(ways, args.repeats)
+        in_turn(runs[:1])  # imports, and the page cache
+        found = alternate(ways, args.repeats, warm_up=False)
         for name in ways:
             report.add(name, found[name], "CPU s")
         pairs = [of / limit for of, limit in zip(found[many], found[few], strict=True)]

@@ -23,3 +23,5 @@ SPREAD_EXAMPLES = 12
 """Examples kept per latent that are a random sample of those on which it fires."""
 HISTOGRAM_BINS = 256
 """Bins of the histograms of a latent's values."""
+EMBEDDED_IMAGES = 1 << 16
+"""Images of which `saev inference` keeps an embedding, at most."""

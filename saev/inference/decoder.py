@@ -6,6 +6,8 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from saev.errors import ConfigError
+from saev.nn.io.load import load_sae
 from saev.nn.sae import SparseAutoencoder
 
 N_NEIGHBOURS = 10
@@ -58,6 +60,48 @@ def neighbours(sae: SparseAutoencoder, n: int) -> tuple[np.ndarray, np.ndarray]:
     return _nearest(_normalised(sae)[1], n)
 
 
+class Matches(tp.NamedTuple):
+    """The latents of another SAE that are nearest to each latent of an SAE."""
+
+    latents: np.ndarray
+    """Latents of the other SAE, best first, int32 [d_sae, n]."""
+    cosines: np.ndarray
+    """Cosines of their decoder rows with the latent's, float32 [d_sae, n]."""
+
+
+@torch.no_grad()
+def matches(
+    run: str | SparseAutoencoder, other: str | SparseAutoencoder, n: int = N_NEIGHBOURS
+) -> Matches:
+    """The latents of another SAE whose decoder rows have the highest cosine with each one's.
+
+    They say something where both SAEs read the same activations: the same layer of the same model.
+    All pairs are compared, a few hundred latents at a time.
+
+    Args:
+        run: URL of a run or of an SAE, as `load_sae` takes it, or the SAE itself.
+        other: the same of the other one.
+        n: number of latents; fewer if the other SAE has fewer.
+
+    Raises:
+        ConfigError: the SAEs read activations of different widths, or ``n`` is below 1.
+        StorageError: there is no such SAE.
+    """
+    if n < 1:
+        raise ConfigError(f"n is {n}, expected at least 1 latent.")
+    first, second = (load_sae(one) if isinstance(one, str) else one for one in (run, other))
+    if first.d_model != second.d_model:
+        names = (one if isinstance(one, str) else "the SAE" for one in (run, other))
+        widths = " and ".join(
+            f"{name} has {sae.d_model}" for name, sae in zip(names, (first, second), strict=True)
+        )
+        raise ConfigError(
+            f"The latents of SAEs of different widths cannot be compared: {widths}. Choose SAEs "
+            "that read the same activations."
+        )
+    return Matches(*_nearest(_normalised(first)[1], n, _normalised(second)[1]))
+
+
 def _normalised(sae: SparseAutoencoder) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of each decoder row, and the rows divided by it, float32 on the CPU."""
     rows = sae.W_dec.detach().float().cpu()
@@ -65,13 +109,18 @@ def _normalised(sae: SparseAutoencoder) -> tuple[torch.Tensor, torch.Tensor]:
     return norms, rows / norms.clamp_min(1e-30)[:, None]
 
 
-def _nearest(unit: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
-    k = min(n, len(unit) - 1)
+def _nearest(
+    unit: torch.Tensor, n: int, others: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest of other rows, or of the same ones without the row itself."""
+    among = unit if others is None else others
+    k = min(n, len(among) - (others is None))
     found, cosines = [], []
     for start in range(0, len(unit), _CHUNK):
-        similar = unit[start : start + _CHUNK] @ unit.T
-        own = torch.arange(len(similar))
-        similar[own, own + start] = -2.0
+        similar = unit[start : start + _CHUNK] @ among.T
+        if others is None:
+            own = torch.arange(len(similar))
+            similar[own, own + start] = -2.0
         best, which = largest(similar, k)
         found.append(which)
         cosines.append(best.clamp(-1.0, 1.0))

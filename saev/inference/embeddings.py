@@ -8,19 +8,24 @@ even steps.
 import concurrent.futures
 import math
 import typing as tp
+from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from saev.config.loaders import DataConfig
 from saev.inference.codes import TokenRows
 from saev.inference.source import TokenSource
+from saev.limits import EMBEDDED_IMAGES
 from saev.shards import Shards
 
-MAX_IMAGES = 1 << 16
+MAX_IMAGES = EMBEDDED_IMAGES
 _STEP_IMAGES = 16
 _READERS = 16
+_TABLE_NUMBERS = 1 << 16
+"""Numbers that are written at a time."""
 
 
 def sample(examples: np.ndarray) -> np.ndarray:
@@ -32,6 +37,25 @@ def config(shards: Shards) -> DataConfig:
     """The tokens from which embeddings are computed."""
     tokens: tp.Literal["special", "content"] = "special" if shards.metadata.cls_token else "content"
     return DataConfig(shards=shards.url, layer=shards.layers[-1], tokens=tokens)
+
+
+def rows(
+    example_idx: np.ndarray, vectors: np.ndarray, value: pa.DataType
+) -> Iterator[dict[str, tp.Any]]:
+    """Rows of `embeddings.parquet`, some at a time.
+
+    Args:
+        example_idx: the images, int64 [n].
+        vectors: of each, float32 [n, d_model].
+        value: type of the numbers in the table.
+    """
+    width = vectors.shape[1]
+    step = max(1, _TABLE_NUMBERS // width)
+    for start in range(0, len(vectors), step):
+        some = vectors[start : start + step].astype(value.to_pandas_dtype())
+        ptr = np.arange(len(some) + 1, dtype=np.int32) * width
+        column = pa.ListArray.from_arrays(ptr, pa.array(some.reshape(-1)))
+        yield {"example": example_idx[start : start + step], "embedding": column}
 
 
 class Embedder:
@@ -47,8 +71,9 @@ class Embedder:
         self.examples = examples
         self._shards = shards
         wanted = config(shards)
+        self._is_same_layer = data.layer == wanted.layer
         self.is_read_anyway = (
-            data.layer == wanted.layer and data.tokens == wanted.tokens and not data.ignore_labels
+            self._is_same_layer and data.tokens == wanted.tokens and not data.ignore_labels
         )
         """Whether the tokens that are read for the SAE are those of embeddings: then :meth:`add`
         takes them, and :meth:`read` is not needed."""
@@ -68,12 +93,17 @@ class Embedder:
             self._found.append(vectors.mean(axis=0, dtype=np.float64).astype(np.float32))
 
     def read(self, source: TokenSource) -> None:
-        """Read the tokens of the embeddings, if they are not read for the SAE."""
-        if not self._shards.metadata.cls_token:
+        """Read the tokens of the embeddings, which are not read for the SAE.
+
+        Raises:
+            CorruptDataError: a shard is damaged.
+        """
+        if not (self._shards.metadata.cls_token and self._is_same_layer):
             for _, chunk in source.chunks(self.examples, [_STEP_IMAGES]):
                 self.add(*chunk)
             return
-        # These are single vectors. A loader would read the content tokens, too.
+        # Single vectors have no checksums of their own. But those of the whole examples were
+        # compared when the SAE's tokens were read.
         with concurrent.futures.ThreadPoolExecutor(_READERS, "saev-embeddings") as pool:
             self._found += pool.map(self._class_token, self.examples.tolist())
 

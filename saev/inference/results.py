@@ -198,6 +198,10 @@ class Results:
         """One row for each image: `images.parquet`, or some of its columns."""
         return self.tables.read("images", columns)
 
+    def embeddings(self) -> "pa.Table":
+        """One vector for each image, which images are compared by: `embeddings.parquet`."""
+        return self.tables.read("embeddings")
+
     def classes(self, columns: tp.Sequence[str] | None = None) -> "pa.Table":
         """Pairs of a class and a latent: `classes.parquet`, or some of its columns."""
         return self.tables.read("classes", columns)

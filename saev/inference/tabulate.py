@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev import parquet, storage
-from saev.inference import blocks, decoder, files, npz, sides, sums
+from saev.inference import blocks, decoder, embeddings, files, npz, sides, sums
 from saev.inference.blocks import Block
 from saev.inference.coactivation import Coactivation
 from saev.inference.codes import Piece, StoredCodes
-from saev.inference.embeddings import sample
 from saev.inference.job import Pass
 from saev.inference.labels import ImageLabels
 from saev.inference.monosemanticity import Embedded
@@ -73,7 +72,7 @@ class _Tabulation:
         classes = Classes.of("image", labels.targets, labels.names, class_of, self._side)
         self._classes = Scores(classes, 0, self._d_sae)
         held_out = self._side == sides.HELD_OUT
-        self._embedded = {ALL: Embedded(sample(selected), stats.embeddings, n)}
+        self._embedded = {ALL: Embedded(embeddings.sample(selected), stats.embeddings, n)}
         if held_out.any():
             self._embedded[sides.HELD_OUT] = self._embedded[ALL].only(held_out)
         self._columns: dict[str, list[np.ndarray]] = {}
@@ -103,6 +102,7 @@ class _Tabulation:
             self._ranked.rows(self._side, self._value),
         )
         self._whole(schema.IMAGES, schema.images(), self._images())
+        self._write_embeddings()
         self._whole(schema.CLASSES, schema.classes(), self._class_rows())
         self._whole(schema.LATENTS, schema.latents(), self._latents())
         index = parquet.Index(self._tables, self._facts())
@@ -293,6 +293,14 @@ class _Tabulation:
             "mse": mse.astype(np.float32),
             "normalized_mse": _floats(mse / (spread / n) if spread > 0 else mse * np.nan),
         }
+
+    def _write_embeddings(self) -> None:
+        vectors, at = self._stats.embeddings, embeddings.sample(self._stats.images.example_idx)
+        value = schema.value_type(float(np.abs(vectors).max(initial=0.0)))
+        with self._open(schema.EMBEDDINGS, schema.embeddings(value)) as writer:
+            for rows in embeddings.rows(at, vectors, value):
+                writer.write(rows)
+            self._close(schema.EMBEDDINGS, writer)
 
     def _class_rows(self) -> dict[str, tp.Any]:
         found = [scores.rows() for scores in self._all_scores()]

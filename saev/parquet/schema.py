@@ -6,6 +6,7 @@ import typing as tp
 import pyarrow as pa
 
 LATENTS, EXAMPLES, IMAGES, CLASSES = "latents", "examples", "images", "classes"
+EMBEDDINGS = "embeddings"
 IMAGE_ACTS_BY_LATENT, IMAGE_ACTS_BY_IMAGE = "image_acts_by_latent", "image_acts_by_image"
 TOKEN_ACTS_BY_LATENT, TOKEN_ACTS_BY_IMAGE = "token_acts_by_latent", "token_acts_by_image"
 PICTURES, THUMBS = "pictures", "thumbs"
@@ -101,6 +102,11 @@ def images() -> pa.Schema:
         ("mse", _F32),
         ("normalized_mse", _F32),
     )
+
+
+def embeddings(value: pa.DataType) -> pa.Schema:
+    """Vectors of images."""
+    return _schema(("example", _I64), ("embedding", pa.list_(value)))
 
 
 def classes() -> pa.Schema:

@@ -9,6 +9,7 @@ from saev.config.size import SizeConfig
 from saev.config.train import TrainConfig, default_batch_size, default_n_train
 from saev.grouping import measured_together, measuring_bytes
 from saev.limits import (
+    EMBEDDED_IMAGES,
     GPU_CHUNK_BYTES,
     GROUP_BYTES,
     INDEX_BYTES_PER_TOKEN,
@@ -340,6 +341,7 @@ class Estimate:
             + n_entries * formats.EXAMPLE_BYTES
             + firing * formats.PATCH_BYTES
             + n_images * formats.IMAGE_BYTES
+            + min(n_images, EMBEDDED_IMAGES) * self.meta.d_model * formats.EMBEDDING_BYTES
             + (self.n_tokens(sae) * self.l0(sae) * formats.CODE_BYTES if cfg.save else 0)
             + formats.FOOTER_BYTES
         )

@@ -166,6 +166,8 @@ PATCH_BYTES = 5
 """A patch of it."""
 IMAGE_BYTES = 96
 """A row of images.parquet."""
+EMBEDDING_BYTES = 2
+"""A number of embeddings.parquet."""
 FOOTER_BYTES = 32_768
 """Footers and lists of all tables."""
 

@@ -10,16 +10,19 @@ import pyarrow as pa
 import pytest
 import s3_proxy
 import s3fs
-from inference.world import World, make_world
+import torch
+from inference.world import LAYER, LAYERS, World, make_world
 from sklearn.metrics import average_precision_score
 
 from saev import inference, limits, parquet, storage
-from saev.config import InferenceConfig
+from saev.config import DataConfig, InferenceConfig, Relu, SaeConfig
 from saev.errors import ConfigError, CorruptDataError, StorageError
-from saev.inference import embeddings, sums, tabulate
+from saev.inference import decoder, embeddings, sums, tabulate
 from saev.inference import part as part_module
 from saev.inference.results import Results
+from saev.nn import SparseAutoencoder
 from saev.parquet import writer as writer_module
+from saev.shards import Shards
 from saev.shards.protocol import in_validation
 
 N_CLASSES, FRACTION, FLOOR = 3, 0.4, 0.5
@@ -380,8 +383,6 @@ def test_latents_that_fire_everywhere_are_scaled_from_their_lowest_value() -> No
 def test_embeddings_without_a_class_token_are_means(tmp_path) -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4, 3, 8)).astype(np.float32)
-    import torch
-
     from saev.inference.codes import TokenRows
 
     class Metadata:
@@ -397,6 +398,55 @@ def test_embeddings_without_a_class_token_are_means(tmp_path) -> None:
     tokens = TokenRows(np.repeat([10, 11, 12, 13], 3), np.tile(np.arange(3), 4), np.full(12, -1))
     made.add(torch.from_numpy(x.reshape(12, 8)), tokens)
     np.testing.assert_allclose(made.result(), x[[1, 3]].mean(axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_are_stored(world, results) -> None:
+    table = results.embeddings()
+    assert table["example"].to_pylist() == list(range(N_EXAMPLES))
+    assert table.schema.field("embedding").type == pa.list_(pa.float16())
+    with Shards.open(world.shards) as shards:
+        of_shard = [
+            shards.read(i, LAYER, 0, info.n_examples)[:, 0] for i, info in enumerate(shards.infos)
+        ]
+    want = np.concatenate(of_shard).astype(np.float16)
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), np.float16), want)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_damaged_class_token_is_found(tmp_path, layer) -> None:
+    """It is read for the embedding, whichever layer the SAE reads."""
+    world = make_world(tmp_path)
+    with Shards.open(world.shards) as shards:
+        layout, name = shards.layouts[1], shards.infos[1].name
+        at = layout.offset(shards.layer_index(LAYERS[-1]), 2, 0)
+    place = tmp_path / "shards" / world.shards.rsplit("/", 1)[1] / name
+    damaged = bytearray(place.read_bytes())
+    damaged[at] ^= 1
+    place.write_bytes(damaged)
+    with pytest.raises(CorruptDataError, match=name):
+        inference.run(InferenceConfig(run=world.run, data=DataConfig(layer=layer), n_dists=0))
+
+
+def test_matches_of_another_sae(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(decoder, "_CHUNK", 7)
+    saes = [SparseAutoencoder(SaeConfig(d_model=16, d_sae=n, activation=Relu())) for n in (40, 24)]
+    for seed, sae in enumerate(saes):
+        sae.W_dec.data.normal_(generator=torch.Generator().manual_seed(seed))
+    first, second = (sae.W_dec.detach().numpy().astype(np.float64) for sae in saes)
+    unit = [rows / np.linalg.norm(rows, axis=1)[:, None] for rows in (first, second)]
+    cosines = unit[0] @ unit[1].T
+    saes[1].save(str(tmp_path / "other" / "checkpoint"))
+    found = decoder.matches(saes[0], str(tmp_path / "other" / "checkpoint"), n=3)
+    np.testing.assert_array_equal(found.latents, np.argsort(-cosines, axis=1)[:, :3])
+    np.testing.assert_allclose(found.cosines, -np.sort(-cosines, axis=1)[:, :3], atol=1e-6)
+    itself = decoder.matches(saes[0], saes[0], n=1)
+    np.testing.assert_array_equal(itself.latents[:, 0], np.arange(40))
+    assert decoder.matches(*saes, n=100).latents.shape == (40, 24)
+    narrow = SparseAutoencoder(SaeConfig(d_model=8, d_sae=24))
+    with pytest.raises(ConfigError, match=r"the SAE has 16 and the SAE has 8"):
+        decoder.matches(saes[0], narrow)
+    with pytest.raises(ConfigError, match="n is 0, expected at least 1"):
+        decoder.matches(*saes, n=0)
 
 
 def test_a_sample_of_many_images_is_embedded(monkeypatch) -> None:
