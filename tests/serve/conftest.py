@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from visuals.chain import write_photos
 
-from saev import inference, storage, train
+from saev import inference, storage, train, visuals
 from saev.config import (
     DataConfig,
     ImgSegFolder,
@@ -24,6 +24,7 @@ from saev.config import (
     ShardsConfig,
     TopK,
     TrainConfig,
+    VisualsConfig,
 )
 from saev.serve import access, app
 from saev.serve.cache import ByteCache
@@ -34,7 +35,7 @@ from saev.shards import extract
 
 
 def make_root(root: Path) -> str:
-    """Labelled images, an untrained ViT of 4 × 4 patches, SAEs of 48 latents."""
+    """Labelled images, an untrained ViT of 4 × 4 patches, SAEs of 48 latents. One has a report."""
     write_photos(str(root / "photos"), n=12)
     shards = extract.run(
         ShardsConfig(
@@ -51,6 +52,8 @@ def make_root(root: Path) -> str:
         (run,) = train.run(cfg)
         if k < 6:
             inference.run(InferenceConfig(run=run, data=DataConfig(shards=shards), device="cpu"))
+        if k == 4:
+            visuals.run(VisualsConfig(run=run, shards=shards))
     return storage.normalize(str(root))
 
 
@@ -62,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def measured(root: str) -> Measured:
     """The tables of an SAE, read as the server reads them."""
-    entry = next(entry for entry in Catalogue.of(root).entries() if entry.results)
+    entry = next(e for e in Catalogue.of(root).entries() if e.figures["top_k"] == 2)
     return Measured(entry, ByteCache(64 << 20))
 
 

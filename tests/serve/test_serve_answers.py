@@ -1,11 +1,13 @@
 """What the live explorer answers, compared with the results that it is about."""
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from PIL import Image
 from visuals.chain import HOSTILE_CLASS
 
 from saev import storage
@@ -14,6 +16,8 @@ from saev.explorer.columns import COLUMNS
 from saev.inference.results import Results
 from saev.serve.measured import Measured
 from saev.shards import Shards
+from saev.visuals.source import Source
+from saev.visuals.stored import Pictures
 
 from .conftest import Client
 
@@ -256,3 +260,24 @@ def test_pictures_are_kept_by_the_browser(client: Client, of_run: str) -> None:
     assert "max-age" in headers["Cache-Control"]
     again = client.ask(f"{of_run}/pictures/3/48", If_None_Match=headers["ETag"])
     assert (again[0], again[2]) == (304, b"")
+
+
+def test_pictures_are_those_of_the_report(client: Client) -> None:
+    sae = next(one for one in client.get("/api/root")["saes"] if one["top_k"] == 4)
+    stored = Pictures.open(f"{sae['inference']}/report")
+    example = int(stored.examples[0])
+    place = f"/api/runs/{sae['key']}/pictures/{example}"
+    assert client.ask(f"{place}/224")[2] == stored.get(example)
+    assert client.ask(f"{place}/48")[2] == stored.thumb(example)
+
+
+def test_pictures_without_a_report_are_made_of_the_originals(
+    client: Client, of_run: str, measured: Measured
+) -> None:
+    crop = Source(Shards.open(measured.entry.figures["shards"])).view(5).image
+    for size, side in ((48, 48), (224, 64)):  # never larger than what the model saw
+        found = Image.open(io.BytesIO(client.ask(f"{of_run}/pictures/5/{size}")[2]))
+        assert found.size == (side, side)
+        expected = np.asarray(crop.resize(found.size, Image.Resampling.LANCZOS), dtype=float)
+        off = np.abs(np.asarray(found.convert("RGB")) - expected)
+        assert off[:, -side // 4 :].mean() < 3  # the gradient, which tells images apart
