@@ -16,9 +16,10 @@ from saev.version import __version__
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if tp.TYPE_CHECKING:
+    from saev.explorer.frame import Frame
     from saev.nn import SparseAutoencoder
 
-__all__ = ["__version__", "load_sae", "register_family"]
+__all__ = ["__version__", "load_sae", "register_family", "show"]
 
 _PACKAGES = frozenset(
     (
@@ -43,6 +44,16 @@ def load_sae(url: str, device: str = "cpu", **options: tp.Any) -> "SparseAutoenc
     from saev import nn
 
     return nn.load_sae(url, device=device, **options)
+
+
+def show(run: str | list[str], **options: tp.Any) -> "Frame":
+    """Look at all latents of SAEs in a notebook, in a frame that needs no server.
+
+    See :func:`saev.explorer.frame.show`, which this forwards to.
+    """
+    from saev.explorer import frame
+
+    return frame.show(run, **options)
 
 
 def register_family(*args: tp.Any, **kwargs: tp.Any) -> tp.Any:

@@ -16,6 +16,7 @@ import numpy as np
 
 from saev import storage
 from saev.config import VisualsConfig
+from saev.config.images import ImageData
 from saev.config.pages import ReportConfig
 from saev.errors import ConfigError
 from saev.explorer import columns
@@ -117,16 +118,50 @@ def write(cfg: ReportConfig, progress: Progress | None = None) -> str:
         StorageError: something is missing, or the file cannot be written.
     """
     progress = progress or Progress(quiet=True)
-    images = Images()
-    try:
-        saes = [_open(cfg, storage.normalize(run), images) for run in cfg.run]
-        text = render(saes, cfg.max_mb, progress)
-    finally:
-        images.close()
+    made = text(
+        cfg.run, shards=cfg.shards, data=cfg.data, allow_other_model=cfg.allow_other_model,
+        max_mb=cfg.max_mb, progress=progress,
+    )  # fmt: skip
     url = storage.normalize(cfg.out)
     progress.publish_point()
-    storage.write_text(url, text)
+    storage.write_text(url, made)
     return url
+
+
+def text(
+    runs: Sequence[str],
+    *,
+    shards: str = "",
+    data: ImageData | None = None,
+    allow_other_model: bool = False,
+    max_mb: float = 15.0,
+    progress: Progress | None = None,
+) -> str:
+    """The text of the file of some SAEs.
+
+    Args:
+        runs: URLs of run folders that were measured.
+        shards: URL of the shards folder that inference ran on; "" for that of training.
+        data: the images, if they have moved.
+        allow_other_model: show SAEs also on activations of another model than that of training.
+        max_mb: most megabytes.
+        progress: where to tell how far it is.
+
+    Raises:
+        SaevError: as :func:`write`.
+    """
+    images = Images()
+    try:
+        saes = []
+        for run in map(storage.normalize, runs):
+            of_run = VisualsConfig(
+                run=run, shards=shards or _shards_of(run), data=data,
+                allow_other_model=allow_other_model,
+            )  # fmt: skip
+            saes.append(_open(of_run, images))
+        return render(saes, max_mb, progress)
+    finally:
+        images.close()
 
 
 def render(
@@ -157,15 +192,11 @@ def render(
     return text
 
 
-def _open(cfg: ReportConfig, run: str, images: Images) -> Sae:
-    of_run = VisualsConfig(
-        run=run, shards=cfg.shards or _shards_of(run), data=cfg.data,
-        allow_other_model=cfg.allow_other_model,
-    )  # fmt: skip
-    opened = Opened(of_run, images)
+def _open(cfg: VisualsConfig, images: Images) -> Sae:
+    opened = Opened(cfg, images)
     source = opened.source
     return Sae(
-        run, opened.results, opened.shards, album.Originals(source), source.class_names,
+        cfg.run, opened.results, opened.shards, album.Originals(source), source.class_names,
         opened.other_model,
     )  # fmt: skip
 

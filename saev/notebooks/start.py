@@ -1,13 +1,21 @@
-"""From a folder of pictures to latents, in ten lines. Run it, or step through its cells.
+"""From a folder of pictures to latents, in ten lines. Two more show all of them in a notebook.
 
-Editors that know `# %%` (VS Code, PyCharm, Spyder; Jupyter with jupytext) show the cells.
+Run it, or step through its cells: editors that know `# %%` (VS Code, PyCharm, Spyder; Jupyter with
+jupytext) show them.
 """
 
 # %% Record what a DINOv2 says of the pictures. Its weights come from the model hub.
 from pathlib import Path
 
 import saev
-from saev.config import ImgFolder, LoaderConfig, SaeConfig, ShardsConfig, TrainConfig
+from saev.config import (
+    ImgFolder,
+    InferenceConfig,
+    LoaderConfig,
+    SaeConfig,
+    ShardsConfig,
+    TrainConfig,
+)
 from saev.shards import Shards, extract
 
 pictures = ImgFolder(root=str(Path.home() / "pictures"))
@@ -26,3 +34,7 @@ acts = shards.read(shard=0, layer=None, start=0, stop=1)[0, 1:]
 latents = sae.encode(acts.float()).acts
 print(sae, latents.shape)  # [patches, latents]
 print("strongest on this picture:", latents.amax(0).topk(5).indices.tolist())
+
+# %% Measure it on all pictures, and look at all latents in a frame below this cell.
+saev.inference.run(InferenceConfig(run=run))
+saev.show(run)
