@@ -26,6 +26,10 @@ N_CLASSES = 5
 N_FOUND = 8
 N_NEIGHBOURS = 6
 NONE = -1
+MAX_RATES = 1 << 21
+"""Most pairs of a class and a latent whose rates the page has, to compare classes."""
+MAX_ACTS = 1 << 26
+"""Most rows of `image_acts_by_latent.parquet` that are counted for it."""
 N_SPREAD = 8
 """Images of a latent beside the strongest ones, from the middle and the low range of its values."""
 TOP, SPREAD = 0, 1
@@ -211,6 +215,26 @@ class Measured:
             for name in (f"ap{ending}", "ap", f"rate_inside{ending}", f"rate_outside{ending}")
         ]
         return Findings(latent[order], self._numbers(idx[order]), *figures)
+
+    def rates(self) -> np.ndarray | None:
+        """Share of the images of each class on which each latent fires with at least `image_floor`
+        of its largest value, float64 [classes of images, d_sae]; None without such classes, or if
+        there are too many to count them for a page."""
+        n = sum(one.kind == "image" for one in self.classes)
+        entry = self.results.tables.table("image_acts_by_latent")
+        if not n or n * self.d_sae > MAX_RATES or entry.n_rows > MAX_ACTS:
+            return None
+        table = self.results.images(["example", "class_idx"])
+        class_idx = columns.floats(table["class_idx"])
+        known = np.where(np.isnan(class_idx), NONE, class_idx).astype(np.int64)
+        example = table["example"].to_numpy()
+        class_of = np.full(int(example.max(initial=-1)) + 1, NONE)
+        class_of[example] = np.where(known < 0, NONE, self._numbers(known))
+        acts = self.results.tables.read("image_acts_by_latent", ["latent", "example"])
+        of_class = class_of[acts["example"].to_numpy()]
+        cell = of_class * self.d_sae + acts["latent"].to_numpy()
+        hits = np.bincount(cell[of_class >= 0], minlength=n * self.d_sae).reshape(n, self.d_sae)
+        return hits / np.array([one.support for one in self.classes[:n]])[:, None]
 
     # --- Images --------------------------------------------------------------------------------
 

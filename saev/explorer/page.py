@@ -19,7 +19,7 @@ from saev.config import VisualsConfig
 from saev.config.images import ImageData
 from saev.config.pages import ReportConfig
 from saev.errors import ConfigError
-from saev.explorer import columns
+from saev.explorer import columns, matches, summary
 from saev.explorer import pictures as album
 from saev.explorer.data import NONE, Kind, Measured
 from saev.explorer.pictures import Album
@@ -182,7 +182,8 @@ def render(
     """
     progress = progress or Progress(quiet=True)
     room = (max_mb * 1e6 - len(_frame([]).encode())) / len(saes)
-    parts = [_part(sae, room, progress) for sae in saes]
+    found = _matches(saes)
+    parts = [_part(sae, room, progress, found.get(i, {})) for i, sae in enumerate(saes)]
     text = _frame(parts)
     if strict and len(text.encode()) > max_mb * 1e6:
         raise ConfigError(
@@ -201,10 +202,24 @@ def _open(cfg: VisualsConfig, images: Images) -> Sae:
     )  # fmt: skip
 
 
-def _part(sae: Sae, room: float, progress: Progress) -> Part:
+def _matches(saes: Sequence[Sae]) -> dict[int, dict[str, Block]]:
+    """The same latents in the other SAEs of the file that were measured on the same activations."""
+    blocks: dict[int, dict[str, Block]] = {}
+    spaces = [(sae.shards.metadata.hash, sae.results.metrics.get("layer")) for sae in saes]
+    found = matches.find([sae.run for sae in saes]) if len(set(spaces)) < len(saes) else {}
+    for (one, other), match in found.items():
+        if spaces[one] == spaces[other]:
+            mine = blocks.setdefault(one, {})
+            mine[f"match{other}"] = Block.of(match.latents, "u4")
+            mine[f"match{other}Cosine"] = Block.scaled(match.cosines)
+    return blocks
+
+
+def _part(sae: Sae, room: float, progress: Progress, found: tp.Mapping[str, Block]) -> Part:
     measured = Measured(sae.results, sae.shards, sae.class_names)
     with progress.doing("reading results"):
         part = numbers(sae, measured)
+    part = Part(part.facts, {**part.blocks, **found})
     taken = album.collect(measured, sae.pictures, room - part.n_bytes, progress, sae.chosen)
     return with_pictures(part, measured, taken)
 
@@ -231,6 +246,8 @@ def numbers(sae: Sae, measured: Measured) -> Part:
         "warnings": [redact(text) for text in sae.other_model],
         "activations": redact(activations.described),
         "results": redact(sae.results.url),
+        "dataset": storage.name(redact(sae.shards.metadata.dataset).rstrip("/")),
+        "summary": summary.of(sae.run, sae.results),
         "nLatents": measured.d_sae,
         "nTokens": measured.n_measured("n_tokens"),
         "nImages": measured.n_measured("n_images"),
@@ -297,6 +314,8 @@ def _lists(measured: Measured) -> dict[str, Block]:
         "findingInside": Block.of(findings.inside, "f4"),
         "findingOutside": Block.of(findings.outside, "f4"),
     }
+    if (rates := measured.rates()) is not None:
+        blocks["rates"] = Block.of(np.round(rates * (_U2 - 1)), "u2", 1 / (_U2 - 1))
     for kind in tp.get_args(Kind):
         which, cosines = measured.nearest(kind)
         if which.size:

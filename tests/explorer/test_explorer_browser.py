@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import typing as tp
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def page(tab: chromium.Page, file: Path) -> Iterator[chromium.Page]:
     tab.wait(f"{ROWS}.length > 0")
     yield tab
     assert tab.problems() == []
-    assert {url.partition("#")[0] for url in tab.requested()} <= {file.as_uri(), "about:blank"}
+    pages = {url.partition("#")[0] for url in tab.requested()}
+    assert all(
+        url.startswith(("file:", "about:")) and url.endswith((".html", "blank")) for url in pages
+    )
 
 
 def type_into(page: tp.Any, selector: str, text: str, kind: str = "input") -> None:
@@ -252,6 +256,150 @@ def test_nothing_overflows(page: chromium.Page, file: Path, width: int, dark: bo
         assert page.js("document.documentElement.scrollWidth <= innerWidth"), address
     background = page.js("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(20, 23, 27)" if dark else "rgb(251, 251, 250)")
+
+
+def test_map_of_directions_filters_by_place(
+    page: chromium.Page, table: dict[str, np.ndarray], file: Path
+) -> None:
+    page.open(f"{file.as_uri()}#/0?map=directions&by=mean")
+    page.wait(f"{ROWS}.length > 0 && document.querySelector('.map .scale') !== null")
+    box = page.js(
+        "(() => { const r = document.querySelector('.plot .over').getBoundingClientRect();"
+        "return [r.x, r.y, r.width, r.height]; })()"
+    )
+    page.drag((box[0] + box[2] / 2, box[1] + 2), (box[0] + box[2] - 1, box[1] + box[3] - 2))
+    page.wait("document.getElementById('count').textContent.includes(' of ')")
+    low = float(page.js("location.hash").partition("x=")[2].partition("..")[0])
+    right = {int(i) for i in np.flatnonzero(table["x"] >= low)}
+    listed = page.js("+document.querySelector('.list').getAttribute('aria-rowcount') - 1")
+    assert 0 < listed <= len(right) < len(table["x"])
+    assert set(page.js(LISTED)) <= right
+
+
+def test_map_by_keyboard(page: chromium.Page) -> None:
+    first, second = page.js(LISTED)[:2]
+    page.js("document.querySelector('.plot .over').focus()")
+    page.key("ArrowRight")
+    page.wait(f"document.querySelector('.tip b')?.textContent === '{first}'")
+    page.key("ArrowRight")
+    page.wait(f"document.querySelector('.tip b')?.textContent === '{second}'")
+    page.key("Enter")
+    page.wait(f"{OPEN} === '{second}'")
+
+
+def test_notes_are_kept_found_and_imported(page: chromium.Page, file: Path) -> None:
+    address = f"{file.as_uri()}#/0/latent/3"
+    page.open(address)
+    page.wait("document.getElementById('note') !== null")
+    type_into(page, "#note", "straight edges")
+    type_into(page, "#tags", "Línes, edges")
+    page.wait("(localStorage.getItem('saev-notes') ?? '').includes('Línes')")
+    page.reload()
+    page.wait("document.getElementById('note')?.value === 'straight edges'")
+    assert page.js("[...document.querySelectorAll('.chip.tag')].map(t => t.textContent)") == [
+        "Línes", "edges",
+    ]  # fmt: skip
+    page.key("Escape")
+    page.wait("document.getElementById('search') !== null")
+    type_into(page, "#search", "lines")
+    page.wait(f"{LISTED}.join() === '3'")
+    notes = json.loads(page.js("localStorage.getItem('saev-notes')"))
+    (results,) = notes
+    notes = {results: {"4": {"text": "imported", "tags": ["new", 7]}, "x": 1}, "other": 5}
+    page.js(
+        f"location.hash = '#/0/latent/4'; (async () => {{ const t = new DataTransfer();"
+        f"t.items.add(new File([{json.dumps(json.dumps(notes))}], 'n.json'));"
+        "while (!document.getElementById('import')) await new Promise(requestAnimationFrame);"
+        "const e = document.getElementById('import'); e.files = t.files;"
+        "e.dispatchEvent(new Event('change', {bubbles: true})); })()"
+    )
+    page.wait("document.getElementById('note')?.value === 'imported'")
+    stored = json.loads(page.js("localStorage.getItem('saev-notes')"))[results]
+    assert stored["4"] == {"text": "imported", "tags": ["new"]}
+    assert stored["3"]["text"] == "straight edges"
+    page.js("localStorage.clear()")
+
+
+def test_images_are_ranked(page: chromium.Page, results: Results, file: Path) -> None:
+    latent = 1
+    top = results.top(latent)
+    acts, names = top.token_acts[:8], top.example_idx[:8]
+    page.open(f"{file.as_uri()}#/0/latent/{latent}")
+    page.wait(f"{DRAWN}.length > 4")
+    canvases = "[...document.querySelector('.pictures').querySelectorAll('canvas')]"
+    shown = f"{canvases}.map(c => +c.dataset.drawn)"
+    for how, key in (("mean", acts.mean(axis=1)), ("area", (acts > 0).sum(axis=1))):
+        type_into(page, "#ranking", how, "change")
+        right = [int(i) for i in names[np.lexsort((np.arange(len(key)), -key))]]
+        page.wait(f"{shown}.join() === '{','.join(map(str, right))}'")
+
+
+def test_figure_has_title_scale_and_caption(page: chromium.Page, file: Path) -> None:
+    page.open(f"{file.as_uri()}#/0/latent/1")
+    page.wait(f"{DRAWN}.length > 4")
+    page.js(
+        "window.made = []; URL.createObjectURL = b => (window.made.push(b), 'blob:none');"
+        "HTMLAnchorElement.prototype.click = function () { window.made.push(this.download); }"
+    )
+    page.js("document.getElementById('figure').click()")
+    page.wait("document.querySelector('dialog[open] #png:enabled') !== null")
+    type_into(page, "dialog textarea", "A caption of <b>mine</b> & yours")
+    page.wait("document.querySelector('dialog canvas').height > 500")
+    page.js("document.getElementById('png').click()")
+    page.wait("window.made.length === 2")
+    kind, name = page.js("[window.made[0].type, window.made[1]]")
+    assert (kind, name) == ("image/png", "latent-1.png")
+    page.js("document.getElementById('svg').click()")
+    page.wait("window.made.length === 4")
+    root = ElementTree.fromstring(page.js("window.made[2].text()"))
+    texts = " ".join(e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "A caption of <b>mine</b> & yours" in texts
+    assert texts.startswith("Latent 1")
+    assert "value of the latent" in texts
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}image"))) == 8
+    page.key("Escape")
+    page.wait("document.querySelector('dialog') === null")
+    assert page.js(OPEN) == "1", "Esc closes the dialog only"
+
+
+def test_compare_two_classes(
+    page: chromium.Page, results: Results, chain: Chain, file: Path
+) -> None:
+    measured = Measured(results, Shards.open(chain.shards), {})
+    rates = measured.rates()
+    assert rates is not None
+    page.open(f"{file.as_uri()}#/0/compare?a=class:1&b=class:0")
+    page.wait("document.querySelectorAll('.sides tbody tr').length > 1")
+    rows = page.js(
+        "[...document.querySelectorAll('.sides section:first-child tbody tr')].map(r => "
+        "[+r.querySelector('a').textContent, "
+        "...[...r.querySelectorAll('.n')].map(c => c.textContent)])"
+    )
+    gains = rates[1] - rates[0]
+    shown = [gains[latent] for latent, *_ in rows]
+    assert shown == pytest.approx(sorted(gains[gains > 0], reverse=True)[:12])
+    for latent, first, second in rows:
+        for text, rate in ((first, rates[1][latent]), (second, rates[0][latent])):
+            assert float(text.rstrip("%")) == pytest.approx(100 * rate, abs=0.06)
+    page.click("#swap")
+    page.wait("location.hash.includes('a=class%3A0&b=class%3A1')")
+
+
+def test_all_saes_of_a_file(page: chromium.Page, file_of_two: Path) -> None:
+    page.open(file_of_two.as_uri())
+    page.wait("document.querySelectorAll('.saes tbody tr').length === 2")
+    heads = page.js("[...document.querySelectorAll('.saes th button')].map(h => h.textContent)")
+    assert {"NMSE", "L0", "sae.d_sae"} <= set(heads), "what differs in the configs"
+    type_into(page, "#axis-x", "n_dead", "change")
+    page.wait("location.hash.includes('x=n_dead')")
+    page.js("document.querySelectorAll('.saes tbody a')[1].click()")
+    page.wait(f"{ROWS}.length > 0")
+    page.js("location.hash += '/latent/2'")
+    page.wait("document.querySelector('.near .of') !== null")
+    page.js("document.querySelector('.near .of').closest('a').click()")
+    page.wait("!location.hash.startsWith('#/1/') && document.querySelector('main.one') !== null")
+    page.js("history.back()")
+    page.wait(f"{OPEN} === '2'")
 
 
 def test_in_a_frame_without_rights(tab: chromium.Page, file: Path, tmp_path: Path) -> None:

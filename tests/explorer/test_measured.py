@@ -1,11 +1,15 @@
 """What the explorer says of latents, against slow computations from the codes."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors.numpy
 import sklearn.metrics
 from visuals.chain import D_SAE, DEAD, Chain
 
-from saev.explorer import columns, data
+from saev import storage
+from saev.explorer import columns, data, matches, summary
 from saev.explorer.data import SIDES, SPREAD, TOP, Measured
 from saev.inference import shown
 from saev.inference.results import Results
@@ -181,3 +185,42 @@ def test_neighbours_are_those_of_the_table(measured: Measured) -> None:
             assert which[latent][:n].tolist() == table[name][latent][:n]
             assert cosines[latent][:n] == pytest.approx(table[f"{kind}_cosines"][latent][:n])
             assert (which[latent][n:] == data.NONE).all()
+
+
+def test_rates_of_classes(measured: Measured, dense: np.ndarray, labels: np.ndarray) -> None:
+    peaks = dense.max(axis=1)
+    fires = (peaks > 0) & (peaks >= 0.05 * peaks.max(axis=0))  # docs/formats.md: image_floor
+    rates = measured.rates()
+    assert rates is not None
+    images = [one for one in measured.classes if one.kind == "image"]
+    assert len(rates) == len(images) == 2
+    for rate, one in zip(rates, images, strict=True):
+        np.testing.assert_allclose(rate, fires[labels == one.name].mean(axis=0))
+
+
+def test_matches_are_the_closest_decoder_rows(trained: list[str]) -> None:
+    weights = [
+        safetensors.numpy.load_file(f"{run}/checkpoint/sae.safetensors")["W_dec"] for run in trained
+    ]
+    unit = [w / np.linalg.norm(w, axis=1, keepdims=True) for w in weights]
+    found = matches.find(trained)
+    assert set(found) == {(0, 1), (1, 0)}
+    for (one, two), match in found.items():
+        cosines = unit[one] @ unit[two].T
+        assert match.latents.tolist() == cosines.argmax(axis=1).tolist()
+        np.testing.assert_allclose(match.cosines, cosines.max(axis=1), atol=1e-6)
+
+
+def test_summary_has_figures_config_and_curves(chain: Chain, trained: list[str]) -> None:
+    found = summary.of(
+        trained[1], Results.find(trained[1], Shards.open(chain.shards).metadata.hash)
+    )
+    published = storage.read_sealed(f"{trained[1]}/run.json", remedy="").record["metrics"]
+    assert found["figures"]["nmse"] == published["normalized_mse"]
+    assert found["figures"]["l0"] == published["l0"] != 0
+    assert found["config"]["sae.d_sae"] == "48"
+    lines = storage.read_text(f"{trained[1]}/metrics.jsonl").splitlines()
+    logged = {row["step"]: row.get("train/normalized_mse") for row in map(json.loads, lines)}
+    steps, values = found["curves"]["train/normalized_mse"]
+    assert len(steps) > 2
+    assert values == pytest.approx([logged[step] for step in steps], rel=1e-3)

@@ -4,7 +4,9 @@ import { follow, toHash, type Address, type Router } from "./address";
 import { listed, readFilter } from "./filter";
 import { count, percent, whole } from "./format";
 import { usePromise } from "./hooks";
+import { useNotes, type NoteBook } from "./notes";
 import { PAGES, type PageProps } from "./pages";
+import { Root } from "./root";
 import type { Run, Source, Summary } from "./source";
 
 interface Props {
@@ -44,20 +46,22 @@ class Guard extends Component<{ at: string; children: ComponentChildren }, { err
 
 function Chosen({ source, router, address }: Props & { address: Address }) {
   const runs = usePromise(() => source.runs(), [source]);
-  const id = address.run ?? runs?.[0]?.id ?? null;
+  const only = runs?.length === 1 ? runs[0].id : null;
+  const id = address.run ?? only;
   const run = usePromise(() => (id === null ? null : source.open(id)), [id]);
+  if (runs && id === null) return <Root source={source} runs={runs} router={router} address={address} />;
   if (!runs || !run || run.id !== id) return <p class="loading">Reading the latents …</p>;
   return <OfRun key={id} source={source} runs={runs} run={run} router={router} address={address} />;
 }
 
 /** What the text search finds, and so which latents are listed. */
-function useShown(run: Run, words: Address["words"]) {
+function useShown(run: Run, words: Address["words"], notes: NoteBook) {
   const filter = useMemo(() => readFilter(words), [JSON.stringify(words)]);
   const query = filter.query.trim();
   const found = usePromise(() => (query ? run.search(query) : null), [run, query]);
   const shown = useMemo(
-    () => listed(run, filter, query ? found : null),
-    [run, filter.sort, filter.class, JSON.stringify(filter.ranges), query !== "", found],
+    () => listed(run, filter, query && found ? new Set([...found, ...notes.find(query)]) : null),
+    [run, filter.sort, filter.class, JSON.stringify(filter.ranges), query !== "", found, notes.here],
   );
   return { filter, shown };
 }
@@ -69,7 +73,8 @@ interface OfRunProps extends Props {
 }
 
 function OfRun({ source, runs, run, router, address }: OfRunProps) {
-  const { filter, shown } = useShown(run, address.words);
+  const notes = useNotes(source, run);
+  const { filter, shown } = useShown(run, address.words, notes);
   const scrolled = useRef(0);
   const page = PAGES.find((one) => one.path === address.page) ?? PAGES[0];
   const isList = page === PAGES[0];
@@ -109,7 +114,8 @@ function OfRun({ source, runs, run, router, address }: OfRunProps) {
         if (event.key === "Escape") target.blur();
         return;
       }
-      const onSlider = target.matches("input[type=range]");
+      if (document.querySelector("dialog[open]")) return; // Esc closes it, and nothing else
+      const onSlider = target.matches("input[type=range], [role=application]");
       const action =
         event.key === "/" ? () => document.getElementById("search")?.focus()
         : event.key === "r" && shown.length ? random
@@ -127,7 +133,7 @@ function OfRun({ source, runs, run, router, address }: OfRunProps) {
   });
 
   const props: PageProps = {
-    source, run, address, router, filter, shown, narrow, open, step,
+    source, run, address, router, filter, shown, notes, narrow, open, step,
     href: (latent) => toHash({ ...address, ...to(latent) }),
   };
   return (
@@ -164,8 +170,11 @@ function Header({ source, run, runs, router, address, small }: PageProps & { run
           </label>
         )}
       </div>
-      {pages.length > 1 && (
+      {(pages.length > 1 || runs.length > 1) && (
         <nav class="pages" aria-label="Pages">
+          {runs.length > 1 && (
+            <a href="#/" onClick={(event) => follow(event, () => router.go({ run: null, page: "", item: "", words: {} }))}>All SAEs</a>
+          )}
           {pages.map(({ path, name }) => {
             const to = { ...address, run: run.id, page: path, item: "" };
             return (

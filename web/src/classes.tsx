@@ -65,9 +65,9 @@ export function Classes({ run, filter, narrow, href, open }: PageProps) {
               </tbody>
             </table>
           </div>
+          <p class="hint">A class lists the latents of which it is the best class. The latents that find it are those with the highest average precision.</p>
         </details>
       ))}
-      <p class="hint">A class lists the latents of which it is the best class. The latents that find it are those with the highest average precision.</p>
     </section>
   );
 }

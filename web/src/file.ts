@@ -1,9 +1,14 @@
 // The source that is this file itself: facts as JSON, numbers as compressed blocks, pictures.
 // saev/explorer/page.py writes it.
+import { BrowserNotes } from "./notes";
 import { TextSearch } from "./search";
-import type { Detail, Example, Facts, Finding, Near, Numbers, Run, Source, Summary } from "./source";
+import type {
+  Comparison, Detail, Difference, Example, Facts, Finding, Group, Match, Near, Numbers, Run, Source, Summary,
+} from "./source";
 
 interface FileFacts extends Facts {
+  summary: Omit<Summary, "id" | "dataset" | "isMeasured">;
+  dataset: string;
   /** Of the pictures: name and class of each image. */
   files: string[];
   labelNames: string[];
@@ -62,7 +67,11 @@ class FileRun implements Run {
   private pictureText: string | null = null;
   private searched: { text: TextSearch; latents: number[][] } | null = null;
 
-  constructor(readonly facts: FileFacts, private readonly number: number, private readonly blocks: Map<string, Numbers>) {
+  constructor(
+    readonly facts: FileFacts, private readonly number: number, private readonly blocks: Map<string, Numbers>,
+    /** Of all SAEs in the file. */
+    private readonly titles: string[],
+  ) {
     this.id = String(number);
     this.order = this.block("order");
     this.exampleStarts = starts(this.block("examples"));
@@ -135,7 +144,7 @@ class FileRun implements Run {
       classes: this.findingsOf(latent),
       neighbours: this.near("neighbour", latent),
       coactive: this.near("coactive", latent),
-      matches: [],
+      matches: this.matchesOf(latent),
     };
   }
 
@@ -178,6 +187,16 @@ class FileRun implements Run {
     return found;
   }
 
+  private matchesOf(latent: number): Match[] {
+    const found: Match[] = [];
+    this.titles.forEach((title, other) => {
+      if (!this.has(`match${other}`)) return;
+      const cosine = this.block(`match${other}Cosine`)[latent];
+      if (!Number.isNaN(cosine)) found.push({ run: String(other), title, latent: this.block(`match${other}`)[latent], cosine });
+    });
+    return found;
+  }
+
   /** Pictures begin at multiples of three bytes, so of four letters. */
   async picture(example: number): Promise<Blob | null> {
     const image = this.pictures.get(example);
@@ -207,6 +226,34 @@ class FileRun implements Run {
     return found;
   }
 
+  get groups(): Group["kind"][] {
+    return this.has("rates") ? ["class", "rest"] : [];
+  }
+
+  async compare(a: Group, b: Group): Promise<Comparison> {
+    const [first, second] = [this.rates(a, b), this.rates(b, a)];
+    const rows = first.rates.reduce<Difference[]>((all, rate, latent) => {
+      if (rate || second.rates[latent]) all.push({ latent, a: rate, b: second.rates[latent] });
+      return all;
+    }, []);
+    rows.sort((x, y) => y.a - y.b - (x.a - x.b) || x.latent - y.latent);
+    return { n: [first.n, second.n], rows };
+  }
+
+  /** On which share of a group's images each latent fires. The file has the shares of classes. */
+  private rates(group: Group, other: Group): { n: number; rates: number[] } {
+    const { classes, nLatents } = this.facts;
+    const all = this.block("rates");
+    const row = (one: number) => all.subarray(one * nLatents, (one + 1) * nLatents);
+    if (group.kind === "class") return { n: classes[group.class].support, rates: Array.from(row(group.class)) };
+    if (group.kind !== "rest" || other.kind !== "class") throw new Error("This file compares classes of images only.");
+    const rest = classes.map((_, i) => i).filter((i) => classes[i].kind === "image" && i !== other.class);
+    const n = rest.reduce((sum, i) => sum + classes[i].support, 0);
+    const rates = new Array<number>(nLatents).fill(0);
+    for (const i of rest) row(i).forEach((rate, latent) => (rates[latent] += (rate * classes[i].support) / n));
+    return { n, rates };
+  }
+
   /** All texts that can be found, and the latents that each one stands for. */
   private texts() {
     const { facts } = this;
@@ -231,6 +278,7 @@ class FileRun implements Run {
 
 export class FileSource implements Source {
   readonly kind = "file";
+  readonly notes = new BrowserNotes();
   private readonly facts = JSON.parse(textOf("runs")) as FileFacts[];
   private readonly opened = new Map<string, Promise<Run>>();
 
@@ -239,8 +287,8 @@ export class FileSource implements Source {
   }
 
   async runs(): Promise<Summary[]> {
-    return this.facts.map(({ title, subtitle }, i) => ({
-      id: String(i), title, dataset: subtitle, figures: {}, config: {}, curves: {}, isMeasured: true,
+    return this.facts.map(({ dataset, summary }, i) => ({
+      id: String(i), dataset, isMeasured: true, ...summary,
     }));
   }
 
@@ -256,6 +304,7 @@ export class FileSource implements Source {
   private async read(id: string): Promise<Run> {
     const facts = this.facts[Number(id)];
     if (!facts) throw new Error(`There is no SAE ${id} in this file. It has ${this.facts.length}.`);
-    return new FileRun(facts, Number(id), await readBlocks(Number(id), facts.kinds));
+    const titles = this.facts.map(({ summary }) => summary.title);
+    return new FileRun(facts, Number(id), await readBlocks(Number(id), facts.kinds), titles);
   }
 }

@@ -17,3 +17,20 @@ export function usePromise<T>(make: () => Promise<T> | null, needs: unknown[]): 
   if (state.error) throw state.error;
   return state.value;
 }
+
+/** Size of an element in CSS pixels; drawn anew, too, when the colour scheme changes. */
+export function useSize(element: { current: HTMLElement | null }): [width: number, height: number] {
+  const [size, setSize] = useState<[number, number]>([0, 0]);
+  useEffect(() => {
+    const look = () => element.current && setSize([element.current.clientWidth, element.current.clientHeight]);
+    const observer = new ResizeObserver(look);
+    observer.observe(element.current!);
+    const scheme = matchMedia("(prefers-color-scheme: dark)");
+    scheme.addEventListener("change", look); // a new array, so what uses it is drawn again
+    return () => {
+      observer.disconnect();
+      scheme.removeEventListener("change", look);
+    };
+  }, []);
+  return size;
+}

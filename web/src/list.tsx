@@ -2,6 +2,7 @@ import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/ho
 import { figure } from "./format";
 import { usePromise } from "./hooks";
 import type { PageProps } from "./pages";
+import { highest } from "./panels";
 import { Picture } from "./picture";
 import type { Column, Run } from "./source";
 import { shownColumns } from "./toolbar";
@@ -14,7 +15,7 @@ const THUMBS = 4;
 const [COLUMN, WIDE, NARROW] = [86, 350, 190];
 
 /** Only rows near the window are in the document. */
-export function List({ run, shown, filter, address, narrow, open, href }: PageProps) {
+export function List({ run, shown, filter, address, notes, narrow, open, href }: PageProps) {
   const body = useRef<HTMLDivElement>(null);
   const [range, setRange] = useState<[number, number]>([0, 20]);
   const [focused, setFocused] = useState<number | null>(null);
@@ -82,7 +83,7 @@ export function List({ run, shown, filter, address, narrow, open, href }: PagePr
   const rows = [];
   for (let place = range[0]; place < Math.min(range[1], shown.length); place++)
     rows.push(
-      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={columns} bare={isFast} href={href(shown[place])} open={open} onFocus={setFocused} />,
+      <Row key={shown[place]} run={run} latent={shown[place]} place={place} columns={columns} bare={isFast} tags={notes.here[shown[place]]?.tags} href={href(shown[place])} open={open} onFocus={setFocused} />,
     );
   const sorts = (name: string) =>
     filter.sort === name ? "ascending" : filter.sort === `-${name}` ? "descending" : undefined;
@@ -117,13 +118,15 @@ interface RowProps {
   columns: Column[];
   /** Without pictures. */
   bare: boolean;
+  tags: string[] | undefined;
   href: string;
   open: (latent: number) => void;
   onFocus: (place: number) => void;
 }
 
-function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProps) {
-  const high = (run.has("max_all") ? run.values("max_all") : run.values("max"))[latent];
+function Row({ run, latent, place, columns, bare, tags, href, open, onFocus }: RowProps) {
+  const high = highest(run, latent);
+  const name = run.nameOf(latent);
   return (
     <div
       role="row"
@@ -144,7 +147,10 @@ function Row({ run, latent, place, columns, bare, href, open, onFocus }: RowProp
           {latent}
           {run.has("chosen") && run.values("chosen")[latent] > 0 && <abbr title="chosen"> ★</abbr>}
         </a>
-        <span>{run.values("tokens")[latent] === 0 ? "never fires" : run.nameOf(latent)}</span>
+        <span title={name}>
+          {tags?.map((tag) => <em key={tag}>{tag}</em>)}
+          {run.values("tokens")[latent] === 0 ? "never fires" : name}
+        </span>
       </div>
       {columns.map(({ key, name, unit, all }) => (
         <div key={key} role="cell" class="n" data-column={key} data-name={name}>

@@ -1,5 +1,8 @@
 // The source that is a server, `saev serve`. docs/explorer.md lists its addresses.
-import type { ClassFacts, Column, Detail, Example, Facts, Finding, Numbers, Run, Source, Summary } from "./source";
+import { BrowserNotes, checked } from "./notes";
+import type {
+  ClassFacts, Column, Comparison, Detail, Example, Facts, Finding, Group, Notes, NoteStore, Numbers, Run, Source, Summary,
+} from "./source";
 
 interface Sae {
   key: string;
@@ -11,6 +14,8 @@ interface Sae {
 }
 
 interface RootAnswer {
+  /** Whether the server keeps notes. */
+  notes: boolean;
   saes: Sae[];
   problems: string[];
 }
@@ -73,10 +78,20 @@ interface ClassesAnswer {
   classes: { class: number; best: (ScoreAnswer & { latent: number })[] }[];
 }
 
+interface CompareAnswer {
+  groups: { n: number }[];
+  first: { latent: number; rates: [number, number] }[];
+  second: { latent: number; rates: [number, number] }[];
+}
+
 type Curves = Record<string, [steps: number[], values: number[]]>;
 
 const ARRAYS = { f4: Float32Array, f8: Float64Array, i4: Int32Array };
 const [BINS_PER_OCTAVE, LOW_EXPONENT] = [8, -12];
+/** Figures of the page of all SAEs. */
+const FIGURES = [
+  "nmse", "l0", "n_dead", "training_nmse", "training_l0", "all_nmse", "all_l0", "dense_share", "d_sae",
+];
 /** Pixels of the longer side of pictures. */
 const SIZE = 224;
 /** Latents whose first images are asked for at once. */
@@ -84,10 +99,10 @@ const AT_ONCE = 100;
 
 /** An answer, or an error in the server's words. Addresses are relative to the page: a proxy may
  *  show it below any path. */
-async function ask(path: string): Promise<Response> {
+async function ask(path: string, more: RequestInit = {}): Promise<Response> {
   let answer: Response;
   try {
-    answer = await fetch(`api/${path}`, { credentials: "same-origin" });
+    answer = await fetch(`api/${path}`, { credentials: "same-origin", ...more });
   } catch {
     throw new Error("The server does not answer. Is `saev serve` still running?");
   }
@@ -254,6 +269,47 @@ class LiveRun implements Run {
     const { latents } = await json<{ latents: number[] }>(`${this.path}/search?q=${encodeURIComponent(query)}`);
     return new Set(latents);
   }
+
+  readonly groups: Group["kind"][] = ["class", "latent", "images", "rest"];
+
+  async compare(a: Group, b: Group): Promise<Comparison> {
+    const said = (group: Group) =>
+      group.kind === "class" ? `class:${this.said.classes[group.class].class}`
+      : group.kind === "latent" ? `latent:${group.latent}`
+      : group.kind === "images" ? `images:${group.examples.join(",")}`
+      : "rest";
+    const words = new URLSearchParams({ a: said(a), b: said(b) });
+    const { groups, first, second } = await json<CompareAnswer>(`${this.path}/compare?${words}`);
+    const rows = [...first, ...second.reverse()].map(({ latent, rates }) => ({ latent, a: rates[0], b: rates[1] }));
+    return { n: [groups[0].n, groups[1].n], rows };
+  }
+}
+
+/** The notes that all share who use a server with `--notes`; without it, those of this browser. */
+class LiveNotes implements NoteStore {
+  private readonly own = new BrowserNotes();
+  private version: string | null = null;
+
+  /** @param isKept whether the server keeps notes. */
+  constructor(private readonly isKept: () => Promise<boolean>) {}
+
+  get where(): string | null {
+    return this.version === null ? this.own.where : "on the server, for all who use it";
+  }
+
+  async read(): Promise<Notes> {
+    if (!(await this.isKept())) return this.own.read();
+    const answer = await ask("notes");
+    this.version = answer.headers.get("ETag");
+    return checked(await answer.json());
+  }
+
+  async write(notes: Notes): Promise<void> {
+    if (this.version === null) return this.own.write(notes);
+    const headers = { "If-Match": this.version, "Content-Type": "application/json" };
+    const answer = await ask("notes", { method: "PUT", body: JSON.stringify(notes), headers });
+    this.version = answer.headers.get("ETag") ?? this.version;
+  }
 }
 
 const example = (one: ExampleAnswer): Example => {
@@ -293,14 +349,14 @@ function flat(config: Record<string, unknown>, before = ""): Record<string, stri
 }
 
 function summary(sae: Sae, curves: Curves): Summary {
-  const figures: Record<string, number> = {};
-  for (const [key, value] of Object.entries(sae))
-    if (typeof value === "number") figures[key.replace(/nmse$/, "normalized_mse")] = value;
+  const known = FIGURES.map((key) => [key, sae[key]]).filter(([, value]) => typeof value === "number");
+  const figures = Object.fromEntries(known) as Record<string, number>;
   return {
     id: sae.key,
     title: sae.name,
     dataset: sae.shards.split("/").at(-1) ?? "",
     figures,
+    side: typeof sae.side === "string" ? sae.side : "",
     config: flat(sae.config),
     curves,
     isMeasured: sae.measured,
@@ -309,11 +365,18 @@ function summary(sae: Sae, curves: Curves): Summary {
 
 export class LiveSource implements Source {
   readonly kind = "server";
+  readonly notes = new LiveNotes(async () => (await this.root()).notes);
+  private rootAnswer: Promise<RootAnswer> | null = null;
   private readonly opened = new Map<string, Promise<Run>>();
 
   async runs(): Promise<Summary[]> {
-    const [root, curves] = await Promise.all([json<RootAnswer>("root"), json<Record<string, Curves>>("curves")]);
+    const [root, curves] = await Promise.all([this.root(), json<Record<string, Curves>>("curves")]);
     return root.saes.map((sae) => summary(sae, curves[sae.key] ?? {}));
+  }
+
+  private root(): Promise<RootAnswer> {
+    this.rootAnswer ??= json<RootAnswer>("root");
+    return this.rootAnswer;
   }
 
   open(id: string): Promise<Run> {

@@ -2,9 +2,11 @@
 import type { ComponentType } from "preact";
 import type { Address, Router } from "./address";
 import type { Filter } from "./filter";
+import { compare } from "./compare";
 import { image } from "./image";
 import { latent } from "./latent";
 import { all } from "./run";
+import type { NoteBook } from "./notes";
 import type { Run, Source } from "./source";
 
 export interface PageProps {
@@ -15,6 +17,7 @@ export interface PageProps {
   filter: Filter;
   /** The latents that fit it, in its order. */
   shown: Uint32Array;
+  notes: NoteBook;
   /** Change the filter, by words of the address, and show the list. */
   narrow: (words: Address["words"]) => void;
   open: (latent: number) => void;
@@ -34,4 +37,4 @@ export interface Page {
   View: ComponentType<PageProps>;
 }
 
-export const PAGES: Page[] = [all, latent, image];
+export const PAGES: Page[] = [all, latent, image, compare];

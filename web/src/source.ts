@@ -122,6 +122,28 @@ export interface Detail {
   matches: Match[];
 }
 
+/** A group of images: of a class, those on which a latent fires, chosen ones, or all others. */
+export type Group =
+  | { kind: "class"; class: number }
+  | { kind: "latent"; latent: number }
+  | { kind: "images"; examples: number[] }
+  | { kind: "rest" };
+
+/** Shares of the images of two groups on which a latent fires with at least a twentieth of its
+ *  largest value. */
+export interface Difference {
+  latent: number;
+  a: number;
+  b: number;
+}
+
+export interface Comparison {
+  /** Images of each group. */
+  n: [a: number, b: number];
+  /** From the largest difference a − b to the lowest; those in between may be left out. */
+  rows: Difference[];
+}
+
 export interface Run {
   readonly id: string;
   readonly facts: Facts;
@@ -143,6 +165,9 @@ export interface Run {
   findings(): Promise<Finding[]>;
   /** Latents by names of classes, latents and files, and by number. */
   search(query: string): Promise<Set<number>>;
+  /** The kinds of groups that `compare` can take here; none: it cannot compare. */
+  readonly groups: Group["kind"][];
+  compare(a: Group, b: Group): Promise<Comparison>;
 }
 
 /** A row of the page of all SAEs. */
@@ -150,8 +175,10 @@ export interface Summary {
   id: string;
   title: string;
   dataset: string;
-  /** Figures by name, such as normalized_mse and l0; held-out where there are such images. */
+  /** Figures by name, such as nmse, l0 and n_dead; held-out where there are such images. */
   figures: Record<string, number>;
+  /** Which images the figures are of. */
+  side: string;
   /** Entries of its config, as text. */
   config: Record<string, string>;
   /** Curves of training: steps and values by name. */
@@ -160,9 +187,25 @@ export interface Summary {
   isMeasured: boolean;
 }
 
+export interface Note {
+  text: string;
+  tags: string[];
+}
+
+/** Notes by URL of the results, then by latent. This is what is exported and imported, too. */
+export type Notes = Record<string, Record<string, Note>>;
+
+export interface NoteStore {
+  /** Where notes are kept, as in "in this browser"; null if they cannot be kept. */
+  readonly where: string | null;
+  read(): Promise<Notes>;
+  /** Replace all notes. */
+  write(notes: Notes): Promise<void>;
+}
+
 export interface Source {
-  /** What the address bar, downloads and storage allow depends on it. */
   readonly kind: "file" | "server";
+  readonly notes: NoteStore;
   runs(): Promise<Summary[]>;
   open(id: string): Promise<Run>;
 }

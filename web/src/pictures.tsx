@@ -71,6 +71,13 @@ const STOPS = [
   [53, 183, 121], [109, 205, 89], [180, 222, 44], [253, 231, 37],
 ];
 const DARKEST = 0.15;
+/** Patches of fewer pixels have no outline: it would hide them. */
+const SMALLEST_OUTLINED = 7;
+
+/** The scale as a strip. */
+export const gradient = () => (
+  <span class="strip" style={{ background: `linear-gradient(to right, ${Array.from({ length: 12 }, (_, i) => colour(i / 11)).join(", ")})` }} />
+);
 
 export function colour(share: number, opacity = 1): string {
   const place = (DARKEST + (1 - DARKEST) * Math.min(1, Math.max(0, share))) * (STOPS.length - 1);
@@ -106,13 +113,14 @@ export function draw(
   context.fillStyle = "rgb(128 128 128 / 0.6)";
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
-  const dim = width < 140 ? "rgb(12 14 18 / 0.45)" : "rgb(12 14 18 / 0.55)";
+  const dim = width < 140 ? "rgb(12 14 18 / 0.5)" : "rgb(12 14 18 / 0.55)";
   for (let row = 0; row < rows; row++)
     for (let column = 0; column < columns; column++) {
       const level = levels[row * columns + column];
       context.fillStyle = level > 0 ? colour(level, 0.2 + 0.4 * level) : dim;
       context.fillRect(x(column), y(row), x(column + 1) - x(column), y(row + 1) - y(row));
     }
+  if (width / columns < SMALLEST_OUTLINED || height / rows < SMALLEST_OUTLINED) return;
   const line = Math.max(1, Math.round(Math.min(width, height) / 200));
   for (const [style, inside] of [["rgb(0 0 0 / 0.6)", false], ["#fff", true]] as const) {
     context.fillStyle = style;
