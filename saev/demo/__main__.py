@@ -1,6 +1,7 @@
 """`make demo`: prepares photographs and weights, calls `saev run`, and prints an evaluation."""
 
 import collections.abc
+import functools
 import importlib.resources
 import logging
 import sys
@@ -127,9 +128,7 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]
     data = stages.shards.data.model_copy(update={"split": "validation"})
     others = stages.shards.model_copy(update={"data": data})
     unseen = Shards.open(extract.run(others, progress=progress))
-    known, crops = _sides(shards, 0.1)
-    photographs = _tokens(unseen)
-    pca = baselines.pca_basis(known)
+    beside = _Beside(config.root, shards, unseen)
     rows = []
     urls = train.run(stages.training(shards.url), progress=progress, table=stages.sweep)
     measuring = [stages.measuring(url, unseen.url) for url in urls]
@@ -139,23 +138,57 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[Measured], str]
         results = Results.open(measured)
         is_plain = cfg.objective.kind == "vanilla"
         name = cfg.sae.activation.kind + ("" if is_plain else f" {cfg.objective.kind}")
-        on_crops = _beside(trained.held_out, crops, pca, d_sae)
-        rows.append(
-            Measured(name, d_sae, on_crops, _beside(results.metrics, photographs, pca, d_sae))
-        )
+        on_crops = beside.on("crops", trained.held_out, d_sae)
+        on_unseen = beside.on("unseen", results.metrics, d_sae)
+        rows.append(Measured(name, d_sae, on_crops, on_unseen))
     rows.sort(key=lambda row: (row.name, row.crops.l0), reverse=True)
     return rows, overview.write(config.root)
 
 
-def _beside(
-    metrics: tp.Mapping[str, float], acts: Tensor, pca: tuple[Tensor, Tensor], d_sae: int
-) -> Side:
-    """Metrics of an SAE, and of baselines with the same number of coefficients."""
-    k = max(1, round(metrics["l0"]))
-    beside = baselines.Baselines(
-        k, baselines.pca_nmse(acts, *pca, k), baselines.random_nmse(acts, pca[0], k, d_sae)
-    )
-    return Side(metrics["l0"], metrics["normalized_mse"], int(metrics["n_dead"]), beside)
+class _Beside:
+    """The baselines. The random dictionary takes 20 s, so ROOT/baselines.json keeps all results.
+
+    Args:
+        root: the root.
+        shards: crops of the photographs of training.
+        unseen: crops of the others.
+    """
+
+    def __init__(self, root: str, shards: Shards, unseen: Shards):
+        self._url = storage.join(root, "baselines.json")
+        self._found = storage.read_json(self._url) if storage.exists(self._url) else {}
+        self._shards, self._unseen = shards, unseen
+
+    @functools.cached_property
+    def _tokens(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training side, and the tokens of both comparisons."""
+        known, crops = _sides(self._shards, 0.1)
+        return known, {"crops": crops, "unseen": _tokens(self._unseen)}
+
+    @functools.cached_property
+    def _pca(self) -> tuple[Tensor, Tensor]:
+        return baselines.pca_basis(self._tokens[0])
+
+    def on(self, name: str, metrics: tp.Mapping[str, float], d_sae: int) -> Side:
+        """Metrics of an SAE, and of baselines with the same number of coefficients.
+
+        Args:
+            name: crops or unseen.
+            metrics: what was measured of the SAE on these images.
+            d_sae: its number of latents, which is that of the random dictionary.
+        """
+        k = max(1, round(metrics["l0"]))
+        folders = [storage.name(shards.url) for shards in (self._shards, self._unseen)]
+        key = "/".join([*folders, name, str(k), str(d_sae)])
+        if key not in self._found:
+            acts = self._tokens[1][name]
+            self._found[key] = {
+                "pca": baselines.pca_nmse(acts, *self._pca, k),
+                "random": baselines.random_nmse(acts, self._pca[0], k, d_sae),
+            }
+            storage.write_json(self._url, self._found)
+        beside = baselines.Baselines(k, **self._found[key])
+        return Side(metrics["l0"], metrics["normalized_mse"], int(metrics["n_dead"]), beside)
 
 
 def _tokens(shards: Shards) -> Tensor:
