@@ -14,10 +14,12 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[?[0-9a-fA-F:]+\]?
 
 
 class OpenConfig(Config):
-    """Show a page of saev in the browser, also one on object storage. Ctrl-C ends it."""
+    """Show a root, a run, or a page of saev in the browser, also one on object storage. Ctrl-C
+    ends it."""
 
     url: tyro.conf.Positional[str] = "./saev-out"
-    """URL of a page (index.html), or of its folder: a root, a run, results, or a report."""
+    """URL of a root, a run, or results, for the live explorer; or of a page (index.html), or of the
+    folder of a page, such as a report."""
     port: int = pydantic.Field(default=0, ge=0, le=65535)
     """Port on 127.0.0.1; 0 takes one that is free."""
     browser: bool = True

@@ -5,6 +5,7 @@ Modules: :mod:`saev.serve.command` (the command), :mod:`saev.serve.app` (address
 :mod:`saev.serve.catalogue` (which SAEs there are), :mod:`saev.serve.measured` (tables of one SAE),
 :mod:`saev.serve.facts`, :mod:`saev.serve.columns`, :mod:`saev.serve.curves`,
 :mod:`saev.serve.latents`, :mod:`saev.serve.images`, :mod:`saev.serve.comparing`,
+:mod:`saev.serve.matching`,
 :mod:`saev.serve.searching` and :mod:`saev.serve.pictures` (answers), :mod:`saev.serve.notes`,
 :mod:`saev.serve.cache` (memory), :mod:`saev.serve.work` (threads).
 """

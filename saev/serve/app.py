@@ -23,6 +23,7 @@ from saev.serve import (
     facts,
     images,
     latents,
+    matching,
     own,
     pictures,
     problems,
@@ -129,6 +130,7 @@ def routes(explorer: Explorer) -> list[Route]:
                 m, _path(r, "latent"), order=r.query_params.get("order", "max"),
                 low=_float(r, "low", -math.inf), high=_float(r, "high", math.inf),
                 class_idx=_query(r, "class"), **_slice(r)))),
+        Route(f"{run}/latents/{{latent}}/matches", functools.partial(_matches, explorer)),
         Route(f"{run}/classes", of_run(lambda m, r: latents.all_classes(m))),
         Route(f"{run}/classes/{{class}}", of_run(
             lambda m, r: latents.of_class(m, _path(r, "class")))),
@@ -257,6 +259,17 @@ async def _search(explorer: Explorer, request: Request) -> Response:
     searcher = await explorer.searcher(request.path_params["key"])
     query = request.query_params.get("q", "")
     return _json(await explorer.pool.read(lambda: searcher.find(query)))
+
+
+async def _matches(explorer: Explorer, request: Request) -> Response:
+    measured = await explorer.measured(request.path_params["key"])
+    latent = _path(request, "latent")
+
+    def found() -> dict[str, tp.Any]:
+        entries = matching.others(measured, explorer.catalogue.entries())
+        return matching.of_latent(measured, latent, entries, explorer.cache)
+
+    return _json(await explorer.pool.compute(found))
 
 
 async def _compare(explorer: Explorer, request: Request) -> Response:

@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 import sys
-import urllib.parse
 import webbrowser
 
 import uvicorn
@@ -25,18 +24,18 @@ _GRACE_SECONDS = 3
 _MAX_CONNECTIONS = 512
 
 
-def run(cfg: ServeConfig, start: str = "") -> None:
+def run(cfg: ServeConfig, catalogue: Catalogue | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM. Prints the address on standard output.
 
     Args:
         cfg: what and where.
-        start: path that the browser opens, relative to the prefix.
+        catalogue: the SAEs; by default those of the config's root.
 
     Raises:
         ConfigError: the root is none, or the address cannot be used.
         StorageError: the storage cannot be read, or notes cannot be written.
     """
-    catalogue = Catalogue.of(cfg.root)
+    catalogue = catalogue or Catalogue.of(cfg.root)
     if not catalogue.entries():
         logger.warning(
             "%s has no complete SAE yet. They appear when `saev train` has written them.", cfg.root
@@ -46,7 +45,7 @@ def run(cfg: ServeConfig, start: str = "") -> None:
     prefix = cfg.prefix.rstrip("/")
     rules = access.Rules.of(cfg.host, cfg.behind_proxy, prefix, os.environ.get(TOKEN, ""))
     with _listening(cfg.host, cfg.port) as listener:
-        address = address_of(cfg, listener.getsockname()[1], start)
+        address = address_of(cfg, listener.getsockname()[1])
         shown = f"{address}?token={rules.token}" if rules.token else address
         sys.stdout.write(f"{shown}\n")
         sys.stdout.flush()
@@ -64,21 +63,26 @@ def open_one(cfg: OpenConfig) -> None:
         ConfigError: there is neither.
         StorageError: the storage cannot be read.
     """
-    if not _has_tables(cfg.url):
+    catalogue = _with_tables(cfg.url)
+    if catalogue is None:
         return opened.run(cfg)
-    return run(ServeConfig(root=cfg.url, port=cfg.port, browser=cfg.browser))
+    return run(ServeConfig(root=cfg.url, port=cfg.port, browser=cfg.browser), catalogue)
 
 
-def _has_tables(url: str) -> bool:
-    """Whether the live explorer can show something of a root, a run or results."""
+def _with_tables(url: str) -> Catalogue | None:
+    """The SAEs of a root, a run or results, if the live explorer can show one of them."""
     url = storage.normalize(url).rstrip("/")
     if storage.name(url) == opened.INDEX:
-        return False
+        return None
     try:
-        entries = Catalogue.of(url).entries()
+        found = Catalogue.of(url)
     except ConfigError:
-        return False
-    return any(e.results and storage.exists(storage.join(e.results, TABLES)) for e in entries)
+        return None
+    has_tables = any(
+        entry.results and storage.exists(storage.join(entry.results, TABLES))
+        for entry in found.entries()
+    )
+    return found if has_tables else None
 
 
 def _serve(application: app.ASGIApp, listener: socket.socket) -> None:
@@ -96,11 +100,11 @@ def _serve(application: app.ASGIApp, listener: socket.socket) -> None:
         return  # uvicorn has ended, and then raised the signal again
 
 
-def address_of(cfg: ServeConfig, port: int, start: str = "") -> str:
+def address_of(cfg: ServeConfig, port: int) -> str:
     """Where a browser on this machine finds the server."""
     host = cfg.host if access.bare(cfg.host) not in ("0.0.0.0", "::") else socket.gethostname()
     named = f"[{host}]" if ":" in host else host
-    return f"http://{named}:{port}{cfg.prefix.rstrip('/')}/{urllib.parse.quote(start)}"
+    return f"http://{named}:{port}{cfg.prefix.rstrip('/')}/"
 
 
 def _listening(host: str, port: int) -> socket.socket:

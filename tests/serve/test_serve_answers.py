@@ -14,6 +14,7 @@ from saev import storage
 from saev.explorer import data
 from saev.explorer.columns import COLUMNS
 from saev.inference.results import Results
+from saev.nn.io.load import load_sae
 from saev.serve.measured import Measured
 from saev.shards import Shards
 from saev.visuals.source import Source
@@ -281,3 +282,20 @@ def test_pictures_without_a_report_are_made_of_the_originals(
         expected = np.asarray(crop.resize(found.size, Image.Resampling.LANCZOS), dtype=float)
         off = np.abs(np.asarray(found.convert("RGB")) - expected)
         assert off[:, -side // 4 :].mean() < 3  # the gradient, which tells images apart
+
+
+def test_matches_are_the_nearest_decoder_rows(client: Client, of_run: str) -> None:
+    saes = {sae["key"]: sae for sae in client.get("/api/root")["saes"]}
+    rows = {
+        key: load_sae(sae["run"]).W_dec.detach().double().numpy()
+        for key, sae in saes.items()
+        if sae["measured"]
+    }
+    (mine,) = [key for key in rows if key in of_run]
+    (other,) = [key for key in rows if key != mine]
+    unit = {key: w / np.linalg.norm(w, axis=1, keepdims=True) for key, w in rows.items()}
+    for latent in (0, 7):
+        cosines = unit[other] @ unit[mine][latent]
+        (found,) = client.get(f"{of_run}/latents/{latent}/matches")["matches"]
+        assert (found["run"], found["latent"]) == (other, int(cosines.argmax()))
+        assert found["cosine"] == pytest.approx(cosines.max(), abs=1e-5)
