@@ -30,7 +30,9 @@ from saev.progress import Progress
 from saev.secrets import redact
 from saev.shards import Shards
 from saev.visuals import heading
+from saev.visuals.files import REPORT
 from saev.visuals.opening import Opened
+from saev.visuals.stored import Pictures
 from saev.visuals.views import Images
 
 logger = logging.getLogger(__name__)
@@ -195,11 +197,12 @@ def render(
 
 def _open(cfg: VisualsConfig, images: Images) -> Sae:
     opened = Opened(cfg, images)
-    source = opened.source
+    stored = Pictures.find(storage.join(opened.results.url, REPORT))
+    originals = album.Originals(opened)
+    found = originals if stored is None else album.StoredOrOriginal(stored, originals)
     return Sae(
-        cfg.run, opened.results, opened.shards, album.Originals(source), source.class_names,
-        opened.other_model,
-    )  # fmt: skip
+        cfg.run, opened.results, opened.shards, found, opened.mask_names(), opened.other_model
+    )
 
 
 def _matches(saes: Sequence[Sae]) -> dict[int, dict[str, Block]]:

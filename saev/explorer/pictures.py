@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import threading
 import typing as tp
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ from saev.explorer.data import Example, Measured
 from saev.images.decode import decode_image
 from saev.progress import Progress
 from saev.visuals import render
+from saev.visuals.opening import Opened
 from saev.visuals.render import THUMB
-from saev.visuals.source import Source
 from saev.visuals.stored import Pictures
 
 SIZES = (256, 192, 144, 112)
@@ -47,10 +48,10 @@ class Images(tp.Protocol):
 
 
 class Originals:
-    """The original images, as the model saw them."""
+    """The original images, as the model saw them. They are opened when the first one is needed."""
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, opened: Opened):
+        self._opened, self._lock = opened, threading.Lock()
 
     def has(self, example: int) -> bool:
         """All of them are there, or it is an error."""
@@ -63,7 +64,9 @@ class Originals:
             ImageError: it cannot be decoded or is not the recorded one.
             StorageError: it is gone.
         """
-        return render.encode(render.picture(self._source.view(example).image, size))
+        with self._lock:
+            source = self._opened.source
+        return render.encode(render.picture(source.view(example).image, size))
 
 
 class StoredImages:
@@ -92,6 +95,28 @@ class StoredImages:
             raise ValueError(f"image {example} is not stored")
         image = decode_image(data, f"image {example} of a report")
         return data if max(image.size) <= size else render.encode(render.picture(image, size))
+
+
+class StoredOrOriginal(StoredImages):
+    """The images that a report has stored, and the original ones where it has not.
+
+    Args:
+        stored: the images.
+        originals: the original images.
+    """
+
+    def __init__(self, stored: Pictures, originals: Originals):
+        super().__init__(stored)
+        self._originals = originals
+
+    def has(self, example: int) -> bool:
+        """All of them are there, or it is an error."""
+        return True
+
+    def webp(self, example: int, size: int) -> bytes:
+        """See :meth:`StoredImages.webp` and :meth:`Originals.webp`."""
+        is_stored = super().has(example)
+        return super().webp(example, size) if is_stored else self._originals.webp(example, size)
 
 
 @dataclasses.dataclass

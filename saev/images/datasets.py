@@ -101,14 +101,8 @@ class ImageDataset(abc.ABC):
         del index
         return None
 
-    def load_pair(
-        self, index: int, *, strict: bool = True
-    ) -> tuple[Image.Image, Image.Image | None]:
+    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Image and mask, checked to be of one size.
-
-        Args:
-            index: of the example.
-            strict: raise an error if the mask has another size. Otherwise the mask is left out.
 
         Raises:
             ImageError: one of them cannot be decoded, or their sizes differ.
@@ -116,8 +110,6 @@ class ImageDataset(abc.ABC):
         """
         image, mask = self.load(index), self.load_mask(index)
         if mask is not None and mask.size != image.size:
-            if not strict:
-                return image, None
             raise ImageError(
                 f"The mask of {self.example(index).url} has {mask.width} x {mask.height} pixels, "
                 f"its image (upright) {image.width} x {image.height}; they must agree."

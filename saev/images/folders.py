@@ -138,9 +138,7 @@ class SegFolder(ImageDataset):
             orientation = orientation_of(_read(self._files[index], self._limits), self._limits)
         return self._upright_mask(index, _read(self._masks[index], self._limits), orientation)
 
-    def load_pair(
-        self, index: int, *, strict: bool = True
-    ) -> tuple[Image.Image, Image.Image | None]:
+    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Image and mask, checked to be of one size."""
         file = self._files[index]
         image, orientation = decode_upright(_read(file, self._limits), file.url, self._limits)
@@ -148,13 +146,9 @@ class SegFolder(ImageDataset):
         # Checked before the mask is decoded, because the pixel budget assumes the image's size.
         n_claimed = n_pixels_of(data, self._limits)
         if n_claimed > image.width * image.height:
-            if not strict:
-                return image, None
             raise self._disagree(index, image, f"{n_claimed} pixels", orientation)
         mask = self._upright_mask(index, data, orientation)
         if mask.size != image.size:
-            if not strict:
-                return image, None
             found = f"{mask.width} x {mask.height} pixels"
             raise self._disagree(index, image, found, orientation)
         return image, mask

@@ -59,11 +59,9 @@ class Respelled(ImageDataset):
         """The pixel labels."""
         return self._dataset.load_mask(self._order[index])
 
-    def load_pair(
-        self, index: int, *, strict: bool = True
-    ) -> tuple[Image.Image, Image.Image | None]:
+    def load_pair(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """Image and mask, checked to be of one size."""
-        return self._dataset.load_pair(self._order[index], strict=strict)
+        return self._dataset.load_pair(self._order[index])
 
     def notes(self) -> list[str]:
         """Sentences about the examples that were loaded so far."""

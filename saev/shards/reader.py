@@ -410,18 +410,6 @@ class Shards:
             reader.readinto(0, values)
         return values
 
-    def example_labels(self, example: int) -> np.ndarray | None:
-        """Labels of one example's content tokens, uint8 [content_tokens]; None without labels.
-
-        Reads only these labels, because the file may hold labels of millions of examples.
-        """
-        if not self.has_labels:
-            return None
-        self.locate(example)
-        n = self.content_tokens
-        with self._open_labels() as reader:
-            return np.frombuffer(reader.read(example * n, n), dtype=np.uint8)
-
     def _open_labels(self) -> storage.RangeReader | storage.CheckedReader:
         reader = self._folder.reader(protocol.LABELS)
         expected = self.n_examples * self.content_tokens

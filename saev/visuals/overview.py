@@ -16,7 +16,7 @@ from saev.inference import files
 from saev.inference.results import Results
 from saev.shards.protocol import METADATA, Metadata
 from saev.visuals import pages
-from saev.visuals.files import DONE
+from saev.visuals.files import DONE, REPORT
 from saev.visuals.rows import ALL, SIDES, Figures, Row
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _rows_of(run: str) -> list[tuple[str, Row]]:
             results = Results.open(entry.url)
             by_shards.setdefault(str(results.metrics["shards_hash"]), []).append(results)
     found = [
-        (shards, trained.on(one, _report_of(storage.join(one.url, "report"))))
+        (shards, trained.on(one, _report_of(storage.join(one.url, REPORT))))
         for shards, several in by_shards.items()
         for one in _newest(several)
     ]

@@ -16,7 +16,7 @@ from saev.parquet import TABLES, Tables, schema
 from saev.progress import Progress
 from saev.secrets import redact
 from saev.visuals import choose, overview
-from saev.visuals.files import DONE, EARLIER, INDEX
+from saev.visuals.files import DONE, EARLIER, INDEX, REPORT
 from saev.visuals.opening import Opened
 from saev.visuals.sheet import Sheet
 from saev.visuals.stored import REMEDY, Pictures
@@ -45,7 +45,7 @@ class Report:
         self.cfg = cfg
         self._images = images
         self.opened = Opened(cfg, images)
-        self.out = storage.normalize(cfg.out or storage.join(self.opened.results.url, "report"))
+        self.out = storage.normalize(cfg.out or storage.join(self.opened.results.url, REPORT))
         self.index_url = storage.join(self.out, INDEX)
 
     @functools.cached_property

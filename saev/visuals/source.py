@@ -9,7 +9,6 @@ import logging
 import typing as tp
 from collections.abc import Iterator
 
-import numpy as np
 import pydantic
 from PIL import Image
 
@@ -52,10 +51,6 @@ class View:
     """Class of the image, "" if it has none."""
     image: Image.Image
     """The model's crop."""
-    mask: np.ndarray | None
-    """Class of every pixel, or of every patch, uint8 [rows, cols]; None without labels."""
-    token_labels: np.ndarray | None
-    """Class of every patch, uint8 [rows, cols]; None without labels."""
 
 
 class Source:
@@ -81,7 +76,7 @@ class Source:
         self._table = shards.examples()
         self._spec = image_spec(shards)
         self._pixels = PixelBudget.of_threads(cores.available(), self._dataset.max_pixels)
-        self._cost = cost_of(self._spec, has_mask=self._dataset.has_masks)
+        self._cost = cost_of(self._spec, has_mask=False)
         self.class_names = read_class_names(self._config)
 
     @property
@@ -99,17 +94,13 @@ class Source:
         row = {name: self._table[name][example].as_py() for name in self._table.column_names}
         index = int(row["index"])
         info = self._dataset.example(index)
-        labels = self._token_labels(example)
-        pixels = labels
         with _remedied(), self._pixels.example(self._cost):
-            image, mask = self._dataset.load_pair(index, strict=False)
+            image = self._dataset.load(index)
             if "height" in row:  # equal names and sizes in bytes do not prove equal images
                 same_images.check_pixels(image, row["height"], row["width"], info.url)
             crop = self._spec.crop(image)
-            if mask is not None:
-                pixels = self._spec.crop_mask(mask, fill=self._dataset.bg_label)
-            del image, mask  # before others get their room
-        return View(index, storage.name(info.url), info.label, crop, pixels, labels)
+            del image  # before others get their room
+        return View(index, storage.name(info.url), info.label, crop)
 
     def original(self, example: int) -> Image.Image:
         """The whole image of an example, upright, mode RGB.
@@ -125,10 +116,6 @@ class Source:
                 height, width = (self._table[k][example].as_py() for k in ("height", "width"))
                 same_images.check_pixels(image, height, width, self._dataset.example(index).url)
             return image
-
-    def _token_labels(self, example: int) -> np.ndarray | None:
-        labels = self._shards.example_labels(example)
-        return None if labels is None else labels.reshape(self._shards.metadata.grid_shape)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from PIL import Image
 from visuals import chromium
 from visuals.chain import DEAD, Chain
 
+from saev import visuals
+from saev.config import VisualsConfig
 from saev.explorer import columns
 from saev.explorer.data import Measured
 from saev.inference.results import Results
@@ -467,3 +469,19 @@ class Frame:
 
     def wait(self, condition: str) -> None:
         chromium.Page.wait(tp.cast(chromium.Page, self), condition)
+
+
+def test_chosen_latents_alone(tab: chromium.Page, chain: Chain, tmp_path: Path) -> None:
+    """The page of `saev visuals`."""
+    cfg = VisualsConfig(
+        run=chain.run, shards=chain.shards, latents=(DEAD, 1), n_latents=0, out=str(tmp_path)
+    )
+    tab.open(f"file://{visuals.run(cfg)}")
+    tab.wait(f"{ROWS}.length > 2")
+    assert tab.js(f"{ROWS}.filter(r => r.textContent.includes('★')).length") == 2
+    tab.click("#chosen")
+    tab.wait(f"{ROWS}.length === 2")
+    assert sorted(tab.js(LISTED)) == [1, DEAD]
+    assert "chosen=1..1" in tab.js("location.href")
+    tab.click("#chosen")
+    tab.wait(f"{ROWS}.length > 2")

@@ -4,13 +4,14 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from visuals.chain import HOSTILE_CLASS, HOSTILE_LABEL, Chain
 
-from saev import cli
-from saev.config import ImgSegFolder
+from saev import cli, visuals
+from saev.config import ImgSegFolder, VisualsConfig
 from saev.config.pages import ReportConfig
 from saev.errors import ConfigError
 from saev.explorer import page, pictures
@@ -107,3 +108,16 @@ def test_images_that_have_moved(chain: Chain, tmp_path: Path) -> None:
         page.write(cfg.model_copy(update={"data": ImgSegFolder(root=str(moved))}))
     finally:
         moved.rename(chain.photos)
+
+
+def test_what_a_report_stored_needs_no_images(chain: Chain, tmp_path: Path) -> None:
+    run = shutil.copytree(chain.run, tmp_path / "run")
+    visuals.run(VisualsConfig(run=str(run), shards=chain.shards, image_size=64))
+    moved = tmp_path / "moved"
+    Path(chain.photos).rename(moved)
+    try:
+        url = page.write(ReportConfig(run=(str(run),), out=str(tmp_path / "s.html")))
+    finally:
+        moved.rename(chain.photos)
+    facts = facts_of(Path(url).read_text())[0]
+    assert facts["nDetailed"] == facts["nFiring"]

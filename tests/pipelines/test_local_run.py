@@ -158,7 +158,9 @@ def test_what_the_ui_shows(run_local: Callable[..., list[str]], tmp_path: Path) 
     run_local(root, dataset)
     kfp = tmp_path / "kfp"
     (book,) = kfp.rglob("picture_book")  # one pod summarises both SAEs
-    assert "data:image/webp;base64," in book.read_text()
+    pictured = re.findall(r"&quot;nPictured&quot;:([0-9]+)", book.read_text())
+    assert len(pictured) == 2
+    assert all(map(int, pictured)), "both pages have pictures"
     assert all(f"topk{k}-s" in book.read_text() for k in (2, 4))
     for page in (book, *kfp.rglob("sae_overview")):
         html = page.read_text()

@@ -109,7 +109,7 @@ def _shards(url: str) -> object:
         stats = [shards.stats(layer, "all") for layer in shards.layers]
         shards.verify()
         return [
-            shards.metadata.to_dict(), acts, shards.labels(), shards.example_labels(3),
+            shards.metadata.to_dict(), acts, shards.labels(),
             shards.examples(), [(s.mean, s.mean_sq_norm, s.count) for s in stats if s],
             [info.to_dict() for info in shards.infos],
         ]  # fmt: skip

@@ -74,13 +74,13 @@ def runs(measured: Path, tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[int]:
     """How often each image was decoded."""
     found: collections.Counter[int] = collections.Counter()
-    load_pair = SegFolder.load_pair
+    load = SegFolder.load
 
-    def counted(self: SegFolder, index: int, **kwargs: bool) -> tp.Any:
+    def counted(self: SegFolder, index: int) -> tp.Any:
         found[index] += 1
-        return load_pair(self, index, **kwargs)
+        return load(self, index)
 
-    monkeypatch.setattr(SegFolder, "load_pair", counted)
+    monkeypatch.setattr(SegFolder, "load", counted)
     return found
 
 
