@@ -478,9 +478,9 @@ def test_chosen_latents_alone(tab: chromium.Page, chain: Chain, tmp_path: Path) 
     )
     tab.open(f"file://{visuals.run(cfg)}")
     tab.wait(f"{ROWS}.length > 2")
-    assert tab.js(f"{ROWS}.filter(r => r.textContent.includes('★')).length") == 2
     tab.click("#chosen")
     tab.wait(f"{ROWS}.length === 2")
+    assert tab.js(f"{ROWS}.every(r => r.textContent.includes('★'))")
     assert sorted(tab.js(LISTED)) == [1, DEAD]
     assert "chosen=1..1" in tab.js("location.href")
     tab.click("#chosen")
