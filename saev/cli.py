@@ -148,9 +148,9 @@ def stage(cfg: tp.Any, argv: tp.Sequence[str], progress: Progress) -> tp.Callabl
             sweep = {"explicit": explicit_keys(argv)} if one.swept else {}
             return lambda: _one_stage(kind(cfg, **sweep), cfg, progress)
     if isinstance(cfg, tuple(STEPS.values())):
-        from saev.steps import run as step_runner
+        from saev.steps import step
 
-        return lambda: Made(step_runner.run(cfg, progress=progress))
+        return lambda: Made(step.do(cfg, progress=progress))
     if isinstance(cfg, SizeConfig):
         from saev import size
 

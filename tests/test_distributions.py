@@ -20,8 +20,8 @@ DOCKERFILE = (ROOT / "images/Dockerfile").read_text()
 PACKAGES = sorted(p.parent.name for p in ROOT.glob("saev/*/__init__.py"))
 FIRST = {
     "demo": "demo.photos", "explorer": "explorer.page", "inference": "inference.stage",
-    "launch": "launch.runs",
-    "steps": "steps.run", "visuals": "visuals.choose",
+    "launch": "launch.runs", "serve": "serve.app",
+    "steps": "steps.step", "visuals": "visuals.choose",
 }  # fmt: skip
 """A module of those packages that import nothing by themselves."""
 

@@ -152,7 +152,7 @@ def test_no_relative_imports() -> None:
             assert not (isinstance(node, ast.ImportFrom) and node.level), path
 
 
-@pytest.mark.parametrize("module", ["saev.cli", "saev.steps.run"])
+@pytest.mark.parametrize("module", ["saev.cli", "saev.steps.step"])
 def test_importing_is_cheap(module: str) -> None:
     found = imported_with(module)
     assert {"saev", "saev.config", "saev.storage"} <= found
@@ -169,7 +169,7 @@ def imported_with(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["saev.cli", "saev.steps.run", "saev.gc", "saev.size"])
+@pytest.mark.parametrize("module", ["saev.cli", "saev.steps.step", "saev.gc", "saev.size"])
 def test_the_small_image_has_what_it_needs(module: str) -> None:
     """It has the packages of requirements/cpu.in, and discovers, reports and cleans up."""
     absent = ["torch", "jaxtyping", "pyarrow", "scipy", "timm", "open_clip", "torchvision"]

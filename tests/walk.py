@@ -6,7 +6,7 @@ from pathlib import Path
 
 from saev import cli
 from saev.progress import Progress
-from saev.steps import run as steps
+from saev.steps import step
 
 
 class Walk:
@@ -76,7 +76,7 @@ class Walk:
                 self.do(name)
 
     def _run(self, name: str, *words: str) -> None:
-        steps.run(cli.parse(["step", name, *words]), Progress(quiet=True))
+        step.do(cli.parse(["step", name, *words]), Progress(quiet=True))
 
     def _place(self, name: str) -> str:
         return str(self._to / name)

@@ -10,7 +10,7 @@ from saev.errors import StorageError
 logger = logging.getLogger(__name__)
 
 
-def run(root: str, dataset: str = "") -> list[str]:
+def check_root(root: str, dataset: str = "") -> list[str]:
     """Write, read, create twice and delete a small object below a root; list a dataset.
 
     Returns:

@@ -15,7 +15,7 @@ from saev.config.steps import DiscoverStep, FireStep
 from saev.errors import ClusterError, ConfigError
 from saev.launch import outcomes
 from saev.launch.runs import Kubeflow, Target
-from saev.steps import claims, discover, fire, last_word, run
+from saev.steps import claims, discover, fire, last_word, step
 from saev.steps.last_word import LastWord
 
 CONFIG = {"train": {"n_train": 1000}}
@@ -62,7 +62,7 @@ class Schedule:
         """A whole firing. Returns the runs that it has started."""
         before = len(self.kfp.runs)
         cfg = self.step(**more)
-        run.run(cfg)
+        step.do(cfg)
         self.kfp.end(cfg.owner, "SUCCEEDED")
         return self.kfp.runs[before + 1 :]
 
@@ -74,7 +74,7 @@ class Schedule:
         """The first step of a run. Returns the URL of its job."""
         values = child["runtime_config"]["parameters"]
         place = storage.join(self.root, "job-of", child["run_id"])
-        run.run(
+        step.do(
             DiscoverStep(
                 root=values["root"],
                 config=json.dumps(values["config"]),
@@ -166,14 +166,14 @@ def test_a_firing_that_ends_between_claim_and_start(schedule: Schedule, how: str
     schedule.kfp.faults[0] = schedule.kfp.faults[0]._replace(method="POST")
     cfg = schedule.step()
     with pytest.raises(ClusterError):
-        run.run(cfg)
+        step.do(cfg)
     assert schedule.children() == []
     if how == "killed":
         assert schedule.fire() == [], "while that firing runs, it may still start it"
         schedule.kfp.end(cfg.owner, "FAILED")
         (child,) = schedule.fire()
     else:
-        run.run(cfg)
+        step.do(cfg)
         (child,) = schedule.children()
     schedule.discover(child)
     assert schedule.fire() == []
@@ -194,9 +194,9 @@ def test_a_lost_answer_starts_nothing_twice(
     with monkeypatch.context() as patch:
         patch.setattr(Kubeflow, "start", lose)
         with pytest.raises(ClusterError, match="no answer"):
-            run.run(cfg)
+            step.do(cfg)
     if again == "the same firing":
-        run.run(cfg)
+        step.do(cfg)
     else:
         schedule.kfp.end(cfg.owner, "FAILED")
         schedule.fire()
@@ -379,10 +379,10 @@ def test_what_kfp_refuses_for_one_dataset_does_not_stop_the_others(schedule: Sch
     schedule.kfp.fail("/runs$", 503, method="POST", times=1)
     cfg = schedule.step()
     with pytest.raises(ClusterError, match="Cannot start the run saev a") as raised:
-        run.run(cfg)
+        step.do(cfg)
     assert last_word.of(raised.value).kind == "passing", "the supervisor fires again"
     assert [child["display_name"].split()[1] for child in schedule.children()] == ["b"]
-    run.run(cfg)
+    step.do(cfg)
     assert [child["display_name"].split()[1] for child in schedule.children()] == ["b", "a"]
 
 
@@ -390,7 +390,7 @@ def test_who_may_not_start_runs_is_told_so(schedule: Schedule) -> None:
     schedule.put("a/1.png")
     schedule.kfp.fail("/runs$", 403, "no create on runs", method="POST")
     with pytest.raises(ClusterError, match=r"403: no create on runs.*saev-schedule") as raised:
-        run.run(schedule.step())
+        step.do(schedule.step())
     assert last_word.of(raised.value).kind == "permanent"
 
 
@@ -399,7 +399,7 @@ def test_without_a_kfp_nothing_is_started(schedule: Schedule, tmp_path: Path) ->
     schedule.put("a/1.png")
     place = tmp_path / "runs.json"
     cfg = schedule.step(start="{}", to_runs=str(place))
-    run.run(cfg)
+    step.do(cfg)
     (started,) = json.loads(place.read_text())
     assert started["dataset"] == storage.join(schedule.incoming, "a")
     assert started["claim"]["run"] == cfg.owner

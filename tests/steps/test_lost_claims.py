@@ -12,8 +12,7 @@ from saev import cli, storage
 from saev.errors import ConfigError
 from saev.launch import outcomes
 from saev.progress import Progress
-from saev.steps import claims, discover, jobs
-from saev.steps import run as steps
+from saev.steps import claims, discover, jobs, step
 
 CONFIG = json.dumps(
     {
@@ -96,7 +95,7 @@ def test_nothing_is_published(
     words = ["--slot", "0"] if name in Walk.PLANNERS else []
     taken_at(root, at)
     with pytest.raises(ConfigError, match=r"Run a no longer has the claim .* run b"):
-        steps.run(cli.parse(["step", name, "--job", job_of(root), *words]), Progress(quiet=True))
+        step.do(cli.parse(["step", name, "--job", job_of(root), *words]), Progress(quiet=True))
     assert list(Path(root).rglob(at))
     assert not list(Path(root).glob(marker))
 
@@ -118,14 +117,14 @@ def test_a_run_that_had_ended_and_was_retried_holds_nothing(
     storage.write_json(
         outcomes.record_of(root, "a"), storage.seal({"datasets": [job.dataset._asdict()]})
     )
-    steps.run(cli.parse(report))
+    step.do(cli.parse(report))
     assert claim().is_held, "the exit handler gives it back"
     for processed in Path(root).glob("datasets/*/processed/*.json"):
         processed.unlink()
     assert discover.end(root, "a", {"state": "FAILED"})["done"] == []
     assert not claim().is_held
 
-    steps.run(cli.parse(report))
+    step.do(cli.parse(report))
     assert (claim().owner, claim().is_held) == ("a", False)
     record = storage.read_json(outcomes.record_of(root, "a"))
     assert record["done"] == [job.dataset.name]

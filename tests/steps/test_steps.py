@@ -13,7 +13,7 @@ from saev.config import TrainConfig
 from saev.errors import CheckpointError, ConfigError, CorruptDataError, StorageError
 from saev.inference import stage as inference_stage
 from saev.progress import Progress
-from saev.steps import advice, check, discover, jobs, last_word, outputs, run
+from saev.steps import advice, check, discover, jobs, last_word, outputs, step
 from saev.steps.jobs import Plan
 
 from .places import Place
@@ -39,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 def test_check_uses_the_storage_and_leaves_nothing(place: Place) -> None:
     place.put("a/1.png")
-    assert check.run(place.root, place.incoming) == [place.root, place.incoming]
+    assert check.check_root(place.root, place.incoming) == [place.root, place.incoming]
     assert files_below(place.root) == []
 
 
@@ -47,7 +47,7 @@ def test_check_says_what_failed_first(tmp_path: Path, s3: str) -> None:
     """Without a secret, nothing was written, so there is nothing to delete."""
     del s3
     with pytest.raises(StorageError, match="Cannot write s3://no-such-bucket-of-saev"):
-        check.run("s3://no-such-bucket-of-saev/root")
+        check.check_root("s3://no-such-bucket-of-saev/root")
 
 
 @pytest.mark.parametrize("state", ["FAILED", "COMPLETE"])
@@ -57,7 +57,7 @@ def test_the_exit_handler_does_not_hide_the_first_cause(s3: str, state: str) -> 
     words = ["--root", "s3://no-such-bucket-of-saev/root", "--owner", "run"]
     cfg = cli.parse(["step", "outcome", *words, "--status", json.dumps({"state": state})])
     with pytest.raises(StorageError) as raised:
-        run.run(cfg)
+        step.do(cfg)
     assert ("`make logs` repeats it" in str(raised.value)) == (state == "FAILED")
     assert "s3://no-such-bucket-of-saev/root" in str(raised.value)
 

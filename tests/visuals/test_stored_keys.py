@@ -10,8 +10,7 @@ from described import list_files
 from saev import inference, storage, visuals
 from saev.config import DataConfig, ImgSegFolder, InferenceConfig, VisualsConfig
 from saev.config.steps import ReportStep
-from saev.steps import jobs
-from saev.steps import run as steps
+from saev.steps import jobs, step
 from saev.steps.discover import Dataset
 from saev.visuals import overview
 from visuals.chain import D_MODEL, make_run, write_photos
@@ -66,8 +65,7 @@ def test_no_page_has_a_key(root: Path, caplog: pytest.LogCaptureFixture) -> None
     overview.write(str(root))
     url = jobs.make(str(root), "", {}, Dataset(*["x"] * 6))
     jobs.write_plan(jobs.read(url), "publish", jobs.Plan(shards.name, ["r0"], {}))
-    step = ReportStep(job=url, to_page=str(root / "step.html"))
-    steps.run(step)
+    step.do(ReportStep(job=url, to_page=str(root / "step.html")))
     pages = [(root / name).read_text() for name in ("index.html", "step.html")]
     pages += [page.read_text() for page in root.rglob("report/index.html")]
     assert len(pages) == 3

@@ -1,4 +1,4 @@
-"""Runs a step. The steps that do the work of stages are in :mod:`saev.steps.stages`."""
+"""Does a step. The steps that do the work of stages are in :mod:`saev.steps.stages`."""
 
 import contextlib
 import logging
@@ -28,7 +28,7 @@ from saev.visuals import overview
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
+def do(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
     """Do one step.
 
     Args:
@@ -43,10 +43,10 @@ def run(cfg: tp.Any, progress: Progress | None = None) -> list[str]:
     """
     progress = progress or Progress(quiet=True)
     with progress.doing(cfgs.NAMES[type(cfg)]):
-        return _run(cfg, progress)
+        return _do(cfg, progress)
 
 
-def _run(cfg: tp.Any, progress: Progress) -> list[str]:
+def _do(cfg: tp.Any, progress: Progress) -> list[str]:
     if isinstance(cfg, cfgs.DiscoverStep):
         return _discover(cfg, progress)
     if isinstance(cfg, cfgs.FireStep):
@@ -54,7 +54,7 @@ def _run(cfg: tp.Any, progress: Progress) -> list[str]:
     if isinstance(cfg, cfgs.OutcomeStep):
         return _outcome(cfg)
     if isinstance(cfg, cfgs.CheckStep):
-        return check.run(cfg.root, cfg.dataset)
+        return check.check_root(cfg.root, cfg.dataset)
     job, work = jobs.read(cfg.job), _WORK[type(cfg)]
     with contextlib.ExitStack() as stack:
         ranks = torchrun.place()
