@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING
 
 ROWS = "[...document.querySelectorAll('.rows .row')]"
 LISTED = f"{ROWS}.map(r => +r.dataset.latent)"
+AXE = Path(__file__).parents[2] / "web/node_modules/axe-core/axe.min.js"
 CELLS = f"[...{ROWS}[0].querySelectorAll('.n')].map(c => c.dataset.column)"
 OPEN = "(document.querySelector('main.one')?.dataset.latent ?? null)"
 MARKS = "document.querySelector('.pictures canvas').dataset.marks"
@@ -402,6 +403,36 @@ def test_all_saes_of_a_file(page: chromium.Page, file_of_two: Path) -> None:
     page.wait("!location.hash.startsWith('#/1/') && document.querySelector('main.one') !== null")
     page.js("history.back()")
     page.wait(f"{OPEN} === '2'")
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: make web")
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_serious_for_axe(
+    tab: chromium.Page, file: Path, file_of_two: Path, *, dark: bool
+) -> None:
+    """Each page by the rules of axe-core, a dialog and menus open."""
+    found = []
+    for what, address, ready in (
+        (file, "#/0?map=directions&by=mean&q=a", f"{ROWS}.length > 0"),
+        (file, "#/0/latent/1", f"{DRAWN}.length > 4"),
+        (file, "#/0/compare", "document.querySelector('.sides tbody tr') !== null"),
+        (file_of_two, "", "document.querySelector('.saes tbody tr') !== null"),
+    ):
+        tab.open(f"{what.as_uri()}{address}", dark=dark)
+        tab.wait(ready)
+        tab.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        tab.js(AXE.read_text() + "; 1")
+        for dialog in (False, "latent/1" in address):
+            if dialog:
+                tab.click("#figure")
+                tab.wait("document.querySelector('dialog[open] #png:enabled') !== null")
+            problems = tab.js(
+                "axe.run({resultTypes: ['violations']}).then(r => r.violations.filter(v => "
+                "['serious', 'critical'].includes(v.impact)).map(v => [v.id, v.help, "
+                "v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))]))"
+            )
+            found += [(address, *problem) for problem in problems]
+    assert not found
 
 
 def test_in_a_frame_without_rights(tab: chromium.Page, file: Path, tmp_path: Path) -> None:

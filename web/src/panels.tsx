@@ -22,8 +22,10 @@ export function Figures({ run, latent }: { run: Run; latent: number }) {
         return (
           <div key={key} title={all ? `${hint}. Of ${facts.side}; below, of all images` : hint}>
             <dt>{name}</dt>
-            <dd data-stat={key}>{figure(value, unit)}</dd>
-            {all && <small>{figure(run.values(all)[latent], unit)}</small>}
+            <dd data-stat={key}>
+              {figure(value, unit)}
+              {all && <small>{figure(run.values(all)[latent], unit)}</small>}
+            </dd>
           </div>
         );
       })}
