@@ -1,6 +1,7 @@
 """README's own blocks, unedited, outside of the checkout, from the wheel that users install."""
 
 import http.client
+import json
 import os
 import re
 import shutil
@@ -88,7 +89,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def run_until_open(code: str, environment: dict[str, str]) -> Iterator[str]:
-    """Run a block that ends with `saev open`; gives the page, then presses Ctrl-C."""
+    """Run a block that ends with `saev open`; gives the page, or what the live explorer says of
+    the root, then presses Ctrl-C."""
     process = subprocess.Popen(
         ["bash", "-e", "-c", code], cwd=environment["HOME"], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -103,7 +105,7 @@ def run_until_open(code: str, environment: dict[str, str]) -> Iterator[str]:
         assert address, process.communicate()[1]
         host, _, path = address.removeprefix("http://").partition("/")
         connection = http.client.HTTPConnection(host, timeout=60)
-        connection.request("GET", f"/{path}")
+        connection.request("GET", f"/{path or 'api/root'}")
         yield connection.getresponse().read().decode()
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
@@ -141,7 +143,8 @@ def test_one_command_on_your_own_pictures(environment: dict[str, str]) -> None:
     assert install.startswith("uv pip install saevit --torch-backend cpu")  # needs another index
     last = block("sh", "--config dinov2-small").splitlines()[-1]
     (page,) = run_until_open(f"{first}\n{last}\n", environment)
-    assert "1 sparse autoencoder" in page
+    (sae,) = json.loads(page)["saes"]
+    assert sae["measured"]
 
 
 def test_the_notebooks_come_with_the_wheel(environment: dict[str, str], tmp_path: Path) -> None:
