@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-client test test-slow test-all docs torture interop e2e e2e-servers demo bench lint typecheck lock image install uninstall run-local clean
-.PHONY: conformance doctor submit schedule schedules unschedule list status show watch logs cancel compile
+.PHONY: conformance doctor submit schedule schedules unschedule list status show explorer watch logs cancel compile
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -139,7 +139,7 @@ image: ## Build the images: IMAGE=registry/saev:1.2 [CPU_IMAGE=…] [BASE_IMAGE=
 	@images/build.sh
 
 # --- Preparing a cluster: docs/cluster.md. These targets need kubectl and python3, but not .venv. ---
-# OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated jobs tensorboard priority kfp-launcher"]
+# OVERLAY=s3|pvc|local  [NAMESPACE=…] [COMPONENTS="dedicated explorer jobs tensorboard …"]
 # [GPUS=8] [SIZE=2Ti] [STORAGE_CLASS=…] [IMAGE=…] [DRY_RUN=1]; install: [PRUNE=1];
 # uninstall: [FORCE=1] [DELETE_PVC=…]
 override CLUSTER = set -f; "$$PYTHON" k8s/install.py
@@ -188,6 +188,9 @@ status: setup-client ## Show a run's steps: [RUN=…], the newest by default
 
 show: setup-client ## Show pages from storage in the browser: [RUN=run, or URL], all of SAEV_ROOT by default
 	$(PIPELINES) show $${RUN:+"$$RUN"} $(MORE)
+
+explorer: setup-client ## Show the explorer of all SAEs that runs in the cluster (COMPONENTS=explorer)
+	$(PIPELINES) explorer $(MORE)
 
 watch: setup-client ## Show a run's steps until it is over: [RUN=…]
 	$(PIPELINES) watch $${RUN:+"$$RUN"} $(MORE)

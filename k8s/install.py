@@ -29,6 +29,7 @@ from manifests import (
     COMPONENTS,
     CONFIG_ENV,
     OVERLAYS,
+    SERVERS,
     STORAGE_ENV,
     Plan,
     check,
@@ -207,6 +208,15 @@ def advise(plan: Plan) -> None:
             f"account (IRSA), copy {shown(STORAGE_ENV)}.example to storage.env, edit it, and "
             f"install again."
         )
+    if "explorer" in plan.components:
+        secret = "saev-explorer-storage"
+        if plan.overlay == "s3" and not _exists("secret", secret, plan.namespace):
+            say(
+                f"There is no Secret {secret}. Unless the explorer gets credentials by its service "
+                f"account saev-explorer (IRSA), make it of keys that "
+                "can only read: docs/cluster.md."
+            )
+        say("The explorer: make explorer")
     if "tensorboard" in plan.components:
         say(f"kubectl -n {plan.namespace} port-forward service/saev-tensorboard 6006")
     say("Next: make doctor")
@@ -273,7 +283,7 @@ def _exists(kind: str, name: str, namespace: str) -> bool:
 
 
 def _step_pods(namespace: str) -> list[str]:
-    selector = f"{PART_OF}=saev,app.kubernetes.io/component!=tensorboard"
+    selector = f"{PART_OF}=saev,app.kubernetes.io/component notin ({', '.join(SERVERS)})"
     text = kubectl("get", "pods", "-n", namespace, "-l", selector, "-o", "json")
     over = ("Succeeded", "Failed")
     pods = json.loads(text)["items"]
@@ -290,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--namespace", default=runs, help="where runs live")
     made.add_argument("--kfp-namespace", default=system, help="where KFP itself runs")
     made.add_argument("--components", nargs="*", default=[], help=f"any of {', '.join(COMPONENTS)}")
-    made.add_argument("--image", default="", help="saev's image, for TensorBoard")
+    made.add_argument("--image", default="", help="saev's image, for the explorer and TensorBoard")
     made.add_argument("--gpus", type=int, help="most GPUs at once in the namespace")
     made.add_argument("--size", default="", help="size of the volume, such as 2Ti")
     made.add_argument("--storage-class", default="", help="storage class of the volume")

@@ -13,8 +13,12 @@ from kubectl import InstallError, Json, Key, kustomize
 
 HERE = Path(__file__).resolve().parent
 OVERLAYS = sorted(path.parent.name for path in HERE.glob("overlays/*/kustomization.yaml"))
-COMPONENTS = ("dedicated", "jobs", "kfp-launcher", "priority", "tensorboard", "trainer")
+COMPONENTS = (
+    "dedicated", "explorer", "jobs", "kfp-launcher", "priority", "tensorboard", "trainer",
+)  # fmt: skip
 """Components that a user can name. The others are added where their files exist."""
+SERVERS = {"explorer": "The explorer", "tensorboard": "TensorBoard"}
+"""Components that run all the time in saev's image, and read the storage root."""
 
 CONFIG_ENV = HERE / "components" / "settings" / "config.env"
 STORAGE_ENV = HERE / "components" / "storage-secret" / "storage.env"
@@ -68,12 +72,14 @@ def check(plan: Plan) -> None:
             f"Component kfp-launcher needs {shown(LAUNCHER)}, which is missing; copy "
             f"kfp-launcher.example.yaml beside it and edit the copy."
         )
-    if "tensorboard" in plan.components:
+    for name, title in SERVERS.items():
+        if name not in plan.components:
+            continue
         if not plan.image:
-            raise InstallError("TensorBoard runs in saev's image; say which: IMAGE=registry/saev:…")
+            raise InstallError(f"{title} runs in saev's image; say which: IMAGE=registry/saev:…")
         if not plan.has_volume and "SAEV_ROOT" not in read_env(CONFIG_ENV):
             raise InstallError(
-                f"TensorBoard needs to know the storage root; set SAEV_ROOT in "
+                f"{title} needs to know the storage root; set SAEV_ROOT in "
                 f"{shown(CONFIG_ENV)} (example beside it)."
             )
     keys = read_env(STORAGE_ENV)
@@ -120,8 +126,8 @@ def kustomizations(plan: Plan, folder: Path) -> dict[str, Json]:
         components.insert(0, "settings")
     if STORAGE_ENV.exists():
         components.append("storage-secret")
-    if "tensorboard" in components and plan.has_volume:
-        components.append("tensorboard-volume")
+    if plan.has_volume:
+        components += [f"{name}-volume" for name in SERVERS if name in components]
     head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     namespaced: Json = {
         **head,

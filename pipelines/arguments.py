@@ -203,6 +203,20 @@ class Show(Config):
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 
+class Explorer(Config):
+    """Show the explorer that runs in the cluster in the browser. Ctrl-C ends it.
+
+    A local port is forwarded to it with the kubeconfig, unless the settings name its URL
+    [SAEV_EXPLORER].
+    """
+
+    port: int = pydantic.Field(default=0, ge=0, le=65535)
+    """Port on 127.0.0.1; 0 takes one that is free."""
+    browser: bool = True
+    """Open the browser. Without it (--no-browser), the address is printed only."""
+    cluster: _Cluster = pydantic.Field(default_factory=Cluster)
+
+
 class Cancel(Config):
     """Stop a run. Its finished work is kept, and a new run continues from there."""
 
@@ -265,6 +279,7 @@ COMMANDS: dict[str, type[Config]] = {
     "list": List,
     "status": Status,
     "show": Show,
+    "explorer": Explorer,
     "watch": Watch,
     "logs": Logs,
     "cancel": Cancel,

@@ -97,6 +97,11 @@ def _run(command: Config) -> int:
         return _schedule(command)
     if isinstance(command, a.Show):
         return _show(command)
+    if isinstance(command, a.Explorer):
+        from pipelines import explorer
+
+        explorer.show(_settings(command), port=command.port, browser=command.browser)
+        return 0
     if isinstance(command, a.Doctor):
         from pipelines import doctor
 

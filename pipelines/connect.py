@@ -165,7 +165,7 @@ def _open(settings: Settings, stack: contextlib.ExitStack) -> Kfp:
         address = f"http://ml-pipeline.{settings.kfp_namespace}.svc.cluster.local:{API_PORT}"
         return Kfp(settings, address, settings.ui or FORWARDED_UI, bearer, address)
     kube = Kube(settings)
-    address = stack.enter_context(forward.to_service(kube, "ml-pipeline", API_PORT))
+    address = stack.enter_context(forward.to_service(kube, forward.kfp(kube, API_PORT)))
     shown = f"service/ml-pipeline in namespace {settings.kfp_namespace} of {kube.server.address}"
     return Kfp(settings, address, settings.ui or FORWARDED_UI, bearer, shown)
 

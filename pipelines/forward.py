@@ -16,30 +16,56 @@ from kubernetes import client, stream
 
 from pipelines.errors import ClusterError
 from pipelines.kube import Kube
+from saev.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
 
 
+class Target(tp.NamedTuple):
+    """A service to which ports are forwarded."""
+
+    service: str
+    """Its name."""
+    port: int
+    """Of its pods."""
+    namespace: str
+    remedy: str
+    """What to do if there is no such service, behind a colon."""
+
+
+def kfp(kube: Kube, port: int) -> Target:
+    """The API of Kubeflow Pipelines."""
+    remedy = "set KFP_SYSTEM_NAMESPACE to the namespace of Kubeflow Pipelines, or KFP_ENDPOINT."
+    return Target("ml-pipeline", port, kube.settings.kfp_namespace, remedy)
+
+
 @contextlib.contextmanager
-def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[str]:
-    """Forward a local port to a service in KFP's namespace.
+def to_service(kube: Kube, target: Target, local: int = 0) -> collections.abc.Iterator[str]:
+    """Forward a local port to a service.
 
     Args:
         kube: the cluster.
-        service: name of the service.
-        port: port of its pods.
+        target: the service.
+        local: the local port; 0 takes one that is free.
 
     Yields:
         URL of the local port, which ends with the block.
 
     Raises:
         ClusterError: there is no such service or no ready pod, or forwarding is not allowed.
+        ConfigError: the local port is taken.
     """
-    forwarder = _Forwarder(kube, service, port)
+    forwarder = _Forwarder(kube, target)
     forwarder.connect().close()  # so that a refusal is reported now, with its cause
-    listener = socket.create_server(("127.0.0.1", 0))
+    try:
+        listener = socket.create_server(("127.0.0.1", local))
+    except OSError as err:
+        raise ConfigError(
+            f"--port {local} cannot be used ({err.strerror}). Choose another one, or leave the "
+            "flag out."
+        ) from err
     thread = threading.Thread(target=forwarder.serve, args=(listener,), daemon=True)
     thread.start()
     hook, threading.excepthook = threading.excepthook, forwarder.thread_failed
@@ -55,9 +81,10 @@ def to_service(kube: Kube, service: str, port: int) -> collections.abc.Iterator[
 
 
 class _Forwarder:
-    def __init__(self, kube: Kube, service: str, port: int):
-        self._kube, self._service, self._port = kube, service, port
-        self._namespace = kube.settings.kfp_namespace
+    def __init__(self, kube: Kube, target: Target):
+        self._kube, self._remedy = kube, target.remedy
+        self._service, self._port = target.service, target.port
+        self._namespace = target.namespace
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
 
@@ -85,8 +112,8 @@ class _Forwarder:
             if err.status != 404:
                 raise
             raise ClusterError(
-                f"There is no service {self._service} {where} of {self._kube.server.address}: set "
-                "KFP_SYSTEM_NAMESPACE to the namespace of Kubeflow Pipelines, or KFP_ENDPOINT.",
+                f"There is no service {self._service} {where} of {self._kube.server.address}: "
+                f"{self._remedy}",
                 status=404,
             ) from err
         selector = found.spec.selector

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "context": "KUBE_CONTEXT",
     "timeout": "KFP_TIMEOUT",
     "experiment": "KFP_EXPERIMENT",
+    "explorer": "SAEV_EXPLORER",
     "root": "SAEV_ROOT",
     "image": "SAEV_IMAGE",
     "cpu_image": "SAEV_CPU_IMAGE",
@@ -70,6 +71,9 @@ class Settings(Config):
     """Service account of the steps' pods."""
     schedule_account: str = "saev-schedule"
     """Service account of the firings of schedules, which start runs."""
+    explorer: str = ""
+    """URL at which the explorer is shown, such as https://kubeflow.example.com/saev-explorer; ""
+    forwards a port to it."""
     root: str = ""
     """URL of the storage root, as the pods see it."""
     image: str = ""
@@ -83,7 +87,7 @@ class Settings(Config):
     compile: dict[str, tp.Any] = pydantic.Field(default_factory=dict)
     """Constants of the compiled pipeline, such as parallelism or timeout_hours."""
 
-    @pydantic.field_validator("endpoint", "ui")
+    @pydantic.field_validator("endpoint", "ui", "explorer")
     @classmethod
     def _is_url(cls, value: str) -> str:
         if value and not value.startswith(("http://", "https://")):

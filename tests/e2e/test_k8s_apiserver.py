@@ -111,7 +111,7 @@ def test_install_again_uninstall(cluster: Cluster, tree: Path, overlay: str) -> 
         settings.write_text("SAEV_ROOT=s3://bucket/saev\n")
         secret = tree / "components" / "storage-secret" / "storage.env"
         secret.write_text("AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n")
-    words += ["--components", "dedicated", "tensorboard"]
+    words += ["--components", "dedicated", "explorer", "tensorboard"]
 
     dry = cluster.install(tree, "install", *words, "--dry-run")
     assert dry.returncode == 0, dry.stderr

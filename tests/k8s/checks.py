@@ -32,7 +32,7 @@ LABELS = {
 }
 COMPONENT = "app.kubernetes.io/component"
 
-FROM_ELSEWHERE = {("Secret", "saev-storage")}
+FROM_ELSEWHERE = {("Secret", "saev-storage"), ("Secret", "saev-explorer-storage")}
 """Referred to, and not always part of a build."""
 NOT_OURS = (
     {"pipelines.kubeflow.org/v2_component": "true"},

@@ -17,7 +17,9 @@ from k8s.checks import FIRING, JOBSET, STEP, VERSIONS, Json, matches, meaning, p
 from k8s.conftest import FETCHED, ROOT, Render
 
 K8S = ROOT / "k8s"
-EVERYTHING = ("dedicated", "jobs", "tensorboard", "priority", "kfp-launcher", "trainer")
+EVERYTHING = (
+    "dedicated", "explorer", "jobs", "tensorboard", "priority", "kfp-launcher", "trainer",
+)  # fmt: skip
 IMAGE = "registry.example.com:5000/team/saev:1.2"
 UNREACHABLE = """\
 apiVersion: v1
@@ -120,6 +122,7 @@ def test_wrong_private_files(tree: Path, installer: Callable, line: str, says: s
         ("--overlay pvc --components tensorboard --image saev", "no fixed version"),
         ("--overlay pvc --components tensorboard --image a:5/saev:latest", "no fixed version"),
         ("--overlay s3 --gpus -1", "less than 0"),
+        ("--overlay pvc --components explorer", "The explorer runs in saev's image"),
     ],
 )
 def test_refusals(tree: Path, installer: Callable, arguments: str, says: str) -> None:
@@ -182,6 +185,62 @@ def test_a_dry_run_without_a_cluster_is_a_preview(
     for said in (done.stdout, real.stderr):
         assert "memcache.go" not in said  # of the libraries of kubectl
         assert len(said.splitlines()[0]) < 100
+
+
+def test_the_explorer_reads_and_lets_nobody_in(render: Render) -> None:
+    """Its keys and its account are its own, its volume is read-only, and no policy names it."""
+    for overlay in ("s3", "pvc"):
+        words = f"--overlay {overlay} --namespace team-a --image {IMAGE} --components explorer"
+        objects = render(*words.split())
+        template = find(objects, "Deployment")["spec"]["template"]
+        pod, (container,) = template["spec"], template["spec"]["containers"]
+        assert pod["serviceAccountName"] == "saev-explorer"
+        bound = [item for item in objects if item["kind"] == "RoleBinding"]
+        assert "saev-explorer" not in {one["name"] for item in bound for one in item["subjects"]}
+        keys = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"]
+                if "secretKeyRef" in entry.get("valueFrom", {})]  # fmt: skip
+        assert set(keys) == {"saev-explorer-storage"}
+        claims = [
+            v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v
+        ]
+        assert claims == [{"claimName": "saev-data", "readOnly": True}] * (overlay == "pvc")
+        labels = template["metadata"]["labels"]
+        policies = {
+            item["metadata"]["name"]: item["spec"]
+            for item in objects
+            if item["kind"] == "NetworkPolicy" and matches(item["spec"]["podSelector"], labels)
+        }
+        assert "saev-default-deny" in policies
+        assert not any(spec.get("ingress") for spec in policies.values())
+        assert not {"saev-kfp", "saev-schedule"} & set(policies)
+
+
+def test_its_command_is_one(render: Render) -> None:
+    """The flags are those that `saev serve` takes."""
+    cli = pytest.importorskip("saev.cli")
+    objects = render("--overlay", "pvc", "--image", IMAGE, "--components", "explorer")
+    (container,) = find(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["command"][0] == "saev"
+    cfg = cli.parse([w.replace("$(SAEV_ROOT)", "s3://b/saev") for w in container["command"][1:]])
+    assert (cfg.root, cfg.host, cfg.browser, cfg.notes) == ("s3://b/saev", "0.0.0.0", False, "")
+    assert cfg.port == container["ports"][0]["containerPort"]
+
+
+def test_the_gateway_s_example_changes_the_component(build: Render) -> None:
+    cli = pytest.importorskip("saev.cli")
+    objects = build(K8S / "examples" / "explorer-gateway")
+    template = find(objects, "Deployment")["spec"]["template"]
+    assert template["metadata"]["annotations"]["sidecar.istio.io/inject"] == "true"
+    (container,) = template["spec"]["containers"]
+    cfg = cli.parse(container["command"][1:])
+    assert cfg.behind_proxy == ("kubeflow.example.com",)
+    (match,) = find(objects, "VirtualService")["spec"]["http"][0]["match"]
+    assert match["uri"]["prefix"] == f"{cfg.prefix}/"
+    (route,) = find(objects, "VirtualService")["spec"]["http"][0]["route"]
+    assert route["destination"]["port"]["number"] == cfg.port
+    labels = template["metadata"]["labels"]
+    for kind, key in (("AuthorizationPolicy", "selector"), ("NetworkPolicy", "podSelector")):
+        assert matches(find(objects, kind)["spec"][key], labels)
 
 
 def test_digests_stay(render: Render) -> None:
