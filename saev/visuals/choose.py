@@ -1,4 +1,4 @@
-"""Which latents to mark, and which images to store."""
+"""Chooses the latents to mark and the images to store."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ def choose(
     frequency: Float[np.ndarray, " d_sae"],
     mean_values: Float[np.ndarray, " d_sae"],
 ) -> Choice:
-    """The latents that a config asks for; the same ones every time.
+    """The latents that a config chooses. The same config always chooses the same ones.
 
     The range of log10(frequency) of the candidates is cut into `n_latents` bins of equal width;
     one latent is drawn from each, then one more from each that has any left, and so on. A plain
@@ -99,7 +99,7 @@ def _spread_draw(
     depth = 0
     while len(drawn) < n:
         layer = [int(pile[depth]) for pile in piles if len(pile) > depth]
-        # The last round may have more than are wanted; which of them is a matter of chance.
+        # The last round may have more latents than are wanted. Some of them are drawn at random.
         drawn += [int(i) for i in rng.permutation(layer)][: n - len(drawn)]
         depth += 1
     return tuple(sorted(drawn))
@@ -111,7 +111,7 @@ class Images(tp.NamedTuple):
     examples: tuple[int, ...]
     """Rows of `Shards.examples()`, in the order in which they are stored."""
     n_named: int
-    """How many there would be without a limit."""
+    """Number of images that there would be without the limit."""
 
 
 def images(cfg: VisualsConfig, results: Results, chosen: Sequence[int]) -> Images:

@@ -1,7 +1,7 @@
 """Names of the objects in a report's folder."""
 
 REPORT = "report"
-"""The folder, in that of the results."""
+"""The report's folder, inside that of the results."""
 INDEX = "index.html"
 DONE = "visuals.json"
 """Written last; its presence means that the report is complete."""

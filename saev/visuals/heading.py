@@ -1,4 +1,4 @@
-"""What a report is headed by: the SAE, its model, images, tag and date, and its figures."""
+"""The heading of a report: the SAE, its model, images, tag and date, and its figures."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,7 @@ class Metric:
     label: str
     text: str
     hint: str
-    """What it means, in a sentence."""
+    """One sentence that explains it."""
 
 
 _FIGURES: tuple[tuple[str, str, str, str], ...] = (
@@ -31,7 +31,7 @@ _FIGURES: tuple[tuple[str, str, str, str], ...] = (
     ("l0", "L0", "{:.1f}", "Latents that fire per token, on average."),
     ("n_dead", "Dead", "{:,.0f}", "Latents that never fire."),
 )
-"""Of one side: of held-out images, or of those of training."""
+"""Numbers of one side: of held-out images, or of images of training."""
 _METRICS: tuple[tuple[str, str, str, str], ...] = (
     ("d_sae", "Latents", "{:,.0f}", "Size of the dictionary."),
     (
@@ -44,7 +44,7 @@ _METRICS: tuple[tuple[str, str, str, str], ...] = (
 
 
 def _of_all(raw: tp.Mapping[str, tp.Any]) -> list[Metric]:
-    """The header's numbers, as far as `raw` (an inference's metrics.json) has them."""
+    """Those of the header's numbers that ``raw``, the metrics.json of inference, has."""
     shown = []
     for key, label, form, hint in _METRICS:
         value = raw.get(key)
@@ -88,7 +88,7 @@ def of(run: str, results: Results, shards: "Shards", activations: ActivationSour
 
 
 def _row(run: str, results: Results) -> Row | None:
-    """What is known of the run; None if it is no run folder."""
+    """The row of a run; None if it is no run folder."""
     try:
         trained = Row.find(run)
     except SaevError:
@@ -97,7 +97,7 @@ def _row(run: str, results: Results) -> Row | None:
 
 
 def _day(run: str) -> str:
-    """When the run was trained, as its curve says; "" if that is not known."""
+    """The day on which the run was trained, by its curves; "" if it is not known."""
     seconds = last_logged(run, "timings.jsonl").get("wall_time")
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()  # type: ignore[arg-type]

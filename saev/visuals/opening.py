@@ -1,4 +1,4 @@
-"""What the pages of an SAE are made from."""
+"""Opens what the page of an SAE is made from: its results, its shards and their images."""
 
 import functools
 import typing as tp
@@ -15,11 +15,11 @@ from saev.visuals.views import Images
 
 
 class Opened:
-    """An SAE with what was measured on its images. The images are opened when they are needed.
+    """An SAE's results and the images that they belong to. Images are opened when they are needed.
 
     Args:
         cfg: the config.
-        images: the images, which other SAEs show, too.
+        images: the images, shared with other SAEs.
 
     Raises:
         ConfigError: shards and inference do not fit together.
@@ -32,7 +32,7 @@ class Opened:
         self.shards = images.shards(cfg.shards)
         self.results = self._open_results()
         self.other_model = self._check_model()
-        """In what the activations differ from those of training, where that was allowed."""
+        """How the activations differ from those of training, if a difference was allowed."""
 
     def _open_results(self) -> Results:
         shards_hash = self.shards.metadata.hash
@@ -59,33 +59,34 @@ class Opened:
 
     @property
     def activations(self) -> ActivationSource:
-        """What was measured on."""
+        """The activations on which the SAE was measured."""
         metrics = self.results.metrics
         return self.shards.metadata.source(metrics.get("layer"), metrics.get("tokens"))
 
     @functools.cached_property
     def choice(self) -> Choice:
-        """The latents that the config asks for."""
+        """The latents that the config chooses."""
         return choose(self.cfg, self.results.frequency, self.results.mean_values)
 
     @property
     def source(self) -> Source:
-        """The images. They are opened when this is asked for first, for any SAE."""
+        """The images. They are opened once, at the first use by any SAE."""
         return self._images.source(self.shards, self.cfg.data)
 
     def mask_names(self) -> dict[int, str]:
-        """Names of the values of masks, as far as they are known. Opens no images."""
+        """Names of the values of masks, if they are known. Opens no images."""
         data = self.cfg.data
         if data is None:
             try:
                 data = recorded_data(self.shards)
-            except ConfigError:  # it does not say where they are, or may not
+            except ConfigError:  # the location of the images is unknown, or not trusted
                 return {}
         return read_class_names(data)
 
     @property
     def other_data(self) -> tp.Any:
-        """The dataset's config in a key: None if it is the recorded one, wherever it lies."""
+        """The dataset's config, as a part of keys. None if it is the recorded dataset, also in
+        another place."""
         given = self.cfg.identity()["data"]
         if given is None or self.shards.metadata.data_digest is None:
             return given
@@ -94,7 +95,7 @@ class Opened:
 
 
 def _without_place(data: tp.Any) -> tp.Any:
-    """A dataset's config without what the images' digest covers, or where they lie."""
+    """A dataset's config without the location, and without what the images' digest covers."""
     plain = protocol.without_place(data)
     if not isinstance(plain, dict):
         return plain

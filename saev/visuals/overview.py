@@ -1,6 +1,7 @@
-"""The page that a root ends with: every SAE in it, its figures, and its picture book.
+"""The page of a root: all of its SAEs with their figures, and links to their pages.
 
-It is made from what is on storage, so whoever writes it last writes all of it.
+Each process makes the whole page from what it finds in storage. So the page that is written last is
+complete.
 """
 
 import concurrent.futures
@@ -23,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 INDEX = "index.html"
 _MARK = "<title>saev:"
-"""In the head of every page of a root, also of those of version 0.1.0."""
+"""The beginning of the title of every page of a root, also in version 0.1.0."""
 _HEAD = 1000
 _N_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The SAEs that were measured on one shards folder, by L0."""
+    """The SAEs that were measured on one shards folder, sorted by L0."""
 
     shards: str
     """The folder's name."""
@@ -42,23 +43,24 @@ class Section:
 
     @property
     def side(self) -> str:
-        """What the figures are of: HELD_OUT, ELSEWHERE, or ALL if not all SAEs have one of these.
+        """The side of the figures: HELD_OUT or ELSEWHERE; ALL if not all SAEs have one of these.
 
-        SAEs beside each other are compared on the same images.
+        It is the same for all SAEs of the section, so that they are compared on the same images.
         """
         sides = {row.side for row in self.rows}
         return sides.pop() if len(sides) == 1 else ALL
 
     def headline(self, row: Row) -> Figures:
-        """The figures of one of its SAEs, of :attr:`side`."""
+        """The figures of one of its SAEs on :attr:`side`."""
         return Figures.of(row.of_side(self.side))
 
     def best_first(self) -> list[Row]:
-        """By NMSE."""
+        """The rows by NMSE, the lowest first."""
         return sorted(self.rows, key=lambda row: (self.headline(row).order, row.run))
 
     def ordered(self) -> tp.Self:
-        """By L0, with the Pareto front marked: its members have a lower NMSE than all before."""
+        """The section sorted by L0, with the Pareto front marked: the rows with a lower NMSE than
+        all rows before them."""
 
         def by_l0(row: Row) -> tuple[float, float, str]:
             found = self.headline(row)
@@ -98,7 +100,7 @@ def write(root: str, sections: tp.Sequence[Section] | None = None) -> str:
 
 
 def report(root: str) -> str:
-    """:func:`write` for a folder that a user names.
+    """:func:`write`, for a folder that a user has named.
 
     Raises:
         ConfigError: the folder is no root.
@@ -132,7 +134,7 @@ def home_of(report: str) -> str:
 
 
 def update(run: str) -> str:
-    """Write the page of the root that a run is in, as every stage does that adds to one.
+    """Write the page of the root that a run is in. Stages call this when they have added something.
 
     Returns:
         URL of the page; "" if the run is in no root, or another program's page is in its place.
@@ -148,7 +150,7 @@ def may_write(root: str) -> bool:
 
 
 def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
-    """What was measured below a root, or only trained.
+    """All SAEs below a root, measured or only trained, by shards folder.
 
     Args:
         root: URL of the folder that holds `shards` and `runs`.
@@ -171,14 +173,14 @@ def collect(root: str, runs: tp.Sequence[str] | None = None) -> list[Section]:
 
 
 def row(run: str, shards: str) -> Row:
-    """What was measured of one SAE on a shards folder.
+    """The row of one SAE on a shards folder.
 
     Args:
         run: URL of the run folder.
         shards: name of the shards folder.
 
     Raises:
-        IncompleteError: nothing was.
+        IncompleteError: the SAE was not measured there.
     """
     for of, found in _rows_of(run):
         if of == shards:
@@ -187,7 +189,7 @@ def row(run: str, shards: str) -> Row:
 
 
 def names_of(runs: tp.Sequence[str]) -> dict[str, str]:
-    """What tells SAEs apart, by the names of their run folders.
+    """Names that tell SAEs apart, by the names of their run folders.
 
     Args:
         runs: URLs of complete run folders.
@@ -203,7 +205,8 @@ def _named(rows: tp.Sequence[Row]) -> list[Row]:
 
 
 def _rows_of(run: str) -> list[tuple[str, Row]]:
-    """An SAE on each shards folder that it was measured on, or else on that of its training."""
+    """The rows of an SAE: one for each shards folder on which it was measured. If there is none,
+    one for the folder of its training."""
     trained = Row.find(run)
     if trained is None:
         return []
@@ -221,7 +224,7 @@ def _rows_of(run: str) -> list[tuple[str, Row]]:
 
 
 def _newest(found: list[Results]) -> list[Results]:
-    """Without the results of earlier versions, if this version has measured the SAE again."""
+    """The results without those of earlier versions, if this version has measured the SAE again."""
     return [one for one in found if one.has_tables] or found
 
 
@@ -236,7 +239,7 @@ def _report_of(folder: str) -> str:
 
 
 def _recorded(root: str, shards: str) -> tuple[str, str]:
-    """Where the images of a shards folder are, and the model; "" if the folder is gone."""
+    """Location of a shards folder's images, and the model; "" if the folder is gone."""
     if not storage.is_file_name(shards):  # a result names the folder, so its name is not trusted
         return "", ""
     url = storage.join(root, "shards", shards)

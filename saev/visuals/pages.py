@@ -1,4 +1,4 @@
-"""How the stage's pages are made from their templates."""
+"""Makes the pages of the stage from their templates."""
 
 import typing as tp
 
@@ -9,9 +9,9 @@ from saev.secrets import redact
 
 
 def environment() -> jinja2.Environment:
-    """Templates of this package: every value is escaped, and a missing one is an error.
+    """The templates of this package. Every value is escaped, and a missing value is an error.
 
-    Keys in URLs are hidden. Nothing stores them today, but other programs and earlier versions did.
+    Keys in URLs are hidden. saev does not store them, but earlier versions and other programs did.
     """
     return jinja2.Environment(
         loader=jinja2.PackageLoader("saev.visuals", "templates"),
@@ -24,6 +24,6 @@ def environment() -> jinja2.Environment:
 
 
 def _without_keys(value: tp.Any) -> tp.Any:
-    """A value of a template without keys. Markup is the package's own, and has none."""
+    """A value of a template without keys. Markup comes from this package and has no keys."""
     is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
     return redact(value) if is_text else value

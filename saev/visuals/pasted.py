@@ -1,4 +1,4 @@
-"""The command line that is a config of `saev visuals`, for people to paste."""
+"""The command line of a config of `saev visuals`, for people to paste."""
 
 import shlex
 from collections.abc import Iterator

@@ -9,14 +9,14 @@ THUMB = 48
 
 
 def picture(crop: Image.Image, long_side: int) -> Image.Image:
-    """The model's view in the size that it is shown in, its aspect ratio kept."""
+    """The model's view, resized for display with its aspect ratio."""
     scale = long_side / max(crop.size)
     size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
     return crop if size == crop.size else crop.resize(size, Image.Resampling.BICUBIC)
 
 
 def encode(image: Image.Image) -> bytes:
-    """As a WebP file. Equal pictures give equal bytes."""
+    """The bytes of a WebP file. Equal pictures give equal bytes."""
     buffer = io.BytesIO()
     quality = 80 if max(image.size) > THUMB else 70
     image.save(buffer, format="WEBP", quality=quality, method=4)

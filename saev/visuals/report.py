@@ -25,8 +25,8 @@ from saev.visuals.views import Images, Views
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
-"""Goes up when pages change, so that old ones are written again. Up to version 2 they showed a few
-chosen latents, and there was a folder of pictures for each of them."""
+"""Raised when pages change, so that earlier ones are written again. Up to format 2, a page showed a
+few chosen latents, and each of them had a folder of pictures."""
 
 
 class Report:
@@ -74,8 +74,8 @@ class Report:
 
     @functools.cached_property
     def is_earlier(self) -> bool:
-        """Whether an earlier version of saev made both the results and the report. Such results
-        have no tables, from which pages are made now, so the report stays as it is."""
+        """Whether an earlier version of saev made both the results and the report. Pages are now
+        made from tables, which such results do not have. So the report stays as it is."""
         if self.opened.results.folder.has(TABLES):
             return False
         places = (storage.join(self.out, DONE), self.index_url)
@@ -90,7 +90,7 @@ class Report:
         return True
 
     def published(self) -> bool:
-        """Whether the whole report is there and up to date."""
+        """Whether the report is complete and up to date."""
         if self.is_earlier:
             return True
         try:
@@ -110,7 +110,7 @@ class Report:
         return range(0 if self.is_earlier else self.sheet.n_parts)
 
     def views(self, parts: list[int]) -> Views:
-        """What gives the images of parts, each of which is going to be asked for."""
+        """A source of the images of some parts. Each image has to be taken from it once."""
         storage.check_writable(self.out)
         examples = (example for part in parts for example in self.sheet.examples(part))
         return self._images.views(self.opened.shards, self.cfg, examples)
@@ -145,7 +145,7 @@ class Report:
             storage.clean_up(url, recursive=True)
 
     def _before(self) -> storage.Sealed | None:
-        """The report that is replaced."""
+        """The closing object of the report that is replaced; None if there is none."""
         try:
             return storage.find_sealed(storage.join(self.out, DONE))
         except CorruptDataError:
@@ -160,7 +160,7 @@ class Report:
     def _superfluous(
         self, before: storage.Sealed | None, listed: dict[str, storage.Listed]
     ) -> Iterator[str]:
-        """What the report had before, and has no more."""
+        """Files that the replaced report had, and that this one does not have."""
         old = set(before.files or ()) if before else set()
         if any(name.startswith(f"{EARLIER}/") for name in old):
             yield storage.join(self.out, EARLIER)

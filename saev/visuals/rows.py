@@ -1,7 +1,7 @@
-"""An SAE with its figures, and which images each figure is measured on.
+"""Rows of figures: an SAE, its figures, and the images on which each figure is measured.
 
-Reports, the page of a root, the table in Kubeflow's UI and the lines on the terminal all show these
-rows, so that they say the same of an SAE.
+Reports, the page of a root, the table in Kubeflow's UI and the lines on the terminal are made from
+these rows. So all of them show the same figures of an SAE.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ HELD_OUT, ELSEWHERE, ALL, TRAINING = "held-out", "elsewhere", "all", "training"
 
 
 class Side(tp.NamedTuple):
-    """What people are told of a side."""
+    """The texts that people read about a side."""
 
     name: str
-    """In headings."""
+    """Its name in headings."""
     images: str
-    """Which images it has."""
+    """The images that belong to it."""
 
 
 SIDES = {
@@ -40,7 +40,7 @@ SIDES = {
 
 
 class Figures(tp.NamedTuple):
-    """An SAE's main figures. None is not known, or not a number (see docs/metrics)."""
+    """An SAE's main figures. None stands for unknown, or not a number (see docs/metrics)."""
 
     nmse: float | None = None
     l0: float | None = None
@@ -48,18 +48,18 @@ class Figures(tp.NamedTuple):
 
     @classmethod
     def of(cls, raw: tp.Mapping[str, tp.Any]) -> tp.Self:
-        """From the metrics that training or inference stored."""
+        """Take them from the metrics that training or inference stored."""
         return cls(raw.get("normalized_mse"), raw.get("l0"), raw.get("n_dead"))
 
     @property
     def order(self) -> float:
-        """For sorting by NMSE. An NMSE that is not known is last."""
+        """The key for sorting by NMSE. An unknown NMSE comes last."""
         return math.inf if self.nmse is None else self.nmse
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One SAE, and what was measured on one shards folder."""
+    """One SAE with the metrics that were measured on one shards folder."""
 
     run: str
     """URL of the run folder."""
@@ -68,13 +68,13 @@ class Row:
     config: TrainConfig
     """The resolved training config."""
     metrics: tp.Mapping[str, tp.Any]
-    """What inference measured, on the whole shards folder; empty if it did not."""
+    """Metrics of inference on the whole shards folder; empty if inference did not run."""
     held_out: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
-    """What training measured in the end, on images that it had not seen; empty if it did not."""
+    """Metrics at the end of training, on images that it had not seen; empty if there are none."""
     trained_on: tp.Mapping[str, tp.Any] = dataclasses.field(default_factory=dict)
-    """The same on images that it had seen; empty if it did not, as in runs of version 0.1.0."""
+    """The same on images that it had seen; empty for runs of version 0.1.0."""
     name: str = ""
-    """What tells the SAE from the others of its section."""
+    """The name that tells the SAE from the others of its section."""
     other_model: tp.Sequence[str] = ()
     """How the activations differ from those of training, if such a difference was allowed."""
     on_front: bool = False
@@ -82,11 +82,11 @@ class Row:
     elsewhere: bool = False
     """Whether the folder is another one than that of training."""
     results: str = ""
-    """URL of the folder with what inference measured, "" if it did not."""
+    """URL of the folder of inference's results; "" if there is none."""
 
     @classmethod
     def of_run(cls, run: str) -> tp.Self:
-        """An SAE as training published it, without what inference measured.
+        """An SAE as training published it, without metrics of inference.
 
         Args:
             run: URL of the run folder.
@@ -107,10 +107,10 @@ class Row:
         return cls.of_run(run) if storage.exists(storage.join(run, RUN)) else None
 
     def on(self, results: Results, report: str = "") -> tp.Self:
-        """The same SAE with what inference measured on a shards folder.
+        """The same SAE with the metrics of inference on a shards folder.
 
         Args:
-            results: what it measured.
+            results: of inference.
             report: URL of the first page of their report, "" if there is none.
         """
         of_training = storage.name(self.config.train_data.shards)
@@ -122,23 +122,23 @@ class Row:
 
     @property
     def side(self) -> str:
-        """Which images come first: HELD_OUT if their figures are known, else ELSEWHERE or ALL."""
+        """The side of the headline: HELD_OUT if its figures are known, else ELSEWHERE or ALL."""
         if self.elsewhere:
             return ELSEWHERE
         return HELD_OUT if self.held_out else ALL
 
     def of_side(self, side: str) -> tp.Mapping[str, tp.Any]:
-        """The metrics on HELD_OUT images, or on ALL or ELSEWHERE, which inference measured."""
+        """The metrics of a side. Training measured HELD_OUT, and inference ALL or ELSEWHERE."""
         return self.held_out if side == HELD_OUT else self.metrics
 
     @property
     def headline(self) -> Figures:
-        """Of :attr:`side`."""
+        """The figures of :attr:`side`."""
         return Figures.of(self.of_side(self.side))
 
     @property
     def training(self) -> Figures:
-        """Of the training side."""
+        """The figures of the training side."""
         return Figures.of(self.trained_on)
 
 

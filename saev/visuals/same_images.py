@@ -1,9 +1,9 @@
-"""Whether a dataset holds the images that activations were recorded from.
+"""Checks whether a dataset holds the images from which activations were recorded.
 
 The recorded digest decides. It covers names below the root, sizes in bytes and labels, also those
-of masks, so it is the same wherever the images lie. A copy whose names are spelled in another of
-Unicode's forms holds the same images, in another order. If the digest differs in every form, or
-none was recorded, the table of examples says what differs first.
+of masks. So it does not depend on the place of the images. If a copy spells names in another of
+Unicode's forms, it holds the same images in another order. If the digest differs in every form, or
+was not recorded, the table of examples tells the first difference.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from saev.shards import Shards
 logger = logging.getLogger(__name__)
 
 _MAX_DECODED = 2000
-"""Most images that are decoded to find the first that differs, if names do not tell."""
+"""Most images that are decoded to find the first different one, if all names are the same."""
 
 
 def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> ImageDataset:
@@ -32,10 +32,10 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> ImageDatase
     Args:
         shards: the activations.
         data: where the images are.
-        dataset: what was found there.
+        dataset: the images that were found there.
 
     Returns:
-        The dataset in the order in which it was recorded.
+        The dataset, in the order of the recording.
 
     Raises:
         ConfigError: another kind of dataset, or another number of images.
@@ -79,7 +79,7 @@ def check(shards: Shards, data: ImageData, dataset: ImageDataset) -> ImageDatase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """What was recorded of one image."""
+    """One image, as it was recorded."""
 
     index: int
     """Index in the dataset."""
@@ -110,7 +110,7 @@ def check_pixels(image: Image.Image, height: int | None, width: int | None, url:
 
 
 def _rows(shards: Shards) -> list[Row]:
-    """Of all recorded images, in order; empty if names were not recorded (protocol 2.1)."""
+    """The rows of all recorded images, in order; empty without recorded names (protocol 2.1)."""
     table = shards.examples()
     if "url" not in table.column_names:
         return []
@@ -150,20 +150,20 @@ def _all_named(rows: Sequence[Row], dataset: ImageDataset) -> bool:
 
 
 def _is_named(recorded: str, key: str) -> bool:
-    """Whether a recorded URL ends in a name below a root, in whatever form of Unicode."""
+    """Whether a recorded URL ends in a name below a root, in any form of Unicode."""
     recorded, key = one_name(recorded), one_name(key)
     return recorded == key or recorded.endswith((f"/{key}", f"#{key}"))
 
 
 def _first_of_other_number(rows: Sequence[Row], dataset: ImageDataset) -> str:
-    """Which image is missing or new, as a sentence; "" where names were not recorded."""
+    """A sentence about the first image that is missing or new; "" without recorded names."""
     keys = [one_name(dataset.key(i)) for i in range(len(dataset))]
     there = set(keys)
     for row in rows:
         if there.isdisjoint(_endings(row.url)):
             return f" The first that is missing is {row.url}."
     if any(row.index != i for i, row in enumerate(rows)):
-        return ""  # images were skipped when it was recorded: the new one may be one of them
+        return ""  # the recording skipped images, so the new one may be one of these
     recorded = {ending for row in rows for ending in _endings(row.url)}
     for i, key in enumerate(keys if rows else ()):
         if key not in recorded:
@@ -172,7 +172,7 @@ def _first_of_other_number(rows: Sequence[Row], dataset: ImageDataset) -> str:
 
 
 def _endings(url: str) -> Iterator[str]:
-    """A URL, and the same without its first component, its first two, and so on; in NFC."""
+    """A URL, then without its first component, without its first two, and so on; in NFC."""
     rest = one_name(url)
     while rest:
         yield rest

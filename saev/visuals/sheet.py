@@ -1,7 +1,7 @@
 """Writes the images of a report, in parts that any worker can write.
 
-A part is a file of pictures, a file of thumbs, and a record, which is written last and says where
-the row groups of both are. `tables.json` joins the records of all parts.
+A part is a file of pictures, a file of thumbs, and a record. The record is written last, and says
+where the row groups of both files are. `tables.json` joins the records of all parts.
 """
 
 import typing as tp
@@ -13,7 +13,7 @@ from saev.parquet import TABLES, Index, TableEntry, TableWriter, schema
 from saev.visuals.stored import EXAMPLES, GROUP_ROWS, N_NAMED, Stored
 
 FORMAT = 1
-"""Goes up when the pictures change, so that old ones are drawn again."""
+"""Raised when pictures change, so that earlier ones are drawn again."""
 
 _REMEDY = "Delete it and run the same command again."
 _PART_IMAGES = 1024

@@ -32,9 +32,10 @@ REMEDY = (
 )
 
 CLASSES_CSV = "classes.csv"
-"""Beside `labels.csv`: what the values of masks mean, with the columns label,name."""
+"""A file beside `labels.csv` with the names of the values of masks; columns: label,name."""
 OBJECT_INFO = "objectInfo150.txt"
-"""The same as ADE20K's scene parsing benchmark has it: tab-separated, first and last column."""
+"""The same in the form of ADE20K's scene parsing benchmark: the first and the last column of a
+tab-separated file."""
 
 _SIDE_UNKNOWN = 224
 
@@ -120,7 +121,7 @@ class Source:
 
 @contextlib.contextmanager
 def _remedied() -> Iterator[None]:
-    """Add what to do to errors about missing or damaged images."""
+    """Add the remedy to errors about missing or damaged images."""
     try:
         yield
     except SaevError as err:
@@ -128,7 +129,7 @@ def _remedied() -> Iterator[None]:
 
 
 def recorded_data(shards: Shards) -> ImageData:
-    """The dataset's config as the shards' metadata has it.
+    """The dataset's config that the shards' metadata record.
 
     Raises:
         ConfigError: the config cannot be read, as in protocol 2.1, where it is a pickle; or it
@@ -159,7 +160,7 @@ def recorded_data(shards: Shards) -> ImageData:
 
 
 def _trusted(config: ImageData, place: str) -> ImageData:
-    """A dataset's config from a stored file, if all places that it names may be opened."""
+    """A dataset's config from a stored file, after a check that all of its places may be opened."""
     if isinstance(config, ImgFolder | ImgSegFolder):
         remedy = f"If it is yours: data:{config.kind} --data.root {config.root}"
         root = storage.recorded_folder(config.root, place, remedy)
@@ -193,9 +194,9 @@ def _check_parts(config: ImgSegFolder, place: str, remedy: str) -> None:
 
 
 def image_spec(shards: Shards) -> ImageSpec:
-    """How the recorded images were cropped.
+    """The preprocessing of the recorded images.
 
-    Where that was not recorded (protocol 2.1) a square centre crop is assumed, with a warning.
+    If it was not recorded (protocol 2.1), a square centre crop is assumed, with a warning.
     """
     metadata = shards.metadata
     if metadata.image_spec is not None:

@@ -1,4 +1,4 @@
-"""The visuals stage: the images that latents of an SAE respond to, then the page of the SAE.
+"""The visuals stage: it stores the images on which latents of an SAE fire, and makes its page.
 
 An item is a part of the images of one SAE. An image that several SAEs show is decoded once for all
 of them. An SAE whose pictures cannot be drawn fails alone.
@@ -43,7 +43,7 @@ def work(cfg: VisualsConfig, item: tp.Mapping[str, tp.Any]) -> None:
 
 
 def finish(cfg: VisualsConfig) -> str:
-    """Write the page, and publish, unless that was done.
+    """Write the page and publish it. Does nothing if that was done.
 
     Returns:
         URL of index.html.
@@ -79,7 +79,7 @@ def book(cfg: VisualsConfig, max_bytes: int = 5_000_000) -> str:
 
 
 def run(cfg: VisualsConfig, progress: Progress | None = None) -> str:
-    """All of it.
+    """Draw all parts that are not drawn, then :func:`finish`.
 
     Returns:
         URL of index.html.
@@ -129,7 +129,7 @@ class Drawing(Job):
 
     @functools.cached_property
     def _opened(self) -> dict[int, Report]:
-        """What each config is about, by its number."""
+        """The report of each config, by the number of the config."""
         found = {}
         for number, cfg in enumerate(self._cfgs):
             with self._failures.of(number):
@@ -194,7 +194,7 @@ class Drawing(Job):
     # --- Work ------------------------------------------------------------------------------
 
     def items(self) -> list[Item]:
-        """One per part of an SAE's images."""
+        """One for each part of each SAE's images."""
         found = []
         for number, one in self._sound.items():
             with self._failures.of(number):
@@ -223,7 +223,7 @@ class Drawing(Job):
             if parts:
                 with self._failures.of(number):
                     self._views[number] = one.views(parts)
-                _ = one.opened.source  # an error of it is one of all SAEs
+                _ = one.opened.source  # images that cannot be opened are an error of all SAEs
 
     def work(self, item: Item, context: Context) -> None:
         number, part = _place(item)

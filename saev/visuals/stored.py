@@ -81,7 +81,8 @@ class Pictures:
         return int(example) in self._number
 
     def get(self, example: int) -> bytes | None:
-        """An image in the size of a latent's page, a WebP file; None if it is not stored.
+        """The picture of an image for the page of a latent, as a WebP file; None if it is not
+        stored.
 
         Raises:
             CorruptDataError: the report is damaged.
@@ -90,7 +91,7 @@ class Pictures:
         return self._find(schema.PICTURES, example)
 
     def thumb(self, example: int) -> bytes | None:
-        """As :meth:`get`, in the size of a list."""
+        """The picture of an image for lists, as a WebP file; None if it is not stored."""
         return self._find(schema.THUMBS, example)
 
     def _find(self, name: str, example: int) -> bytes | None:
@@ -105,13 +106,13 @@ class Pictures:
         raise CorruptDataError(f"{place} lists no row group with image {number}. {REMEDY}")
 
     def _read_group(self, name: str, file: FileEntry, number: int) -> dict[int, bytes]:
-        """The images of a row group, by their number."""
+        """The pictures of a row group, by the number of the image."""
         rows = self._tables.group(file, number, ["number", _COLUMNS[name]])
         return dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
 
 
 class Stored(tp.NamedTuple):
-    """An image as it is stored."""
+    """The two pictures of an image that are stored."""
 
     width: int
     """Of the picture, in pixels."""
@@ -124,5 +125,5 @@ class Stored(tp.NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that the pictures take."""
         return len(self.picture) + len(self.thumb)

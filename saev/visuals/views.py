@@ -1,4 +1,4 @@
-"""Images that several SAEs show: each is decoded once, and kept while it is needed."""
+"""Images that several SAEs show. Each is decoded once, and kept in memory while it is needed."""
 
 import concurrent.futures
 import threading
@@ -16,12 +16,12 @@ from saev.visuals.source import Source
 from saev.visuals.stored import Stored
 
 _KEPT_BYTES = 1 << 29
-"""Most bytes of images that are kept for other SAEs. An image for which there is no room is
-decoded again."""
+"""Most bytes of images that are kept for other SAEs. If an image does not fit, it is decoded again
+later."""
 
 
 class Views:
-    """Images, each of which is loaded once for all of its uses. Threads may share it.
+    """Loads each image once for all of its uses. Threads may share it.
 
     Args:
         load: loads an example.
@@ -35,7 +35,7 @@ class Views:
         self._lock = threading.Lock()
 
     def expect(self, examples: Iterable[int]) -> None:
-        """Say that each of these is going to be asked for once more."""
+        """Announce one further use of each of these examples."""
         self._left.update(examples)
 
     def get(self, example: int) -> Stored:
@@ -75,7 +75,7 @@ class Views:
 
 
 class Images:
-    """Shards folders and their images, opened once for all SAEs that are shown."""
+    """Shards folders and their images. Each is opened once, for all SAEs."""
 
     def __init__(self) -> None:
         self._folders = Folders()
