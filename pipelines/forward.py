@@ -29,7 +29,7 @@ class Target(tp.NamedTuple):
     service: str
     """Its name."""
     port: int
-    """Of its pods."""
+    """Port of its pods."""
     namespace: str
     remedy: str
     """What to do if there is no such service, behind a colon."""

@@ -36,7 +36,7 @@ class Place(tp.NamedTuple):
     base: str
     """URL of the folder below which files are served."""
     path: str
-    """Of the page, relative to that folder."""
+    """Path of the page, relative to that folder."""
 
 
 class Part(tp.NamedTuple):

@@ -89,7 +89,7 @@ class Job(abc.ABC):
     """
 
     name: tp.ClassVar[str]
-    """Of the stage, as in the chain."""
+    """Name of the stage in the chain."""
     opening: tp.ClassVar[str] = "look for the result"
     """Description of finding out whether the result is published, for the log."""
     unit: tp.ClassVar[str] = ""

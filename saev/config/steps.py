@@ -219,4 +219,4 @@ STEPS: dict[str, type[Config]] = {
 NAMES: dict[type[Config], str] = {kind: name for name, kind in STEPS.items()}
 """The name of a step by its config."""
 SMALL = frozenset({"fire", "discover", "report", "launch", "outcome"})
-"""Those that need no torch, and whose pods have the small image."""
+"""Steps that need no torch. Their pods have the small image."""

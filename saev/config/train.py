@@ -148,8 +148,8 @@ def default_n_train(n_tokens: int) -> int:
 
 
 TOKENS_PER_LATENT = 100
-"""Of an epoch. Where there are fewer, many latents never fire: an active one fires on about
-k / d_sae of all tokens."""
+"""Tokens of an epoch per latent, below which many latents never fire: an active latent fires on
+about k / d_sae of all tokens."""
 N_STEPS = 1000
 """Steps that a run should at least have, unless batches would become tiny (docs/training.md)."""
 

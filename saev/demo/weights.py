@@ -187,7 +187,7 @@ def _to_timm(named: dict[str, np.ndarray], url: str) -> dict[str, np.ndarray]:
 
 
 _QKV = ("query", "key", "value")
-"""In timm's order."""
+"""The parts of a weight matrix, in timm's order."""
 
 
 def _shape(name: str) -> tuple[int, ...]:

@@ -32,9 +32,9 @@ class Report:
 
     root: str
     items: list[Item]
-    """In the order of deletion."""
+    """Items in the order of their deletion."""
     outcomes: dict[str, Outcome] = dataclasses.field(default_factory=dict)
-    """By URL."""
+    """What happened to each item, by its URL."""
     failures: list[str] = dataclasses.field(default_factory=list)
     """One sentence each."""
 

@@ -59,7 +59,7 @@ class Facts(tp.NamedTuple):
 
     snapshot: Snapshot
     runs: dict[str, Run]
-    """By name."""
+    """Runs by the names of their folders."""
     groups: dict[str, frozenset[str]]
     """Names of the runs of each group of resume points; empty if they are not known."""
     datasets: dict[str, str]

@@ -24,7 +24,7 @@ class Folder(tp.NamedTuple):
 
     @classmethod
     def of(cls, url: str, objects: Iterable[Object]) -> "Folder":
-        """From objects whose keys begin at the folder."""
+        """Make it from objects whose keys are relative to the folder."""
         found = tuple(objects)
         return cls(url, found, max((o.modified for o in found), default=0.0))
 

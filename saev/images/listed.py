@@ -16,7 +16,7 @@ class File(tp.NamedTuple):
     label: str
     """Path of its folder below the root; "" for files directly in the root."""
     size: int
-    """Bytes."""
+    """Number of bytes."""
 
     @property
     def stem(self) -> str:

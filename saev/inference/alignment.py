@@ -21,7 +21,7 @@ class Carry(tp.NamedTuple):
     n: np.ndarray
     """Tokens with higher values, int64 [latents]."""
     by_class: np.ndarray
-    """Of them, in each class, int64 [latents, classes]."""
+    """Those of these tokens that belong to each class, int64 [latents, classes]."""
 
     @classmethod
     def zeros(cls, n_latents: int, n_classes: int = N_CLASSES) -> "Carry":

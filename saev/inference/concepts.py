@@ -59,7 +59,7 @@ class Alignment(tp.NamedTuple):
     classes: list[ClassAlignment]
     """One row per class, by label."""
     scores: Scores
-    """Of all latents and classes, for `classes.parquet`."""
+    """Scores of all latents and classes, for `classes.parquet`."""
 
 
 def align(
@@ -162,7 +162,7 @@ class _Entries(tp.NamedTuple):
     """Entries of some latents on labelled tokens."""
 
     latents: np.ndarray
-    """From 0, int64 [nnz]."""
+    """Numbers of the latents, counted from the first of them, int64 [nnz]."""
     values: np.ndarray
     """float32 [nnz]."""
     labels: np.ndarray

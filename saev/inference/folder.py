@@ -27,7 +27,7 @@ class ResultsFolder:
 
     def __init__(self, listed: storage.Folder):
         self.listed = listed
-        """With the list of its files."""
+        """The folder as it is stored, with the list of its files."""
         self.url = listed.url
         self.metrics = listed.record
         """Contents of metrics.json."""
@@ -177,7 +177,7 @@ def find(run: str, shards_hash: str, shards_url: str = "") -> ResultsFolder:
 
 
 def _current(run: str, found: tp.Sequence[ResultsFolder], shards_url: str) -> list[ResultsFolder]:
-    """Of several results, those that this version of saev makes, if possible the usual ones."""
+    """Those of several results that this version of saev would make, if possible the usual ones."""
     from saev.inference.job import current_keys  # needs torch, and reads the SAE
 
     recorded: dict[str, dict[str, tp.Any]] = {}

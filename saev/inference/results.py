@@ -27,7 +27,7 @@ class Results:
     def __init__(self, opened: ResultsFolder):
         self.url = opened.url
         self.folder = opened.listed
-        """With the list of its files."""
+        """The folder of the results, with the list of its files."""
         self.metrics = opened.metrics
         """Scalar figures, see docs/metrics.md."""
         self._opened = opened

@@ -36,7 +36,7 @@ class Prefixes(tp.NamedTuple):
     """Prefix lengths of a group, padded to the same number."""
 
     lengths: Int[Tensor, "g p"]
-    """Ascending; padded with d_sae."""
+    """Lengths of the prefixes, ascending; padded with d_sae."""
     weights: Float[Tensor, "g p"]
     """1/P for the P prefixes, 0 for padding."""
     cuts: list[list[int]]

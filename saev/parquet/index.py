@@ -52,9 +52,9 @@ class FileEntry(tp.NamedTuple):
     n_bytes: int
     """Size of the file."""
     footer: Span
-    """From the end of the last page to the end of the file."""
+    """The bytes from the end of the last page to the end of the file."""
     groups: tuple[Group, ...]
-    """In the order of the file, which is the order of the keys."""
+    """The row groups in the order of the file, which is the order of the keys."""
 
 
 class TableEntry(tp.NamedTuple):
@@ -63,7 +63,7 @@ class TableEntry(tp.NamedTuple):
     key: str
     """The column by which the rows are sorted."""
     files: tuple[FileEntry, ...]
-    """In order of the keys."""
+    """The files in the order of the keys."""
 
     @property
     def n_rows(self) -> int:

@@ -280,7 +280,7 @@ class Layout:
     itemsize: int
     """Bytes per element."""
     layer_stride: int
-    """From one layer to the next."""
+    """Bytes from one layer to the next."""
     example_stride: int
     """From one example to the next, in one layer."""
 

@@ -17,7 +17,7 @@ class Memory(tp.NamedTuple):
     """Memory of a container in bytes."""
 
     used: int
-    """Without the file cache, which the kernel can free."""
+    """Bytes in use, without the file cache, which the kernel can free."""
     limit: int
 
     @property

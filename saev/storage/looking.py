@@ -40,7 +40,7 @@ class Entry(tp.NamedTuple):
     name: str
     """Last path component, without a trailing slash."""
     size: int
-    """Bytes; 0 for folders."""
+    """Number of bytes; 0 for folders."""
     is_dir: bool
     etag: str = ""
     """The object store's entity tag without quotes; empty if there is none."""

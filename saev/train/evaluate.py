@@ -47,7 +47,7 @@ class _Rows(tp.NamedTuple):
     """A batch to measure on."""
 
     acts: Tensor
-    """As recorded, [batch, d_model]."""
+    """Recorded activations, [batch, d_model]."""
     calibrating: Tensor
     """Which of them are for calibration, bool [batch]."""
 

@@ -96,7 +96,7 @@ class _Rank:
 
     @property
     def status(self) -> int | None:
-        """As of Popen; None while it runs."""
+        """The exit status, as Popen gives it; None while the process runs."""
         return self._process.poll()
 
     @property

@@ -32,7 +32,7 @@ class Normalization(tp.NamedTuple):
 
     @classmethod
     def of(cls, stats: LayerStats, *, scale_mean: bool, scale_norm: bool) -> "Normalization":
-        """From a layer's moments.
+        """Compute it from a layer's moments.
 
         With ``scale_norm``, the root mean square norm becomes √d_model. With ``scale_mean`` too,
         that is the norm after the mean is subtracted.

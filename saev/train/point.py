@@ -44,7 +44,8 @@ class ResumePoint(tp.NamedTuple):
     meta: dict[str, tp.Any]
     """Plain JSON that was saved with them: `run_ids`, `rules`, `loader`."""
     curves: dict[str, CurveRows] | None = None
-    """By run id; None in a point of version 0.1.0, whose `meta` counts the rows (`n_rows`)."""
+    """Rows of the curves, by run id. None in a point of version 0.1.0, whose `meta` counts the rows
+    (`n_rows`)."""
 
 
 class Pointer(tp.NamedTuple):

@@ -141,7 +141,7 @@ class Training(Job):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of the runs, in the sweep's order."""
+        """URLs of the runs, in the order of the sweep."""
         return tuple(member.url for member in self._members)
 
     def published(self) -> bool:

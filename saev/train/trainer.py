@@ -72,7 +72,7 @@ class Trainer:
     ):
         self.members = tuple(members)
         self.config: TrainConfig = members[0].config
-        """That of the first member, for settings that all members share."""
+        """The config of the first member, for settings that all members share."""
         self.step = 0
         """Steps done."""
         self._points = points

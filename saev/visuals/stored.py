@@ -119,9 +119,9 @@ class Stored(tp.NamedTuple):
     height: int
     """Of the picture, in pixels."""
     picture: bytes
-    """In the size of a latent's page, a WebP file."""
+    """The picture for the page of a latent, a WebP file."""
     thumb: bytes
-    """In the size of a list, a WebP file."""
+    """The picture for lists, a WebP file."""
 
     @property
     def n_bytes(self) -> int:

@@ -24,7 +24,7 @@ _WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-"""In the order in which open_clip prefers them."""
+"""Files of weights, in the order of open_clip's preference."""
 
 
 @register_family("clip")
