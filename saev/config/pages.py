@@ -51,7 +51,8 @@ class ServeConfig(Config):
     """Where the weights of the model are now, if they have moved, such as vits14@URL. Images of
     your own need them."""
     memory_mb: float = pydantic.Field(default=1024.0, ge=512.0, allow_inf_nan=False)
-    """Most megabytes of memory that the server takes, models for own images aside."""
+    """Most megabytes of memory that the server takes, without torch and models, which images of
+    your own and matches of latents need."""
 
     @pydantic.model_validator(mode="after")
     def _is_sound(self) -> tp.Self:

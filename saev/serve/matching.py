@@ -12,7 +12,7 @@ from saev.serve.measured import Measured
 
 logger = logging.getLogger(__name__)
 
-MAX_OTHERS = 16
+MAX_OTHERS = 8
 """Most other SAEs that are looked at."""
 
 

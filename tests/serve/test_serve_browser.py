@@ -1,6 +1,9 @@
 """The live explorer in a browser: it shows the numbers of the results, and asks nobody else."""
 
+import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,13 @@ from visuals import chromium
 from visuals.chromium import Page
 
 from saev.inference.results import Results
+from saev.serve import access, app
+from saev.serve.catalogue import Catalogue
+from saev.serve.explorer import Explorer
 from saev.serve.measured import Measured
+from saev.serve.notes import check
 
-from .conftest import Client
+from .conftest import Client, serving
 
 pytestmark = pytest.mark.skipif(chromium.BINARY is None, reason=chromium.MISSING)
 
@@ -85,6 +92,66 @@ def test_the_search_finds_what_the_server_finds(
     tab.wait(f"document.getElementById('count').textContent.startsWith('{len(expected)} of')")
     rows = "[...document.querySelectorAll('.rows .row')].map(e => Number(e.dataset.latent))"
     assert set(tab.js(rows)) <= set(expected)
+
+
+def test_from_all_saes_to_one_and_back(tab: Page, client: Client, measured: Measured) -> None:
+    saes = {sae["key"]: sae for sae in client.get("/api/root")["saes"]}
+    tab.open(f"http://127.0.0.1:{client.port}/")
+    tab.wait("document.querySelectorAll('table.saes tbody tr').length === 3")
+    rows = tab.js("[...document.querySelectorAll('table.saes tbody tr')].map(e => e.innerText)")
+    (mine,) = [row for row in rows if row.startswith(saes[measured.key]["name"])]
+    nmse = saes[measured.key]["nmse"]
+    assert any(float(w) == pytest.approx(nmse, rel=0.01) for w in mine.split() if is_number(w))
+    tab.click(f"a[href='#/{measured.key}']")
+    tab.wait("document.querySelectorAll('.rows canvas[data-drawn]').length > 3")
+    tab.js("history.back()")
+    tab.wait("document.querySelectorAll('table.saes tbody tr').length === 3")
+
+
+def is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdigit()
+
+
+def test_the_same_latent_in_another_sae(tab: Page, client: Client, measured: Measured) -> None:
+    latent = int(np.argmax(measured.results.counts))
+    (match,) = client.get(f"/api/runs/{measured.key}/latents/{latent}/matches")["matches"]
+    tab.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/latent/{latent}")
+    tab.wait(f"document.querySelector('a[href=\"#/{match['run']}/latent/{match['latent']}\"]')")
+
+
+def test_a_frame_shows_only_what_is_looked_at(
+    tab: Page, client: Client, measured: Measured
+) -> None:
+    tab.open(f"http://127.0.0.1:{client.port}/?embed=1#/{measured.key}/latent/1")
+    tab.wait("document.querySelector('main')?.innerText.includes('Latent 1')")
+    assert tab.js("getComputedStyle(document.querySelector('footer')).display") == "none"
+
+
+def test_two_who_write_notes_lose_none(
+    browser: Page, root: str, measured: Measured, tmp_path: Path
+) -> None:
+    """The page has read the notes; somebody else writes one; then the page writes one."""
+    place = tmp_path / "notes.json"
+    explorer = Explorer(Catalogue.of(root), 1024, check(str(place)))
+    with serving(app.make(explorer, access.Rules.of("127.0.0.1", (), ""))) as client:
+        browser.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/latent/1")
+        browser.wait("document.querySelector('.notes')?.innerText.includes('on the server')")
+        theirs = {measured.results.url: {"7": {"text": "theirs", "tags": []}}}
+        tag = client.ask("/api/notes")[1]["ETag"]
+        body = json.dumps(theirs).encode()
+        assert client.ask("/api/notes", "PUT", body, If_Match=tag)[0] == 204
+        browser.js(
+            "(() => { const e = document.getElementById('note'); e.value = 'mine';"
+            "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+        deadline = time.monotonic() + 60
+        while "mine" not in place.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        notes = json.loads(place.read_text())[measured.results.url]
+        assert {latent: note["text"] for latent, note in notes.items()} == {
+            "1": "mine", "7": "theirs",
+        }  # fmt: skip
 
 
 def test_an_sae_that_is_not_there_is_told(browser: Page, client: Client) -> None:

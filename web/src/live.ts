@@ -1,7 +1,7 @@
 // The source that is a server, `saev serve`. docs/explorer.md lists its addresses.
 import { BrowserNotes, checked } from "./notes";
 import type {
-  ClassFacts, Column, Comparison, Detail, Example, Facts, Finding, Group, Notes, NoteStore, Numbers, Run, Source, Summary,
+  ClassFacts, Column, Comparison, Detail, Example, Facts, Finding, Group, Match, Note, Notes, NoteStore, Numbers, Run, Source, Summary,
 } from "./source";
 
 interface Sae {
@@ -78,6 +78,10 @@ interface ClassesAnswer {
   classes: { class: number; best: (ScoreAnswer & { latent: number })[] }[];
 }
 
+interface MatchesAnswer {
+  matches: { run: string; name: string; latent: number; cosine: number }[];
+}
+
 interface CompareAnswer {
   groups: { n: number }[];
   first: { latent: number; rates: [number, number] }[];
@@ -94,27 +98,36 @@ const FIGURES = [
 ];
 /** Pixels of the longer side of pictures. */
 const SIZE = 224;
+/** Status of HTTP where another one has changed something meanwhile, and how often to try again. */
+const [CHANGED, TRIES] = [412, 4];
 /** Latents whose first images are asked for at once. */
 const AT_ONCE = 100;
 
-/** An answer, or an error in the server's words. Addresses are relative to the page: a proxy may
- *  show it below any path. */
-async function ask(path: string, more: RequestInit = {}): Promise<Response> {
-  let answer: Response;
+/** An answer, good or bad. Addresses are relative to the page: a proxy may show it below any path. */
+async function send(path: string, more: RequestInit = {}): Promise<Response> {
   try {
-    answer = await fetch(`api/${path}`, { credentials: "same-origin", ...more });
+    return await fetch(`api/${path}`, { credentials: "same-origin", ...more });
   } catch {
     throw new Error("The server does not answer. Is `saev serve` still running?");
   }
-  if (answer.ok) return answer;
-  let said = `The server answered with status ${answer.status}.`;
+}
+
+/** What a bad answer says, in the server's words. */
+async function problem(answer: Response): Promise<Error> {
   try {
     const { detail, remedy } = (await answer.json()) as { detail: string; remedy: string };
-    said = `${detail} ${remedy}`;
+    return new Error(`${detail} ${remedy}`);
   } catch {
     // Something between the page and the server has answered.
+    return new Error(`The server answered with status ${answer.status}.`);
   }
-  throw new Error(said);
+}
+
+/** A good answer; a bad one is an error. */
+async function ask(path: string): Promise<Response> {
+  const answer = await send(path);
+  if (!answer.ok) throw await problem(answer);
+  return answer;
 }
 
 const json = async <T>(path: string): Promise<T> => (await (await ask(path)).json()) as T;
@@ -236,8 +249,18 @@ class LiveRun implements Run {
       classes: classes.map((one) => this.finding(latent, one.class, one)),
       neighbours: near(figures.neighbours, figures.neighbour_cosines),
       coactive: near(figures.coactive, figures.coactive_cosines),
-      matches: [],
+      matches: this.matches(latent),
     };
+  }
+
+  /** None if they cannot be computed: the weights of SAEs may be gone. */
+  private async matches(latent: number): Promise<Match[]> {
+    try {
+      const { matches } = await json<MatchesAnswer>(`${this.path}/latents/${latent}/matches`);
+      return matches.map(({ run, name, latent: theirs, cosine }) => ({ run, title: name, latent: theirs, cosine }));
+    } catch {
+      return [];
+    }
   }
 
   private finding(latent: number, one: number, score: ScoreAnswer): Finding {
@@ -288,7 +311,11 @@ class LiveRun implements Run {
 /** The notes that all share who use a server with `--notes`; without it, those of this browser. */
 class LiveNotes implements NoteStore {
   private readonly own = new BrowserNotes();
+  /** Of the notes on the server, as they were read or written last; null: there are none there. */
   private version: string | null = null;
+  private there: Notes = {};
+  /** What the page has. */
+  private here: Notes = {};
 
   /** @param isKept whether the server keeps notes. */
   constructor(private readonly isKept: () => Promise<boolean>) {}
@@ -299,17 +326,52 @@ class LiveNotes implements NoteStore {
 
   async read(): Promise<Notes> {
     if (!(await this.isKept())) return this.own.read();
-    const answer = await ask("notes");
-    this.version = answer.headers.get("ETag");
-    return checked(await answer.json());
+    await this.look();
+    this.here = this.there;
+    return this.there;
   }
 
+  private async look(): Promise<void> {
+    const answer = await ask("notes");
+    this.version = answer.headers.get("ETag") ?? "";
+    this.there = checked(await answer.json());
+  }
+
+  /** Writes what has changed on this page. What others have written meanwhile stays. */
   async write(notes: Notes): Promise<void> {
     if (this.version === null) return this.own.write(notes);
-    const headers = { "If-Match": this.version, "Content-Type": "application/json" };
-    const answer = await ask("notes", { method: "PUT", body: JSON.stringify(notes), headers });
-    this.version = answer.headers.get("ETag") ?? this.version;
+    const before = this.here;
+    this.here = notes;
+    for (let tries = 0; tries < TRIES; tries++) {
+      const wanted = changed(before, notes, this.there);
+      const headers = { "If-Match": this.version, "Content-Type": "application/json" };
+      const answer = await send("notes", { method: "PUT", body: JSON.stringify(wanted), headers });
+      if (answer.status === CHANGED) await this.look();
+      else {
+        if (!answer.ok) throw await problem(answer);
+        this.version = answer.headers.get("ETag") ?? "";
+        this.there = wanted;
+        return;
+      }
+    }
+    throw new Error("Others write notes at the same time: the last change is not kept.");
   }
+}
+
+/** `there` with what changed from `before` to `after`. */
+function changed(before: Notes, after: Notes, there: Notes): Notes {
+  const found: Notes = { ...there };
+  for (const results of new Set([...Object.keys(before), ...Object.keys(after)])) {
+    const [old, mine] = [before[results] ?? {}, after[results] ?? {}];
+    const notes: Record<string, Note> = { ...found[results] };
+    for (const latent of new Set([...Object.keys(old), ...Object.keys(mine)])) {
+      if (JSON.stringify(old[latent]) === JSON.stringify(mine[latent])) continue;
+      if (mine[latent]) notes[latent] = mine[latent];
+      else delete notes[latent];
+    }
+    found[results] = notes;
+  }
+  return found;
 }
 
 const example = (one: ExampleAnswer): Example => {

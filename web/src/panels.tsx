@@ -120,16 +120,17 @@ function First({ run, latent }: { run: Run; latent: number }) {
 }
 
 interface MatchesProps extends Pick<PageProps, "source" | "router"> {
-  matches: Match[];
+  matches: Match[] | Promise<Match[]>;
 }
 
 /** The same latent in the other SAEs. */
 export function Matches({ source, router, matches }: MatchesProps) {
-  if (!matches.length) return null;
+  const found = usePromise(() => Promise.resolve(matches), [matches]) ?? [];
+  if (!found.length) return null;
   return (
     <section class="card">
       <h3>In other SAEs <small>the closest decoder direction, and its cosine</small></h3>
-      <div class="near">{matches.map((one) => <Other key={one.run} source={source} router={router} match={one} />)}</div>
+      <div class="near">{found.map((one) => <Other key={one.run} source={source} router={router} match={one} />)}</div>
     </section>
   );
 }

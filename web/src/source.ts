@@ -119,7 +119,8 @@ export interface Detail {
   classes: Finding[];
   neighbours: Near[];
   coactive: Near[];
-  matches: Match[];
+  /** A server needs seconds to compute them at first. */
+  matches: Match[] | Promise<Match[]>;
 }
 
 /** A group of images: of a class, those on which a latent fires, chosen ones, or all others. */
