@@ -29,6 +29,7 @@ SCRIPTS = {
     "planning": "Planning and opening",
     "explorer": "The explorer's file",
     "serve": "The live explorer",
+    "own_image": "An image of one's own",
     "gpu": "On a GPU",
     "sparsity": "L0 on images not trained on",
 }

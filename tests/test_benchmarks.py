@@ -18,6 +18,7 @@ FLAGS = {
     "planning": ["--root={}"],
     "explorer": [],
     "serve": ["--root={}"],
+    "own_image": [],
     "gpu": ["--root={}", "--device=cpu", "--no-kernels"],  # tests/nn/test_triton.py runs those
     "sparsity": ["--root={}", "--device=cpu"],
 }

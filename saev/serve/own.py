@@ -10,6 +10,7 @@ import base64
 import functools
 import io
 import json
+import sys
 import threading
 import typing as tp
 from collections.abc import AsyncIterator
@@ -123,6 +124,8 @@ async def _own(explorer: Explorer, readers: Readers, request: Request) -> Respon
     data = await body_of(request, MAX_BYTES)
 
     def work(tell: Tell) -> dict[str, tp.Any]:
+        if "torch" not in sys.modules:
+            tell("load PyTorch")
         from saev.images.decode import decode_image
         from saev.inference.image import REMEDY, own_limits
 
