@@ -163,6 +163,19 @@ def test_nearest_images_and_a_link_to_them(
     page.wait("document.querySelectorAll('canvas.patches').length === 2")
 
 
+def test_a_latent_s_images_lead_to_their_page(
+    page: chromium.Page, client: Client, measured: Measured
+) -> None:
+    latent = int(np.argmax(Results.open(measured.results.url).counts))
+    page.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/latent/{latent}")
+    page.wait("document.querySelector('.pictures figcaption a') !== null")
+    example = measured.rows("examples", latent)["example"][0].as_py()
+    page.click(".pictures figcaption a")
+    page.wait("document.querySelector('canvas.patches') !== null")
+    assert page.js(HASH).endswith(f"/image/{example}?l={latent}")
+    page.wait(f"document.querySelector(\"tr[data-latent='{latent}'] input\")?.checked === true")
+
+
 def test_what_is_no_image_is_said(
     tab: chromium.Page, client: Client, measured: Measured, tmp_path: Path
 ) -> None:

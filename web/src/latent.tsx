@@ -1,5 +1,6 @@
 // The page of one latent.
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { follow, toHash } from "./address";
 import { FigureDialog } from "./figure";
 import { noFilter } from "./filter";
 import { number, whole } from "./format";
@@ -50,6 +51,11 @@ function Latent(props: PageProps) {
     return () => removeEventListener("keydown", onKey);
   }, []);
 
+  const pageOf = ({ example }: Example) => {
+    if (source.kind !== "server") return undefined;
+    const to = { run: run.id, page: "image", item: String(example), words: { l: String(latent) } };
+    return { href: toHash(to), open: () => router.go(to) };
+  };
   const examples = detail?.examples ?? [];
   const hasMarks = examples.some(({ patches }) => patches);
   const nPatches = run.facts.grid[0] * run.facts.grid[1];
@@ -109,7 +115,7 @@ function Latent(props: PageProps) {
             <section key={name} class="range" aria-label={name}>
               <h3>{name} {hint && <small>{hint}</small>}</h3>
               <div class="pictures">
-                {mine.map((e) => <Figure key={`${e.kind}${e.example}`} run={run} example={e} marked={isMarked} high={high} threshold={threshold} />)}
+                {mine.map((e) => <Figure key={`${e.kind}${e.example}`} run={run} example={e} marked={isMarked} high={high} threshold={threshold} page={pageOf(e)} />)}
               </div>
             </section>
           ))}
@@ -167,9 +173,11 @@ interface FigureProps {
   marked: boolean;
   high: number;
   threshold: number;
+  /** Where the page of the image is; none: there is no such page. */
+  page?: { href: string; open: () => void };
 }
 
-function Figure({ run, example, marked, high, threshold }: FigureProps) {
+function Figure({ run, example, marked, high, threshold, page }: FigureProps) {
   const { facts } = run;
   const { label, file, patches, value, side } = example;
   const all = facts.grid[0] * facts.grid[1];
@@ -179,7 +187,9 @@ function Figure({ run, example, marked, high, threshold }: FigureProps) {
       <Picture run={run} image={example.example} marks={marked && patches ? example : null} high={high} threshold={threshold * high}
         alt={patches ? `${label || file}: ${fires} fire, at most ${number(value)}` : label || file} />
       <figcaption>
-        <b>{label || file}</b>
+        <b>
+          {page ? <a href={page.href} title="Which other latents fire here?" onClick={(event) => follow(event, page.open)}>{label || file}</a> : label || file}
+        </b>
         <span class="value">{number(value)}</span>
         {label && <small class="file">{file}</small>}
         {patches && <small>{fires}{side === "unknown" ? "" : ` · ${side}`}</small>}
