@@ -8,33 +8,18 @@ the start of navigation, from a file in the page cache, to the frame after all r
 have their pictures. The scroll goes through the whole list in steps of two windows a frame.
 """
 
-import io
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from browsing import FIRST, SCROLL, chromium, picture, timed, typed
 from harness import Report, invocation, parser
-from PIL import Image
 
 from saev.explorer import columns, page, pictures
 from saev.explorer.data import N_CLASSES, N_NEIGHBOURS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from visuals import chromium
-
 GRID, N_EXAMPLES, N_WORDS, BINS = 16, 8, 1000, 24
-
-
-def picture(rng: np.random.Generator, size: int) -> bytes:
-    """About as large as that of a photograph."""
-    low = rng.integers(0, 256, (size // 6, size // 6, 3), dtype=np.uint8)
-    image = Image.fromarray(low).resize((size, size), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=70)
-    data = buffer.getvalue()
-    return data + bytes(-len(data) % 3)
 
 
 def part(n: int, max_bytes: float) -> page.Part:
@@ -106,50 +91,6 @@ def part(n: int, max_bytes: float) -> page.Part:
     return page.Part(facts, blocks)
 
 
-_SCROLL = """
-new Promise(done => {
-  const times = []; let most = 0, last = performance.now();
-  const step = now => {
-    times.push(now - last); last = now;
-    most = Math.max(most, document.querySelectorAll('.rows .row').length);
-    const before = scrollY;
-    scrollBy(0, 2 * innerHeight);
-    if (scrollY === before) return done([times.sort((a, b) => a - b), most]);
-    requestAnimationFrame(step);
-  };
-  requestAnimationFrame(step);
-})"""
-_PAINTED = """
-(() => {
-  const rows = [...document.querySelectorAll('.rows .row')];
-  const seen = rows.filter(r => r.getBoundingClientRect().top < innerHeight);
-  return seen.length >= 5 && seen.every(r => r.querySelector('canvas[data-drawn]'));
-})()"""
-_FIRST = f"""
-new Promise(done => {{
-  const look = () => ({_PAINTED}) ? requestAnimationFrame(() => done(performance.now()))
-    : setTimeout(look, 5);
-  look();
-}})"""
-
-
-def timed(action: str, condition: str) -> str:
-    """JavaScript that gives the milliseconds from an action to the frame after a condition."""
-    return (
-        "new Promise(done => { const start = performance.now();"
-        f"{action}; const look = () => ({condition}) ? requestAnimationFrame(() => "
-        "done(performance.now() - start)) : setTimeout(look, 1); look(); })"
-    )
-
-
-def typed(text: str) -> str:
-    """JavaScript that types into the search."""
-    return (
-        f"(() => {{ const e = document.getElementById('search'); e.value = '{text}';"
-        "e.dispatchEvent(new Event('input', {bubbles: true})); })()"
-    )
-
-
 def main() -> None:
     """Measure, print, write."""
     made = parser(__doc__, repeats=3)
@@ -162,8 +103,8 @@ def main() -> None:
         rows: dict[str, list[float]] = {}
         for _ in range(args.repeats):
             tab.open(file.as_uri(), height=900)
-            rows.setdefault("first", []).append(tab.js(_FIRST))
-            times, most = tab.js(_SCROLL)
+            rows.setdefault("first", []).append(tab.js(FIRST))
+            times, most = tab.js(SCROLL)
             rows.setdefault("p95", []).append(times[int(0.95 * len(times))])
             rows.setdefault("rows", []).append(most)
             tab.js("scrollTo(0, 0)")

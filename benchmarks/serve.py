@@ -8,7 +8,8 @@ Tables of one SAE are made, with as many rows as inference would write: 28 image
 the classes that latents find, and 20 latents of each image. `saev serve` then runs in a process of
 its own. Twenty clients look at latents, images and classes, scroll and search, each with a pause of
 0.1 to 0.5 s before each request. Two more compare groups of images without a pause. Times are those
-of whole answers. The clients share the machine with the server.
+of whole answers. A browser, started three times, opens the list, scrolls, searches, and opens a
+latent; its times are those of benchmarks/explorer.py. All share the machine with the server.
 
 --s3 needs versitygw (`make e2e-servers`, or --server PATH). A proxy holds each request back for 20
 ms. Memory is the largest resident set of the server's process (VmHWM).
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from browsing import FIRST, SCROLL, chromium, picture, timed, typed
 from harness import Report, invocation, parser
 from loader_s3 import find_server
 
@@ -44,7 +46,11 @@ from saev.config import LoaderConfig, SaeConfig, TopK, TrainConfig
 from saev.config.train import RUN
 from saev.inference import files
 from saev.parquet import TABLES, Index, TableWriter, schema
+from saev.visuals.files import DONE, REPORT
+from saev.visuals.stored import EXAMPLES, GROUP_ROWS, N_NAMED
 
+N_PICTURES = 20_000
+"""Images whose pictures are stored, as `saev visuals` stores them by default."""
 GRID, N_CLASSES, LATENTS_PER_IMAGE, N_PATCHES = 16, 1000, 20, 40
 N_TOP, N_SPREAD = 16, 12
 CLIENTS, COMPUTERS = 20, 2
@@ -87,11 +93,39 @@ def make_root(root: str, size: Size) -> str:
         "n_dead": 0,
     }  # fmt: skip
     storage.write_json(storage.join(inference, files.METRICS), storage.seal(metrics, listed))
+    write_pictures(storage.join(inference, REPORT), shown(size), rng)
     return "0123456789ab.fedcba9876543210"
 
 
 def _listed(folder: str, name: str) -> storage.Listed:
     return storage.Listed.of(storage.read_bytes(storage.join(folder, name)))
+
+
+def shown(size: Size) -> np.ndarray:
+    """The images that are among the strongest of latents, and have a picture."""
+    n = min(N_PICTURES, size.images)
+    return np.sort(np.random.default_rng(1).permutation(size.images)[:n])
+
+
+def write_pictures(folder: str, examples: np.ndarray, rng: np.random.Generator) -> None:
+    """Store pictures as `saev visuals` does: of 256 and of 64 pixels, 64 different ones."""
+    some = {side: [picture(rng, side) for _ in range(64)] for side in (256, 64)}
+    entries, listed = {}, {}
+    for name, columns, side, column in (
+        (schema.PICTURES, schema.pictures(), 256, "picture"),
+        (schema.THUMBS, schema.thumbs(), 64, "thumb"),
+    ):
+        with TableWriter(folder, name, columns, "number", GROUP_ROWS[name]) as writer:
+            number = np.arange(len(examples))
+            data = [some[side][i % 64] for i in range(len(examples))]
+            sizes = {"width": np.full(len(examples), side), "height": np.full(len(examples), side)}
+            writer.write({"number": number, "example": examples, column: data, **sizes})
+            entries[name] = writer.close()
+        listed |= writer.listed
+    facts = {EXAMPLES: examples.tolist(), N_NAMED: len(examples)}
+    storage.write_json(storage.join(folder, TABLES), Index(entries, facts).to_dict())
+    listed[TABLES] = _listed(folder, TABLES)
+    storage.write_json(storage.join(folder, DONE), storage.seal({}, listed))
 
 
 class _Tables:
@@ -173,7 +207,7 @@ class _Tables:
                 "latent": np.repeat(latents, each),
                 "kind": (["top"] * N_TOP + ["spread"] * N_SPREAD) * len(latents),
                 "rank": np.tile([*range(N_TOP), *range(N_SPREAD)], len(latents)),
-                "example": self.rng.integers(0, self.size.images, n),
+                "example": self.rng.choice(shown(self.size), n),
                 "side": ["unknown"] * n, "value": values.ravel(),
                 "patches": _lists(patches, pa.list_(pa.int32())),
                 "patch_values": _lists(
@@ -382,6 +416,10 @@ def measure(root: str, key: str, size: Size, report: Report, where: str) -> None
             for _ in range(3):
                 first.ask("search", f"/search?q={query}")
         report.add(f"search alone, {where}", first.times["search"], "ms", at_most=100)
+        if chromium.BINARY is None:
+            report.leave_out("pages in a browser", chromium.MISSING)
+        else:
+            look(f"http://{netloc}/#/{key}", size, report, where)
         end = time.monotonic() + size.seconds
         users = [Client(netloc, key, size, seed) for seed in range(CLIENTS + COMPUTERS)]
         with concurrent.futures.ThreadPoolExecutor(len(users)) as pool:
@@ -406,6 +444,35 @@ def measure(root: str, key: str, size: Size, report: Report, where: str) -> None
             print(error, file=sys.stderr)
         report.add(f"memory of the server, {where}", [peak_mb(pid)], "MB", at_most=MEMORY_MB)
     print(json.dumps({"load average": os.getloadavg()}), file=sys.stderr)
+
+
+def look(address: str, size: Size, report: Report, where: str) -> None:
+    """Open the list in a browser that is started for it, scroll, search, open a latent."""
+    rows: dict[str, list[float]] = {}
+    for _ in range(3):
+        with chromium.browser() as tab:
+            tab.open(address, height=900)
+            rows.setdefault("first", []).append(tab.js(FIRST))
+            times, most = tab.js(SCROLL)
+            rows.setdefault("scroll", []).append(times[int(0.95 * len(times))])
+            rows.setdefault("rows", []).append(most)
+            tab.js("scrollTo(0, 0)")
+            count = "document.getElementById('count').textContent"
+            said = tab.js(count)
+            found = tab.js(timed(typed("n00000012"), f"{count} !== {json.dumps(said)}"))
+            rows.setdefault("search", []).append(found)
+            tab.js(typed(""))
+            opened = "document.querySelectorAll('.pictures canvas[data-drawn]').length >= 4"
+            latent = f"location.hash = '{address.partition('#')[2]}/latent/7'"
+            rows.setdefault("latent", []).append(tab.js(timed(latent, opened)))
+            for problem in tab.problems():
+                print(problem, file=sys.stderr)
+    name = f"{size.latents:,} latents, {where}"
+    report.add(f"first rows with pictures, {name}", rows["first"], "ms", at_most=1000)
+    report.add(f"frames of a scroll, 95th percentile, {name}", rows["scroll"], "ms", at_most=33)
+    report.add(f"most rows in the document, {name}", rows["rows"], "", at_most=200)
+    report.add(f"search in the page, {name}", rows["search"], "ms", at_most=100)
+    report.add(f"page of a latent with its pictures, {name}", rows["latent"], "ms", at_most=200)
 
 
 def flags() -> argparse.Namespace:

@@ -199,9 +199,9 @@ async def _run(explorer: Explorer, request: Request) -> Response:
     key = request.path_params["key"]
     measured = await explorer.measured(key)
 
-    answer = _json(await explorer.pool.once((key, "facts"), lambda: facts.facts(measured)))
+    data = await _cached(explorer, request, measured, lambda: encoded(facts.facts(measured)))
     explorer.soon(key)
-    return answer
+    return Response(data, media_type="application/json")
 
 
 async def _columns(explorer: Explorer, request: Request) -> Response:

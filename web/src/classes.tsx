@@ -1,3 +1,4 @@
+import { useMemo, useState } from "preact/hooks";
 import { follow } from "./address";
 import { noFilter } from "./filter";
 import { figure, number, percent, whole } from "./format";
@@ -8,6 +9,8 @@ import type { Finding } from "./source";
 /** On a narrow screen, the list comes first: the map and the classes are opened by a click. */
 export const WIDE = matchMedia("(min-width: 861px)").matches;
 const N_FOUND = 4;
+/** Classes of a kind that are shown at first: a thousand rows take a second to draw. */
+const N_CLASSES = 60;
 
 const KINDS = [
   { kind: "image", name: "Classes of images", things: "Images" },
@@ -17,13 +20,14 @@ const KINDS = [
 /** The classes of images and of patches, with the latents that find them. */
 export function Classes({ run, filter, narrow, href, open }: PageProps) {
   const { classes, side } = run.facts;
-  const findings = usePromise(() => run.findings(), [run]) ?? [];
-  const found = new Map<number, Finding[]>();
-  for (const one of findings) {
-    if (!found.has(one.class)) found.set(one.class, []);
-    const mine = found.get(one.class)!;
-    if (mine.length < N_FOUND && one.apAll > 0) mine.push(one);
-  }
+  const findings = usePromise(() => run.findings(), [run]);
+  const found = useMemo(() => best(findings ?? []), [findings]);
+  const [isWhole, setWhole] = useState(false);
+  const all = (kind: string) => classes.flatMap((one, i) => (one.kind === kind ? [i] : []));
+  const listed = (kind: string) => {
+    const some = all(kind);
+    return isWhole ? some : some.filter((i, place) => place < N_CLASSES || i === filter.class);
+  };
   const shown = KINDS.filter(({ kind }) => classes.some((one) => one.kind === kind));
   if (!shown.length) return null;
   return (
@@ -44,7 +48,7 @@ export function Classes({ run, filter, narrow, href, open }: PageProps) {
                 </tr>
               </thead>
               <tbody>
-                {classes.map((one, i) => one.kind === kind && (
+                {listed(kind).map((i) => [classes[i], i] as const).map(([one, i]) => (
                   <tr key={i}>
                     <th scope="row">
                       <button type="button" aria-pressed={filter.class === i} onClick={() => narrow({ ...noFilter(filter), class: filter.class === i ? "" : String(i) })}>
@@ -64,12 +68,26 @@ export function Classes({ run, filter, narrow, href, open }: PageProps) {
                 ))}
               </tbody>
             </table>
+            {listed(kind).length < all(kind).length && (
+              <button type="button" onClick={() => setWhole(true)}>Show all {whole(all(kind).length)} classes</button>
+            )}
           </div>
           <p class="hint">A class lists the latents of which it is the best class. The latents that find it are those with the highest average precision.</p>
         </details>
       ))}
     </section>
   );
+}
+
+/** The first latents that find each class. */
+function best(findings: Finding[]): Map<number, Finding[]> {
+  const found = new Map<number, Finding[]>();
+  for (const one of findings) {
+    if (!found.has(one.class)) found.set(one.class, []);
+    const mine = found.get(one.class)!;
+    if (mine.length < N_FOUND && one.apAll > 0) mine.push(one);
+  }
+  return found;
 }
 
 const said = ({ ap, inside, outside }: Finding) =>
