@@ -229,7 +229,7 @@ def edited(recorded: Recorded, to: Path, **changes: tp.Any) -> str:
             "test_vit@/nowhere/w.safetensors",
             r"needs its model.*nowhere.*--ckpt test_vit@U",
         ),
-        ("timm", "test_vit.r160_in1k", r"needs its model.*Cannot get the weights.*@URL"),
+        ("timm", "test_vit.r160_in1k", r"needs its model.*Cannot get the weights.*@FILE"),
         ("timm", "hf-hub:somebody/model", r"only if you name it yourself.*--ckpt CKPT"),
         ("timm", "test_vit@s3://other/w.safetensors", r"not in the same bucket.*--ckpt CKPT"),
         ("clip", "local-dir:/proc/self", r"no plain folder.*--ckpt CKPT"),
