@@ -36,7 +36,7 @@ class _Showing(Config):
     log_value_range: tuple[float, float] = (-2.0, 4.0)
     """Range of log10(mean value when active) that the further latents are chosen from."""
     image_size: int = pydantic.Field(default=256, ge=16)
-    """Longer side of the stored images in pixels."""
+    """Longer side of the stored images in pixels, or less if the model saw less."""
     seed: int = 0
     """Seed of the choice of further latents."""
     allow_other_model: bool = False

@@ -93,6 +93,8 @@ class StoredImages:
         data = self._stored.thumb(example) if size <= THUMB else self._stored.get(example)
         if data is None:
             raise ValueError(f"image {example} is not stored")
+        if size in (THUMB, self._stored.image_size):
+            return data
         image = decode_image(data, f"image {example} of a report")
         return data if max(image.size) <= size else render.encode(render.picture(image, size))
 

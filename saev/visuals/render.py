@@ -9,8 +9,8 @@ THUMB = 48
 
 
 def picture(crop: Image.Image, long_side: int) -> Image.Image:
-    """The model's view, resized for display with its aspect ratio."""
-    scale = long_side / max(crop.size)
+    """The model's view, with its aspect ratio, made smaller if its longer side is longer."""
+    scale = min(1.0, long_side / max(crop.size))
     size = (max(1, round(crop.width * scale)), max(1, round(crop.height * scale)))
     return crop if size == crop.size else crop.resize(size, Image.Resampling.BICUBIC)
 

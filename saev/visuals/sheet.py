@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from saev import storage
 from saev.errors import CorruptDataError
 from saev.parquet import TABLES, Index, TableEntry, TableWriter, schema
-from saev.visuals.stored import EXAMPLES, GROUP_ROWS, N_NAMED, Stored
+from saev.visuals.stored import EXAMPLES, GROUP_ROWS, IMAGE_SIZE, N_NAMED, Stored
 
 FORMAT = 1
 """Raised when pictures change, so that earlier ones are drawn again."""
@@ -27,12 +27,12 @@ class Sheet:
     Args:
         folder: URL of the report.
         examples: rows of `Shards.examples()`, in the order in which they are stored.
-        image_size: longer side of the pictures in pixels.
+        image_size: the longest side that a picture may have, in pixels.
         key: hash of all that pictures depend on, which images they show apart.
     """
 
     def __init__(self, folder: str, examples: Sequence[int], image_size: int, key: str):
-        self._folder, self._examples = folder, examples
+        self._folder, self._examples, self._image_size = folder, examples, image_size
         self._size = min(_PART_IMAGES, max(1, _PART_PIXELS // image_size**2))
         self._key = key
 
@@ -100,7 +100,11 @@ class Sheet:
                 files[name] += table.files
             listed |= {storage.name(place): found.listed, **(found.files or {})}
         tables = {name: TableEntry("number", tuple(rows)) for name, rows in files.items()}
-        facts = {EXAMPLES: [int(e) for e in self._examples], N_NAMED: n_named}
+        facts = {
+            EXAMPLES: [int(e) for e in self._examples],
+            N_NAMED: n_named,
+            IMAGE_SIZE: self._image_size,
+        }
         text = storage.canonical_json(Index(tables, facts).to_dict()).encode()
         return text, {**listed, TABLES: storage.Listed.of(text)}
 

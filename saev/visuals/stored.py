@@ -18,8 +18,9 @@ from saev.visuals.files import DONE
 REMEDY = "Delete the folder and run the same `saev visuals` command again."
 GROUP_ROWS = {schema.PICTURES: 8, schema.THUMBS: 64}
 """Images of a row group, which is what a reader reads at a time: about 64 KB."""
-EXAMPLES, N_NAMED = "examples", "n_named"
-"""Facts in `tables.json`: the stored images in their order, and how many the results name."""
+EXAMPLES, N_NAMED, IMAGE_SIZE = "examples", "n_named", "image_size"
+"""Facts in `tables.json`: the stored images in their order, how many the results name, and the
+longest side that a picture may have."""
 
 _KEPT_GROUPS = 64
 _COLUMNS = {schema.PICTURES: "picture", schema.THUMBS: "thumb"}
@@ -38,6 +39,8 @@ class Pictures:
             facts = tables.index.facts
             self.examples = np.array(facts[EXAMPLES], dtype=np.int64)
             """Rows of `Shards.examples()`, int64 [n], in the order in which they are stored."""
+            self.image_size = int(facts[IMAGE_SIZE])
+            """The longest side that a picture may have, in pixels."""
             self.n_named = int(facts[N_NAMED])
             """Images that the results name; more than are stored if there was a limit."""
             if self.examples.ndim != 1 or any(

@@ -119,7 +119,7 @@ class Images:
 def _stored(source: Source, example: int, image_size: int) -> Stored:
     crop = source.view(example).image
     picture = render.picture(crop, image_size)
-    thumb = render.encode(render.picture(picture, min(render.THUMB, image_size)))
+    thumb = render.encode(render.picture(picture, render.THUMB))
     return Stored(picture.width, picture.height, render.encode(picture), thumb)
 
 

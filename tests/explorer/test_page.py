@@ -52,7 +52,7 @@ def test_small_files_have_fewer_pictures(chain: Chain, file: Path, tmp_path: Pat
     least = len(page._frame([])) / 1e6
     rest = file.stat().st_size / 1e6 - least
     pictured = []
-    for share in (0.15, 0.2, 0.4, 1.1):
+    for share in (0.5, 0.7, 0.9, 1.1):
         cfg = ReportConfig(
             run=(chain.run,), out=str(tmp_path / "s.html"), max_mb=least + share * rest
         )

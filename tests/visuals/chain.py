@@ -42,7 +42,7 @@ class Chain:
 
     def config(self, **changes: object) -> VisualsConfig:
         keys = {"run": self.run, "shards": self.shards, "log_freq_range": (-6.0, 0.0), **changes}
-        return VisualsConfig.from_dict({"n_latents": 4, "n_top": 3, "image_size": 96, **keys})
+        return VisualsConfig.from_dict({"n_latents": 4, "n_top": 3, "image_size": 56, **keys})
 
 
 class TinyViT(torch.nn.Module):
