@@ -115,6 +115,12 @@ def test_a_dropped_image_and_its_patches(
     page.js("document.querySelector('canvas.patches').focus()")
     page.key("Escape")
     assert_lists(page, peaks(codes))
+    values = f"{LISTED}.map(([_, value]) => value)"
+    page.js(
+        "[...document.querySelectorAll('.fires thead button')].find(b => b.textContent === 'Value').click()"
+    )
+    page.wait(f"({values}).every((value, i, all) => !i || all[i - 1] >= value)")
+    assert page.js("document.querySelector('[aria-sort]').textContent") == "Value"
 
 
 def test_two_images_share_some_latents(

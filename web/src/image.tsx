@@ -210,6 +210,14 @@ interface Row {
   share: number;
 }
 
+/** What lists are ordered by, from the largest down. */
+const ORDERS = {
+  share: ({ share }: Row) => share,
+  value: ({ on }: Row) => Math.max(...on.map((one) => one?.value ?? -Infinity)),
+  patches: ({ on }: Row) => Math.max(...on.map((one) => one?.n ?? 0)),
+};
+type Order = keyof typeof ORDERS;
+
 interface LatentsProps extends Pick<PageProps, "run" | "address" | "router" | "href" | "open"> {
   seen: Seen[];
   chosen: Set<number>[];
@@ -221,6 +229,7 @@ interface LatentsProps extends Pick<PageProps, "run" | "address" | "router" | "h
 /** The latents that fire on all images, and on each alone, or on the chosen patches. */
 function Latents({ run, seen, chosen, address, router, point, href, open, show, looked }: LatentsProps) {
   const high = run.values(run.has("max_all") ? "max_all" : "max");
+  const order: Order = address.words.by && address.words.by in ORDERS ? (address.words.by as Order) : "share";
   const rows = useMemo(() => {
     const found = seen.map(({ codes }, i) => peaks(codes, chosen[i].size ? chosen[i] : null));
     const all = [...new Set(found.flatMap((one) => [...one.keys()]))];
@@ -230,7 +239,7 @@ function Latents({ run, seen, chosen, address, router, point, href, open, show, 
         const values = on.flatMap((one) => (one ? [one.value] : []));
         return { latent, on, share: Math.min(...values) / (high[latent] || 1) };
       })
-      .sort((a, b) => b.share - a.share || a.latent - b.latent);
+      .sort((a, b) => ORDERS[order](b) - ORDERS[order](a) || b.share - a.share || a.latent - b.latent);
   }, [run, seen.map(({ name }) => name).join(), seen.length, address.words, address.item]);
   const picked = numbers(address.words.l);
   const groups = useMemo(() => grouped(rows, seen), [rows]);
@@ -246,7 +255,8 @@ function Latents({ run, seen, chosen, address, router, point, href, open, show, 
         {groups.map(({ title, rows: mine }) => (
           <section class="card" key={title} aria-label={title}>
             <h3>{title} <small>{whole(mine.length)} {mine.length === 1 ? "latent" : "latents"}{chosen.some(({ size }) => size) ? " on the chosen patches" : ""}</small></h3>
-            <Table run={run} rows={mine} seen={seen} picked={picked} pick={pick} point={point} href={href} open={open} />
+            <Table run={run} rows={mine} seen={seen} picked={picked} pick={pick} point={point} href={href} open={open}
+              order={order} sort={(by) => router.say({ by: by === "share" ? "" : by })} />
           </section>
         ))}
       </div>
@@ -270,11 +280,18 @@ interface TableProps extends Pick<PageProps, "run" | "href" | "open"> {
   picked: number[];
   pick: (latent: number) => void;
   point: (latent: number | null) => void;
+  order: Order;
+  sort: (order: Order) => void;
 }
 
-function Table({ run, rows, seen, picked, pick, point, href, open }: TableProps) {
+function Table({ run, rows, seen, picked, pick, point, href, open, order, sort }: TableProps) {
   const [most, setMost] = useState(MOST_ROWS);
-  const frequency = run.values("frequency");
+  const frequency = run.values(run.has("frequency_all") ? "frequency_all" : "frequency");
+  const head = (key: Order, name: string, hint: string) => (
+    <th scope="col" class="n" title={hint} aria-sort={order === key ? "descending" : undefined}>
+      <button type="button" onClick={() => sort(key)}>{name}</button>
+    </th>
+  );
   if (!rows.length) return <p class="hint">None.</p>;
   return (
     <>
@@ -284,9 +301,9 @@ function Table({ run, rows, seen, picked, pick, point, href, open }: TableProps)
             <tr>
               <th scope="col"><span class="unseen">For the nearest images</span></th>
               <th scope="col">Latent</th>
-              {seen.map(({ name }, i) => <th key={i} scope="col" class="n" title={name}>{seen.length === 1 ? "Value" : name}</th>)}
-              {seen.length === 1 && <th scope="col" class="n">Patches</th>}
-              <th scope="col" class="n" title={`As a share of its largest value on the dataset${seen.length > 1 ? "; the smallest of the images" : ""}`}>Of its largest</th>
+              {seen.length === 1 ? head("value", "Value", "Its largest value here") : seen.map(({ name }, i) => <th key={i} scope="col" class="n" title={name}>{name}</th>)}
+              {seen.length === 1 && head("patches", "Patches", "On how many it fires")}
+              {head("share", "Of its largest", `As a share of its largest value on the dataset${seen.length > 1 ? "; the smallest of the images" : ""}`)}
               <th scope="col" class="n" title="Share of the dataset's tokens on which it fires">Fires on</th>
             </tr>
           </thead>
