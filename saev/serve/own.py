@@ -1,7 +1,8 @@
 """Images of one's own: the latents that fire on them, and the images that are nearest to them.
 
 An answer comes in lines of JSON, because the first image waits for the model: lines
-``{"doing": …}`` while something takes time, and at last ``{"image": …}`` or ``{"problem": …}``.
+``{"doing": …}`` while something takes time, and at last ``{"image": …}``, ``{"ready": true}`` or
+``{"problem": …}``.
 What is sent is decoded in memory, and never stored.
 """
 
@@ -75,6 +76,14 @@ class Readers:
         tell("run the model")
         return reader.read(image, name)
 
+    def prepare(self, measured: Measured, tell: Tell) -> None:
+        """Load what an SAE's images need.
+
+        Raises:
+            SaevError: as :meth:`read`.
+        """
+        self._reader(measured, tell)
+
     def _reader(self, measured: Measured, tell: Tell) -> "ImageReader":
         from saev.inference.image import ImageReader
 
@@ -113,6 +122,7 @@ def routes(explorer: Explorer, run: str) -> list[Route]:
     readers = Readers(explorer.ckpt)
     return [
         Route(f"{run}/own", functools.partial(_own, explorer, readers), methods=["POST"]),
+        Route(f"{run}/own", functools.partial(_ready, explorer, readers)),
         Route(f"{run}/images/{{example}}/encoded", functools.partial(_encoded, explorer, readers)),
     ]
 
@@ -124,15 +134,31 @@ async def _own(explorer: Explorer, readers: Readers, request: Request) -> Respon
     data = await body_of(request, MAX_BYTES)
 
     def work(tell: Tell) -> dict[str, tp.Any]:
-        if "torch" not in sys.modules:
-            tell("load PyTorch")
+        _say_first(tell)
         from saev.images.decode import decode_image
         from saev.inference.image import REMEDY, own_limits
 
         image = decode_image(data, name, own_limits(MAX_PIXELS), REMEDY)
-        return to_dict(measured, readers.read(measured, image, name, tell))
+        return {"image": to_dict(measured, readers.read(measured, image, name, tell))}
 
     return await _in_lines(explorer, request, work)
+
+
+async def _ready(explorer: Explorer, readers: Readers, request: Request) -> Response:
+    """Load the model, so that the first image need not wait for it."""
+    measured = await explorer.measured(request.path_params["key"])
+
+    def work(tell: Tell) -> dict[str, tp.Any]:
+        _say_first(tell)
+        readers.prepare(measured, tell)
+        return {"ready": True}
+
+    return await _in_lines(explorer, request, work)
+
+
+def _say_first(tell: Tell) -> None:
+    if "torch" not in sys.modules:
+        tell("load PyTorch")
 
 
 async def _encoded(explorer: Explorer, readers: Readers, request: Request) -> Response:
@@ -149,7 +175,7 @@ async def _encoded(explorer: Explorer, readers: Readers, request: Request) -> Re
     def work(tell: Tell) -> dict[str, tp.Any]:
         image = explorer.originals.whole(measured, example)
         name = measured.names().of(example)["path"]
-        return to_dict(measured, readers.read(measured, image, name, tell))
+        return {"image": to_dict(measured, readers.read(measured, image, name, tell))}
 
     return await _in_lines(explorer, request, work)
 
@@ -169,7 +195,7 @@ async def _in_lines(
     task.add_done_callback(lambda _: told.put_nowait(None))
     first = await told.get()
     if first is None:
-        return Response(_line({"image": await task}), media_type=MEDIA_TYPE)
+        return Response(_line(await task), media_type=MEDIA_TYPE)
 
     async def lines() -> AsyncIterator[bytes]:
         text: str | None = first
@@ -177,7 +203,7 @@ async def _in_lines(
             yield _line({"doing": text})
             text = await told.get()
         error = task.exception()
-        yield _line({"image": task.result()} if error is None else _problem(request, error))
+        yield _line(task.result() if error is None else _problem(request, error))
 
     return StreamingResponse(lines(), media_type=MEDIA_TYPE)
 

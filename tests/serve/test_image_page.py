@@ -80,7 +80,7 @@ def test_a_dropped_image_and_its_patches(
     page: chromium.Page, client: Client, measured: Measured, codes: ImageCodes
 ) -> None:
     page.open(address(client, measured))
-    page.wait("document.querySelector('.drop') !== null")
+    page.wait("document.querySelector('.drop [role=status]')?.textContent.includes('is ready')")
     page.js(
         f"""(() => {{
           const bytes = new Uint8Array({list(JPEG)});
@@ -117,7 +117,8 @@ def test_a_dropped_image_and_its_patches(
     assert_lists(page, peaks(codes))
     values = f"{LISTED}.map(([_, value]) => value)"
     page.js(
-        "[...document.querySelectorAll('.fires thead button')].find(b => b.textContent === 'Value').click()"
+        "[...document.querySelectorAll('.fires thead button')]"
+        ".find(b => b.textContent === 'Value').click()"
     )
     page.wait(f"({values}).every((value, i, all) => !i || all[i - 1] >= value)")
     assert page.js("document.querySelector('[aria-sort]').textContent") == "Value"

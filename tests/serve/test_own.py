@@ -69,8 +69,9 @@ def test_the_first_one_says_what_it_waits_for(root: str, measured: Measured) -> 
     explorer = Explorer(Catalogue.of(root), memory_mb=1024)
     path = f"/api/runs/{measured.key}/own"
     with serving(app.make(explorer, access.Rules.of("127.0.0.1", (), ""))) as fresh:
-        said = [list(line) for line in lines(fresh.ask(path, "POST", JPEG)[2])]
-        assert said == [["doing"], ["doing"], ["doing"], ["image"]]
+        said = [list(line) for line in lines(fresh.ask(path)[2])]
+        assert said == [["doing"], ["doing"], ["ready"]]
+        assert lines(fresh.ask(path)[2]) == [{"ready": True}]
         again = lines(fresh.ask(path, "POST", JPEG)[2])
         assert again[0] == {"doing": "run the model"}
         assert len(again) == 2
@@ -130,6 +131,7 @@ def test_a_missing_model_is_a_problem_in_the_last_line(
         problem = lines(body)[-1]["problem"]
         assert "needs its model" in problem["detail"]
         assert "Unknown model family 'nobody'" in problem["detail"]
+        assert lines(other.ask(f"/api/runs/{measured.key}/own")[2])[-1]["problem"] == problem
         assert other.get(f"/api/runs/{measured.key}")["n_latents"] == measured.d_sae
 
 

@@ -5,7 +5,7 @@ import { follow, toHash } from "./address";
 import { number, percent, whole } from "./format";
 import { usePromise } from "./hooks";
 import { Patches } from "./image-patches";
-import { add, find, nearest, peaks, see, type Named, type Peak, type Ref, type Seen } from "./own";
+import { add, find, nearest, peaks, prepare, see, type Named, type Peak, type Ref, type Seen } from "./own";
 import type { Page, PageProps } from "./pages";
 import { Picture } from "./picture";
 import type { Run } from "./source";
@@ -114,9 +114,10 @@ function OfServer({ run, address, router, href, open }: PageProps) {
       <h2>Images</h2>
       <Chooser run={run} take={take} show={(example) => show([...refs, String(example)])} />
       {refs.length === 0 && (
-        <p class="drop">
-          Drop an image here, paste one, or choose one above. It goes to the server for the time of one answer, and is stored nowhere.
-        </p>
+        <div class="drop">
+          <p>Drop an image here, paste one, or choose one above. It goes to the server for the time of one answer, and is stored nowhere.</p>
+          <Model run={run} />
+        </div>
       )}
       <div class={refs.length > 2 ? "looking many" : "looking"}>
         <div class="looked">
@@ -149,6 +150,19 @@ function OfServer({ run, address, router, href, open }: PageProps) {
       </div>
     </main>
   );
+}
+
+/** Loads the model while somebody looks for an image, and says what is missing. */
+function Model({ run }: { run: Run }) {
+  const [state, setState] = useState({ doing: "look for the model", error: "" });
+  useEffect(() => {
+    prepare(run, (doing) => setState({ doing, error: "" })).then(
+      () => setState({ doing: "", error: "" }),
+      (error: Error) => setState({ doing: "", error: error.message }),
+    );
+  }, [run]);
+  if (state.error) return <p class="warning" role="alert">{state.error}</p>;
+  return <p role="status">{state.doing ? `${state.doing[0].toUpperCase()}${state.doing.slice(1)} …` : "The model is ready."}</p>;
 }
 
 interface ChooserProps {

@@ -41,7 +41,8 @@ interface Said {
   remedy: string;
 }
 
-type Line = { doing: string } | { image: Answer } | { problem: Said };
+type Last = { image: Answer } | { ready: true };
+type Line = { doing: string } | { problem: Said } | Last;
 type Tell = (doing: string) => void;
 
 /** An image's word in the address: own1, own2, …, or the number of one of the dataset. */
@@ -80,6 +81,11 @@ export async function see(run: Run, ref: Ref, tell: Tell): Promise<Seen> {
   return shown(await ask(url(run, `own?name=${name}`), { method: "POST", body: file }), tell);
 }
 
+/** Load the model, so that the first image need not wait for it. */
+export async function prepare(run: Run, tell: Tell): Promise<void> {
+  await last(await ask(url(run, "own")), tell);
+}
+
 async function ofDataset(run: Run, example: number, tell: Tell): Promise<Seen> {
   const facts = (await (await ask(url(run, `images/${example}`))).json()) as { path: string; has_codes: boolean };
   const picture = facts.has_codes ? await run.picture(example) : null;
@@ -90,8 +96,14 @@ async function ofDataset(run: Run, example: number, tell: Tell): Promise<Seen> {
   return { name: facts.path, about, grid: run.facts.grid, crop, codes };
 }
 
-/** Reads an answer that comes in lines. */
 async function shown(answer: Response, tell: Tell): Promise<Seen> {
+  const said = await last(answer, tell);
+  if (!("image" in said)) throw new Error("The server sent no image.");
+  return drawn(said.image);
+}
+
+/** The last line of an answer that comes in lines. */
+async function last(answer: Response, tell: Tell): Promise<Last> {
   const reader = answer.body!.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -103,7 +115,7 @@ async function shown(answer: Response, tell: Tell): Promise<Seen> {
       const said = JSON.parse(line) as Line;
       if ("doing" in said) tell(said.doing);
       else if ("problem" in said) throw new Error(`${said.problem.detail} ${said.problem.remedy}`);
-      else return drawn(said.image);
+      else return said;
     }
     if (done) throw new Error("The server ended its answer too early. Try again.");
   }
