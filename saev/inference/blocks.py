@@ -5,7 +5,7 @@ so that all ranges together read each piece once.
 """
 
 import typing as tp
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -48,27 +48,73 @@ def ranges(
         yield start, len(counts)
 
 
-def read_images(acts: StoredCodes, start: int, stop: int) -> Block:
-    """Values on images of a range of latents."""
+def read_images(acts: StoredCodes, counts: np.ndarray, start: int, stop: int) -> Block:
+    """Values on images of a range of latents.
 
-    def values(piece: Piece) -> tuple[np.ndarray, ...]:
+    Args:
+        acts: values on images.
+        counts: images on which each latent fires, int64 [d_sae].
+        start: the first latent.
+        stop: the latent behind the last one.
+    """
+
+    def values(piece: Piece) -> Part:
         columns = piece.columns(start, stop)
         bounds = piece.array("indptr", start, stop + 1)[[0, -1]].tolist()
         examples = piece.array("example_idx")[columns.rows]
-        return columns.latents, examples, columns.values, piece.array("means", *bounds)
+        return Part(columns.counts, (examples, columns.values, piece.array("means", *bounds)))
 
-    kinds = (np.int64, np.int64, np.float32, np.float32)
-    empty = tuple(np.empty(0, dtype=kind) for kind in kinds)
-    fields = [np.concatenate(field) for field in zip(empty, *acts.map(values), strict=True)]
-    order = np.argsort(fields[0], kind="stable")  # pieces come in the order of images
-    return Block(start, stop, *(field[order] for field in fields))
+    mine = counts[start:stop]
+    fields = _joined(mine, acts.map(values), (np.int64, np.float32, np.float32))
+    return Block(start, stop, np.repeat(np.arange(stop - start), mine), *fields)
 
 
-def read_tokens(piece: Piece, start: int, stop: int) -> tuple[np.ndarray, ...]:
-    """Latent (from 0), example, patch and value of the entries of some latents."""
-    columns = piece.columns(start, stop)
-    if not len(columns.rows):
-        nothing = columns.rows
-        return columns.latents, nothing, nothing, columns.values
-    example, patch = piece.array("example_idx"), piece.array("token_idx")
-    return columns.latents, example[columns.rows], patch[columns.rows], columns.values
+class Part(tp.NamedTuple):
+    """Entries of a range of latents in one piece, by latent."""
+
+    counts: np.ndarray
+    """Entries of each latent, int64 [latents]."""
+    fields: tuple[np.ndarray, ...]
+    """What is known of each entry."""
+
+
+def read_tokens(codes: StoredCodes, start: int, stop: int) -> Iterator[Part]:
+    """For each piece example int32, patch int32 and value float32 of the entries of some latents,
+    by latent, then by token."""
+
+    def values(piece: Piece) -> Part:
+        columns = piece.columns(start, stop)
+        fields = (
+            piece.array(name).astype(np.int32, copy=False)[columns.rows] if len(columns.rows)
+            else columns.rows
+            for name in ("example_idx", "token_idx")
+        )  # fmt: skip
+        return Part(columns.counts, (*fields, columns.values))
+
+    return codes.map(values)
+
+
+def join_tokens(
+    codes: StoredCodes, counts: np.ndarray, start: int, stop: int
+) -> tuple[np.ndarray, ...]:
+    """The entries of all pieces; see :func:`read_tokens` and :func:`read_images`."""
+    kinds = (np.int32, np.int32, np.float32)
+    return _joined(counts[start:stop], read_tokens(codes, start, stop), kinds)
+
+
+def _joined(
+    counts: np.ndarray, parts: Iterable[Part], kinds: tp.Sequence[type]
+) -> tuple[np.ndarray, ...]:
+    """The entries of all parts by latent, those of one latent in the order of parts. Each is put
+    into its place at once, so that no more than the result and a few parts are in memory."""
+    ends = np.cumsum(counts)
+    following = ends - counts
+    found: tuple[np.ndarray, ...] = tuple(np.empty(int(ends[-1]), dtype=kind) for kind in kinds)
+    for part in parts:
+        before = np.cumsum(part.counts) - part.counts
+        at = np.repeat(following - before, part.counts)
+        at += np.arange(len(at))
+        for target, field in zip(found, part.fields, strict=True):
+            target[at] = field
+        following += part.counts
+    return found

@@ -1,6 +1,5 @@
 """Write the tables of an inference folder, from what its parts left; `tables.json` last."""
 
-import functools
 import typing as tp
 from collections.abc import Callable, Iterator
 
@@ -24,6 +23,7 @@ from saev.parquet.writer import TableWriter
 
 MAX_ENTRIES = 1 << 21
 """Entries held at a time."""
+_WRITE_ROWS = 1 << 18
 MAX_CELLS = 1 << 22
 """Most pairs of latents and classes that are scored at a time."""
 
@@ -131,7 +131,7 @@ class _Tabulation:
         n_classes = max(1, len(self._labels.targets))
         counts = self._stats.sums.image_counts
         for start, stop in blocks.ranges(counts, MAX_ENTRIES, max(1, MAX_CELLS // n_classes)):
-            yield blocks.read_images(self._acts, start, stop)
+            yield blocks.read_images(self._acts, counts, start, stop)
 
     def _describe(self, block: Block) -> None:
         n = block.stop - block.start
@@ -202,18 +202,16 @@ class _Tabulation:
 
     def _write_tokens_by_latent(self) -> None:
         columns = schema.token_acts(self._value, "latent")
+        counts = self._stats.sums.counts
         with self._open(schema.TOKEN_ACTS_BY_LATENT, columns) as writer:
-            for start, stop in blocks.ranges(self._stats.sums.counts, MAX_ENTRIES, self._d_sae):
-                parts = self._codes.map(
-                    functools.partial(blocks.read_tokens, start=start, stop=stop)
-                )
+            for start, stop in blocks.ranges(counts, MAX_ENTRIES, self._d_sae):
                 if stop == start + 1:  # maybe too long for memory; pieces are in order already
-                    for part in parts:
-                        writer.write(self._token_rows(start, part))
+                    for part in blocks.read_tokens(self._codes, start, stop):
+                        self._write_codes(writer, np.full(len(part.fields[0]), start), *part.fields)
                 else:
-                    fields = [np.concatenate(field) for field in zip(*parts, strict=True)]
-                    order = np.argsort(fields[0], kind="stable")
-                    writer.write(self._token_rows(start, tuple(f[order] for f in fields)))
+                    fields = blocks.join_tokens(self._codes, counts, start, stop)
+                    latents = np.repeat(np.arange(start, stop, dtype=np.int32), counts[start:stop])
+                    self._write_codes(writer, latents, *fields)
             self._close(schema.TOKEN_ACTS_BY_LATENT, writer)
 
     def _write_tokens_by_image(self) -> None:
@@ -234,10 +232,10 @@ class _Tabulation:
                     count(piece, rows)
                     row_nnz, latents, values = rows
                     example, patch = (
-                        np.repeat(piece.array(name), row_nnz)
+                        np.repeat(piece.array(name).astype(np.int32, copy=False), row_nnz)
                         for name in ("example_idx", "token_idx")
                     )
-                    writer.write(self._token_rows(0, (latents, example, patch, values)))
+                    self._write_codes(writer, latents, example, patch, values)
 
                 self._each_by_row(write)
                 self._close(schema.TOKEN_ACTS_BY_IMAGE, writer)
@@ -254,14 +252,21 @@ class _Tabulation:
         for _ in npz.by_row(self._codes, seen):
             pass
 
-    def _token_rows(self, start: int, fields: tp.Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        latents, example, patch, values = fields
-        return {
-            "latent": (start + latents).astype(np.int32),
-            "example": example.astype(np.int32),
-            "patch": patch,
-            "value": self._stored(values),
-        }
+    def _write_codes(
+        self, writer: TableWriter, latents: np.ndarray, example: np.ndarray, patch: np.ndarray,
+        values: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Append rows, some at a time, because the writer copies what it is given."""
+        for start in range(0, len(values), _WRITE_ROWS):
+            some = slice(start, start + _WRITE_ROWS)
+            writer.write(
+                {
+                    "latent": latents[some].astype(np.int32, copy=False),
+                    "example": example[some],
+                    "patch": patch[some],
+                    "value": self._stored(values[some]),
+                }
+            )
 
     def _coactive_columns(self) -> dict[str, tp.Any]:
         """Columns of `latents.parquet`; null if codes were not kept."""
