@@ -4,16 +4,19 @@ The measure is the cosine of two latents' firing patterns, n_ab / √(n_a · n_b
 on which both fire. It is counted on whole images at even steps, of at most MAX_TOKENS tokens.
 """
 
+import itertools
+
 import numpy as np
 import scipy.sparse
 import torch
 
+from saev.inference.blocks import ranges
 from saev.inference.decoder import N_NEIGHBOURS, largest
 
 MAX_TOKENS = 1 << 17
 """Tokens of the sample. The time grows with it, and with the square of L0."""
 _BLOCK_NUMBERS = 1 << 21
-_STEP_TOKENS = 1 << 13
+_STEP_TOKENS = 1 << 14
 
 
 class Coactivation:
@@ -68,8 +71,8 @@ class Coactivation:
         for start in range(0, self._n_latents, step):
             stop = min(start + step, self._n_latents)
             block = np.zeros((stop - start, self._n_latents), dtype=np.float32)
-            for latent in range(start, stop):
-                self._count(fires, by_latent, latent, block[latent - start])
+            for few in ranges(counts[start:stop], _STEP_TOKENS):
+                self._count(fires, by_latent, start, few, block)
             own = np.arange(len(block))
             block[own, start + own] = 0
             block *= scale
@@ -82,11 +85,16 @@ class Coactivation:
         return others, cosines, fires.shape[0]
 
     def _count(
-        self, fires: scipy.sparse.csr_array, by_latent: scipy.sparse.csc_array, latent: int,
-        out: np.ndarray,
+        self, fires: scipy.sparse.csr_array, by_latent: scipy.sparse.csc_array, start: int,
+        few: tuple[int, int], block: np.ndarray,
     ) -> None:  # fmt: skip
-        """On how many tokens a latent and each other one fire."""
-        tokens = by_latent.indices[slice(*by_latent.indptr[latent : latent + 2])]
-        for first in range(0, len(tokens), _STEP_TOKENS):
-            together = fires[tokens[first : first + _STEP_TOKENS]].indices
-            out += np.bincount(together, minlength=self._n_latents)
+        """On how many tokens each of a few latents and each other one fire."""
+        ptr = by_latent.indptr[start + few[0] : start + few[1] + 1].astype(np.int64)
+        tokens = by_latent.indices[ptr[0] : ptr[-1]]
+        for first in range(0, len(tokens), _STEP_TOKENS):  # several only for one frequent latent
+            together = fires[tokens[first : first + _STEP_TOKENS]]
+            within = np.clip(ptr - ptr[0] - first, 0, together.shape[0])
+            ends = together.indptr[within].tolist()
+            for row, (begin, end) in enumerate(itertools.pairwise(ends), few[0]):
+                found = together.indices[begin:end]
+                block[row] += np.bincount(found, minlength=self._n_latents)

@@ -16,6 +16,9 @@ _CHUNK_NUMBERS = 1 << 21
 """Numbers of embeddings that are converted to float64 at a time."""
 
 
+_DENSE_ABOVE, _DENSE_CELLS = 1 / 8, 1 << 23
+
+
 class Embedded:
     """Images and their embeddings.
 
@@ -92,6 +95,9 @@ class Embedded:
     def _weighted(self, matrix: scipy.sparse.csr_array) -> np.ndarray:
         """Σ a ê of each latent, float64 [latents, d_model]."""
         step = max(1, _CHUNK_NUMBERS // max(1, self.n_images))
+        cells = matrix.shape[0] * matrix.shape[1]
+        if _DENSE_ABOVE * cells < matrix.nnz and cells <= _DENSE_CELLS:
+            matrix = matrix.toarray()  # a product that does not look for entries is faster
         parts = [
             matrix @ self._unit[:, start : start + step].astype(np.float64)
             for start in range(0, self._unit.shape[1], step)

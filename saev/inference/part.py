@@ -368,6 +368,7 @@ class _Share:
             self._job.sae.d_sae,
         )
         errors = np.concatenate([step.sq_errors for step in steps])
+        steps.clear()  # their memory is free from here on
         held_out = self._job.sides(tokens.example_idx) == sides.HELD_OUT
         images = self._stats.add_codes(columns, tokens, errors, held_out)
         self._images.append_images(images.columns, images.means, images.example_idx)

@@ -32,9 +32,10 @@ def bin_edges() -> np.ndarray:
 
 
 def bins_of(values: np.ndarray) -> np.ndarray:
-    """The bin of each float32 value, int64 [n]."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
-    return np.clip((bits >> _SHIFT).astype(np.int64) - _FIRST, 0, N_BINS - 1)
+    """The bin of each float32 value, int32 [n]."""
+    bins = np.ascontiguousarray(values, dtype=np.float32).view(np.int32) >> np.int32(_SHIFT)
+    bins -= np.int32(_FIRST)
+    return np.clip(bins, 0, N_BINS - 1, out=bins)
 
 
 class LatentSums:
@@ -77,8 +78,9 @@ class LatentSums:
         for start in range(0, len(counts), _BLOCK_LATENTS):
             stop = min(start + _BLOCK_LATENTS, len(counts))
             first, last = columns.indptr[start], columns.indptr[stop]
-            cell = np.repeat(np.arange(stop - start) * N_BINS, counts[start:stop])
-            cell += bins_of(columns.values[first:last])
+            cell = bins_of(columns.values[first:last])
+            firsts = np.arange(stop - start, dtype=np.int32) * np.int32(N_BINS)
+            cell += np.repeat(firsts, counts[start:stop])
             found = np.bincount(cell, minlength=(stop - start) * N_BINS)
             self.histogram[start:stop] += found.reshape(-1, N_BINS)
 

@@ -22,7 +22,7 @@ from saev.parquet import schema
 from saev.parquet.writer import TableWriter
 
 MAX_ENTRIES = 1 << 21
-"""Entries held at a time."""
+"""Entries of tokens held at a time; of images, which take twice the memory, half as many."""
 _WRITE_ROWS = 1 << 18
 MAX_CELLS = 1 << 22
 """Most pairs of latents and classes that are scored at a time."""
@@ -130,7 +130,7 @@ class _Tabulation:
     def _blocks(self) -> Iterator[Block]:
         n_classes = max(1, len(self._labels.targets))
         counts = self._stats.sums.image_counts
-        for start, stop in blocks.ranges(counts, MAX_ENTRIES, max(1, MAX_CELLS // n_classes)):
+        for start, stop in blocks.ranges(counts, MAX_ENTRIES // 2, max(1, MAX_CELLS // n_classes)):
             yield blocks.read_images(self._acts, counts, start, stop)
 
     def _describe(self, block: Block) -> None:

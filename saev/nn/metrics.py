@@ -26,6 +26,9 @@ of the tokens; or on more than MOST_DENSE of them, where that is less."""
 MOST_DENSE = 0.5
 
 
+_BLOCK_ROWS = 256
+
+
 class Vectors:
     """A batch of tokens in float64 and its sums, which all SAEs that are measured on it share.
 
@@ -55,10 +58,11 @@ class Vectors:
             self._x = torch.empty(x_bd.shape, dtype=torch.float64, device=self._device)
             self._work = torch.empty_like(self._x)
         x, work = self._x[: len(x_bd)], self._work[: len(x_bd)]
-        x.copy_(x_bd)
+        for rows, squares, given in self._blocks(x, work, x_bd):
+            torch.mul(rows.copy_(given), rows, out=squares)
         self.total = x.sum(0)
         # Sum over rows first: the bits of a sum over all values depend on the number of threads.
-        self.sq_norm = torch.mul(x, x, out=work).sum(0).sum()
+        self.sq_norm = work.sum(0).sum()
         return self
 
     @torch.no_grad()
@@ -68,9 +72,17 @@ class Vectors:
         Returns:
             Σ‖x − x̂‖², and ‖x − x̂‖² of each token [batch]; float64.
         """
-        n = self.n_tokens
-        error = torch.sub(self._x[:n], x_hat_bd.to(self._device), out=self._work[:n]).square_()
-        return error.sum(0).sum(), error.sum(1)
+        x, error = self._x[: self.n_tokens], self._work[: self.n_tokens]
+        by_token = error.new_empty(len(error))
+        x_hat = x_hat_bd.to(self._device)
+        for rows, squares, made, sums in self._blocks(x, error, x_hat, by_token):
+            torch.sum(torch.sub(rows, made, out=squares).square_(), 1, out=sums)
+        return error.sum(0).sum(), by_token
+
+    def _blocks(self, *tensors: Tensor) -> tp.Iterable[tuple[Tensor, ...]]:
+        """Some rows of each at a time: on the CPU as many as its caches hold."""
+        n = _BLOCK_ROWS if self._device.type == "cpu" else max(1, len(tensors[0]))
+        return zip(*(tensor.split(n) for tensor in tensors), strict=True)
 
 
 class ReconstructionMetrics:

@@ -380,6 +380,24 @@ def test_latents_that_fire_everywhere_are_scaled_from_their_lowest_value() -> No
     assert found[0] == pytest.approx(by_pairs(values.astype(np.float64), unit), rel=1e-5)
 
 
+@pytest.mark.parametrize("dense_above", [0, 2])
+def test_latents_that_fire_on_many_images(monkeypatch, dense_above) -> None:
+    """They are multiplied as a dense matrix; others are not."""
+    from saev.inference import monosemanticity
+
+    monkeypatch.setattr(monosemanticity, "_DENSE_ABOVE", dense_above)
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0.1, 3, (6, 30)).astype(np.float32)
+    values[rng.random(values.shape) < 0.4] = 0
+    vectors = rng.standard_normal((30, 5)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    embedded = monosemanticity.Embedded(np.arange(30), vectors, 30)
+    latents, images = np.nonzero(values)
+    found = embedded.monosemanticity(latents, images, values[latents, images], 6)
+    want = [by_pairs(row.astype(np.float64), unit) for row in values]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
 def test_embeddings_without_a_class_token_are_means(tmp_path) -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((4, 3, 8)).astype(np.float32)
