@@ -20,6 +20,8 @@ from saev.explorer import columns, page, pictures
 from saev.explorer.data import N_CLASSES, N_NEIGHBOURS
 
 GRID, N_EXAMPLES, N_WORDS, BINS = 16, 8, 1000, 24
+NUMBERS = 330
+"""Bytes of one latent's numbers in the file, about."""
 
 
 def part(n: int, max_bytes: float) -> page.Part:
@@ -28,10 +30,14 @@ def part(n: int, max_bytes: float) -> page.Part:
     some = {size: [picture(rng, size) for _ in range(64)] for size in (48, 112)}
     each = {size: np.mean([pictures.encoded(len(p)) for p in some[size]]) for size in some}
     per_latent = each[112] * 2 + N_EXAMPLES * pictures.encoded(20 + 20 * 4)
-    n_detailed = int(min(n, max(0, (max_bytes - n * (300 + each[48])) / per_latent)))
+    room = max_bytes - n * NUMBERS
+    n_detailed = int(min(n, (1 - pictures.THUMB_SHARE) * room / per_latent))
+    n_small = int(min(n - n_detailed, (room - n_detailed * per_latent) / (each[48] + 50)))
     images = [some[112][i % 64] for i in range(2 * n_detailed)]
-    images += [some[48][i % 64] for i in range(n - n_detailed)]
-    thumb = np.concatenate([np.arange(n_detailed) * 2, 2 * n_detailed + np.arange(n - n_detailed)])
+    images += [some[48][i % 64] for i in range(n_small)]
+    thumb = np.full(n, -1)
+    thumb[:n_detailed] = np.arange(n_detailed) * 2
+    thumb[n_detailed : n_detailed + n_small] = 2 * n_detailed + np.arange(n_small)
     n_shown = n_detailed * N_EXAMPLES
     patches = np.sort(rng.integers(0, GRID**2, (n_shown, 20)), axis=1)
     count = np.ceil(10 ** rng.uniform(1, 7, n))
@@ -40,7 +46,7 @@ def part(n: int, max_bytes: float) -> page.Part:
     blocks = {
         name: page.Block.of(values, kind)
         for name, (values, kind) in {
-            "order": (rng.permutation(n), "u2"), "tokens": (count, "f8"),
+            "order": (np.arange(n), "u2"), "tokens": (count, "f8"),
             "class": (rng.integers(0, N_WORDS, n), "i2"), "mask": (np.full(n, -1), "i2"),
             "binFirst": (np.full(n, 60), "u1"), "binCount": (np.full(n, BINS), "u1"),
             "bins": (rng.integers(0, 256, (n, BINS)), "u1"),
@@ -86,7 +92,9 @@ def part(n: int, max_bytes: float) -> page.Part:
         "classes": [{"name": word, "kind": "image", "support": 1000} for word in words],
         "files": [f"folder_{i % 997}/n{i:08d}.JPEG" for i in range(len(images))],
         "labelNames": words, "labels": (np.arange(len(images)) % N_WORDS).tolist(), "aspect": 1,
-        "nPictured": n, "nDetailed": n_detailed, "nFiring": n,
+        "nPictured": n_detailed + n_small, "nDetailed": n_detailed, "nFiring": n,
+        "dataset": "generated",
+        "summary": {"title": "generated", "figures": {}, "side": "", "config": {}, "curves": {}},
     }  # fmt: skip
     return page.Part(facts, blocks)
 
@@ -115,7 +123,10 @@ def main() -> None:
             then = tab.js(timed(typed("aether 17"), f"{count} !== {json.dumps(before)}"))
             rows.setdefault("search", []).append(then)
             tab.js(typed(""))
-            opened = "document.querySelectorAll('.near canvas[data-drawn]').length === 12"
+            opened = (
+                "document.querySelectorAll('.near a').length === 12 && [...document"
+                ".querySelectorAll('main canvas')].filter(c => c.dataset.drawn).length >= 8"
+            )
             rows.setdefault("latent", []).append(
                 tab.js(timed("location.hash = '#/0/latent/7'", opened))
             )
