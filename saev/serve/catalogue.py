@@ -11,6 +11,7 @@ from saev.config import TrainConfig
 from saev.errors import ConfigError, SaevError
 from saev.secrets import redact
 from saev.serve.problems import Problem
+from saev.visuals.rows import SIDES
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,13 @@ class Entry:
     def to_dict(self) -> dict[str, tp.Any]:
         """As JSON."""
         shown = {k: redact(v) if isinstance(v, str) else v for k, v in self.figures.items()}
-        return {"key": self.key, "measured": bool(self.results), **shown, "config": self.config}
+        return {
+            "key": self.key,
+            "measured": bool(self.results),
+            **shown,
+            "images": SIDES[self.figures["side"]].images,
+            "config": self.config,
+        }
 
 
 class Catalogue:

@@ -106,6 +106,17 @@ def test_from_all_saes_to_one_and_back(tab: Page, client: Client, measured: Meas
     tab.wait("document.querySelectorAll('.rows canvas[data-drawn]').length > 3")
     tab.js("history.back()")
     tab.wait("document.querySelectorAll('table.saes tbody tr').length === 3")
+    assert "images that training has not seen" in text(tab, "header")
+
+
+def test_two_groups_are_compared_in_the_page(tab: Page, client: Client, measured: Measured) -> None:
+    found = client.get(f"/api/runs/{measured.key}/compare?a=class:0&b=rest")["first"][0]
+    tab.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/compare?a=class:0&b=rest")
+    tab.wait("document.querySelectorAll('main table tbody tr').length > 1")
+    first = text(tab, "main table tbody tr")
+    assert first.split()[0] == str(found["latent"])
+    shares = [float(word.strip("%")) / 100 for word in first.split() if word.endswith("%")]
+    assert shares == pytest.approx(found["rates"], rel=0.01, abs=0.005)
 
 
 def is_number(word: str) -> bool:
@@ -116,7 +127,8 @@ def test_the_same_latent_in_another_sae(tab: Page, client: Client, measured: Mea
     latent = int(np.argmax(measured.results.counts))
     (match,) = client.get(f"/api/runs/{measured.key}/latents/{latent}/matches")["matches"]
     tab.open(f"http://127.0.0.1:{client.port}/#/{measured.key}/latent/{latent}")
-    tab.wait(f"document.querySelector('a[href=\"#/{match['run']}/latent/{match['latent']}\"]')")
+    link = f"#/{match['run']}/latent/{match['latent']}"
+    tab.wait(f"[...document.querySelectorAll('a')].some(e => e.getAttribute('href') === '{link}')")
 
 
 def test_a_frame_shows_only_what_is_looked_at(

@@ -9,6 +9,8 @@ interface Sae {
   name: string;
   measured: boolean;
   shards: string;
+  /** Which images the figures are of, in words. */
+  images: string;
   config: Record<string, unknown>;
   [figure: string]: unknown;
 }
@@ -418,7 +420,7 @@ function summary(sae: Sae, curves: Curves): Summary {
     title: sae.name,
     dataset: sae.shards.split("/").at(-1) ?? "",
     figures,
-    side: typeof sae.side === "string" ? sae.side : "",
+    side: sae.images,
     config: flat(sae.config),
     curves,
     isMeasured: sae.measured,
