@@ -35,7 +35,21 @@ class Describe:
         self._results, self._layer, self._tokens, self._allow = results, layer, tokens, allow
 
     def __call__(self, run: str, sae: SparseAutoencoder) -> tuple[ActivationSource, str]:
-        """The activations, and the URL of the file or folder that describes them."""
+        """The activations, and the URL of the file or folder that describes them.
+
+        Raises:
+            ConfigError: what has to be known of them was not recorded.
+        """
+        found, record = self._find(run, sae)
+        if found.image_spec is None:
+            raise ConfigError(
+                f"{record} does not say how images were cropped and scaled for the model, because "
+                "an earlier version or another program wrote it. Name a shards folder that says "
+                "it with --shards URL."
+            )
+        return found, record
+
+    def _find(self, run: str, sae: SparseAutoencoder) -> tuple[ActivationSource, str]:
         if self._results is not None and "source" in self._results.metrics:
             record = storage.join(self._results.url, files.METRICS)
             return ActivationSource.from_dict(

@@ -178,6 +178,16 @@ def test_neither_shards_nor_images_are_needed(recorded: Recorded, tmp_path: Path
     )
 
 
+def test_unknown_preprocessing_is_not_guessed(recorded: Recorded, tmp_path: Path) -> None:
+    """A run of version 0.1.0 recorded it in its shards only."""
+    run = edited(recorded, tmp_path / "run", image_spec=None, image_size=None)
+    with pytest.raises(ConfigError, match=r"how images were cropped .* --shards URL"):
+        ImageReader.open(run)
+    codes = ImageReader.open(run, shards=recorded.shards.url).read(noise(80, 80))
+    expected = ImageReader.open(recorded.run).read(noise(80, 80))
+    np.testing.assert_array_equal(dense_of(codes), dense_of(expected))
+
+
 def test_an_imported_sae_needs_shards(recorded: Recorded, tmp_path: Path) -> None:
     """Its checkpoint alone says nothing about activations."""
     from saev.nn import load_sae
