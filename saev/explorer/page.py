@@ -210,11 +210,11 @@ def _matches(saes: Sequence[Sae]) -> dict[int, dict[str, Block]]:
     blocks: dict[int, dict[str, Block]] = {}
     spaces = [(sae.shards.metadata.hash, sae.results.metrics.get("layer")) for sae in saes]
     found = matches.find([sae.run for sae in saes]) if len(set(spaces)) < len(saes) else {}
-    for (one, other), match in found.items():
+    for (one, other), (latents, cosines) in found.items():
         if spaces[one] == spaces[other]:
             mine = blocks.setdefault(one, {})
-            mine[f"match{other}"] = Block.of(match.latents, "u4")
-            mine[f"match{other}Cosine"] = Block.scaled(match.cosines)
+            mine[f"match{other}"] = Block.of(latents, "u4")
+            mine[f"match{other}Cosine"] = Block.scaled(cosines)
     return blocks
 
 

@@ -205,10 +205,10 @@ def test_matches_are_the_closest_decoder_rows(trained: list[str]) -> None:
     unit = [w / np.linalg.norm(w, axis=1, keepdims=True) for w in weights]
     found = matches.find(trained)
     assert set(found) == {(0, 1), (1, 0)}
-    for (one, two), match in found.items():
+    for (one, two), (latents, closeness) in found.items():
         cosines = unit[one] @ unit[two].T
-        assert match.latents.tolist() == cosines.argmax(axis=1).tolist()
-        np.testing.assert_allclose(match.cosines, cosines.max(axis=1), atol=1e-6)
+        assert latents.tolist() == cosines.argmax(axis=1).tolist()
+        np.testing.assert_allclose(closeness, cosines.max(axis=1), atol=1e-6)
 
 
 def test_summary_has_figures_config_and_curves(chain: Chain, trained: list[str]) -> None:

@@ -191,7 +191,7 @@ function Figure({ run, example, marked, high, threshold, page }: FigureProps) {
           {page ? <a href={page.href} title="Which other latents fire here?" onClick={(event) => follow(event, page.open)}>{label || file}</a> : label || file}
         </b>
         <span class="value">{number(value)}</span>
-        {label && <small class="file">{file}</small>}
+        {label && <small class="of">{file}</small>}
         {patches && <small>{fires}{side === "unknown" ? "" : ` · ${side}`}</small>}
       </figcaption>
     </figure>

@@ -92,7 +92,7 @@ export function List({ run, shown, filter, address, notes, narrow, open, href }:
     <div role="table" aria-label="Latents" aria-rowcount={shown.length + 1} class="list" style={{ "--columns": columns.length }} onKeyDown={onKey}>
       <div role="rowgroup">
         <div role="row" aria-rowindex={1} class="row heads">
-          <div role="columnheader">Strongest images</div>
+          <div role="columnheader">Strongest</div>
           <div role="columnheader" aria-sort={sorts("latent")}>
             <button type="button" onClick={() => narrow({ sort: filter.sort === "latent" ? "-latent" : "latent" })}>Latent</button>
           </div>
