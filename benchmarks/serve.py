@@ -47,7 +47,7 @@ from saev.config.train import RUN
 from saev.inference import files
 from saev.parquet import TABLES, Index, TableWriter, schema
 from saev.visuals.files import DONE, REPORT
-from saev.visuals.stored import EXAMPLES, GROUP_ROWS, N_NAMED
+from saev.visuals.stored import EXAMPLES, GROUP_ROWS, IMAGE_SIZE, N_NAMED
 
 N_PICTURES = 20_000
 """Images whose pictures are stored, as `saev visuals` stores them by default."""
@@ -122,7 +122,7 @@ def write_pictures(folder: str, examples: np.ndarray, rng: np.random.Generator) 
             writer.write({"number": number, "example": examples, column: data, **sizes})
             entries[name] = writer.close()
         listed |= writer.listed
-    facts = {EXAMPLES: examples.tolist(), N_NAMED: len(examples)}
+    facts = {EXAMPLES: examples.tolist(), N_NAMED: len(examples), IMAGE_SIZE: 256}
     storage.write_json(storage.join(folder, TABLES), Index(entries, facts).to_dict())
     listed[TABLES] = _listed(folder, TABLES)
     storage.write_json(storage.join(folder, DONE), storage.seal({}, listed))
