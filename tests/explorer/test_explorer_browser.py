@@ -460,6 +460,13 @@ def test_in_a_frame_without_rights(tab: chromium.Page, file: Path, tmp_path: Pat
         "return t.value.slice(t.selectionStart, t.selectionEnd)"
         f".includes('latent_examples({second})'); }})()"
     )
+    assert "not kept here" in frame.js("document.querySelector('.notes h3').textContent")
+    frame.js("document.getElementById('figure').click()")
+    frame.wait("document.querySelector('dialog[open] #svg:enabled') !== null")
+    frame.js("document.getElementById('svg').click()")
+    frame.wait("document.querySelector('dialog .fallback')?.value.startsWith('<svg ')")
+    frame.js("document.getElementById('close').click()")
+    frame.wait("document.querySelector('dialog') === null")
     frame.js("document.getElementById('back').click()")
     frame.wait(f"{OPEN} === null")
     type_into(frame, "#search", "plain")
