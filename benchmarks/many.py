@@ -6,7 +6,10 @@
 The images are the crops of photographs of `make demo`, the activations those of a ViT-S/14 with
 random weights. The SAEs' latents are activations of random patches. What is measured: `inference`
 and `visuals` (24 latents of 8 images) from configs to published results, for a few SAEs one after
-another, and for more SAEs together. CPU seconds count all threads.
+another, and for more SAEs together. CPU seconds count all threads, also those of OpenMP that wait
+for work and look for it all the time. Where other jobs run, these take more than a third:
+
+    OMP_WAIT_POLICY=passive python benchmarks/many.py       # without them
 """
 
 import argparse
