@@ -138,7 +138,7 @@ def main() -> None:
         "frames of a scroll through all rows, 95th percentile", rows["p95"], "ms", at_most=33
     )
     report.add("most rows in the document", rows["rows"], "", at_most=200)
-    report.add("first search, with its index", rows["index"], "ms")
+    report.add("first search, which reads all texts", rows["index"], "ms")
     report.add("later search", rows["search"], "ms", at_most=100)
     report.add("page of a latent with its pictures", rows["latent"], "ms", at_most=200)
     report.close()
