@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from saev import storage
-from saev.errors import SaevError
+from saev.errors import SaevError, StorageError
 from saev.inference.results import Results
 from saev.inference.shown import N_TOP
 from saev.parquet import TABLES, FileEntry
@@ -122,7 +122,15 @@ class Measured:
             )  # fmt: skip
         self.entry, self._cache = entry, cache
         self.results = Results.open(entry.results)
-        self.tables = self.results.tables
+        try:
+            self.tables = self.results.tables
+        except StorageError as err:
+            if self.results.folder.has(TABLES):
+                raise
+            raise Problem(
+                409, f"{entry.figures['name']} was measured by an earlier version, without tables.",
+                f"Delete {self.results.url} and run the same `saev inference` command again.",
+            ) from err  # fmt: skip
         listed = self.results.folder.listed(TABLES)
         self.nbytes = _BYTES_PER_LISTED * (listed.n_bytes if listed else 1 << 20)
         """Memory that it takes, without what the cache keeps."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import traceback
 
 from starlette.exceptions import HTTPException
@@ -13,6 +14,7 @@ from saev.secrets import redact
 
 logger = logging.getLogger(__name__)
 
+_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -59,10 +61,7 @@ def response(status: int, detail: str, remedy: str = "", *, wait: int = 0) -> Re
 
 
 def of_error(request: Request, error: Exception) -> Response:
-    """The answer to a request that raised an error of saev.
-
-    The message of such an error ends with its remedy.
-    """
+    """The answer to a request that raised an error of saev, whose message ends with its remedy."""
     if isinstance(error, Problem):
         return response(error.status, str(error), error.remedy, wait=error.wait)
     passing = getattr(error, "passing", False)
@@ -75,8 +74,9 @@ def of_error(request: Request, error: Exception) -> Response:
     )  # fmt: skip
     if isinstance(error, StorageError):
         logger.warning("%s: %s", request.url.path, error)
-    remedy = "Try again." if passing else "The last sentence says what to do."
-    return response(status, str(error), remedy, wait=2 if passing else 0)
+    *first, last = _SENTENCES.split(str(error))
+    detail, remedy = (" ".join(first), last) if first else (last, "")
+    return response(status, detail, remedy, wait=2 if passing else 0)
 
 
 def of_http(request: Request, error: Exception) -> Response:

@@ -1,14 +1,16 @@
 """Who may ask the live explorer, and what for."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
-from saev.errors import SaevError
-from saev.serve import access, app
+from saev.errors import SaevError, StorageError
+from saev.serve import access, app, problems
 from saev.serve.access import Rules
 from saev.serve.catalogue import Catalogue
 from saev.serve.explorer import Explorer
@@ -187,3 +189,39 @@ def test_a_folder_that_is_no_root_is_told(tmp_path: Path) -> None:
         Catalogue.of(str(tmp_path))
     with pytest.raises(SaevError, match=r"There is nothing at .*missing"):
         Catalogue.of(str(tmp_path / "missing"))
+
+
+def test_results_of_earlier_versions_say_what_to_do() -> None:
+    """The root that version 0.1.0 wrote: listed, without tables, with its pages."""
+    root = Path(__file__).parents[1] / "upgrade/root/saev"
+    explorer = Explorer(Catalogue.of(str(root)), memory_mb=1024)
+    with serving(app.make(explorer, Rules.of("127.0.0.1", (), ""))) as client:
+        saes = client.get("/api/root")["saes"]
+        assert len(saes) == 5
+        status, _, data = client.ask(f"/api/runs/{saes[0]['key']}")
+        assert status == 409
+        assert "by an earlier version, without tables" in json.loads(data)["detail"]
+        assert "run the same `saev inference` command again" in json.loads(data)["remedy"]
+        assert client.ask("/pages/")[0] == 200
+
+
+def test_a_damaged_run_hides_no_other(root: str, tmp_path: Path) -> None:
+    shutil.copytree(f"{root}/runs", tmp_path / "runs", ignore=shutil.ignore_patterns("inference"))
+    damaged = sorted((tmp_path / "runs").iterdir())[0]
+    (damaged / "run.json").write_text("{")
+    found = Catalogue.of(str(tmp_path)).to_dict()
+    assert len(found["saes"]) == 2
+    (problem,) = found["problems"]
+    assert damaged.name in problem
+
+
+def test_a_message_is_cut_before_its_remedy(explorer: Explorer) -> None:
+    request = Request({"type": "http", "path": "/", "headers": [], "query_string": b""})
+    answer = problems.of_error(
+        request, StorageError("s3://b/x is gone. It was 3.5 MB. Put it back.")
+    )
+    found = json.loads(answer.body)
+    assert (found["detail"], found["remedy"]) == (
+        "s3://b/x is gone. It was 3.5 MB.",
+        "Put it back.",
+    )
