@@ -14,6 +14,7 @@ from saev.secrets import redact
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Change what it names, and ask again."
 _SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z`])")
 MEDIA_TYPE = "application/problem+json"
 
@@ -75,7 +76,7 @@ def of_error(request: Request, error: Exception) -> Response:
     if isinstance(error, StorageError):
         logger.warning("%s: %s", request.url.path, error)
     *first, last = _SENTENCES.split(str(error))
-    detail, remedy = (" ".join(first), last) if first else (last, "")
+    detail, remedy = (" ".join(first), last) if first else (last, _REMEDY)
     return response(status, detail, remedy, wait=2 if passing else 0)
 
 

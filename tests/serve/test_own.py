@@ -108,7 +108,7 @@ def test_what_is_no_image_is_a_problem(
     assert found == status
     assert headers["content-type"] == "application/problem+json"
     problem = json.loads(body)
-    assert says in problem["detail"]
+    assert says in f"{problem['detail']} {problem['remedy']}"
     assert problem["remedy"]
 
 
