@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_root_is_told(tmp_path: Path) -> None:
 
 def test_results_of_earlier_versions_say_what_to_do() -> None:
     """The root that version 0.1.0 wrote: listed, without tables, with its pages."""
-    root = Path(__file__).parents[1] / "upgrade/root/saev"
+    root = Path(__file__).parents[1] / "upgrade" / "root" / "saev"
     explorer = Explorer(Catalogue.of(str(root)), memory_mb=1024)
     with serving(app.make(explorer, Rules.of("127.0.0.1", (), ""))) as client:
         saes = client.get("/api/root")["saes"]
