@@ -1,6 +1,7 @@
 """The live explorer in a browser: it shows the numbers of the results, and asks nobody else."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from visuals import chromium
 from visuals.chromium import Page
 
+from saev import storage
 from saev.inference.results import Results
 from saev.serve import access, app
 from saev.serve.catalogue import Catalogue
@@ -170,3 +172,30 @@ def test_an_sae_that_is_not_there_is_told(browser: Page, client: Client) -> None
     browser.open(f"http://127.0.0.1:{client.port}/#/nothing")
     browser.wait("document.querySelector('[role=alert]') !== null")
     assert "There is no SAE 'nothing' here." in text(browser, "[role=alert]")
+
+
+def test_an_sae_measured_on_two_datasets(
+    browser: Page, root: str, measured: Measured, tmp_path: Path
+) -> None:
+    """It is chosen by dataset, and has one curve of training."""
+    copy = tmp_path / "root"
+    shutil.copytree(root, copy)
+    first = copy / Path(measured.results.url).relative_to(root)
+    second = shutil.copytree(first, first.with_name("f" * 16))
+    metrics = json.loads((second / "metrics.json").read_text())
+    del metrics["checksum"]
+    metrics["shards_hash"] = "0" * 16
+    (second / "metrics.json").write_text(json.dumps(storage.seal(metrics)))
+    explorer = Explorer(Catalogue.of(str(copy)), 1024)
+    with serving(app.make(explorer, access.Rules.of("127.0.0.1", (), ""))) as client:
+        keys = [sae["key"] for sae in client.get("/api/root")["saes"] if sae["top_k"] == 2]
+        assert len(keys) == 2
+        browser.open(f"http://127.0.0.1:{client.port}/")
+        browser.wait("document.querySelectorAll('table.saes tbody tr').length === 4")
+        lines = browser.js("[...document.querySelectorAll('.legend li')].map(e => e.innerText)")
+        assert len(lines) == len(set(lines)) == 3
+        own = next(key for key in keys if key.endswith(second.name))
+        browser.open(f"http://127.0.0.1:{client.port}/#/{next(k for k in keys if k != own)}")
+        browser.wait("document.querySelector('.runs optgroup') !== null")
+        group = f".runs optgroup[label='{'0' * 16}'] option"
+        assert browser.js(f"document.querySelector({group!r}).value") == own

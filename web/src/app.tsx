@@ -165,7 +165,7 @@ function Header({ source, run, runs, router, address, small }: PageProps & { run
           <label class="runs">
             SAE{" "}
             <select value={run.id} onChange={(e) => router.go({ run: e.currentTarget.value, page: "", item: "", words: {} })}>
-              {runs.filter((one) => one.isMeasured).map((one) => <option value={one.id}>{one.title}</option>)}
+              <Choices runs={runs.filter((one) => one.isMeasured)} />
             </select>
           </label>
         )}
@@ -216,4 +216,12 @@ function words(run: Run): string {
   const share = frequency.length ? frequency.reduce((a, b) => a + b, 0) / facts.nLatents : 0;
   const rest = facts.columns.some(({ all }) => all) ? " The small figures below them are of all images." : "";
   return `${pictured}${silent}.${few} On average, a latent fires on ${percent(share)} of ${count(facts.nTokens, "token")}. Figures of latents are of ${facts.side}.${rest}`;
+}
+
+/** SAEs to choose from, by dataset if there are several: each was measured on each. */
+function Choices({ runs }: { runs: Summary[] }) {
+  const datasets = [...new Set(runs.map(({ dataset }) => dataset))];
+  const options = (some: Summary[]) => some.map((one) => <option value={one.id}>{one.title}</option>);
+  if (datasets.length < 2) return <>{options(runs)}</>;
+  return <>{datasets.map((one) => <optgroup label={one}>{options(runs.filter(({ dataset }) => dataset === one))}</optgroup>)}</>;
 }

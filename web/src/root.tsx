@@ -11,7 +11,11 @@ const NEAR = 14;
 /** Okabe and Ito's colours, which can be told apart with any colour vision. Yellow is left out. */
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"];
 const NAMES: Record<string, string> = { nmse: "NMSE", l0: "L0", n_dead: "Dead latents", dense_share: "Dense share", d_sae: "Latents" };
-const nameOf = (key: string) => NAMES[key] ?? key.replace(/_/g, " ");
+
+function nameOf(key: string): string {
+  const [, side, of] = /^(training|all)_(.*)$/.exec(key) ?? [];
+  return side ? `${nameOf(of)}, ${side}` : (NAMES[key] ?? key.replace(/_/g, " "));
+}
 
 interface Props {
   source: Source;
@@ -229,7 +233,9 @@ function Curves({ runs, chosen, choose, near }: CurvesProps) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const names = useMemo(() => [...new Set(runs.flatMap(({ curves }) => Object.keys(curves)))], [runs]);
   const name = chosen && names.includes(chosen) ? chosen : (names.find((one) => one.endsWith("normalized_mse")) ?? names[0]);
+  const lines = useMemo(() => distinct(runs, name), [runs, name]);
   if (!names.length) return null;
+  const title = runs.find(({ id }) => id === near)?.title;
   return (
     <section class="card" aria-label="Curves">
       <div class="choices">
@@ -240,17 +246,27 @@ function Curves({ runs, chosen, choose, near }: CurvesProps) {
           </select>
         </label>
       </div>
-      <Lines key={name} canvas={canvas} runs={runs.filter(({ curves }) => curves[name])} name={name} near={near} />
+      <Lines key={name} canvas={canvas} runs={lines} name={name} near={lines.find((one) => one.title === title)?.id ?? null} />
       <ul class="legend">
-        {runs.map((run, i) => run.curves[name] && (
+        {lines.slice(0, 12).map((run, i) => (
           <li key={run.id}>
             <svg viewBox="0 0 18 4" aria-hidden="true"><path d="M0 2h18" stroke={COLOURS[i % COLOURS.length]} stroke-width="3" stroke-dasharray={dash(i).join(" ")} /></svg>
             {run.title}
           </li>
-        )).slice(0, 12)}
+        ))}
       </ul>
     </section>
   );
+}
+
+/** SAEs with a curve. One that was measured on several datasets was trained once, so it is there once. */
+function distinct(runs: Summary[], name: string): Summary[] {
+  const found = new Map<string, Summary>();
+  for (const run of runs) {
+    const key = JSON.stringify([run.title, run.curves[name]]);
+    if (run.curves[name] && !found.has(key)) found.set(key, run);
+  }
+  return [...found.values()];
 }
 
 /** Lines beyond the colours are dashed, so that they can be told apart. */
