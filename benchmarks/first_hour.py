@@ -3,8 +3,10 @@
     python benchmarks/first_hour.py --pictures ~/pictures > transcript.md
     python benchmarks/first_hour.py --out /tmp/hour   # pictures of an npm package; keeps the page
 
-The commands are those of README, typed on a terminal of 80 columns. Each has its wall time and its
-processor time (of all cores) behind it. What is local, so that it runs without a model hub:
+The commands are those of README, on a terminal of 80 columns. Each has its wall time and its
+processor time (of all cores) behind it. docs/first-hour.md has the output.
+
+What is local, so that it runs without a model hub:
 
 - the wheel is built from this tree, because saevit is not on PyPI yet;
 - torch and torchvision are the versions of this environment (uv's cache gives them at once);
@@ -90,7 +92,8 @@ def typed(command: str, env: dict[str, str], cwd: Path) -> None:
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"$ {command}")
-    print("".join(f"{line}\n" for line in stays(said.decode(errors="replace"))), end="")
+    lines = "".join(f"{line}\n" for line in stays(said.decode(errors="replace")))
+    print(lines.replace(env["HOME"], "~"), end="")
     print(f"# {wall:.0f} s, processor time {used:.0f} s\n", flush=True)
     if process.returncode:
         sys.exit(f"{command}: status {process.returncode}")

@@ -200,6 +200,9 @@ class Show(Config):
     """Port on 127.0.0.1; 0 takes one that is free."""
     browser: bool = True
     """Open the browser. Without it (--no-browser), the address is printed only."""
+    from_cluster: bool = False
+    """Read storage with the settings and keys of the pods (their config map and secret) instead of
+    this machine's. A store inside the cluster is reached over a forwarded port."""
     cluster: _Cluster = pydantic.Field(default_factory=Cluster)
 
 

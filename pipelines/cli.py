@@ -129,12 +129,17 @@ def _compile(command: a.Compile) -> int:
 
 
 def _show(command: a.Show) -> int:
-    from pipelines import show
+    import contextlib
+
+    from pipelines import pods_storage, show
     from saev import opened
     from saev.config.pages import OpenConfig
 
-    place = show.place(command.run, _settings(command))
-    opened.run(OpenConfig(url=place, port=command.port, browser=command.browser))
+    given = _settings(command)
+    reading = pods_storage.applied(given) if command.from_cluster else contextlib.nullcontext(given)
+    with reading as cluster:
+        place = show.place(command.run, cluster)
+        opened.run(OpenConfig(url=place, port=command.port, browser=command.browser))
     return 0
 
 

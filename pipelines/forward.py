@@ -29,7 +29,7 @@ class Target(tp.NamedTuple):
     service: str
     """Its name."""
     port: int
-    """Port of its pods."""
+    """Port of the service."""
     namespace: str
     remedy: str
     """What to do if there is no such service, behind a colon."""
@@ -90,7 +90,7 @@ class _Forwarder:
 
     def connect(self) -> tp.Any:
         """A socket that is connected to a pod's port. Raises ClusterError."""
-        pod = self._pod()
+        pod, port = self._pod()
         # The library replaces a method of the client while it connects, so each connection has an
         # own client.
         api = client.CoreV1Api(self._kube.new_client())
@@ -99,11 +99,12 @@ class _Forwarder:
                 api.connect_get_namespaced_pod_portforward,
                 pod,
                 self._namespace,
-                ports=str(self._port),
+                ports=str(port),
             )
-        return forwarded.socket(self._port)
+        return forwarded.socket(port)
 
-    def _pod(self) -> str:
+    def _pod(self) -> tuple[str, int]:
+        """A ready pod of the service, and the port on which it answers."""
         core, where = self._kube.core, f"in namespace {self._namespace}"
         try:
             with self._kube.explained(f"find service {self._service} {where}"):
@@ -120,13 +121,13 @@ class _Forwarder:
         with self._kube.explained(f"list the pods of service {self._service} {where}"):
             labels = ",".join(f"{key}={value}" for key, value in (selector or {}).items())
             pods = core.list_namespaced_pod(self._namespace, label_selector=labels).items
-        ready = [pod.metadata.name for pod in pods if _is_ready(pod)]
+        ready = [pod for pod in pods if _is_ready(pod)]
         if not ready:
             raise ClusterError(
                 f"Cannot forward a port to service {self._service}: none of its {len(pods)} pods "
                 f"{where} is ready. `kubectl get pods -n {self._namespace} -l {labels}` shows them."
             )
-        return ready[0]
+        return ready[0].metadata.name, _port_of(ready[0], found, self._port)
 
     def serve(self, listener: socket.socket) -> None:
         """Accept connections until the listener is closed."""
@@ -186,6 +187,15 @@ def _copy(source: tp.Any, target: tp.Any) -> None:
     for end in (source, target):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+def _port_of(pod: tp.Any, service: tp.Any, port: int) -> int:
+    """The port of a pod behind a port of its service. Other ports are those of the pod."""
+    target = next((p.target_port for p in service.spec.ports or [] if p.port == port), None)
+    if isinstance(target, str) and not target.isdigit():
+        named = {p.name: p.container_port for c in pod.spec.containers for p in c.ports or []}
+        target = named.get(target)
+    return int(target or port)
 
 
 def _is_ready(pod: tp.Any) -> bool:
