@@ -56,7 +56,7 @@ def chunk_gradients(
     Returns:
         Sums, and the residual [g, c, d].
     """
-    n_members, d_sae, d_model = weights.W_dec.shape
+    (n_members, d_sae, d_model), n_prefixes = weights.W_dec.shape, prefixes.lengths.shape[1]
     table, inputs = weights.W_dec.flatten(0, 1), x
     decode, add_bags = sparse.decode, sparse.add_bags
     if triton:
@@ -87,13 +87,15 @@ def chunk_gradients(
         grouped,
         out.source,
         out.grad_values,
-        per_row=prefixes.lengths.shape[1],
+        per_row=n_prefixes,
     )
     grads.b_enc.add_(encoded.weights.view_as(grads.b_enc))
-    errors = out.errors.view(n_members, x.shape[0], -1).transpose(1, 2)
+    errors = out.errors.view(n_members, x.shape[0], n_prefixes).transpose(1, 2)
     measured = Measured(
         total(errors),
         used.n_positive.view(n_members, d_sae),
         used.weights.view(n_members, d_sae),
     )
-    return measured, None if out.residual is None else out.residual.view(n_members, -1, d_model)
+    if out.residual is None:
+        return measured, None
+    return measured, out.residual.view(n_members, x.shape[0], d_model)

@@ -282,12 +282,12 @@ def test_timm_hub_cache(trained: tp.Any, offline_hub: Path):
 @pytest.mark.parametrize(
     ("family", "ckpt", "remedy"),
     [
-        ("timm", "test_vit.r160_in1k", "test_vit.r160_in1k@URL"),
-        ("timm", "hf-hub:org/absent", "ARCH@URL"),
+        ("timm", "test_vit.r160_in1k", "test_vit.r160_in1k@FILE"),
+        ("timm", "hf-hub:org/absent", "ARCH@FILE"),
         ("clip", "ViT-S-32/random_tag", "has no pretrained tag 'random_tag' of ViT-S-32"),
-        ("clip", "ViT-B-32/laion2b_s34b_b79k", "ViT-B-32/laion2b_s34b_b79k@URL"),
-        ("clip", "hf-hub:org/absent", "ARCH@URL"),
-        ("dinov2", "vits14", "vit_small_patch14_dinov2.lvd142m@URL"),
+        ("clip", "ViT-B-32/laion2b_s34b_b79k", "ViT-B-32/laion2b_s34b_b79k@FILE"),
+        ("clip", "hf-hub:org/absent", "ARCH@FILE"),
+        ("dinov2", "vits14", "vit_small_patch14_dinov2.lvd142m@FILE"),
     ],
 )
 def test_without_network_one_error_names_the_remedy(
