@@ -36,7 +36,9 @@ def top_k_codes(
     top_k: tp.Sequence[int],
     chunk: int,
     bf16: bool,
+    *,
     triton: bool = False,
+    rectify: bool = True,
 ) -> Codes:
     """TopK codes; rows are (member, token). A member with a smaller k is padded with zeros.
 
@@ -47,6 +49,7 @@ def top_k_codes(
         chunk: rows at a time.
         bf16: multiply in bfloat16.
         triton: select by Triton's kernel.
+        rectify: set negative values to 0.
     """
     n_g, d_sae, _ = weights.W_enc.shape
     k = max(top_k)
@@ -55,20 +58,24 @@ def top_k_codes(
         from saev.nn.kernels.triton.select import supports
 
         select = _selected_by_triton if supports(d_sae, k) else _selected
-    parts = [select(pre_activations(weights, x_c, bf16), top_k, x.dtype) for x_c in x.split(chunk)]
+    parts = [
+        select(pre_activations(weights, x_c, bf16), top_k, x.dtype, rectify)
+        for x_c in x.split(chunk)
+    ]
     values, latents = (torch.cat(side, dim=1).flatten() for side in zip(*parts, strict=True))
     n_rows = n_g * x.shape[0]
     return Codes(values, latents, torch.arange(n_rows + 1, dtype=torch.int32, device=x.device) * k)
 
 
 def _selected(
-    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype
+    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype, rectify: bool
 ) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
     """Values and table rows of the largest, ascending in each row."""
     k = max(top_k)
     same = min(top_k) == k
     top_values, top_latents = largest(z.transpose(0, 1), k, ordered=not same)
-    kept = torch.relu(top_values.to(dtype))
+    kept = top_values.to(dtype)
+    kept = torch.relu(kept) if rectify else kept
     if not same:
         place = torch.arange(k, device=z.device)
         kept = kept * (place < upload(top_k, place)[:, None, None])
@@ -78,14 +85,15 @@ def _selected(
 
 
 def _selected_by_triton(
-    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype
+    z: Float[Tensor, "c g s"], top_k: tp.Sequence[int], dtype: torch.dtype, rectify: bool
 ) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
     """:func:`_selected` by the kernel, whose values are float32."""
     from saev.nn.kernels.triton import select
 
     k = max(top_k)
     of_members = upload(top_k, torch.empty(0, dtype=torch.int32, device=z.device))
-    values, latents = select.top_k(z, of_members, k, same=min(top_k) == k)
+    same = min(top_k) == k
+    values, latents = select.top_k(z, of_members, k, same=same, rectify=rectify)
     return values.to(dtype), latents
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from saev.config.sae import Activation, BatchTopK, JumpRelu, Objective, TopK
 from saev.device import upload
 from saev.nn import encode, sparse_step
-from saev.nn.aux_k import aux_k
+from saev.nn.aux_k import Dead, How, aux_k
 from saev.nn.kernels import dense
 from saev.nn.kernels.errors import nested_errors, squared_norm, total
 from saev.nn.kernels.sparse import Codes
@@ -206,12 +206,10 @@ def _aux_k(
             x,
             residual,
             energy,
-            dead.candidates[g],
-            dead.mask[g],
+            Dead(dead.candidates[g], dead.mask[g]),
             objective.k_aux or default_k_aux(x.shape[1]),
             variance * objective.aux_coeff,
-            group.chunk,
-            group.bf16,
+            How(group.chunk, group.bf16, group.triton),
         )
     return aux
 
@@ -222,7 +220,7 @@ def _codes(group: Group, x: Tensor) -> Codes | None:
         case TopK():
             top_k = [a.top_k for a in group.activations if isinstance(a, TopK)]
             return encode.top_k_codes(
-                group.weights, x, top_k, group.chunk, group.bf16, group.triton
+                group.weights, x, top_k, group.chunk, group.bf16, triton=group.triton
             )
         case BatchTopK():
             batch_top_k = [a for a in group.activations if isinstance(a, BatchTopK)]

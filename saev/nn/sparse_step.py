@@ -33,13 +33,14 @@ def chunk_gradients(
     prefixes: Prefixes,
     x: Float[Tensor, "c d"],
     codes: sparse.Codes,
-    scale: float,
+    scale: float | Tensor,
     *,
+    target: Float[Tensor, "c d"] | None = None,
     residual: bool,
     triton: bool,
     bf16: bool,
 ) -> tuple[Measured, Tensor | None]:
-    """Add the gradients of scale·Σ_j weight_j·‖x - x̂_j‖² to ``grads``.
+    """Add the gradients of scale·Σ_j weight_j·‖target - x̂_j‖² to ``grads``.
 
     Args:
         weights: of the members.
@@ -48,6 +49,7 @@ def chunk_gradients(
         x: some rows of the batch.
         codes: of these rows, ordered by member.
         scale: of the loss.
+        target: what is reconstructed; x if it is not given.
         residual: whether the residual is wanted.
         triton: use Triton's kernels.
         bf16: with these, read decoders, batch and gradients of reconstructions in bfloat16; sums
@@ -70,7 +72,7 @@ def chunk_gradients(
         codes,
         table,
         weights.b_dec,
-        x,
+        x if target is None else target,
         prefixes.lengths,
         prefixes.weights * scale,
         residual=residual,

@@ -8,7 +8,7 @@ from nn.reference import Measured, Reference
 
 import saev.nn.bank as bank_module
 from saev.config import BatchTopK, JumpRelu, Matryoshka, Relu, SaeConfig, TopK, Vanilla
-from saev.nn import SaeBank, SparseAutoencoder
+from saev.nn import SaeBank, SparseAutoencoder, aux_k
 from saev.nn.codes import encode
 
 D, S, B = 10, 24, 37
@@ -224,6 +224,28 @@ def test_gradients_are_those_of_the_loss(act, cut, n_dead, dtype):
     has_aux = [bool(n_dead) and n % 2 == 0 and o.aux_coeff > 0 for n, o in enumerate(OBJECTIVES)]
     assert (found.aux > 0).tolist() == has_aux
     assert all(g.abs().max() > 0 for r in references for g in r.grads.values())
+
+
+@pytest.mark.parametrize("n_dead", [1, K_AUX + 1, S - 3])
+@pytest.mark.parametrize("act", [ACTIVATIONS[0], ACTIVATIONS[3]], ids=lambda a: a.kind)
+def test_aux_k_on_sparse_codes(act, n_dead, monkeypatch):
+    """With candidates that are not dead, so that some tokens have fewer than k_aux codes."""
+    monkeypatch.setitem(aux_k._SPARSE_ABOVE, "cpu", 0)
+    bank = make_bank(act)
+    bank._steps_between_looks = 2
+    let_die(bank, n_dead)
+    bank.since_fired[:, :3] = bank.dead_after - B
+    bank.since_fired[:, -6:] = torch.maximum(bank.since_fired[:, -6:], bank.since_fired[:, :1])
+    references = [Reference(bank, n) for n in range(len(bank))]
+    x = batch(1)
+    used = []
+    add = aux_k._add_sparse
+    monkeypatch.setattr(aux_k, "_add_sparse", lambda *args: used.append(args[4]) or add(*args))
+    found = bank.compute_gradients(x)
+    assert_same_metrics(found, [r.gradients(x) for r in references], 1e-9)
+    assert_same_gradients(bank, references, 1e-9)
+    assert all((~is_dead).any() for is_dead in used)
+    assert [int(is_dead.sum()) for is_dead in used] == [n_dead, 0, 0, n_dead]
 
 
 @pytest.mark.parametrize(("act", "cut"), CASES, **case_id)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saev.config import BatchTopK, Matryoshka, SaeConfig, TopK, Vanilla
-from saev.nn import SaeBank
+from saev.nn import SaeBank, aux_k
 from saev.nn.kernels import choice, sparse
 from saev.nn.kernels.choice import Shape, why_not
 from saev.nn.kernels.sparse import Codes, group_by_latent
@@ -179,6 +179,7 @@ def test_upkeep() -> None:
 def test_training(activations, objective, monkeypatch) -> None:
     """The same gradients as by torch, dead latents and AuxK included."""
     monkeypatch.setattr(choice, "_TOKENS", 1)
+    monkeypatch.setitem(aux_k._SPARSE_ABOVE, "cpu", 0)
     banks = [
         SaeBank(
             [SaeConfig(d_sae=16, activation=a) for a in activations], [objective] * 2, [1e-3, 2e-3],

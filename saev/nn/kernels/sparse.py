@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saev.nn.kernels.errors import nested_errors_, nested_gradients_, where_positive_
+from saev.nn.kernels.errors import nested_errors_, nested_gradients_
 
 
 class Codes(tp.NamedTuple):
@@ -137,7 +137,7 @@ def decode(
         residual=rest,
         grads=blocks.flatten(0, 1),
         source=source,
-        grad_values=where_positive_(grad_values, codes.values),
+        grad_values=grad_values.masked_fill_(codes.values == 0, 0),
     )
 
 

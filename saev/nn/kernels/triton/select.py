@@ -99,9 +99,14 @@ def _n_pieces(n_latents: int) -> int:
 
 
 def top_k(
-    z: Float[Tensor, "c g s"], top_k: Int[Tensor, " g"], k: int, *, same: bool
+    z: Float[Tensor, "c g s"],
+    top_k: Int[Tensor, " g"],
+    k: int,
+    *,
+    same: bool,
+    rectify: bool = True,
 ) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
-    """The k largest of each row, rectified; of equal values the one with the lowest index.
+    """The k largest of each row; of equal values the one with the lowest index.
 
     Args:
         z: pre-activations in float32, float16 or bfloat16, contiguous.
@@ -109,6 +114,7 @@ def top_k(
         k: the largest of these.
         same: whether all members have this k. Values that are not among a member's own k largest
             are 0.
+        rectify: set negative values to 0.
 
     Returns:
         Values in float32 and table rows member·s + latent in int32, ascending in each row.
@@ -116,14 +122,14 @@ def top_k(
     n_tokens, n_members, n_latents = z.shape
     n_pieces = _n_pieces(n_latents)
     if n_pieces == 1:
-        return _select(z, top_k, k, same=same, rectify=True)
+        return _select(z, top_k, k, same=same, rectify=rectify)
     # The k largest of a row are among the k largest of its pieces.
     cut = z.view(n_tokens, n_members * n_pieces, n_latents // n_pieces)
     parts = _select(cut, top_k, k, same=True, rectify=False)
     values, latents = (
         t.view(n_members, n_pieces, n_tokens, k).permute(2, 0, 1, 3).flatten(2) for t in parts
     )
-    kept, place = _select(values.contiguous(), top_k, k, same=same, rectify=True)
+    kept, place = _select(values.contiguous(), top_k, k, same=same, rectify=rectify)
     return kept, latents.transpose(0, 1).gather(-1, place.long() % (n_pieces * k))
 
 
@@ -150,13 +156,19 @@ def n_warps(block: int) -> int:
 
 
 def top_k_reference(
-    z: Float[Tensor, "c g s"], top_k: Int[Tensor, " g"], k: int, *, same: bool
+    z: Float[Tensor, "c g s"],
+    top_k: Int[Tensor, " g"],
+    k: int,
+    *,
+    same: bool,
+    rectify: bool = True,
 ) -> tuple[Float[Tensor, "g c k"], Int[Tensor, "g c k"]]:
     """:func:`top_k` by a stable sort."""
     del same
     values, latents = z.transpose(0, 1).float().sort(dim=-1, descending=True, stable=True)
     kept = torch.arange(k, device=z.device) < top_k[:, None, None]
-    values = torch.where(kept, values[..., :k].relu(), 0.0)
+    values = values[..., :k]
+    values = torch.where(kept, values.relu() if rectify else values, 0.0)
     ascending = latents[..., :k].sort(dim=-1)
     offset = torch.arange(z.shape[1], device=z.device)[:, None, None] * z.shape[2]
     return values.gather(-1, ascending.indices), (ascending.values + offset).to(torch.int32)
