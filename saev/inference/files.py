@@ -9,6 +9,8 @@ TOP_EXAMPLES = "top_examples.safetensors"
 DISTRIBUTIONS = "distributions.npz"
 TOKEN_ACTS = "token_acts.npz"
 CONCEPTS = "concepts.json"
+TABLES = "tables.json"
+"""The list of the tables. saev.parquet has the same name, and needs pyarrow."""
 PARTS = "parts"
 """Folder of intermediate files: work items write them, `finish` merges and deletes them."""
 

@@ -170,9 +170,7 @@ class Results:
     @property
     def has_tables(self) -> bool:
         """Whether there are tables; an earlier version of saev wrote none."""
-        from saev.parquet import TABLES  # needs pyarrow
-
-        return self.folder.has(TABLES)
+        return self.folder.has(files.TABLES)
 
     @functools.cached_property
     def tables(self) -> "Tables":
@@ -181,14 +179,14 @@ class Results:
         Raises:
             StorageError: an earlier version of saev wrote the results, without tables.
         """
-        from saev.parquet import TABLES, Tables  # need pyarrow
+        from saev.parquet import Tables  # needs pyarrow
 
         if not self.has_tables:
             raise StorageError(
                 f"{self.url} has no tables, because an earlier version of saev wrote it. To have "
                 "them, delete this folder and run the same `saev inference` command again."
             )
-        return Tables.open(self.url, self.folder.read_bytes(TABLES), files.REMEDY)
+        return Tables.open(self.url, self.folder.read_bytes(files.TABLES), files.REMEDY)
 
     def latents(self, columns: tp.Sequence[str] | None = None) -> "pa.Table":
         """One row for each latent: `latents.parquet`, or some of its columns."""

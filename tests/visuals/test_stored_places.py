@@ -3,6 +3,8 @@
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,3 +141,18 @@ def test_results_of_an_earlier_version_are_replaced_on_pages(chain: Chain, tmp_p
     shutil.rmtree(new)
     (section,) = overview.collect(str(root))
     assert [Path(row.results) for row in section.rows] == [old]
+
+
+def test_the_page_of_a_root_needs_no_pyarrow(chain: Chain, tmp_path: Path) -> None:
+    """The step `report` runs in the image saev-cpu, which has none."""
+    root = tmp_path / "root"
+    shutil.copytree(chain.run, root / "runs/r0")
+    storage.write_json(str(root / "runs/r0/run.json"), {})
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from saev.visuals import overview\n"
+        f"(section,) = overview.collect({str(root)!r})\n"
+        "print(section.rows[0].results)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "/inference/" in done.stdout, done.stderr
